@@ -1,0 +1,432 @@
+"""DRSLoss against a slow loop over its definition, in the cases a user can make."""
+
+import copy
+import pickle
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pytorch_metric_learning.distances import (
+    BaseDistance,
+    CosineSimilarity,
+    DotProductSimilarity,
+    LpDistance,
+)
+from pytorch_metric_learning.losses import SmoothAPLoss
+from pytorch_metric_learning.reducers import MeanReducer, MultipleReducers, SumReducer
+from pytorch_metric_learning.regularizers import LpRegularizer
+from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
+from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
+from sklearn.metrics import average_precision_score
+
+from pml_drsl import losses
+from pml_drsl.losses import DRSLoss
+
+DISTANCES = {
+    "euclidean": (lambda: LpDistance(p=2), reference.euclidean),
+    "raw euclidean": (lambda: LpDistance(normalize_embeddings=False), reference.raw_euclidean),
+    "squared euclidean": (lambda: LpDistance(power=2), lambda x, y: reference.euclidean(x, y) ** 2),
+    "cosine": (CosineSimilarity, reference.negative_cosine),
+    "dot product": (lambda: DotProductSimilarity(normalize_embeddings=False), lambda x, y: -(x @ y)),
+    "city block": (
+        lambda: LpDistance(p=1, normalize_embeddings=False),
+        lambda x, y: (x - y).abs().sum(),
+    ),
+}
+
+
+def make_batch(seed: int, size: int = 14, dim: int = 5, classes: int = 4, dtype=torch.float64):
+    """Unequal classes, a lone identity, negative labels, no order."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(size, dim, generator=generator, dtype=torch.float64).to(dtype)
+    labels = torch.randint(-2, classes - 2, (size,), generator=generator)
+    labels[size // 2] = 99
+    return x.requires_grad_(), labels
+
+
+def expected(x, labels, ref=None, ref_labels=None, pairs=None, **kwargs):
+    """Value and gradients (of x, and of ref where given) by the slow loop."""
+    x = x.detach().double().requires_grad_()
+    ref = None if ref is None else ref.detach().double().requires_grad_()
+    if pairs is None:
+        pairs = reference.pairs_from_labels(labels.tolist(), None if ref is None else ref_labels.tolist())
+    value = reference.drsl(x, *pairs, ref, **kwargs)
+    return value, torch.autograd.grad(value, [x] if ref is None else [x, ref])
+
+
+def assert_agrees(actual, inputs, wanted, tolerance):
+    value, gradients = wanted
+    torch.testing.assert_close(actual.double(), value, rtol=0, atol=tolerance)
+    for gradient, want in zip(torch.autograd.grad(actual, inputs), gradients, strict=True):
+        assert torch.isfinite(gradient).all()
+        # A gradient is of the order of 1 / temperature.
+        torch.testing.assert_close(gradient.double(), want, rtol=tolerance, atol=tolerance * max(1.0, want.abs().max()))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("seed", range(3))
+def test_agrees_with_the_definition(seed, distance, dtype, tolerance):
+    make, slow = DISTANCES[distance]
+    x, labels = make_batch(seed, dtype=dtype)
+    settings = {"temperature": 0.1, "sort_weight": 0.7, "margin": 0.05}
+    loss = DRSLoss(**settings, distance=make())(x, labels)
+    assert loss.dtype == dtype
+    assert_agrees(loss, [x], expected(x, labels, **settings, distance=slow), tolerance)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    labels=st.lists(st.integers(-3, 3), min_size=2, max_size=12),
+    ref_labels=st.none() | st.lists(st.integers(-3, 3), min_size=1, max_size=15),
+    temperature=st.sampled_from([0.02, 0.1, 1.0]),
+    sort_weight=st.sampled_from([0.0, 0.5]),
+    seed=st.integers(0, 1000),
+)
+def test_agrees_for_any_labels_and_references(labels, ref_labels, temperature, sort_weight, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(len(labels), 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor(labels)
+    ref, inputs = None, [x]
+    if ref_labels is not None:
+        ref = torch.randn(len(ref_labels), 4, generator=generator, dtype=torch.float64, requires_grad=True)
+        ref_labels, inputs = torch.tensor(ref_labels), [x, ref]
+    loss = DRSLoss(temperature, sort_weight)(x, labels, ref_emb=ref, ref_labels=ref_labels)
+    pairs = reference.pairs_from_labels(labels.tolist(), None if ref is None else ref_labels.tolist())
+    if reference.drsl(x, *pairs, ref, temperature=temperature, sort_weight=sort_weight).isnan():
+        assert loss == 0
+        loss.backward()
+        assert (x.grad == 0).all()
+    else:
+        wanted = expected(x, labels, ref, ref_labels, temperature=temperature, sort_weight=sort_weight)
+        assert_agrees(loss, inputs, wanted, 1e-9)
+
+
+@pytest.mark.parametrize("form", ["pairs", "triplets"])
+@pytest.mark.parametrize("with_ref", [False, True])
+def test_agrees_for_the_pairs_of_a_miner(form, with_ref):
+    x, labels = make_batch(5)
+    ref, ref_labels = make_batch(6, size=20) if with_ref else (None, None)
+    a1, p, a2, n = lmu.get_all_pairs_indices(labels, ref_labels)
+    keep_p, keep_n = torch.arange(len(p)) % 3 > 0, torch.arange(len(n)) % 4 > 0
+    indices = a1[keep_p], p[keep_p], a2[keep_n], n[keep_n]
+    if form == "triplets":
+        indices = lmu.convert_to_triplets(indices, labels)
+        anchors, positives, negatives = (index.tolist() for index in indices)
+        pairs = set(zip(anchors, positives, strict=True)), set(zip(anchors, negatives, strict=True))
+    else:
+        pairs = tuple(set(zip(a.tolist(), b.tolist(), strict=True)) for a, b in (indices[:2], indices[2:]))
+    duplicated = tuple(torch.cat([index, index[:7]]) for index in indices)
+    wanted = expected(x, labels, ref, ref_labels, pairs, temperature=0.1, sort_weight=0.3)
+    inputs = [x] if ref is None else [x, ref]
+    for given_labels in ((labels, ref_labels), (None, None)):
+        loss = DRSLoss(0.1)(x, given_labels[0], duplicated, ref, given_labels[1])
+        assert_agrees(loss, inputs, wanted, 1e-9)
+
+
+# The seven facts of the definition.
+
+
+def test_fact_1_at_temperature_0_it_is_mean_average_precision():
+    x, labels = make_batch(1, size=40)
+    loss = DRSLoss(temperature=1e-9, sort_weight=0)(x, labels)
+    precisions = []
+    for q in range(len(x)):
+        others = torch.arange(len(x)) != q
+        truth = (labels[others] == labels[q]).numpy()
+        if truth.any() and not truth.all():
+            scores = torch.nn.functional.cosine_similarity(x[q], x[others]).detach().numpy()
+            precisions.append(average_precision_score(truth, scores))
+    assert 1 - loss.item() == pytest.approx(sum(precisions) / len(precisions), abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.1])
+def test_fact_2_smooth_ap_is_a_special_case(temperature):
+    x = torch.randn(12, 6, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([3, 0, 1, 2] * 3)
+    loss_fn = DRSLoss(temperature, sort_weight=0, distance=CosineSimilarity())
+    loss = loss_fn(x, labels, ref_emb=x.clone(), ref_labels=labels.clone())
+    wanted = reference.smooth_ap(x, labels.tolist(), temperature)
+    torch.testing.assert_close(loss, wanted, rtol=0, atol=1e-9)
+    torch.testing.assert_close(*(torch.autograd.grad(value, x)[0] for value in (loss, wanted)), rtol=0, atol=1e-7)
+
+
+def test_fact_2_pml_agrees_only_where_classes_are_as_many_as_their_items():
+    loss_fn = DRSLoss(0.01, sort_weight=0, distance=CosineSimilarity())
+
+    def both(x, labels):
+        ours = loss_fn(x, labels, ref_emb=x.clone(), ref_labels=labels.clone())
+        return ours.item(), SmoothAPLoss(0.01)(x, labels).item()
+
+    ours, theirs = both(torch.randn(16, 8, dtype=torch.float64), torch.arange(4).repeat_interleave(4))
+    assert ours == pytest.approx(theirs, abs=1e-6)  # PML counts in float32
+    separated = torch.eye(8, dtype=torch.float64).repeat_interleave(2, 0)
+    ours, theirs = both(separated, torch.arange(8).repeat_interleave(2))
+    assert ours == pytest.approx(0, abs=1e-9)
+    assert theirs == pytest.approx(0.32, abs=0.005)
+
+
+def test_fact_3_queries_without_a_positive_or_a_negative_have_no_term():
+    x, labels = make_batch(2, size=10)
+    lonely = torch.cat([x, torch.randn(3, 5, dtype=torch.float64)])
+    refs, ref_labels = x.detach().clone(), labels.clone()
+    loss_fn = DRSLoss(0.1)
+    only = loss_fn(x, labels, ref_emb=refs, ref_labels=ref_labels)
+    more = loss_fn(lonely, torch.cat([labels, torch.tensor([50, 51, 52])]), ref_emb=refs, ref_labels=ref_labels)
+    torch.testing.assert_close(only, more)
+
+
+@pytest.mark.parametrize("labels", [[7, 7, 7, 7], [1, 2, 3, 4], [], [5]])
+def test_fact_3_without_any_term_the_loss_is_0_and_goes_backward(labels):
+    x = torch.randn(len(labels), 3, requires_grad=True)
+    loss = DRSLoss()(x, torch.tensor(labels, dtype=torch.long))
+    assert loss.item() == 0
+    loss.backward()
+    assert x.grad.shape == x.shape
+    assert (x.grad == 0).all()
+
+
+def test_fact_4_order_and_label_values_do_not_matter():
+    x, labels = make_batch(3, size=20)
+    loss_fn = DRSLoss(0.05)
+    loss = loss_fn(x, labels)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(1))
+    renamed = labels * -1000 + 17
+    again = loss_fn(x[order], renamed[order])
+    torch.testing.assert_close(loss, again, rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(loss, x)[0], torch.autograd.grad(again, x)[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+@pytest.mark.parametrize("form", ["labels", "indices", "ref"])
+def test_fact_5_chunking_changes_nothing(chunk, form, monkeypatch):
+    x, labels = make_batch(4, size=30)
+    ref, ref_labels = make_batch(5, size=41) if form == "ref" else (None, None)
+    indices = lmu.get_all_pairs_indices(labels) if form == "indices" else None
+    whole = DRSLoss(0.05)(x, labels, indices, ref, ref_labels)
+    monkeypatch.setattr("pml_drsl.functional.CPU_BLOCK", 50)
+    parts = DRSLoss(0.05, query_chunk_size=chunk)(x, labels, indices, ref, ref_labels)
+    inputs = [x] if ref is None else [x, ref]
+    torch.testing.assert_close(whole, parts, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad(whole, inputs), torch.autograd.grad(parts, inputs), rtol=1e-9, atol=1e-12
+    )
+
+
+def test_fact_5_the_default_chunk_size_bounds_the_distance_matrix(monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 90)
+    rows = []
+
+    class Watched(LpDistance):
+        def forward(self, query_emb, ref_emb=None):
+            rows.append(len(query_emb))
+            return super().forward(query_emb, ref_emb)
+
+    x, labels = make_batch(4, size=30)
+    DRSLoss(distance=Watched())(x, labels)
+    assert max(rows) <= 3
+
+
+def test_fact_5_torch_compile_changes_nothing():
+    network, labels = torch.nn.Linear(5, 3), torch.arange(12) // 3
+    x, loss_fn = torch.randn(12, 5), DRSLoss(0.1)
+    wanted = torch.autograd.grad(loss_fn(network(x), labels), network.weight)
+    compiled = torch.compile(lambda x: loss_fn(network(x), labels))
+    torch.testing.assert_close(torch.autograd.grad(compiled(x), network.weight), wanted, rtol=1e-4, atol=1e-5)
+
+
+def train_on_shard(rank, world_size, store, results):
+    """One process of `test_fact_5_any_split_over_processes`: its share of the batch through PML's own wrapper."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    x, labels = make_batch(15, size=16)
+    network = torch.nn.parallel.DistributedDataParallel(make_network())
+    share = slice(rank * 16 // world_size, (rank + 1) * 16 // world_size)
+    loss = DistributedLossWrapper(DRSLoss(0.1))(network(x.detach()[share]), labels[share])
+    loss.backward()
+    if rank == 0:
+        torch.save((loss.detach(), network.module.weight.grad), results)
+    torch.distributed.destroy_process_group()
+
+
+def make_network():
+    network = torch.nn.Linear(5, 4, bias=False).double()
+    with torch.no_grad():
+        network.weight.copy_(torch.linspace(-1, 1, 20).reshape(4, 5))
+    return network
+
+
+def test_fact_5_any_split_over_processes(tmp_path):
+    results = tmp_path / "results"
+    torch.multiprocessing.spawn(train_on_shard, (2, tmp_path / "store", results), nprocs=2)
+    loss, gradient = torch.load(results, weights_only=True)
+    x, labels = make_batch(15, size=16)
+    network = make_network()
+    wanted = DRSLoss(0.1)(network(x.detach()), labels)
+    wanted.backward()
+    # PML multiplies by the number of processes, which DistributedDataParallel's mean divides by again.
+    torch.testing.assert_close(loss / 2, wanted.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradient, network.weight.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_fact_6_gradcheck_and_float64():
+    x, labels = make_batch(6, size=9, dim=3)
+    loss_fn = DRSLoss(0.3, 0.5, 0.1)
+    assert loss_fn(x, labels).dtype == torch.float64
+    assert torch.autograd.gradcheck(lambda e: loss_fn(e, labels), x)
+    ref = torch.randn(11, 3, dtype=torch.float64, requires_grad=True)
+    ref_labels = torch.arange(11) % 3
+    assert torch.autograd.gradcheck(lambda e, r: loss_fn(e, labels, ref_emb=r, ref_labels=ref_labels), (x, ref))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fact_6_half_precision_is_computed_in_float32(dtype):
+    x, labels = make_batch(7, size=24, dtype=torch.float32)
+    half = x.detach().to(dtype).requires_grad_()
+    loss = DRSLoss()(half, labels)
+    assert loss.dtype == torch.float32
+    full = half.detach().float().requires_grad_()
+    wanted = DRSLoss()(full, labels)
+    torch.testing.assert_close(loss, wanted)
+    loss.backward()
+    wanted.backward()
+    torch.testing.assert_close(half.grad, full.grad.to(dtype))
+
+
+def test_fact_6_autocast_is_left_out():
+    x, labels = make_batch(8, size=24, dtype=torch.float32)
+    wanted = DRSLoss()(x, labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = DRSLoss()(x, labels)
+    torch.testing.assert_close(loss, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [8, 64])  # torch.cdist takes another path above 25 rows
+def test_fact_7_identical_and_zero_embeddings_are_finite(distance, dtype, size):
+    labels = torch.arange(size) // 4
+    for value in (torch.ones(size, 5), torch.zeros(size, 5), 1e4 * torch.ones(size, 5)):
+        x = value.to(dtype)
+        x[: size // 2] *= 0.5
+        x[3] = 0
+        x.requires_grad_()
+        loss = DRSLoss(distance=DISTANCES[distance][0]())(x, labels)
+        loss.backward()
+        assert torch.isfinite(loss)
+        assert torch.isfinite(x.grad).all()
+
+
+# What PML's users rely on.
+
+
+def test_sub_losses_can_be_reduced_apart():
+    x, labels = make_batch(9)
+    query, positive = lmu.get_all_pairs_indices(labels)[:2]
+    loss_fn = DRSLoss(0.1, 0.4, reducer=MultipleReducers({"retrieval_loss": SumReducer(), "sort_loss": MeanReducer()}))
+    assert loss_fn.sub_loss_names() == ["retrieval_loss", "sort_loss"]
+    errors = loss_fn.compute_loss(x, labels, None, x, labels)
+    assert list(errors) == loss_fn.sub_loss_names()
+    for error in errors.values():
+        assert error["reduction_type"] == "pos_pair"
+        torch.testing.assert_close(torch.stack(error["indices"]), torch.stack([query, positive]))
+    wanted = errors["retrieval_loss"]["losses"].sum() + errors["sort_loss"]["losses"].mean()
+    torch.testing.assert_close(loss_fn(x, labels), wanted)
+
+
+def test_collect_stats_shows_each_error():
+    x, labels = make_batch(10)
+    loss_fn = DRSLoss(0.1, 0.5, collect_stats=True)
+    loss = loss_fn(x, labels).item()
+    retrieval = DRSLoss(0.1, 0)(x, labels).item()
+    assert loss_fn.retrieval_error == pytest.approx(retrieval)
+    assert loss_fn.retrieval_error + 0.5 * loss_fn.sort_error == pytest.approx(loss)
+    has_positive = [(labels == label).sum() > 1 for label in labels]
+    assert loss_fn.num_queries == sum(has_positive)
+
+
+def test_embedding_regularizer_is_added():
+    x, labels = make_batch(11)
+    plain = DRSLoss(0.1)(x, labels)
+    regularized = DRSLoss(0.1, embedding_regularizer=LpRegularizer(), embedding_reg_weight=0.5)(x, labels)
+    torch.testing.assert_close(regularized, plain + 0.5 * x.norm(dim=1).mean())
+
+
+def test_pickle_deepcopy_state_dict_and_repr():
+    x, labels = make_batch(12)
+    loss_fn = DRSLoss(0.1, 0.2, 0.03)
+    for twin in (pickle.loads(pickle.dumps(loss_fn)), copy.deepcopy(loss_fn)):
+        twin.load_state_dict(loss_fn.state_dict())
+        assert torch.equal(twin(x, labels), loss_fn(x, labels))
+    assert "temperature=0.1, sort_weight=0.2, margin=0.03" in repr(loss_fn)
+
+
+def test_labels_may_be_of_any_integer_type():
+    x, labels = make_batch(13)
+    wanted = DRSLoss()(x, labels)
+    for dtype in (torch.int8, torch.int32):
+        assert torch.equal(DRSLoss()(x, labels.to(dtype)), wanted)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": 0}, "temperature must be a number above 0, got 0"),
+        ({"temperature": -0.1}, "temperature must be a number above 0, got -0.1"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": "0.1"}, "temperature"),
+        ({"sort_weight": -1}, "sort_weight must be a number of at least 0, got -1"),
+        ({"margin": float("inf")}, "margin must be a finite number, got inf"),
+        ({"query_chunk_size": 0}, "query_chunk_size"),
+        ({"distance": "euclid"}, "distance must be a distance of pytorch_metric_learning.distances.*'euclid'"),
+    ],
+)
+def test_bad_hyper_parameters_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DRSLoss(**arguments)
+
+
+X, LABELS = torch.randn(4, 3), torch.tensor([0, 0, 1, 1])
+INDEX = torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.randn(4), LABELS), r"embeddings must be .* of shape \(batch, dim\), got torch.float32 of shape \(4,\)"),
+        ((X.long(), LABELS), "embeddings must be a floating-point tensor"),
+        (([[1.0]], LABELS), "embeddings .* got list"),
+        ((X, LABELS[:3]), r"labels must be an integer tensor of shape \(4,\), .*got torch.int64 of shape \(3,\)"),
+        ((X, LABELS[:, None]), "labels must be an integer tensor"),
+        ((X, LABELS.float()), "labels must be an integer tensor .* got torch.float32"),
+        ((X, [0, 0, 1, 1]), "labels must be an integer tensor .* got list"),
+        ((X,), "labels .* are required"),
+        ((X, LABELS, None, X.clone()), r"ref_labels.* are required"),
+        ((X, LABELS, None, torch.randn(5, 2), torch.arange(5)), "ref_emb has 2 dimensions and embeddings 3"),
+        ((X, LABELS, None, torch.randn(5, 3), LABELS), r"ref_labels must be an integer tensor of shape \(5,\)"),
+        ((X, LABELS, (INDEX, INDEX)), "indices_tuple must have 3 tensors .* or 4 .*got 2"),
+        ((X, None, (INDEX, INDEX[:1], INDEX, INDEX)), "1-D anchors and positives of one length"),
+        ((X, None, (INDEX, INDEX + 3, INDEX, INDEX + 2)), "positive indices from 3 to 4, outside the 4 embeddings"),
+        ((X, None, (INDEX - 1, INDEX, INDEX, INDEX)), "anchor indices from -1 to 0"),
+        ((X, None, (INDEX, INDEX + 1, INDEX, INDEX + 1)), r"pair \(0, 1\) both as a positive and as a negative"),
+    ],
+)
+def test_bad_input_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DRSLoss()(*arguments)
+
+
+def test_a_distance_of_ones_own_works():
+    class Canberra(BaseDistance):
+        def compute_mat(self, query_emb, ref_emb):
+            difference = (query_emb[:, None] - ref_emb[None]).abs()
+            return (difference / (query_emb[:, None].abs() + ref_emb[None].abs())).sum(2)
+
+    def slow(x, y):
+        x, y = x / x.norm(), y / y.norm()
+        return ((x - y).abs() / (x.abs() + y.abs())).sum()
+
+    x, labels = make_batch(14)
+    loss = DRSLoss(0.1, distance=Canberra())(x, labels)
+    assert_agrees(loss, [x], expected(x, labels, temperature=0.1, sort_weight=0.3, distance=slow), 1e-9)
