@@ -1,0 +1,107 @@
+"""Refuses an unreadable image, where torchreid's ``read_image`` would try again for ever.
+
+The wrapper decodes each image completely before the wrapped data set reads it for the first time, once per run: its
+record of what has been decoded is shared with the loader's workers and outlives them.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+# What Pillow's decoders raise on damaged files. DecompressionBombError: an image too large to be meant.
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+def check_image(path: str | os.PathLike[str]) -> None:
+    """Decodes an image completely, as torchreid does.
+
+    Raises:
+        ValueError: if the file is missing, empty, truncated, damaged or no image; the message names it.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"cannot read image {os.fspath(path)!r}: there is no such file")
+    if os.path.getsize(path) == 0:
+        raise ValueError(f"cannot read image {os.fspath(path)!r}: the file is empty; restore it or remove it")
+    try:
+        with Image.open(path) as image:
+            image.convert("RGB")
+    except _DAMAGE as error:
+        reason = "it is not an image" if isinstance(error, UnidentifiedImageError) else f"it is damaged ({error})"
+        raise ValueError(f"cannot read image {os.fspath(path)!r}: {reason}; restore it or remove it") from error
+
+
+class ReadableDataset(Dataset[Any]):
+    """A torchreid data set that checks an entry's images before it reads them for the first time.
+
+    Every attribute of the wrapped data set (``data``, ``train``, ``num_train_pids``, ...) can be read here too.
+
+    Args:
+        dataset: torchreid's image or video data set: ``dataset.data[i][0]`` is a path or a sequence of paths.
+
+    Raises:
+        ValueError: on reading an entry one of whose images cannot be read; the message names the image.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self._checked = torch.zeros(len(dataset), dtype=torch.uint8)
+        self._checked.share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        if not self._checked[index]:
+            paths = self.dataset.data[index][0]
+            for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+                check_image(path)
+            self._checked[index] = 1
+        return self.dataset[index]
+
+    def __getattr__(self, name: str) -> Any:
+        # Copying and unpickling ask for attributes before there is a data set to ask.
+        if name.startswith("__") or "dataset" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.dataset, name)
+
+
+def readable(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Returns a loader like ``loader`` that raises on an unreadable image instead of trying again for ever.
+
+    The sampler (or batch sampler), generator and functions are the same objects, so the order of batches and the
+    random numbers drawn are the same. A loader that this function returned is returned unchanged.
+
+    Args:
+        loader: over one of torchreid's data sets.
+
+    Raises:
+        ValueError: if the data set is iterable-style, or has no ``data`` to take paths from.
+    """
+    dataset: Any = loader.dataset
+    if isinstance(dataset, ReadableDataset):
+        return loader
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "data"):
+        kind = type(dataset).__name__
+        raise ValueError(f"{kind} is not a torchreid data set: it lacks `data`, a list of (path, pid, ...)")
+    options: dict[str, Any] = {
+        name: getattr(loader, name)
+        for name in (
+            "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
+            "generator", "prefetch_factor", "persistent_workers", "pin_memory_device",
+        )
+    }  # fmt: skip
+    if hasattr(loader, "in_order"):
+        # Since torch 2.6.
+        options["in_order"] = loader.in_order
+    if loader.batch_size is None and loader.batch_sampler is not None:
+        options["batch_sampler"] = loader.batch_sampler
+    else:
+        options.update(batch_size=loader.batch_size, sampler=loader.sampler, drop_last=loader.drop_last)
+    return DataLoader(ReadableDataset(dataset), **options)
