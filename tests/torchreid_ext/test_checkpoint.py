@@ -1,0 +1,115 @@
+"""Checkpoints: whole or not at all, safe to read, and honest about what fits."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+import torchreid
+from torch import nn
+
+from torchreid_ext import checkpoint
+
+
+def trained(seed=0):
+    torch.manual_seed(seed)
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4])
+    for _ in range(3):
+        model(torch.randn(5, 3)).sum().backward()
+        optimizer.step()
+        scheduler.step()
+    return model, optimizer, scheduler
+
+
+def state_of(model, optimizer, scheduler):
+    parts = {"state_dict": model, "optimizer": optimizer, "scheduler": scheduler}
+    return {"epoch": 3, "rank1": 0.5, **{name: part.state_dict() for name, part in parts.items()}}
+
+
+def test_what_is_saved_is_resumed(tmp_path):
+    parts = trained()
+    checkpoint.save(state_of(*parts), tmp_path / "new" / "a.pth")
+    twin = trained(seed=1)
+    assert checkpoint.resume(tmp_path / "new" / "a.pth", *twin) == 3
+    for part, other in zip(parts, twin, strict=True):
+        torch.testing.assert_close(part.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
+def test_torchreids_own_checkpoint_loads(tmp_path):
+    state = state_of(*trained()) | {"rank1": np.float32(0.25)}
+    torchreid.utils.save_checkpoint(state, str(tmp_path))
+    with pytest.raises(Exception, match="weights_only"):
+        torch.load(tmp_path / "model.pth.tar-3")
+    assert checkpoint.load(tmp_path / "model.pth.tar-3")["rank1"] == 0.25
+
+
+def test_a_failing_write_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "a.pth"
+    checkpoint.save({"epoch": 1}, path)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save({"epoch": 2}, path)
+    assert checkpoint.load(path) == {"epoch": 1}
+    assert os.listdir(tmp_path) == ["a.pth"]
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("echo exploded > exploded",)
+
+
+def test_a_pickle_bomb_is_refused_and_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Bomb()}, "bomb.pth")
+    with pytest.raises(ValueError, match=r"checkpoint 'bomb.pth' is refused: it asks for .*system"):
+        checkpoint.load("bomb.pth")
+    assert os.listdir() == ["bomb.pth"]
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 1500])
+def test_a_truncated_file_is_refused(tmp_path, size):
+    path = tmp_path / "a.pth"
+    checkpoint.save(state_of(*trained()), path)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match=r"a.pth' is .*damaged"):
+        checkpoint.load(path)
+
+
+def test_missing_and_wrong_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere.pth' does not exist"):
+        checkpoint.load(tmp_path / "nowhere.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="holds a list"):
+        checkpoint.load(tmp_path / "list.pth")
+
+
+def test_load_weights_says_what_does_not_fit(tmp_path):
+    saved = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 7))
+    # As torch.nn.DataParallel names them.
+    torch.save({f"module.{name}": value for name, value in saved.state_dict().items()}, tmp_path / "w.pth")
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 5))
+    head = model[1].weight.clone()
+    assert checkpoint.load_weights(model, tmp_path / "w.pth") == ["1.bias", "1.weight"]
+    assert torch.equal(model[0].weight, saved[0].weight)
+    assert torch.equal(model[1].weight, head)
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    checkpoint.save(nn.Linear(3, 2).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"no weight in .* fits the model: it has weight, bias.*check model.name"):
+        checkpoint.load_weights(nn.Linear(5, 5), tmp_path / "w.pth")
+
+
+def test_resuming_another_run_is_refused(tmp_path):
+    model, optimizer, scheduler = trained()
+    checkpoint.save({"state_dict": model.state_dict(), "epoch": 1}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="has no 'optimizer'"):
+        checkpoint.resume(tmp_path / "w.pth", model, optimizer, scheduler)
+    with pytest.raises(ValueError, match="does not fit this run's state_dict"):
+        checkpoint.resume(tmp_path / "w.pth", nn.Linear(9, 9), None, None)

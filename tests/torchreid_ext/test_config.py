@@ -1,0 +1,229 @@
+"""The configuration: torchreid's keys and defaults, ours, and what happens to mistakes."""
+
+import pytest
+import torch
+import torchreid
+from toy_data import make_image_manager, make_video_manager
+
+from pml_drsl import DRSLoss
+from torchreid_ext import build_engine, config, engines, get_default_config
+
+# torchreid 1.4.0, scripts/default_config.py, written out.
+TORCHREID = {
+    "model": {"name": "resnet50", "pretrained": True, "load_weights": "", "resume": ""},
+    "data": {
+        "type": "image",
+        "root": "reid-data",
+        "sources": ["market1501"],
+        "targets": ["market1501"],
+        "workers": 4,
+        "split_id": 0,
+        "height": 256,
+        "width": 128,
+        "combineall": False,
+        "transforms": ["random_flip"],
+        "k_tfm": 1,
+        "norm_mean": [0.485, 0.456, 0.406],
+        "norm_std": [0.229, 0.224, 0.225],
+        "save_dir": "log",
+        "load_train_targets": False,
+    },
+    "market1501": {"use_500k_distractors": False},
+    "cuhk03": {"labeled_images": False, "classic_split": False, "use_metric_cuhk03": False},
+    "sampler": {
+        "train_sampler": "RandomSampler",
+        "train_sampler_t": "RandomSampler",
+        "num_instances": 4,
+        "num_cams": 1,
+        "num_datasets": 1,
+    },
+    "video": {"seq_len": 15, "sample_method": "evenly", "pooling_method": "avg"},
+    "train": {
+        "optim": "adam",
+        "lr": 0.0003,
+        "weight_decay": 5e-4,
+        "max_epoch": 60,
+        "start_epoch": 0,
+        "batch_size": 32,
+        "fixbase_epoch": 0,
+        "open_layers": ["classifier"],
+        "staged_lr": False,
+        "new_layers": ["classifier"],
+        "base_lr_mult": 0.1,
+        "lr_scheduler": "single_step",
+        "stepsize": [20],
+        "gamma": 0.1,
+        "print_freq": 20,
+        "seed": 1,
+    },
+    "sgd": {"momentum": 0.9, "dampening": 0.0, "nesterov": False},
+    "rmsprop": {"alpha": 0.99},
+    "adam": {"beta1": 0.9, "beta2": 0.999},
+    "loss": {
+        "name": "softmax",
+        "softmax": {"label_smooth": True},
+        "triplet": {"margin": 0.3, "weight_t": 1.0, "weight_x": 0.0},
+    },
+    "test": {
+        "batch_size": 100,
+        "dist_metric": "euclidean",
+        "normalize_feature": False,
+        "ranks": [1, 5, 10, 20],
+        "evaluate": False,
+        "eval_freq": -1,
+        "start_eval": 0,
+        "rerank": False,
+        "visrank": False,
+        "visrank_topk": 10,
+    },
+}
+
+
+def subset(actual, wanted):
+    return {
+        key: subset(actual[key], value) if isinstance(value, dict) else actual[key] for key, value in wanted.items()
+    }
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+def test_every_key_of_torchreid_has_its_default():
+    assert subset(get_default_config(), TORCHREID) == TORCHREID
+
+
+def test_defaults_are_not_shared():
+    get_default_config().data.sources.append("x")
+    assert get_default_config().data.sources == ["market1501"]
+
+
+def test_drsl_defaults_are_those_of_the_loss():
+    drsl, loss = get_default_config().loss.drsl, DRSLoss()
+    assert (drsl.temperature, drsl.sort_weight, drsl.margin) == (loss.temperature, loss.sort_weight, loss.margin)
+
+
+def test_a_file_overrides_its_base_and_words_override_the_file(tmp_path):
+    write(tmp_path / "base.yaml", "train: {lr: 0.1, max_epoch: 3}\nloss: {name: drsl}")
+    path = write(tmp_path / "child.yaml", "base: base.yaml\ntrain: {lr: 1, stepsize: 7}")
+    cfg = get_default_config()
+    cfg.merge_from_file(path)
+    cfg.merge_from_list(["train.max_epoch", "5", "data.sources", "toy", "test.ranks", "[1, 3]"])
+    assert (cfg.train.lr, cfg.train.max_epoch, cfg.train.stepsize, cfg.loss.name) == (1.0, 5, [7], "drsl")
+    assert isinstance(cfg.train.lr, float)
+    assert (cfg.data.sources, cfg.test.ranks) == (["toy"], [1, 3])
+
+
+def test_data_sets_of_ones_own_are_free_keys(tmp_path):
+    cfg = get_default_config()
+    cfg.merge_from_file(write(tmp_path / "a.yaml", "datasets: {mine: {folder: here, query_cameras: ['1']}}"))
+    cfg.merge_from_list(["datasets.mine.folder", "there"])
+    assert cfg.datasets.mine == {"folder": "there", "query_cameras": ["1"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("loss: {drsl: {temprature: 1}}", "unknown config key 'loss.drsl.temprature'.*'loss.drsl.temperature'"),
+        ("optim: adam", "unknown config key 'optim'.*did you mean"),
+        ("train: {lr: fast}", "'train.lr' takes a float such as 0.0003, got 'fast'"),
+        ("train: {max_epoch: 1.5}", "'train.max_epoch' takes a int"),
+        ("test: {evaluate: 1}", "'test.evaluate' takes a bool"),
+        ("datasets: {mine: 3}", "'datasets.mine' takes the options of a data set, got 3"),
+        ("- 1", "must hold keys and values"),
+        ("a: [", "is not YAML"),
+        ("base: nowhere.yaml", "nowhere.yaml does not exist"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        get_default_config().merge_from_file(write(tmp_path / "wrong.yaml", text))
+
+
+def test_wrong_words_are_refused():
+    with pytest.raises(ValueError, match=r"KEY VALUE pairs, got 1 words: train\.lr"):
+        get_default_config().merge_from_list(["train.lr"])
+    with pytest.raises(ValueError, match=r"'train.max_epochs' in the command line; did you mean 'train.max_epoch'"):
+        get_default_config().merge_from_list(["train.max_epochs", "3"])
+
+
+@pytest.mark.parametrize("data_type", ["image", "video"])
+@pytest.mark.parametrize("loss", ["softmax", "triplet", "drsl"])
+def test_build_engine(tmp_path, data_type, loss):
+    cfg = get_default_config()
+    cfg.merge_from_list(["data.type", data_type, "loss.name", loss, "model.name", "osnet_x0_25"])
+    cfg.merge_from_list(["model.pretrained", "False", "loss.drsl.temperature", 0.5, "loss.drsl.weight_x", 0.25])
+    cfg.merge_from_list(["video.pooling_method", "max", "loss.triplet.margin", 0.7, "use_gpu", False])
+    manager = (make_image_manager if data_type == "image" else make_video_manager)(tmp_path)
+    model = config.build_model(cfg, manager.num_train_pids)
+    optimizer = config.build_optimizer(cfg, model)
+    engine = build_engine(cfg, manager, model, optimizer, config.build_scheduler(cfg, optimizer))
+    assert isinstance(
+        engine, getattr(engines, f"{data_type.title()}{'DRSL' if loss == 'drsl' else loss.title()}Engine")
+    )
+    if loss != "drsl":
+        assert isinstance(engine, getattr(torchreid.engine, f"{data_type.title()}{loss.title()}Engine"))
+    if data_type == "video":
+        assert engine.pooling_method == "max"
+    if loss == "drsl":
+        assert (engine.criterion.temperature, engine.weight_x) == (0.5, 0.25)
+    if loss == "triplet":
+        assert engine.criterion_t.margin == 0.7
+    assert engine.run(str(tmp_path / "log"), max_epoch=1)
+
+
+def test_scheduler_none():
+    cfg = get_default_config()
+    cfg.train.lr_scheduler = "none"
+    assert config.build_scheduler(cfg, torch.optim.SGD([torch.zeros(1)], lr=1)) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.sources", "marekt1501"], "marekt1501"),
+        (["data.type", "text"], "data.type must be one of image, video, got 'text'"),
+        (["sampler.train_sampler", "MySampler"], "train_sampler must be one of"),
+    ],
+)
+def test_wrong_data_is_refused(tmp_path, words, message):
+    cfg = get_default_config()
+    cfg.merge_from_list(["data.root", str(tmp_path), "data.sources", "toy", "data.targets", "toy", *words])
+    make_image_manager(tmp_path)  # registers toy
+    with pytest.raises(ValueError, match=message):
+        config.build_datamanager(cfg)
+
+
+def test_missing_data_are_refused_and_leave_nothing_behind(tmp_path):
+    cfg = get_default_config()
+    for root in (tmp_path / "nowhere", tmp_path):
+        cfg.data.root = str(root)
+        with pytest.raises(ValueError, match=rf"cannot read market1501 market1501 below data.root '{root}'.*--root"):
+            config.build_datamanager(cfg)
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_the_sampler_cannot_fill_is_refused(tmp_path):
+    make_image_manager(tmp_path)
+    cfg = get_default_config()
+    words = [
+        "data.root",
+        str(tmp_path / "toy"),
+        "data.sources",
+        "toy",
+        "data.targets",
+        "toy",
+        "train.batch_size",
+        "400",
+    ]
+    cfg.merge_from_list([*words, "sampler.train_sampler", "RandomIdentitySampler"])
+    with pytest.raises(ValueError, match=r"cannot fill a batch: train.batch_size 400.*num_instances 4"):
+        config.build_datamanager(cfg)
+
+
+def test_an_unknown_model_is_refused():
+    cfg = get_default_config()
+    cfg.model.name = "resnet5"
+    with pytest.raises(ValueError, match=r"model.name: Unknown model: resnet5. Must be one of"):
+        config.build_model(cfg, 3)

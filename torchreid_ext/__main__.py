@@ -1,0 +1,138 @@
+"""The launcher: trains and tests from a config file, with torchreid's own command line."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+
+from torchreid_ext import checkpoint, config, evaluation
+from torchreid_ext.keys import describe
+
+EPILOG = """examples:
+  drsl-train --config-file configs/demo.yaml
+  drsl-train --config-file configs/omniglot.yaml --root FOLDER
+  drsl-train -s market1501 -t market1501 dukemtmcreid --root reid-data loss.name drsl train.max_epoch 60
+
+config keys, with their defaults:
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns its exit status: 0, or 2 for bad input, explained on stderr."""
+    args = _parser().parse_args(arguments)
+    try:
+        cfg = read_config(args)
+        with logged(Path(cfg.data.save_dir), "test" if cfg.test.evaluate else "train"):
+            train(cfg)
+    except (ValueError, FloatingPointError) as error:
+        print(f"drsl-train: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "drsl-train", description=__doc__, epilog=EPILOG + describe(), formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--config-file", metavar="FILE", help="YAML file of config keys")
+    parser.add_argument("-s", "--sources", nargs="+", metavar="NAME", help="data sets to train on")
+    parser.add_argument("-t", "--targets", nargs="+", metavar="NAME", help="data sets to test on")
+    parser.add_argument("--transforms", nargs="+", metavar="NAME", help="augmentations")
+    parser.add_argument("--root", metavar="FOLDER", help="folder that holds the data sets")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys to change, in pairs")
+    return parser
+
+
+def read_config(args: argparse.Namespace) -> config.Config:
+    """Defaults, overridden by the file, then the flags, then the KEY VALUE pairs."""
+    cfg = config.get_default_config()
+    if args.config_file:
+        cfg.merge_from_file(args.config_file)
+    flags = {"root": args.root, "sources": args.sources, "targets": args.targets, "transforms": args.transforms}
+    for name, value in flags.items():
+        if value:
+            cfg.data[name] = value
+    cfg.merge_from_list(args.opts)
+    if cfg.loss.name == "triplet" and cfg.loss.triplet.weight_x == 0 and cfg.train.fixbase_epoch > 0:
+        raise ValueError("train.fixbase_epoch trains the classifier alone, which loss.triplet.weight_x 0 leaves out")
+    return cfg
+
+
+def train(cfg: config.Config) -> dict[str, Any]:
+    """Trains and tests as configured; returns the last test's results by target."""
+    print(f"Configuration\n{cfg}\n")
+    seed_everything(cfg.train.seed)
+    datamanager = config.build_datamanager(cfg)
+    model = config.build_model(cfg, datamanager.num_train_pids)
+    print(f"Model {cfg.model.name}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    if cfg.model.load_weights:
+        unused = checkpoint.load_weights(model, cfg.model.load_weights)
+        print(f'Loaded weights from "{cfg.model.load_weights}"' + (f", but for {', '.join(unused)}" if unused else ""))
+    optimizer = config.build_optimizer(cfg, model)
+    scheduler = config.build_scheduler(cfg, optimizer)
+    if cfg.model.resume:
+        cfg.train.start_epoch = checkpoint.resume(cfg.model.resume, model, optimizer, scheduler)
+        print(f'Resuming from "{cfg.model.resume}" after epoch {cfg.train.start_epoch}')
+    engine = config.build_engine(cfg, datamanager, model, optimizer, scheduler)
+    if cfg.loss.name != "softmax" and cfg.sampler.train_sampler != "RandomIdentitySampler":
+        print(
+            f"Note: {cfg.loss.name} needs several images of an identity in a batch: set sampler.train_sampler to "
+            f"RandomIdentitySampler, now {cfg.sampler.train_sampler}",
+            file=sys.stderr,
+        )
+
+    columns = {}
+    if cfg.test.untrained and not cfg.test.evaluate:
+        print("=> Test before training")
+        columns["untrained"] = engine.test(**config.test_arguments(cfg))
+    columns["trained"] = engine.run(**config.run_arguments(cfg))
+    if len(columns) > 1:
+        evaluation.print_side_by_side(columns, cfg.test.ranks)
+    print(f'Checkpoints, TensorBoard log and metrics.json are in "{cfg.data.save_dir}"')
+    return columns["trained"]
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds the generators of python, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def logged(folder: Path, name: str) -> Iterator[None]:
+    """Copies what is printed to ``folder/NAME.log-TIME``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.log-{time.strftime('%Y-%m-%d-%H-%M-%S')}"
+    with open(path, "w") as file, contextlib.redirect_stdout(_Tee(sys.stdout, file)):
+        yield
+
+
+class _Tee:
+    def __init__(self, *streams: TextIO) -> None:
+        self._streams = streams
+
+    def write(self, text: str) -> int:
+        for stream in self._streams:
+            stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        for stream in self._streams:
+            stream.flush()
+
+    def isatty(self) -> bool:
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())
