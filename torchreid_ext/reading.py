@@ -90,6 +90,11 @@ def readable(loader: DataLoader[Any]) -> DataLoader[Any]:
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "data"):
         kind = type(dataset).__name__
         raise ValueError(f"{kind} is not a torchreid data set: it lacks `data`, a list of (path, pid, ...)")
+    return rebuilt(loader, ReadableDataset(dataset))
+
+
+def rebuilt(loader: DataLoader[Any], dataset: Any, **changes: Any) -> DataLoader[Any]:
+    """A loader with the settings of ``loader`` over another data set; ``changes`` are arguments of ``DataLoader``."""
     options: dict[str, Any] = {
         name: getattr(loader, name)
         for name in (
@@ -100,8 +105,9 @@ def readable(loader: DataLoader[Any]) -> DataLoader[Any]:
     if hasattr(loader, "in_order"):
         # Since torch 2.6.
         options["in_order"] = loader.in_order
-    if loader.batch_size is None and loader.batch_sampler is not None:
-        options["batch_sampler"] = loader.batch_sampler
-    else:
-        options.update(batch_size=loader.batch_size, sampler=loader.sampler, drop_last=loader.drop_last)
-    return DataLoader(ReadableDataset(dataset), **options)
+    if "batch_sampler" not in changes:
+        if loader.batch_size is None and loader.batch_sampler is not None:
+            options["batch_sampler"] = loader.batch_sampler
+        else:
+            options.update(batch_size=loader.batch_size, sampler=loader.sampler, drop_last=loader.drop_last)
+    return DataLoader(dataset, **options | changes)

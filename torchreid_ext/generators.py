@@ -1,0 +1,65 @@
+"""The global random number generators of python, numpy and torch: seeded, recorded and left alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds the generators of python, numpy and torch, CUDA included."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def state() -> dict[str, Any]:
+    """The state of the generators, in numbers, tensors and containers alone."""
+    _, keys, *numpy = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": [keys.tolist(), *numpy],  # type: ignore[union-attr]
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore(saved: dict[str, Any]) -> None:
+    """Gives the generators a recorded state; that of CUDA only where there are as many devices as there were."""
+    version, keys, gauss = saved["python"]
+    random.setstate((version, tuple(keys), gauss))
+    keys, position, has_gauss, cached_gauss = saved["numpy"]
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached_gauss))
+    torch.set_rng_state(saved["torch"])
+    if torch.cuda.is_available() and len(saved["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(saved["cuda"])
+
+
+@contextmanager
+def untouched() -> Iterator[None]:
+    """Restores the generators on leaving."""
+    before = state()
+    try:
+        yield
+    finally:
+        restore(before)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds the generators of the CPU, and restores them on leaving: cheap enough to do for every image."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)

@@ -1,0 +1,103 @@
+"""Training batches whose randomness travels with them, so that a resumed epoch is the epoch it would have been.
+
+torchreid's augmentations draw from the global generators of whichever process reads an image. Here every draw of an
+image carries a seed of its own: what becomes of it does not depend on the number of workers, on how long they have
+lived, or on what they read before.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from torchreid_ext import generators
+from torchreid_ext.reading import rebuilt
+
+
+class Draw(NamedTuple):
+    """One entry of a batch: a sample's index, the seed of its epoch, and its position in the epoch."""
+
+    sample: int
+    epoch_seed: int
+    position: int
+
+
+class SeededBatches(Sampler[list[Draw]]):
+    """The batches of a batch sampler, each index with its seed.
+
+    An epoch draws from the global generators when its first batch is asked for, and then no more: how far a loader
+    reads ahead changes nothing.
+    """
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        batches = list(self.batches)
+        epoch_seed = int(torch.randint(2**62, ()))
+        position = 0
+        for batch in batches:
+            yield [Draw(sample, epoch_seed, position + place) for place, sample in enumerate(batch)]
+            position += len(batch)
+
+
+class SeededDataset(Dataset[Any]):
+    """Reads a ``Draw`` of a data set under its seed.
+
+    A ``transform`` with a memory (torchreid's ``random_patch`` pastes what it cut from earlier images) starts each
+    epoch as it was at construction. Every attribute of the wrapped data set can be read here too.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        inner = dataset
+        while hasattr(inner, "dataset"):
+            inner = inner.dataset
+        self._inner = inner
+        self._transform = copy.deepcopy(getattr(inner, "transform", None))
+        self._epoch_seed: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, draw: Draw) -> Any:
+        if draw.epoch_seed != self._epoch_seed and self._transform is not None:
+            self._inner.transform = copy.deepcopy(self._transform)
+            self._epoch_seed = draw.epoch_seed
+        with generators.seeded(draw.epoch_seed + draw.position):
+            return self.dataset[draw.sample]
+
+    def __getattr__(self, name: str) -> Any:
+        # Copying and unpickling ask for attributes before there is a data set to ask.
+        if name.startswith("_") or "dataset" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.dataset, name)
+
+
+def repeatable(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """A loader like ``loader`` whose epochs depend on the state of the global generators at their start, and on
+    nothing else; its workers live on from epoch to epoch.
+
+    Raises:
+        ValueError: for a loader without batches.
+    """
+    if isinstance(loader.dataset, SeededDataset):
+        return loader
+    if loader.batch_sampler is None:
+        raise ValueError("the training loader must make batches: give it a batch_size or a batch_sampler")
+    return rebuilt(
+        loader,
+        SeededDataset(loader.dataset),
+        batch_sampler=SeededBatches(loader.batch_sampler),
+        persistent_workers=loader.num_workers > 0,
+        # From its generator a loader seeds its workers, once in their life. Were it the global one, a resumed run
+        # would draw from that where an uninterrupted one does not.
+        generator=torch.Generator(),
+    )
