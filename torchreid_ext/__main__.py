@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import random
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
-import torch
+import yaml
 
-from torchreid_ext import checkpoint, config, evaluation
+from torchreid_ext import checkpoint, config, evaluation, generators
 from torchreid_ext.keys import describe
+from torchreid_ext.samplers import SAMPLERS
 
 EPILOG = """examples:
   drsl-train --config-file configs/demo.yaml
@@ -27,16 +27,32 @@ config keys, with their defaults:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns its exit status: 0, or 2 for bad input, explained on stderr."""
+    """Runs the command line.
+
+    Returns:
+        The exit status: 0; 2 for bad input, explained on stderr; 128 and the signal's number for a run that SIGTERM
+        or SIGINT stopped.
+    """
     args = _parser().parse_args(arguments)
     try:
         cfg = read_config(args)
         with logged(Path(cfg.data.save_dir), "test" if cfg.test.evaluate else "train"):
             train(cfg)
-    except (ValueError, FloatingPointError) as error:
-        print(f"drsl-train: {error}", file=sys.stderr)
+    except (ValueError, FloatingPointError, OSError) as error:
+        print(f"drsl-train: {_message(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stop:
+        print(f"drsl-train: {stop or 'stopped'}", file=sys.stderr)
+        return 128 + getattr(stop, "signal", signal.SIGINT)
     return 0
+
+
+def _message(error: Exception) -> str:
+    """What an error says; of one in a loader's worker, whose traceback torch makes a part of it, the last line."""
+    message = str(error)
+    if "in DataLoader worker process" not in message:
+        return message
+    return message.rstrip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,15 +78,14 @@ def read_config(args: argparse.Namespace) -> config.Config:
         if value:
             cfg.data[name] = value
     cfg.merge_from_list(args.opts)
-    if cfg.loss.name == "triplet" and cfg.loss.triplet.weight_x == 0 and cfg.train.fixbase_epoch > 0:
-        raise ValueError("train.fixbase_epoch trains the classifier alone, which loss.triplet.weight_x 0 leaves out")
+    config.check(cfg)
     return cfg
 
 
 def train(cfg: config.Config) -> dict[str, Any]:
     """Trains and tests as configured; returns the last test's results by target."""
     print(f"Configuration\n{cfg}\n")
-    seed_everything(cfg.train.seed)
+    generators.seed_everything(cfg.train.seed)
     datamanager = config.build_datamanager(cfg)
     model = config.build_model(cfg, datamanager.num_train_pids)
     print(f"Model {cfg.model.name}: {sum(p.numel() for p in model.parameters()):,} parameters")
@@ -79,19 +94,23 @@ def train(cfg: config.Config) -> dict[str, Any]:
         print(f'Loaded weights from "{cfg.model.load_weights}"' + (f", but for {', '.join(unused)}" if unused else ""))
     optimizer = config.build_optimizer(cfg, model)
     scheduler = config.build_scheduler(cfg, optimizer)
-    if cfg.model.resume:
-        cfg.train.start_epoch = checkpoint.resume(cfg.model.resume, model, optimizer, scheduler)
-        print(f'Resuming from "{cfg.model.resume}" after epoch {cfg.train.start_epoch}')
     engine = config.build_engine(cfg, datamanager, model, optimizer, scheduler)
-    if cfg.loss.name != "softmax" and cfg.sampler.train_sampler != "RandomIdentitySampler":
+    if cfg.loss.name != "softmax" and cfg.sampler.train_sampler not in SAMPLERS:
         print(
             f"Note: {cfg.loss.name} needs several images of an identity in a batch: set sampler.train_sampler to "
             f"RandomIdentitySampler, now {cfg.sampler.train_sampler}",
             file=sys.stderr,
         )
 
+    engine.config = config.flat(cfg)
+    if cfg.model.resume:
+        cfg.train.start_epoch = engine.resume(cfg.model.resume, cfg.data.save_dir)
+        if cfg.test.evaluate and not cfg.train.start_epoch:
+            raise ValueError("test.evaluate: model.resume auto found no checkpoint to test")
+    write_config(cfg)
+
     columns = {}
-    if cfg.test.untrained and not cfg.test.evaluate:
+    if cfg.test.untrained and not cfg.test.evaluate and not cfg.train.start_epoch:
         print("=> Test before training")
         columns["untrained"] = engine.test(**config.test_arguments(cfg))
     columns["trained"] = engine.run(**config.run_arguments(cfg))
@@ -101,11 +120,10 @@ def train(cfg: config.Config) -> dict[str, Any]:
     return columns["trained"]
 
 
-def seed_everything(seed: int) -> None:
-    """Seeds the generators of python, numpy and torch."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+def write_config(cfg: config.Config) -> None:
+    """Writes the whole configuration to ``config.yaml`` beside the results, for --config-file."""
+    with checkpoint.replacing(Path(cfg.data.save_dir, "config.yaml")) as file:
+        file.write(yaml.safe_dump(config.plain(cfg), sort_keys=False).encode())
 
 
 @contextlib.contextmanager

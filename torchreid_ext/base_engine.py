@@ -1,46 +1,68 @@
-"""What every engine here adds to torchreid's: checkpoints that load, exact evaluation, and checks before training."""
+"""What every engine here adds to torchreid's: training that can be interrupted, resumed and depended on."""
 
 from __future__ import annotations
 
 import datetime
-import json
-import random
+import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torchreid
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from pml_drsl.accuracy import RetrievalResult
-from torchreid_ext import checkpoint, evaluation
+from torchreid_ext import checkpoint, generators, states
+from torchreid_ext.freezing import Layers
+from torchreid_ext.history import History
+from torchreid_ext.interrupts import Interrupted, StopRequest
+from torchreid_ext.logs import EpochLog
 from torchreid_ext.reading import readable
+from torchreid_ext.repeating import repeatable
+from torchreid_ext.resuming import compare
+from torchreid_ext.stepping import Stepper
+from torchreid_ext.testing import Tester
 
 
-class BaseEngine(torchreid.engine.Engine):
+class BaseEngine(Tester, torchreid.engine.Engine):
     """An ``Engine`` of torchreid that can be depended on; mixes into the host's engines too.
 
     Attributes:
         results: of the last test, by target.
+        rank1: of the last test, on its last target.
+        best: mean mAP over the targets of the best test so far, and the epoch after which it was.
+        config: flat configuration of the run (dotted key, plain value), saved with it and compared on resuming.
+        skipped: steps left out because their loss was not finite.
+        stepper: steps the optimizers in the precision asked for.
+        stop: whether a signal asked the run to stop.
 
     Raises:
-        ValueError: at construction, if the training loader cannot fill one batch.
+        ValueError: at construction, if the training loader cannot fill one batch or knows one identity alone.
     """
 
     def __init__(self, datamanager: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(datamanager, *args, **kwargs)
         self.results: dict[str, RetrievalResult] = {}
-        self.train_loader = readable(datamanager.train_loader)
+        self.best: dict[str, float] = {"mAP": -1.0, "epoch": 0}
+        self.config: dict[str, Any] = {}
+        self.skipped = self.batch_idx = self.max_epoch = 0
+        self.stop = StopRequest()
+        self.rank1 = 0.0
+        self.stepper = Stepper()
+        self._skip_nonfinite = False
+        self._history: History | None = None
+        self._start: dict[str, Any] | None = None
+        self._resumed: dict[str, Any] = {}
+        self._resumed_from: Path | None = None
+        self._layers: dict[nn.Module, Layers] = {}
+        check_trains(datamanager)
+        self.train_loader = repeatable(readable(datamanager.train_loader))
         self.test_loader = {
             target: {split: readable(loader) for split, loader in splits.items()}
             for target, splits in datamanager.test_loader.items()
         }
-        check_fills_a_batch(self.train_loader)
 
     def run(
         self,
@@ -55,15 +77,23 @@ class BaseEngine(torchreid.engine.Engine):
         test_only: bool = False,
         visrank: bool = False,
         picture: int = 0,
+        checkpoint_freq: int = 1,
+        keep_checkpoints: int = 3,
+        amp: str = "off",
+        compiled: bool = False,
+        skip_nonfinite: bool = False,
         **test_arguments: Any,
     ) -> dict[str, RetrievalResult]:
         """Trains, tests and saves, as torchreid's pipeline does; returns the last test's results by target.
 
+        On SIGTERM or SIGINT it stops after the batch at hand, with the state in which the epoch began saved: resumed,
+        it repeats that epoch, exactly.
+
         Args:
             save_dir: where checkpoints, the TensorBoard log, metrics and pictures go.
             max_epoch: epoch to train to.
-            start_epoch: epoch to start from.
-            print_freq: batches between two lines of the log.
+            start_epoch: epoch to start from: what ``resume`` returned.
+            print_freq: batches between two lines of the log, >= 1.
             fixbase_epoch: epochs at the start that train only ``open_layers``.
             open_layers: names of those layers.
             start_eval: first epoch to test after.
@@ -71,153 +101,232 @@ class BaseEngine(torchreid.engine.Engine):
             test_only: test, and do not train.
             visrank: draw the ranking of every query in the last test.
             picture: queries on the page of rankings drawn in the last test.
+            checkpoint_freq: epochs between checkpoints, >= 1; one is saved after every test too.
+            keep_checkpoints: how many to keep, besides the last and the best; 0 keeps all.
+            amp: precision of the network in training: ``"off"``, ``"bf16"`` or ``"fp16"``.
+            compiled: compile the network for training.
+            skip_nonfinite: leave out a step whose loss is not finite, instead of stopping the run.
             **test_arguments: of ``test``.
+
+        Raises:
+            ValueError: for an argument out of its range.
+            FloatingPointError: for a loss, or weights, that are not finite.
+            Interrupted: when a signal asked to stop; everything is saved.
         """
         test_arguments["save_dir"] = save_dir
         last = {**test_arguments, "visrank": visrank, "picture": picture}
         if test_only:
             return self.test(**last)
-        started = time.monotonic()
+        for name, value in (("checkpoint_freq", checkpoint_freq), ("print_freq", print_freq)):
+            if value < 1:
+                raise ValueError(f"train.{name} must be 1 or more, got {value}")
+        self._layers = {self.model: Layers(self.model)}
+        if fixbase_epoch > 0:
+            self._layers[self.model].check(_names(open_layers))
+        self._history = History(self._folder(save_dir), keep_checkpoints)
+        self._history.newest = self._resumed_from
+        self.stepper = Stepper(amp, compiled, self._device().type)
+        self._skip_nonfinite = skip_nonfinite
         self.start_epoch, self.max_epoch = start_epoch, max_epoch
-        self.writer = SummaryWriter(log_dir=save_dir)
+        started = time.monotonic()
+        # What an interrupted epoch wrote to the TensorBoard log is dropped when the epoch is repeated.
+        self.writer = SummaryWriter(
+            log_dir=save_dir, purge_step=start_epoch * len(self.train_loader) if self._resumed else None
+        )
         try:
-            print("=> Start training")
-            for self.epoch in range(start_epoch, max_epoch):
-                self.train(print_freq=print_freq, fixbase_epoch=fixbase_epoch, open_layers=open_layers)
-                done = self.epoch + 1
-                if done == max_epoch:
-                    print("=> Final test")
-                    self.save_model(self.epoch, self.test(**last), save_dir)
-                elif eval_freq > 0 and done >= start_eval and done % eval_freq == 0:
-                    self.save_model(self.epoch, self.test(**test_arguments), save_dir)
+            with self.stop:
+                states.restore_randomness(self, self._resumed)
+                self._resumed = {}
+                print("=> Start training" if start_epoch < max_epoch else f"=> Trained {start_epoch} epochs already")
+                for self.epoch in range(start_epoch, max_epoch):
+                    # What is on the disk need not be kept in memory.
+                    on_disk = self._history.saved_epoch == self.epoch
+                    self._start = None if on_disk else states.copied(states.of_engine(self, self.epoch))
+                    self.train(print_freq=print_freq, fixbase_epoch=fixbase_epoch, open_layers=open_layers)
+                    done = self.epoch + 1
+                    tested, is_best = done == max_epoch, False
+                    if tested:
+                        print("=> Final test")
+                        is_best = self._is_best(self.test(**last))
+                    elif eval_freq > 0 and done >= start_eval and done % eval_freq == 0:
+                        tested, is_best = True, self._is_best(self.test(**test_arguments))
+                    if tested or done % checkpoint_freq == 0:
+                        self._save(is_best)
+                if start_epoch >= max_epoch > 0:
+                    self.test(**last)
+        except (Interrupted, RuntimeError) as error:
+            # A worker of the loader may have got the signal too, and died of it.
+            stop, self.stop = self.stop, StopRequest()
+            if stop.signum is None:
+                raise
+            raise Interrupted(stop.signum, self._save_start_of_epoch(stop.signum)) from error
         finally:
             self.writer.close()
+            self._layers.pop(self.model).open_all()
+            self._start = None
         print(f"Elapsed {datetime.timedelta(seconds=round(time.monotonic() - started))}")
         return self.results
 
-    def test(
-        self,
-        dist_metric: str = "euclidean",
-        normalize_feature: bool = False,
-        visrank: bool = False,
-        visrank_topk: int = 10,
-        save_dir: str = "",
-        use_metric_cuhk03: bool = False,
-        ranks: tuple[int, ...] | list[int] = (1, 5, 10, 20),
-        rerank: bool = False,
-        picture: int = 0,
-    ) -> dict[str, RetrievalResult]:
-        """Tests on every target, prints as torchreid does, and writes ``save_dir/metrics.json``.
+    def train(self, print_freq: int = 10, fixbase_epoch: int = 0, open_layers: str | list[str] | None = None) -> None:
+        """Trains one epoch.
 
-        Leaves every random number generator as it was, so that training does not depend on how often it is tested.
-
-        Args:
-            dist_metric: ``"euclidean"`` or ``"cosine"``.
-            normalize_feature: give features unit norm first.
-            visrank: draw the ranking of every query, ``visrank_topk`` gallery entries each.
-            save_dir: where results go; empty writes none.
-            use_metric_cuhk03: CUHK03's single-gallery-shot protocol.
-            ranks: CMC ranks to print.
-            rerank: re-rank by k-reciprocal neighbours.
-            picture: queries whose rankings are drawn on one page, ``save_dir/ranking_TARGET.png``.
-
-        Returns:
-            The result of each target.
+        Raises:
+            FloatingPointError: for a loss that is not finite; with ``skip_nonfinite``, if that of every batch is not.
+            Interrupted: if the run is asked to stop.
         """
-        self.set_model_mode("eval")
-        self.results = {}
-        with untouched_generators():
-            for target, loaders in self.test_loader.items():
-                domain = "source" if target in self.datamanager.sources else "target"
-                print(f"##### Evaluating {target} ({domain}) #####")
-                features = evaluation.extract(self, loaders["query"]), evaluation.extract(self, loaders["gallery"])
-                search = evaluation.Search(*features, dist_metric, normalize_feature, rerank)
-                result = search.evaluate(single_gallery_shot=use_metric_cuhk03)
-                evaluation.print_result(result, ranks)
-                self.results[target] = result
-                if picture or visrank:
-                    self._draw(target, search, picture, visrank, visrank_topk, save_dir)
-                if self.writer is not None:
-                    self.writer.add_scalar(f"Test/{target}/rank1", result.rank(1), self.epoch)
-                    self.writer.add_scalar(f"Test/{target}/mAP", result.mAP, self.epoch)
-        if save_dir:
-            write_metrics(self.results, save_dir)
-        return self.results
-
-    def _draw(
-        self, target: str, search: evaluation.Search, picture: int, visrank: bool, topk: int, save_dir: str
-    ) -> None:
-        query, gallery = self.datamanager.fetch_test_loaders(target)
-        paths = [items[0] for items in query], [items[0] for items in gallery]
-        if picture:
-            # Evenly over the query set, so that the page shows many identities.
-            indices = np.linspace(0, len(query) - 1, min(picture, len(query))).astype(int).tolist()
-            page = evaluation.draw_rankings(
-                search, paths, indices, topk, Path(save_dir, f"ranking_{target}.png"), f"{target}: ranked gallery"
+        self.set_model_mode("train")
+        self.two_stepped_transfer_learning(self.epoch, fixbase_epoch, open_layers)
+        self.num_batches = len(self.train_loader)
+        log = EpochLog(self.epoch, self.max_epoch, self.num_batches, print_freq, self.writer)
+        skipped_before = self.skipped
+        for index, data in enumerate(log.batches(self.train_loader)):
+            self.batch_idx, skipped = index, self.skipped
+            summary = self.forward_backward(data)
+            if self.skipped == skipped:
+                log.add(index, summary, self.get_current_lr())
+            self.stop.check()
+        if self.skipped - skipped_before == self.batch_idx + 1:
+            raise FloatingPointError(
+                f"the loss of every batch of epoch {self.epoch + 1} is not finite{self._last_good()}"
             )
-            print(f'Picture of ranked results saved to "{page}"')
-        if visrank:
-            folder = Path(save_dir, f"visrank_{target}")
-            for index in range(len(query)):
-                evaluation.draw_rankings(
-                    search, paths, [index], topk, folder / f"query_{index:05d}.png", f"{target}: query {index}"
-                )
-            print(f'Rankings of {len(query)} queries saved to "{folder}"')
+        self.update_lr()
 
-    def save_model(self, epoch: int, rank1: Any, save_dir: str, is_best: bool = False) -> None:
-        """Writes ``save_dir/NAME/model.pth.tar-EPOCH`` for each registered model, as torchreid does, whole or not
-        at all, loadable with ``weights_only=True``, and with a scheduler only where there is one."""
-        results = rank1 if isinstance(rank1, dict) else {}
-        for name in self.get_model_names():
-            scheduler = self._scheds[name]
-            state = {
-                "state_dict": self._models[name].state_dict(),
-                "epoch": epoch + 1,
-                "rank1": list(results.values())[-1].rank(1) if results else float(rank1),
-                "optimizer": self._optims[name].state_dict(),
-            }
-            if scheduler is not None:
-                state["scheduler"] = scheduler.state_dict()
-            path = Path(save_dir, name, f"model.pth.tar-{epoch + 1}")
-            checkpoint.save(state, path)
-            print(f'Checkpoint saved to "{path}"')
-            if is_best:
-                checkpoint.save(state, path.with_name("model-best.pth.tar"))
+    def training_batch(self, data: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Images and identities of a batch, where the model is."""
+        images, pids = self.parse_data_for_train(data)
+        return images.to(self._device(), non_blocking=True), pids.to(self._device(), non_blocking=True)
+
+    def forward(self, images: Tensor) -> Any:
+        """What the model returns in training, in ``amp``'s precision inside and in float32 outside."""
+        if self._skip_nonfinite:
+            self._put_back = states.keep_buffers([self.model, *states.losses_of(self).values()])
+        return self.stepper.forward(self.model, images)
+
+    def step(self, loss: Tensor) -> None:
+        """Steps the optimizers of every registered model on a loss.
+
+        Raises:
+            FloatingPointError: if the loss is not finite, unless such steps are skipped.
+        """
+        if self._skip_nonfinite and not torch.isfinite(loss):
+            self._put_back()
+            self.skipped += 1
+            print(f"Skipped epoch {self.epoch + 1}, batch {self.batch_idx + 1}: the loss is {loss.item()}")
+            return
+        self.check_finite(loss)
+        self.stepper.step(loss, [optimizer for optimizer in self._optims.values() if optimizer is not None])
 
     def check_finite(self, loss: Tensor) -> None:
         """Raises FloatingPointError for a loss that is NaN or infinite, before it spoils the weights."""
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {loss.item()} in epoch {self.epoch + 1}, batch {self.batch_idx + 1}: "
-                f"try a smaller learning rate, now {self.get_current_lr()}"
+                f"try a smaller learning rate, now {self.get_current_lr()}{self._last_good()}"
             )
 
+    def two_stepped_transfer_learning(
+        self, epoch: int, fixbase_epoch: int, open_layers: str | list[str] | None, model: nn.Module | None = None
+    ) -> None:
+        """Opens all layers, or ``open_layers`` alone in the first epochs; what the user froze stays frozen."""
+        model = self.model if model is None else model
+        layers = self._layers.setdefault(model, Layers(model))
+        if epoch < fixbase_epoch and open_layers is not None:
+            print(f"* Only train {open_layers} (epoch: {epoch + 1}/{fixbase_epoch})")
+            layers.open_only(_names(open_layers))
+        else:
+            layers.open_all()
 
-def check_fills_a_batch(loader: Any) -> None:
-    """Raises ValueError if the loader would train on nothing, as torchreid silently does."""
-    with untouched_generators():
+    def save_model(self, epoch: int, rank1: float, save_dir: str, is_best: bool = False) -> None:
+        """Writes ``save_dir/model/model.pth.tar-EPOCH``, EPOCH counted from 1, as torchreid does."""
+        self.rank1 = float(rank1)
+        History(self._folder(save_dir)).save(states.of_engine(self, epoch + 1), epoch + 1, is_best)
+
+    def resume(self, path: str, save_dir: str = "log") -> int:
+        """Loads a checkpoint to go on from and returns its epoch, ``run``'s ``start_epoch``.
+
+        Args:
+            path: a checkpoint, ours or torchreid's, or ``"auto"``: the newest in ``save_dir`` that can be read.
+            save_dir: of the run, for ``"auto"``.
+
+        Raises:
+            ValueError: if there is nothing to load, it does not fit, or ``config`` differs in what cannot change.
+        """
+        if path == "auto":
+            found = History(self._folder(save_dir)).load_newest()
+            if found is None:
+                print(f"model.resume auto: there is no checkpoint in '{self._folder(save_dir)}'; starting anew")
+                return 0
+            path, state = str(found[0]), found[1]
+        else:
+            state = checkpoint.load(path)
+        training = state.get("training")
+        if training is None:
+            print(f"'{path}' is torchreid's own and holds no random state: training goes on, but not as it would have")
+        elif training["num_train_pids"] != self.datamanager.num_train_pids:
+            raise ValueError(
+                f"'{path}' was trained on {training['num_train_pids']} identities, and the sources have "
+                f"{self.datamanager.num_train_pids}"
+            )
+        elif training["config"] and self.config:
+            for line in compare(training["config"], self.config):
+                print(f"Config differs from the checkpoint's: {line}")
+        states.restore_engine(self, state, path)
+        self._resumed, self._resumed_from = state, Path(path)
+        print(f"Resuming from '{path}' after epoch {state['epoch']}")
+        return int(state["epoch"])
+
+    def _folder(self, save_dir: str) -> Path:
+        return Path(save_dir, self.get_model_names()[0])
+
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _is_best(self, results: dict[str, RetrievalResult]) -> bool:
+        if not results:
+            return False
+        mean_ap = sum(result.mAP for result in results.values()) / len(results)
+        self.rank1 = float(list(results.values())[-1].rank(1))
+        if mean_ap <= self.best["mAP"]:
+            return False
+        self.best = {"mAP": mean_ap, "epoch": self.epoch + 1}
+        return True
+
+    def _save(self, is_best: bool) -> None:
+        assert self._history is not None
+        for name, weights in self.model.state_dict().items():
+            if not torch.isfinite(weights).all():
+                raise FloatingPointError(f"{name} is not finite after epoch {self.epoch + 1}{self._last_good()}")
+        path = self._history.save(states.of_engine(self, self.epoch + 1), self.epoch + 1, is_best)
+        print(f'Checkpoint saved to "{path}"' + (f" (best so far: mAP {self.best['mAP']:.1%})" if is_best else ""))
+
+    def _save_start_of_epoch(self, signum: int) -> str:
+        """Saves the state in which the epoch began, unless it is saved; returns what to tell the user."""
+        assert self._history is not None
+        if self._start is not None:
+            self._history.save(self._start, self.epoch)
+        return (
+            f"stopped by {signal.Signals(signum).name} in epoch {self.epoch + 1}; model.resume auto begins it again "
+            f"from '{self._history.newest}'"
+        )
+
+    def _last_good(self) -> str:
+        newest = self._history.newest if self._history else None
+        return f"; the last good checkpoint is '{newest}'" if newest else "; no checkpoint was saved"
+
+
+def check_trains(datamanager: Any) -> None:
+    """Raises ValueError if training would be on nothing, as torchreid silently does, or on one identity."""
+    loader = datamanager.train_loader
+    with generators.untouched():
         drawn = sum(1 for _ in loader.sampler)
     if drawn < (loader.batch_size or 1):
         raise ValueError(
             f"a batch of {loader.batch_size} cannot be filled: {type(loader.sampler).__name__} draws {drawn} of the "
             f"{len(loader.dataset)} training samples an epoch; make train.batch_size smaller"
         )
+    if datamanager.num_train_pids < 2:
+        raise ValueError("the training data hold one identity alone: there is nothing to tell it from")
 
 
-@contextmanager
-def untouched_generators() -> Iterator[None]:
-    """Restores the state of the global generators of python, numpy and torch (CUDA included) on leaving."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-
-
-def write_metrics(results: dict[str, RetrievalResult], save_dir: str) -> None:
-    """Writes the results, by target, to ``save_dir/metrics.json``."""
-    path = Path(save_dir, "metrics.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({target: result.to_dict() for target, result in results.items()}, indent=2) + "\n")
+def _names(layers: str | list[str] | None) -> list[str]:
+    return [layers] if isinstance(layers, str) else layers or []

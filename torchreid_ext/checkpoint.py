@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
-import tempfile
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.optim import Optimizer
+
+# How the name of a file ends that is being written; one that a killed run left is of no use.
+TEMPORARY = ".tmp"
 
 # torchreid stores its rank-1 as a numpy scalar; these are what one is made of, as numpy 1 and 2 name them.
 _scalar = np.float64(0).__reduce__()[0]
@@ -23,20 +29,73 @@ _NUMPY_SCALAR: list[Any] = [
 ]
 
 
-def save(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Writes a checkpoint to a file beside ``path`` first, so that ``path`` is never half a checkpoint."""
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A file to write beside ``path``, which takes its place, on the disk itself, once it is whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}{TEMPORARY}")
     try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(state, file)
+        with open(temporary, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
+    _sync_folder(path.parent)
+
+
+def save(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Writes a checkpoint that is never seen half written: what ``path`` held before is there until it is whole.
+
+    Raises:
+        ValueError: if the state holds something that ``load`` would refuse.
+        OSError: if it cannot be written, because the disk is full, say.
+    """
+    try:
+        with replacing(path) as file:
+            torch.save(state, file)
+            file.flush()
+            refused = _refused(file.name)
+            if refused:
+                raise ValueError(
+                    f"a checkpoint must hold tensors, numbers and containers alone, not {', '.join(refused)}"
+                )
+    except (OSError, RuntimeError) as error:
+        # torch hides what a failing write said behind its own surprise.
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(
+            f"cannot write checkpoint {os.fspath(path)!r}: {reason}; what was saved before is kept"
+        ) from error
+
+
+def link(path: Path, name: str) -> None:
+    """Gives a file a second name in its folder, in place of whatever had that name; a copy where links are unknown."""
+    temporary = path.with_name(f".{name}{TEMPORARY}")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, path.with_name(name))
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    # A renamed file survives a power failure only once its folder is on the disk.
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _refused(path: Any) -> list[str]:
+    with torch.serialization.safe_globals(_NUMPY_SCALAR):
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -51,7 +110,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         with torch.serialization.safe_globals(_NUMPY_SCALAR):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        refused = torch.serialization.get_unsafe_globals_in_checkpoint(path) if _is_archive(path) else []
+        refused = _refused(path) if _is_archive(path) else []
         what = f"it asks for {', '.join(refused)}" if refused else f"it is damaged ({str(error).splitlines()[0]})"
         raise ValueError(f"checkpoint {os.fspath(path)!r} is refused: {what}") from error
     except (RuntimeError, EOFError, OSError) as error:
@@ -82,13 +141,22 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
 
 
 def resume(path: str | os.PathLike[str], model: nn.Module, optimizer: Any, scheduler: Any) -> int:
-    """Loads a training state and returns the epoch to go on from.
+    """Loads model, optimizer and scheduler from a checkpoint, ours or torchreid's; returns the epoch to go on from.
 
     Raises:
         ValueError: if the checkpoint lacks a part or does not fit the model.
     """
     state = load(path)
-    parts = {"state_dict": model, "optimizer": optimizer, "scheduler": scheduler}
+    restore(state, {"state_dict": model, "optimizer": optimizer, "scheduler": scheduler}, path)
+    return int(state["epoch"])
+
+
+def restore(state: dict[str, Any], parts: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Gives each part that is not None its state of that name; ``path`` is for the messages.
+
+    Raises:
+        ValueError: if a part has no state, or one that does not fit it.
+    """
     for name, part in parts.items():
         if part is None:
             continue
@@ -97,10 +165,27 @@ def resume(path: str | os.PathLike[str], model: nn.Module, optimizer: Any, sched
                 f"checkpoint {os.fspath(path)!r} has no {name!r}; take its weights with model.load_weights"
             )
         try:
-            part.load_state_dict(state[name])
+            part.load_state_dict(_fitted(state[name], part))
         except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(f"checkpoint {os.fspath(path)!r} does not fit this run's {name}: {error}") from error
-    return int(state["epoch"])
+
+
+def _fitted(state: dict[str, Any], part: Any) -> dict[str, Any]:
+    """A state as ``part`` names its entries.
+
+    Raises:
+        ValueError: for the state of an optimizer of another kind, which torch would load.
+    """
+    if isinstance(part, nn.Module):
+        # As DataParallel names them, or not.
+        prefix = "module." if isinstance(part, nn.DataParallel) else ""
+        return {prefix + name.removeprefix("module."): value for name, value in state.items()}
+    if isinstance(part, Optimizer):
+        given, own = (set(groups[0]) for groups in (state["param_groups"], part.param_groups))
+        # The rate from which a scheduler started is there only if there is one.
+        if different := (given ^ own) - {"initial_lr"}:
+            raise ValueError(f"one of the two optimizers lacks {', '.join(sorted(different))}")
+    return state
 
 
 def _is_archive(path: str | os.PathLike[str]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from pml_drsl.losses import DRSLoss
 from torchreid_ext import engines
 from torchreid_ext.datasets import register_datasets
 from torchreid_ext.keys import KEYS
+from torchreid_ext.reading import rebuilt
+from torchreid_ext.samplers import SAMPLERS
 
 
 class Config(CfgNode):
@@ -102,6 +105,9 @@ def _coerce(key: str, value: Any, known: dict[str, Any], source: str) -> Any:
         return float(value)
     if isinstance(default, list):
         return list(value) if isinstance(value, (list, tuple)) else [value]
+    if default == "off" and value is False:
+        # What YAML makes of the word.
+        return default
     if type(value) is not type(default):
         raise ValueError(
             f"config key {key!r} takes a {type(default).__name__} such as {default!r}, got {value!r} in {source}"
@@ -117,6 +123,30 @@ def get_default_config() -> Config:
     return cfg
 
 
+def plain(value: Any) -> Any:
+    """A configuration, or a part of one, in dictionaries and lists, as YAML and checkpoints hold it."""
+    if isinstance(value, Mapping):
+        return {key: plain(entry) for key, entry in value.items()}
+    return [plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def flat(cfg: Config) -> dict[str, Any]:
+    """A configuration as dotted keys and plain values."""
+    return {key: plain(value) for key, value in _flatten(cfg)}
+
+
+def check(cfg: Config) -> None:
+    """Raises ValueError for values that exclude each other, or that nothing can be done with."""
+    if cfg.loss.name == "triplet" and cfg.loss.triplet.weight_x == 0 and cfg.train.fixbase_epoch > 0:
+        raise ValueError("train.fixbase_epoch trains the classifier alone, which loss.triplet.weight_x 0 leaves out")
+    if cfg.train.accumulate != 1:
+        raise ValueError(
+            f"train.accumulate {cfg.train.accumulate}: gradients are not accumulated over batches, because each image "
+            f"is ranked among those of its own batch, and several small rankings are not one large one. Rank among "
+            f"the images of earlier batches too with cross-batch memory, memory_size of the loss"
+        )
+
+
 def build_datamanager(cfg: Config) -> Any:
     """torchreid's data manager of ``data.type``, with the data sets of ``datasets`` registered.
 
@@ -124,6 +154,9 @@ def build_datamanager(cfg: Config) -> Any:
         ValueError: for an unknown data set or sampler, missing data, or a batch that cannot be filled.
     """
     register_datasets(cfg.datasets)
+    sampler = _choose(
+        "sampler.train_sampler", cfg.sampler.train_sampler, [*SAMPLERS, *torchreid.data.sampler.AVAI_SAMPLERS]
+    )
     common = {
         "root": cfg.data.root,
         "sources": cfg.data.sources,
@@ -138,11 +171,12 @@ def build_datamanager(cfg: Config) -> Any:
         "combineall": cfg.data.combineall,
         "batch_size_train": cfg.train.batch_size,
         "batch_size_test": cfg.test.batch_size,
-        "workers": cfg.data.workers,
+        "workers": _workers(cfg.data.workers),
         "num_instances": cfg.sampler.num_instances,
         "num_cams": cfg.sampler.num_cams,
         "num_datasets": cfg.sampler.num_datasets,
-        "train_sampler": cfg.sampler.train_sampler,
+        # One of our own takes the place of the host's: see below.
+        "train_sampler": "SequentialSampler" if sampler in SAMPLERS else sampler,
     }
     by_type = {
         "image": {
@@ -159,7 +193,7 @@ def build_datamanager(cfg: Config) -> Any:
     data_type = _choose("data.type", cfg.data.type, managers)
     try:
         with _without_empty_folders(Path(cfg.data.root)):
-            return managers[data_type](**common, **by_type[data_type])
+            manager = managers[data_type](**common, **by_type[data_type])
     except AssertionError as error:
         # The host's samplers and data sets check their arguments with bare assertions.
         raise ValueError(
@@ -173,6 +207,22 @@ def build_datamanager(cfg: Config) -> Any:
             f"cannot read {' '.join(cfg.data.sources + cfg.data.targets)} below data.root {cfg.data.root!r}: {error}. "
             f"Put the data there, or say with --root where it is"
         ) from error
+    if sampler in SAMPLERS:
+        loader = manager.train_loader
+        pids = [items[1] for items in loader.dataset.train]
+        drawn = SAMPLERS[sampler](pids, cfg.train.batch_size, cfg.sampler.num_instances)
+        manager.train_loader = rebuilt(loader, loader.dataset, sampler=drawn)
+    return manager
+
+
+def _workers(wanted: int) -> int:
+    """The number of loading processes: ``wanted``, or one for each core where those are fewer or -1 is wanted."""
+    if wanted < -1:
+        raise ValueError(f"data.workers must be 0 or more, or -1 for one on each core, got {wanted}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if wanted > cores:
+        print(f"data.workers {wanted}: there are {cores} cores, so {cores} processes load data")
+    return cores if wanted == -1 else min(wanted, cores)
 
 
 @contextlib.contextmanager
@@ -287,6 +337,11 @@ def run_arguments(cfg: Config) -> dict[str, Any]:
         "print_freq": cfg.train.print_freq,
         "visrank": cfg.test.visrank,
         "picture": cfg.test.picture,
+        "checkpoint_freq": cfg.train.checkpoint_freq,
+        "keep_checkpoints": cfg.train.keep_checkpoints,
+        "amp": cfg.train.amp,
+        "compiled": cfg.train.compile,
+        "skip_nonfinite": cfg.train.skip_nonfinite,
         **test_arguments(cfg),
     }
 

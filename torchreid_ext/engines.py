@@ -14,21 +14,22 @@ from torch.optim import Optimizer
 
 from pml_drsl.losses import DRSLoss
 from torchreid_ext.base_engine import BaseEngine
+from torchreid_ext.host_steps import SoftmaxStep, TripletStep
 
 
-class ImageSoftmaxEngine(BaseEngine, torchreid.engine.ImageSoftmaxEngine):
+class ImageSoftmaxEngine(SoftmaxStep, torchreid.engine.ImageSoftmaxEngine):
     """torchreid's own, with this package's checkpoints, evaluation and checks."""
 
 
-class VideoSoftmaxEngine(BaseEngine, torchreid.engine.VideoSoftmaxEngine):
+class VideoSoftmaxEngine(SoftmaxStep, torchreid.engine.VideoSoftmaxEngine):
     """torchreid's own, with this package's checkpoints, evaluation and checks."""
 
 
-class ImageTripletEngine(BaseEngine, torchreid.engine.ImageTripletEngine):
+class ImageTripletEngine(TripletStep, torchreid.engine.ImageTripletEngine):
     """torchreid's own, with this package's checkpoints, evaluation and checks."""
 
 
-class VideoTripletEngine(BaseEngine, torchreid.engine.VideoTripletEngine):
+class VideoTripletEngine(TripletStep, torchreid.engine.VideoTripletEngine):
     """torchreid's own, with this package's checkpoints, evaluation and checks."""
 
 
@@ -86,10 +87,8 @@ class ImageDRSLEngine(BaseEngine):
         self.cross_entropy = nn.CrossEntropyLoss(label_smoothing=0.1 if label_smooth else 0)
 
     def forward_backward(self, data: dict[str, Any]) -> dict[str, float]:
-        images, pids = self.parse_data_for_train(data)
-        device = next(self.model.parameters()).device
-        images, pids = images.to(device), pids.to(device)
-        logits, features = self._split(self.model(images))
+        images, pids = self.training_batch(data)
+        logits, features = self._split(self.forward(images))
 
         loss: Tensor | float = 0
         summary = {}
@@ -104,11 +103,7 @@ class ImageDRSLEngine(BaseEngine):
             summary["loss_x"] = loss_x.item()
             summary["acc"] = torchreid.metrics.accuracy(logits[0], pids)[0].item()
         assert isinstance(loss, Tensor)
-        self.check_finite(loss)
-
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        self.step(loss)
         return summary
 
     def _split(self, output: Any) -> tuple[list[Tensor], list[Tensor]]:

@@ -28,7 +28,11 @@ class Samples:
 
 @torch.no_grad()
 def extract(engine: Any, loader: Any) -> Samples:
-    """The features that the engine's model gives to the images of a loader, on the CPU."""
+    """The features that the engine's model gives to the images of a loader, on the CPU.
+
+    Raises:
+        Interrupted: if the run is asked to stop.
+    """
     device = next(engine.model.parameters()).device
     features, pids, camids = [], [], []
     # tqdm's own check for a terminal: nothing is drawn into a file.
@@ -37,6 +41,7 @@ def extract(engine: Any, loader: Any) -> Samples:
         features.append(engine.extract_features(images.to(device)).cpu())
         pids.append(np.asarray(batch_pids))
         camids.append(np.asarray(batch_camids))
+        engine.stop.check()
     return Samples(torch.cat(features), np.concatenate(pids), np.concatenate(camids))
 
 

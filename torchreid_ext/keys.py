@@ -10,13 +10,13 @@ KEYS: dict[str, tuple[Any, str]] = {
     "model.name": ("resnet50", "network, a name of torchreid's model zoo"),
     "model.pretrained": (True, "load ImageNet weights (needs a network connection the first time)"),
     "model.load_weights": ("", "file of weights to start from; layers that do not fit are listed and left as they are"),
-    "model.resume": ("", "checkpoint to resume training from"),
+    "model.resume": ("", "checkpoint to resume training from; auto: the newest in data.save_dir, if there is one"),
     # data
     "data.type": ("image", "image or video"),
     "data.root": ("reid-data", "folder that holds the data sets (also --root)"),
     "data.sources": (["market1501"], "data sets to train on (also -s)"),
     "data.targets": (["market1501"], "data sets to test on (also -t)"),
-    "data.workers": (4, "data loading processes"),
+    "data.workers": (4, "data loading processes, no more than there are cores; -1: as many as there are"),
     "data.split_id": (0, "split, for data sets that have several"),
     "data.height": (256, "image height in pixels"),
     "data.width": (128, "image width in pixels"),
@@ -39,11 +39,11 @@ KEYS: dict[str, tuple[Any, str]] = {
     # sampler
     "sampler.train_sampler": (
         "RandomSampler",
-        "RandomIdentitySampler (for ranking losses), RandomSampler, SequentialSampler, RandomDomainSampler or "
-        "RandomDatasetSampler",
+        "RandomIdentitySampler or MPerClassSampler (for ranking losses), RandomSampler, SequentialSampler, "
+        "RandomDomainSampler or RandomDatasetSampler",
     ),
     "sampler.train_sampler_t": ("RandomSampler", "sampler of the targets' training images"),
-    "sampler.num_instances": (4, "images of an identity in a batch, for RandomIdentitySampler"),
+    "sampler.num_instances": (4, "images of an identity in a batch, for RandomIdentitySampler and MPerClassSampler"),
     "sampler.num_cams": (1, "cameras in a batch, for RandomDomainSampler"),
     "sampler.num_datasets": (1, "data sets in a batch, for RandomDatasetSampler"),
     # video
@@ -67,6 +67,12 @@ KEYS: dict[str, tuple[Any, str]] = {
     "train.gamma": (0.1, "factor by which it falls"),
     "train.print_freq": (20, "batches between two lines of the log"),
     "train.seed": (1, "seed of every random number generator"),
+    "train.amp": ("off", "precision of the network in training: off, bf16 or fp16 (with scaled gradients)"),
+    "train.compile": (False, "compile the network for training with torch.compile"),
+    "train.skip_nonfinite": (False, "leave out a step whose loss is NaN or infinite, instead of stopping"),
+    "train.accumulate": (1, "1 alone: a ranking needs its whole batch at once; see loss.*.memory_size for more"),
+    "train.checkpoint_freq": (1, "epochs between checkpoints"),
+    "train.keep_checkpoints": (3, "checkpoints to keep, besides the last and the best; 0 keeps all"),
     "sgd.momentum": (0.9, "momentum of sgd and rmsprop"),
     "sgd.dampening": (0.0, "dampening of the momentum"),
     "sgd.nesterov": (False, "Nesterov momentum"),

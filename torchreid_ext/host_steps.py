@@ -1,0 +1,40 @@
+"""Training steps with torchreid's own losses, whose engines run their optimizer themselves, as ``BaseEngine`` asks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torchreid
+
+from torchreid_ext.base_engine import BaseEngine
+
+
+class SoftmaxStep(BaseEngine):
+    """The step of torchreid's softmax engines."""
+
+    def forward_backward(self, data: dict[str, Any]) -> dict[str, float]:
+        images, pids = self.training_batch(data)
+        logits = self.forward(images)
+        loss = self.compute_loss(self.criterion, logits, pids)
+        self.step(loss)
+        return {"loss": loss.item(), "acc": torchreid.metrics.accuracy(logits, pids)[0].item()}
+
+
+class TripletStep(BaseEngine):
+    """The step of torchreid's triplet engines."""
+
+    def forward_backward(self, data: dict[str, Any]) -> dict[str, float]:
+        images, pids = self.training_batch(data)
+        logits, features = self.forward(images)
+        loss: Any = 0
+        summary = {}
+        if self.weight_t > 0:
+            loss_t = self.compute_loss(self.criterion_t, features, pids)
+            loss = loss + self.weight_t * loss_t
+            summary["loss_t"] = loss_t.item()
+        if self.weight_x > 0:
+            loss_x = self.compute_loss(self.criterion_x, logits, pids)
+            loss = loss + self.weight_x * loss_x
+            summary |= {"loss_x": loss_x.item(), "acc": torchreid.metrics.accuracy(logits, pids)[0].item()}
+        self.step(loss)
+        return summary

@@ -1,0 +1,99 @@
+"""Testing a network on its targets, as torchreid's engines do, but leaving no trace in the training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pml_drsl.accuracy import RetrievalResult
+from torchreid_ext import checkpoint, evaluation, generators
+
+
+class Tester:
+    """The part of an engine that tests; see ``BaseEngine``."""
+
+    test_loader: dict[str, dict[str, Any]]
+    datamanager: Any
+    writer: Any
+    epoch: int
+    results: dict[str, RetrievalResult]
+    set_model_mode: Any
+
+    def test(
+        self,
+        dist_metric: str = "euclidean",
+        normalize_feature: bool = False,
+        visrank: bool = False,
+        visrank_topk: int = 10,
+        save_dir: str = "",
+        use_metric_cuhk03: bool = False,
+        ranks: tuple[int, ...] | list[int] = (1, 5, 10, 20),
+        rerank: bool = False,
+        picture: int = 0,
+    ) -> dict[str, RetrievalResult]:
+        """Tests on every target, prints as torchreid does, and writes ``save_dir/metrics.json``.
+
+        Leaves every random number generator as it was, so that training does not depend on how often it is tested.
+
+        Args:
+            dist_metric: ``"euclidean"`` or ``"cosine"``.
+            normalize_feature: give features unit norm first.
+            visrank: draw the ranking of every query, ``visrank_topk`` gallery entries each.
+            save_dir: where results go; empty writes none.
+            use_metric_cuhk03: CUHK03's single-gallery-shot protocol.
+            ranks: CMC ranks to print.
+            rerank: re-rank by k-reciprocal neighbours.
+            picture: queries whose rankings are drawn on one page, ``save_dir/ranking_TARGET.png``.
+
+        Returns:
+            The result of each target.
+        """
+        self.set_model_mode("eval")
+        self.results = {}
+        with generators.untouched():
+            for target, loaders in self.test_loader.items():
+                domain = "source" if target in self.datamanager.sources else "target"
+                print(f"##### Evaluating {target} ({domain}) #####")
+                features = evaluation.extract(self, loaders["query"]), evaluation.extract(self, loaders["gallery"])
+                search = evaluation.Search(*features, dist_metric, normalize_feature, rerank)
+                result = search.evaluate(single_gallery_shot=use_metric_cuhk03)
+                evaluation.print_result(result, ranks)
+                self.results[target] = result
+                if picture or visrank:
+                    self._draw(target, search, picture, visrank, visrank_topk, save_dir)
+                if self.writer is not None:
+                    self.writer.add_scalar(f"Test/{target}/rank1", result.rank(1), self.epoch)
+                    self.writer.add_scalar(f"Test/{target}/mAP", result.mAP, self.epoch)
+        if save_dir:
+            write_metrics(self.results, save_dir)
+        return self.results
+
+    def _draw(
+        self, target: str, search: evaluation.Search, picture: int, visrank: bool, topk: int, save_dir: str
+    ) -> None:
+        query, gallery = self.datamanager.fetch_test_loaders(target)
+        paths = [items[0] for items in query], [items[0] for items in gallery]
+        if picture:
+            # Evenly over the query set, so that the page shows many identities.
+            indices = np.linspace(0, len(query) - 1, min(picture, len(query))).astype(int).tolist()
+            page = evaluation.draw_rankings(
+                search, paths, indices, topk, Path(save_dir, f"ranking_{target}.png"), f"{target}: ranked gallery"
+            )
+            print(f'Picture of ranked results saved to "{page}"')
+        if visrank:
+            folder = Path(save_dir, f"visrank_{target}")
+            for index in range(len(query)):
+                evaluation.draw_rankings(
+                    search, paths, [index], topk, folder / f"query_{index:05d}.png", f"{target}: query {index}"
+                )
+            print(f'Rankings of {len(query)} queries saved to "{folder}"')
+
+
+def write_metrics(results: dict[str, RetrievalResult], save_dir: str) -> None:
+    """Writes the results, by target, to ``save_dir/metrics.json``."""
+    text = json.dumps({target: result.to_dict() for target, result in results.items()}, indent=2) + "\n"
+    with checkpoint.replacing(Path(save_dir, "metrics.json")) as file:
+        file.write(text.encode())
