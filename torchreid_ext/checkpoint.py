@@ -110,7 +110,10 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         with torch.serialization.safe_globals(_NUMPY_SCALAR):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        refused = _refused(path) if _is_archive(path) else []
+        refused = []
+        with contextlib.suppress(ValueError, RuntimeError):
+            # A file so damaged that torch does not know it for a checkpoint asks for nothing.
+            refused = _refused(path)
         what = f"it asks for {', '.join(refused)}" if refused else f"it is damaged ({str(error).splitlines()[0]})"
         raise ValueError(f"checkpoint {os.fspath(path)!r} is refused: {what}") from error
     except (RuntimeError, EOFError, OSError) as error:
@@ -186,8 +189,3 @@ def _fitted(state: dict[str, Any], part: Any) -> dict[str, Any]:
         if different := (given ^ own) - {"initial_lr"}:
             raise ValueError(f"one of the two optimizers lacks {', '.join(sorted(different))}")
     return state
-
-
-def _is_archive(path: str | os.PathLike[str]) -> bool:
-    with open(path, "rb") as file:
-        return file.read(2) == b"PK"

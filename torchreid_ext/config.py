@@ -105,9 +105,9 @@ def _coerce(key: str, value: Any, known: dict[str, Any], source: str) -> Any:
         return float(value)
     if isinstance(default, list):
         return list(value) if isinstance(value, (list, tuple)) else [value]
-    if default == "off" and value is False:
+    if value is False and KEYS[key][0] == "off":
         # What YAML makes of the word.
-        return default
+        return "off"
     if type(value) is not type(default):
         raise ValueError(
             f"config key {key!r} takes a {type(default).__name__} such as {default!r}, got {value!r} in {source}"

@@ -52,6 +52,11 @@ def _register(register, name, dataset):
         register(name, dataset)
 
 
+def register_toys():
+    _register(torchreid.data.register_image_dataset, "toy", ToyImages)
+    _register(torchreid.data.register_video_dataset, "toy_video", ToyVideo)
+
+
 def make_image_manager(folder, **kwargs):
     _register(torchreid.data.register_image_dataset, "toy", ToyImages)
     settings = {"batch_size_train": 8, "num_instances": 4, "train_sampler": "RandomIdentitySampler"}

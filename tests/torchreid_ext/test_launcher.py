@@ -1,0 +1,212 @@
+"""The command line: one clear line and a status for what is wrong, and nothing lost."""
+
+import os
+import signal
+
+import pytest
+import torch
+from toy_data import write_images
+
+from torchreid_ext import checkpoint, engines, get_default_config
+from torchreid_ext.__main__ import main
+from torchreid_ext.keys import KEYS
+
+OPTIONS = {
+    "use_gpu": False, "model.name": "osnet_x0_25", "model.pretrained": False, "data.height": 32, "data.width": 16,
+    "data.workers": 0, "loss.name": "drsl", "train.batch_size": 8, "train.max_epoch": 1,
+    "sampler.train_sampler": "RandomIdentitySampler",
+}  # fmt: skip
+
+
+def csv_data(folder, spoil=lambda rows: rows):
+    """A listed data set of twelve identities, the first six of which train."""
+    rows = [
+        [path, str(pid), str(camid), "train" if pid < 6 else "gallery" if camid else "query"]
+        for path, pid, camid in write_images(folder / "images")
+    ]
+    rows = spoil([["path", "pid", "camid", "split"], *rows])
+    (folder / "list.csv").write_text("\n".join(",".join(row) for row in rows))
+
+
+def launch(folder, **options):
+    options = OPTIONS | {"data.save_dir": folder / "log", "datasets.listed.csv": "list.csv"} | options
+    words = [str(word) for item in options.items() for word in item]
+    return main(["-s", "listed", "-t", "listed", "--root", str(folder), *words])
+
+
+def complaint(capsys):
+    """What stands on stderr, if it is one line of ours."""
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("drsl-train: "), err
+    return lines[0]
+
+
+def test_trains_resumes_and_reloads_its_configuration(tmp_path, capsys):
+    # Identities with gaps, in words.
+    csv_data(tmp_path, lambda rows: [rows[0], *([path, f"id {int(pid) * 3}", *rest] for path, pid, *rest in rows[1:])])
+    assert launch(tmp_path) == 0
+    saved = get_default_config()
+    saved.merge_from_file(tmp_path / "log" / "config.yaml")
+    assert saved.datasets.listed == {"csv": "list.csv"} and saved.train.batch_size == 8 and saved.train.amp == "off"
+    assert main(["--config-file", str(tmp_path / "log" / "config.yaml"), "train.max_epoch", "2"]) == 0
+    log = next((tmp_path / "log").glob("train.log-*")).read_text()
+    assert "Model osnet_x0_25" in log and "mAP:" in log
+    capsys.readouterr()
+    assert launch(tmp_path, **{"model.resume": "auto", "train.max_epoch": 3, "test.untrained": True}) == 0
+    out = capsys.readouterr().out
+    assert "Config differs from the checkpoint's: train.max_epoch: 2 -> 3" in out
+    assert f"Resuming from '{tmp_path / 'log' / 'model' / 'model-last.pth.tar'}' after epoch 2" in out
+    assert "Test before training" not in out
+    assert launch(tmp_path, **{"model.resume": "auto", "train.max_epoch": 3, "model.name": "osnet_x0_5"}) == 2
+    assert "cannot resume with another model.name: 'osnet_x0_25' -> 'osnet_x0_5'" in complaint(capsys)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"", "the file is empty"), (b"hello", "it is not an image"), (None, "it is damaged")],
+    ids=["empty", "no image", "cut"],
+)
+def test_an_unreadable_image(tmp_path, capsys, content, words, workers):
+    csv_data(tmp_path)
+    path = tmp_path / "images" / "3_0_1.png"
+    path.write_bytes(path.read_bytes()[:200] if content is None else content)
+    assert launch(tmp_path, **{"data.workers": workers}) == 2
+    message = complaint(capsys)
+    assert message.startswith(f"drsl-train: cannot read image '{path}': {words}")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda rows: [row[:2] + row[3:] for row in rows], "lacks the column 'camid'"),
+        (lambda rows: [*rows, rows[1]], "images/0_0_0.png"),
+        (lambda rows: [rows[0], *(row for row in rows[1:] if row[3] != "train" or row[1] == "0")], "one identity"),
+    ],
+    ids=["no column", "a path twice", "one identity"],
+)
+def test_an_unusable_list(tmp_path, capsys, spoil, words):
+    csv_data(tmp_path, spoil)
+    for sampler in ("RandomIdentitySampler", "RandomSampler"):
+        assert (
+            launch(tmp_path, **{"sampler.train_sampler": sampler, "train.batch_size": 4, "loss.name": "softmax"}) == 2
+        )
+        assert words in complaint(capsys)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
+
+
+def test_an_unusable_checkpoint(tmp_path, capsys, monkeypatch):
+    csv_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Bomb()}, "bomb.pth")
+    for key in ("model.resume", "model.load_weights"):
+        assert launch(tmp_path, **{key: "bomb.pth"}) == 2
+        assert "'bomb.pth' is refused: it asks for" in complaint(capsys)
+    assert not (tmp_path / "exploded").exists()
+    assert launch(tmp_path, **{"model.resume": "auto", "test.evaluate": True}) == 2
+    assert "found no checkpoint to test" in complaint(capsys)
+
+
+def test_a_full_disk_keeps_what_was_saved(tmp_path, capsys, monkeypatch):
+    csv_data(tmp_path)
+    assert launch(tmp_path) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "log" / "model").iterdir()}
+    save = torch.save
+
+    def fill(state, file):
+        with open("/dev/full", "wb") as full:
+            save(state, full)
+
+    monkeypatch.setattr(torch, "save", fill)
+    capsys.readouterr()
+    assert launch(tmp_path, **{"model.resume": "auto", "train.max_epoch": 2}) == 2
+    message = complaint(capsys)
+    assert "cannot write checkpoint" in message and "No space left on device" in message
+    assert {path: path.read_bytes() for path in (tmp_path / "log" / "model").iterdir()} == before
+    monkeypatch.undo()
+    assert launch(tmp_path, **{"model.resume": "auto", "train.max_epoch": 2}) == 0
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal(tmp_path, capsys, monkeypatch, signum, status):
+    csv_data(tmp_path)
+    step = engines.ImageDRSLEngine.step
+
+    def step_and_signal(self, loss):
+        step(self, loss)
+        os.kill(os.getpid(), signum)
+
+    monkeypatch.setattr(engines.ImageDRSLEngine, "step", step_and_signal)
+    assert launch(tmp_path) == status
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert lines[0] == f"{signum.name}: stopping after this batch"
+    assert lines[1].startswith(
+        f"drsl-train: stopped by {signum.name} in epoch 1; model.resume auto begins it again from"
+    )
+    assert checkpoint.load(tmp_path / "log" / "model" / "model-last.pth.tar")["epoch"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"train.accumulate": 4}, "several small rankings are not one large one"),
+        ({"train.amp": "half"}, "train.amp must be one of off, bf16, fp16, got 'half'"),
+        ({"train.checkpoint_freq": 0}, "train.checkpoint_freq must be 1 or more"),
+        ({"data.workers": -2}, "data.workers must be 0 or more, or -1 for one on each core, got -2"),
+        ({"train.batch_size": 10}, "train.batch_size 10 is not a multiple of sampler.num_instances 4"),
+        ({"train.batch_size": 28}, "needs 7 identities, and the sources have 6"),
+        ({"sampler.train_sampler": "MPerClassSampler", "train.batch_size": 4}, "leaves one identity in a batch"),
+    ],
+)
+def test_wrong_options(tmp_path, capsys, options, words):
+    csv_data(tmp_path)
+    assert launch(tmp_path, **options) == 2
+    assert words in complaint(capsys)
+
+
+@pytest.mark.parametrize("sampler", ["RandomIdentitySampler", "MPerClassSampler"])
+def test_samplers_of_identities(tmp_path, capsys, monkeypatch, sampler):
+    csv_data(tmp_path)
+    batches = []
+    forward_backward = engines.ImageDRSLEngine.forward_backward
+
+    def watched(self, data):
+        batches.append(data["pid"].tolist())
+        return forward_backward(self, data)
+
+    monkeypatch.setattr(engines.ImageDRSLEngine, "forward_backward", watched)
+    assert launch(tmp_path, **{"sampler.train_sampler": sampler, "data.workers": 1}) == 0
+    assert [[batch.count(pid) for pid in set(batch)] for batch in batches] == [[4, 4]] * 3
+    assert "set sampler.train_sampler" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("wanted", "processes"), [(64, 3), (-1, 3), (2, 2)])
+def test_no_more_workers_than_cores(tmp_path, capsys, monkeypatch, wanted, processes):
+    csv_data(tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
+    seen = []
+    monkeypatch.setattr(engines.ImageDRSLEngine, "run", lambda self, **kwargs: seen.append(self) or {})
+    assert launch(tmp_path, **{"data.workers": wanted}) == 0
+    assert seen[0].train_loader.num_workers == processes
+    assert ("data.workers 64: there are 3 cores" in capsys.readouterr().out) == (wanted == 64)
+
+
+def test_amp_in_yaml(tmp_path):
+    (tmp_path / "a.yaml").write_text("train: {amp: off}")
+    cfg = get_default_config()
+    cfg.train.amp = "bf16"
+    cfg.merge_from_file(tmp_path / "a.yaml")
+    assert cfg.train.amp == "off"
+
+
+def test_help_explains_every_key(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert all(f"  {key} ({default!r})\n      {text}" in out for key, (default, text) in KEYS.items())
