@@ -107,7 +107,8 @@ def train(cfg: config.Config) -> dict[str, Any]:
         cfg.train.start_epoch = engine.resume(cfg.model.resume, cfg.data.save_dir)
         if cfg.test.evaluate and not cfg.train.start_epoch:
             raise ValueError("test.evaluate: model.resume auto found no checkpoint to test")
-    write_config(cfg)
+    if not cfg.test.evaluate:
+        write_config(cfg)
 
     columns = {}
     if cfg.test.untrained and not cfg.test.evaluate and not cfg.train.start_epoch:

@@ -156,14 +156,15 @@ class BaseEngine(Tester, torchreid.engine.Engine):
                     self.test(**last)
         except (Interrupted, RuntimeError) as error:
             # A worker of the loader may have got the signal too, and died of it.
-            stop, self.stop = self.stop, StopRequest()
-            if stop.signum is None:
+            if self.stop.signum is None:
                 raise
-            raise Interrupted(stop.signum, self._save_start_of_epoch(stop.signum)) from error
+            raise Interrupted(self.stop.signum, self._save_start_of_epoch(self.stop.signum)) from error
         finally:
             self.writer.close()
             self._layers.pop(self.model).open_all()
-            self._start = None
+            self._start, self.stop = None, StopRequest()
+        if self.skipped:
+            print(f"Skipped {self.skipped} steps whose loss was not finite")
         print(f"Elapsed {datetime.timedelta(seconds=round(time.monotonic() - started))}")
         return self.results
 
@@ -293,9 +294,10 @@ class BaseEngine(Tester, torchreid.engine.Engine):
 
     def _save(self, is_best: bool) -> None:
         assert self._history is not None
-        for name, weights in self.model.state_dict().items():
-            if not torch.isfinite(weights).all():
-                raise FloatingPointError(f"{name} is not finite after epoch {self.epoch + 1}{self._last_good()}")
+        for model in self._models.values():
+            for name, weights in model.state_dict().items():
+                if not torch.isfinite(weights).all():
+                    raise FloatingPointError(f"{name} is not finite after epoch {self.epoch + 1}{self._last_good()}")
         path = self._history.save(states.of_engine(self, self.epoch + 1), self.epoch + 1, is_best)
         print(f'Checkpoint saved to "{path}"' + (f" (best so far: mAP {self.best['mAP']:.1%})" if is_best else ""))
 

@@ -1,5 +1,6 @@
 """Training that can be interrupted, resumed and depended on, with small networks and real data managers."""
 
+import io
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from toy_data import make_image_manager
 from torchreid_ext import checkpoint, engines, states
 from torchreid_ext.generators import seed_everything
 from torchreid_ext.interrupts import Interrupted, StopRequest
+from torchreid_ext.logs import EpochLog
 from torchreid_ext.stepping import Stepper
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -130,6 +132,9 @@ def test_a_signal_in_a_test(tmp_path):
     with pytest.raises(Interrupted, match="in epoch 1"):
         engine.run(str(tmp_path / "log"), max_epoch=1)
     assert checkpoint.load(tmp_path / "log" / "model" / "model-last.pth.tar")["epoch"] == 0
+    # The request is answered: the engine tests again.
+    engine.extract_features = extract
+    assert engine.test()
 
 
 def test_a_second_signal_ends_at_once():
@@ -306,7 +311,8 @@ def test_steps_that_are_not_finite_are_left_out(tmp_path, capsys):
     spoil(engine, {1, 4})
     engine.run(str(tmp_path / "log"), max_epoch=2, skip_nonfinite=True)
     assert engine.skipped == 2
-    assert "Skipped epoch 1, batch 2: the loss is nan" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Skipped epoch 1, batch 2: the loss is nan" in out and "Skipped 2 steps" in out
     # Neither the statistics of the network nor the memory of the loss keep anything of it.
     assert all(torch.isfinite(value).all() for value in engine.model.state_dict().values())
     assert torch.isfinite(engine.criterion.embedding_memory).all()
@@ -376,6 +382,16 @@ def test_lines_and_scalars(tmp_path, capsys):
     assert tags >= {"Test/toy/mAP", "Test/toy/rank1"}
     assert [event.step for event in events.Scalars("Train/lr")] == list(range(6))
     assert [event.value for event in events.Scalars("Train/lr")] == pytest.approx([0.01] * 3 + [0.005] * 3)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_progress_bar_on_a_terminal_alone(monkeypatch, terminal):
+    stderr = io.StringIO()
+    stderr.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", stderr)
+    log = EpochLog(epoch=1, max_epoch=4, num_batches=3, print_freq=1, writer=None)
+    assert list(log.batches("abc")) == list("abc")
+    assert ("epoch 2/4:" in stderr.getvalue()) == terminal == bool(stderr.getvalue())
 
 
 @pytest.mark.parametrize("name", ["checkpoint_freq", "print_freq"])

@@ -1,4 +1,4 @@
-"""Both distributions of torchreid: PyPI's, whose code is ``torchreid.reid``, and GitHub's, whose code is ``torchreid``."""
+"""Both distributions of torchreid: PyPI's has its code in ``torchreid.reid``, GitHub's in ``torchreid`` itself."""
 
 import importlib.util
 import itertools
