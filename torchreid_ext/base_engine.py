@@ -32,7 +32,7 @@ class BaseEngine(Tester, torchreid.engine.Engine):
     Attributes:
         results: of the last test, by target.
         rank1: of the last test, on its last target.
-        best: mean mAP over the targets of the best test so far, and the epoch after which it was.
+        best: mean mAP over the targets of the best test so far, and the epoch after which it was; -1 before any.
         config: flat configuration of the run (dotted key, plain value), saved with it and compared on resuming.
         skipped: steps left out because their loss was not finite.
         stepper: steps the optimizers in the precision asked for.
@@ -45,7 +45,7 @@ class BaseEngine(Tester, torchreid.engine.Engine):
     def __init__(self, datamanager: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(datamanager, *args, **kwargs)
         self.results: dict[str, RetrievalResult] = {}
-        self.best: dict[str, float] = {"mAP": -1.0, "epoch": 0}
+        self.best: dict[str, float] = {"mAP": -1.0, "epoch": -1}
         self.config: dict[str, Any] = {}
         self.skipped = self.batch_idx = self.max_epoch = 0
         self.stop = StopRequest()

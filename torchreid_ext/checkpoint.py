@@ -28,6 +28,9 @@ _NUMPY_SCALAR: list[Any] = [
     np.dtypes.Float64DType,
 ]
 
+# The settings that tell kinds of optimizers apart; versions of torch differ in others.
+_TELLING = {"betas", "amsgrad", "momentum", "dampening", "nesterov", "alpha", "centered", "rho", "lambd"}
+
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
@@ -184,8 +187,7 @@ def _fitted(state: dict[str, Any], part: Any) -> dict[str, Any]:
         prefix = "module." if isinstance(part, nn.DataParallel) else ""
         return {prefix + name.removeprefix("module."): value for name, value in state.items()}
     if isinstance(part, Optimizer):
-        given, own = (set(groups[0]) for groups in (state["param_groups"], part.param_groups))
-        # The rate from which a scheduler started is there only if there is one.
-        if different := (given ^ own) - {"initial_lr"}:
-            raise ValueError(f"one of the two optimizers lacks {', '.join(sorted(different))}")
+        given, own = (set(groups[0]) & _TELLING for groups in (state["param_groups"], part.param_groups))
+        if given != own:
+            raise ValueError(f"it is of an optimizer with {', '.join(sorted(given))}, not {', '.join(sorted(own))}")
     return state

@@ -113,3 +113,56 @@ def test_resuming_another_run_is_refused(tmp_path):
         checkpoint.resume(tmp_path / "w.pth", model, optimizer, scheduler)
     with pytest.raises(ValueError, match="does not fit this run's state_dict"):
         checkpoint.resume(tmp_path / "w.pth", nn.Linear(9, 9), None, None)
+
+
+def test_the_state_of_another_kind_of_optimizer_is_refused(tmp_path):
+    model, adam, _ = trained()
+    sgd = torch.optim.SGD(model.parameters(), lr=1)
+    checkpoint.save({"state_dict": model.state_dict(), "optimizer": adam.state_dict(), "epoch": 1}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"a.pth' does not fit this run's optimizer: .*amsgrad, betas, not dampening"):
+        checkpoint.resume(tmp_path / "a.pth", model, sgd, None)
+    # An older torch's Adam had fewer settings, and says so.
+    state = adam.state_dict()
+    for setting in ("foreach", "fused", "capturable"):
+        state["param_groups"][0].pop(setting, None)
+    checkpoint.restore({"optimizer": state}, {"optimizer": adam}, "old")
+
+
+def test_weights_fit_with_and_without_data_parallel(tmp_path):
+    model = nn.Linear(3, 2)
+    for one, other in ((model, nn.DataParallel(nn.Linear(3, 2))), (nn.DataParallel(model), nn.Linear(3, 2))):
+        checkpoint.restore({"model": one.state_dict()}, {"model": other}, "any")
+        assert torch.equal(next(other.parameters()), model.weight)
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    checkpoint.save({"epoch": 1}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"tensors, numbers and containers alone, not .*Bomb|system"):
+        checkpoint.save({"state_dict": Bomb()}, tmp_path / "a.pth")
+    assert checkpoint.load(tmp_path / "a.pth") == {"epoch": 1}
+    assert os.listdir(tmp_path) == ["a.pth"]
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    checkpoint.save({"epoch": 1}, tmp_path / "a.pth")
+    save = torch.save
+
+    def fill(state, file):
+        with open("/dev/full", "wb") as full:
+            save(state, full)
+
+    monkeypatch.setattr(torch, "save", fill)
+    with pytest.raises(OSError, match=r"cannot write checkpoint .*a\.pth': .*No space left.*saved before is kept"):
+        checkpoint.save({"epoch": 2}, tmp_path / "a.pth")
+    monkeypatch.undo()
+    assert checkpoint.load(tmp_path / "a.pth") == {"epoch": 1}
+    assert os.listdir(tmp_path) == ["a.pth"]
+
+
+def test_files_can_be_read_by_whom_the_user_lets(tmp_path):
+    umask = os.umask(0o022)
+    try:
+        checkpoint.save({"epoch": 1}, tmp_path / "a.pth")
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "a.pth").stat().st_mode & 0o777 == 0o644

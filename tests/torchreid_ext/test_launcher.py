@@ -150,6 +150,10 @@ def test_a_signal(tmp_path, capsys, monkeypatch, signum, status):
         f"drsl-train: stopped by {signum.name} in epoch 1; model.resume auto begins it again from"
     )
     assert checkpoint.load(tmp_path / "log" / "model" / "model-last.pth.tar")["epoch"] == 0
+    monkeypatch.undo()
+    # Nothing was tested yet, and so nothing is the best.
+    assert launch(tmp_path, **{"model.resume": "auto", "train.max_epoch": 0}) == 0
+    assert not (tmp_path / "log" / "model" / "model-best.pth.tar").exists()
 
 
 @pytest.mark.parametrize(
