@@ -7,7 +7,6 @@ lived, or on what they read before.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -51,26 +50,23 @@ class SeededBatches(Sampler[list[Draw]]):
 class SeededDataset(Dataset[Any]):
     """Reads a ``Draw`` of a data set under its seed.
 
-    A ``transform`` with a memory (torchreid's ``random_patch`` pastes what it cut from earlier images) starts each
-    epoch as it was at construction. Every attribute of the wrapped data set can be read here too.
+    The patches that torchreid's ``random_patch`` cut from earlier images are forgotten at the start of each epoch.
+    Every attribute of the wrapped data set can be read here too.
     """
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
-        inner = dataset
-        while hasattr(inner, "dataset"):
-            inner = inner.dataset
-        self._inner = inner
-        self._transform = copy.deepcopy(getattr(inner, "transform", None))
         self._epoch_seed: int | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, draw: Draw) -> Any:
-        if draw.epoch_seed != self._epoch_seed and self._transform is not None:
-            self._inner.transform = copy.deepcopy(self._transform)
+        if draw.epoch_seed != self._epoch_seed:
             self._epoch_seed = draw.epoch_seed
+            for step in getattr(getattr(self, "transform", None), "transforms", []):
+                if hasattr(step, "patchpool"):
+                    step.patchpool.clear()
         with generators.seeded(draw.epoch_seed + draw.position):
             return self.dataset[draw.sample]
 

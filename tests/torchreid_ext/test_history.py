@@ -67,6 +67,16 @@ def test_damaged_ones_are_skipped_and_named(tmp_path, capsys):
         history.load_newest()
 
 
+def test_a_best_that_was_not_named_in_time_is_named(tmp_path):
+    history = History(tmp_path)
+    for epoch in (1, 2):
+        history.save({"epoch": epoch, "training": {"best": {"epoch": epoch}}}, epoch, is_best=epoch == 1)
+    # Killed between the save and the naming.
+    assert checkpoint.load(tmp_path / BEST)["epoch"] == 1
+    History(tmp_path).load_newest()
+    assert checkpoint.load(tmp_path / BEST)["epoch"] == 2
+
+
 def test_what_a_killed_save_left_is_removed(tmp_path):
     (tmp_path / f".model.pth.tar-1{checkpoint.TEMPORARY}").write_bytes(b"half")
     save(History(tmp_path), [1])

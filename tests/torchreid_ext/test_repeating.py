@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from toy_data import make_image_manager, make_video_manager
 
 from torchreid_ext.generators import restore, seed_everything, state
@@ -18,15 +18,23 @@ def images(loader):
     return torch.cat([batch["img"] for batch in loader])
 
 
+def augmented_loader(folder, workers):
+    loader = make_image_manager(folder, transforms=AUGMENTED, workers=workers).train_loader
+    (patch,) = (step for step in loader.dataset.transform.transforms if hasattr(step, "patchpool"))
+    # It pastes once it has cut a hundred patches, of which there are never so many here.
+    patch.min_sample_size, patch.prob_happen = 1, 1.0
+    return repeatable(loader)
+
+
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_the_second_epoch_is_the_first_of_a_resumed_run(tmp_path, workers):
-    loader = repeatable(make_image_manager(tmp_path, transforms=AUGMENTED, workers=workers).train_loader)
+    loader = augmented_loader(tmp_path, workers)
     seed_everything(0)
     first = images(loader)
     at_second = state()
     second = images(loader)
     assert not torch.equal(first, second)
-    resumed = repeatable(make_image_manager(tmp_path, transforms=AUGMENTED, workers=workers).train_loader)
+    resumed = augmented_loader(tmp_path, workers)
     restore(at_second)
     assert torch.equal(images(resumed), second)
 
@@ -62,6 +70,30 @@ def test_reading_draws_once_an_epoch_from_the_global_generators(tmp_path):
     images(loader)
     assert torch.equal(torch.rand(3), after_one_draw[0])
     assert (random.random(), np.random.rand()) == after_one_draw[1:]
+
+
+class Numbers(Dataset):
+    """What its transform makes of nothing."""
+
+    def __init__(self, transform):
+        self.transform = transform
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return self.transform()
+
+
+def values(loader):
+    return torch.cat(list(loader)).tolist()
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: torch.rand(()).item()])
+def test_every_image_has_random_numbers_of_its_own(draw):
+    drawn = DataLoader(Numbers(draw), batch_size=2, sampler=[0, 0, 1, 1, 0, 0])
+    loader = repeatable(drawn)
+    assert len({*values(loader), *values(loader)}) == 12
 
 
 def test_workers_live_on(tmp_path):
