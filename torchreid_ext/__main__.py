@@ -93,7 +93,8 @@ def train(cfg: config.Config) -> dict[str, Any]:
     columns = {}
     if cfg.test.untrained and not cfg.test.evaluate:
         print("=> Test before training")
-        columns["untrained"] = engine.test(**config.test_arguments(cfg))
+        folder = str(Path(cfg.data.save_dir, "untrained"))
+        columns["untrained"] = engine.test(**config.test_arguments(cfg), save_dir=folder)
     columns["trained"] = engine.run(**config.run_arguments(cfg))
     if len(columns) > 1:
         evaluation.print_side_by_side(columns, cfg.test.ranks)
