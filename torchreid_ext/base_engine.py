@@ -55,6 +55,7 @@ class BaseEngine(torchreid.engine.Engine):
         test_only: bool = False,
         visrank: bool = False,
         picture: int = 0,
+        rerank: bool = False,
         **test_arguments: Any,
     ) -> dict[str, RetrievalResult]:
         """Trains, tests and saves, as torchreid's pipeline does; returns the last test's results by target.
@@ -71,10 +72,11 @@ class BaseEngine(torchreid.engine.Engine):
             test_only: test, and do not train.
             visrank: draw the ranking of every query in the last test.
             picture: queries on the page of rankings drawn in the last test.
+            rerank: re-rank in the last test.
             **test_arguments: of ``test``.
         """
         test_arguments["save_dir"] = save_dir
-        last = {**test_arguments, "visrank": visrank, "picture": picture}
+        last = {**test_arguments, "visrank": visrank, "picture": picture, "rerank": rerank}
         if test_only:
             return self.test(**last)
         started = time.monotonic()
@@ -152,17 +154,12 @@ class BaseEngine(torchreid.engine.Engine):
         if picture:
             # Evenly over the query set, so that the page shows many identities.
             indices = np.linspace(0, len(query) - 1, min(picture, len(query))).astype(int).tolist()
-            page = evaluation.draw_rankings(
-                search, paths, indices, topk, Path(save_dir, f"ranking_{target}.png"), f"{target}: ranked gallery"
-            )
+            page = Path(save_dir, f"ranking_{target}.png")
+            evaluation.draw_page(search, paths, indices, topk, page, f"{target}: ranked gallery")
             print(f'Picture of ranked results saved to "{page}"')
         if visrank:
-            folder = Path(save_dir, f"visrank_{target}")
-            for index in range(len(query)):
-                evaluation.draw_rankings(
-                    search, paths, [index], topk, folder / f"query_{index:05d}.png", f"{target}: query {index}"
-                )
-            print(f'Rankings of {len(query)} queries saved to "{folder}"')
+            index = evaluation.draw_all(search, paths, topk, Path(save_dir, f"visrank_{target}"), f"Rankings: {target}")
+            print(f'Rankings of {len(query)} queries saved, to browse from "{index}"')
 
     def save_model(self, epoch: int, rank1: Any, save_dir: str, is_best: bool = False) -> None:
         """Writes ``save_dir/NAME/model.pth.tar-EPOCH`` for each registered model, as torchreid does, whole or not
