@@ -77,12 +77,13 @@ def train(cfg: config.Config) -> dict[str, Any]:
     if cfg.model.load_weights:
         unused = checkpoint.load_weights(model, cfg.model.load_weights)
         print(f'Loaded weights from "{cfg.model.load_weights}"' + (f", but for {', '.join(unused)}" if unused else ""))
-    optimizer = config.build_optimizer(cfg, model)
+    criterion = config.build_criterion(cfg, model, datamanager.num_train_pids)
+    optimizer = config.build_optimizer(cfg, model, criterion)
     scheduler = config.build_scheduler(cfg, optimizer)
     if cfg.model.resume:
         cfg.train.start_epoch = checkpoint.resume(cfg.model.resume, model, optimizer, scheduler)
         print(f'Resuming from "{cfg.model.resume}" after epoch {cfg.train.start_epoch}')
-    engine = config.build_engine(cfg, datamanager, model, optimizer, scheduler)
+    engine = config.build_engine(cfg, datamanager, model, optimizer, scheduler, criterion)
     if cfg.loss.name != "softmax" and cfg.sampler.train_sampler != "RandomIdentitySampler":
         print(
             f"Note: {cfg.loss.name} needs several images of an identity in a batch: set sampler.train_sampler to "
