@@ -23,9 +23,10 @@ NOT_TRAINED = {
     "EmbeddingRegularizerMixin": "it is a part of other losses: give them an embedding_regularizer",
     "WeightRegularizerMixin": "it is a part of other losses: give them a weight_regularizer",
     "CrossBatchMemory": "it wraps a loss: set memory_size",
-    "MultipleLosses": "an engine has one metric loss: give one from Python as its criterion",
+    "MultipleLosses": "it sums several losses, and a config describes one: give it to an engine from Python",
     "SelfSupervisedLoss": "it compares two views of an image and takes no identities",
     "VICRegLoss": "it compares two views of an image and takes no identities",
+    "DynamicSoftMarginLoss": "in pytorch-metric-learning 2.9 its second batch fails, as its histogram keeps the first",
     "ManifoldLoss": "it makes up its own classes and takes no identities",
 }
 """Names of ``pytorch_metric_learning.losses`` that ``loss.pml.loss`` does not take, and why."""
@@ -78,14 +79,19 @@ TABLES: dict[str, dict[str, type]] = {
 
 
 def parameters(kind: type) -> dict[str, inspect.Parameter]:
-    """The named arguments a class is made with, those that it passes on as ``**kwargs`` included."""
+    """The named arguments a class is made with, those that it passes on as ``**kwargs`` included.
+
+    What an abstract class requires, its subclasses give it themselves: those are left out.
+    """
     found: dict[str, inspect.Parameter] = {}
     for part in kind.__mro__:
         if "__init__" not in vars(part):
             continue
         own = list(inspect.signature(vars(part)["__init__"]).parameters.values())[1:]
         named = {p.name: p for p in own if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-        found = {**named, **found}
+        if part.__name__ in NOT_TRAINED:
+            named = {name: p for name, p in named.items() if p.default is not p.empty}
+        found |= {name: p for name, p in named.items() if name not in found}
         if not any(p.kind is p.VAR_KEYWORD for p in own):
             break
     return found
