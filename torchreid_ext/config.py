@@ -257,6 +257,10 @@ def build_engine(
 
 def _metric_arguments(cfg: Config, criterion: nn.Module) -> dict[str, Any]:
     section = cfg.loss[cfg.loss.name]
+    if section.weight_x == 0 and cfg.train.fixbase_epoch > 0:
+        raise ValueError(
+            f"train.fixbase_epoch trains the classifier alone, which loss.{cfg.loss.name}.weight_x 0 leaves out"
+        )
     return {
         "criterion": criterion,
         "weight_m": section.weight_m,

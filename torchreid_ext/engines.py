@@ -100,7 +100,7 @@ class ImagePMLEngine(BaseEngine):
         loss: Tensor | float = 0
         summary = {}
         if self.weight_m > 0:
-            camids = self.parse_cameras(data).to(device) if self.cross_camera else None
+            camids = self.parse_cameras(data).to(pids.device) if self.cross_camera else None
             loss_m = self._metric_loss(features, pids, camids)
             loss = loss + self.weight_m * loss_m
             summary["loss_m"] = loss_m.item()

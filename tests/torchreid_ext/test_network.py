@@ -135,3 +135,15 @@ def test_a_head_learns_through_its_neck():
     F.cross_entropy(logits, torch.arange(4)).backward()
     assert model.classifier.neck.weight.grad.abs().max() > 0
     assert model.conv1.conv.weight.grad.abs().max() > 0
+
+
+def test_a_compiled_network_has_the_same_neck():
+    model = build()
+    network.add_neck(model)
+    model.train()
+    twin = torch.compile(copy.deepcopy(model), backend="eager")
+    for mode in (True, False):
+        model.train(mode)
+        twin.train(mode)
+        found, wanted = twin(images()), model(images())
+        torch.testing.assert_close(found, wanted)
