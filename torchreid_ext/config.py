@@ -238,7 +238,8 @@ def build_engine(
     }
     data_type = _choose("data.type", cfg.data.type, ("image", "video"))
     loss = _choose("loss.name", cfg.loss.name, ("softmax", "triplet", "drsl", "pml"))
-    criterion = criterion or build_criterion(cfg, model, datamanager.num_train_pids)
+    if criterion is None:
+        criterion = build_criterion(cfg, model, datamanager.num_train_pids)
     arguments = dict(cfg.loss.triplet) if loss == "triplet" else {}
     if criterion is not None:
         arguments = _metric_arguments(cfg, criterion)

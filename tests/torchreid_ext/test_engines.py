@@ -118,8 +118,9 @@ def test_every_model_of_the_zoo_takes_a_step_without_and_with_a_neck(name):
         assert all(math.isfinite(value) for value in summary.values())
         assert any(not torch.equal(value, before[key]) for key, value in model.named_parameters())
     engine.set_model_mode("eval")
-    necks = [module for module in model.modules() if isinstance(module, network.NeckClassifier)]
-    assert engine.extract_features(data["img"]).shape == (4, sum(neck.in_features for neck in necks))
+    sizes = [module.in_features for module in model.modules() if isinstance(module, network.NeckClassifier)]
+    assert engine.extract_features(data["img"]).shape == (4, sum(sizes))
+    assert network.feature_sizes(model, *data["img"].shape[2:]) == sizes
 
 
 def test_heads_are_averaged():
