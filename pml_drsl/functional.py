@@ -1,4 +1,4 @@
-"""The mathematics of DRSL: pure functions of distances, masks and a temperature.
+"""The mathematics of DRSL: pure functions of distances, pairs and a temperature.
 
 Symbols: Q queries, M candidates, E (query, positive) pairs. ``G(x) = sigmoid(x / temperature)`` is the smoothed
 indicator of ``x > 0``; ``G(d_i - d_j)`` says how much candidate j precedes candidate i in the ranking of their query.
@@ -6,8 +6,13 @@ indicator of ``x > 0``; ``G(d_i - d_j)`` says how much candidate j precedes cand
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
+import warnings
 from collections.abc import Iterator
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,97 +24,204 @@ CPU_BLOCK = 2**18
 DEVICE_BLOCK = 2**26
 
 
-def count_ahead(
-    x: Tensor, query: Tensor, y: Tensor, mask: Tensor, temperature: float, weight: Tensor | None = None
-) -> Tensor:
-    """How many of a query's candidates precede each of E thresholds, smoothed.
+class Candidates(NamedTuple):
+    """Which candidates of each query count, as pairs: a table of bool would cost a pass of its own.
 
-    ``count(e) = sum over c with mask[q, c] of weight[q, c] * G(x_e - y[q, c])``, with ``q = query[e]``
+    Attributes:
+        query: of each listed pair, shape (L,), integer, ascending.
+        candidate: candidate of each listed pair, shape (L,), integer; no pair twice.
+        listed: whether the listed pairs are those that count, or all others are.
+    """
+
+    query: Tensor
+    candidate: Tensor
+    listed: bool
+
+    def rows(self, rows: slice) -> Candidates:
+        """Those of a range of queries, which then count from 0."""
+        bounds = torch.tensor([rows.start, rows.stop], device=self.query.device, dtype=self.query.dtype)
+        return self.part(slice(*torch.searchsorted(self.query, bounds).tolist()), rows.start)
+
+    def part(self, pairs: slice, first_query: int) -> Candidates:
+        """A range of the listed pairs, their queries counted from ``first_query``."""
+        return Candidates(self.query[pairs] - first_query, self.candidate[pairs], self.listed)
+
+    def only(self, y: Tensor) -> Tensor:
+        """``y``, shape (Q, M), with infinity for what does not count: it precedes nothing, exactly. May reuse ``y``."""
+        if not self.listed:
+            return y.index_put_((self.query, self.candidate), y.new_tensor(torch.inf))
+        return torch.full_like(y, torch.inf).index_put_((self.query, self.candidate), y[self.query, self.candidate])
+
+    def sums(self, y: Tensor) -> Tensor:
+        """Sum of ``y``, shape (Q, M), over the candidates of each query, shape (Q,)."""
+        of_listed = y.new_zeros(len(y)).index_add_(0, self.query, y[self.query, self.candidate])
+        return of_listed if self.listed else y.sum(1) - of_listed
+
+
+def count_ahead(
+    distances: Tensor,
+    query: Tensor,
+    own: Tensor,
+    temperature: float,
+    margin: float = 0.0,
+    candidates: Candidates | None = None,
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How many of a query's candidates precede each of E candidates of its own, smoothed.
+
+    With ``d_e = distances[query_e, own_e]`` and c over the candidates that count::
+
+        count(e)    = sum over c of G(d_e - d_c + margin)
+        weighted(e) = sum over c of G(d_e - d_c + margin) * weight[query_e, c]
+
     (the rank of Smooth-AP, Brown et al., ECCV 2020, eq. 5). The E x C comparisons are made block by block, forward
     and again backward, so that nothing of their size is ever kept.
 
     Args:
-        x: thresholds, shape (E,).
-        query: row of ``y`` that each threshold is compared with, shape (E,), integer, ascending.
-        y: distances of each query's candidates, shape (Q, C).
-        mask: which candidates count, shape (Q, C), bool.
-        temperature: softness of the comparison, > 0, in units of ``x`` and ``y``.
-        weight: what each candidate counts for, shape (Q, C); 1 where not given.
+        distances: of each query's candidates, shape (Q, C); an infinite one precedes nothing.
+        query: query of each pair, shape (E,), integer, ascending.
+        own: candidate of each pair, shape (E,), integer; no pair twice.
+        temperature: softness of the comparison, > 0, in units of distance.
+        margin: distance by which a candidate must follow not to count.
+        candidates: which candidates count; None for all of them.
+        weight: weight of each candidate, shape (Q, C); None leaves ``weighted`` out: it is then ``count``.
 
     Returns:
-        Counts, shape (E,), differentiable (once) in ``x``, ``y`` and ``weight``.
+        ``(d, count, weighted)``, each of shape (E,), differentiable (once) in ``distances`` and ``weight``.
     """
-    return _CountAhead.apply(x, query, y, mask, weight, temperature)  # type: ignore[no-any-return]
+    out = _CountAhead.apply(distances, weight, query, own, candidates, temperature, margin)
+    d, count, *weighted = out
+    return d, count, weighted[0] if weighted else count
 
 
 class _CountAhead(torch.autograd.Function):
+    # The pairs' own distances are gathered here, and not before, so that their gradient and the candidates' is one
+    # tensor: a second one of shape (Q, C), and the sum of the two, cost as much as the comparisons.
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, query: Tensor, y: Tensor, mask: Tensor, weight: Tensor | None, temperature: float
-    ) -> Tensor:
-        ctx.save_for_backward(x, query, y, mask, weight)
-        ctx.temperature = temperature
-        out = torch.empty_like(x)
-        for pairs, rows in _blocks(query, y):
-            row = query[pairs] - rows.start
-            ahead = _ahead(x[pairs], row, y[rows], mask[rows], temperature)
-            if weight is not None:
-                ahead *= weight[rows][row]
-            torch.sum(ahead, 1, out=out[pairs])
-        return out
+        ctx: Any,
+        distances: Tensor,
+        weight: Tensor | None,
+        query: Tensor,
+        own: Tensor,
+        candidates: Candidates | None,
+        temperature: float,
+        margin: float,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(distances, weight, query, own)
+        ctx.settings = candidates, temperature, margin
+        d = distances[query, own]
+        fused = _fused(distances, weight)
+        if fused is not None:
+            count, ctx.slope = fused.count(*_scaled(distances, d, candidates, temperature, margin), query)
+            return d, count
+        count = torch.empty_like(d)
+        weighted = None if weight is None else torch.empty_like(d)
+        for pairs, rows, row, ahead in _blocks(distances, d, query, candidates, temperature, margin):
+            torch.sum(ahead, 1, out=count[pairs])
+            if weight is not None and weighted is not None:
+                torch.sum(ahead.mul_(weight[rows][row]), 1, out=weighted[pairs])
+        return (d, count) if weighted is None else (d, count, weighted)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, query, y, mask, weight = ctx.saved_tensors
-        grad_x, grad_y = torch.empty_like(x), torch.zeros_like(y)
+    @once_differentiable
+    def backward(ctx: Any, grad_d: Tensor, grad_count: Tensor, *grad_weighted: Tensor) -> tuple[Tensor | None, ...]:
+        distances, weight, query, own = ctx.saved_tensors
+        candidates, temperature, margin = ctx.settings
+        d = distances[query, own]
+        fused = _fused(distances, weight)
+        if fused is not None:
+            scaled = _scaled(distances, d, candidates, temperature, margin)
+            grad_distances = fused.gradient(*scaled, query, grad_count / temperature)
+            grad_own = grad_count / temperature * ctx.slope
+            grad_distances.index_put_((query, own), grad_d + grad_own, accumulate=True)
+            return grad_distances, None, None, None, None, None, None
+        grad_own, grad_distances = torch.empty_like(d), torch.zeros_like(distances)
         grad_weight = None if weight is None else torch.zeros_like(weight)
-        for pairs, rows in _blocks(query, y):
-            row = query[pairs] - rows.start
-            ahead = _ahead(x[pairs], row, y[rows], mask[rows], ctx.temperature)
-            # G' = G * (1 - G) / temperature; a masked candidate has G = 0 and so no gradient.
-            slope = torch.addcmul(ahead, ahead, ahead, value=-1)
-            slope *= grad_out[pairs, None] / ctx.temperature
+        for pairs, rows, row, ahead in _blocks(distances, d, query, candidates, temperature, margin):
+            grad = (grad_count[pairs, None] / temperature).expand_as(ahead)
             if grad_weight is not None:
-                grad_weight[rows].index_add_(0, row, ahead.mul_(grad_out[pairs, None]))
-                slope *= weight[rows][row]
-            torch.sum(slope, 1, out=grad_x[pairs])
-            grad_y[rows].index_add_(0, row, slope, alpha=-1)
-        return grad_x, None, grad_y, None, grad_weight, None
+                of_weighted = grad_weighted[0][pairs, None]
+                grad_weight[rows].index_add_(0, row, ahead * of_weighted)
+                grad = grad + of_weighted / temperature * weight[rows][row]
+            # G' = G * (1 - G) / temperature; what does not count has G = 0 and so no gradient.
+            slope = torch.ops.aten.sigmoid_backward.grad_input(grad, ahead, grad_input=ahead)
+            torch.sum(slope, 1, out=grad_own[pairs])
+            grad_distances[rows].index_add_(0, row, slope, alpha=-1)
+        grad_distances.index_put_((query, own), grad_d + grad_own, accumulate=True)
+        return grad_distances, grad_weight, None, None, None, None, None
 
 
-def _ahead(x: Tensor, row: Tensor, y: Tensor, mask: Tensor, temperature: float) -> Tensor:
-    """G(x - y) of a block, shape (len(x), C)."""
-    # A candidate infinitely far away precedes nothing, exactly.
-    candidates = (y / temperature).masked_fill_(~mask, torch.inf).index_select(0, row)
-    return torch.sub((x / temperature)[:, None], candidates, out=candidates).sigmoid_()
+def _fused(distances: Tensor, weight: Tensor | None) -> ModuleType | None:
+    """The module that does it in one kernel, where that is possible."""
+    return _kernels() if distances.device.type == "cuda" and weight is None else None
 
 
-def _blocks(query: Tensor, y: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Slices of the pairs, and of the rows of ``y`` they need, that keep a block of comparisons small."""
-    size = CPU_BLOCK if y.device.type == "cpu" else DEVICE_BLOCK
-    step = max(1, size // max(1, y.shape[1]))
-    starts = range(0, len(query), step)
-    first, last = query[::step].tolist(), query[[min(start + step, len(query)) - 1 for start in starts]].tolist()
-    for start, first_row, last_row in zip(starts, first, last, strict=True):
-        yield slice(start, start + step), slice(first_row, last_row + 1)
+@functools.cache
+def _kernels() -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    fused = importlib.import_module("pml_drsl.fused")
+    one = torch.zeros(1, device="cuda")
+    try:
+        fused.count(one[:, None], one, one.long())
+    except Exception as error:  # no C compiler, or a device Triton does not know: the kernels are not indispensable
+        warnings.warn(f"DRSL's CUDA kernels do not run here, so it takes the slower path: {error}", stacklevel=2)
+        return None
+    return fused
+
+
+def _scaled(
+    distances: Tensor, d: Tensor, candidates: Candidates | None, temperature: float, margin: float
+) -> tuple[Tensor, Tensor]:
+    """Distances, infinite for what does not count, and thresholds, in units of the temperature."""
+    y = distances.contiguous() / temperature
+    return y if candidates is None else candidates.only(y), (d + margin) / temperature
+
+
+def _blocks(
+    distances: Tensor, d: Tensor, query: Tensor, candidates: Candidates | None, temperature: float, margin: float
+) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Blocks of pairs: their slice, the slice of queries they are of, each one's row there, and G, (pairs, C).
+
+    G is the caller's to overwrite until the next block.
+    """
+    size = CPU_BLOCK if distances.device.type == "cpu" else DEVICE_BLOCK
+    step = min(len(query), max(1, size // max(1, distances.shape[1])))
+    x = ((d + margin) / temperature)[:, None]
+    buffer = distances.new_empty(step, distances.shape[1])
+    for pairs, rows, of_rows in _ranges(query, step, len(distances), candidates):
+        row = query[pairs] - rows.start
+        y = distances[rows] / temperature
+        if of_rows is not None:
+            y = of_rows.only(y)
+        ahead = torch.index_select(y, 0, row, out=buffer[: len(row)])
+        yield pairs, rows, row, torch.sub(x[pairs], ahead, out=ahead).sigmoid_()
+
+
+def _ranges(
+    query: Tensor, step: int, num_queries: int, candidates: Candidates | None
+) -> Iterator[tuple[slice, slice, Candidates | None]]:
+    """Every ``step`` pairs: their slice, the slice of queries they are of, and those queries' candidates."""
+    if step >= len(query):
+        yield slice(0, len(query)), slice(0, num_queries), candidates
+        return
+    starts = torch.arange(0, len(query), step, device=query.device)
+    rows = torch.stack([query[starts], query[(starts + step).clamp_(max=len(query)) - 1] + 1])
+    bounds = rows if candidates is None else torch.cat([rows, torch.searchsorted(candidates.query, rows)])
+    for block, (first, last, *part) in enumerate(zip(*bounds.tolist(), strict=True)):
+        of_rows = None if candidates is None else candidates.part(slice(*part), first)
+        yield slice(block * step, (block + 1) * step), slice(first, last), of_rows
 
 
 def retrieval_sort_errors(
-    d: Tensor,
-    query: Tensor,
-    distances: Tensor,
-    negatives: Tensor,
-    temperature: float,
-    margin: float = 0.0,
-    dissimilarity: Tensor | None = None,
+    d: Tensor, false_pos: Tensor, query: Tensor, temperature: float, dissimilarity: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """The two errors of DRSL for each (query, positive) pair.
 
-    For a positive i of a query, with P its positives and N its negatives::
+    For a positive i of a query, with P its positives::
 
         rank_pos(i)  = 1 + sum over j in P, j != i of G(d_i - d_j)
-        false_pos(i) = sum over n in N of G(d_i - d_n + margin)
         retrieval(i) = false_pos(i) / (rank_pos(i) + false_pos(i))
         sort(i)      = (u_i + sum over j in P, j != i of G(d_i - d_j) * u_j) / rank_pos(i)
 
@@ -119,40 +231,31 @@ def retrieval_sort_errors(
 
     Args:
         d: distance of each pair's positive from its query, shape (E,); no pair twice.
-        query: query of each pair, shape (E,), ascending.
-        distances: distance of each candidate from each query, shape (Q, M), smaller is nearer.
-        negatives: negatives of each query, shape (Q, M), bool.
+        false_pos: smoothed number of negatives ahead of each positive, shape (E,): ``count_ahead`` of the negatives.
+        query: query of each pair, shape (E,), integer, ascending.
         temperature: softness of the ranks, > 0, in units of distance.
-        margin: distance by which a negative must follow a positive not to count as ahead of it.
         dissimilarity: angular dissimilarity ``u = (1 - cos) / 2`` of each pair, shape (E,), in [0, 1];
             None leaves the sort error out.
 
     Returns:
         ``(retrieval, sort)``, both of shape (E,) and in [0, 1]; ``sort`` is None where ``dissimilarity`` is.
     """
-    false_pos = count_ahead(d + margin, query, distances, negatives, temperature)
-    peers = _Peers(query, len(distances))
-    peer_distances, is_peer = peers.table(d), peers.table(torch.ones_like(query, dtype=torch.bool))
+    row, column, shape = _places(query)
+    peers = d.new_full(shape, torch.inf).index_put((row, column), d)
+    u = None if dissimilarity is None else d.new_zeros(shape).index_put((row, column), dissimilarity)
+    _, ahead, u_ahead = count_ahead(peers, row, column, temperature, weight=u)
     # A positive is level with itself, G(0) = 1/2: the definition's "1 +" and "j != i" together add 1/2 to the count.
-    rank_pos = 0.5 + count_ahead(d, query, peer_distances, is_peer, temperature)
+    rank_pos = 0.5 + ahead
     retrieval = false_pos / (rank_pos + false_pos)
-    if dissimilarity is None:
-        return retrieval, None
-    u_ahead = count_ahead(d, query, peer_distances, is_peer, temperature, weight=peers.table(dissimilarity))
-    return retrieval, (0.5 * dissimilarity + u_ahead) / rank_pos
+    return retrieval, None if dissimilarity is None else (0.5 * dissimilarity + u_ahead) / rank_pos
 
 
-class _Peers:
-    """Lays one value per pair out as a table with a row per query, shape (Q, largest number of positives)."""
-
-    def __init__(self, query: Tensor, num_queries: int) -> None:
-        counts = torch.bincount(query, minlength=num_queries)
-        first = counts.cumsum(0) - counts
-        self.index = (query, torch.arange(len(query), device=query.device) - first[query])
-        self.shape = (num_queries, int(counts.max()) if len(query) else 0)
-
-    def table(self, values: Tensor) -> Tensor:
-        return values.new_zeros(self.shape).index_put(self.index, values)
+def _places(query: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """Row and column, each (E,), and the shape, of a table with a row per query that has pairs and a cell per pair."""
+    _, row, counts = torch.unique_consecutive(query, return_inverse=True, return_counts=True)
+    first = counts.cumsum(0) - counts
+    column = torch.arange(len(query), device=query.device) - first[row]
+    return row, column, (len(counts), int(counts.max()) if len(query) else 0)
 
 
 def angular_dissimilarity(inner_product: Tensor, x_norm: Tensor, y_norm: Tensor) -> Tensor:
@@ -162,5 +265,4 @@ def angular_dissimilarity(inner_product: Tensor, x_norm: Tensor, y_norm: Tensor)
     """
     norms = x_norm * y_norm
     defined = norms > 0
-    cos = torch.where(defined, inner_product / torch.where(defined, norms, 1), 0)
-    return (1 - cos) / 2
+    return 0.5 - torch.where(defined, inner_product * (0.5 / torch.where(defined, norms, 1)), 0)

@@ -6,22 +6,26 @@ import math
 from typing import Any
 
 import torch
-from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity, DotProductSimilarity, LpDistance
+from pytorch_metric_learning.distances import (
+    BaseDistance,
+    BatchedDistance,
+    CosineSimilarity,
+    DotProductSimilarity,
+    LpDistance,
+)
 from pytorch_metric_learning.losses import BaseMetricLossFunction
-from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 from torch.nn import functional as F
 
 from pml_drsl import functional
-from pml_drsl.reducers import PerQueryReducer
+from pml_drsl.pairs import IndicesTuple, Pairs, pairs_from_indices, pairs_from_labels
+from pml_drsl.reducers import PerQueryReducer, check_reducer
 
 # Distances of one chunk of queries, in elements, where `query_chunk_size` does not say: 64 MiB of float32.
 CHUNK_ELEMENTS = 2**24
 
 # Below this norm torch.nn.functional.normalize divides by a constant: the vector has no direction.
 SMALLEST_NORM = 1e-12
-
-IndicesTuple = tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class DRSLoss(BaseMetricLossFunction):
@@ -56,10 +60,14 @@ class DRSLoss(BaseMetricLossFunction):
         sort_weight: weight of the sort error, >= 0.
         margin: distance by which negatives must follow positives; any finite number.
         query_chunk_size: queries whose distances are computed at once; bounds memory, changes no value.
-            None chooses it so that one chunk of distances takes 64 MiB.
+            None chooses it so that one chunk of distances takes 64 MiB, or as much as the references.
+        scale_free: divide the distances of each query by their mean over its positives and negatives, a constant to
+            the gradient. Temperature and margin are then in units of that mean, and one temperature serves raw
+            (unnormalised) features of any norm. Not for similarities, whose mean may be 0 or negative.
         **kwargs: of ``BaseMetricLossFunction``: ``distance`` (default: ``LpDistance``, Euclidean between normalised
-            embeddings; a similarity enters with its sign changed), ``reducer`` (default: ``PerQueryReducer``),
-            ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``.
+            embeddings; a similarity enters with its sign changed; refused are ``BatchedDistance``, and ``p`` or
+            ``power`` below 1, whose gradient is infinite at a distance of 0), ``reducer`` (default:
+            ``PerQueryReducer``), ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``.
 
     Raises:
         ValueError: for a hyper-parameter out of range, at construction; for tensors of wrong shape or type, when
@@ -72,6 +80,7 @@ class DRSLoss(BaseMetricLossFunction):
         sort_weight: float = 0.3,
         margin: float = 0.0,
         query_chunk_size: int | None = None,
+        scale_free: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -83,20 +92,17 @@ class DRSLoss(BaseMetricLossFunction):
             raise ValueError(f"margin must be a finite number, got {margin!r}; 0 asks for order alone")
         if query_chunk_size is not None and not (isinstance(query_chunk_size, int) and query_chunk_size > 0):
             raise ValueError(f"query_chunk_size must be None or an integer above 0, got {query_chunk_size!r}")
-        if not isinstance(self.distance, BaseDistance):
-            raise ValueError(
-                f"distance must be a distance of pytorch_metric_learning.distances, such as LpDistance() or "
-                f"CosineSimilarity(), got {self.distance!r}"
-            )
+        _check_distance(self.distance, scale_free)
         self.temperature = temperature
         self.sort_weight = sort_weight
         self.margin = margin
         self.query_chunk_size = query_chunk_size
+        self.scale_free = bool(scale_free)
         self.add_to_recordable_attributes(list_of_names=["temperature", "sort_weight", "margin"], is_stat=False)
         self.add_to_recordable_attributes(list_of_names=["retrieval_error", "sort_error", "num_queries"], is_stat=True)
 
     # The number of pairs depends on the labels, so a compiler would start anew at almost every batch.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable
     def forward(
         self,
         embeddings: Tensor,
@@ -133,81 +139,96 @@ class DRSLoss(BaseMetricLossFunction):
         ref_emb: Tensor,
         ref_labels: Tensor | None,
     ) -> dict[str, Any]:
-        pairs = None
+        check_reducer(self.reducer, labels, len(embeddings), len(ref_emb))
         if indices_tuple is not None:
-            pairs = _check_indices(indices_tuple, len(embeddings), len(ref_emb), embeddings.device)
-        size = self.query_chunk_size or max(1, CHUNK_ELEMENTS // max(1, len(ref_emb)))
-        chunks = []
-        for start in range(0, len(embeddings), size):
-            rows = slice(start, min(start + size, len(embeddings)))
-            if pairs is not None:
-                masks = _masks_from_indices(pairs, rows, len(ref_emb))
-            else:
-                assert labels is not None and ref_labels is not None
-                masks = _masks_from_labels(labels, ref_labels, rows)
-            query, positive, retrieval, sort = self._errors(embeddings, ref_emb, rows, *masks)
-            chunks.append((query + start, positive, retrieval, sort))
-        if not any(len(chunk[0]) for chunk in chunks):
+            pairs = pairs_from_indices(indices_tuple, len(embeddings), len(ref_emb), embeddings.device)
+        else:
+            assert labels is not None and ref_labels is not None
+            pairs = pairs_from_labels(labels, ref_labels)
+        if len(pairs.query) == 0:
             return self.zero_losses()  # type: ignore[no-any-return]
-        query, positive, retrieval, sort = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-        self._collect_stats(query, retrieval, sort)
-        of_pairs = {"indices": (query, positive), "reduction_type": "pos_pair"}
+        retrieval, sort = self.compute_errors(embeddings, ref_emb, pairs)
+        self._collect_stats(pairs.query, retrieval, sort)
+        of_pairs = {
+            "indices": (pairs.query, pairs.positive),
+            "reduction_type": "pos_pair",
+            "divisor": len(torch.unique_consecutive(pairs.query)),  # for a DivisorReducer
+        }
         return {
             "retrieval_loss": {"losses": retrieval, **of_pairs},
             "sort_loss": {"losses": self.sort_weight * sort, **of_pairs},
         }
 
-    def _errors(
-        self, embeddings: Tensor, ref_emb: Tensor, rows: slice, positives: Tensor, negatives: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Pairs and errors of the queries in ``rows``, all of shape (E,); queries count from ``rows.start``."""
-        query, positive = positives.nonzero(as_tuple=True)
-        has_negative = negatives.any(1)[query]
-        query, positive = query[has_negative], positive[has_negative]
-        if len(query) == 0:
-            none = embeddings.new_zeros(0)
-            return query, positive, none, none
-        whole = ref_emb is embeddings and rows == slice(0, len(embeddings))
-        queries = embeddings if whole else embeddings[rows]
-        mat = self.distance(queries, None if whole else ref_emb)
-        of_pairs = mat[query, positive]
-        sign = -1 if self.distance.is_inverted else 1
-        retrieval, sort = functional.retrieval_sort_errors(
-            sign * of_pairs,
-            query,
-            sign * mat if sign < 0 else mat,
-            negatives,
-            self.temperature,
-            self.margin,
-            self._dissimilarity(of_pairs, queries, ref_emb, query, positive) if self.sort_weight > 0 else None,
-        )
-        return query, positive, retrieval, torch.zeros_like(retrieval) if sort is None else sort
+    def compute_errors(self, embeddings: Tensor, ref_emb: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """Retrieval and sort errors of the pairs, both of shape (E,), a chunk of queries at a time."""
+        norms = self._norms(embeddings)
+        ref_norms = norms if ref_emb is embeddings else self._norms(ref_emb)
+        # Every chunk keeps a copy of the references for the backward pass: it is worth their size.
+        size = self.query_chunk_size or max(1, embeddings.shape[1], CHUNK_ELEMENTS // max(1, len(ref_emb)))
+        if size >= len(embeddings):
+            mat = self.distance(embeddings, None if ref_emb is embeddings else ref_emb)
+            return self._errors_of_chunk(mat, embeddings, ref_emb, norms, ref_norms, pairs)
+        chunks = []
+        starts = range(0, len(embeddings), size)
+        for start, x in zip(starts, torch.split(embeddings, size), strict=True):
+            rows = slice(start, start + len(x))
+            of_rows = pairs.rows(rows)
+            if len(of_rows.query) > 0:
+                mat = self.distance(x, ref_emb)
+                chunks.append(self._errors_of_chunk(mat, x, ref_emb, norms[rows], ref_norms, of_rows))
+        retrieval, sort = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        return retrieval, sort
 
-    def _dissimilarity(self, of_pairs: Tensor, x: Tensor, y: Tensor, query: Tensor, positive: Tensor) -> Tensor:
+    def _errors_of_chunk(
+        self, mat: Tensor, x: Tensor, y: Tensor, x_norm: Tensor, y_norm: Tensor, pairs: Pairs
+    ) -> tuple[Tensor, Tensor]:
+        """Both errors of the pairs, shape (E,), from what the distance says, shape (Q, M)."""
+        query, positive = pairs.query, pairs.positive
+        if type(self.distance) not in (LpDistance, CosineSimilarity, DotProductSimilarity):
+            _check_distances(mat, self.distance)
+        means = None
+        if self.distance.is_inverted:
+            mat = -mat
+        elif self.scale_free:
+            means = pairs.mean(mat.detach())
+            mat = mat / means[:, None]
+        d, false_pos, _ = functional.count_ahead(
+            mat, query, positive, self.temperature, self.margin, candidates=pairs.negatives
+        )
+        u = None
+        if self.sort_weight > 0:
+            of_pairs = -d if self.distance.is_inverted else d if means is None else d * means[query]
+            u = self._dissimilarity(of_pairs, x, y, x_norm, y_norm, query, positive)
+        retrieval, sort = functional.retrieval_sort_errors(d, false_pos, query, self.temperature, u)
+        return retrieval, torch.zeros_like(retrieval) if sort is None else sort
+
+    def _dissimilarity(
+        self, of_pairs: Tensor, x: Tensor, y: Tensor, x_norm: Tensor, y_norm: Tensor, query: Tensor, positive: Tensor
+    ) -> Tensor:
         """Angular dissimilarity of the pairs, shape (E,), from what the distance says of them where that is enough."""
-        if type(self.distance) is LpDistance and self.distance.p == 2:
-            x_norm, y_norm = self._norms(x)[query], self._norms(y)[positive]
+        x_norm, y_norm = x_norm[query], y_norm[positive]
+        if type(self.distance) is LpDistance and self.distance.p == 2 and self.distance.power <= 2:
             squared = of_pairs ** (2 / self.distance.power)
-            inner_product = (x_norm**2 + y_norm**2 - squared) / 2
+            inner_product = torch.sub((x_norm**2 + y_norm**2) / 2, squared, alpha=0.5)
         elif type(self.distance) in (CosineSimilarity, DotProductSimilarity) and self.distance.power == 1:
-            x_norm, y_norm = self._norms(x)[query], self._norms(y)[positive]
             inner_product = of_pairs
         else:
             inner_product = (F.normalize(x) @ F.normalize(y).T)[query, positive]
-            x_norm, y_norm = (x != 0).any(1)[query].to(x), (y != 0).any(1)[positive].to(y)
+            x_norm, y_norm = ((norm.detach() > 0).to(x) for norm in (x_norm, y_norm))
         return functional.angular_dissimilarity(inner_product, x_norm, y_norm)
 
     def _norms(self, x: Tensor) -> Tensor:
         """Norms, shape (N,), of the embeddings as the distance compares them."""
-        norms: Tensor = torch.linalg.vector_norm(x, dim=1)
-        return (norms > SMALLEST_NORM).to(x) if self.distance.normalize_embeddings else norms
+        if self.distance.normalize_embeddings:
+            return _has_direction(x).to(x)
+        return torch.linalg.vector_norm(x, dim=1)  # type: ignore[no-any-return]
 
     def _with_direction(self, x: Tensor) -> Tensor:
         # Normalising a zero vector multiplies its gradient by 1e12, which half precision cannot hold.
         if not self.distance.normalize_embeddings:
             return x
-        has_direction = torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True) > SMALLEST_NORM
-        return torch.where(has_direction, x, x.detach())
+        has_direction = _has_direction(x)
+        return x if bool(has_direction.all()) else torch.where(has_direction[:, None], x, x.detach())
 
     def _collect_stats(self, query: Tensor, retrieval: Tensor, sort: Tensor) -> None:
         if not self.collect_stats:
@@ -216,7 +237,7 @@ class DRSLoss(BaseMetricLossFunction):
         self.retrieval_error, self.sort_error = (
             float(mean.element_reduction(errors.detach(), query, errors, None)) for errors in (retrieval, sort)
         )
-        self.num_queries = len(torch.unique(query))
+        self.num_queries = len(torch.unique_consecutive(query))
 
     def get_default_reducer(self) -> PerQueryReducer:
         return PerQueryReducer()
@@ -228,57 +249,50 @@ class DRSLoss(BaseMetricLossFunction):
         return ["retrieval_loss", "sort_loss"]
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, sort_weight={self.sort_weight}, margin={self.margin}"
-
-
-def _masks_from_labels(labels: Tensor, ref_labels: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-    """The pairs of ``lmu.get_all_pairs_indices`` as two masks, shape (rows, M), without its N^2 indices."""
-    same = labels[rows, None] == ref_labels[None]
-    different = ~same
-    if ref_labels is labels:
-        same.diagonal(rows.start).fill_(False)
-    return same, different
-
-
-def _masks_from_indices(indices: tuple[Tensor, ...], rows: slice, num_refs: int) -> tuple[Tensor, Tensor]:
-    """The pairs of an indices tuple (a1, p, a2, n) as two masks, shape (rows, M)."""
-    masks = []
-    for anchor, other in (indices[:2], indices[2:]):
-        mask = torch.zeros(rows.stop - rows.start, num_refs, dtype=torch.bool, device=anchor.device)
-        inside = (anchor >= rows.start) & (anchor < rows.stop)
-        mask[anchor[inside] - rows.start, other[inside]] = True
-        masks.append(mask)
-    positives, negatives = masks
-    if bool((positives & negatives).any()):
-        query, other = (positives & negatives).nonzero()[0].tolist()
-        raise ValueError(
-            f"indices_tuple has the pair ({query + rows.start}, {other}) both as a positive and as a negative"
+        return (
+            f"temperature={self.temperature}, sort_weight={self.sort_weight}, margin={self.margin}, "
+            f"scale_free={self.scale_free}"
         )
-    return positives, negatives
 
 
-def _check_indices(
-    indices_tuple: IndicesTuple, num_queries: int, num_refs: int, device: torch.device
-) -> tuple[Tensor, ...]:
-    if len(indices_tuple) not in (3, 4):
+def _has_direction(x: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(x.detach(), dim=1)
+    return norms > SMALLEST_NORM
+
+
+def _check_distance(distance: object, scale_free: bool) -> None:
+    if isinstance(distance, BatchedDistance):
         raise ValueError(
-            f"indices_tuple must have 3 tensors (anchors, positives, negatives) or 4 (anchors, positives, anchors, "
-            f"negatives), got {len(indices_tuple)}"
+            f"distance must return the matrix of distances, and BatchedDistance returns none; give the one inside, "
+            f"{distance.distance!r}, and query_chunk_size to save memory"
         )
-    indices = tuple(index.to(device) for index in lmu.convert_to_pairs(indices_tuple, None))
-    for (anchor, other), name in ((indices[:2], "positive"), (indices[2:], "negative")):
-        if anchor.shape != other.shape or anchor.ndim != 1:
-            raise ValueError(
-                f"indices_tuple needs 1-D anchors and {name}s of one length, got shapes {tuple(anchor.shape)} and "
-                f"{tuple(other.shape)}"
-            )
-        for index, size, what in ((anchor, num_queries, "anchor"), (other, num_refs, name)):
-            if len(index) and not 0 <= int(index.min()) <= int(index.max()) < size:
-                raise ValueError(
-                    f"indices_tuple has {what} indices from {int(index.min())} to {int(index.max())}, outside the "
-                    f"{size} embeddings they point into"
-                )
-    return indices
+    if not isinstance(distance, BaseDistance):
+        raise ValueError(
+            f"distance must be a distance of pytorch_metric_learning.distances, such as LpDistance() or "
+            f"CosineSimilarity(), got {distance!r}"
+        )
+    if distance.is_inverted and not (distance.power >= 1 and distance.power == int(distance.power)):
+        raise ValueError(
+            f"distance has power={distance.power}, and that of a negative similarity is not a number; give power=1"
+        )
+    if distance.power < 1 or (isinstance(distance, LpDistance) and distance.p < 1):
+        raise ValueError(
+            f"distance has p={distance.p} and power={distance.power}; below 1 the gradient of a distance of 0, or of "
+            f"one difference of 0, is infinite; give 1 or more"
+        )
+    if scale_free and distance.is_inverted:
+        raise ValueError(
+            f"scale_free divides by a mean distance, and the mean of a similarity may be 0 or negative; give "
+            f"LpDistance() or scale_free=False, got {distance!r}"
+        )
+
+
+def _check_distances(mat: Tensor, distance: BaseDistance) -> None:
+    if not bool(torch.isfinite(mat).all()):
+        raise ValueError(
+            f"distance {type(distance).__name__} gave infinite or NaN values; SNRDistance does so for an embedding "
+            f"whose values are all alike"
+        )
 
 
 def _is_real(value: object) -> bool:

@@ -5,11 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pytorch_metric_learning.reducers import BaseReducer, MeanReducer
+from pytorch_metric_learning.reducers import BaseReducer, ClassWeightedReducer, MeanReducer, PerAnchorReducer
 from torch import Tensor
 
 
-class PerQueryReducer(BaseReducer):
+class _QueryReducer(BaseReducer):
+    """A reducer to which only the query of a pair or triplet matters; in PML's tuples it is the first index."""
+
+    def _by_query(
+        self, losses: Tensor, loss_indices: tuple[Tensor, ...], embeddings: Tensor, labels: Tensor | None
+    ) -> Tensor:
+        return self.element_reduction(losses, loss_indices[0], embeddings, labels)  # type: ignore[no-any-return]
+
+    pos_pair_reduction = neg_pair_reduction = triplet_reduction = _by_query
+
+
+class PerQueryReducer(_QueryReducer):
     """Averages the losses of each query, then reduces the queries that have one.
 
     Unlike PML's ``PerAnchorReducer`` it gives a query without a loss no weight, and the references may outnumber
@@ -28,16 +39,55 @@ class PerQueryReducer(BaseReducer):
     ) -> Tensor:
         if len(losses) == 0:
             return self.zero_loss(embeddings)  # type: ignore[no-any-return]
-        queries, group = torch.unique(loss_indices, return_inverse=True)
-        sums = losses.new_zeros(len(queries)).index_add(0, group, losses)
-        averages = sums / torch.bincount(group).to(losses.dtype)
+        averages, queries = _means(losses, loss_indices)
         loss_dict = {"loss": {"losses": averages, "indices": queries, "reduction_type": "element"}}
         return self.reducer(loss_dict, embeddings, labels)  # type: ignore[no-any-return]
 
-    def _by_query(
-        self, losses: Tensor, loss_indices: tuple[Tensor, ...], embeddings: Tensor, labels: Tensor | None
-    ) -> Tensor:
-        return self.element_reduction(losses, loss_indices[0], embeddings, labels)
 
-    # In PML's pairs and triplets alike the first index is the query's.
-    pos_pair_reduction = neg_pair_reduction = triplet_reduction = _by_query
+class PerIdentityReducer(_QueryReducer):
+    """Every identity weighs the same, however many samples it has: the mean over the losses of each query, of these
+    over the queries of each identity, and of these over the identities that have one. Needs labels.
+    """
+
+    def element_reduction(
+        self, losses: Tensor, loss_indices: Tensor, embeddings: Tensor, labels: Tensor | None
+    ) -> Tensor:
+        if labels is None:
+            raise ValueError("PerIdentityReducer needs labels: call the loss with them, or give a PerQueryReducer")
+        if len(losses) == 0:
+            return self.zero_loss(embeddings)  # type: ignore[no-any-return]
+        of_queries, queries = _means(losses, loss_indices)
+        _, identity = torch.unique(labels[queries], return_inverse=True)
+        return _means(of_queries, identity)[0].mean()
+
+
+def _means(losses: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of each group of losses and the groups' numbers, ascending; groups (one per loss) count from 0."""
+    counts = torch.bincount(group)
+    groups = counts.nonzero().squeeze(1)
+    sums = losses.new_zeros(len(counts)).index_add(0, group, losses)
+    means = sums / counts.clamp(min=1)
+    return (means if len(groups) == len(counts) else means[groups]), groups
+
+
+def check_reducer(reducer: torch.nn.Module, labels: Tensor | None, batch_size: int, num_refs: int) -> None:
+    """Refuses a batch on which one of PML's reducers would fail without saying why.
+
+    Raises:
+        ValueError: with the reason and what to use instead.
+    """
+    for part in reducer.modules():
+        if isinstance(part, PerAnchorReducer) and num_refs > batch_size:
+            raise ValueError(
+                f"PerAnchorReducer has no room for {num_refs} references of {batch_size} embeddings; give a "
+                f"pml_drsl.reducers.PerQueryReducer"
+            )
+        if isinstance(part, ClassWeightedReducer):
+            number = len(part.weights)
+            if labels is None:
+                raise ValueError("ClassWeightedReducer needs labels: call the loss with them")
+            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < number:
+                raise ValueError(
+                    f"ClassWeightedReducer has weights for the labels 0 to {number - 1}, and the batch has labels "
+                    f"from {int(labels.min())} to {int(labels.max())}; number the classes from 0 and weigh them all"
+                )

@@ -1,7 +1,8 @@
 """DRSL, and any loss of pytorch-metric-learning, for torchreid.
 
-Importing this package registers ``ImageDRSLEngine`` and ``VideoDRSLEngine`` on ``torchreid.engine`` and the data set
-``synthetic_pedestrians`` with torchreid's data managers.
+Importing this package registers ``ImageDRSLEngine``, ``VideoDRSLEngine``, ``ImagePMLEngine`` and ``VideoPMLEngine`` on
+``torchreid.engine`` and the data sets ``synthetic_pedestrians`` and ``synthetic_tracklets`` with torchreid's data
+managers.
 """
 
 import warnings
@@ -12,9 +13,16 @@ warnings.filterwarnings("ignore", message="Cython evaluation")
 import torchreid  # noqa: E402
 
 from torchreid_ext.config import build_engine, get_default_config  # noqa: E402
-from torchreid_ext.engines import ImageDRSLEngine, VideoDRSLEngine  # noqa: E402
+from torchreid_ext.engines import ImageDRSLEngine, ImagePMLEngine, VideoDRSLEngine, VideoPMLEngine  # noqa: E402
 
-torchreid.engine.ImageDRSLEngine = ImageDRSLEngine
-torchreid.engine.VideoDRSLEngine = VideoDRSLEngine
+for _engine in (ImageDRSLEngine, ImagePMLEngine, VideoDRSLEngine, VideoPMLEngine):
+    setattr(torchreid.engine, _engine.__name__, _engine)
 
-__all__ = ["ImageDRSLEngine", "VideoDRSLEngine", "build_engine", "get_default_config"]
+__all__ = [
+    "ImageDRSLEngine",
+    "ImagePMLEngine",
+    "VideoDRSLEngine",
+    "VideoPMLEngine",
+    "build_engine",
+    "get_default_config",
+]

@@ -92,9 +92,10 @@ def train(cfg: config.Config) -> dict[str, Any]:
     if cfg.model.load_weights:
         unused = checkpoint.load_weights(model, cfg.model.load_weights)
         print(f'Loaded weights from "{cfg.model.load_weights}"' + (f", but for {', '.join(unused)}" if unused else ""))
-    optimizer = config.build_optimizer(cfg, model)
+    criterion = config.build_criterion(cfg, model, datamanager.num_train_pids)
+    optimizer = config.build_optimizer(cfg, model, criterion)
     scheduler = config.build_scheduler(cfg, optimizer)
-    engine = config.build_engine(cfg, datamanager, model, optimizer, scheduler)
+    engine = config.build_engine(cfg, datamanager, model, optimizer, scheduler, criterion)
     if cfg.loss.name != "softmax" and cfg.sampler.train_sampler not in SAMPLERS:
         print(
             f"Note: {cfg.loss.name} needs several images of an identity in a batch: set sampler.train_sampler to "
@@ -113,7 +114,8 @@ def train(cfg: config.Config) -> dict[str, Any]:
     columns = {}
     if cfg.test.untrained and not cfg.test.evaluate and not cfg.train.start_epoch:
         print("=> Test before training")
-        columns["untrained"] = engine.test(**config.test_arguments(cfg))
+        folder = str(Path(cfg.data.save_dir, "untrained"))
+        columns["untrained"] = engine.test(**config.test_arguments(cfg), save_dir=folder)
     columns["trained"] = engine.run(**config.run_arguments(cfg))
     if len(columns) > 1:
         evaluation.print_side_by_side(columns, cfg.test.ranks)

@@ -77,6 +77,7 @@ class BaseEngine(Tester, torchreid.engine.Engine):
         test_only: bool = False,
         visrank: bool = False,
         picture: int = 0,
+        rerank: bool = False,
         checkpoint_freq: int = 1,
         keep_checkpoints: int = 3,
         amp: str = "off",
@@ -101,6 +102,7 @@ class BaseEngine(Tester, torchreid.engine.Engine):
             test_only: test, and do not train.
             visrank: draw the ranking of every query in the last test.
             picture: queries on the page of rankings drawn in the last test.
+            rerank: re-rank in the last test.
             checkpoint_freq: epochs between checkpoints, >= 1; one is saved after every test too.
             keep_checkpoints: how many to keep, besides the last and the best; 0 keeps all.
             amp: precision of the network in training: ``"off"``, ``"bf16"`` or ``"fp16"``.
@@ -114,7 +116,7 @@ class BaseEngine(Tester, torchreid.engine.Engine):
             Interrupted: when a signal asked to stop; everything is saved.
         """
         test_arguments["save_dir"] = save_dir
-        last = {**test_arguments, "visrank": visrank, "picture": picture}
+        last = {**test_arguments, "visrank": visrank, "picture": picture, "rerank": rerank}
         if test_only:
             return self.test(**last)
         for name, value in (("checkpoint_freq", checkpoint_freq), ("print_freq", print_freq)):

@@ -1,138 +1,39 @@
-"""torchreid's configuration and ours; one function for each object it describes."""
+"""From a configuration to the objects it describes, one function for each."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import difflib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchreid
-import yaml
 from torch import nn
 from torch.optim import Optimizer
-from yacs.config import CfgNode
 
-from pml_drsl.losses import DRSLoss
-from torchreid_ext import engines
+from torchreid_ext import criteria, engines, network
+from torchreid_ext.config_node import Config, flat, get_default_config, plain
 from torchreid_ext.datasets import register_datasets
-from torchreid_ext.keys import KEYS
 from torchreid_ext.reading import rebuilt
 from torchreid_ext.samplers import SAMPLERS
 
-
-class Config(CfgNode):
-    """A yacs node whose unknown keys are answered with the nearest known one.
-
-    A YAML file may name another with ``base: FILE`` (relative to itself), whose values it then overrides.
-    Keys below ``datasets`` are free.
-    """
-
-    def merge_from_file(self, cfg_filename: str | Path) -> None:
-        """Raises ValueError for a file that is missing, is no YAML mapping, or has an unknown key or wrong type."""
-        self._merge(_read_yaml(Path(cfg_filename)), str(cfg_filename))
-
-    def merge_from_list(self, cfg_list: list[Any]) -> None:
-        """Merges ``[key, value, key, value, ...]``, values as strings or objects; raises ValueError."""
-        if len(cfg_list) % 2:
-            raise ValueError(
-                f"options come as KEY VALUE pairs, got {len(cfg_list)} words: {' '.join(map(str, cfg_list))}"
-            )
-        for key, value in zip(cfg_list[::2], cfg_list[1::2], strict=True):
-            self._merge(_nested(key, self._decode_cfg_value(value)), "the command line")
-
-    def _merge(self, values: Mapping[str, Any], source: str) -> None:
-        known = dict(_flatten(self))
-        for key, value in _flatten(values):
-            _set(self, key, _coerce(key, value, known, source))
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"config file {path} does not exist")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"config file {path} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"config file {path} must hold keys and values, got {values!r}")
-    base = values.pop("base", None)
-    return _override(_read_yaml(path.parent / base), values) if base else values
-
-
-def _override(base: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    for key, value in values.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        base[key] = _override(base[key], value) if both else value
-    return base
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Pairs of dotted key and value; a data set of one's own is one value, ``datasets.NAME``."""
-    for key, value in values.items():
-        if isinstance(value, Mapping) and prefix != "datasets.":
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _nested(key: str, value: Any) -> dict[str, Any]:
-    first, *rest = key.split(".", 1)
-    return {first: _nested(rest[0], value) if rest else value}
-
-
-def _set(node: Any, key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    for parent in parents:
-        node = node.setdefault(parent, Config())
-    node[last] = copy.deepcopy(value)
-
-
-def _coerce(key: str, value: Any, known: dict[str, Any], source: str) -> Any:
-    if key.startswith("datasets."):
-        if not isinstance(value, Mapping):
-            raise ValueError(f"config key {key!r} takes the options of a data set, got {value!r} in {source}")
-        return Config({**known.get(key, {}), **value})
-    if key not in known:
-        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)
-        raise ValueError(f"unknown config key {key!r} in {source}; did you mean {nearest[0]!r}?")
-    default = known[key]
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(default, list):
-        return list(value) if isinstance(value, (list, tuple)) else [value]
-    if value is False and KEYS[key][0] == "off":
-        # What YAML makes of the word.
-        return "off"
-    if type(value) is not type(default):
-        raise ValueError(
-            f"config key {key!r} takes a {type(default).__name__} such as {default!r}, got {value!r} in {source}"
-        )
-    return value
-
-
-def get_default_config() -> Config:
-    """Every key of torchreid's ``default_config.py`` with its default, and ours (``torchreid_ext.keys``)."""
-    cfg = Config()
-    for key, (default, _) in KEYS.items():
-        _set(cfg, key, Config() if default == {} else default)
-    return cfg
-
-
-def plain(value: Any) -> Any:
-    """A configuration, or a part of one, in dictionaries and lists, as YAML and checkpoints hold it."""
-    if isinstance(value, Mapping):
-        return {key: plain(entry) for key, entry in value.items()}
-    return [plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
-
-
-def flat(cfg: Config) -> dict[str, Any]:
-    """A configuration as dotted keys and plain values."""
-    return {key: plain(value) for key, value in _flatten(cfg)}
+__all__ = [
+    "Config",
+    "build_criterion",
+    "build_datamanager",
+    "build_engine",
+    "build_model",
+    "build_optimizer",
+    "build_scheduler",
+    "check",
+    "flat",
+    "get_default_config",
+    "plain",
+    "run_arguments",
+    "test_arguments",
+]
 
 
 def check(cfg: Config) -> None:
@@ -240,7 +141,11 @@ def _without_empty_folders(root: Path) -> Iterator[None]:
 
 
 def build_model(cfg: Config, num_classes: int) -> nn.Module:
-    """The network, built to return what the loss needs, on the GPUs there are if ``use_gpu``."""
+    """The network, built to return what the loss needs, on the GPUs there are if ``use_gpu``.
+
+    Raises:
+        ValueError: for an unknown network, or one that ``model.bnneck`` or ``model.last_stride`` is not for.
+    """
     use_gpu = cfg.use_gpu and torch.cuda.is_available()
     try:
         model = torchreid.models.build_model(
@@ -252,6 +157,10 @@ def build_model(cfg: Config, num_classes: int) -> nn.Module:
         )
     except KeyError as error:
         raise ValueError(f"model.name: {error.args[0]}") from error
+    if _choose("model.last_stride", cfg.model.last_stride, (1, 2)) == 1:
+        network.set_last_stride(model, cfg.model.name)
+    if cfg.model.bnneck:
+        network.add_neck(model)
     if use_gpu:
         model = model.to("cuda")
         if torch.cuda.device_count() > 1:
@@ -259,9 +168,39 @@ def build_model(cfg: Config, num_classes: int) -> nn.Module:
     return model
 
 
-def build_optimizer(cfg: Config, model: nn.Module) -> Optimizer:
-    """torchreid's optimizer."""
-    return torchreid.optim.build_optimizer(
+def build_criterion(cfg: Config, model: nn.Module, num_classes: int) -> nn.Module | None:
+    """The metric loss of ``loss.drsl`` or ``loss.pml``, on the model's device; None for torchreid's own losses.
+
+    A loss with weights is to be given to both ``build_optimizer`` and ``build_engine``.
+
+    Raises:
+        ValueError: for an unknown class or argument, or a combination that cannot be trained.
+    """
+    drsl = cfg.loss.drsl
+    described = {
+        "drsl": {
+            "name": "DRSLoss",
+            "temperature": drsl.temperature,
+            "sort_weight": drsl.sort_weight,
+            "margin": drsl.margin,
+            "scale_free": drsl.scale_free,
+            "collect_stats": True,
+        },
+        "pml": {"name": cfg.loss.pml.loss, **cfg.loss.pml.kwargs},
+    }
+    name = cfg.loss.name
+    if name not in described:
+        if cfg.loss.cross_camera:
+            raise ValueError(f"loss.cross_camera is for loss.name drsl and pml, got {name!r}")
+        return None
+    sizes = network.feature_sizes(model, cfg.data.height, cfg.data.width)
+    criterion = criteria.build_criterion(f"loss.{name}", cfg.loss[name], described[name], num_classes, sizes)
+    return criterion.to(next(model.parameters()).device)
+
+
+def build_optimizer(cfg: Config, model: nn.Module, criterion: nn.Module | None = None) -> Optimizer:
+    """torchreid's optimizer; the weights of a criterion that has any learn at ``loss.pml.lr``."""
+    optimizer = torchreid.optim.build_optimizer(
         model,
         optim=cfg.train.optim,
         lr=cfg.train.lr,
@@ -276,38 +215,75 @@ def build_optimizer(cfg: Config, model: nn.Module) -> Optimizer:
         new_layers=cfg.train.new_layers,
         base_lr_mult=cfg.train.base_lr_mult,
     )
+    weights = [] if criterion is None else list(criterion.parameters())
+    if weights:
+        optimizer.add_param_group({"params": weights, "lr": cfg.loss.pml.lr or cfg.train.lr})
+        # First, since torchreid logs the last group's learning rate as that of the network.
+        optimizer.param_groups.insert(0, optimizer.param_groups.pop())
+    return optimizer
 
 
 def build_scheduler(cfg: Config, optimizer: Optimizer) -> Any:
-    """torchreid's scheduler, or None."""
-    if cfg.train.lr_scheduler == "none":
-        return None
-    return torchreid.optim.build_lr_scheduler(
-        optimizer,
-        lr_scheduler=cfg.train.lr_scheduler,
-        stepsize=cfg.train.stepsize,
-        gamma=cfg.train.gamma,
-        max_epoch=cfg.train.max_epoch,
-    )
+    """torchreid's scheduler, or None; after a linear warm-up where there is ``train.warmup_epoch``."""
+    scheduler = None
+    if cfg.train.lr_scheduler != "none":
+        scheduler = torchreid.optim.build_lr_scheduler(
+            optimizer,
+            lr_scheduler=cfg.train.lr_scheduler,
+            stepsize=cfg.train.stepsize,
+            gamma=cfg.train.gamma,
+            max_epoch=cfg.train.max_epoch,
+        )
+    return warmed_up(optimizer, scheduler, cfg.train.warmup_epoch)
 
 
-def build_engine(cfg: Config, datamanager: Any, model: nn.Module, optimizer: Optimizer, scheduler: Any) -> Any:
-    """The engine of ``data.type`` and ``loss.name``."""
-    drsl, triplet = cfg.loss.drsl, cfg.loss.triplet
+def warmed_up(optimizer: Optimizer, scheduler: Any, epochs: int) -> Any:
+    """A scheduler that multiplies another's rate (or a constant one) by 1/N, 2/N, ..., 1 in the first N epochs.
+
+    Raises:
+        ValueError: for a negative number of epochs.
+    """
+    if epochs < 0:
+        raise ValueError(f"train.warmup_epoch must be 0 (no warm-up) or more, got {epochs}")
+    if epochs < 2:
+        return scheduler
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / epochs, total_iters=epochs - 1)
+    return torch.optim.lr_scheduler.ChainedScheduler([warmup, *([scheduler] if scheduler else [])], optimizer)
+
+
+def build_engine(
+    cfg: Config,
+    datamanager: Any,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: Any,
+    criterion: nn.Module | None = None,
+) -> Any:
+    """The engine of ``data.type`` and ``loss.name``.
+
+    Args:
+        criterion: from ``build_criterion``; made here where it is None.
+    """
     table = {
-        ("image", "softmax"): (engines.ImageSoftmaxEngine, {}),
-        ("video", "softmax"): (engines.VideoSoftmaxEngine, {}),
-        ("image", "triplet"): (engines.ImageTripletEngine, dict(triplet)),
-        ("video", "triplet"): (engines.VideoTripletEngine, dict(triplet)),
-        ("image", "drsl"): (engines.ImageDRSLEngine, _drsl_arguments(drsl)),
-        ("video", "drsl"): (engines.VideoDRSLEngine, _drsl_arguments(drsl)),
+        ("image", "softmax"): engines.ImageSoftmaxEngine,
+        ("video", "softmax"): engines.VideoSoftmaxEngine,
+        ("image", "triplet"): engines.ImageTripletEngine,
+        ("video", "triplet"): engines.VideoTripletEngine,
+        ("image", "drsl"): engines.ImageDRSLEngine,
+        ("video", "drsl"): engines.VideoDRSLEngine,
+        ("image", "pml"): engines.ImagePMLEngine,
+        ("video", "pml"): engines.VideoPMLEngine,
     }
     data_type = _choose("data.type", cfg.data.type, ("image", "video"))
-    loss = _choose("loss.name", cfg.loss.name, ("softmax", "triplet", "drsl"))
-    engine, arguments = table[data_type, loss]
+    loss = _choose("loss.name", cfg.loss.name, ("softmax", "triplet", "drsl", "pml"))
+    if criterion is None:
+        criterion = build_criterion(cfg, model, datamanager.num_train_pids)
+    arguments = dict(cfg.loss.triplet) if loss == "triplet" else {}
+    if criterion is not None:
+        arguments = _metric_arguments(cfg, criterion)
     if data_type == "video":
         arguments["pooling_method"] = _choose("video.pooling_method", cfg.video.pooling_method, ("avg", "max"))
-    return engine(
+    return table[data_type, loss](
         datamanager,
         model,
         optimizer=optimizer,
@@ -318,9 +294,20 @@ def build_engine(cfg: Config, datamanager: Any, model: nn.Module, optimizer: Opt
     )
 
 
-def _drsl_arguments(drsl: Config) -> dict[str, Any]:
-    criterion = DRSLoss(drsl.temperature, drsl.sort_weight, drsl.margin, collect_stats=True)
-    return {"criterion": criterion, "weight_m": drsl.weight_m, "weight_x": drsl.weight_x}
+def _metric_arguments(cfg: Config, criterion: nn.Module) -> dict[str, Any]:
+    section = cfg.loss[cfg.loss.name]
+    if section.weight_x == 0 and cfg.train.fixbase_epoch > 0:
+        raise ValueError(
+            f"train.fixbase_epoch trains the classifier alone, which loss.{cfg.loss.name}.weight_x 0 leaves out"
+        )
+    return {
+        "criterion": criterion,
+        "weight_m": section.weight_m,
+        "weight_x": section.weight_x,
+        # A memory has the miner, which ranks its features too.
+        "miner": None if section.memory_size else criteria.build_miner(f"loss.{cfg.loss.name}", section),
+        "cross_camera": cfg.loss.cross_camera,
+    }
 
 
 def run_arguments(cfg: Config) -> dict[str, Any]:
@@ -358,7 +345,7 @@ def test_arguments(cfg: Config) -> dict[str, Any]:
     }
 
 
-def _choose(key: str, value: str, allowed: Any) -> str:
+def _choose(key: str, value: Any, allowed: Any) -> Any:
     if value not in allowed:
-        raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {value!r}")
+        raise ValueError(f"{key} must be one of {', '.join(map(str, allowed))}, got {value!r}")
     return value

@@ -1,12 +1,14 @@
 """Your own images as a torchreid data set, by configuration alone: a folder of images, or a CSV that lists them.
 
-Importing this module registers ``synthetic_pedestrians``; :func:`register_datasets` registers the sets a configuration
-describes. A data set of either kind is a :class:`ConfiguredDataset`, read by :mod:`torchreid_ext.listing`.
+Importing this module registers ``synthetic_pedestrians`` and, for video, ``synthetic_tracklets``;
+:func:`register_datasets` registers the sets a configuration describes. A data set of either kind is a
+:class:`ConfiguredDataset`, read by :mod:`torchreid_ext.listing`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torchreid
@@ -14,8 +16,10 @@ import torchreid
 from torchreid_ext.listing import Options, Splits, check_splits, make_options, read_csv, read_folder
 from torchreid_ext.pedestrians import NAME as PEDESTRIANS
 from torchreid_ext.pedestrians import SyntheticPedestrians
+from torchreid_ext.synthetic_tracklets import NAME as TRACKLETS
+from torchreid_ext.synthetic_tracklets import SyntheticTracklets
 
-__all__ = ["ConfiguredDataset", "SyntheticPedestrians", "register_datasets"]
+__all__ = ["ConfiguredDataset", "SyntheticPedestrians", "SyntheticTracklets", "register_datasets"]
 
 Item = tuple[str, int, int]
 """A path, an identity's and a camera's number, as torchreid's data sets hold them."""
@@ -140,12 +144,15 @@ def register_datasets(datasets: Mapping[str, Mapping[str, Any]]) -> None:
         _entries[name] = entry
 
 
-def _register_pedestrians() -> None:
-    try:
-        torchreid.data.register_image_dataset(PEDESTRIANS, SyntheticPedestrians)
-    except ValueError:
-        # Registered already: this module was reloaded.
-        return
+def _register(register: Callable[[str, type], None], name: str, dataset: type) -> None:
+    # Where this module is reloaded, it is registered already.
+    with contextlib.suppress(ValueError):
+        register(name, dataset)
 
 
-_register_pedestrians()
+def _register_synthetic() -> None:
+    _register(torchreid.data.register_image_dataset, PEDESTRIANS, SyntheticPedestrians)
+    _register(torchreid.data.register_video_dataset, TRACKLETS, SyntheticTracklets)
+
+
+_register_synthetic()

@@ -1,27 +1,30 @@
-"""torchreid's engines with DRSL, or any loss of pytorch-metric-learning, among their losses."""
+"""torchreid's engines, and those that train with any loss of pytorch-metric-learning, DRSL by default."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torchreid
-from pytorch_metric_learning.losses import BaseMetricLossFunction
+from pytorch_metric_learning.losses import BaseLossWrapper, BaseMetricLossFunction
 from pytorch_metric_learning.miners import BaseMiner
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pml_drsl.losses import DRSLoss
 from torchreid_ext.base_engine import BaseEngine
+from torchreid_ext.cameras import cross_camera_pairs
+from torchreid_ext.criteria import WITHOUT_PAIRS, PerFeature
 from torchreid_ext.host_steps import SoftmaxStep, TripletStep
+from torchreid_ext.network import unwrapped
+from torchreid_ext.tracklets import Tracklets
 
 
 class ImageSoftmaxEngine(SoftmaxStep, torchreid.engine.ImageSoftmaxEngine):
     """torchreid's own, with this package's checkpoints, evaluation and checks."""
 
 
-class VideoSoftmaxEngine(SoftmaxStep, torchreid.engine.VideoSoftmaxEngine):
+class VideoSoftmaxEngine(Tracklets, SoftmaxStep, torchreid.engine.VideoSoftmaxEngine):
     """torchreid's own, with this package's checkpoints, evaluation and checks."""
 
 
@@ -29,11 +32,11 @@ class ImageTripletEngine(TripletStep, torchreid.engine.ImageTripletEngine):
     """torchreid's own, with this package's checkpoints, evaluation and checks."""
 
 
-class VideoTripletEngine(TripletStep, torchreid.engine.VideoTripletEngine):
+class VideoTripletEngine(Tracklets, TripletStep, torchreid.engine.VideoTripletEngine):
     """torchreid's own, with this package's checkpoints, evaluation and checks."""
 
 
-class ImageDRSLEngine(BaseEngine):
+class ImagePMLEngine(BaseEngine):
     """Trains with a loss of pytorch-metric-learning on the features and cross-entropy on the identity logits.
 
     A model that returns several features or logits in training (``pcb_p6``, ``hacnn``) is trained on the mean of
@@ -44,18 +47,21 @@ class ImageDRSLEngine(BaseEngine):
         datamanager: a data manager of torchreid.
         model: a network of torchreid built with ``loss="triplet"``, or any that returns ``(logits, features)`` in
             training and features otherwise.
-        optimizer: of the model's parameters.
-        criterion: a loss of pytorch-metric-learning; default ``DRSLoss()``.
+        optimizer: of the model's parameters, and of the criterion's if it has any.
+        criterion: a loss of pytorch-metric-learning, or a ``PerFeature`` of one for each of the model's features.
         weight_m: weight of the criterion, >= 0.
         weight_x: weight of the cross-entropy, >= 0; not both 0.
         miner: a miner of pytorch-metric-learning, applied to the features.
         scheduler: a learning rate scheduler, stepped each epoch; None keeps the rate.
         use_gpu: evaluate on CUDA where there is a device. Training is where the model is.
         label_smooth: smooth the labels of the cross-entropy by 0.1.
+        cross_camera: leave pairs of one identity and one camera out of the criterion's positives and negatives, as
+            evaluation does; what a miner chose is filtered.
 
     Raises:
-        ValueError: for a weight below 0, a criterion or miner that is not PML's, or a model that does not return
-            what the weights need.
+        ValueError: for a weight below 0, a criterion or miner that is not PML's, a criterion whose parameters the
+            optimizer does not have, a criterion that takes no pairs with ``cross_camera``, or a model that does not
+            return what the weights need.
     """
 
     def __init__(
@@ -63,27 +69,27 @@ class ImageDRSLEngine(BaseEngine):
         datamanager: Any,
         model: nn.Module,
         optimizer: Optimizer,
-        criterion: BaseMetricLossFunction | None = None,
+        criterion: nn.Module,
         weight_m: float = 1,
         weight_x: float = 1,
         miner: BaseMiner | None = None,
         scheduler: Any = None,
         use_gpu: bool = True,
         label_smooth: bool = True,
+        cross_camera: bool = False,
     ) -> None:
         super().__init__(datamanager, use_gpu)
         if weight_m < 0 or weight_x < 0 or weight_m + weight_x == 0:
             raise ValueError(f"weight_m and weight_x must be 0 or more and not both 0, got {weight_m} and {weight_x}")
-        self.criterion = DRSLoss(collect_stats=True) if criterion is None else criterion
-        if not callable(getattr(self.criterion, "forward", None)):
-            raise ValueError(f"criterion must be a loss of pytorch_metric_learning, got {criterion!r}")
         if miner is not None and not isinstance(miner, BaseMiner):
             raise ValueError(f"miner must be a miner of pytorch_metric_learning, got {miner!r}")
+        check_criterion(criterion, optimizer, cross_camera)
         if weight_m > 0:
             check_returns_features(model)
+        self.criterion = criterion
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.register_model("model", model, optimizer, scheduler)
-        self.weight_m, self.weight_x, self.miner = weight_m, weight_x, miner
+        self.weight_m, self.weight_x, self.miner, self.cross_camera = weight_m, weight_x, miner, cross_camera
         self.cross_entropy = nn.CrossEntropyLoss(label_smoothing=0.1 if label_smooth else 0)
 
     def forward_backward(self, data: dict[str, Any]) -> dict[str, float]:
@@ -93,12 +99,13 @@ class ImageDRSLEngine(BaseEngine):
         loss: Tensor | float = 0
         summary = {}
         if self.weight_m > 0:
-            loss_m = _mean_over(features, lambda f: self._metric_loss(f, pids))
+            camids = self.parse_cameras(data).to(pids.device) if self.cross_camera else None
+            loss_m = self._metric_loss(features, pids, camids)
             loss = loss + self.weight_m * loss_m
             summary["loss_m"] = loss_m.item()
             summary |= self._criterion_stats()
         if self.weight_x > 0:
-            loss_x = _mean_over(logits, lambda y: self.cross_entropy(y, pids))
+            loss_x = torch.stack([self.cross_entropy(y, pids) for y in logits]).mean()
             loss = loss + self.weight_x * loss_x
             summary["loss_x"] = loss_x.item()
             summary["acc"] = torchreid.metrics.accuracy(logits[0], pids)[0].item()
@@ -125,30 +132,81 @@ class ImageDRSLEngine(BaseEngine):
                 )
         return logits, features
 
-    def _metric_loss(self, features: Tensor, pids: Tensor) -> Tensor:
-        return self.criterion(features, pids, None if self.miner is None else self.miner(features, pids))
+    def parse_cameras(self, data: dict[str, Any]) -> Tensor:
+        """The camera of each image, shape (N,)."""
+        return data["camid"]
+
+    def _metric_loss(self, features: list[Tensor], pids: Tensor, camids: Tensor | None) -> Tensor:
+        """The mean of the criterion over the features of a model with several heads."""
+        one = self.criterion
+        criteria = list(one) if isinstance(one, PerFeature) else [one] * len(features)
+        return torch.stack(
+            [criterion(x, pids, self._pairs(x, pids, camids)) for criterion, x in zip(criteria, features, strict=True)]
+        ).mean()
+
+    def _pairs(self, features: Tensor, pids: Tensor, camids: Tensor | None) -> Any:
+        mined = None if self.miner is None else self.miner(features, pids)
+        return mined if camids is None else cross_camera_pairs(pids, camids, mined)
 
     def _criterion_stats(self) -> dict[str, float]:
-        if not getattr(self.criterion, "collect_stats", False):
-            return {}
-        return {name: float(getattr(self.criterion, name)) for name in self.criterion._record_these_stats}
+        for part in self.criterion.modules():
+            if isinstance(part, BaseMetricLossFunction) and part.collect_stats:
+                return {name: float(getattr(part, name)) for name in part._record_these_stats}
+        return {}
 
 
-class VideoDRSLEngine(ImageDRSLEngine):
-    """``ImageDRSLEngine`` for tracklets: trained on their images, tested on their pooled features, as torchreid's.
+class VideoPMLEngine(Tracklets, ImagePMLEngine):
+    """``ImagePMLEngine`` for tracklets: trained on their frames, tested on their pooled features.
 
     Args:
         pooling_method: ``"avg"`` or ``"max"``.
     """
 
-    def __init__(self, *args: Any, pooling_method: str = "avg", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if pooling_method not in ("avg", "max"):
-            raise ValueError(f"pooling_method must be 'avg' or 'max', got {pooling_method!r}")
-        self.pooling_method = pooling_method
 
-    parse_data_for_train = torchreid.engine.VideoSoftmaxEngine.parse_data_for_train
-    extract_features = torchreid.engine.VideoSoftmaxEngine.extract_features
+class _DRSLByDefault:
+    """Mixed into an engine, makes its ``criterion`` optional: ``DRSLoss()``."""
+
+    def __init__(
+        self,
+        datamanager: Any,
+        model: nn.Module,
+        optimizer: Optimizer,
+        criterion: nn.Module | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        criterion = DRSLoss(collect_stats=True) if criterion is None else criterion
+        super().__init__(datamanager, model, optimizer, criterion, *args, **kwargs)  # type: ignore[call-arg]
+
+
+class ImageDRSLEngine(_DRSLByDefault, ImagePMLEngine):
+    """``ImagePMLEngine`` whose criterion is ``DRSLoss()`` where none is given."""
+
+
+class VideoDRSLEngine(_DRSLByDefault, VideoPMLEngine):
+    """``VideoPMLEngine`` whose criterion is ``DRSLoss()`` where none is given."""
+
+
+def check_criterion(criterion: Any, optimizer: Optimizer, cross_camera: bool) -> None:
+    """Refuses a criterion that an engine could not train with, or would not train.
+
+    Raises:
+        ValueError: saying which and why.
+    """
+    parts = list(criterion) if isinstance(criterion, PerFeature) else [criterion]
+    for part in parts:
+        if not (isinstance(part, nn.Module) and callable(getattr(part, "forward", None))):
+            raise ValueError(f"criterion must be a loss of pytorch_metric_learning, got {part!r}")
+        name = type(part).__name__
+        if cross_camera and isinstance(part, WITHOUT_PAIRS):
+            why = "does not know the cameras in its memory" if isinstance(part, BaseLossWrapper) else "takes no pairs"
+            raise ValueError(f"cross_camera chooses the pairs of the loss, and {name} {why}; turn cross_camera off")
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if any(p.requires_grad and id(p) not in trained for p in part.parameters()):
+            raise ValueError(
+                f"{name} has weights that the optimizer does not train; make the optimizer with build_optimizer(cfg, "
+                f"model, criterion), or call optimizer.add_param_group({{'params': criterion.parameters()}})"
+            )
 
 
 def check_returns_features(model: nn.Module) -> None:
@@ -159,14 +217,9 @@ def check_returns_features(model: nn.Module) -> None:
     Raises:
         ValueError: saying how to build it.
     """
-    built_for = getattr(model.module if isinstance(model, nn.DataParallel) else model, "loss", "triplet")
+    built_for = getattr(unwrapped(model), "loss", "triplet")
     if built_for != "triplet":
         raise ValueError(
             f"the model was built with loss={built_for!r} and returns no features in training; build it with "
             f"torchreid.models.build_model(..., loss='triplet')"
         )
-
-
-def _mean_over(outputs: list[Tensor], loss: Callable[[Tensor], Tensor]) -> Tensor:
-    """The mean of a loss over the outputs of a model with several heads."""
-    return torch.stack([loss(output) for output in outputs]).mean()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from pml_drsl.accuracy import FeatureDistances, RetrievalResult, rank_queries, summarize
+from pml_drsl import reranking
+from pml_drsl.accuracy import FeatureDistances, RankedQueries, RetrievalResult, rank_queries, summarize
 from torchreid_ext.pictures import RankedQuery, save_ranking_picture
+
+Paths = tuple[Sequence[Any], Sequence[Any]]
 
 
 @dataclass(frozen=True)
@@ -66,12 +70,17 @@ class Search:
         features = query.features, gallery.features
         if normalize:
             features = F.normalize(query.features), F.normalize(gallery.features)
-        self.distances = FeatureDistances(*features, metric)  # type: ignore[arg-type]
+        search = reranking.rerank if rerank else FeatureDistances
+        self.distances = search(*features, metric=metric)  # type: ignore[arg-type]
 
     def evaluate(self, single_gallery_shot: bool = False) -> RetrievalResult:
         """CMC, mAP and mINP by Market-1501's protocol, or CUHK03's single-gallery-shot."""
+        return summarize(self.ranked(single_gallery_shot))
+
+    def ranked(self, single_gallery_shot: bool = False) -> RankedQueries:
+        """The same for each query."""
         query, gallery = self.query, self.gallery
-        ranked = rank_queries(
+        return rank_queries(
             self.distances,
             query.pids,
             gallery.pids,
@@ -79,27 +88,31 @@ class Search:
             gallery.camids,
             protocol="single-gallery-shot" if single_gallery_shot else "standard",
         )
-        return summarize(ranked)
 
     def ranking(self, index: int, topk: int, query_paths: Sequence[Any], gallery_paths: Sequence[Any]) -> RankedQuery:
-        """The ``topk`` nearest gallery entries of one query, without its junk; of a tracklet, its first image."""
+        """The nearest gallery entries of one query: ``topk`` that count, and the junk among them."""
         pid, camid = self.query.pids[index], self.query.camids[index]
         junk = (self.gallery.pids == pid) & (self.gallery.camids == camid)
-        distances = self.distances.distances(index, index + 1)[0].masked_fill(torch.from_numpy(junk), torch.inf)
-        nearest = distances.argsort(stable=True)[: min(topk, int((~junk).sum()))].tolist()
+        distances = self.distances.distances(index, index + 1)[0].cpu().numpy()
+        order = distances.argsort(kind="stable")
+        # An entry belongs to the page while fewer than topk entries that count stand before it.
+        shown = order[np.cumsum(~junk[order]) - ~junk[order] < topk]
         return RankedQuery(
-            _first_image(query_paths[index]),
-            [_first_image(gallery_paths[entry]) for entry in nearest],
-            [bool(self.gallery.pids[entry] == pid) for entry in nearest],
-            distances[nearest].tolist(),
+            query_paths[index],
+            [gallery_paths[entry] for entry in shown],
+            (self.gallery.pids[shown] == pid).tolist(),
+            distances[shown].tolist(),
+            junk[shown].tolist(),
         )
 
 
 def print_result(result: RetrievalResult, ranks: Iterable[int]) -> None:
     """Prints a result in torchreid's words."""
-    print(f"** Results ** ({result.num_query} queries, {result.num_gallery} gallery entries)")
-    if result.num_unmatched:
-        print(f"left out: {result.num_unmatched} queries without a match from another camera")
+    print("** Results **")
+    print(
+        f"{result.num_query} queries, {result.num_unmatched} of them left out for want of a match; "
+        f"{result.num_gallery} gallery entries, {result.num_junk / result.num_query:.1f} junk a query"
+    )
     print(f"mAP: {result.mAP:.1%}\nmINP: {result.mINP:.1%}\nCMC curve")
     for rank in ranks:
         print(f"Rank-{rank:<3}: {result.rank(rank):.1%}")
@@ -116,17 +129,27 @@ def print_side_by_side(columns: dict[str, dict[str, RetrievalResult]], ranks: Se
             print(f"{name:<12}" + "".join(f"{value:>12.1%}" for value in values))
 
 
-def draw_rankings(
-    search: Search,
-    paths: tuple[Sequence[Any], Sequence[Any]],
-    indices: Sequence[int],
-    topk: int,
-    path: Path,
-    title: str,
-) -> Path:
+def draw_page(search: Search, paths: Paths, indices: Sequence[int], topk: int, path: Path, title: str) -> Path:
     """Draws the rankings of some queries on one page, right and wrong marked; ``paths`` of query and gallery."""
     return save_ranking_picture(path, [search.ranking(index, topk, *paths) for index in indices], title)
 
 
-def _first_image(paths: Any) -> str:
-    return paths if isinstance(paths, str) else paths[0]
+def draw_all(search: Search, paths: Paths, topk: int, folder: Path, title: str) -> Path:
+    """Draws a page for every query and ``index.html`` to browse them, hardest first; returns the index.
+
+    Hardest is the lowest average precision. Queries without a match come last.
+    """
+    precision = search.ranked().average_precision.nan_to_num(torch.inf).tolist()
+    order = sorted(range(len(precision)), key=precision.__getitem__)
+    figures = []
+    for index in tqdm(order, desc="rankings", leave=False, disable=None):
+        score = f"AP {precision[index]:.1%}" if precision[index] <= 1 else "no match in the gallery"
+        heading = f"query {index}, identity {search.query.pids[index]}, camera {search.query.camids[index]}: {score}"
+        page = draw_page(search, paths, [index], topk, folder / f"query_{index:05d}.png", heading)
+        figures.append(f'<p>{html.escape(heading)}<br><img loading="lazy" src="{page.name}" alt=""></p>')
+    index_page = folder / "index.html"
+    head = f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title>'
+    style = "<style>body{font-family:sans-serif}img{max-width:100%}</style>"
+    heading = f"<h1>{html.escape(title)}</h1><p>{len(order)} queries, hardest first.</p>"
+    index_page.write_text("\n".join([head + style, heading, *figures]))
+    return index_page

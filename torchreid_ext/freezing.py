@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from torchreid_ext.network import unwrapped
+
 
 class Layers:
     """Opens and closes the children of a model; parameters that were frozen at construction stay frozen.
@@ -15,7 +17,7 @@ class Layers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        model = model.module if isinstance(model, nn.DataParallel) else model
+        model = unwrapped(model)
         self._children = dict(model.named_children())
         self._frozen = {id(p) for p in model.parameters() if not p.requires_grad}
 

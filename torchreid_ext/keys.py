@@ -4,6 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+
+def _metric_loss(section: str, called: str) -> dict[str, tuple[Any, str]]:
+    """Keys that ``loss.drsl`` and ``loss.pml`` share."""
+    keys: dict[str, tuple[Any, str]] = {
+        "miner": ({}, "miner of pytorch_metric_learning or pml_drsl: its name, or {name: CLASS, ARGUMENT: VALUE}"),
+        "reducer": ({}, f"likewise, how the errors become one number; {called} has its own"),
+        "distance": ({}, f"likewise, between features; {called} has its own"),
+        "memory_size": (0, "features of past batches to rank against (cross-batch memory), for losses that can"),
+        "weight_m": (1.0, f"weight of {called}"),
+        "weight_x": (1.0, "weight of the identity cross-entropy"),
+    }
+    return {f"loss.{section}.{key}": value for key, value in keys.items()}
+
+
 KEYS: dict[str, tuple[Any, str]] = {
     "use_gpu": (True, "use CUDA where there is a device"),
     # model
@@ -11,6 +25,11 @@ KEYS: dict[str, tuple[Any, str]] = {
     "model.pretrained": (True, "load ImageNet weights (needs a network connection the first time)"),
     "model.load_weights": ("", "file of weights to start from; layers that do not fit are listed and left as they are"),
     "model.resume": ("", "checkpoint to resume training from; auto: the newest in data.save_dir, if there is one"),
+    "model.bnneck": (
+        False,
+        "batch normalisation neck: metric loss before it, cross-entropy and retrieval after it (Luo et al., TMM 2019)",
+    ),
+    "model.last_stride": (2, "1: the last stage keeps its resolution (networks with a layer4); 2: as the network is"),
     # data
     "data.type": ("image", "image or video"),
     "data.root": ("reid-data", "folder that holds the data sets (also --root)"),
@@ -65,6 +84,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "train.lr_scheduler": ("single_step", "single_step, multi_step, cosine or none"),
     "train.stepsize": ([20], "epochs at which the learning rate falls"),
     "train.gamma": (0.1, "factor by which it falls"),
+    "train.warmup_epoch": (0, "epochs at the start over which the learning rate rises linearly to its full value"),
     "train.print_freq": (20, "batches between two lines of the log"),
     "train.seed": (1, "seed of every random number generator"),
     "train.amp": ("off", "precision of the network in training: off, bf16 or fp16 (with scaled gradients)"),
@@ -80,7 +100,11 @@ KEYS: dict[str, tuple[Any, str]] = {
     "adam.beta1": (0.9, "decay rate of the first moment"),
     "adam.beta2": (0.999, "decay rate of the second moment"),
     # loss
-    "loss.name": ("softmax", "softmax, triplet or drsl"),
+    "loss.name": ("softmax", "softmax, triplet, drsl or pml"),
+    "loss.cross_camera": (
+        False,
+        "drsl and pml: leave pairs of one identity and one camera out of positives and negatives, as evaluation does",
+    ),
     "loss.softmax.label_smooth": (True, "smooth the labels of the identity cross-entropy (of every loss)"),
     "loss.triplet.margin": (0.3, "distance margin"),
     "loss.triplet.weight_t": (1.0, "weight of the triplet loss"),
@@ -88,8 +112,12 @@ KEYS: dict[str, tuple[Any, str]] = {
     "loss.drsl.temperature": (0.01, "softness of the ranks, in units of distance; above 0"),
     "loss.drsl.sort_weight": (0.3, "weight of the sort error; 0 or more"),
     "loss.drsl.margin": (0.0, "distance by which negatives must follow positives"),
-    "loss.drsl.weight_m": (1.0, "weight of DRSL"),
-    "loss.drsl.weight_x": (1.0, "weight of the identity cross-entropy"),
+    "loss.drsl.scale_free": (False, "measure temperature and margin in mean distances of each query"),
+    **_metric_loss("drsl", "DRSL"),
+    "loss.pml.loss": ("TripletMarginLoss", "class of pytorch_metric_learning.losses"),
+    "loss.pml.kwargs": ({}, "its arguments; num_classes and embedding_size are found out"),
+    "loss.pml.lr": (0.0, "learning rate of the weights that the loss has, if any; 0 takes train.lr"),
+    **_metric_loss("pml", "the loss"),
     # test
     "test.batch_size": (100, "images (or tracklets) in a batch"),
     "test.dist_metric": ("euclidean", "euclidean or cosine"),
@@ -98,12 +126,15 @@ KEYS: dict[str, tuple[Any, str]] = {
     "test.evaluate": (False, "only test"),
     "test.eval_freq": (-1, "epochs between tests; -1 tests at the end alone"),
     "test.start_eval": (0, "first epoch to test after"),
-    "test.rerank": (False, "re-rank by k-reciprocal neighbours; needs test.evaluate"),
-    "test.visrank": (False, "draw the ranking of every query; needs test.evaluate"),
+    "test.rerank": (False, "re-rank by k-reciprocal neighbours in the last test"),
+    "test.visrank": (False, "draw the ranking of every query after the last test, and an index.html to browse them"),
     "test.visrank_topk": (10, "gallery entries in a drawn ranking"),
     "test.untrained": (False, "test before training too, and print both results side by side"),
     "test.picture": (0, "queries whose rankings are drawn on one page after the last test"),
 }
+
+OPTIONS = {key for key, (default, _) in KEYS.items() if default == {} and key != "datasets"}
+"""Keys whose value is a mapping of free form."""
 
 
 def describe() -> str:

@@ -5,11 +5,8 @@ The folder has Market-1501's structure and file naming, so a real Market-1501 ca
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,12 +17,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from torchreid_ext.drawing import CAMERAS, draw_image, draw_scene, make_person
+from torchreid_ext.drawn_folder import check_recipe, draw_folder
 
 NAME = "synthetic_pedestrians"
 VERSION = 1
 """Version of the recipe. Raise it with every change that changes a pixel, a name or a split."""
 LAYOUT = "Market-1501-v15.09.15"
-RECIPE_FILE = "recipe.json"
 TRAIN_PIDS = range(1, 101)
 TEST_PIDS = range(101, 161)
 CAMERAS_PER_PERSON = 5
@@ -66,9 +63,6 @@ def _pictures(seed: int) -> Iterator[tuple[str, Image.Image]]:
 def draw_pedestrians(folder: str | os.PathLike[str], seed: int = 0) -> None:
     """Draws the data set as ``folder``, all of it or, when interrupted, nothing.
 
-    The drawing happens in a temporary folder beside ``folder``, which is renamed when it is complete. Where another
-    process was faster, its folder stays and this one's is dropped.
-
     Args:
         folder: the folder to create; its parent is created where it is missing.
         seed: the people, cameras' scenes and images depend on it, and on nothing else.
@@ -79,53 +73,20 @@ def draw_pedestrians(folder: str | os.PathLike[str], seed: int = 0) -> None:
     """
     if seed < 0:
         raise ValueError(f"seed={seed} must be 0 or more")
-    destination = Path(folder)
-    destination.parent.mkdir(parents=True, exist_ok=True)
     total = (len(TRAIN_PIDS) + len(TEST_PIDS)) * CAMERAS_PER_PERSON * SHOTS_PER_CAMERA + DISTRACTORS
-    with tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as temporary:
-        # A folder inside the temporary one, since that is private to its owner and would stay so.
-        drawing = Path(temporary, destination.name)
+
+    def fill(drawing: Path) -> None:
         for split in ("bounding_box_train", "query", "bounding_box_test"):
             (drawing / LAYOUT / split).mkdir(parents=True)
         # disable=None: no bar unless stderr is a terminal.
         for name, image in tqdm(_pictures(seed), f"drawing {NAME}", total, disable=None, delay=1, leave=False):
             image.save(drawing / LAYOUT / name, quality=90)
-        recipe = {"name": NAME, "version": VERSION, "seed": seed}
-        (drawing / RECIPE_FILE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
-        try:
-            drawing.rename(destination)
-        except OSError:
-            if not destination.is_dir():
-                raise
+
+    draw_folder(folder, _recipe(seed), fill)
 
 
-def check_recipe(folder: str | os.PathLike[str], seed: int = 0) -> None:
-    """Checks that a folder was drawn by this recipe with this seed.
-
-    A folder without a recipe was not drawn here (a drawing appears whole, with its recipe): somebody put their own
-    Market-1501 there. It is used, with a warning. A folder drawn otherwise is refused instead of drawn again, because
-    another process may be reading it.
-
-    Raises:
-        ValueError: if the recipe is another version's or another seed's, or cannot be read, or if the folder holds
-            neither a recipe nor Market-1501's folders.
-    """
-    file = Path(folder, RECIPE_FILE)
-    if not file.exists():
-        if not Path(folder, LAYOUT).is_dir() and not Path(folder, "bounding_box_train").is_dir():
-            raise ValueError(f"{folder} has neither {RECIPE_FILE} nor {LAYOUT}: delete it to have it drawn again")
-        warnings.warn(f"{folder} has no {RECIPE_FILE}: it is read as your own in Market-1501's layout", stacklevel=2)
-        return
-    expected = {"name": NAME, "version": VERSION, "seed": seed}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}): delete {folder} to have it drawn again") from error
-    if found != expected:
-        raise ValueError(
-            f"{folder} was drawn as {found}, but {expected} is wanted: delete it to have it drawn again, "
-            "or choose another data.root"
-        )
+def _recipe(seed: int) -> dict[str, Any]:
+    return {"name": NAME, "version": VERSION, "seed": seed}
 
 
 class SyntheticPedestrians(torchreid.data.datasets.Market1501):
@@ -150,7 +111,7 @@ class SyntheticPedestrians(torchreid.data.datasets.Market1501):
         folder = Path(root).expanduser().absolute() / NAME
         if not folder.exists():
             draw_pedestrians(folder, seed)
-        check_recipe(folder, seed)
+        check_recipe(folder, _recipe(seed), {LAYOUT: "Market-1501", "bounding_box_train": "Market-1501"})
         super().__init__(root=root, **kwargs)
 
     def process_dir(self, dir_path: str, relabel: bool = False) -> list[tuple[str, int, int]]:

@@ -1,4 +1,4 @@
-"""A page of ranked results for people to look at: each query with its gallery in order, right and wrong marked."""
+"""Ranked results for people to look at: each query with its gallery in order, right and wrong marked."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 Colour = tuple[int, int, int]
+Entry = str | Sequence[str]
 
 # Not everybody can tell these two apart, which is why each image also carries a tick or a cross.
 RIGHT: Colour = (0, 148, 104)
@@ -18,45 +19,69 @@ WRONG: Colour = (206, 32, 48)
 INK: Colour = (34, 34, 34)
 FAINT: Colour = (110, 110, 110)
 PAPER: Colour = (255, 255, 255)
+JUNK: Colour = (190, 190, 190)
 
 _IMAGE = (96, 192)
 _FRAME, _GAP, _MARGIN, _CAPTION, _HEADER = 5, 12, 24, 24, 64
 _QUERY_GAP = 40
 _MARK = 13
+_TRACKLET_IMAGES = 4  # in the four quarters of a cell
 
 
 @dataclass(frozen=True)
 class RankedQuery:
-    """A query and the gallery images nearest to it, nearest first.
+    """A query and the gallery entries nearest to it, nearest first.
 
-    Leave out what evaluation leaves out: gallery images of the query's identity from the query's camera.
+    An entry is an image, by its path, or a tracklet, by the paths of its images.
 
     Attributes:
-        query: path of the query image.
-        gallery: paths of K gallery images, in rank order.
-        correct: K truth values: whether the image shows the query's identity.
+        query: the query entry.
+        gallery: K gallery entries, in rank order.
+        correct: K truth values: whether the entry shows the query's identity.
         distances: K distances from the query.
+        junk: K truth values: entries that evaluation leaves out (the query's identity and camera); none if empty.
 
     Raises:
-        ValueError: if the three sequences differ in length.
+        ValueError: if the sequences differ in length.
     """
 
-    query: str
-    gallery: Sequence[str]
+    query: Entry
+    gallery: Sequence[Entry]
     correct: Sequence[bool]
     distances: Sequence[float]
+    junk: Sequence[bool] = ()
 
     def __post_init__(self) -> None:
         lengths = len(self.gallery), len(self.correct), len(self.distances)
-        if len(set(lengths)) != 1:
-            raise ValueError(f"gallery, correct and distances must have one length, but have {lengths}")
+        if len({*lengths, len(self.junk) or len(self.gallery)}) != 1:
+            raise ValueError(f"gallery, correct, distances and junk must have one length, but have {lengths}")
+
+    @property
+    def cells(self) -> list[tuple[Entry, bool, float, bool]]:
+        """The gallery as (entry, correct, distance, junk)."""
+        junk = self.junk or [False] * len(self.gallery)
+        return list(zip(self.gallery, self.correct, self.distances, junk, strict=True))
 
 
-def _paste(page: Image.Image, path: str, left: int, top: int, frame: Colour) -> None:
-    """Pastes an image, fitted to the cell and framed, with the cell's top left corner (frame included) given."""
-    with Image.open(path) as image:
-        fitted = ImageOps.pad(image.convert("RGB"), _IMAGE, Image.Resampling.LANCZOS, color=(236, 236, 236))
-    page.paste(ImageOps.expand(fitted, _FRAME, frame), (left, top))
+def _paste(page: Image.Image, entry: Entry, left: int, top: int, frame: Colour, grey: bool = False) -> None:
+    """Pastes an entry, fitted to the cell and framed, with the cell's top left corner (frame included) given."""
+    paths = [entry] if isinstance(entry, str) else _spread(entry, _TRACKLET_IMAGES)
+    columns = 2 if len(paths) > 1 else 1
+    size = _IMAGE[0] // columns, _IMAGE[1] // columns
+    cell = Image.new("RGB", _IMAGE, (236, 236, 236))
+    for number, path in enumerate(paths):
+        with Image.open(path) as image:
+            fitted = ImageOps.pad(image.convert("RGB"), size, Image.Resampling.LANCZOS, color=(236, 236, 236))
+        cell.paste(fitted, (number % columns * size[0], number // columns * size[1]))
+    if grey:
+        cell = Image.blend(ImageOps.grayscale(cell).convert("RGB"), Image.new("RGB", _IMAGE, PAPER), 0.5)
+    page.paste(ImageOps.expand(cell, _FRAME, frame), (left, top))
+
+
+def _spread(paths: Sequence[str], most: int) -> list[str]:
+    """At most ``most`` of the paths, evenly over all."""
+    count = min(most, len(paths))
+    return [paths[number * len(paths) // count] for number in range(count)]
 
 
 def _mark(draw: ImageDraw.ImageDraw, right: int, top: int, correct: bool) -> None:
@@ -74,6 +99,7 @@ def ranking_picture(rows: Sequence[RankedQuery], title: str) -> Image.Image:
     """Draws one page: a row per query, the query at left, then its gallery in rank order.
 
     A right match has a green frame and a tick, a wrong one a red frame and a cross; below stand rank and distance.
+    Junk is greyed, and has no mark and no rank.
 
     Args:
         rows: one or more ranked queries; their galleries may differ in length.
@@ -106,11 +132,14 @@ def ranking_picture(rows: Sequence[RankedQuery], title: str) -> Image.Image:
         draw.text((_MARGIN + cell_width // 2, below), "query", INK, caption, anchor="mt")
         line = _MARGIN + cell_width + _QUERY_GAP // 2
         draw.line([(line, top), (line, top + cell_height)], fill=(200, 200, 200), width=1)
-        for rank, (path, correct, distance) in enumerate(zip(row.gallery, row.correct, row.distances, strict=True), 1):
-            left = _MARGIN + cell_width + _QUERY_GAP + (rank - 1) * (cell_width + _GAP)
-            _paste(page, path, left, top, RIGHT if correct else WRONG)
-            _mark(draw, left + cell_width + 4, top - 4, bool(correct))
-            draw.text((left, below), f"{rank}", INK, caption, anchor="lt")
+        rank = 0
+        for column, (entry, correct, distance, junk) in enumerate(row.cells):
+            left = _MARGIN + cell_width + _QUERY_GAP + column * (cell_width + _GAP)
+            rank += not junk
+            _paste(page, entry, left, top, JUNK if junk else RIGHT if correct else WRONG, grey=junk)
+            if not junk:
+                _mark(draw, left + cell_width + 4, top - 4, bool(correct))
+            draw.text((left, below), "junk" if junk else f"{rank}", FAINT if junk else INK, caption, anchor="lt")
             draw.text((left + cell_width, below), f"{distance:.3f}", FAINT, caption, anchor="rt")
     return page
 

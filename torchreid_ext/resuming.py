@@ -7,14 +7,15 @@ from typing import Any
 # What the checkpoint was trained as: with another value its weights, or its optimizer's state, mean something else.
 FIXED = {
     "model.name", "data.type", "data.sources", "data.split_id", "data.combineall", "cuhk03.labeled_images",
-    "cuhk03.classic_split", "loss.name", "loss.pml.loss", "train.optim", "train.lr_scheduler",
+    "cuhk03.classic_split", "model.bnneck", "model.last_stride", "loss.name", "loss.pml.loss", "train.optim",
+    "train.lr_scheduler", "train.warmup_epoch",
 }  # fmt: skip
 
 # What the optimizer's, the scheduler's or the generators' state holds, so that a new value does nothing.
 KEPT = {
     "train.lr", "train.weight_decay", "train.staged_lr", "train.new_layers", "train.base_lr_mult", "train.stepsize",
-    "train.gamma", "train.seed", "sgd.momentum", "sgd.dampening", "sgd.nesterov", "rmsprop.alpha", "adam.beta1",
-    "adam.beta2",
+    "train.gamma", "train.seed", "loss.pml.lr", "sgd.momentum", "sgd.dampening", "sgd.nesterov", "rmsprop.alpha",
+    "adam.beta1", "adam.beta2",
 }  # fmt: skip
 
 # What says where a run starts from, or how it is shown, and is no part of the training.

@@ -11,6 +11,7 @@ from pytorch_metric_learning.losses import CrossBatchMemory
 from torch import Tensor, nn
 
 from torchreid_ext import checkpoint, generators
+from torchreid_ext.network import unwrapped
 
 
 def of_engine(engine: Any, epoch: int) -> dict[str, Any]:
@@ -120,7 +121,7 @@ def _parts(engine: Any, name: str) -> dict[str, Any]:
 
 def _of_parts(engine: Any, name: str) -> dict[str, Any]:
     return {
-        kind: (part.module if isinstance(part, nn.DataParallel) else part).state_dict()
+        kind: (unwrapped(part) if isinstance(part, nn.Module) else part).state_dict()
         for kind, part in _parts(engine, name).items()
     }
 

@@ -79,17 +79,12 @@ class Tester:
         if picture:
             # Evenly over the query set, so that the page shows many identities.
             indices = np.linspace(0, len(query) - 1, min(picture, len(query))).astype(int).tolist()
-            page = evaluation.draw_rankings(
-                search, paths, indices, topk, Path(save_dir, f"ranking_{target}.png"), f"{target}: ranked gallery"
-            )
+            page = Path(save_dir, f"ranking_{target}.png")
+            evaluation.draw_page(search, paths, indices, topk, page, f"{target}: ranked gallery")
             print(f'Picture of ranked results saved to "{page}"')
         if visrank:
-            folder = Path(save_dir, f"visrank_{target}")
-            for index in range(len(query)):
-                evaluation.draw_rankings(
-                    search, paths, [index], topk, folder / f"query_{index:05d}.png", f"{target}: query {index}"
-                )
-            print(f'Rankings of {len(query)} queries saved to "{folder}"')
+            index = evaluation.draw_all(search, paths, topk, Path(save_dir, f"visrank_{target}"), f"Rankings: {target}")
+            print(f'Rankings of {len(query)} queries saved, to browse from "{index}"')
 
 
 def write_metrics(results: dict[str, RetrievalResult], save_dir: str) -> None:

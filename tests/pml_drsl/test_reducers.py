@@ -1,9 +1,15 @@
+import inspect
+
 import pytest
 import torch
+from batches import make_batch
+from pytorch_metric_learning import reducers as pml_reducers
 from pytorch_metric_learning.losses import SupConLoss, TripletMarginLoss
 from pytorch_metric_learning.reducers import AvgNonZeroReducer, PerAnchorReducer, SumReducer
+from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 
-from pml_drsl.reducers import PerQueryReducer
+from pml_drsl.losses import DRSLoss
+from pml_drsl.reducers import PerIdentityReducer, PerQueryReducer
 
 
 def info(losses, indices, kind):
@@ -52,3 +58,104 @@ def test_serves_the_losses_of_pml():
     x, labels = torch.randn(12, 4), torch.arange(12) // 3
     for loss_fn in (TripletMarginLoss(reducer=PerQueryReducer()), SupConLoss(reducer=PerQueryReducer())):
         assert torch.isfinite(loss_fn(x, labels))
+
+
+@pytest.mark.parametrize("kind", ["pos_pair", "element"])
+def test_every_identity_weighs_the_same(kind):
+    losses = torch.tensor([1.0, 3.0, 10.0, 4.0, 7.0], requires_grad=True)
+    query = torch.tensor([4, 4, 2, 0, 4])
+    labels = torch.tensor([-5, 9, 9, 9, -5])  # queries 0 and 4 are of one identity, 2 of another
+    indices = query if kind == "element" else (query, torch.arange(100, 105))
+    reduced = PerIdentityReducer()(info(losses, indices, kind), torch.randn(5, 2), labels)
+    assert reduced.item() == pytest.approx((((1 + 3 + 7) / 3 + 4) / 2 + 10) / 2)
+    reduced.backward()
+    torch.testing.assert_close(losses.grad, torch.tensor([1 / 12, 1 / 12, 1 / 2, 1 / 4, 1 / 12]))
+
+
+def test_identities_with_equal_numbers_make_it_the_mean_over_queries():
+    x, labels = torch.randn(12, 4), torch.arange(12) % 3
+    torch.testing.assert_close(DRSLoss(reducer=PerIdentityReducer())(x, labels), DRSLoss()(x, labels))
+
+
+def test_per_identity_without_labels_is_refused():
+    x, labels = make_batch(1)
+    with pytest.raises(ValueError, match="PerIdentityReducer needs labels"):
+        DRSLoss(reducer=PerIdentityReducer())(x, None, lmu.get_all_pairs_indices(labels))
+
+
+def test_per_identity_of_no_loss_is_zero():
+    x = torch.randn(4, 3, requires_grad=True)
+    loss = DRSLoss(reducer=PerIdentityReducer())(x, torch.arange(4))
+    loss.backward()
+    assert loss == 0
+
+
+# PML's reducers: what each makes of the errors, computed by hand from the errors themselves.
+
+
+def by_query(errors, query):
+    return torch.stack([errors[query == q].mean() for q in query.unique()])
+
+
+REDUCERS = {
+    "AvgNonZeroReducer": (pml_reducers.AvgNonZeroReducer(), lambda e, q, y: e[e > 0].mean()),
+    "ClassWeightedReducer": (
+        pml_reducers.ClassWeightedReducer(torch.tensor([1.0, 5.0, 0.5])),
+        lambda e, q, y: (e * torch.tensor([1.0, 5.0, 0.5])[y[q]]).mean(),
+    ),
+    "DivisorReducer": (pml_reducers.DivisorReducer(), lambda e, q, y: e.sum() / len(q.unique())),
+    "MeanReducer": (pml_reducers.MeanReducer(), lambda e, q, y: e.mean()),
+    "MultipleReducers": (
+        pml_reducers.MultipleReducers({}, default_reducer=SumReducer()),
+        lambda e, q, y: e.sum(),
+    ),
+    # the queries without an error count too, as 0
+    "PerAnchorReducer": (PerAnchorReducer(), lambda e, q, y: by_query(e, q).sum() / len(y)),
+    "SumReducer": (SumReducer(), lambda e, q, y: e.sum()),
+    "ThresholdReducer": (pml_reducers.ThresholdReducer(low=0.1, high=0.5), None),
+    "DoNothingReducer": (pml_reducers.DoNothingReducer(), None),
+}
+
+
+def test_all_of_pml_s_reducers_are_tried():
+    classes = {name for name, value in vars(pml_reducers).items() if inspect.isclass(value)}
+    assert classes - {"BaseReducer"} == set(REDUCERS)
+
+
+@pytest.mark.parametrize("name", REDUCERS)
+def test_every_reducer_works_behind_drsl(name):
+    reducer, by_hand = REDUCERS[name]
+    x = torch.randn(9, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 0, 2])
+    raw = DRSLoss(0.1, reducer=pml_reducers.DoNothingReducer())(x, labels)
+    assert list(raw) == ["retrieval_loss", "sort_loss"]
+    reduced = DRSLoss(0.1, reducer=reducer)(x, labels)
+    if name == "DoNothingReducer":
+        return
+    if name == "ThresholdReducer":
+        errors = [sub["losses"] for sub in raw.values()]
+        wanted = sum(e[(e > 0.1) & (e < 0.5)].mean() if ((e > 0.1) & (e < 0.5)).any() else 0 for e in errors)
+    else:
+        wanted = sum(by_hand(sub["losses"], sub["indices"][0], labels) for sub in raw.values())
+    torch.testing.assert_close(reduced, wanted)
+    reduced.backward()
+    assert torch.isfinite(x.grad).all()
+    assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("reducer", "labels", "message"),
+    [
+        (PerAnchorReducer(), [0, 0, 1, 1], "PerAnchorReducer has no room for 6 references of 4 embeddings"),
+        (pml_reducers.ClassWeightedReducer(torch.ones(1)), [0, 0, 1, 1], "weights for the labels 0 to 0.* from 0 to 1"),
+        (pml_reducers.ClassWeightedReducer(torch.ones(2)), [0, 0, -1, -1], "from -1 to 0"),
+        (pml_reducers.ClassWeightedReducer(torch.ones(2)), None, "ClassWeightedReducer needs labels"),
+        (PerQueryReducer(pml_reducers.ClassWeightedReducer(torch.ones(1))), [0, 0, 1, 1], "labels 0 to 0"),
+    ],
+)
+def test_what_would_fail_obscurely_is_refused(reducer, labels, message):
+    x, ref = torch.randn(4, 3), torch.randn(6, 3)
+    labels = None if labels is None else torch.tensor(labels)
+    indices = lmu.get_all_pairs_indices(torch.tensor([0, 0, 1, 1]), torch.arange(6) // 3)
+    with pytest.raises(ValueError, match=message):
+        DRSLoss(reducer=reducer)(x, labels, indices, ref, torch.arange(6) // 3)

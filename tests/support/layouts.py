@@ -11,16 +11,19 @@ from pathlib import Path
 
 import torch
 import torchreid
+from killing import differing
 from toy_data import register_toys
 
 from torchreid_ext import checkpoint
 from torchreid_ext.__main__ import main
 
-LOSSES, SCHEDULERS, AMPS = ("softmax", "triplet", "drsl"), ("multi_step", "none"), ("off", "bf16")
+LOSSES, SCHEDULERS, AMPS = ("softmax", "triplet", "drsl", "pml"), ("multi_step", "none"), ("off", "bf16")
 OPTIONS = {
     "use_gpu": False, "model.name": "osnet_x0_25", "model.pretrained": False, "data.height": 32, "data.width": 16,
     "data.workers": 0, "train.batch_size": 12, "sampler.train_sampler": "RandomIdentitySampler",
     "sampler.num_instances": 2, "train.stepsize": "[1]",
+    # One that has weights of its own.
+    "loss.pml.loss": "ArcFaceLoss",
 }  # fmt: skip
 
 
@@ -45,6 +48,7 @@ def check(folder: Path, loss: str, scheduler: str, amp: str) -> None:
     before = checkpoint.load(first)["state_dict"]
     for key, value in one["state_dict"].items():
         assert torch.equal(value, other["state_dict"][key]), key
+    assert not differing(one["training"]["losses"], other["training"]["losses"])
     assert any(not torch.equal(value, before[key]) for key, value in one["state_dict"].items())
 
 

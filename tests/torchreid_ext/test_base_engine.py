@@ -40,7 +40,8 @@ class Network(nn.Module):
 def make_engine(folder, workers=0, criterion=None, scheduled=True, lr=0.01, **kwargs):
     manager = make_image_manager(folder, workers=workers, transforms=["random_flip", "random_patch"])
     model = Network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    weights = [] if criterion is None else list(criterion.parameters())
+    optimizer = torch.optim.SGD([*model.parameters(), *weights], lr=lr, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 3], 0.5) if scheduled else None
     return engines.ImageDRSLEngine(manager, model, optimizer, criterion, scheduler=scheduler, **kwargs)
 
@@ -197,7 +198,7 @@ def test_a_criterion_with_weights_is_saved_and_resumed(tmp_path):
 def test_another_number_of_identities_or_another_loss_is_refused(tmp_path):
     make_engine(tmp_path).run(str(tmp_path / "log"), max_epoch=1)
     engine = make_engine(tmp_path, criterion=pml_losses.ArcFaceLoss(6, 32))
-    with pytest.raises(ValueError, match="does not fit this run's criterion"):
+    with pytest.raises(ValueError, match="does not fit this run's optimizer"):
         engine.resume("auto", str(tmp_path / "log"))
     engine = make_engine(tmp_path)
     engine.datamanager._num_train_pids = 5

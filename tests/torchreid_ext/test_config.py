@@ -3,80 +3,11 @@
 import pytest
 import torch
 import torchreid
+from torchreid_keys import TORCHREID
 from toy_data import make_image_manager, make_video_manager
 
 from pml_drsl import DRSLoss
 from torchreid_ext import build_engine, config, engines, get_default_config
-
-# torchreid 1.4.0, scripts/default_config.py, written out.
-TORCHREID = {
-    "model": {"name": "resnet50", "pretrained": True, "load_weights": "", "resume": ""},
-    "data": {
-        "type": "image",
-        "root": "reid-data",
-        "sources": ["market1501"],
-        "targets": ["market1501"],
-        "workers": 4,
-        "split_id": 0,
-        "height": 256,
-        "width": 128,
-        "combineall": False,
-        "transforms": ["random_flip"],
-        "k_tfm": 1,
-        "norm_mean": [0.485, 0.456, 0.406],
-        "norm_std": [0.229, 0.224, 0.225],
-        "save_dir": "log",
-        "load_train_targets": False,
-    },
-    "market1501": {"use_500k_distractors": False},
-    "cuhk03": {"labeled_images": False, "classic_split": False, "use_metric_cuhk03": False},
-    "sampler": {
-        "train_sampler": "RandomSampler",
-        "train_sampler_t": "RandomSampler",
-        "num_instances": 4,
-        "num_cams": 1,
-        "num_datasets": 1,
-    },
-    "video": {"seq_len": 15, "sample_method": "evenly", "pooling_method": "avg"},
-    "train": {
-        "optim": "adam",
-        "lr": 0.0003,
-        "weight_decay": 5e-4,
-        "max_epoch": 60,
-        "start_epoch": 0,
-        "batch_size": 32,
-        "fixbase_epoch": 0,
-        "open_layers": ["classifier"],
-        "staged_lr": False,
-        "new_layers": ["classifier"],
-        "base_lr_mult": 0.1,
-        "lr_scheduler": "single_step",
-        "stepsize": [20],
-        "gamma": 0.1,
-        "print_freq": 20,
-        "seed": 1,
-    },
-    "sgd": {"momentum": 0.9, "dampening": 0.0, "nesterov": False},
-    "rmsprop": {"alpha": 0.99},
-    "adam": {"beta1": 0.9, "beta2": 0.999},
-    "loss": {
-        "name": "softmax",
-        "softmax": {"label_smooth": True},
-        "triplet": {"margin": 0.3, "weight_t": 1.0, "weight_x": 0.0},
-    },
-    "test": {
-        "batch_size": 100,
-        "dist_metric": "euclidean",
-        "normalize_feature": False,
-        "ranks": [1, 5, 10, 20],
-        "evaluate": False,
-        "eval_freq": -1,
-        "start_eval": 0,
-        "rerank": False,
-        "visrank": False,
-        "visrank_topk": 10,
-    },
-}
 
 
 def subset(actual, wanted):
@@ -149,7 +80,7 @@ def test_wrong_words_are_refused():
 
 
 @pytest.mark.parametrize("data_type", ["image", "video"])
-@pytest.mark.parametrize("loss", ["softmax", "triplet", "drsl"])
+@pytest.mark.parametrize("loss", ["softmax", "triplet", "drsl", "pml"])
 def test_build_engine(tmp_path, data_type, loss):
     cfg = get_default_config()
     cfg.merge_from_list(["data.type", data_type, "loss.name", loss, "model.name", "osnet_x0_25"])
@@ -160,9 +91,10 @@ def test_build_engine(tmp_path, data_type, loss):
     optimizer = config.build_optimizer(cfg, model)
     engine = build_engine(cfg, manager, model, optimizer, config.build_scheduler(cfg, optimizer))
     assert isinstance(
-        engine, getattr(engines, f"{data_type.title()}{'DRSL' if loss == 'drsl' else loss.title()}Engine")
+        engine,
+        getattr(engines, f"{data_type.title()}{ {'drsl': 'DRSL', 'pml': 'PML'}.get(loss, loss.title()) }Engine"),
     )
-    if loss != "drsl":
+    if loss in ("softmax", "triplet"):
         assert isinstance(engine, getattr(torchreid.engine, f"{data_type.title()}{loss.title()}Engine"))
     if data_type == "video":
         assert engine.pooling_method == "max"
@@ -171,6 +103,17 @@ def test_build_engine(tmp_path, data_type, loss):
     if loss == "triplet":
         assert engine.criterion_t.margin == 0.7
     assert engine.run(str(tmp_path / "log"), max_epoch=1)
+
+
+@pytest.mark.parametrize("loss", ["drsl", "pml"])
+def test_a_classifier_that_nothing_trains_is_not_opened_alone(tmp_path, loss):
+    cfg = get_default_config()
+    cfg.merge_from_list(["model.name", "osnet_x0_25", "model.pretrained", "False", "use_gpu", "False"])
+    cfg.merge_from_list(["loss.name", loss, f"loss.{loss}.weight_x", 0, "train.fixbase_epoch", 1])
+    manager = make_image_manager(tmp_path)
+    model = config.build_model(cfg, manager.num_train_pids)
+    with pytest.raises(ValueError, match=rf"fixbase_epoch trains the classifier alone, which loss\.{loss}\.weight_x 0"):
+        build_engine(cfg, manager, model, config.build_optimizer(cfg, model), None)
 
 
 def test_scheduler_none():

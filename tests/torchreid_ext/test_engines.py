@@ -12,7 +12,7 @@ from toy_data import make_image_manager, make_video_manager
 
 import torchreid_ext
 from pml_drsl import DRSLoss
-from torchreid_ext import checkpoint, engines
+from torchreid_ext import checkpoint, engines, network
 from torchreid_ext.evaluation import extract
 
 ZOO = [
@@ -103,16 +103,24 @@ def test_the_zoo_is_the_list_above(capsys):
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_every_model_of_the_zoo_takes_a_step(name):
+def test_every_model_of_the_zoo_takes_a_step_without_and_with_a_neck(name):
     torch.manual_seed(0)
     model = build(name)
-    engine = make_engine(model)
-    engine.set_model_mode("train")
-    before = {key: value.clone() for key, value in model.named_parameters()}
-    summary = engine.forward_backward(batch(*SIZES.get(name, (64, 32))))
-    assert set(summary) >= {"loss_m", "loss_x", "acc", "retrieval_error", "sort_error"}
-    assert all(math.isfinite(value) for value in summary.values())
-    assert any(not torch.equal(value, before[key]) for key, value in model.named_parameters())
+    data = batch(*SIZES.get(name, (64, 32)))
+    for neck in (False, True):
+        if neck:
+            network.add_neck(model)
+        engine = make_engine(model)
+        engine.set_model_mode("train")
+        before = {key: value.clone() for key, value in model.named_parameters()}
+        summary = engine.forward_backward(data)
+        assert set(summary) >= {"loss_m", "loss_x", "acc", "retrieval_error", "sort_error"}
+        assert all(math.isfinite(value) for value in summary.values())
+        assert any(not torch.equal(value, before[key]) for key, value in model.named_parameters())
+    engine.set_model_mode("eval")
+    sizes = [module.in_features for module in model.modules() if isinstance(module, network.NeckClassifier)]
+    assert engine.extract_features(data["img"]).shape == (4, sum(sizes))
+    assert network.feature_sizes(model, *data["img"].shape[2:]) == sizes
 
 
 def test_heads_are_averaged():

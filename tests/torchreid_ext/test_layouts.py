@@ -38,5 +38,5 @@ def test_every_combination_trains_saves_and_resumes(tmp_path, layout):
     modules, *combinations = done.stdout.splitlines()
     if layout == "github":
         assert modules == "torchreid.models"
-    wanted = itertools.product(["softmax", "triplet", "drsl"], ["multi_step", "none"], ["off", "bf16"])
+    wanted = itertools.product(["softmax", "triplet", "drsl", "pml"], ["multi_step", "none"], ["off", "bf16"])
     assert combinations == [" ".join(combination) for combination in wanted]

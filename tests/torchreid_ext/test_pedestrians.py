@@ -204,6 +204,6 @@ class TestRecipe:
 
 
 def test_importing_twice_registers_once() -> None:
-    torchreid_ext.datasets._register_pedestrians()
+    torchreid_ext.datasets._register_synthetic()
     with pytest.raises(ValueError, match="already exists"):
         torchreid.data.register_image_dataset("synthetic_pedestrians", SyntheticPedestrians)

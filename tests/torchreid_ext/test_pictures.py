@@ -86,3 +86,25 @@ def test_saving_is_whole_or_nothing(images: dict[tuple[int, int, int], str], tmp
     assert target.read_bytes() == before and [path.name for path in target.parent.iterdir()] == ["page.png"]
     save_ranking_picture(target, [row], "second")
     assert target.read_bytes() != before and [path.name for path in target.parent.iterdir()] == ["page.png"]
+
+
+def test_junk_has_neither_mark_nor_colour(images: dict[tuple[int, int, int], str]) -> None:
+    row = RankedQuery(images[BLUE], [images[OLIVE], images[PINK]], [True, False], [0.1, 0.2], junk=[True, False])
+    page = ranking_picture([row], "title")
+    assert not columns(page, OLIVE)
+    assert not columns(page, RIGHT)
+    assert min(columns(page, WRONG)) < min(columns(page, PINK))
+
+
+def test_a_tracklet_shows_images_from_all_of_it(images: dict[tuple[int, int, int], str]) -> None:
+    tracklet = [images[BLUE]] * 5 + [images[OLIVE]] * 5 + [images[PINK]] * 10
+    page = ranking_picture([RankedQuery(images[BLUE], [tracklet], [True], [0.1])], "title")
+    quarter = len(columns(page, PINK)) / 2
+    # The mark hides a corner of the second quarter.
+    assert len(columns(page, OLIVE)) == pytest.approx(quarter, rel=0.1)
+    assert quarter > 100
+
+
+def test_junk_of_another_length_is_refused(images: dict[tuple[int, int, int], str]) -> None:
+    with pytest.raises(ValueError, match="one length"):
+        RankedQuery(images[BLUE], [images[OLIVE]], [True], [0.1], junk=[True, False])

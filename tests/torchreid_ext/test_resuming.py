@@ -5,7 +5,7 @@ import pytest
 from torchreid_ext import get_default_config
 from torchreid_ext.config import flat
 from torchreid_ext.keys import KEYS
-from torchreid_ext.resuming import FREE, KEPT, compare
+from torchreid_ext.resuming import FIXED, FREE, KEPT, compare
 
 
 def changed(**values):
@@ -47,4 +47,4 @@ def test_what_cannot_change_is_refused(before, now, message):
 
 
 def test_the_keys_exist():
-    assert KEYS.keys() >= KEPT | FREE
+    assert KEYS.keys() >= FIXED | KEPT | FREE

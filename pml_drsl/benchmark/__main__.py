@@ -1,0 +1,48 @@
+"""``drsl-benchmark``, or ``python -m pml_drsl.benchmark``: one subcommand per question."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+# Each is a module of this package with `add_arguments(parser)` and `run(args) -> int`, imported only when asked for.
+COMMANDS = {
+    "speed": "time and memory of DRSL and of pytorch-metric-learning's ranking losses, against the distance matrix",
+    "evaluation": "time and agreement of the re-ID evaluation with other implementations",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a subcommand; ``arguments`` default to the command line. Returns its exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(
+        prog="drsl-benchmark",
+        description="Benchmarks of DRSL.",
+        epilog="commands:\n" + "\n".join(f"  {name:12} {about}" for name, about in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="drsl-benchmark {" + ",".join(COMMANDS) + "} [options]; options: drsl-benchmark COMMAND --help",
+    )
+    parser.add_argument("command", choices=COMMANDS, help="what to measure")
+    name = parser.parse_args(arguments[:1]).command
+    try:
+        command = import_module(f"pml_drsl.benchmark.{name}")
+        options = argparse.ArgumentParser(
+            prog=f"drsl-benchmark {name}",
+            description=command.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_arguments(options)
+        status: int = command.run(options.parse_args(arguments[1:]))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "pml_drsl"):
+            raise
+        print(f"drsl-benchmark {name} needs {package}: pip install 'pml-drsl[benchmark]'", file=sys.stderr)
+        return 2
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

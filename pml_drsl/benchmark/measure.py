@@ -1,0 +1,157 @@
+"""Time and peak memory of one step, forward and backward, of a loss.
+
+Memory is measured in a process of its own, which also finds out whether the loss fits at all, so that one that does
+not fit takes nothing else with it. Times of different losses are measured in turns, in one process, so that their
+ratios do not depend on what else the machine does.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from pytorch_metric_learning import losses as pml
+from pytorch_metric_learning.distances import LpDistance
+
+from pml_drsl.losses import DRSLoss
+
+FLOOR = "floor"
+LOSSES: dict[str, Callable[[], torch.nn.Module]] = {
+    "DRSL": DRSLoss,
+    "SmoothAP": pml.SmoothAPLoss,
+    "FastAP": pml.FastAPLoss,
+    "TripletMargin": pml.TripletMarginLoss,
+    "MultiSimilarity": pml.MultiSimilarityLoss,
+    "Circle": pml.CircleLoss,
+    "SupCon": pml.SupConLoss,
+}
+PER_IDENTITY = 4
+FEWEST_ROUNDS = 3
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One step in a process of its own: seconds and peak bytes, or why there are none."""
+
+    seconds: float | None = None
+    peak: int | None = None
+    failure: str | None = None
+
+
+def make_step(name: str, size: int, dim: int, device: str) -> Callable[[], None]:
+    """Forward and backward of a loss, or of the floor: the matrix of distances, its gradient given."""
+    x = torch.randn(size, dim, device=device, requires_grad=True)
+    if name == FLOOR:
+        distance, gradient = LpDistance(), torch.randn(size, size, device=device)
+        return lambda: _discard(torch.autograd.grad(distance(x), x, gradient))
+    loss_fn, labels = LOSSES[name](), torch.arange(size, device=device) // PER_IDENTITY
+    return lambda: _discard(torch.autograd.grad(loss_fn(x, labels), x))
+
+
+def _discard(gradients: tuple[torch.Tensor, ...]) -> None:
+    pass
+
+
+def seconds_of(step: Callable[[], None], device: str) -> float:
+    """Wall time of one call."""
+    _synchronize(device)
+    start = time.perf_counter()
+    step()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def take_turns(steps: Mapping[str, Callable[[], None]], seconds: float, device: str) -> dict[str, list[float]]:
+    """Times of each step, measured in turns for about ``seconds`` and at least three rounds.
+
+    Each turn is of two calls, of which the second counts: the first finds memory as another loss has left it.
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    rounds, end = 0, time.perf_counter() + seconds
+    while rounds < FEWEST_ROUNDS or time.perf_counter() < end:
+        for name, step in steps.items():
+            step()
+            times[name].append(seconds_of(step, device))
+        rounds += 1
+    return times
+
+
+def probe(name: str, size: int, dim: int, device: str, threads: int, memory: float, time_limit: float | None) -> Probe:
+    """One step in a process of its own that may take ``memory`` GiB and ``time_limit`` seconds."""
+    # A fork server has imported torch already but never used it, so that a process starts at once and starts clean.
+    has_server = "forkserver" in multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if has_server else "spawn")
+    if has_server:
+        context.set_forkserver_preload([__name__])
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_probe, args=(there, name, size, dim, device, threads, memory))
+    process.start()
+    there.close()
+    try:
+        if not here.poll(time_limit):
+            return Probe(failure=f"skipped: over {time_limit:.0f} s")
+        found: Probe = here.recv()
+        return found
+    except EOFError:  # killed for memory, most likely
+        return Probe(failure=f"does not fit in {memory:g} GiB")
+    finally:
+        process.kill()
+        process.join()
+
+
+def _probe(connection: Connection, name: str, size: int, dim: int, device: str, threads: int, memory: float) -> None:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    make_step(name, 16, dim, device)()  # libraries allocate at first use
+    step = make_step(name, size, dim, device)
+    _limit_memory(memory, device)
+    before = _peak_bytes(device)
+    try:
+        seconds = seconds_of(step, device)
+    except (RuntimeError, MemoryError) as error:
+        if "alloc" not in str(error) and "memory" not in str(error):
+            raise
+        connection.send(Probe(failure=f"does not fit in {memory:g} GiB"))
+        return
+    after = _peak_bytes(device)
+    connection.send(Probe(seconds, None if before is None or after is None else after - before))
+
+
+def _peak_bytes(device: str) -> int | None:
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _limit_memory(gib: float, device: str) -> None:
+    """Makes an allocation beyond ``gib`` more than now fail, where the system can, instead of the whole machine."""
+    if device != "cpu":
+        torch.cuda.set_per_process_memory_fraction(
+            min(1.0, gib * GIB / torch.cuda.get_device_properties(device).total_memory)
+        )
+        return
+    try:
+        import resource
+
+        with open("/proc/self/statm") as file:
+            now = int(file.read().split()[0]) * resource.getpagesize()
+    except (ImportError, OSError):
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (now + int(gib * GIB), resource.RLIM_INFINITY))
+
+
+def _synchronize(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()

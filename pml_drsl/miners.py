@@ -1,0 +1,176 @@
+"""Which positives and negatives of each query the loss sees."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from pytorch_metric_learning.miners import BaseMiner
+from pytorch_metric_learning.utils import common_functions as c_f
+from torch import Tensor
+
+Strategy = Literal["hard", "semihard", "random"]
+FourIndices = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class RankingMiner(BaseMiner):
+    """A miner that ranks the candidates of each query. Beyond PML's miners it can be told which candidate is the
+    query itself, where that is among the references (cross-batch memory, embeddings gathered from other processes):
+    removed only from what a miner returns, it would still count as its query's nearest positive.
+    """
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+        own: Tensor | None = None,
+    ) -> FourIndices:
+        """Pairs (a1, p, a2, n).
+
+        Args:
+            embeddings: of the queries, shape (Q, dim).
+            labels: shape (Q,), integer.
+            ref_emb: of the candidates, shape (M, dim); None for the queries themselves.
+            ref_labels: shape (M,), integer.
+            own: candidate that is the query itself, shape (Q,), integer; needs ``ref_emb``.
+        """
+        self.reset_stats()
+        with torch.no_grad():
+            c_f.check_shapes(embeddings, labels)
+            labels = c_f.to_device(labels, embeddings)
+            ref_emb, ref_labels = c_f.set_ref_emb(embeddings, labels, ref_emb, ref_labels)
+            positives = labels[:, None] == ref_labels
+            negatives = ~positives
+            if ref_labels is labels:
+                own = torch.arange(len(labels), device=labels.device)
+            if own is not None:
+                positives[torch.arange(len(own), device=own.device), own] = False
+            if positives.numel() > 0:
+                output = self.select(embeddings, ref_emb, positives, negatives)
+            else:
+                output = (torch.empty(0, dtype=torch.long, device=labels.device),) * 4
+        self.output_assertion(output)
+        return output
+
+    def select(self, embeddings: Tensor, ref_emb: Tensor, positives: Tensor, negatives: Tensor) -> FourIndices:
+        """What to keep of the positives and negatives of each query, both of shape (Q, M), bool."""
+        raise NotImplementedError
+
+
+class RankViolationMiner(RankingMiner):
+    """Keeps what a ranking still gets wrong: the positives that some negative of their query precedes, and the
+    negatives that precede some positive.
+
+    A negative n precedes a positive p of the same query where ``d_n - d_p < margin``, in units of distance (for a
+    similarity: ``s_p - s_n < margin``). Works with any distance, ``ref_emb``, cross-batch memory and classes of any
+    size. Returns pairs (a1, p, a2, n).
+
+    Args:
+        margin: distance by which a negative must follow a positive not to count as a violation; any finite number.
+        **kwargs: of ``BaseMiner``: ``distance`` (default: ``LpDistance``), ``collect_stats``.
+
+    Raises:
+        ValueError: for a margin that is not a finite number.
+    """
+
+    def __init__(self, margin: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not float("-inf") < margin < float("inf"):
+            raise ValueError(f"margin must be a finite number, got {margin!r}; 0 keeps the violations of order alone")
+        self.margin = margin
+        self.add_to_recordable_attributes(name="margin", is_stat=False)
+
+    def select(self, embeddings: Tensor, ref_emb: Tensor, positives: Tensor, negatives: Tensor) -> FourIndices:
+        d = _distances(self.distance, embeddings, ref_emb)
+        nearest_negative = d.masked_fill(~negatives, torch.inf).amin(1, keepdim=True)
+        farthest_positive = d.masked_fill(~positives, -torch.inf).amax(1, keepdim=True)
+        a1, p = (positives & (nearest_negative - d < self.margin)).nonzero(as_tuple=True)
+        a2, n = (negatives & (d - farthest_positive < self.margin)).nonzero(as_tuple=True)
+        return a1, p, a2, n
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin}"
+
+
+class NegativeBudgetMiner(RankingMiner):
+    """Holds the imbalance of every query at a chosen value: keeps all its positives and, of its negatives,
+    ``round(negatives_per_positive * number of positives)``, at least one and at most all there are. A query without
+    a positive gets no pair. Works with any distance, ``ref_emb``, cross-batch memory and classes of any size.
+    Returns pairs (a1, p, a2, n).
+
+    Args:
+        negatives_per_positive: negatives kept for each positive, > 0, not necessarily whole.
+        strategy: which negatives. ``"hard"``: the nearest. ``"semihard"``: the nearest of those farther than the
+            query's nearest positive (in the sense of FaceNet, Schroff et al., CVPR 2015, with its nearest positive
+            for the positive), then, if they do not suffice, the nearer ones, those next to that positive first.
+            ``"random"``: any, each as likely.
+        seed: of the random draws; None draws from torch's global generator.
+        **kwargs: of ``BaseMiner``: ``distance`` (default: ``LpDistance``), ``collect_stats``.
+
+    Raises:
+        ValueError: for a hyper-parameter out of range.
+    """
+
+    def __init__(
+        self,
+        negatives_per_positive: float,
+        strategy: Strategy = "hard",
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if not 0 < negatives_per_positive < float("inf"):
+            raise ValueError(f"negatives_per_positive must be a number above 0, got {negatives_per_positive!r}")
+        if strategy not in get_args(Strategy):
+            raise ValueError(f"strategy must be one of {', '.join(get_args(Strategy))}, got {strategy!r}")
+        self.negatives_per_positive = negatives_per_positive
+        self.strategy = strategy
+        self.seed = seed
+        self.num_calls = 0
+        self.add_to_recordable_attributes(name="negatives_per_positive", is_stat=False)
+
+    def select(self, embeddings: Tensor, ref_emb: Tensor, positives: Tensor, negatives: Tensor) -> FourIndices:
+        num_positives = positives.sum(1)
+        budget = (self.negatives_per_positive * num_positives).round().long().clamp_(min=1)
+        budget = torch.where(num_positives > 0, budget, 0).minimum(negatives.sum(1))
+        largest = int(budget.max())
+        # By cost a query's negatives come first, as all else is at infinity.
+        cost = self._cost(embeddings, ref_emb, positives).masked_fill(~negatives, torch.inf)
+        chosen = cost.topk(largest, largest=False).indices
+        a2, place = (torch.arange(largest, device=chosen.device) < budget[:, None]).nonzero(as_tuple=True)
+        a1, p = positives.nonzero(as_tuple=True)
+        return a1, p, a2, chosen[a2, place]
+
+    def _cost(self, embeddings: Tensor, ref_emb: Tensor, positives: Tensor) -> Tensor:
+        """The lower, the sooner a negative is kept, shape (Q, M), finite."""
+        if self.strategy == "random":
+            return self._random(len(embeddings), len(ref_emb), embeddings.device)
+        d = _distances(self.distance, embeddings, ref_emb)
+        if self.strategy == "hard":
+            return d
+        nearest_positive = d.masked_fill(~positives, torch.inf).amin(1, keepdim=True)
+        nearest_positive = torch.where(positives.any(1, keepdim=True), nearest_positive, 0)
+        beyond = d - nearest_positive
+        largest = beyond.abs().amax(1, keepdim=True)
+        return torch.where(beyond > 0, beyond, largest - beyond + 1)
+
+    def _random(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        if self.seed is None:
+            return torch.rand(rows, columns, device=device)
+        # Drawn on the CPU, from a generator of the call's own: the same on every device, and nothing to pickle.
+        generator = torch.Generator().manual_seed(self.seed + self.num_calls)
+        self.num_calls += 1
+        return torch.rand(rows, columns, generator=generator).to(device)
+
+    def extra_repr(self) -> str:
+        return f"negatives_per_positive={self.negatives_per_positive}, strategy={self.strategy!r}, seed={self.seed}"
+
+
+def _distances(distance: torch.nn.Module, embeddings: Tensor, ref_emb: Tensor) -> Tensor:
+    """Distance matrix, shape (Q, M), smaller is nearer; half precision is computed in float32."""
+    dtype = torch.promote_types(torch.promote_types(embeddings.dtype, ref_emb.dtype), torch.float32)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        mat: Tensor = distance(embeddings.to(dtype), None if ref_emb is embeddings else ref_emb.to(dtype))
+    return -mat if distance.is_inverted else mat

@@ -1,0 +1,91 @@
+"""The speed benchmark's plumbing; its figures are for people to read, not for a test to hold."""
+
+import csv
+import json
+import sys
+
+import pytest
+import torch
+
+from pml_drsl.benchmark import measure, speed_report
+from pml_drsl.benchmark.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("speed")
+    losses = ["DRSL", "SmoothAP", "SupCon"]
+    arguments = ["speed", "--sizes", "16", "32", "--dims", "8", "--seconds", "0.05", "--losses", *losses]
+    files = {kind: folder / f"speed.{kind}" for kind in ("json", "csv", "png")}
+    status = main([*arguments, "--json", str(files["json"]), "--csv", str(files["csv"]), "--plot", str(files["png"])])
+    return status, files, ["floor", *losses]
+
+
+def test_writes_the_same_rows_as_json_and_csv_and_a_plot(outcome):
+    status, files, losses = outcome
+    assert status == 0
+    rows = json.loads(files["json"].read_text())["rows"]
+    assert [(row["loss"], row["size"]) for row in rows] == [(loss, size) for size in (16, 32) for loss in losses]
+    with open(files["csv"], newline="") as file:
+        assert [row["loss"] for row in csv.DictReader(file)] == losses * 2
+    assert files["png"].read_bytes()[:4] == b"\x89PNG"
+    for row in rows:
+        assert row["seconds"] > 0
+        assert row["rounds"] >= 3
+        assert row["note"] == ""
+        assert row["ratio"] == 1 if row["loss"] == "floor" else row["ratio"] > 0
+
+
+def test_ratios_are_taken_round_by_round(monkeypatch, capsys):
+    times = {"floor": [1.0, 10.0, 2.0], "DRSL": [2.0, 15.0, 6.0]}  # ratios 2, 1.5 and 3; of the medians, 3
+    monkeypatch.setattr(measure, "take_turns", lambda *_: times)
+    monkeypatch.setattr(measure, "probe", lambda *_: measure.Probe(0.1, 1000))
+    assert main(["speed", "--sizes", "16", "--dims", "4", "--losses", "DRSL"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  DRSL"))
+    assert line.split()[1:4] == ["6.00", "s", "2.00"]
+
+
+def test_what_needs_too_much_memory_or_time_is_said_so():
+    probe = measure.probe("SmoothAP", 512, 8, "cpu", 1, memory=0.25, time_limit=60)
+    assert probe == measure.Probe(failure="does not fit in 0.25 GiB")
+    probe = measure.probe("SmoothAP", 512, 8, "cpu", 1, memory=8, time_limit=0.01)
+    assert probe == measure.Probe(failure="skipped: over 0 s")
+
+
+def test_peak_memory_is_that_of_the_step():
+    size, dim = 2048, 16
+    peak = measure.probe("floor", size, dim, "cpu", 1, memory=4, time_limit=None).peak
+    matrix = 4 * size * size
+    assert matrix < peak < 12 * matrix
+
+
+def test_floor_and_losses_have_gradients_of_the_embeddings():
+    for name in ("floor", *measure.LOSSES):
+        measure.make_step(name, 16, 4, "cpu")()
+
+
+def test_smooth_ap_note_shows_what_pml_s_loss_gives():
+    assert speed_report.smooth_ap_note().splitlines()[-1].strip().startswith("0.3")
+
+
+def test_bad_arguments_are_told(capsys):
+    assert main(["speed", "--sizes", "0"]) == 2
+    assert "--sizes must be above 0, got 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["sped"])
+    assert "invalid choice: 'sped'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["speed", "--help"]])
+def test_help_teaches(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 0
+    assert "matrix" in capsys.readouterr().out
+
+
+def test_a_missing_dependency_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: pytest.fail("it must be told before the work"))
+    assert main(["speed", "--plot", "x.png"]) == 2
+    assert "needs matplotlib: pip install 'pml-drsl[benchmark]'" in capsys.readouterr().err

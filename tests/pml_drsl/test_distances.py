@@ -1,0 +1,174 @@
+"""DRSLoss with every distance of pytorch-metric-learning, with scale-free ones, and at the limits of precision."""
+
+import pytest
+import reference
+import torch
+from batches import assert_agrees, expected, make_batch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pytorch_metric_learning.distances import (
+    BatchedDistance,
+    CosineSimilarity,
+    DotProductSimilarity,
+    LpDistance,
+    SNRDistance,
+)
+
+from pml_drsl.losses import DRSLoss
+
+
+def lp(p, power=1, normalize=True):
+    def slow(x, y):
+        if normalize:
+            x, y = x / x.norm(p), y / y.norm(p)
+        return (x - y).norm(p) ** power
+
+    return LpDistance(p=p, power=power, normalize_embeddings=normalize), slow
+
+
+DISTANCES = {
+    **{
+        f"L{p}, power {power}, {'normalised' if normalize else 'raw'}": lp(p, power, normalize)
+        for p in (1, 1.5, 2, 3, float("inf"))
+        for power in (1, 2, 3)
+        for normalize in (True, False)
+    },
+    "cosine": (CosineSimilarity(), reference.negative_cosine),
+    "cosine, power 3": (CosineSimilarity(power=3), lambda x, y: -((-reference.negative_cosine(x, y)) ** 3)),
+    "dot product": (DotProductSimilarity(normalize_embeddings=False), lambda x, y: -(x @ y)),
+    "normalised dot product": (DotProductSimilarity(), reference.negative_cosine),
+    "signal to noise": (
+        SNRDistance(),
+        lambda x, y: (x / x.norm() - y / y.norm()).var() / (x / x.norm()).var(),
+    ),
+    "raw signal to noise": (SNRDistance(normalize_embeddings=False), lambda x, y: (x - y).var() / x.var()),
+}
+
+
+@pytest.mark.parametrize("with_ref", [False, True])
+@pytest.mark.parametrize("name", DISTANCES)
+def test_agrees_with_the_definition(name, with_ref):
+    distance, slow = DISTANCES[name]
+    x, labels = make_batch(3, size=10)
+    ref, ref_labels = make_batch(4, size=12) if with_ref else (None, None)
+    loss = DRSLoss(0.3, 0.5, distance=distance)(x, labels, None, ref, ref_labels)
+    wanted = expected(x, labels, ref, ref_labels, temperature=0.3, sort_weight=0.5, distance=slow)
+    assert_agrees(loss, [x] if ref is None else [x, ref], wanted, 1e-8)
+
+
+@pytest.mark.parametrize(
+    ("distance", "message"),
+    [
+        (BatchedDistance(LpDistance()), r"BatchedDistance returns none; give the one inside, LpDistance\(\)"),
+        (LpDistance(power=0.5), "power=0.5; below 1 the gradient"),
+        (LpDistance(p=0.5), "p=0.5 .* below 1 the gradient"),
+        (LpDistance(p=0), "p=0 .* below 1 the gradient"),
+        (CosineSimilarity(power=0.5), "power=0.5, and that of a negative similarity is not a number"),
+        (torch.nn.PairwiseDistance(), "distance must be a distance of pytorch_metric_learning.distances"),
+    ],
+)
+def test_what_cannot_work_is_refused(distance, message):
+    with pytest.raises(ValueError, match=message):
+        DRSLoss(distance=distance)
+
+
+def test_an_embedding_without_variance_has_no_signal_to_noise_ratio():
+    x, labels = make_batch(3, size=10)
+    with torch.no_grad():
+        x[4] = 7
+    with pytest.raises(ValueError, match="SNRDistance gave infinite or NaN values"):
+        DRSLoss(distance=SNRDistance())(x, labels)
+
+
+# Scale-free distances.
+
+
+@pytest.mark.parametrize("form", ["labels", "ref", "miner"])
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_scale_free_agrees_with_the_definition(form, chunk):
+    distance, slow = lp(2, normalize=False)
+    x, labels = make_batch(8)
+    ref, ref_labels = make_batch(9, size=20) if form == "ref" else (None, None)
+    indices, pairs = None, None
+    if form == "miner":  # the mean is over the pairs given
+        positives, negatives = reference.pairs_from_labels(labels.tolist(), None)
+        pairs = {p for p in positives if sum(p) % 3}, {n for n in negatives if sum(n) % 4}
+        indices = [torch.tensor(sorted(side)).T for side in pairs]
+        indices = (*indices[0], *indices[1])
+    kwargs = {"temperature": 0.1, "sort_weight": 0.6, "margin": 0.05}
+    loss = DRSLoss(**kwargs, scale_free=True, distance=distance, query_chunk_size=chunk)(
+        x, labels, indices, ref, ref_labels
+    )
+    wanted = expected(x, labels, ref, ref_labels, pairs, **kwargs, distance=slow, scale_free=True)
+    assert_agrees(loss, [x] if ref is None else [x, ref], wanted, 1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(factor=st.floats(1e-6, 1e6), p=st.sampled_from([1, 2]), power=st.sampled_from([1, 2]), seed=st.integers(0, 99))
+def test_scale_free_loss_does_not_depend_on_the_scale(factor, p, power, seed):
+    x, labels = make_batch(seed)
+    loss_fn = DRSLoss(0.05, scale_free=True, distance=LpDistance(p=p, power=power, normalize_embeddings=False))
+    torch.testing.assert_close(loss_fn(x * factor, labels), loss_fn(x, labels), rtol=1e-8, atol=1e-10)
+
+
+def test_without_scale_free_the_scale_matters():
+    x, labels = make_batch(1)
+    loss_fn = DRSLoss(0.05, distance=LpDistance(normalize_embeddings=False))
+    assert abs(loss_fn(x * 1e-3, labels) - loss_fn(x, labels)) > 0.01
+
+
+def test_scale_free_of_identical_embeddings_is_finite():
+    x = torch.ones(6, 3, requires_grad=True)
+    loss = DRSLoss(scale_free=True, distance=LpDistance(normalize_embeddings=False))(x, torch.arange(6) // 2)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(x.grad).all()
+
+
+def test_scale_free_is_refused_for_similarities():
+    with pytest.raises(ValueError, match="scale_free divides by a mean distance"):
+        DRSLoss(scale_free=True, distance=CosineSimilarity())
+
+
+# Precision.
+
+SOUND = [name for name in DISTANCES if "signal" not in name]  # an embedding without variance has no such ratio
+
+
+@pytest.mark.parametrize("name", SOUND)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_gradients_are_finite_for_identical_zero_and_large_embeddings(name, dtype):
+    size = 32  # torch.cdist takes another path above 25 rows
+    labels = torch.arange(size) // 4
+    directions = torch.nn.functional.normalize(torch.randn(size, 6, generator=torch.Generator().manual_seed(0)))
+    for value in (torch.ones(size, 6), torch.zeros(size, 6), 1e4 * directions, 1e-4 * directions):
+        x = value.to(dtype)
+        x[: size // 2] *= 0.5
+        x[3], x[5] = 0, x[4]
+        x.requires_grad_()
+        loss = DRSLoss(distance=DISTANCES[name][0])(x, labels)
+        loss.backward()
+        assert torch.isfinite(loss)
+        assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_cuda_agrees_with_the_cpu(dtype):
+    x, labels = make_batch(2, size=64, dim=16, dtype=torch.float32)
+    results = []
+    for device in ("cpu", "cuda"):
+        y = x.detach().to(dtype).to(device).requires_grad_()
+        loss = DRSLoss(0.05)(y, labels.to(device))
+        results.append((loss.cpu(), torch.autograd.grad(loss, y)[0].cpu()))
+    torch.testing.assert_close(*results, rtol=1e-2 if dtype.itemsize == 2 else 1e-4, atol=1e-4)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_autocast_is_left_out():
+    x, labels = (t.cuda() for t in make_batch(2, size=24, dtype=torch.float32))
+    with torch.autocast("cuda"):
+        loss = DRSLoss()(x, labels)
+    torch.testing.assert_close(loss, DRSLoss()(x, labels), rtol=0, atol=0)

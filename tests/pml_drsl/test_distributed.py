@@ -1,0 +1,125 @@
+"""Two processes that share a batch must give the loss and the gradient of one process that has all of it."""
+
+import pytest
+import torch
+from batches import make_batch
+from pytorch_metric_learning.distances import LpDistance
+from pytorch_metric_learning.losses import ContrastiveLoss
+from pytorch_metric_learning.miners import TripletMarginMiner
+from pytorch_metric_learning.reducers import AvgNonZeroReducer, SumReducer
+from pytorch_metric_learning.regularizers import LpRegularizer
+from pytorch_metric_learning.utils import distributed as pml_distributed
+
+from pml_drsl.losses import DRSLoss
+from pml_drsl.miners import NegativeBudgetMiner, RankViolationMiner
+from pml_drsl.reducers import PerIdentityReducer
+from pml_drsl.wrappers import DistributedLossWrapper, DistributedMinerWrapper
+
+LOSSES = {
+    "default": lambda: DRSLoss(0.1),
+    "scale free": lambda: DRSLoss(0.1, scale_free=True, distance=LpDistance(normalize_embeddings=False)),
+    "per identity": lambda: DRSLoss(0.1, reducer=PerIdentityReducer()),
+    "sum": lambda: DRSLoss(0.1, reducer=SumReducer(), sort_weight=0),
+    "threshold": lambda: DRSLoss(0.1, reducer=AvgNonZeroReducer()),
+    "regularizer": lambda: DRSLoss(0.1, embedding_regularizer=LpRegularizer(), embedding_reg_weight=0.3),
+}
+MINERS = {
+    "none": lambda: None,
+    "violations": lambda: RankViolationMiner(0.3),
+    "budget": lambda: NegativeBudgetMiner(1, "semihard"),
+    "triplets": lambda: TripletMarginMiner(0.3),
+}
+# (loss, miner, efficient, whether the references are other embeddings, sizes of the two shares)
+CASES = [
+    *((name, "none", True, False, (8, 8)) for name in LOSSES),
+    *(("default", miner, efficient, False, (8, 8)) for miner in MINERS for efficient in (True, False)),
+    *(("per identity", "budget", efficient, True, (5, 11)) for efficient in (True, False)),
+    *(("default", "none", efficient, False, (15, 1)) for efficient in (True, False)),
+    ("default", "none", True, False, "nobody's"),
+]
+
+
+class Network(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(5, 4, bias=False).double()
+        with torch.no_grad():
+            self.layer.weight.copy_(torch.linspace(-1, 1, 20).reshape(4, 5))
+
+    def forward(self, x, ref):
+        return self.layer(x), None if ref is None else self.layer(ref)
+
+
+def make_case(case):
+    """Inputs, labels, other references and their labels of the whole batch, and the sizes of the shares."""
+    *_, with_ref, sizes = case
+    x, labels = make_batch(15, size=16)
+    ref, ref_labels = make_batch(16, size=16) if with_ref else (None, None)
+    if sizes == "nobody's":  # the second process has no query with a positive
+        sizes = (8, 8)
+        labels[8:] = torch.arange(100, 108)
+    return x.detach(), labels, None if ref is None else ref.detach(), ref_labels, sizes
+
+
+def train_on_share(rank, world_size, store, results):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    found = []
+    for case in CASES:
+        name, miner, efficient, *_ = case
+        *batch, sizes = make_case(case)
+        share = slice(0, sizes[0]) if rank == 0 else slice(sizes[0], None)
+        x, labels, ref, ref_labels = (None if part is None else part[share] for part in batch)
+        network = torch.nn.parallel.DistributedDataParallel(Network())
+        embeddings, ref_emb = network(x, ref)
+        indices = None
+        if MINERS[miner]() is not None:
+            miner_fn = DistributedMinerWrapper(MINERS[miner](), efficient=efficient)
+            indices = miner_fn(embeddings, labels, ref_emb, ref_labels)
+        loss_fn = DistributedLossWrapper(LOSSES[name](), efficient=efficient)
+        loss = loss_fn(embeddings, labels, indices, ref_emb, ref_labels)
+        loss.backward()
+        value = loss.detach() if efficient else loss.detach() / world_size
+        found.append((value, network.module.layer.weight.grad))
+    torch.save(found, f"{results}{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distributed")
+    torch.multiprocessing.spawn(train_on_share, (2, folder / "store", folder / "results"), nprocs=2)
+    return [torch.load(f"{folder / 'results'}{rank}", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=[str(case) for case in CASES])
+def test_two_processes_agree_with_one(index, found):
+    name, miner, *_ = CASES[index]
+    x, labels, ref, ref_labels, _ = make_case(CASES[index])
+    network = Network()
+    embeddings, ref_emb = network(x, ref)
+    indices = None if MINERS[miner]() is None else MINERS[miner]()(embeddings, labels, ref_emb, ref_labels)
+    loss = LOSSES[name]()(embeddings, labels, indices, ref_emb, ref_labels)
+    loss.backward()
+    assert network.layer.weight.grad.abs().max() > 0.01
+    for of_process in found:
+        value, gradient = of_process[index]
+        torch.testing.assert_close(value, loss.detach(), rtol=0, atol=1e-12)
+        torch.testing.assert_close(gradient, network.layer.weight.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_in_one_process_the_wrappers_do_nothing():
+    x, labels = make_batch(1)
+    with pytest.warns(UserWarning, match="non-distributed"):
+        loss = DistributedLossWrapper(DRSLoss(), efficient=True)(x, labels)
+    assert torch.equal(loss, DRSLoss()(x, labels))
+    for index, wanted in zip(
+        DistributedMinerWrapper(RankViolationMiner())(x, labels), RankViolationMiner()(x, labels), strict=True
+    ):
+        assert torch.equal(index, wanted)
+
+
+def test_efficient_is_refused_for_other_losses():
+    DistributedLossWrapper(ContrastiveLoss())
+    with pytest.raises(ValueError, match="efficient=True is for DRSLoss, got ContrastiveLoss"):
+        DistributedLossWrapper(ContrastiveLoss(), efficient=True)
+    assert issubclass(DistributedLossWrapper, pml_distributed.DistributedLossWrapper)

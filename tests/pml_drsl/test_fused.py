@@ -1,0 +1,96 @@
+"""The fused kernels against the eager path: their results in Triton's interpreter, their code by its compiler.
+
+Neither needs a GPU. With one, `test_distances.py` compares the whole loss with the CPU's.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+# The interpreter is chosen when the kernels are defined, so it takes a process of its own.
+IN_INTERPRETER = """
+import torch
+from pml_drsl import functional, fused
+from pml_drsl.losses import DRSLoss
+from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
+from pytorch_metric_learning.miners import PairMarginMiner
+
+eager = functional._fused
+calls = []
+
+def interpreted(distances, weight):
+    calls.append(weight is None)
+    return fused if weight is None else None
+
+fused.BLOCK = 8
+torch.manual_seed(0)
+for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+    x = torch.randn(10, 5, dtype=dtype, requires_grad=True)
+    ref = torch.randn(19, 5, dtype=dtype, requires_grad=True)
+    labels, ref_labels = torch.randint(0, 3, (10,)), torch.randint(0, 4, (19,))
+    labels[3] = 77
+    raw = LpDistance(normalize_embeddings=False)
+    for options in ({"query_chunk_size": 4, "margin": 0.1}, {"distance": CosineSimilarity()},
+                    {"distance": raw, "scale_free": True}):
+        loss_fn = DRSLoss(0.1, **options)
+        for arguments in ((x, labels), (x, labels, None, ref, ref_labels), (x, labels, PairMarginMiner()(x, labels))):
+            results = []
+            for functional._fused in (eager, interpreted):
+                loss = loss_fn(*arguments)
+                inputs = [x] if len(arguments) < 4 else [x, ref]
+                results.append((loss, *torch.autograd.grad(loss, inputs)))
+            torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
+assert any(calls)
+print("agrees")
+"""
+
+
+def test_agrees_with_the_eager_path_in_the_interpreter():
+    result = subprocess.run(
+        [sys.executable, "-c", IN_INTERPRETER],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout.strip() == "agrees", result.stderr
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+@pytest.mark.parametrize("name", ["_count", "_gradient"])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_compiles_for_gpus(name, dtype, capability):
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from pml_drsl import fused
+
+    kernel = getattr(fused, name)
+    if not hasattr(kernel, "arg_names"):
+        pytest.skip("TRITON_INTERPRET is set")
+    integers = {"query": "*i64", "first": "*i64", "columns": "i32"}
+    signature = {argument: integers.get(argument, f"*{dtype}") for argument in kernel.arg_names}
+    signature["BLOCK"] = "constexpr"
+    source = ASTSource(kernel, signature, constexprs={"BLOCK": fused.BLOCK})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    assert ".visible .entry" in compiled.asm["ptx"]
+    assert len(compiled.asm["cubin"]) > 0
+
+
+def test_where_the_kernels_do_not_run_it_says_so_and_goes_on(monkeypatch):
+    import torch
+
+    from pml_drsl import functional, fused
+
+    def fails(*_):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(fused, "count", fails)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *sizes, device: zeros(*sizes))
+    with pytest.warns(UserWarning, match="slower path: Failed to find C compiler"):
+        assert functional._kernels.__wrapped__() is None

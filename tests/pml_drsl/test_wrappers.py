@@ -1,0 +1,132 @@
+"""CrossBatchMemory and SelfSupervisedLoss with DRSLoss."""
+
+import copy
+
+import pytest
+import torch
+from batches import make_batch
+from pytorch_metric_learning import losses as pml
+from pytorch_metric_learning import miners as pml_miners
+from reference import drsl
+
+from pml_drsl.losses import DRSLoss
+from pml_drsl.miners import NegativeBudgetMiner, RankViolationMiner
+from pml_drsl.wrappers import CrossBatchMemory, SelfSupervisedLoss
+
+TEMPERATURE = {"temperature": 0.1, "sort_weight": 0.3}
+
+
+def batches(number, size, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(number)
+    for _ in range(number):
+        x = torch.randn(size, 4, generator=generator, dtype=torch.float64).to(dtype)
+        yield x.requires_grad_(), torch.randint(0, 4, (size,), generator=generator)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 12])
+def test_memory_is_a_queue_of_references_without_the_query(size):
+    memory = CrossBatchMemory(DRSLoss(**TEMPERATURE), 4, memory_size=12)
+    queue = []  # (embedding, label), oldest first; the last `size` are the batch itself
+    for x, labels in batches(9, size):
+        loss = memory(x, labels)
+        queue = (queue + list(zip(x.detach(), labels.tolist(), strict=True)))[-12:]
+        refs = torch.stack([embedding for embedding, _ in queue])
+        own = {q: len(queue) - size + q for q in range(size)}
+        pairs = [(q, c) for q in range(size) for c in range(len(queue)) if c != own[q]]
+        same = {(q, c) for q, c in pairs if queue[c][1] == labels[q]}
+        wanted = drsl(x, same, set(pairs) - same, refs, **TEMPERATURE)
+        if wanted.isnan():
+            assert loss == 0
+        else:
+            torch.testing.assert_close(loss, wanted, rtol=0, atol=1e-9)
+            gradients = (torch.autograd.grad(value, x)[0] for value in (loss, wanted))
+            torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("miner", [RankViolationMiner(0.4), NegativeBudgetMiner(1, "semihard")])
+def test_memory_of_one_batch_mines_as_the_batch_does(miner):
+    x, labels = make_batch(1)
+    memory = CrossBatchMemory(DRSLoss(0.1), 5, memory_size=14, miner=miner)
+    wanted = DRSLoss(0.1)(x, labels, miner(x, labels), x.detach().clone(), labels.clone())
+    memory.queue_idx = 6  # the batch wraps around the end of the queue
+    memory.has_been_filled = True
+    torch.testing.assert_close(memory(x, labels), wanted)
+
+
+@pytest.mark.parametrize("miner", [None, pml_miners.TripletMarginMiner(), pml_miners.MultiSimilarityMiner()])
+@pytest.mark.parametrize("loss", [DRSLoss, pml.ContrastiveLoss, pml.TripletMarginLoss])
+def test_memory_agrees_with_pml_s(loss, miner):
+    class Theirs(pml.CrossBatchMemory):
+        @staticmethod
+        def supported_losses():
+            return ["DRSLoss", "ContrastiveLoss", "TripletMarginLoss"]
+
+    def memories():
+        return [cls(loss(), 4, memory_size=9, miner=miner) for cls in (CrossBatchMemory, Theirs)]
+
+    ours, theirs = memories()
+    for x, labels in batches(5, 6):
+        torch.testing.assert_close(ours(x, labels), theirs(x, labels))
+    for given in (pml_miners.PairMarginMiner()(x, labels), pml_miners.TripletMarginMiner()(x, labels)):
+        ours, theirs = memories()  # in its first batch the memory is the batch, which the given indices are of
+        torch.testing.assert_close(ours(x, labels, given), theirs(x, labels, given))
+
+
+def test_memory_takes_a_mask_of_what_to_keep():
+    x, labels = make_batch(3)
+    memory = CrossBatchMemory(DRSLoss(0.1), 5, memory_size=14)
+    keep = torch.arange(len(x)) < 8
+    loss = memory(x, labels, enqueue_mask=keep)
+    wanted = DRSLoss(0.1)(x[~keep], labels[~keep], ref_emb=x[keep].detach(), ref_labels=labels[keep])
+    torch.testing.assert_close(loss, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_memory_holds_half_precision(dtype):
+    memory = CrossBatchMemory(DRSLoss(), 4, memory_size=8)
+    for x, labels in batches(3, 6, dtype):
+        loss = memory(x, labels.int())
+        loss.backward()
+        assert loss.dtype == torch.float32
+        assert memory.embedding_memory.dtype == dtype
+        assert torch.isfinite(x.grad).all()
+
+
+def test_memory_smaller_than_the_batch_is_refused():
+    memory = CrossBatchMemory(DRSLoss(), 4, memory_size=5)
+    with pytest.raises(ValueError, match="6 embeddings do not fit in a memory_size of 5"):
+        memory(torch.randn(6, 4), torch.arange(6))
+    with pytest.raises(ValueError, match="7 embeddings do not fit"):
+        memory(torch.randn(8, 4), torch.arange(8), enqueue_mask=torch.arange(8) < 7)
+
+
+def test_memory_is_copied_and_saved():
+    memory = CrossBatchMemory(DRSLoss(0.1), 4, memory_size=8)
+    (x, labels), (y, more) = batches(2, 5, torch.float32)
+    memory(x, labels)
+    copied = copy.deepcopy(memory)
+    assert torch.equal(memory(y, more), copied(y, more))
+    fresh = CrossBatchMemory(DRSLoss(0.1), 4, memory_size=8)
+    fresh.load_state_dict(memory.state_dict())
+    assert torch.equal(fresh.embedding_memory, memory.embedding_memory)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_self_supervised_loss_pairs_each_image_with_its_twin(symmetric):
+    x, _ = make_batch(4, size=6)
+    twins = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    loss = SelfSupervisedLoss(DRSLoss(**TEMPERATURE), symmetric=symmetric)(x, twins)
+    number = 12 if symmetric else 6
+    same = {(q, (q + 6) % 12 if symmetric else q) for q in range(number)}
+    pairs = {(q, c) for q in range(number) for c in range(number) if not symmetric or q != c}
+    batch = torch.cat([x, twins]) if symmetric else x
+    wanted = drsl(batch, same, pairs - same, None if symmetric else twins, **TEMPERATURE)
+    torch.testing.assert_close(loss, wanted, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("wrapper", [CrossBatchMemory, SelfSupervisedLoss])
+def test_what_pml_admits_and_refuses_stays_so(wrapper):
+    arguments = {"embedding_size": 4} if wrapper is CrossBatchMemory else {}
+    wrapper(pml.SupConLoss(), **arguments)
+    with pytest.raises(Exception, match="not supported for SmoothAPLoss"):
+        wrapper(pml.SmoothAPLoss(), **arguments)

@@ -1,0 +1,72 @@
+"""The guide, docs/torchreid.md, against the code."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torchreid
+import torchreid_keys
+import yaml
+from toy_data import make_image_manager
+
+from torchreid_ext import criteria, get_default_config
+from torchreid_ext.keys import KEYS
+
+GUIDE = (Path(__file__).parents[2] / "docs" / "torchreid.md").read_text()
+
+
+def table(heading):
+    """The rows of the table whose first line is ``heading``."""
+    lines = GUIDE[GUIDE.index(heading) :].splitlines()[2:]
+    rows = []
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        rows.append(line)
+    return rows
+
+
+def test_every_key_we_add_is_explained():
+    ours = [key for key in KEYS if key not in torchreid_keys.names()]
+    expected = [f"| `{key}` | `{KEYS[key][0]!r}` | {KEYS[key][1].replace('|', '/')} |" for key in ours]
+    assert table("| Key | Default |") == expected
+
+
+def test_every_loss_that_cannot_be_trained_with_is_listed_with_its_reason():
+    assert table("| Name | Why") == [f"| `{name}` | {why} |" for name, why in criteria.NOT_TRAINED.items()]
+
+
+@pytest.mark.parametrize("text", re.findall(r"```yaml\n(.*?)```", GUIDE, re.S))
+def test_every_yaml_loads(tmp_path, text):
+    (tmp_path / "guide.yaml").write_text(text)
+    get_default_config().merge_from_file(tmp_path / "guide.yaml")
+    assert yaml.safe_load(text)
+
+
+def test_the_script_trains(tmp_path):
+    before, after, weights = (
+        *re.findall(r"```python\n(.*?)```", GUIDE, re.S),
+        re.search(r"`(optimizer\.add_param_group.*?\))`", GUIDE)[1],
+    )
+    assert "ImageSoftmaxEngine" in before
+    assert len(after.strip().splitlines()) == 5
+    names = {"torchreid": torchreid, "datamanager": make_image_manager(tmp_path), "scheduler": None}
+    small = {'"osnet_x1_0"': '"osnet_x0_25"', 'loss="triplet")': 'loss="triplet", pretrained=False)'}
+    for old, new in small.items():
+        assert old in after
+        after = after.replace(old, new)
+    *lines, engine = after.strip().splitlines()
+    exec("\n".join(lines), names)
+    names["optimizer"] = torchreid.optim.build_optimizer(names["model"])
+    exec(f"{engine}\n", names)
+    assert names["engine"].run(str(tmp_path / "log"), max_epoch=1)
+    names["criterion"] = criteria.build(
+        "loss", {"name": "ArcFaceLoss"}, criteria.TABLES["loss"], {"num_classes": 6, "embedding_size": 512}
+    )
+    exec(f"{weights}\n{engine}", names)
+    assert names["optimizer"].param_groups[-1]["lr"] == 0.01
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"configs/[a-z0-9_]+\.yaml", GUIDE))))
+def test_every_config_it_names_exists(path):
+    assert (Path(__file__).parents[2] / path).is_file()

@@ -1,0 +1,208 @@
+"""Metric losses by name: what ``loss.pml`` and ``loss.drsl`` of a config describe, as objects."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+from pytorch_metric_learning import distances, losses, miners, reducers, regularizers
+from torch import nn
+
+import pml_drsl.losses
+import pml_drsl.miners
+import pml_drsl.reducers
+from pml_drsl.wrappers import CrossBatchMemory
+
+NOT_TRAINED = {
+    "BaseLossWrapper": "it is a base class",
+    "BaseMetricLossFunction": "it is a base class",
+    "GenericPairLoss": "it is a base class",
+    "EmbeddingRegularizerMixin": "it is a part of other losses: give them an embedding_regularizer",
+    "WeightRegularizerMixin": "it is a part of other losses: give them a weight_regularizer",
+    "CrossBatchMemory": "it wraps a loss: set memory_size",
+    "MultipleLosses": "it sums several losses, and a config describes one: give it to an engine from Python",
+    "SelfSupervisedLoss": "it compares two views of an image and takes no identities",
+    "VICRegLoss": "it compares two views of an image and takes no identities",
+    "DynamicSoftMarginLoss": "in pytorch-metric-learning 2.9 its second batch fails, as its histogram keeps the first",
+    "ManifoldLoss": "it makes up its own classes and takes no identities",
+}
+"""Names of ``pytorch_metric_learning.losses`` that ``loss.pml.loss`` does not take, and why."""
+
+FROM_THE_DATA = {
+    "num_classes": "classes",
+    "embedding_size": "size",
+    # P2SGradLoss's name for it.
+    "descriptors_dim": "size",
+}
+"""Required arguments of losses that nobody has to give: the number of training identities, the features' size."""
+
+WITHOUT_PAIRS = (
+    losses.CrossBatchMemory,
+    losses.FastAPLoss,
+    losses.InstanceLoss,
+    losses.LargeMarginSoftmaxLoss,
+    losses.NCALoss,
+    losses.NormalizedSoftmaxLoss,
+    losses.NPairsLoss,
+    losses.P2SGradLoss,
+    losses.PNPLoss,
+    losses.ProxyAnchorLoss,
+    losses.RankedListLoss,
+    losses.SmoothAPLoss,
+    losses.SoftTripleLoss,
+)
+"""Losses that an ``indices_tuple`` does not tell which pairs to leave out: they refuse it, take it for weights, or
+(the memory) ask about embeddings whose cameras nobody knows."""
+
+
+def _classes(base: type, *modules: ModuleType) -> dict[str, type]:
+    """The subclasses of ``base`` in modules, by name."""
+    return {
+        name: found
+        for module in modules
+        for name, found in vars(module).items()
+        if inspect.isclass(found) and issubclass(found, base) and found is not base and name not in NOT_TRAINED
+    }
+
+
+TABLES: dict[str, dict[str, type]] = {
+    "loss": _classes(losses.BaseMetricLossFunction, losses, pml_drsl.losses),
+    "miner": _classes(miners.BaseMiner, miners, pml_drsl.miners),
+    "reducer": _classes(reducers.BaseReducer, reducers, pml_drsl.reducers),
+    "distance": _classes(distances.BaseDistance, distances),
+    "regularizer": _classes(regularizers.BaseRegularizer, regularizers),
+}
+"""Every class that a config can name, by kind and name."""
+
+
+def parameters(kind: type) -> dict[str, inspect.Parameter]:
+    """The named arguments a class is made with, those that it passes on as ``**kwargs`` included.
+
+    What an abstract class requires, its subclasses give it themselves: those are left out.
+    """
+    found: dict[str, inspect.Parameter] = {}
+    for part in kind.__mro__:
+        if "__init__" not in vars(part):
+            continue
+        own = list(inspect.signature(vars(part)["__init__"]).parameters.values())[1:]
+        named = {p.name: p for p in own if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+        if part.__name__ in NOT_TRAINED:
+            named = {name: p for name, p in named.items() if p.default is not p.empty}
+        found |= {name: p for name, p in named.items() if name not in found}
+        if not any(p.kind is p.VAR_KEYWORD for p in own):
+            break
+    return found
+
+
+def _signature(kind: type) -> str:
+    listed = (
+        p.name if p.default is p.empty else f"{p.name}={p.default!r}"
+        for p in sorted(parameters(kind).values(), key=lambda p: p.default is not p.empty)
+    )
+    return f"{kind.__name__}({', '.join(listed)})"
+
+
+def build(
+    key: str, spec: Mapping[str, Any], table: Mapping[str, type], from_the_data: Mapping[str, int] | None = None
+) -> Any:
+    """The object that ``{"name": CLASS, ARGUMENT: VALUE, ...}`` describes.
+
+    A value that is itself such a mapping becomes an object too, at any depth.
+
+    Args:
+        key: config key, for messages.
+        spec: the description.
+        table: classes by name.
+        from_the_data: values of required arguments that the description leaves out.
+
+    Raises:
+        ValueError: for an unknown name (with the nearest), an unknown or missing argument (with the signature), or a
+            value that the class refuses.
+    """
+    arguments = dict(spec)
+    name = arguments.pop("name", None)
+    if name in NOT_TRAINED:
+        raise ValueError(f"{key}: {name} cannot be trained with: {NOT_TRAINED[name]}")
+    if name not in table:
+        nearest = difflib.get_close_matches(str(name), table, n=1, cutoff=0)[0]
+        raise ValueError(f"{key}: there is no {name!r}; did you mean {nearest!r}?")
+    kind = table[name]
+    known = parameters(kind)
+    for argument in arguments:
+        if argument not in known:
+            raise ValueError(f"{key}: {name} takes no {argument!r}; it is {_signature(kind)}")
+    required = [p for p in known if known[p].default is inspect.Parameter.empty and p not in arguments]
+    arguments |= {p: value for p, value in (from_the_data or {}).items() if p in required}
+    missing = [p for p in required if p not in arguments]
+    if missing:
+        raise ValueError(f"{key}: {name} needs {', '.join(missing)}; it is {_signature(kind)}")
+    try:
+        return kind(**{argument: _objects(f"{key}.{argument}", value) for argument, value in arguments.items()})
+    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
+        if isinstance(error, ValueError) and str(error).startswith(key):
+            raise
+        raise ValueError(f"{key}: {error or 'a value is wrong'}; {name} is {_signature(kind)}") from error
+
+
+def _objects(key: str, value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    if "name" in value:
+        every = {name: kind for table in TABLES.values() for name, kind in table.items()}
+        return build(key, value, every)
+    return {name: _objects(f"{key}.{name}", part) for name, part in value.items()}
+
+
+class PerFeature(nn.ModuleList):
+    """A loss of its own for each feature of a network that has several; for losses that have weights or a memory."""
+
+
+def build_criterion(
+    key: str, section: Mapping[str, Any], loss: Mapping[str, Any], num_classes: int, sizes: Sequence[int]
+) -> nn.Module:
+    """The metric loss of a config's section, with its distance, reducer and memory.
+
+    Args:
+        key: the section's name, for messages.
+        section: ``distance``, ``reducer``, ``miner`` and ``memory_size``.
+        loss: description of the loss, ``{"name": CLASS, ARGUMENT: VALUE, ...}``.
+        num_classes: number of training identities.
+        sizes: dimensions of each of the network's features.
+
+    Raises:
+        ValueError: as :func:`build`, for a ``memory_size`` below 0, or for a loss that cannot have a memory.
+    """
+    described = {part: section[part] for part in ("distance", "reducer") if section[part]}
+    for part, spec in described.items():
+        # Built to be checked under its own name; the loss gets another, since each has its own statistics.
+        build(f"{key}.{part}", spec, TABLES[part])
+    criteria: list[nn.Module] = []
+    for size in sizes:
+        from_the_data = {name: num_classes if what == "classes" else size for name, what in FROM_THE_DATA.items()}
+        criterion = build(f"{key}.loss", {**described, **loss}, TABLES["loss"], from_the_data)
+        criteria.append(_with_memory(key, criterion, section, size))
+    has_state = next(iter(criteria[0].parameters()), None) is not None or section["memory_size"]
+    return PerFeature(criteria) if has_state and len(criteria) > 1 else criteria[0]
+
+
+def _with_memory(key: str, criterion: nn.Module, section: Mapping[str, Any], size: int) -> nn.Module:
+    memory_size, name = section["memory_size"], type(criterion).__name__
+    if memory_size < 0:
+        raise ValueError(f"{key}.memory_size must be 0 (no memory) or more, got {memory_size}")
+    if memory_size == 0:
+        return criterion
+    supported = CrossBatchMemory.supported_losses()
+    if name not in supported:
+        raise ValueError(
+            f"{key}.memory_size is {memory_size}, but {name} cannot rank a memory; set it to 0, or take one of "
+            f"{', '.join(supported)}"
+        )
+    return CrossBatchMemory(criterion, size, memory_size, build_miner(key, section))
+
+
+def build_miner(key: str, section: Mapping[str, Any]) -> Any:
+    """The miner of a config's section, or None; raises ValueError as :func:`build`."""
+    return build(f"{key}.miner", section["miner"], TABLES["miner"]) if section["miner"] else None

@@ -1,0 +1,142 @@
+"""What a recipe changes in a network of the zoo, without touching its code: the neck, the last stride."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a neck sees and gives: features before it and after it, shape (N, D), and logits, shape (N, classes)."""
+
+    before: Tensor
+    after: Tensor
+    logits: Tensor
+
+
+class NeckClassifier(nn.Linear):
+    """A classifier without bias behind a batch normalisation without shift (Luo et al., "A strong baseline and batch
+    normalization neck", TMM 2019): the metric loss sees the features before it, cross-entropy and retrieval those
+    after it.
+
+    Args:
+        classifier: the layer whose place it takes.
+    """
+
+    def __init__(self, classifier: nn.Linear) -> None:
+        super().__init__(classifier.in_features, classifier.out_features, bias=False)
+        nn.init.normal_(self.weight, std=0.001)
+        self.neck = nn.BatchNorm1d(classifier.in_features)
+        # Not a frozen zero: an engine that opens all layers again would train it.
+        self.neck.register_parameter("bias", None)
+
+    def forward(self, features: Tensor) -> Head:  # type: ignore[override]
+        after = self.neck(features)
+        return Head(features, after, super().forward(after))
+
+
+class _WithNeck(nn.Module):
+    """Mixed into the class of a network whose classifiers are ``NeckClassifier``, which it hands through as logits."""
+
+    loss: str
+
+    def forward(self, images: Tensor) -> Any:
+        # Only in training the zoo's networks return what their classifiers gave. Their layers keep their own mode.
+        mode, self.training = self.training, True
+        try:
+            output = super().forward(images)
+        finally:
+            self.training = mode
+        given = output if self.loss == "softmax" else output[0]
+        heads: list[Head] = list(given) if isinstance(given, (list, tuple)) else [given]
+        if not mode:
+            return torch.cat([head.after for head in heads], 1)
+        logits = _one_or_all([head.logits for head in heads])
+        return logits if self.loss == "softmax" else (logits, _one_or_all([head.before for head in heads]))
+
+
+def _one_or_all(tensors: list[Tensor]) -> Tensor | list[Tensor]:
+    return tensors[0] if len(tensors) == 1 else tensors
+
+
+def add_neck(model: nn.Module) -> None:
+    """Gives a network of the zoo a neck before each of its classifiers, in place.
+
+    In training it returns its logits, and the features before the necks where it was built with ``loss="triplet"``;
+    otherwise the features after the necks, side by side. A network with several classifiers (``pcb_p6``: one for each
+    part; ``hacnn``: global and local) has as many features. Its layers keep their names, so that its weights load as
+    before, but for the classifiers' biases.
+
+    Raises:
+        ValueError: for a network without a linear layer named ``classifier...``.
+    """
+    found = False
+    for name, child in list(model.named_children()):
+        if not name.startswith("classifier"):
+            continue
+        if isinstance(child, nn.Linear):
+            setattr(model, name, NeckClassifier(child))
+            found = True
+        elif isinstance(child, nn.ModuleList) and all(isinstance(part, nn.Linear) for part in child):
+            setattr(model, name, nn.ModuleList(NeckClassifier(part) for part in child))  # type: ignore[arg-type]
+            found = True
+    kind = type(model)
+    if not found:
+        raise ValueError(
+            f"model.bnneck: {kind.__name__} has no linear layer named classifier to put a neck before; leave it off"
+        )
+    model.__class__ = type(f"{kind.__name__}WithNeck", (_WithNeck, kind), {})
+
+
+def set_last_stride(model: nn.Module, name: str) -> None:
+    """Makes the last stage of a network keep the resolution of its input (its stride 1), in place.
+
+    Args:
+        model: a network whose last stage is named ``layer4``, as in every kind of ResNet.
+        name: its name in messages.
+
+    Raises:
+        ValueError: for a network without such a stage.
+    """
+    stage = getattr(model, "layer4", None)
+    if not isinstance(stage, nn.Module):
+        raise ValueError(
+            f"model.last_stride 1 is for networks whose last stage is a layer4 (resnet*, resnext*, se_res*, pcb_*); "
+            f"{name} has none: leave it at 2, which changes nothing"
+        )
+    for layer in stage.modules():
+        if isinstance(layer, (nn.Conv2d, nn.AvgPool2d)):
+            layer.stride = (1, 1)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside ``nn.DataParallel``, or the network itself."""
+    return model.module if isinstance(model, nn.DataParallel) else model
+
+
+@torch.no_grad()
+def feature_sizes(model: nn.Module, height: int, width: int) -> list[int]:
+    """Dimensions of each of the features that a network built with ``loss="triplet"`` returns in training.
+
+    One black image is passed through it; it is left as it was.
+
+    Args:
+        model: the network.
+        height, width: of its images in pixels.
+    """
+    network = unwrapped(model)
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    # The network alone: in training it returns its features, and its layers still gather no statistics.
+    network.training = True
+    try:
+        parameter = next(network.parameters())
+        _, features = network(torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype))
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return [part.shape[1] for part in (features if isinstance(features, (list, tuple)) else [features])]
