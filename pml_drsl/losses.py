@@ -166,7 +166,7 @@ class DRSLoss(BaseMetricLossFunction):
         # Every chunk keeps a copy of the references for the backward pass: it is worth their size.
         size = self.query_chunk_size or max(1, embeddings.shape[1], CHUNK_ELEMENTS // max(1, len(ref_emb)))
         if size >= len(embeddings):
-            mat = self.distance(embeddings, None if ref_emb is embeddings else ref_emb)
+            mat = self._among(embeddings) if ref_emb is embeddings else self.distance(embeddings, ref_emb)
             return self._errors_of_chunk(mat, embeddings, ref_emb, norms, ref_norms, pairs)
         chunks = []
         starts = range(0, len(embeddings), size)
@@ -178,6 +178,13 @@ class DRSLoss(BaseMetricLossFunction):
                 chunks.append(self._errors_of_chunk(mat, x, ref_emb, norms[rows], ref_norms, of_rows))
         retrieval, sort = (torch.cat(parts) for parts in zip(*chunks, strict=True))
         return retrieval, sort
+
+    def _among(self, x: Tensor) -> Tensor:
+        """What the distance says of the embeddings among themselves, shape (N, N)."""
+        distance = self.distance
+        if type(distance) is LpDistance and distance.p == 2 and distance.power == 1 and not distance.collect_stats:
+            return functional.self_distances(distance.maybe_normalize(x))
+        return distance(x)  # type: ignore[no-any-return]
 
     def _errors_of_chunk(
         self, mat: Tensor, x: Tensor, y: Tensor, x_norm: Tensor, y_norm: Tensor, pairs: Pairs

@@ -14,6 +14,7 @@ from pytorch_metric_learning.distances import (
     SNRDistance,
 )
 
+from pml_drsl import functional
 from pml_drsl.losses import DRSLoss
 
 
@@ -172,3 +173,18 @@ def test_cuda_autocast_is_left_out():
     with torch.autocast("cuda"):
         loss = DRSLoss()(x, labels)
     torch.testing.assert_close(loss, DRSLoss()(x, labels), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [1, 12, 40])  # torch.cdist takes another path above 25 rows
+def test_distances_among_themselves_are_those_of_cdist(size):
+    x = torch.randn(size, 6, dtype=torch.float64)
+    x[size // 2] = x[0]
+    x.requires_grad_()
+    weight = torch.rand(size, size, dtype=torch.float64)
+    d = functional.self_distances(x)
+    wanted = torch.linalg.vector_norm(x[:, None] - x[None], dim=2)
+    # Between equal vectors a matrix product leaves the root of its rounding.
+    torch.testing.assert_close(d, wanted, rtol=0, atol=1e-6)
+    weight[wanted == 0] = 0
+    ours, reference = (torch.autograd.grad((weight * mat).sum(), x)[0] for mat in (d, torch.cdist(x, x)))
+    torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-9)
