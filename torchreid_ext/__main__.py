@@ -90,8 +90,7 @@ def train(cfg: config.Config) -> dict[str, Any]:
     model = config.build_model(cfg, datamanager.num_train_pids)
     print(f"Model {cfg.model.name}: {sum(p.numel() for p in model.parameters()):,} parameters")
     if cfg.model.load_weights:
-        unused = checkpoint.load_weights(model, cfg.model.load_weights)
-        print(f'Loaded weights from "{cfg.model.load_weights}"' + (f", but for {', '.join(unused)}" if unused else ""))
+        print(checkpoint.load_weights(model, cfg.model.load_weights))
     criterion = config.build_criterion(cfg, model, datamanager.num_train_pids)
     optimizer = config.build_optimizer(cfg, model, criterion)
     scheduler = config.build_scheduler(cfg, optimizer)
@@ -104,19 +103,21 @@ def train(cfg: config.Config) -> dict[str, Any]:
         )
 
     engine.config = config.flat(cfg)
+    # Not written to the configuration, which is to start the same run anew.
+    start_epoch = cfg.train.start_epoch
     if cfg.model.resume:
-        cfg.train.start_epoch = engine.resume(cfg.model.resume, cfg.data.save_dir)
-        if cfg.test.evaluate and not cfg.train.start_epoch:
+        start_epoch = engine.resume(cfg.model.resume, cfg.data.save_dir)
+        if cfg.test.evaluate and not start_epoch:
             raise ValueError("test.evaluate: model.resume auto found no checkpoint to test")
     if not cfg.test.evaluate:
         write_config(cfg)
 
     columns = {}
-    if cfg.test.untrained and not cfg.test.evaluate and not cfg.train.start_epoch:
+    if cfg.test.untrained and not cfg.test.evaluate and not start_epoch:
         print("=> Test before training")
         folder = str(Path(cfg.data.save_dir, "untrained"))
         columns["untrained"] = engine.test(**config.test_arguments(cfg), save_dir=folder)
-    columns["trained"] = engine.run(**config.run_arguments(cfg))
+    columns["trained"] = engine.run(**config.run_arguments(cfg) | {"start_epoch": start_epoch})
     if len(columns) > 1:
         evaluation.print_side_by_side(columns, cfg.test.ranks)
     print(f'Checkpoints, TensorBoard log and metrics.json are in "{cfg.data.save_dir}"')

@@ -6,13 +6,15 @@ import contextlib
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 # How the name of a file ends that is being written; one that a killed run left is of no use.
@@ -114,20 +116,52 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = []
-        with contextlib.suppress(ValueError, RuntimeError):
+        with contextlib.suppress(Exception):
             # A file so damaged that torch does not know it for a checkpoint asks for nothing.
             refused = _refused(path)
         what = f"it asks for {', '.join(refused)}" if refused else f"it is damaged ({str(error).splitlines()[0]})"
         raise ValueError(f"checkpoint {os.fspath(path)!r} is refused: {what}") from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"checkpoint {os.fspath(path)!r} is damaged: {error}") from error
+    except Exception as error:
+        # Reading pickled data that are damaged may raise anything, as python's manual says.
+        raise ValueError(f"checkpoint {os.fspath(path)!r} is damaged: {error or type(error).__name__}") from error
     if not isinstance(state, dict):
         raise ValueError(f"checkpoint {os.fspath(path)!r} holds a {type(state).__name__}, not a dictionary of weights")
+    if "training" in state and zipfile.is_zipfile(path):
+        # One of ours. torch takes its tensors as they are, and does not look at the checksums that it writes.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"checkpoint {os.fspath(path)!r} is damaged: the checksum of {damaged} is wrong")
     return state
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
-    """Loads the weights of a checkpoint that fit the model and returns the names of those that do not.
+@dataclass(frozen=True)
+class Loaded:
+    """What became of the weights of a file in a model; as a string, what to tell the user.
+
+    Attributes:
+        path: the file.
+        fitting: names of the weights that the model has from the file.
+        unused: names of the file's that the model lacks, or has in another shape.
+        untouched: names of the model's that are as they were.
+    """
+
+    path: str
+    fitting: list[str]
+    unused: list[str]
+    untouched: list[str]
+
+    def __str__(self) -> str:
+        lines = [f"Loaded {len(self.fitting)} of the model's {len(self.fitting) + len(self.untouched)} weights from "]
+        lines[0] += f"'{self.path}'"
+        for names, what in ((self.untouched, "left as they were"), (self.unused, "of the file, not used")):
+            if names:
+                lines.append(f"{len(names)} {what}: {_some(names)}")
+        return "; ".join(lines)
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> Loaded:
+    """Loads the weights of a checkpoint that fit the model, and says which did and which did not.
 
     Raises:
         ValueError: if none fits.
@@ -135,15 +169,24 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
     state = load(path)
     target = model.module if isinstance(model, nn.DataParallel) else model
     own = target.state_dict()
-    given = {name.removeprefix("module."): value for name, value in state.get("state_dict", state).items()}
+    held = state.get("state_dict", state)
+    if not isinstance(held, dict):
+        raise ValueError(f"checkpoint {os.fspath(path)!r} holds a {type(held).__name__}, not a dictionary of weights")
+    given = {str(name).removeprefix("module."): value for name, value in held.items() if isinstance(value, Tensor)}
     fitting = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
     if not fitting:
         raise ValueError(
-            f"no weight in {os.fspath(path)!r} fits the model: it has {', '.join(list(given)[:3])}, ..., the model "
-            f"{', '.join(list(own)[:3])}, ...; check model.name"
+            f"no weight in {os.fspath(path)!r} fits the model: it has {_some(list(given))}, the model "
+            f"{_some(list(own))}; check model.name"
         )
     target.load_state_dict(own | fitting)
-    return sorted(given.keys() - fitting.keys())
+    unused, untouched = given.keys() - fitting.keys(), own.keys() - fitting.keys()
+    return Loaded(os.fspath(path), list(fitting), sorted(unused), sorted(untouched))
+
+
+def _some(names: list[str]) -> str:
+    """The first few of names."""
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "none"
 
 
 def resume(path: str | os.PathLike[str], model: nn.Module, optimizer: Any, scheduler: Any) -> int:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,10 @@ from torch.optim import Optimizer
 
 from torchreid_ext import criteria, engines, network
 from torchreid_ext.config_node import Config, flat, get_default_config, plain
-from torchreid_ext.datasets import register_datasets
+from torchreid_ext.datasets import register_datasets, without_empty_folders
 from torchreid_ext.reading import rebuilt
 from torchreid_ext.samplers import SAMPLERS
+from torchreid_ext.schedule import warmed_up
 
 __all__ = [
     "Config",
@@ -35,11 +34,12 @@ __all__ = [
     "test_arguments",
 ]
 
+TRANSFORMS = ("random_flip", "random_crop", "random_patch", "color_jitter", "random_erase")
+"""torchreid's augmentations. It takes any other word, in silence, for no augmentation."""
+
 
 def check(cfg: Config) -> None:
     """Raises ValueError for values that exclude each other, or that nothing can be done with."""
-    if cfg.loss.name == "triplet" and cfg.loss.triplet.weight_x == 0 and cfg.train.fixbase_epoch > 0:
-        raise ValueError("train.fixbase_epoch trains the classifier alone, which loss.triplet.weight_x 0 leaves out")
     if cfg.train.accumulate != 1:
         raise ValueError(
             f"train.accumulate {cfg.train.accumulate}: gradients are not accumulated over batches, because each image "
@@ -52,12 +52,16 @@ def build_datamanager(cfg: Config) -> Any:
     """torchreid's data manager of ``data.type``, with the data sets of ``datasets`` registered.
 
     Raises:
-        ValueError: for an unknown data set or sampler, missing data, or a batch that cannot be filled.
+        ValueError: for an unknown data set, sampler or augmentation, missing data, or a batch that cannot be filled.
     """
     register_datasets(cfg.datasets)
     sampler = _choose(
-        "sampler.train_sampler", cfg.sampler.train_sampler, [*SAMPLERS, *torchreid.data.sampler.AVAI_SAMPLERS]
+        "sampler.train_sampler",
+        cfg.sampler.train_sampler,
+        dict.fromkeys([*SAMPLERS, *torchreid.data.sampler.AVAI_SAMPLERS]),
     )
+    for transform in cfg.data.transforms:
+        _choose("data.transforms", str(transform).lower(), TRANSFORMS)
     common = {
         "root": cfg.data.root,
         "sources": cfg.data.sources,
@@ -93,7 +97,7 @@ def build_datamanager(cfg: Config) -> Any:
     managers = {"image": torchreid.data.ImageDataManager, "video": torchreid.data.VideoDataManager}
     data_type = _choose("data.type", cfg.data.type, managers)
     try:
-        with _without_empty_folders(Path(cfg.data.root)):
+        with without_empty_folders(Path(cfg.data.root)):
             manager = managers[data_type](**common, **by_type[data_type])
     except AssertionError as error:
         # The host's samplers and data sets check their arguments with bare assertions.
@@ -126,25 +130,12 @@ def _workers(wanted: int) -> int:
     return cores if wanted == -1 else min(wanted, cores)
 
 
-@contextlib.contextmanager
-def _without_empty_folders(root: Path) -> Iterator[None]:
-    # torchreid makes the folder of a data set before it tries to download it, and leaves it there.
-    root_was_there = root.is_dir()
-    there = set(root.glob("*"))
-    try:
-        yield
-    except BaseException:
-        for folder in [*set(root.glob("*")) - there, *([] if root_was_there else [root])]:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
-
-
 def build_model(cfg: Config, num_classes: int) -> nn.Module:
     """The network, built to return what the loss needs, on the GPUs there are if ``use_gpu``.
 
     Raises:
-        ValueError: for an unknown network, or one that ``model.bnneck`` or ``model.last_stride`` is not for.
+        ValueError: for an unknown network, one that ``model.bnneck`` or ``model.last_stride`` is not for, or ImageNet
+            weights that cannot be had.
     """
     use_gpu = cfg.use_gpu and torch.cuda.is_available()
     try:
@@ -157,6 +148,14 @@ def build_model(cfg: Config, num_classes: int) -> nn.Module:
         )
     except KeyError as error:
         raise ValueError(f"model.name: {error.args[0]}") from error
+    except Exception as error:
+        # The host downloads in several ways, each with failures of its own.
+        if not cfg.model.pretrained:
+            raise
+        raise ValueError(
+            f"cannot get the ImageNet weights of {cfg.model.name}: {error}. Connect to the network, or train from "
+            f"random weights with model.pretrained False"
+        ) from error
     if _choose("model.last_stride", cfg.model.last_stride, (1, 2)) == 1:
         network.set_last_stride(model, cfg.model.name)
     if cfg.model.bnneck:
@@ -237,20 +236,6 @@ def build_scheduler(cfg: Config, optimizer: Optimizer) -> Any:
     return warmed_up(optimizer, scheduler, cfg.train.warmup_epoch)
 
 
-def warmed_up(optimizer: Optimizer, scheduler: Any, epochs: int) -> Any:
-    """A scheduler that multiplies another's rate (or a constant one) by 1/N, 2/N, ..., 1 in the first N epochs.
-
-    Raises:
-        ValueError: for a negative number of epochs.
-    """
-    if epochs < 0:
-        raise ValueError(f"train.warmup_epoch must be 0 (no warm-up) or more, got {epochs}")
-    if epochs < 2:
-        return scheduler
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / epochs, total_iters=epochs - 1)
-    return torch.optim.lr_scheduler.ChainedScheduler([warmup, *([scheduler] if scheduler else [])], optimizer)
-
-
 def build_engine(
     cfg: Config,
     datamanager: Any,
@@ -263,6 +248,9 @@ def build_engine(
 
     Args:
         criterion: from ``build_criterion``; made here where it is None.
+
+    Raises:
+        ValueError: for an unknown value, or values that exclude each other.
     """
     table = {
         ("image", "softmax"): engines.ImageSoftmaxEngine,
@@ -276,6 +264,8 @@ def build_engine(
     }
     data_type = _choose("data.type", cfg.data.type, ("image", "video"))
     loss = _choose("loss.name", cfg.loss.name, ("softmax", "triplet", "drsl", "pml"))
+    if cfg.loss[loss].get("weight_x", 1) == 0 and cfg.train.fixbase_epoch > 0:
+        raise ValueError(f"train.fixbase_epoch trains the classifier alone, which loss.{loss}.weight_x 0 leaves out")
     if criterion is None:
         criterion = build_criterion(cfg, model, datamanager.num_train_pids)
     arguments = dict(cfg.loss.triplet) if loss == "triplet" else {}
@@ -296,10 +286,6 @@ def build_engine(
 
 def _metric_arguments(cfg: Config, criterion: nn.Module) -> dict[str, Any]:
     section = cfg.loss[cfg.loss.name]
-    if section.weight_x == 0 and cfg.train.fixbase_epoch > 0:
-        raise ValueError(
-            f"train.fixbase_epoch trains the classifier alone, which loss.{cfg.loss.name}.weight_x 0 leaves out"
-        )
     return {
         "criterion": criterion,
         "weight_m": section.weight_m,

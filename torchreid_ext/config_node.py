@@ -31,13 +31,27 @@ class Config(CfgNode):
         self._merge(values, str(cfg_filename))
 
     def merge_from_list(self, cfg_list: list[Any]) -> None:
-        """Merges ``[key, value, key, value, ...]``, values as strings or objects; raises ValueError."""
+        """Merges ``[key, value, key, value, ...]``, values as objects or as strings of python or YAML.
+
+        Raises:
+            ValueError: for an odd number of words, an unknown key, or a value of the wrong type.
+        """
         if len(cfg_list) % 2:
             raise ValueError(
                 f"options come as KEY VALUE pairs, got {len(cfg_list)} words: {' '.join(map(str, cfg_list))}"
             )
         for key, value in zip(cfg_list[::2], cfg_list[1::2], strict=True):
-            self._merge(_nested(key, self._decode_cfg_value(value)), "the command line")
+            self._merge(_nested(key, self._decoded(key, value)), "the command line")
+
+    def _decoded(self, key: str, value: Any) -> Any:
+        value = self._decode_cfg_value(value)
+        if not isinstance(value, str) or value[:1] not in ("{", "["):
+            return value
+        # A mapping or a list as a YAML file has it, names without quotes.
+        try:
+            return yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"config key {key!r}: {value} is not YAML: {error}") from error
 
     def _merge(self, values: Mapping[str, Any], source: str) -> None:
         known = dict(_flatten(self))
@@ -110,9 +124,8 @@ def _options(key: str, value: Any, known: Config, source: str) -> Config:
     if value is None:
         return Config()
     if not isinstance(value, Mapping):
-        raise ValueError(
-            f"config key {key!r} takes a class's name, or {{name: CLASS, ARGUMENT: VALUE}}, got {value!r} in {source}"
-        )
+        takes = "{ARGUMENT: VALUE}" if key.endswith(".kwargs") else "a class's name, or {name: CLASS, ARGUMENT: VALUE}"
+        raise ValueError(f"config key {key!r} takes {takes}, got {value!r} in {source}")
     return Config(dict(value) if "name" in value else {**known, **value})
 
 

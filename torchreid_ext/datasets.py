@@ -8,7 +8,8 @@ Importing this module registers ``synthetic_pedestrians`` and, for video, ``synt
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torchreid
@@ -19,7 +20,13 @@ from torchreid_ext.pedestrians import SyntheticPedestrians
 from torchreid_ext.synthetic_tracklets import NAME as TRACKLETS
 from torchreid_ext.synthetic_tracklets import SyntheticTracklets
 
-__all__ = ["ConfiguredDataset", "SyntheticPedestrians", "SyntheticTracklets", "register_datasets"]
+__all__ = [
+    "ConfiguredDataset",
+    "SyntheticPedestrians",
+    "SyntheticTracklets",
+    "register_datasets",
+    "without_empty_folders",
+]
 
 Item = tuple[str, int, int]
 """A path, an identity's and a camera's number, as torchreid's data sets hold them."""
@@ -156,3 +163,17 @@ def _register_synthetic() -> None:
 
 
 _register_synthetic()
+
+
+@contextlib.contextmanager
+def without_empty_folders(root: Path) -> Iterator[None]:
+    """Removes, after an error, the empty folders that torchreid makes before it tries to download a data set."""
+    root_was_there = root.is_dir()
+    there = set(root.glob("*"))
+    try:
+        yield
+    except BaseException:
+        for folder in [*set(root.glob("*")) - there, *([] if root_was_there else [root])]:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise

@@ -81,6 +81,36 @@ def test_a_truncated_file_is_refused(tmp_path, size):
         checkpoint.load(path)
 
 
+@pytest.mark.parametrize("content", [b"hello world\n", b"..", b"\x80\x02}q\x00.", bytes(range(256))])
+def test_a_file_of_another_kind_is_refused(tmp_path, content):
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a.pth' is .*damaged"):
+        checkpoint.load(tmp_path / "a.pth")
+
+
+def test_any_changed_byte_of_ours_is_noticed(tmp_path):
+    path = tmp_path / "a.pth"
+    state = state_of(*trained()) | {"training": {}}
+    checkpoint.save(state, path)
+    whole = path.read_bytes()
+    weights = state["state_dict"]["weight"].numpy().tobytes()
+    rng = np.random.default_rng(0)
+    # Those of the weights, which torch does not check, and some of all.
+    for place in [whole.index(weights) + 5, *rng.integers(len(whole), size=60)]:
+        changed = bytearray(whole)
+        changed[place] ^= 0x55
+        path.write_bytes(changed)
+        try:
+            loaded = checkpoint.load(path)
+        except ValueError as error:
+            assert "a.pth' is" in str(error)
+            continue
+        # It was padding.
+        torch.testing.assert_close(loaded["state_dict"], state["state_dict"], rtol=0, atol=0)
+        torch.testing.assert_close(loaded["optimizer"], state["optimizer"], rtol=0, atol=0)
+        assert place != whole.index(weights) + 5
+
+
 def test_missing_and_wrong_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere.pth' does not exist"):
         checkpoint.load(tmp_path / "nowhere.pth")
@@ -93,9 +123,14 @@ def test_load_weights_says_what_does_not_fit(tmp_path):
     saved = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 7))
     # As torch.nn.DataParallel names them.
     torch.save({f"module.{name}": value for name, value in saved.state_dict().items()}, tmp_path / "w.pth")
-    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 5))
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 5), nn.Linear(5, 1, bias=False))
     head = model[1].weight.clone()
-    assert checkpoint.load_weights(model, tmp_path / "w.pth") == ["1.bias", "1.weight"]
+    loaded = checkpoint.load_weights(model, tmp_path / "w.pth")
+    assert (loaded.fitting, loaded.unused) == (["0.weight", "0.bias"], ["1.bias", "1.weight"])
+    assert str(loaded) == (
+        f"Loaded 2 of the model's 5 weights from '{tmp_path / 'w.pth'}'; 3 left as they were: 1.bias, 1.weight, "
+        f"2.weight; 2 of the file, not used: 1.bias, 1.weight"
+    )
     assert torch.equal(model[0].weight, saved[0].weight)
     assert torch.equal(model[1].weight, head)
 
@@ -104,6 +139,10 @@ def test_weights_of_another_model_are_refused(tmp_path):
     checkpoint.save(nn.Linear(3, 2).state_dict(), tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"no weight in .* fits the model: it has weight, bias.*check model.name"):
         checkpoint.load_weights(nn.Linear(5, 5), tmp_path / "w.pth")
+    for held, words in (({"state_dict": [1]}, "holds a list"), ({0: torch.zeros(2), "weight": 3}, "it has 0, the")):
+        torch.save(held, tmp_path / "w.pth")
+        with pytest.raises(ValueError, match=words):
+            checkpoint.load_weights(nn.Linear(5, 5), tmp_path / "w.pth")
 
 
 def test_resuming_another_run_is_refused(tmp_path):

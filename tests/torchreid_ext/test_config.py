@@ -105,7 +105,7 @@ def test_build_engine(tmp_path, data_type, loss):
     assert engine.run(str(tmp_path / "log"), max_epoch=1)
 
 
-@pytest.mark.parametrize("loss", ["drsl", "pml"])
+@pytest.mark.parametrize("loss", ["drsl", "pml", "triplet"])
 def test_a_classifier_that_nothing_trains_is_not_opened_alone(tmp_path, loss):
     cfg = get_default_config()
     cfg.merge_from_list(["model.name", "osnet_x0_25", "model.pretrained", "False", "use_gpu", "False"])
@@ -114,6 +114,32 @@ def test_a_classifier_that_nothing_trains_is_not_opened_alone(tmp_path, loss):
     model = config.build_model(cfg, manager.num_train_pids)
     with pytest.raises(ValueError, match=rf"fixbase_epoch trains the classifier alone, which loss\.{loss}\.weight_x 0"):
         build_engine(cfg, manager, model, config.build_optimizer(cfg, model), None)
+
+
+def test_words_may_hold_yaml():
+    cfg = get_default_config()
+    cfg.merge_from_list(["loss.pml.kwargs", "{m: 0.4, gamma: 80}", "data.transforms", "[random_flip, random_erase]"])
+    cfg.merge_from_list(["loss.pml.miner", "{name: MultiSimilarityMiner, epsilon: 0.2}"])
+    assert cfg.loss.pml.kwargs == {"m": 0.4, "gamma": 80}
+    assert cfg.loss.pml.miner == {"name": "MultiSimilarityMiner", "epsilon": 0.2}
+    assert cfg.data.transforms == ["random_flip", "random_erase"]
+    with pytest.raises(ValueError, match=r"'loss.pml.kwargs': \{m: 0.4 is not YAML"):
+        cfg.merge_from_list(["loss.pml.kwargs", "{m: 0.4"])
+    with pytest.raises(ValueError, match=r"'loss.pml.kwargs' takes \{ARGUMENT: VALUE\}, got 5"):
+        cfg.merge_from_list(["loss.pml.kwargs", "5"])
+
+
+def test_imagenet_weights_that_cannot_be_had(monkeypatch):
+    def unreachable(**kwargs):
+        raise OSError("no route to host")
+
+    cfg = get_default_config()
+    monkeypatch.setattr(torchreid.models, "build_model", unreachable)
+    with pytest.raises(ValueError, match=r"weights of resnet50: no route to host\. .* model\.pretrained False"):
+        config.build_model(cfg, 5)
+    cfg.model.pretrained = False
+    with pytest.raises(OSError, match="no route"):
+        config.build_model(cfg, 5)
 
 
 def test_scheduler_none():

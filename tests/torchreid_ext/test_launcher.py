@@ -59,6 +59,9 @@ def test_trains_resumes_and_reloads_its_configuration(tmp_path, capsys):
     assert "Config differs from the checkpoint's: train.max_epoch: 2 -> 3" in out
     assert f"Resuming from '{tmp_path / 'log' / 'model' / 'model-last.pth.tar'}' after epoch 2" in out
     assert "Test before training" not in out
+    # The configuration starts the whole run anew, not where this one went on.
+    saved.merge_from_file(tmp_path / "log" / "config.yaml")
+    assert saved.train.start_epoch == 0
     assert launch(tmp_path, **{"model.resume": "auto", "train.max_epoch": 3, "model.name": "osnet_x0_5"}) == 2
     assert "cannot resume with another model.name: 'osnet_x0_25' -> 'osnet_x0_5'" in complaint(capsys)
 
@@ -161,6 +164,7 @@ def test_a_signal(tmp_path, capsys, monkeypatch, signum, status):
     [
         ({"train.accumulate": 4}, "several small rankings are not one large one"),
         ({"train.amp": "half"}, "train.amp must be one of off, bf16, fp16, got 'half'"),
+        ({"data.transforms": "[random_flp]"}, "data.transforms must be one of random_flip, random_crop"),
         ({"train.checkpoint_freq": 0}, "train.checkpoint_freq must be 1 or more"),
         ({"data.workers": -2}, "data.workers must be 0 or more, or -1 for one on each core, got -2"),
         ({"train.batch_size": 10}, "train.batch_size 10 is not a multiple of sampler.num_instances 4"),

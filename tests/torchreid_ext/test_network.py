@@ -81,7 +81,7 @@ def test_weights_of_the_plain_network_load(tmp_path):
     twin = build()
     torch.nn.init.zeros_(twin.conv1.conv.weight)
     network.add_neck(twin)
-    assert checkpoint.load_weights(twin, tmp_path / "plain.pth") == ["classifier.bias"]
+    assert checkpoint.load_weights(twin, tmp_path / "plain.pth").unused == ["classifier.bias"]
     assert torch.equal(twin.conv1.conv.weight, model.conv1.conv.weight)
 
 
