@@ -22,6 +22,7 @@ from torchreid_ext.logs import EpochLog
 from torchreid_ext.reading import readable
 from torchreid_ext.repeating import repeatable
 from torchreid_ext.resuming import compare
+from torchreid_ext.samplers import whole_batches
 from torchreid_ext.stepping import Stepper
 from torchreid_ext.testing import Tester
 
@@ -39,7 +40,8 @@ class BaseEngine(Tester, torchreid.engine.Engine):
         stop: whether a signal asked the run to stop.
 
     Raises:
-        ValueError: at construction, if the training loader cannot fill one batch or knows one identity alone.
+        ValueError: at construction, if the training loader cannot fill one batch, knows one identity alone, or draws
+            identities (torchreid's ``RandomIdentitySampler``, replaced by ours) of which no batch holds two.
     """
 
     def __init__(self, datamanager: Any, *args: Any, **kwargs: Any) -> None:
@@ -58,7 +60,7 @@ class BaseEngine(Tester, torchreid.engine.Engine):
         self._resumed_from: Path | None = None
         self._layers: dict[nn.Module, Layers] = {}
         check_trains(datamanager)
-        self.train_loader = repeatable(readable(datamanager.train_loader))
+        self.train_loader = repeatable(readable(whole_batches(datamanager.train_loader)))
         self.test_loader = {
             target: {split: readable(loader) for split, loader in splits.items()}
             for target, splits in datamanager.test_loader.items()

@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torchreid
 from pytorch_metric_learning.samplers import MPerClassSampler
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
+
+from torchreid_ext.reading import rebuilt
 
 
 class IdentitySampler(Sampler[int]):
@@ -102,6 +105,21 @@ class PerClassSampler(MPerClassSampler):
 
 
 SAMPLERS = {"RandomIdentitySampler": IdentitySampler, "MPerClassSampler": PerClassSampler}
+
+
+def whole_batches(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """A loader like ``loader``, but with ``IdentitySampler`` in the place of torchreid's ``RandomIdentitySampler``.
+
+    That one has another length than it says, and lets an identity straddle two batches, or fill one alone.
+
+    Raises:
+        ValueError: as ``IdentitySampler``.
+    """
+    host = loader.sampler
+    if not isinstance(host, torchreid.data.sampler.RandomIdentitySampler):
+        return loader
+    pids = [items[1] for items in host.data_source]
+    return rebuilt(loader, loader.dataset, sampler=IdentitySampler(pids, loader.batch_size or 1, host.num_instances))
 
 
 def check_batch(pids: Sequence[int], batch_size: int, num_instances: int) -> int:

@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 import torch
+import torchreid
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy_data import make_image_manager
 
+from torchreid_ext import ImageDRSLEngine
 from torchreid_ext.samplers import IdentitySampler, PerClassSampler
 
 
@@ -104,3 +107,21 @@ def test_per_class_sampler_is_pmls():
 def test_what_cannot_be_filled_is_refused(kind, batch_size, num_instances, message):
     with pytest.raises(ValueError, match=message):
         kind([0, 1, 2] * 5, batch_size, num_instances)
+
+
+def engine_for(manager):
+    model = torchreid.models.build_model("osnet_x0_25", manager.num_train_pids, loss="triplet", pretrained=False)
+    return ImageDRSLEngine(manager, model, torch.optim.SGD(model.parameters(), lr=0.01), use_gpu=False)
+
+
+def test_an_engine_replaces_torchreids_own(tmp_path):
+    loader = engine_for(make_image_manager(tmp_path, batch_size_train=8, num_instances=2)).train_loader
+    pids = [data["pid"].tolist() for data in loader]
+    assert len(pids) == len(loader)
+    assert [[batch.count(pid) for pid in set(batch)] for batch in pids] == [[2] * 4] * len(pids)
+
+
+@pytest.mark.parametrize(("size", "words"), [(10, "straddle two batches"), (4, "leaves one identity in a batch")])
+def test_an_engine_refuses_batches_that_cannot_be_ranked(tmp_path, size, words):
+    with pytest.raises(ValueError, match=words):
+        engine_for(make_image_manager(tmp_path, batch_size_train=size, num_instances=4))
