@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pml_drsl import functional
+from pml_drsl.distances import EuclideanDistance
 from pml_drsl.pairs import IndicesTuple, Pairs, pairs_from_indices, pairs_from_labels
 from pml_drsl.reducers import PerQueryReducer, check_reducer
 
@@ -64,7 +65,7 @@ class DRSLoss(BaseMetricLossFunction):
         scale_free: divide the distances of each query by their mean over its positives and negatives, a constant to
             the gradient. Temperature and margin are then in units of that mean, and one temperature serves raw
             (unnormalised) features of any norm. Not for similarities, whose mean may be 0 or negative.
-        **kwargs: of ``BaseMetricLossFunction``: ``distance`` (default: ``LpDistance``, Euclidean between normalised
+        **kwargs: of ``BaseMetricLossFunction``: ``distance`` (default: ``EuclideanDistance``, between normalised
             embeddings; a similarity enters with its sign changed; refused are ``BatchedDistance``, and ``p`` or
             ``power`` below 1, whose gradient is infinite at a distance of 0), ``reducer`` (default:
             ``PerQueryReducer``), ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``.
@@ -166,7 +167,7 @@ class DRSLoss(BaseMetricLossFunction):
         # Every chunk keeps a copy of the references for the backward pass: it is worth their size.
         size = self.query_chunk_size or max(1, embeddings.shape[1], CHUNK_ELEMENTS // max(1, len(ref_emb)))
         if size >= len(embeddings):
-            mat = self._among(embeddings) if ref_emb is embeddings else self.distance(embeddings, ref_emb)
+            mat = self.distance(embeddings, None if ref_emb is embeddings else ref_emb)
             return self._errors_of_chunk(mat, embeddings, ref_emb, norms, ref_norms, pairs)
         chunks = []
         starts = range(0, len(embeddings), size)
@@ -179,19 +180,12 @@ class DRSLoss(BaseMetricLossFunction):
         retrieval, sort = (torch.cat(parts) for parts in zip(*chunks, strict=True))
         return retrieval, sort
 
-    def _among(self, x: Tensor) -> Tensor:
-        """What the distance says of the embeddings among themselves, shape (N, N)."""
-        distance = self.distance
-        if type(distance) is LpDistance and distance.p == 2 and distance.power == 1 and not distance.collect_stats:
-            return functional.self_distances(distance.maybe_normalize(x))
-        return distance(x)  # type: ignore[no-any-return]
-
     def _errors_of_chunk(
         self, mat: Tensor, x: Tensor, y: Tensor, x_norm: Tensor, y_norm: Tensor, pairs: Pairs
     ) -> tuple[Tensor, Tensor]:
         """Both errors of the pairs, shape (E,), from what the distance says, shape (Q, M)."""
         query, positive = pairs.query, pairs.positive
-        if type(self.distance) not in (LpDistance, CosineSimilarity, DotProductSimilarity):
+        if type(self.distance) not in (EuclideanDistance, LpDistance, CosineSimilarity, DotProductSimilarity):
             _check_distances(mat, self.distance)
         means = None
         if self.distance.is_inverted:
@@ -214,7 +208,7 @@ class DRSLoss(BaseMetricLossFunction):
     ) -> Tensor:
         """Angular dissimilarity of the pairs, shape (E,), from what the distance says of them where that is enough."""
         x_norm, y_norm = x_norm[query], y_norm[positive]
-        if type(self.distance) is LpDistance and self.distance.p == 2 and self.distance.power <= 2:
+        if type(self.distance) in (EuclideanDistance, LpDistance) and self.distance.p == 2 and self.distance.power <= 2:
             squared = of_pairs ** (2 / self.distance.power)
             inner_product = torch.sub((x_norm**2 + y_norm**2) / 2, squared, alpha=0.5)
         elif type(self.distance) in (CosineSimilarity, DotProductSimilarity) and self.distance.power == 1:
@@ -249,8 +243,8 @@ class DRSLoss(BaseMetricLossFunction):
     def get_default_reducer(self) -> PerQueryReducer:
         return PerQueryReducer()
 
-    def get_default_distance(self) -> LpDistance:
-        return LpDistance(p=2)
+    def get_default_distance(self) -> EuclideanDistance:
+        return EuclideanDistance()
 
     def _sub_loss_names(self) -> list[str]:
         return ["retrieval_loss", "sort_loss"]

@@ -11,6 +11,7 @@ from typing import Any
 from pytorch_metric_learning import distances, losses, miners, reducers, regularizers
 from torch import nn
 
+import pml_drsl.distances
 import pml_drsl.losses
 import pml_drsl.miners
 import pml_drsl.reducers
@@ -72,7 +73,7 @@ TABLES: dict[str, dict[str, type]] = {
     "loss": _classes(losses.BaseMetricLossFunction, losses, pml_drsl.losses),
     "miner": _classes(miners.BaseMiner, miners, pml_drsl.miners),
     "reducer": _classes(reducers.BaseReducer, reducers, pml_drsl.reducers),
-    "distance": _classes(distances.BaseDistance, distances),
+    "distance": _classes(distances.BaseDistance, distances, pml_drsl.distances),
     "regularizer": _classes(regularizers.BaseRegularizer, regularizers),
 }
 """Every class that a config can name, by kind and name."""

@@ -14,7 +14,7 @@ from pytorch_metric_learning.distances import (
     SNRDistance,
 )
 
-from pml_drsl import functional
+from pml_drsl.distances import EuclideanDistance
 from pml_drsl.losses import DRSLoss
 
 
@@ -176,15 +176,16 @@ def test_cuda_autocast_is_left_out():
 
 
 @pytest.mark.parametrize("size", [1, 12, 40])  # torch.cdist takes another path above 25 rows
-def test_distances_among_themselves_are_those_of_cdist(size):
+@pytest.mark.parametrize("arguments", [{}, {"normalize_embeddings": False}, {"power": 2}])
+def test_euclidean_distance_is_lp_distance(size, arguments):
     x = torch.randn(size, 6, dtype=torch.float64)
     x[size // 2] = x[0]
     x.requires_grad_()
-    weight = torch.rand(size, size, dtype=torch.float64)
-    d = functional.self_distances(x)
-    wanted = torch.linalg.vector_norm(x[:, None] - x[None], dim=2)
-    # Between equal vectors a matrix product leaves the root of its rounding.
-    torch.testing.assert_close(d, wanted, rtol=0, atol=1e-6)
-    weight[wanted == 0] = 0
-    ours, reference = (torch.autograd.grad((weight * mat).sum(), x)[0] for mat in (d, torch.cdist(x, x)))
-    torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-9)
+    # Between equal vectors a matrix product leaves the root of its rounding, and no direction.
+    weight = torch.rand(size, size, dtype=torch.float64) * (torch.cdist(x, x) > 1e-6)
+    for ref in (None, torch.randn(5, 6, dtype=torch.float64)):
+        ours, pml = EuclideanDistance(**arguments)(x, ref), LpDistance(**arguments)(x, ref)
+        assert torch.equal(ours, pml)
+        weights = weight if ref is None else torch.rand(size, 5, dtype=torch.float64)
+        gradients = (torch.autograd.grad((weights * mat).sum(), x)[0] for mat in (ours, pml))
+        torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
