@@ -151,9 +151,9 @@ class BaseEngine(Tester, torchreid.engine.Engine):
                     tested, is_best = done == max_epoch, False
                     if tested:
                         print("=> Final test")
-                        is_best = self._is_best(self.test(**last))
+                        is_best = self._test_or_save(last)
                     elif eval_freq > 0 and done >= start_eval and done % eval_freq == 0:
-                        tested, is_best = True, self._is_best(self.test(**test_arguments))
+                        tested, is_best = True, self._test_or_save(test_arguments)
                     if tested or done % checkpoint_freq == 0:
                         self._save(is_best)
                 if start_epoch >= max_epoch > 0:
@@ -295,6 +295,15 @@ class BaseEngine(Tester, torchreid.engine.Engine):
             return False
         self.best = {"mAP": mean_ap, "epoch": self.epoch + 1}
         return True
+
+    def _test_or_save(self, arguments: dict[str, Any]) -> bool:
+        """Whether a test is the best so far; if it fails (on a damaged image, say), what was trained is saved first."""
+        try:
+            return self._is_best(self.test(**arguments))
+        except Exception:
+            if self.stop.signum is None:
+                self._save(False)
+            raise
 
     def _save(self, is_best: bool) -> None:
         assert self._history is not None

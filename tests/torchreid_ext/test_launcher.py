@@ -81,6 +81,19 @@ def test_an_unreadable_image(tmp_path, capsys, content, words, workers):
     assert message.startswith(f"drsl-train: cannot read image '{path}': {words}")
 
 
+def test_an_unreadable_image_of_the_gallery_loses_no_epoch(tmp_path, capsys):
+    csv_data(tmp_path)
+    path = tmp_path / "images" / "9_1_1.png"
+    whole = path.read_bytes()
+    path.write_bytes(b"")
+    assert launch(tmp_path, **{"train.max_epoch": 2, "train.checkpoint_freq": 5}) == 2
+    assert f"cannot read image '{path}'" in complaint(capsys)
+    path.write_bytes(whole)
+    assert launch(tmp_path, **{"train.max_epoch": 2, "train.checkpoint_freq": 5, "model.resume": "auto"}) == 0
+    out = capsys.readouterr().out
+    assert "after epoch 2" in out and "=> Trained 2 epochs already" in out and "mAP:" in out
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
