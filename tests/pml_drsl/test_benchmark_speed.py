@@ -68,9 +68,12 @@ def test_smooth_ap_note_shows_what_pml_s_loss_gives():
     assert speed_report.smooth_ap_note().splitlines()[-1].strip().startswith("0.3")
 
 
-def test_bad_arguments_are_told(capsys):
+def test_bad_arguments_are_told(capsys, tmp_path):
     assert main(["speed", "--sizes", "0"]) == 2
     assert "--sizes must be above 0, got 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["speed", "--json", str(tmp_path / "no" / "s.json")])
+    assert "s.json: not a file in a folder that exists" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["sped"])
     assert "invalid choice: 'sped'" in capsys.readouterr().err
