@@ -36,6 +36,9 @@ class Config(CfgNode):
             raise ValueError(
                 f"options come as KEY VALUE pairs, got {len(cfg_list)} words: {' '.join(map(str, cfg_list))}"
             )
+        flags = [key for key in cfg_list[::2] if str(key).startswith("-")]
+        if flags:
+            raise ValueError(f"{flags[0]} stands after KEY VALUE pairs: options with a dash come before all of them")
         for key, value in zip(cfg_list[::2], cfg_list[1::2], strict=True):
             self._merge(_nested(key, self._decode_cfg_value(value)), "the command line")
 
@@ -105,14 +108,18 @@ def _coerce(key: str, value: Any, known: dict[str, Any], source: str) -> Any:
 
 
 def _options(key: str, value: Any, known: Config, source: str) -> Config:
+    if isinstance(value, str) and value.startswith("{"):
+        try:
+            value = yaml.safe_load(value)  # on the command line, as in a file
+        except yaml.YAMLError as error:
+            raise ValueError(f"config key {key!r}: {value!r} in {source} is not YAML") from error
     if isinstance(value, str) and not key.endswith(".kwargs"):
         value = {"name": value} if value else None
     if value is None:
         return Config()
     if not isinstance(value, Mapping):
-        raise ValueError(
-            f"config key {key!r} takes a class's name, or {{name: CLASS, ARGUMENT: VALUE}}, got {value!r} in {source}"
-        )
+        takes = "" if key.endswith(".kwargs") else "a class's name, or {name: CLASS, ARGUMENT: VALUE}"
+        raise ValueError(f"config key {key!r} takes {takes or '{ARGUMENT: VALUE, ...}'}, got {value!r} in {source}")
     return Config(dict(value) if "name" in value else {**known, **value})
 
 
