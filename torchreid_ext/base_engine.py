@@ -149,9 +149,9 @@ class BaseEngine(Tester, torchreid.engine.Engine):
                     tested, is_best = done == max_epoch, False
                     if tested:
                         print("=> Final test")
-                        is_best = self._is_best(self.test(**last))
+                        is_best = self._is_best(self._test_or_save(last))
                     elif eval_freq > 0 and done >= start_eval and done % eval_freq == 0:
-                        tested, is_best = True, self._is_best(self.test(**test_arguments))
+                        tested, is_best = True, self._is_best(self._test_or_save(test_arguments))
                     if tested or done % checkpoint_freq == 0:
                         self._save(is_best)
                 if start_epoch >= max_epoch > 0:
@@ -283,6 +283,15 @@ class BaseEngine(Tester, torchreid.engine.Engine):
 
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def _test_or_save(self, arguments: dict[str, Any]) -> dict[str, RetrievalResult]:
+        """Tests; if that fails (an unreadable image, too little memory), what was trained is saved first."""
+        try:
+            return self.test(**arguments)
+        except Exception:
+            if self.stop.signum is None:
+                self._save(is_best=False)
+            raise
 
     def _is_best(self, results: dict[str, RetrievalResult]) -> bool:
         if not results:

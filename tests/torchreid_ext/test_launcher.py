@@ -78,6 +78,19 @@ def test_an_unreadable_image(tmp_path, capsys, content, words, workers):
     assert message.startswith(f"drsl-train: cannot read image '{path}': {words}")
 
 
+def test_an_unreadable_query_costs_nothing_that_was_trained(tmp_path, capsys):
+    csv_data(tmp_path)
+    query = tmp_path / "images" / "8_0_0.png"
+    content = query.read_bytes()
+    query.write_bytes(b"hello")
+    assert launch(tmp_path, **{"train.checkpoint_freq": 5}) == 2
+    assert f"cannot read image '{query}'" in complaint(capsys)
+    query.write_bytes(content)
+    assert launch(tmp_path, **{"model.resume": "auto"}) == 0
+    out = capsys.readouterr().out
+    assert "after epoch 1" in out and "mAP:" in out
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
