@@ -54,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if min(args.ranks) < 1:
             raise ValueError(f"--ranks {min(args.ranks)}: ranks start at 1")
+        if args.seed < 0:
+            raise ValueError(f"--seed {args.seed}: seeds start at 0")
         if args.json and not Path(args.json).absolute().parent.is_dir():  # known before the work, not after
             raise ValueError(f"--json {args.json}: its folder does not exist")
         if args.device == "cuda" and not torch.cuda.is_available():
@@ -180,7 +182,9 @@ def _load(path: str) -> Any:
         with loaded:
             return {name: loaded[name] for name in loaded.files}
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is not a readable .npz or .npy file of plain arrays: {error}") from error
+        # numpy takes whatever it does not know for a pickle, and advises to trust it.
+        why = "" if "pickle" in str(error) else f": {error}"
+        raise ValueError(f"{path} is not a readable .npz or .npy file of plain arrays{why}") from error
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -28,10 +28,15 @@ class PerQueryReducer(_QueryReducer):
 
     Args:
         reducer: reduces the queries' averages, one "element" each. Default: their mean.
+
+    Raises:
+        ValueError: for a reducer that is none.
     """
 
     def __init__(self, reducer: BaseReducer | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        if reducer is not None and not isinstance(reducer, BaseReducer):
+            raise ValueError(f"reducer must be one of pytorch_metric_learning.reducers, got {reducer!r}")
         self.reducer = MeanReducer() if reducer is None else reducer
 
     def element_reduction(

@@ -20,7 +20,7 @@ from torchreid_ext.samplers import SAMPLERS
 EPILOG = """examples:
   drsl-train --config-file configs/demo.yaml
   drsl-train --config-file configs/omniglot.yaml --root FOLDER
-  drsl-train -s market1501 -t market1501 dukemtmcreid --root reid-data loss.name drsl train.max_epoch 60
+  drsl-train --config-file configs/osnet_x1_0_drsl.yaml -s msmt17 -t msmt17 --root reid-data train.max_epoch 60
 
 config keys, with their defaults:
 """
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _message(error: Exception) -> str:
+def _message(error: BaseException) -> str:
     """What an error says; of one in a loader's worker, whose traceback torch makes a part of it, the last line."""
     message = str(error)
     if "in DataLoader worker process" not in message:
@@ -132,11 +132,15 @@ def write_config(cfg: config.Config) -> None:
 
 @contextlib.contextmanager
 def logged(folder: Path, name: str) -> Iterator[None]:
-    """Copies what is printed to ``folder/NAME.log-TIME``."""
+    """Copies what is printed to ``folder/NAME.log-TIME``, and what ends the run before its end."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.log-{time.strftime('%Y-%m-%d-%H-%M-%S')}"
     with open(path, "w") as file, contextlib.redirect_stdout(_Tee(sys.stdout, file)):
-        yield
+        try:
+            yield
+        except (Exception, KeyboardInterrupt) as error:
+            file.write(f"drsl-train: {_message(error)}\n")
+            raise
 
 
 class _Tee:

@@ -157,7 +157,9 @@ class BaseEngine(Tester, torchreid.engine.Engine):
                     if tested or done % checkpoint_freq == 0:
                         self._save(is_best)
                 if start_epoch >= max_epoch > 0:
-                    self.test(**last)
+                    self.epoch = max_epoch - 1
+                    if self._is_best(self.test(**last)):
+                        self._save(True)
         except (Interrupted, RuntimeError) as error:
             # A worker of the loader may have got the signal too, and died of it.
             if self.stop.signum is None:

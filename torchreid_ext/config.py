@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from torchreid_ext import criteria, engines, network
+from torchreid_ext.checks import check, choose
 from torchreid_ext.config_node import Config, flat, get_default_config, plain
 from torchreid_ext.datasets import register_datasets, without_empty_folders
 from torchreid_ext.reading import rebuilt
@@ -34,19 +35,6 @@ __all__ = [
     "test_arguments",
 ]
 
-TRANSFORMS = ("random_flip", "random_crop", "random_patch", "color_jitter", "random_erase")
-"""torchreid's augmentations. It takes any other word, in silence, for no augmentation."""
-
-
-def check(cfg: Config) -> None:
-    """Raises ValueError for values that exclude each other, or that nothing can be done with."""
-    if cfg.train.accumulate != 1:
-        raise ValueError(
-            f"train.accumulate {cfg.train.accumulate}: gradients are not accumulated over batches, because each image "
-            f"is ranked among those of its own batch, and several small rankings are not one large one. Rank among "
-            f"the images of earlier batches too with cross-batch memory, memory_size of the loss"
-        )
-
 
 def build_datamanager(cfg: Config) -> Any:
     """torchreid's data manager of ``data.type``, with the data sets of ``datasets`` registered.
@@ -54,14 +42,10 @@ def build_datamanager(cfg: Config) -> Any:
     Raises:
         ValueError: for an unknown data set, sampler or augmentation, missing data, or a batch that cannot be filled.
     """
+    check(cfg)
     register_datasets(cfg.datasets)
-    sampler = _choose(
-        "sampler.train_sampler",
-        cfg.sampler.train_sampler,
-        dict.fromkeys([*SAMPLERS, *torchreid.data.sampler.AVAI_SAMPLERS]),
-    )
-    for transform in cfg.data.transforms:
-        _choose("data.transforms", str(transform).lower(), TRANSFORMS)
+    samplers = dict.fromkeys([*SAMPLERS, *torchreid.data.sampler.AVAI_SAMPLERS])
+    sampler = choose("sampler.train_sampler", cfg.sampler.train_sampler, samplers)
     common = {
         "root": cfg.data.root,
         "sources": cfg.data.sources,
@@ -95,7 +79,7 @@ def build_datamanager(cfg: Config) -> Any:
         "video": {"seq_len": cfg.video.seq_len, "sample_method": cfg.video.sample_method},
     }
     managers = {"image": torchreid.data.ImageDataManager, "video": torchreid.data.VideoDataManager}
-    data_type = _choose("data.type", cfg.data.type, managers)
+    data_type = choose("data.type", cfg.data.type, managers)
     try:
         with without_empty_folders(Path(cfg.data.root)):
             manager = managers[data_type](**common, **by_type[data_type])
@@ -156,7 +140,7 @@ def build_model(cfg: Config, num_classes: int) -> nn.Module:
             f"cannot get the ImageNet weights of {cfg.model.name}: {error}. Connect to the network, or train from "
             f"random weights with model.pretrained False"
         ) from error
-    if _choose("model.last_stride", cfg.model.last_stride, (1, 2)) == 1:
+    if choose("model.last_stride", cfg.model.last_stride, (1, 2)) == 1:
         network.set_last_stride(model, cfg.model.name)
     if cfg.model.bnneck:
         network.add_neck(model)
@@ -262,8 +246,8 @@ def build_engine(
         ("image", "pml"): engines.ImagePMLEngine,
         ("video", "pml"): engines.VideoPMLEngine,
     }
-    data_type = _choose("data.type", cfg.data.type, ("image", "video"))
-    loss = _choose("loss.name", cfg.loss.name, ("softmax", "triplet", "drsl", "pml"))
+    data_type = choose("data.type", cfg.data.type, ("image", "video"))
+    loss = choose("loss.name", cfg.loss.name, ("softmax", "triplet", "drsl", "pml"))
     if cfg.loss[loss].get("weight_x", 1) == 0 and cfg.train.fixbase_epoch > 0:
         raise ValueError(f"train.fixbase_epoch trains the classifier alone, which loss.{loss}.weight_x 0 leaves out")
     if criterion is None:
@@ -272,7 +256,7 @@ def build_engine(
     if criterion is not None:
         arguments = _metric_arguments(cfg, criterion)
     if data_type == "video":
-        arguments["pooling_method"] = _choose("video.pooling_method", cfg.video.pooling_method, ("avg", "max"))
+        arguments["pooling_method"] = choose("video.pooling_method", cfg.video.pooling_method, ("avg", "max"))
     return table[data_type, loss](
         datamanager,
         model,
@@ -329,9 +313,3 @@ def test_arguments(cfg: Config) -> dict[str, Any]:
         "ranks": cfg.test.ranks,
         "rerank": cfg.test.rerank,
     }
-
-
-def _choose(key: str, value: Any, allowed: Any) -> Any:
-    if value not in allowed:
-        raise ValueError(f"{key} must be one of {', '.join(map(str, allowed))}, got {value!r}")
-    return value

@@ -40,6 +40,9 @@ class Config(CfgNode):
             raise ValueError(
                 f"options come as KEY VALUE pairs, got {len(cfg_list)} words: {' '.join(map(str, cfg_list))}"
             )
+        flags = [key for key in cfg_list[::2] if str(key).startswith("-")]
+        if flags:
+            raise ValueError(f"{flags[0]} stands after KEY VALUE pairs: options with a dash come before all of them")
         for key, value in zip(cfg_list[::2], cfg_list[1::2], strict=True):
             self._merge(_nested(key, self._decoded(key, value)), "the command line")
 
@@ -124,7 +127,9 @@ def _options(key: str, value: Any, known: Config, source: str) -> Config:
     if value is None:
         return Config()
     if not isinstance(value, Mapping):
-        takes = "{ARGUMENT: VALUE}" if key.endswith(".kwargs") else "a class's name, or {name: CLASS, ARGUMENT: VALUE}"
+        takes = (
+            "{ARGUMENT: VALUE, ...}" if key.endswith(".kwargs") else "a class's name, or {name: CLASS, ARGUMENT: VALUE}"
+        )
         raise ValueError(f"config key {key!r} takes {takes}, got {value!r} in {source}")
     return Config(dict(value) if "name" in value else {**known, **value})
 

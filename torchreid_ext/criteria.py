@@ -183,7 +183,9 @@ def build_criterion(
     criteria: list[nn.Module] = []
     for size in sizes:
         from_the_data = {name: num_classes if what == "classes" else size for name, what in FROM_THE_DATA.items()}
-        criterion = build(f"{key}.loss", {**described, **loss}, TABLES["loss"], from_the_data)
+        criterion = build(
+            f"{key}.loss" if "loss" in section else key, {**described, **loss}, TABLES["loss"], from_the_data
+        )
         criteria.append(_with_memory(key, criterion, section, size))
     has_state = next(iter(criteria[0].parameters()), None) is not None or section["memory_size"]
     return PerFeature(criteria) if has_state and len(criteria) > 1 else criteria[0]

@@ -73,9 +73,9 @@ class Search:
         search = reranking.rerank if rerank else FeatureDistances
         self.distances = search(*features, metric=metric)  # type: ignore[arg-type]
 
-    def evaluate(self, single_gallery_shot: bool = False) -> RetrievalResult:
-        """CMC, mAP and mINP by Market-1501's protocol, or CUHK03's single-gallery-shot."""
-        return summarize(self.ranked(single_gallery_shot))
+    def evaluate(self, single_gallery_shot: bool = False, max_rank: int = 50) -> RetrievalResult:
+        """CMC to ``max_rank``, mAP and mINP by Market-1501's protocol, or CUHK03's single-gallery-shot."""
+        return summarize(self.ranked(single_gallery_shot), max_rank)
 
     def ranked(self, single_gallery_shot: bool = False) -> RankedQueries:
         """The same for each query."""

@@ -59,7 +59,7 @@ class Tester:
                 print(f"##### Evaluating {target} ({domain}) #####")
                 features = evaluation.extract(self, loaders["query"]), evaluation.extract(self, loaders["gallery"])
                 search = evaluation.Search(*features, dist_metric, normalize_feature, rerank)
-                result = search.evaluate(single_gallery_shot=use_metric_cuhk03)
+                result = search.evaluate(use_metric_cuhk03, max_rank=max(50, *ranks))
                 evaluation.print_result(result, ranks)
                 self.results[target] = result
                 if picture or visrank:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 # Each is a module of this package with `add_arguments(parser)` and `run(args) -> int`, imported only when asked for.
 COMMANDS = {
@@ -34,7 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_arguments(options)
-        status: int = command.run(options.parse_args(arguments[1:]))
+        chosen = options.parse_args(arguments[1:])
+        for flag in ("json", "csv", "plot"):  # known before the work, not after
+            path = getattr(chosen, flag, None)
+            if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+                options.error(f"--{flag} {path}: not a file in a folder that exists")
+        status: int = command.run(chosen)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in ("", "pml_drsl"):

@@ -31,8 +31,7 @@ def test_writes_the_same_rows_as_json_and_csv_and_a_plot(outcome):
     assert files["png"].read_bytes()[:4] == b"\x89PNG"
     for row in rows:
         assert row["seconds"] > 0
-        assert row["rounds"] >= 3
-        assert row["note"] == ""
+        assert row["rounds"] >= 1
         assert row["ratio"] == 1 if row["loss"] == "floor" else row["ratio"] > 0
 
 
@@ -68,9 +67,12 @@ def test_smooth_ap_note_shows_what_pml_s_loss_gives():
     assert speed_report.smooth_ap_note().splitlines()[-1].strip().startswith("0.3")
 
 
-def test_bad_arguments_are_told(capsys):
+def test_bad_arguments_are_told(capsys, tmp_path):
     assert main(["speed", "--sizes", "0"]) == 2
     assert "--sizes must be above 0, got 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["speed", "--json", str(tmp_path / "no" / "s.json")])
+    assert "s.json: not a file in a folder that exists" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["sped"])
     assert "invalid choice: 'sped'" in capsys.readouterr().err

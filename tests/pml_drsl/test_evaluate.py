@@ -113,6 +113,7 @@ def test_bad_input_is_one_line(tmp_path: Path, arrays: dict[str, Any], capsys: p
         (lambda: npz(query_cams=np.zeros(12, int), gallery_cams=np.zeros(40, int)), "another camera"),
         (lambda: [*npz(), "--ids", ids], "--ids goes with"),
         (lambda: [*npz(), "--ranks", "0"], "--ranks 0"),
+        (lambda: [*npz(), "--seed", "-5"], "--seed -5"),
         (lambda: [*npz(), "--json", str(tmp_path / "no" / "s.json")], "folder does not exist"),
         ([query, gallery], "need --ids"),
         ([query, gallery, gallery], "3 feature files"),

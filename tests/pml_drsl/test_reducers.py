@@ -44,6 +44,11 @@ def test_equals_pml_per_anchor_reducer_where_every_query_has_pairs():
     torch.testing.assert_close(PerQueryReducer()(losses, embeddings, None), wanted)
 
 
+def test_what_is_no_reducer_is_refused():
+    with pytest.raises(ValueError, match=r"reducer must be one of .*, got 'mean'"):
+        PerQueryReducer("mean")
+
+
 @pytest.mark.parametrize("losses", [0, torch.zeros(0)])
 def test_no_loss_at_all_is_a_zero_that_goes_backward(losses):
     embeddings = torch.randn(3, 2, requires_grad=True)

@@ -77,6 +77,38 @@ def test_wrong_words_are_refused():
         get_default_config().merge_from_list(["train.lr"])
     with pytest.raises(ValueError, match=r"'train.max_epochs' in the command line; did you mean 'train.max_epoch'"):
         get_default_config().merge_from_list(["train.max_epochs", "3"])
+    with pytest.raises(ValueError, match=r"-s stands after KEY VALUE pairs"):
+        get_default_config().merge_from_list(["train.max_epoch", "3", "-s", "market1501"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["data.transforms", "['random_flipp']"],
+            r"data.transforms must be one of random_flip, .*, got 'random_flipp'",
+        ),
+        (["train.lr_scheduler", "cos"], "train.lr_scheduler must be one of .*none, got 'cos'"),
+        (["train.amp", "fp8"], "train.amp must be one of off, bf16, fp16, got 'fp8'"),
+        (["test.dist_metric", "hamming"], "test.dist_metric must be one of euclidean, cosine, got 'hamming'"),
+        (["test.ranks", "[1,0]"], r"test.ranks takes whole numbers of 1 or more, got 0"),
+        (["test.batch_size", "0"], r"test.batch_size takes whole numbers of 1 or more, got 0"),
+        (["train.accumulate", "2"], "gradients are not accumulated"),
+    ],
+)
+def test_values_that_a_test_would_refuse_are_refused_before_training(words, message):
+    cfg = get_default_config()
+    cfg.merge_from_list(words)
+    with pytest.raises(ValueError, match=message):
+        config.check(cfg)
+
+
+def test_every_transform_of_torchreid_is_known():
+    cfg = get_default_config()
+    cfg.data.transforms = ["Random_Flip", "random_crop", "random_patch", "color_jitter", "random_erase"]
+    config.check(cfg)
+    cfg.data.transforms = []
+    config.check(cfg)
 
 
 @pytest.mark.parametrize("data_type", ["image", "video"])
@@ -125,7 +157,7 @@ def test_words_may_hold_yaml():
     assert cfg.data.transforms == ["random_flip", "random_erase"]
     with pytest.raises(ValueError, match=r"'loss.pml.kwargs': \{m: 0.4 is not YAML"):
         cfg.merge_from_list(["loss.pml.kwargs", "{m: 0.4"])
-    with pytest.raises(ValueError, match=r"'loss.pml.kwargs' takes \{ARGUMENT: VALUE\}, got 5"):
+    with pytest.raises(ValueError, match=r"'loss.pml.kwargs' takes \{ARGUMENT: VALUE, ...\}, got 5"):
         cfg.merge_from_list(["loss.pml.kwargs", "5"])
 
 

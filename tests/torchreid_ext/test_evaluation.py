@@ -46,6 +46,18 @@ def test_scores_are_torchreids(metric, normalize, rerank):
     assert result.rank(1) == pytest.approx(cmc[0], abs=5 * tolerance)
 
 
+def test_the_curve_is_as_long_as_the_ranks_asked_for(tmp_path, monkeypatch):
+    assert len(Search(samples(0, 20), samples(1, 120)).evaluate(max_rank=100).cmc) == 100
+    manager = make_image_manager(tmp_path)
+    model = torchreid.models.build_model("osnet_x0_25", manager.num_train_pids, loss="triplet", pretrained=False)
+    engine = ImageDRSLEngine(manager, model, torch.optim.SGD(model.parameters(), lr=0.1), use_gpu=False)
+    asked = []
+    evaluate = Search.evaluate
+    monkeypatch.setattr(Search, "evaluate", lambda *args, **kwargs: asked.append(kwargs) or evaluate(*args, **kwargs))
+    engine.test(ranks=[1, 100])
+    assert asked == [{"max_rank": 100}]
+
+
 def test_a_ranking_shows_junk_apart_and_topk_others():
     query, gallery = samples(0, 5), samples(1, 40)
     search = Search(query, gallery)

@@ -87,7 +87,10 @@ def test_an_unreadable_image_of_the_gallery_loses_no_epoch(tmp_path, capsys):
     whole = path.read_bytes()
     path.write_bytes(b"")
     assert launch(tmp_path, **{"train.max_epoch": 2, "train.checkpoint_freq": 5}) == 2
-    assert f"cannot read image '{path}'" in complaint(capsys)
+    message = complaint(capsys)
+    assert f"cannot read image '{path}'" in message
+    (log,) = tmp_path.rglob("train.log-*")
+    assert log.read_text().splitlines()[-1] == message
     path.write_bytes(whole)
     assert launch(tmp_path, **{"train.max_epoch": 2, "train.checkpoint_freq": 5, "model.resume": "auto"}) == 0
     out = capsys.readouterr().out
