@@ -81,7 +81,7 @@ def together(extract: Callable[[], Samples | None], device: torch.device, group:
 
     Raises:
         Interrupted: if any process was asked to stop.
-        ValueError, RuntimeError: on every process, where ``extract`` failed on one.
+        ValueError, RuntimeError: where ``extract`` failed on another process, by ValueError or OSError or otherwise.
     """
     mine, error = None, None
     try:
@@ -90,7 +90,7 @@ def together(extract: Callable[[], Samples | None], device: torch.device, group:
         error = caught
     told: Any = None
     if error is not None:
-        told = getattr(error, "signal", None), isinstance(error, ValueError), str(error)
+        told = getattr(error, "signal", None), isinstance(error, (ValueError, OSError)), str(error)
     elif mine is not None:
         told = mine.features.shape, mine.features.dtype, mine.pids, mine.camids
     reports: list[Any] = [None] * dist.get_world_size(group)
@@ -99,10 +99,10 @@ def together(extract: Callable[[], Samples | None], device: torch.device, group:
         raise error
     for rank, (failed, what) in enumerate(reports):
         if failed:
-            signum, is_value_error, message = what
+            signum, is_of_input, message = what
             if signum is not None:
                 raise Interrupted(signum, message)
-            raise (ValueError if is_value_error else RuntimeError)(f"process {rank} could not test: {message}")
+            raise (ValueError if is_of_input else RuntimeError)(f"process {rank} could not test: {message}")
 
     features, pids, camids = [], [], []
     for rank, (_, what) in enumerate(reports):
