@@ -16,6 +16,7 @@ from tqdm import tqdm
 from pml_drsl import reranking
 from pml_drsl.accuracy import FeatureDistances, RankedQueries, RetrievalResult, rank_queries, summarize
 from torchreid_ext import sharding
+from torchreid_ext.interrupts import Interrupted
 from torchreid_ext.pictures import RankedQuery, save_ranking_picture
 from torchreid_ext.sharding import Samples
 
@@ -36,8 +37,12 @@ def extract(engine: Any, loader: Any, group: dist.ProcessGroup | None = None) ->
         return _extract(engine, loader)
     mine = sharding.batches_of(loader, group)
     device = next(engine.model.parameters()).device
-    with sharding.model_of_first(engine, group):
-        return sharding.together(lambda: _extract(engine, mine) if len(mine) else None, device, group)
+    try:
+        with sharding.model_of_first(engine, group):
+            return sharding.together(lambda: _extract(engine, mine) if len(mine) else None, device, group)
+    except Interrupted as stop:  # the signal may have come to another process alone
+        engine.stop.signum = stop.signal
+        raise
 
 
 @torch.no_grad()

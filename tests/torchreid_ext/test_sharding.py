@@ -126,6 +126,7 @@ def work(rank_, world_size, folder):
             run_test(engine, "three batches")
         except (ValueError, OSError, Interrupted) as error:
             found["raised"].append((type(error).__name__, str(error)))
+    found["asked to stop"] = engine.stop.signum
     torch.save(found, folder / f"found{rank_}")
     dist.destroy_process_group()
 
@@ -199,6 +200,7 @@ def test_what_fails_on_one_process_ends_the_test_on_all(outcome):
     assert damage[2][1].endswith('.png" does not exist')
     assert damage[0][1] == damage[1][1] == f"process 2 could not test: {damage[2][1]}"
     assert [name for name, _ in stop] == ["Interrupted"] * 3
+    assert [of_process["asked to stop"] for of_process in found] == [15] * 3
 
 
 def test_shares_are_whole_and_even(monkeypatch):
