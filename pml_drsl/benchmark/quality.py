@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 def tune(bench: Experiment, losses: Sequence[str]) -> None:
     """Runs, or finds in the file, what chooses the settings and the recipe of every loss."""
     results, protocol = bench.results, bench.protocol
-    bench.run([trial for loss in losses for trial in settings(protocol, loss)[: bench.tried]], "tuning")
+    bench.run([trial for loss in losses for trial in settings(protocol, loss)], "tuning")
     recipes = []
     for loss in losses:
         for trials in recipes_of(protocol, best_first(results, protocol, settings(protocol, loss))).values():

@@ -20,8 +20,8 @@ MEMORY_SIZE = 1024
 
 
 def settings(protocol: Protocol, loss: str) -> list[Trial]:
-    """A loss with every point of its grid."""
-    return [protocol.validation.but(loss=loss, parameters=point) for point in CANDIDATES[loss].grid]
+    """A loss with every point of its grid that is tried."""
+    return [protocol.validation.but(loss=loss, parameters=point) for point in CANDIDATES[loss].grid[: protocol.tried]]
 
 
 def best_first(results: Results, protocol: Protocol, trials: Sequence[Trial]) -> list[Trial]:
