@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     results, protocol = bench.results, bench.protocol
     bench.run(settings(protocol, DRSL), "tuning")
     run_all(
-        [trial.but(seed=seed) for _, trial in trials(results, protocol) for seed in range(bench.seeds)],
+        [trial.but(seed=seed) for seed in range(bench.seeds) for _, trial in trials(results, protocol)],
         bench.data,
         results,
         bench.machine,

@@ -37,12 +37,13 @@ class Experiment:
 
     def run(self, trials: list[Trial], title: str) -> None:
         """Each trial with each seed, but for those whose results are in the file."""
-        repeated = [
-            trial.but(seed=seed)
-            for trial in trials
-            for seed in range(self.protocol.tuning_seeds if trial.split == "validation" else self.seeds)
-        ]
+        # All trials with the first seed come first: an interrupted run has something of everything.
+        most = max(self.seeds, self.protocol.tuning_seeds)
+        repeated = [trial.but(seed=seed) for seed in range(most) for trial in trials if seed < self._seeds(trial)]
         run_all(repeated, self.data, self.results, self.machine, title)
+
+    def _seeds(self, trial: Trial) -> int:
+        return self.protocol.tuning_seeds if trial.split == "validation" else self.seeds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -21,7 +21,7 @@ from pml_drsl.benchmark.results import Protocol, Results
 from pml_drsl.benchmark.trial import Trial
 from pml_drsl.benchmark.tuning import best_first, settings, validation_score
 
-RATIOS = (1, 8, 64, 250, 1000)
+RATIOS = (1, 10, 100, 1000)
 OPPONENTS = 4
 MEMORY_SIZE = 2048
 
