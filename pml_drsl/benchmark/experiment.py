@@ -51,10 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("training")
     training.add_argument("--network", default="conv4", help="conv4, or a torchreid model (%(default)s)")
     training.add_argument("--dim", type=int, default=128, help="size of conv4's embedding (%(default)s)")
-    training.add_argument("--epochs", type=int, default=40, help="of the runs that are reported (%(default)s)")
+    training.add_argument("--epochs", type=int, default=30, help="of the runs that are reported (%(default)s)")
     training.add_argument("--tuning-epochs", type=int, default=20, help="of the runs that try settings (%(default)s)")
     training.add_argument("--seeds", type=int, default=3, help="runs of what is reported (%(default)s)")
-    training.add_argument("--tuning-seeds", type=int, default=2, help="runs of what is tried (%(default)s)")
+    training.add_argument("--tuning-seeds", type=int, default=1, help="runs of what is tried (%(default)s)")
     training.add_argument(
         "--batch", type=int, nargs=2, metavar=("IDENTITIES", "IMAGES"), default=[16, 4], help="of a batch (16 4)"
     )

@@ -57,7 +57,7 @@ class Trial:
     negatives_per_positive: float = 0.0
     identities: int = 16
     instances: int = 4
-    epochs: int = 40
+    epochs: int = 30
     lr: float = 1e-3
     seed: int = 0
     network: str = "conv4"
