@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pml_drsl.accuracy import METRICS
+from torchreid_ext import distributed
 from torchreid_ext.config_node import Config
 from torchreid_ext.stepping import AMP
 
@@ -27,6 +28,7 @@ def check(cfg: Config) -> None:
         for value in values:
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"test.{key} takes whole numbers of {least} or more, got {value!r}")
+    distributed.check_share(cfg.train.batch_size)
     if cfg.train.accumulate != 1:
         raise ValueError(
             f"train.accumulate {cfg.train.accumulate}: gradients are not accumulated over batches, because each image "

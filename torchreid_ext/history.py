@@ -54,14 +54,18 @@ class History:
         self.newest, self.saved_epoch = path, epoch
         return path
 
-    def load_newest(self) -> tuple[Path, dict[str, Any]] | None:
+    def load_newest(self, since: float = 0) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint that can be read and its state; None where there is none at all.
+
+        Args:
+            since: leave out those written before this time, in seconds since 1970.
 
         Raises:
             ValueError: if there are some and none can be read.
         """
         numbered = sorted(self._numbered().values(), key=lambda path: path.stat().st_mtime, reverse=True)
-        candidates = [path for path in (self.folder / LAST, *numbered) if path.is_file()]
+        named = [path for path in (self.folder / LAST, *numbered) if path.is_file()]
+        candidates = [path for path in named if path.stat().st_mtime >= since]
         for path in candidates:
             try:
                 state = checkpoint.load(path)

@@ -78,8 +78,7 @@ def train_on_share(rank, world_size, store, results):
         loss_fn = DistributedLossWrapper(LOSSES[name](), efficient=efficient)
         loss = loss_fn(embeddings, labels, indices, ref_emb, ref_labels)
         loss.backward()
-        value = loss.detach() if efficient else loss.detach() / world_size
-        found.append((value, network.module.layer.weight.grad))
+        found.append((loss.detach(), network.module.layer.weight.grad))
     torch.save(found, f"{results}{rank}")
     torch.distributed.destroy_process_group()
 
