@@ -230,7 +230,6 @@ class BaseEngine(Tester, torchreid.engine.Engine):
         value = distributed.mean(loss)
         if self._skip_nonfinite and not torch.isfinite(value):
             self._put_back()
-            self.stepper.forget()
             self.skipped += 1
             print(f"Skipped epoch {self.epoch + 1}, batch {self.batch_idx + 1}: the loss is {value.item()}")
             return

@@ -57,10 +57,6 @@ class Stepper:
             output = network(images)
         return _in_float32(output)
 
-    def forget(self) -> None:
-        """Starts the next step afresh, after a forward pass whose backward pass does not come."""
-        self._networks.clear()
-
     def _network(self, model: nn.Module) -> Any:
         # The module itself stays as it is: evaluation, with batches of other sizes, would be compiled time and again,
         # and checkpoints would name its weights otherwise.
@@ -73,12 +69,12 @@ class Stepper:
         if self._compiled:
             network = torch.compile(network)
         if distributed.size() > 1:
-            # A static graph finds out in the first step which parameters the loss leaves out (of logits without a
-            # cross-entropy, say), and they get no gradient, as in one process.
+            # What the loss leaves out (logits without a cross-entropy, say) gets no gradient, as in one process.
             # Statistics are averaged once an epoch; of the option's two names, new releases of torch warn of the old.
             names = inspect.signature(DistributedDataParallel).parameters
             option = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-            network = DistributedDataParallel(network, static_graph=True, **{option: False})
+            options: dict[str, Any] = {option: False, "find_unused_parameters": True}
+            network = DistributedDataParallel(network, **options)
         self._networks[model] = trained, network
         return network
 
