@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node 2 tests/support/shared_training.py FOLDER
 
-The network has no batch normalisation, which sees the share of a process and not the whole batch, and no dropout.
+The network has no batch normalisation, which sees the share of a process and not the whole batch; and no dropout,
+but where a run is resumed.
 """
 
 import sys
@@ -10,8 +11,8 @@ from pathlib import Path
 
 import torch
 from pytorch_metric_learning import losses, miners
-from toy_data import make_image_manager, make_video_manager
 from torch import nn
+from toy_data import make_image_manager, make_video_manager
 
 from pml_drsl.losses import DRSLoss
 from pml_drsl.miners import RankViolationMiner
@@ -24,15 +25,17 @@ BATCH, CLASSES, FEATURES = 12, 6, 16
 
 
 class Network(nn.Module):
-    def __init__(self, dtype, returns="both"):
+    def __init__(self, dtype, returns="both", dropout=0):
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.BatchNorm1d(FEATURES, dtype=dtype) if dropout else nn.Identity()
         self.returns = returns
         self.stem = nn.Conv2d(3, 4, 5, stride=4, dtype=dtype)
         self.body = nn.Sequential(nn.GroupNorm(2, 4, dtype=dtype), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
         self.classifier = nn.Linear(FEATURES, CLASSES, dtype=dtype)
 
     def forward(self, images):
-        features = self.body(self.stem(images.to(self.stem.weight.dtype)))
+        features = self.norm(self.dropout(self.body(self.stem(images.to(self.stem.weight.dtype)))))
         if not self.training:
             return features
         logits = self.classifier(features)
@@ -60,12 +63,11 @@ CASES = {
 """Arguments of the engine by name."""
 
 
-def make_engine(folder, name, engine=engines.ImageDRSLEngine, dtype=torch.float64, criterion=None, **kwargs):
-    kwargs.pop("run", None)
+def make_engine(folder, name, run=None, engine=engines.ImageDRSLEngine, dtype=torch.float64, dropout=0, **kwargs):
     # Another seed for each process, to be made equal by the run.
     seed_everything(5 + distributed.rank())
-    model = Network(dtype, "logits" if name == "softmax" else "both")
-    criterion = criterion and criterion().to(dtype)
+    model = Network(dtype, "logits" if name == "softmax" else "both", dropout)
+    criterion = kwargs.pop("criterion")().to(dtype) if "criterion" in kwargs else None
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
     if criterion is not None:
         if any(True for _ in criterion.parameters()):
@@ -119,6 +121,20 @@ def train_all(folder):
     return found
 
 
+def resume(folder):
+    """The states of a run of four epochs, one that went on after two, and the random numbers of a step of each."""
+    ends, drawn = [], []
+    for stops in ((4,), (2, 4)):
+        for stop in stops:
+            engine = make_engine(folder, "resumed", dropout=0.5, **CASES["weights"])
+            log = str(folder.parent / str(stops))
+            start = engine.resume("auto", log) if stop > stops[0] else 0
+            engine.run(log, max_epoch=stop, start_epoch=start, eval_freq=2)
+        ends.append(states.copied(states.of_engine(engine, 4)))
+        drawn.append(torch.rand(5))
+    return {"ends": ends, "drawn": drawn}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
@@ -126,4 +142,4 @@ if __name__ == "__main__":
         # Each writes the images it reads.
         own = folder / str(distributed.rank())
         own.mkdir()
-        torch.save(train_all(own), folder / f"found{distributed.rank()}")
+        torch.save({"cases": train_all(own), "resumed": resume(own)}, folder / f"found{distributed.rank()}")
