@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from tqdm import tqdm
 
 from pml_drsl.distance_rows import Array, DistanceRows, rows_per_chunk
@@ -80,6 +81,7 @@ def rank_queries(
     gallery_starts_with_query: bool = False,
     chunk_size: int | None = None,
     progress: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> RankedQueries:
     """Ranks the gallery of every query by the re-ID protocol; see ``pml_drsl.accuracy.evaluate`` for its terms.
 
@@ -95,6 +97,8 @@ def rank_queries(
         gallery_starts_with_query: the first Q gallery entries are the queries themselves; each is junk to itself.
         chunk_size: queries at a time; None chooses by memory.
         progress: show a progress bar on stderr.
+        group: processes that share the queries, in whole chunks; each must call this with the same arguments, and
+            gets the same answer: bit for bit that of one process, with the same number of threads.
 
     Raises:
         ValueError: for labels of a wrong shape or type, one camera list without the other, an unknown option,
@@ -116,9 +120,14 @@ def rank_queries(
     groups = _Identities(ids[1], int(torch.cat(ids).max()) + 1)
     shots = _SingleShots(groups, seed) if protocol == "single-gallery-shot" else None
     step = rows_per_chunk(max(num_gallery, 0 if shots is None else shots.draws_per_query), chunk_size)
+    # Of a chunk of another size, a matrix product may round differently.
+    starts = range(0, num_query, step)
+    mine = starts if group is None else starts[share(len(starts), group)]
+    if shots is not None:
+        shots.skip(mine.start)
     parts: list[tuple[Tensor, ...]] = []
     with tqdm(total=num_query, desc="ranking", unit="query", disable=not progress) as bar:
-        for start in range(0, num_query, step):
+        for start in mine:
             stop = min(start + step, num_query)
             rows = distances.rows(start, stop)
             members, valid = groups.members(ids[0][start:stop])
@@ -129,6 +138,10 @@ def rank_queries(
                 junk |= valid & (members == torch.arange(start, stop)[:, None])
             parts.append((*_rank_rows(rows, members, valid, junk, ties, shots), junk.sum(dim=1)))
             bar.update(stop - start)
+    if group is not None:
+        of_all: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(of_all, parts, group)
+        parts = [part for of_process in of_all for part in of_process]
     ap, inp, first, positives, junks = (torch.cat(column) for column in zip(*parts, strict=True))
     ranked = RankedQueries(ap, inp, first, positives, junks, num_gallery)
     if not bool(ranked.matched.any()):
@@ -219,6 +232,10 @@ class _SingleShots:
         self.generator = np.random.default_rng(seed)
         self.draws_per_query = NUM_REPEATS * (len(self.counts) + 1)
 
+    def skip(self, num_queries: int) -> None:
+        """Draws for ``num_queries`` queries, and drops what is drawn."""
+        self.generator.bit_generator.advance(num_queries * self.draws_per_query)  # type: ignore[attr-defined]
+
     def negatives_before(self, rows: Tensor, thresholds: Tensor, num_positives: Tensor) -> tuple[Tensor, Tensor]:
         """Drawn negatives closer than, and as close as, the drawn positive: two [q, repeats] integer tensors.
 
@@ -234,6 +251,12 @@ class _SingleShots:
         which = (draws[..., -1].to(rows.device) * num_positives[:, None]).long()
         threshold = thresholds.gather(1, which)[:, :, None]
         return (negatives < threshold).sum(dim=2), (negatives == threshold).sum(dim=2)
+
+
+def share(number: int, group: dist.ProcessGroup) -> slice:
+    """Which of ``number`` things in a row are this process's; shares differ by one at most."""
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    return slice(number * rank // world_size, number * (rank + 1) // world_size)
 
 
 def shared_labels(query: Labels, gallery: Labels, num_query: int, num_gallery: int, name: str) -> tuple[Tensor, Tensor]:

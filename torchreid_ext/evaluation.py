@@ -4,39 +4,49 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import distributed as dist
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from pml_drsl import reranking
 from pml_drsl.accuracy import FeatureDistances, RankedQueries, RetrievalResult, rank_queries, summarize
+from torchreid_ext import sharding
+from torchreid_ext.interrupts import Interrupted
 from torchreid_ext.pictures import RankedQuery, save_ranking_picture
+from torchreid_ext.sharding import Samples
 
 Paths = tuple[Sequence[Any], Sequence[Any]]
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Features, shape (N, D), identities and cameras, shape (N,), of a query set or a gallery."""
-
-    features: Tensor
-    pids: np.ndarray[Any, Any]
-    camids: np.ndarray[Any, Any]
-
-
-@torch.no_grad()
-def extract(engine: Any, loader: Any) -> Samples:
+def extract(engine: Any, loader: Any, group: dist.ProcessGroup | None = None) -> Samples:
     """The features that the engine's model gives to the images of a loader, on the CPU.
+
+    With a ``group``, each of its processes extracts its share, and all have all features: bit for bit those of one
+    process, with the same number of threads.
 
     Raises:
         Interrupted: if the run is asked to stop.
+        ValueError, RuntimeError: with a group, on every process, if one of them fails.
     """
+    if group is None:
+        return _extract(engine, loader)
+    mine = sharding.batches_of(loader, group)
+    device = next(engine.model.parameters()).device
+    try:
+        with sharding.model_of_first(engine, group):
+            return sharding.together(lambda: _extract(engine, mine) if len(mine) else None, device, group)
+    except Interrupted as stop:  # the signal may have come to another process alone
+        engine.stop.signum = stop.signal
+        raise
+
+
+@torch.no_grad()
+def _extract(engine: Any, loader: Any) -> Samples:
     device = next(engine.model.parameters()).device
     features, pids, camids = [], [], []
     # tqdm's own check for a terminal: nothing is drawn into a file.
@@ -73,11 +83,16 @@ class Search:
         search = reranking.rerank if rerank else FeatureDistances
         self.distances = search(*features, metric=metric)  # type: ignore[arg-type]
 
-    def evaluate(self, single_gallery_shot: bool = False, max_rank: int = 50) -> RetrievalResult:
-        """CMC to ``max_rank``, mAP and mINP by Market-1501's protocol, or CUHK03's single-gallery-shot."""
-        return summarize(self.ranked(single_gallery_shot), max_rank)
+    def evaluate(
+        self, single_gallery_shot: bool = False, max_rank: int = 50, group: dist.ProcessGroup | None = None
+    ) -> RetrievalResult:
+        """CMC to ``max_rank``, mAP and mINP by Market-1501's protocol, or CUHK03's single-gallery-shot.
 
-    def ranked(self, single_gallery_shot: bool = False) -> RankedQueries:
+        The processes of ``group`` share the queries; all of them must call this.
+        """
+        return summarize(self.ranked(single_gallery_shot, group), max_rank)
+
+    def ranked(self, single_gallery_shot: bool = False, group: dist.ProcessGroup | None = None) -> RankedQueries:
         """The same for each query."""
         query, gallery = self.query, self.gallery
         return rank_queries(
@@ -87,6 +102,7 @@ class Search:
             query.camids,
             gallery.camids,
             protocol="single-gallery-shot" if single_gallery_shot else "standard",
+            group=group,
         )
 
     def ranking(self, index: int, topk: int, query_paths: Sequence[Any], gallery_paths: Sequence[Any]) -> RankedQuery:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import distributed as dist
 
 from pml_drsl.accuracy import RetrievalResult
-from torchreid_ext import checkpoint, evaluation, generators
+from torchreid_ext import checkpoint, evaluation, generators, sharding
 
 
 class Tester:
@@ -37,6 +38,8 @@ class Tester:
         """Tests on every target, prints as torchreid does, and writes ``save_dir/metrics.json``.
 
         Leaves every random number generator as it was, so that training does not depend on how often it is tested.
+        The processes of a distributed run share the work, with the result of one process; the first alone prints and
+        writes.
 
         Args:
             dist_metric: ``"euclidean"`` or ``"cosine"``.
@@ -53,21 +56,26 @@ class Tester:
         """
         self.set_model_mode("eval")
         self.results = {}
+        group = sharding.processes()
+        first = group is None or dist.get_rank() == 0
         with generators.untouched():
             for target, loaders in self.test_loader.items():
                 domain = "source" if target in self.datamanager.sources else "target"
-                print(f"##### Evaluating {target} ({domain}) #####")
-                features = evaluation.extract(self, loaders["query"]), evaluation.extract(self, loaders["gallery"])
-                search = evaluation.Search(*features, dist_metric, normalize_feature, rerank)
-                result = search.evaluate(use_metric_cuhk03, max_rank=max(50, *ranks))
-                evaluation.print_result(result, ranks)
+                if first:
+                    print(f"##### Evaluating {target} ({domain}) #####")
+                query, gallery = (evaluation.extract(self, loaders[split], group) for split in ("query", "gallery"))
+                search = evaluation.Search(query, gallery, dist_metric, normalize_feature, rerank)
+                result = search.evaluate(use_metric_cuhk03, max_rank=max(50, *ranks), group=group)
                 self.results[target] = result
+                if not first:
+                    continue
+                evaluation.print_result(result, ranks)
                 if picture or visrank:
                     self._draw(target, search, picture, visrank, visrank_topk, save_dir)
                 if self.writer is not None:
                     self.writer.add_scalar(f"Test/{target}/rank1", result.rank(1), self.epoch)
                     self.writer.add_scalar(f"Test/{target}/mAP", result.mAP, self.epoch)
-        if save_dir:
+        if save_dir and first:
             write_metrics(self.results, save_dir)
         return self.results
 

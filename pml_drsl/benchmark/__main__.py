@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         if package in ("", "pml_drsl"):
             raise
-        print(f"drsl-benchmark {name} needs {package}: pip install 'pml-drsl[benchmark]'", file=sys.stderr)
+        extra = "reid" if package == "torchreid" else "benchmark"
+        print(f"drsl-benchmark {name} needs {package}: pip install 'pml-drsl[{extra}]'", file=sys.stderr)
         return 2
     return status
 

@@ -8,6 +8,8 @@ Examples:
   drsl-benchmark evaluation                      Market-1501's size, against torchreid (a few minutes)
   drsl-benchmark evaluation --msmt --json m.json MSMT17's size: memory
   drsl-benchmark evaluation --rerank             with k-reciprocal re-ranking
+  drsl-benchmark evaluation --index ivf hnsw --queries 500 --gallery 200000 --dim 128 --identities 10000
+                                                 faiss's approximate search, against its exact one
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import torch
 from torch import Tensor
 
 from pml_drsl.accuracy import evaluate
+from pml_drsl.benchmark import search as approximate
 
 GIB = 2**30
 # Bytes per pair of a query and a gallery image that torchreid's evaluation takes at its peak: distances in float32,
@@ -48,6 +51,7 @@ class Task:
         cameras: number of cameras.
         rerank: re-rank first.
         threads: of torch.
+        separation: of squared distances, from those to a match to those to another identity, in standard deviations.
     """
 
     queries: int
@@ -57,6 +61,7 @@ class Task:
     cameras: int
     rerank: bool
     threads: int
+    separation: float = 2.5
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--identities", type=int, default=750, help="(%(default)s)")
     parser.add_argument("--cameras", type=int, default=6, help="(%(default)s)")
     parser.add_argument(
+        "--separation", type=float, default=2.5, help="of the identities: the larger, the higher mAP (%(default)s)"
+    )
+    parser.add_argument(
         "--msmt", action="store_true", help="MSMT17's size: 11659 x 82161 x 512, 3060 identities, 15 cameras"
     )
     parser.add_argument("--rerank", action="store_true", help="re-rank first, for pml_drsl alone")
@@ -94,23 +102,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", type=float, default=8.0, help="GiB that torchreid may take (%(default)s)")
     parser.add_argument("--no-host", action="store_true", help="leave torchreid out")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (%(default)s)")
+    parser.add_argument(
+        "--index", nargs="+", choices=["ivf", "hnsw"], help="faiss's approximate search instead, against its exact one"
+    )
+    parser.add_argument("--top", type=int, default=100, help="gallery images that --index finds (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the measurements here")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints a table and writes the file asked for. Returns 0, or 2 for sizes below 1."""
     task = Task(args.queries, args.gallery, args.dim, args.identities, args.cameras, args.rerank, args.threads)
+    task = replace(task, separation=args.separation)
     if args.msmt:
         task = replace(task, queries=11659, gallery=82161, dim=512, identities=3060, cameras=15)
-    counts = {"rounds": args.rounds} | {name: value for name, value in asdict(task).items() if name != "rerank"}
+    counts = {"rounds": args.rounds, "top": args.top} | {
+        name: value for name, value in asdict(task).items() if name != "rerank"
+    }
     for name, value in counts.items():
-        if value < 1:
-            print(f"drsl-benchmark evaluation: --{name} {value}: give at least 1", file=sys.stderr)
+        least = "more than 0" if name == "separation" else "at least 1"
+        if value <= 0 or (value < 1 and name != "separation"):
+            print(f"drsl-benchmark evaluation: --{name} {value}: give {least}", file=sys.stderr)
             return 2
+    if args.index and args.rerank:
+        print("drsl-benchmark evaluation: --rerank needs all distances: leave it or --index out", file=sys.stderr)
+        return 2
     print(
         f"{task.queries} queries x {task.gallery} gallery images x {task.dim} dimensions, {task.identities} "
         f"identities, {task.cameras} cameras, {task.threads} threads{', re-ranked' if task.rerank else ''}"
     )
+    if args.index:
+        rows = approximate.run(make_search(task), args.index, min(args.top, task.gallery), args.threads)
+        if args.json:
+            _write_json(args.json, {"task": asdict(task), "measurements": [asdict(row) for row in rows]})
+        return 0
     print(f"{'':12}{'seconds':>10}{'GiB':>10}{'mAP':>10}{'rank-1':>10}")
     found = [_in_own_process("pml_drsl", task, args.rounds)]
     print(_row(found[0]), flush=True)
@@ -130,9 +154,13 @@ def run(args: argparse.Namespace) -> int:
         }
         if len(found) == 2:
             report["ratio"] = found[1].seconds / found[0].seconds
-        with open(args.json, "w") as file:
-            json.dump(report, file, indent=1)
+        _write_json(args.json, report)
     return 0
+
+
+def _write_json(path: str, report: dict[str, Any]) -> None:
+    with open(path, "w") as file:
+        json.dump(report, file, indent=1)
 
 
 def measure(implementation: str, task: Task, rounds: int) -> Measurement:
@@ -155,8 +183,8 @@ def make_search(task: Task) -> dict[str, Tensor]:
     """Features scattered around their identities' centers so widely that a search finds some matches, not all."""
     generator = torch.Generator().manual_seed(0)
     centers = torch.randn(task.identities, task.dim, generator=generator)
-    # Of two squared distances, to a match and to another identity, the means are then 2.5 deviations apart.
-    spread = ((task.dim / 2) ** 0.5 / 2.5) ** 0.5
+    # Of two squared distances, to a match and to another identity, the means are then so many deviations apart.
+    spread = ((task.dim / 2) ** 0.5 / task.separation) ** 0.5
     search: dict[str, Tensor] = {}
     for side, size in (("query", task.queries), ("gallery", task.gallery)):
         ids = torch.randint(0, task.identities, (size,), generator=generator)

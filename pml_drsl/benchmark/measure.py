@@ -51,7 +51,13 @@ def make_step(name: str, size: int, dim: int, device: str) -> Callable[[], None]
     if name == FLOOR:
         distance, gradient = LpDistance(), torch.randn(size, size, device=device)
         return lambda: _discard(torch.autograd.grad(distance(x), x, gradient))
-    loss_fn, labels = LOSSES[name](), torch.arange(size, device=device) // PER_IDENTITY
+    return step_of(LOSSES[name](), x)
+
+
+def step_of(loss_fn: torch.nn.Module, x: torch.Tensor) -> Callable[[], None]:
+    """Forward and backward of a loss on embeddings ``x``, shape (N, D)."""
+    x.requires_grad_()
+    labels = torch.arange(len(x), device=x.device) // PER_IDENTITY
     return lambda: _discard(torch.autograd.grad(loss_fn(x, labels), x))
 
 

@@ -9,19 +9,23 @@ Examples:
   drsl-benchmark speed --sizes 512 --dims 512
   drsl-benchmark speed --json speed.json --csv speed.csv --plot speed.png
   drsl-benchmark speed --losses DRSL SmoothAP --sizes 64 128 256 512
+  drsl-benchmark speed --processes 2 --sizes 1024 4096      the batch shared by two processes: time and bytes moved
+  drsl-benchmark speed --step osnet_x1_0 --sizes 16 64      the share of the loss in a network's training step
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from pml_drsl.benchmark import measure, speed_report
+from pml_drsl.benchmark import measure, speed_processes, speed_report, speed_step
 from pml_drsl.benchmark.measure import FLOOR, LOSSES
 
 SIZES = [64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
@@ -74,6 +78,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="(%(default)s)",
     )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="above 1: share each batch between so many processes, on one device each, and compare with one; "
+        "--threads and --memory are of all together",
+    )
+    parser.add_argument("--step", metavar="NETWORK", help="the share of the losses in the step of torchreid's NETWORK")
     parser.add_argument("--json", metavar="FILE", help="write the measurements, and the machine they are of, here")
     parser.add_argument("--csv", metavar="FILE", help="write the measurements here")
     parser.add_argument("--plot", metavar="FILE.png", help="plot time and memory against size (needs matplotlib)")
@@ -81,10 +93,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints a table per size as it goes, and writes the files asked for."""
-    for name, values in (("--sizes", args.sizes), ("--dims", args.dims), ("--seconds", [args.seconds])):
+    for name, values in (
+        ("--sizes", args.sizes), ("--dims", args.dims), ("--seconds", [args.seconds]),
+        ("--processes", [args.processes]), ("--threads", [args.threads]),
+    ):  # fmt: skip
         if min(values) <= 0:
             print(f"{name} must be above 0, got {min(values)}", file=sys.stderr)
             return 2
+    if args.processes > 1 or args.step:
+        return _run_other(args)
     plot = speed_report.plotter() if args.plot else None  # a missing matplotlib is told before the work, not after
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -98,13 +115,39 @@ def run(args: argparse.Namespace) -> int:
     print(speed_report.growth(rows))
     if "SmoothAP" in args.losses:
         print(speed_report.smooth_ap_note())
+    _write(args, rows)
+    if plot is not None:
+        plot(args.plot, rows)
+    return 0
+
+
+def _run_other(args: argparse.Namespace) -> int:
+    """``--processes`` and ``--step``."""
+    if args.plot or (args.processes > 1 and args.step):
+        print("--processes, --step and --plot: choose one", file=sys.stderr)
+        return 2
+    torch.set_num_threads(args.threads)
+    rows: Sequence[Any]
+    try:
+        if args.step:
+            rows = speed_step.run(args.step, args.sizes, args.losses, args.seconds, args.threads, args.device)
+        else:
+            points = [(dim, size) for dim in args.dims for size in args.sizes]
+            rows = speed_processes.run(
+                points, args.losses, args.processes, args.seconds, args.memory, args.threads, args.device
+            )
+    except ValueError as error:
+        print(f"drsl-benchmark speed: {error}", file=sys.stderr)
+        return 2
+    _write(args, rows)
+    return 0
+
+
+def _write(args: argparse.Namespace, rows: Sequence[Any]) -> None:
     if args.json:
         speed_report.write_json(args.json, rows, args.device, args.threads)
     if args.csv:
         speed_report.write_csv(args.csv, rows)
-    if plot is not None:
-        plot(args.plot, rows)
-    return 0
 
 
 def measure_point(size: int, dim: int, args: argparse.Namespace) -> list[Row]:

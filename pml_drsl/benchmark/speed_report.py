@@ -39,8 +39,8 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         against_drsl = None if row.ratio is None or drsl is None else row.ratio / drsl
         lines.append(
-            f"  {NAMES.get(row.loss, row.loss):22}{_time(row.seconds):>12}{_ratio(row.ratio):>10}"
-            f"{_ratio(against_drsl):>10}{_bytes(row.peak_bytes):>12}  {row.note}".rstrip()
+            f"  {NAMES.get(row.loss, row.loss):22}{time_text(row.seconds):>12}{ratio_text(row.ratio):>10}"
+            f"{ratio_text(against_drsl):>10}{bytes_text(row.peak_bytes):>12}  {row.note}".rstrip()
         )
     return "\n".join(lines)
 
@@ -70,12 +70,12 @@ Elsewhere it mixes classes up, and the figures above are not of Smooth-AP. Perfe
     )
 
 
-def write_json(path: str, rows: Sequence[Row], device: str, threads: int) -> None:
+def write_json(path: str, rows: Sequence[Any], device: str, threads: int) -> None:
     with open(path, "w") as file:
         json.dump({"machine": machine(device, threads), "rows": [asdict(row) for row in rows]}, file, indent=1)
 
 
-def write_csv(path: str, rows: Sequence[Row]) -> None:
+def write_csv(path: str, rows: Sequence[Any]) -> None:
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(rows[0])])
         writer.writeheader()
@@ -124,17 +124,17 @@ def plotter() -> Callable[[str, Sequence[Row]], None]:
     return plot
 
 
-def _time(seconds: float | None) -> str:
+def time_text(seconds: float | None) -> str:
     if seconds is None:
         return "-"
     return f"{1e3 * seconds:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
-def _ratio(ratio: float | None) -> str:
+def ratio_text(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}"
 
 
-def _bytes(number: int | None) -> str:
+def bytes_text(number: int | None) -> str:
     if number is None:
         return "-"
     return f"{number / 2**20:.1f} MiB" if number < 2**30 else f"{number / 2**30:.2f} GiB"

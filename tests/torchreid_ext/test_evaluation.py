@@ -55,7 +55,7 @@ def test_the_curve_is_as_long_as_the_ranks_asked_for(tmp_path, monkeypatch):
     evaluate = Search.evaluate
     monkeypatch.setattr(Search, "evaluate", lambda *args, **kwargs: asked.append(kwargs) or evaluate(*args, **kwargs))
     engine.test(ranks=[1, 100])
-    assert asked == [{"max_rank": 100}]
+    assert asked == [{"max_rank": 100, "group": None}]
 
 
 def test_a_ranking_shows_junk_apart_and_topk_others():
