@@ -147,9 +147,9 @@ class BaseEngine(Tester, torchreid.engine.Engine):
                 self._resumed = {}
                 print("=> Start training" if start_epoch < max_epoch else f"=> Trained {start_epoch} epochs already")
                 for self.epoch in range(start_epoch, max_epoch):
-                    # What is on the disk need not be kept in memory.
-                    on_disk = self._history.saved_epoch == self.epoch
-                    self._start = None if on_disk else states.copied(states.of_engine(self, self.epoch))
+                    # What is on the disk need not be kept in memory, nor by a process that does not save.
+                    kept = self._history.saved_epoch == self.epoch or not distributed.is_first()
+                    self._start = None if kept else states.copied(states.of_engine(self, self.epoch))
                     self.train(print_freq=print_freq, fixbase_epoch=fixbase_epoch, open_layers=open_layers)
                     done = self.epoch + 1
                     tested, is_best = done == max_epoch, False
@@ -322,7 +322,7 @@ class BaseEngine(Tester, torchreid.engine.Engine):
     def _save_start_of_epoch(self, signum: int) -> str:
         """Saves the state in which the epoch began, unless it is saved; returns what to tell the user."""
         assert self._history is not None
-        if self._start is not None and distributed.is_first():
+        if self._start is not None:
             self._history.save(self._start, self.epoch)
         return (
             f"stopped by {signal.Signals(signum).name} in epoch {self.epoch + 1}; model.resume auto begins it again "

@@ -145,13 +145,13 @@ class ImagePMLEngine(BaseEngine):
         one = self.criterion
         criteria = list(one) if isinstance(one, PerFeature) else [one] * len(features)
         losses = []
-        with draws_of_first(pids.device):
-            for criterion, x in zip(criteria, features, strict=True):
-                pairs = self._pairs(x, pids, camids)
-                if distributed.size() > 1 and isinstance(criterion, DRSLoss):
-                    losses.append(DistributedLossWrapper(criterion, efficient=True)(x, pids, pairs))
-                else:
-                    losses.append(criterion(*gather_batch(x, pids), pairs))
+        for criterion, x in zip(criteria, features, strict=True):
+            pairs = self._pairs(x, pids, camids)
+            if distributed.size() > 1 and isinstance(criterion, DRSLoss):
+                losses.append(DistributedLossWrapper(criterion, efficient=True)(x, pids, pairs))
+                continue
+            with draws_of_first(pids.device):
+                losses.append(criterion(*gather_batch(x, pids), pairs))
         return torch.stack(losses).mean()
 
     def _pairs(self, features: Tensor, pids: Tensor, camids: Tensor | None) -> Any:
@@ -159,7 +159,10 @@ class ImagePMLEngine(BaseEngine):
         if self.miner is None and camids is None:
             return None
         features, pids = gather_batch(features.detach(), pids)
-        mined = None if self.miner is None else self.miner(features, pids)
+        mined = None
+        if self.miner is not None:
+            with draws_of_first(pids.device):
+                mined = self.miner(features, pids)
         if camids is None:
             return mined
         (camids,) = gather_batch(camids)
