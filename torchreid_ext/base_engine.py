@@ -212,7 +212,8 @@ class BaseEngine(Tester, torchreid.engine.Engine):
         return images.to(self._device(), non_blocking=True), pids.to(self._device(), non_blocking=True)
 
     def mean_weight(self, pids: Tensor) -> float:
-        """What to multiply a mean over this process's samples by, for the gradient of that over all processes'."""
+        """What to multiply a mean over this process's samples by, so that its mean over the processes is that over all
+        samples."""
         return 1.0
 
     def forward(self, images: Tensor) -> Any:

@@ -153,8 +153,8 @@ def mean(value: Tensor) -> Tensor:
 
 
 def mean_weight(number: int, device: torch.device) -> float:
-    """The weight of a mean over ``number`` samples of this process in the mean over all samples, times the number of
-    processes: by which gradients, averaged over the processes, are those of all samples."""
+    """What to multiply a mean over ``number`` samples of this process by, so that its mean over the processes, and that
+    of its gradients, is the one over all samples."""
     if size() == 1:
         return 1.0
     total = torch.tensor(number, device=device)

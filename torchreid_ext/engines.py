@@ -109,10 +109,11 @@ class ImagePMLEngine(BaseEngine):
             summary["loss_m"] = loss_m.item()
             summary |= self._criterion_stats()
         if self.weight_x > 0:
-            loss_x = torch.stack([self.cross_entropy(y, pids) for y in logits]).mean()
-            loss = loss + self.weight_x * loss_x * self.mean_weight(pids)
+            weight = self.mean_weight(pids)
+            loss_x = torch.stack([self.cross_entropy(y, pids) for y in logits]).mean() * weight
+            loss = loss + self.weight_x * loss_x
             summary["loss_x"] = loss_x.item()
-            summary["acc"] = torchreid.metrics.accuracy(logits[0], pids)[0].item()
+            summary["acc"] = torchreid.metrics.accuracy(logits[0], pids)[0].item() * weight
         assert isinstance(loss, Tensor)
         self.step(loss)
         return summary

@@ -16,9 +16,10 @@ class SoftmaxStep(BaseEngine):
     def forward_backward(self, data: dict[str, Any]) -> dict[str, float]:
         images, pids = self.training_batch(data)
         logits = self.forward(images)
-        loss = self.compute_loss(self.criterion, logits, pids)
-        self.step(loss * self.mean_weight(pids))
-        return {"loss": loss.item(), "acc": torchreid.metrics.accuracy(logits, pids)[0].item()}
+        weight = self.mean_weight(pids)
+        loss = self.compute_loss(self.criterion, logits, pids) * weight
+        self.step(loss)
+        return {"loss": loss.item(), "acc": torchreid.metrics.accuracy(logits, pids)[0].item() * weight}
 
 
 class TripletStep(BaseEngine):
@@ -36,8 +37,9 @@ class TripletStep(BaseEngine):
             loss = loss + self.weight_t * loss_t
             summary["loss_t"] = loss_t.item()
         if self.weight_x > 0:
-            loss_x = self.compute_loss(self.criterion_x, logits, pids)
-            loss = loss + self.weight_x * loss_x * self.mean_weight(pids)
-            summary |= {"loss_x": loss_x.item(), "acc": torchreid.metrics.accuracy(logits, pids)[0].item()}
+            weight = self.mean_weight(pids)
+            loss_x = self.compute_loss(self.criterion_x, logits, pids) * weight
+            loss = loss + self.weight_x * loss_x
+            summary |= {"loss_x": loss_x.item(), "acc": torchreid.metrics.accuracy(logits, pids)[0].item() * weight}
         self.step(loss)
         return summary

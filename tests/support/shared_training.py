@@ -77,7 +77,8 @@ def make_engine(folder, name, run=None, engine=engines.ImageDRSLEngine, dtype=to
     if engine is engines.VideoDRSLEngine:
         manager = make_video_manager(folder, **settings | {"sample_method": "all"})
         tracklets = manager.train_loader.dataset.train
-        tracklets[:] = [(paths[: 1 + i % 2], *rest) for i, (paths, *rest) in enumerate(tracklets)]
+        # So that no two processes have as many frames, of three identities each.
+        tracklets[:] = [(paths[: 1 + pid % 2], pid, *rest) for paths, pid, *rest in tracklets]
     else:
         manager = make_image_manager(folder, **settings)
     trained = engine(manager, model, optimizer=optimizer, use_gpu=False, **kwargs)
