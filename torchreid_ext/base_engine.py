@@ -193,11 +193,13 @@ class BaseEngine(Tester, torchreid.engine.Engine):
         skipped_before = self.skipped
         for index, data in enumerate(log.batches(self.train_loader)):
             self.batch_idx, skipped = index, self.skipped
-            # All stop after the same batch, or some would wait for ever.
-            summary, self.stop.signum = distributed.agreed(self.forward_backward(data), self.stop.signum)
+            # All stop after the same batch, or some would wait for ever. What comes meanwhile is told next time.
+            summary, signum = distributed.agreed(self.forward_backward(data), self.stop.signum)
             if self.skipped == skipped:
                 log.add(index, summary, self.get_current_lr())
-            self.stop.check()
+            if signum is not None:
+                self.stop.signum = signum
+                self.stop.check()
         if self.skipped - skipped_before == self.batch_idx + 1:
             raise FloatingPointError(
                 f"the loss of every batch of epoch {self.epoch + 1} is not finite{self._last_good()}"
@@ -260,7 +262,8 @@ class BaseEngine(Tester, torchreid.engine.Engine):
     def save_model(self, epoch: int, rank1: float, save_dir: str, is_best: bool = False) -> None:
         """Writes ``save_dir/model/model.pth.tar-EPOCH``, EPOCH counted from 1, as torchreid does."""
         self.rank1 = float(rank1)
-        History(self._folder(save_dir)).save(states.of_engine(self, epoch + 1), epoch + 1, is_best)
+        if distributed.is_first():
+            History(self._folder(save_dir)).save(states.of_engine(self, epoch + 1), epoch + 1, is_best)
 
     def resume(self, path: str, save_dir: str = "log", since: float = 0) -> int:
         """Loads a checkpoint to go on from and returns its epoch, ``run``'s ``start_epoch``.

@@ -91,7 +91,7 @@ def restarts() -> int:
 
 def check_share(batch_size: int, num_instances: int = 1) -> None:
     """Raises ValueError if the processes cannot have equal shares of a batch, in whole groups of ``num_instances``."""
-    if batch_size % (size() * num_instances):
+    if size() > 1 and batch_size % (size() * num_instances):
         groups = f" in whole groups of sampler.num_instances {num_instances}" if num_instances > 1 else ""
         raise ValueError(
             f"train.batch_size {batch_size} is that of all {size()} processes together, and they cannot share it "
@@ -200,4 +200,7 @@ def same_as_first(module: nn.Module) -> None:
     """Gives every process the first one's parameters and buffers."""
     for tensor in (*module.parameters(), *module.buffers()):
         if size() > 1:
-            dist.broadcast(tensor, 0)
+            # Weights in another memory format are not sent as they lie.
+            sent = tensor.contiguous()
+            dist.broadcast(sent, 0)
+            tensor.copy_(sent)

@@ -110,8 +110,9 @@ def train_all(folder):
             engine = make_engine(folder, name, **case)
             # From here on they draw alike.
             seed_everything(7)
-            run = {"fixbase_epoch": 0} | case.get("run", {})
-            engine.run(str(folder / "log" / name), max_epoch=2, start_eval=9, **run)
+            for start in range(2):
+                run = {"start_epoch": start, "max_epoch": start + 1, "start_eval": 9} | case.get("run", {})
+                engine.run(str(folder / "log" / name), **run)
             state = states.copied(states.of_engine(engine, 2))
             training = state.pop("training")
             # Proxies and the like are in "losses", and so is a memory.

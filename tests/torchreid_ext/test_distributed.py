@@ -1,6 +1,7 @@
 """Several processes train what one process trains, and one that dies ends the job or has it started again."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from toy_data import write_images
 from torchreid_ext import checkpoint, config, distributed, get_default_config, resuming
 from torchreid_ext.__main__ import main
 from torchreid_ext.history import History
+from torchreid_ext.interrupts import Interrupted
 
 ROOT = Path(__file__).parents[2]
 SUPPORT = ROOT / "tests" / "support"
@@ -154,6 +156,22 @@ def test_torchrun_starts_it_again_from_the_last_checkpoint(data, whole):
     assert differing(last(data, "whole"), last(data, "again")) == 0
 
 
+def test_a_signal_that_comes_while_processes_agree_is_not_lost(tmp_path, monkeypatch):
+    engine = shared_training.make_engine(tmp_path, "drsl")
+    agreed = distributed.agreed
+
+    def agreed_and_then(summary, signum):
+        told = agreed(summary, signum)
+        if (engine.epoch, engine.batch_idx) == (1, 0):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return told
+
+    monkeypatch.setattr(distributed, "agreed", agreed_and_then)
+    with pytest.raises(Interrupted, match="stopped by SIGTERM in epoch 2"):
+        engine.run(str(tmp_path / "log"), max_epoch=3)
+    assert engine.batch_idx == 1
+
+
 # What cannot be done is told at once.
 
 
@@ -168,6 +186,9 @@ def test_a_batch_that_cannot_be_shared(monkeypatch):
         distributed.share([0] * 5)
     cfg = get_default_config()
     with pytest.raises(ValueError, match=r"train.batch_size 32 is that of all 3 processes"):
+        config.check(cfg)
+    cfg.sampler.train_sampler, cfg.train.batch_size = "RandomIdentitySampler", 30
+    with pytest.raises(ValueError, match=r"whole groups of sampler.num_instances 4: make it a multiple of 12"):
         config.check(cfg)
 
 
