@@ -126,6 +126,7 @@ def _run_other(args: argparse.Namespace) -> int:
     if args.plot or (args.processes > 1 and args.step):
         print("--processes, --step and --plot: choose one", file=sys.stderr)
         return 2
+    args.threads = max(1, args.threads // args.processes)
     torch.set_num_threads(args.threads)
     rows: Sequence[Any]
     try:

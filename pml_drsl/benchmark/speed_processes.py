@@ -110,7 +110,7 @@ def run(
 
     Args:
         memory: GiB that all processes together may take.
-        threads: of torch, of all processes together.
+        threads: of torch, in each process.
         device: ``"cpu"`` (gloo) or ``"cuda"`` (NCCL).
 
     Raises:
@@ -121,7 +121,6 @@ def run(
     fewest = min(size for _, size in points)
     if processes > fewest:
         raise ValueError(f"--processes {processes}: more than the {fewest} embeddings of --sizes")
-    threads = max(1, threads // processes)
     print(f"{speed_report.machine(device, threads)}; in each process")
     missing = {}
     for dim, size in tqdm(points, desc="what fits", unit="size"):
