@@ -10,6 +10,10 @@ from pathlib import Path
 
 # Each is a module of this package with `add_arguments(parser)` and `run(args) -> int`, imported only when asked for.
 COMMANDS = {
+    "quality": "retrieval quality, trained with each loss under one protocol",
+    "imbalance": "retrieval quality against the number of negatives per positive",
+    "ablation": "what every part and setting of DRSL does for it",
+    "report": "a page of tables and plots, from the results of these three",
     "speed": "time and memory of DRSL and of pytorch-metric-learning's ranking losses, against the distance matrix",
     "evaluation": "time and agreement of the re-ID evaluation with other implementations",
 }
@@ -48,6 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         extra = "reid" if package == "torchreid" else "benchmark"
         print(f"drsl-benchmark {name} needs {package}: pip install 'pml-drsl[{extra}]'", file=sys.stderr)
         return 2
+    except ValueError as error:
+        print(f"drsl-benchmark {name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ndrsl-benchmark {name}: interrupted; the same command goes on with what is not done", file=sys.stderr)
+        return 130
     return status
 
 

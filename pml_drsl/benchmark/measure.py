@@ -118,7 +118,7 @@ def _probe(connection: Connection, name: str, size: int, dim: int, device: str, 
     make_step(name, 16, dim, device)()  # libraries allocate at first use
     step = make_step(name, size, dim, device)
     _limit_memory(memory, device)
-    before = _peak_bytes(device)
+    before = peak_bytes(device)
     try:
         seconds = seconds_of(step, device)
     except (RuntimeError, MemoryError) as error:
@@ -126,11 +126,11 @@ def _probe(connection: Connection, name: str, size: int, dim: int, device: str, 
             raise
         connection.send(Probe(failure=f"does not fit in {memory:g} GiB"))
         return
-    after = _peak_bytes(device)
+    after = peak_bytes(device)
     connection.send(Probe(seconds, None if before is None or after is None else after - before))
 
 
-def _peak_bytes(device: str) -> int | None:
+def peak_bytes(device: str) -> int | None:
     if device != "cpu":
         return torch.cuda.max_memory_allocated()
     try:

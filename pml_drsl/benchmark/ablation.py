@@ -1,0 +1,136 @@
+"""What every part and setting of DRSL does for it: one change at a time, on the validation identities.
+
+It starts from DRSL alone as tuned (which runs first, where its results are not in the file) and changes its parts, its
+settings, the batch, and what stands beside it. Everything else stays, so that a larger batch, for one, has fewer steps
+of the same epochs.
+
+Examples:
+  drsl-benchmark ablation --quick
+  drsl-benchmark ablation --train train/ --test test/ --results benchmark.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+from pml_drsl.benchmark import experiment, tables
+from pml_drsl.benchmark.candidates import DRSL
+from pml_drsl.benchmark.results import Protocol, Results, run_all
+from pml_drsl.benchmark.trial import Trial
+from pml_drsl.benchmark.tuning import MEMORY_SIZE, best_first, settings
+
+# In units of the retrieval error, which is at most 1: nothing of it is left.
+SORT_ONLY = 1000.0
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change of a trial: of the loss's parameters, or of what is around it."""
+
+    group: str
+    label: str
+    parameters: dict[str, Any]
+    around: dict[str, Any]
+
+
+def _parameter(group: str, name: str, values: list[Any], **others: Any) -> list[Change]:
+    return [Change(group, f"{value}", {name: value, **others}, {}) for value in values]
+
+
+def _around(group: str, name: str, values: list[Any]) -> list[Change]:
+    return [Change(group, f"{value}", {}, {name: value}) for value in values]
+
+
+CHANGES = [
+    Change("parts", "retrieval only", {"sort_weight": 0.0}, {}),
+    Change("parts", "both, sort_weight 0.3", {"sort_weight": 0.3}, {}),
+    Change("parts", "sort only", {"sort_weight": SORT_ONLY}, {}),
+    *_parameter("sort_weight", "sort_weight", [0.0, 0.03, 0.1, 0.3, 1.0]),
+    *_parameter("temperature", "temperature", [0.01, 0.02, 0.05, 0.1, 0.2]),
+    *_parameter("margin", "margin", [0.0, 0.05, 0.1, 0.2]),
+    Change("distance", "cosine, temperature 0.05", {"distance": "cosine", "temperature": 0.05, "margin": 0.0}, {}),
+    Change(
+        "distance",
+        "squared Euclidean, temperature 0.1",
+        {"distance": "squared euclidean", "temperature": 0.1, "margin": 0.0},
+        {},
+    ),
+    *(
+        Change(
+            "distance", f"Euclidean, temperature {t}", {"distance": "euclidean", "temperature": t, "margin": 0.0}, {}
+        )
+        for t in (0.01, 0.05, 0.1)
+    ),
+    *(
+        Change(
+            "distance",
+            f"raw Euclidean, scale-free, temperature {t}",
+            {"distance": "raw euclidean", "temperature": t, "margin": 0.0, "scale_free": True},
+            {},
+        )
+        for t in (0.01, 0.05)
+    ),
+    Change(
+        "distance",
+        "raw Euclidean, temperature 0.05",
+        {"distance": "raw euclidean", "temperature": 0.05, "margin": 0.0},
+        {},
+    ),
+    *(
+        Change("images per identity, batch of 64", f"{k}", {}, {"instances": k, "identities": 64 // k})
+        for k in (2, 4, 8, 16)
+    ),
+    *(Change("batch, 4 images per identity", f"{4 * p}", {}, {"identities": p}) for p in (8, 16, 32, 64, 128)),
+    *_around("weight of cross-entropy", "cross_entropy", [0.0, 0.03, 0.1, 0.3, 1.0]),
+    *_around("memory", "memory", [0, 256, MEMORY_SIZE, 4 * MEMORY_SIZE]),
+    Change("memory and cross-entropy 0.1", f"{MEMORY_SIZE}", {}, {"memory": MEMORY_SIZE, "cross_entropy": 0.1}),
+    *(
+        Change(
+            "memory and cross-entropy 0.1",
+            f"{MEMORY_SIZE}, sort_weight {weight}",
+            {"sort_weight": weight},
+            {"memory": MEMORY_SIZE, "cross_entropy": 0.1},
+        )
+        for weight in (0.0, 0.1, 0.3, 1.0)
+    ),
+]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    experiment.add_arguments(parser)
+    parser.set_defaults(losses=[DRSL])
+
+
+def run(args: argparse.Namespace) -> int:
+    bench = experiment.prepare(args)
+    results, protocol = bench.results, bench.protocol
+    bench.run(settings(protocol, DRSL)[: bench.tried], "tuning")
+    run_all(
+        [trial.but(seed=seed) for _, trial in trials(results, protocol) for seed in range(bench.seeds)],
+        bench.data,
+        results,
+        bench.machine,
+        "ablation",
+    )
+    print(table(results, protocol))
+    return 0
+
+
+def trials(results: Results, protocol: Protocol) -> list[tuple[Change, Trial]]:
+    """Every change with its trial; none as long as DRSL is not tuned."""
+    return [
+        (change, start.but(parameters={**start.parameters, **change.parameters}, **change.around))
+        for start in best_first(results, protocol, settings(protocol, DRSL))[:1]
+        for change in CHANGES
+    ]
+
+
+def table(results: Results, protocol: Protocol) -> str:
+    """MAP@R with every change, in percent."""
+    rows = [
+        [change.group, change.label, tables.spread(tables.values(results, trial))]
+        for change, trial in trials(results, protocol)
+    ]
+    return tables.markdown(["what", "value", "MAP@R, validation"], rows)

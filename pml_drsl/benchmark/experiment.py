@@ -1,0 +1,128 @@
+"""What the experiments that train have in common: their arguments, their data, and the file their results go to."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pml_drsl.benchmark import images
+from pml_drsl.benchmark.candidates import CANDIDATES, TRIALS
+from pml_drsl.benchmark.images import Data
+from pml_drsl.benchmark.results import Machine, Protocol, Results, run_all
+from pml_drsl.benchmark.trial import PRECISIONS, Trial
+
+QUICK = ("DRSL", "MultiSimilarity", "Circle")
+QUICK_SETTINGS = 2
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Data, file and machine of an experiment.
+
+    Attributes:
+        losses: which ones.
+        seeds: how often each trial on the test identities runs.
+        tried: settings of every loss to try, at most.
+    """
+
+    data: Data
+    results: Results
+    machine: Machine
+    protocol: Protocol
+    losses: tuple[str, ...]
+    seeds: int
+    tried: int
+
+    def run(self, trials: list[Trial], title: str) -> None:
+        """Each trial with each seed, but for those whose results are in the file."""
+        repeated = [
+            trial.but(seed=seed)
+            for trial in trials
+            for seed in range(self.protocol.tuning_seeds if trial.split == "validation" else self.seeds)
+        ]
+        run_all(repeated, self.data, self.results, self.machine, title)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    images.add_arguments(parser)
+    training = parser.add_argument_group("training")
+    training.add_argument("--network", default="conv4", help="conv4, or a torchreid model (%(default)s)")
+    training.add_argument("--dim", type=int, default=128, help="size of conv4's embedding (%(default)s)")
+    training.add_argument("--epochs", type=int, default=40, help="of the runs that are reported (%(default)s)")
+    training.add_argument("--tuning-epochs", type=int, default=20, help="of the runs that try settings (%(default)s)")
+    training.add_argument("--seeds", type=int, default=3, help="runs of what is reported (%(default)s)")
+    training.add_argument("--tuning-seeds", type=int, default=2, help="runs of what is tried (%(default)s)")
+    training.add_argument(
+        "--batch", type=int, nargs=2, metavar=("IDENTITIES", "IMAGES"), default=[16, 4], help="of a batch (16 4)"
+    )
+    training.add_argument("--lr", type=float, default=1e-3, help="learning rate of Adam (%(default)s)")
+    training.add_argument("--mirror", action="store_true", help="mirror half of the training images")
+    training.add_argument(
+        "--precision", choices=PRECISIONS, default="float32", help="of the network; the loss has float32 (%(default)s)"
+    )
+    training.add_argument(
+        "--losses", nargs="+", choices=list(CANDIDATES), default=list(CANDIDATES), metavar="LOSS", help="which (all)"
+    )
+    training.add_argument(
+        "--quick",
+        action="store_true",
+        help="3 losses, 2 settings, 2 epochs, 2 seeds: to see it work, in less than five minutes on two cores",
+    )
+    running = parser.add_argument_group("running")
+    running.add_argument(
+        "--results",
+        type=Path,
+        default=Path("benchmark.jsonl"),
+        help="file that results are added to, and taken from when they are there (%(default)s)",
+    )
+    running.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    running.add_argument("--workers", type=int, help="runs at once (one per core; one on a GPU)")
+    running.add_argument("--threads", type=int, default=1, help="of each run (%(default)s)")
+
+
+def prepare(args: argparse.Namespace) -> Experiment:
+    """The experiment of the arguments.
+
+    Raises:
+        ValueError: for arguments out of range, images that cannot be had, or a results file that is none.
+    """
+    for name in ("dim", "epochs", "tuning_epochs", "seeds", "tuning_seeds", "threads"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(args, name)}")
+    identities, instances = args.batch
+    if identities < 2 or instances < 2:
+        raise ValueError(f"--batch {identities} {instances}: a query needs a positive and a negative; give 2 or more")
+    if args.workers is not None and args.workers < 1:
+        raise ValueError(f"--workers must be 1 or more, got {args.workers}")
+    if args.device not in ("cpu", "cuda") or (args.device == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"--device {args.device}: give cpu, or cuda where there is a CUDA device")
+    if not args.results.absolute().parent.is_dir():
+        raise ValueError(f"--results {args.results}: its folder does not exist")
+    losses, epochs, tuning_epochs, seeds = tuple(args.losses), args.epochs, args.tuning_epochs, args.seeds
+    if args.quick:
+        losses = tuple(name for name in QUICK if name in losses)
+        epochs, tuning_epochs, seeds = 2, 1, 2
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    data, results = images.load(args), Results(args.results)
+    base = Trial(
+        data.name,
+        "test",
+        "DRSL",
+        identities=identities,
+        instances=instances,
+        epochs=epochs,
+        lr=args.lr,
+        network=args.network,
+        dim=args.dim,
+        mirror=args.mirror,
+        precision=args.precision,
+    )
+    machine = Machine(args.device, args.workers or (1 if args.device == "cuda" else cores), args.threads)
+    tuning_seeds = 1 if args.quick else args.tuning_seeds
+    protocol = Protocol(base, tuning_epochs, tuning_seeds)
+    results.agree(protocol)
+    return Experiment(data, results, machine, protocol, losses, seeds, QUICK_SETTINGS if args.quick else TRIALS)

@@ -1,0 +1,50 @@
+"""What the experiments found as tables, in Markdown that reads as text too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean, stdev
+
+from pml_drsl.benchmark.results import Results
+from pml_drsl.benchmark.trial import Trial
+
+SCORES = ("MAP@R", "P@1", "mAP", "rank-1", "rank-5", "rank-10")
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose columns are aligned in plain text too."""
+    table = [list(header), *map(list, rows)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+    lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in table]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def values(results: Results, trial: Trial, score: str = "MAP@R") -> list[float]:
+    """A score of the trial with every seed that there is a result of, in [0, 1]."""
+    return [results.score(one, score) for one in results.trials() if one.but(seed=trial.seed) == trial]
+
+
+def spread(numbers: Sequence[float]) -> str:
+    """Mean and standard deviation, in percent."""
+    if not numbers:
+        return "-"
+    return f"{100 * fmean(numbers):.1f}" + (f" ± {100 * stdev(numbers):.1f}" if len(numbers) > 1 else "")
+
+
+def parameters(trial: Trial) -> str:
+    """Those of the loss, in a few words."""
+    named = [f"{name} {value}" for name, value in trial.parameters.items()]
+    return ", ".join(named)
+
+
+def described(trial: Trial, base: Trial) -> str:
+    """Settings of a trial and what it has besides its loss, in a few words."""
+    words = [parameters(trial)]
+    if trial.cross_entropy:
+        words.append(f"cross-entropy * {trial.cross_entropy:g}")
+    if trial.memory:
+        words.append(f"memory {trial.memory}")
+    if (trial.identities, trial.instances) != (base.identities, base.instances):
+        words.append(f"batch {trial.identities} x {trial.instances}")
+    return ", ".join(words)
