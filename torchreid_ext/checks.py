@@ -29,8 +29,9 @@ def check(cfg: Config) -> None:
         for value in values:
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"test.{key} takes whole numbers of {least} or more, got {value!r}")
-    in_groups = cfg.sampler.train_sampler in SAMPLERS
-    distributed.check_share(cfg.train.batch_size, cfg.sampler.num_instances if in_groups else 1)
+    if not cfg.test.evaluate:
+        in_groups = cfg.sampler.train_sampler in SAMPLERS
+        distributed.check_share(cfg.train.batch_size, cfg.sampler.num_instances if in_groups else 1)
     if cfg.train.accumulate != 1:
         raise ValueError(
             f"train.accumulate {cfg.train.accumulate}: gradients are not accumulated over batches, because each image "

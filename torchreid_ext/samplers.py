@@ -12,7 +12,7 @@ import torchreid
 from pytorch_metric_learning.samplers import MPerClassSampler
 from torch.utils.data import DataLoader, Sampler
 
-from torchreid_ext import distributed, generators
+from torchreid_ext import generators
 from torchreid_ext.reading import rebuilt
 
 
@@ -127,12 +127,11 @@ def check_trains(datamanager: Any) -> None:
     """Refuses what would train on nothing, as torchreid silently does.
 
     Raises:
-        ValueError: for fewer samples than a batch, one identity alone, or a batch that processes cannot share equally.
+        ValueError: for fewer samples than a batch, or one identity alone.
     """
     loader = datamanager.train_loader
     with generators.untouched():
         drawn = sum(1 for _ in loader.sampler)
-    distributed.check_share(loader.batch_size or 1)
     if drawn < (loader.batch_size or 1):
         raise ValueError(
             f"a batch of {loader.batch_size} cannot be filled: {type(loader.sampler).__name__} draws {drawn} of the "
@@ -146,15 +145,13 @@ def check_batch(pids: Sequence[int], batch_size: int, num_instances: int) -> int
     """The number of identities in a batch.
 
     Raises:
-        ValueError: if a batch cannot be filled with whole groups of at least two identities, or several processes
-            cannot have equal shares of it, in whole groups.
+        ValueError: if a batch cannot be filled with whole groups of at least two identities.
     """
     if num_instances < 1 or batch_size % num_instances:
         raise ValueError(
             f"train.batch_size {batch_size} is not a multiple of sampler.num_instances {num_instances}: an identity "
             f"would straddle two batches"
         )
-    distributed.check_share(batch_size, num_instances)
     wanted, there = batch_size // num_instances, len(set(pids))
     if wanted < 2:
         raise ValueError(

@@ -190,6 +190,8 @@ def test_a_batch_that_cannot_be_shared(monkeypatch):
     cfg.sampler.train_sampler, cfg.train.batch_size = "RandomIdentitySampler", 30
     with pytest.raises(ValueError, match=r"whole groups of sampler.num_instances 4: make it a multiple of 12"):
         config.check(cfg)
+    cfg.test.evaluate = True
+    config.check(cfg)
 
 
 def test_synchronised_batch_normalisation_on_the_cpu(monkeypatch):
