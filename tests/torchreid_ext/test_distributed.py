@@ -149,7 +149,7 @@ def test_torchrun_starts_it_again_from_the_last_checkpoint(data, whole):
     folder = data / "again" / "model"
     folder.mkdir(parents=True)
     (folder / "model-last.pth.tar").write_bytes((data / "whole" / "model" / "model-last.pth.tar").read_bytes())
-    run = ["--nproc_per_node", 2, "--max-restarts", 1, SUPPORT / "dying.py", "killed", *words(data, "again")]
+    run = ["--nproc_per_node", 2, "--max-restarts", 3, SUPPORT / "dying.py", "killed", *words(data, "again")]
     again = torchrun(*run)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("Resuming from") == 1 and "after epoch 1" in again.stdout
