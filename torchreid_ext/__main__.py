@@ -90,6 +90,7 @@ def read_config(args: argparse.Namespace) -> config.Config:
 def train(cfg: config.Config) -> dict[str, Any]:
     """Trains and tests as configured; returns the last test's results by target."""
     print(f"Configuration\n{cfg}\n")
+    since = resuming.first_start(Path(cfg.data.save_dir))
     generators.seed_everything(cfg.train.seed)
     with distributed.one_first():
         datamanager = config.build_datamanager(cfg)
@@ -111,7 +112,6 @@ def train(cfg: config.Config) -> dict[str, Any]:
     engine.config = config.flat(cfg)
     # Not written to the configuration, which is to start the same run anew.
     start_epoch = cfg.train.start_epoch
-    since = distributed.from_first(lambda: resuming.first_start(Path(cfg.data.save_dir)))
     if since is not None and (done := engine.resume("auto", cfg.data.save_dir, since)):
         start_epoch = done
     elif cfg.model.resume:

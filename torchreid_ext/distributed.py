@@ -28,7 +28,8 @@ def joined(use_gpu: bool = True, timeout: int = 1800) -> Iterator[None]:
         timeout: seconds after which a process that waits for another gives up, with an error.
 
     Raises:
-        ValueError: for a timeout below 1, or more processes than GPUs.
+        ValueError: for a timeout below 1, more processes than GPUs, or restarts on several machines with a store of
+            torchrun's that outlives them.
     """
     if not launched():
         yield
@@ -46,13 +47,33 @@ def joined(use_gpu: bool = True, timeout: int = 1800) -> Iterator[None]:
         torch.cuda.set_device(local)
         # What is small and on the CPU need not wait for the GPU.
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+    wait = datetime.timedelta(seconds=timeout)
+    dist.init_process_group(backend, **_place(wait), timeout=wait)
     with contextlib.ExitStack() as stack:
         if not is_first():
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         yield
     # Not after an error: it could wait for processes that wait for this one.
     dist.destroy_process_group()
+
+
+def _place(timeout: datetime.timedelta) -> dict[str, Any]:
+    """The store where the processes find each other, and this one's place among them.
+
+    torchrun may keep one store for all starts of a run, in which the addresses of processes that died stay: each start
+    has names of its own there. Machines count starts each for itself, so of several none has a number that all know.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) == 1:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        return {"store": dist.PrefixStore(f"start {restarts()}", store), "rank": rank, "world_size": world_size}
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        raise ValueError(
+            "torchrun --max-restarts on several machines would connect new processes to dead ones: start torchrun on "
+            "each with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, or with --max-restarts 0"
+        )
+    return {}
 
 
 def launched() -> bool:
@@ -85,8 +106,17 @@ def on_this_machine() -> int:
 
 
 def restarts() -> int:
-    """How often torchrun has started this run again."""
+    """How often torchrun on this machine has started its processes again; another machine may have another number."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) if launched() else 0
+
+
+def largest(number: int) -> int:
+    """The largest of the processes' numbers."""
+    if size() == 1:
+        return number
+    told: list[Any] = [None] * size()
+    dist.all_gather_object(told, number)
+    return max(told)
 
 
 def check_share(batch_size: int, num_instances: int = 1) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,16 @@ def first_start(folder: Path) -> float | None:
     """When this run was first started, if torchrun has started it again since; None, and notes the time, if not."""
     if not distributed.launched():
         return None
-    note = folder / ".started"
-    if distributed.restarts() and note.exists():
+    # A machine whose own processes did not die does not count it.
+    again = distributed.largest(distributed.restarts()) > 0
+    return distributed.from_first(lambda: _noted(folder / ".started", again, os.environ["TORCHELASTIC_RUN_ID"]))
+
+
+def _noted(note: Path, again: bool, run: str) -> float | None:
+    # It may be an earlier run's, if this one was started again before it could note anything.
+    if again and note.exists() and note.read_text() == run:
         return note.stat().st_mtime
-    note.touch()
+    note.write_text(run)
     return None
 
 

@@ -227,6 +227,9 @@ def test_a_restart_goes_on_from_its_own_checkpoints(tmp_path, monkeypatch):
         os.utime(path, (1e9, 1e9))
     assert resuming.first_start(tmp_path) is None
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    # Of one that noted nothing before it died, there is none to go on from.
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    assert resuming.first_start(tmp_path) is None
     since = resuming.first_start(tmp_path)
     assert since is not None
     assert resuming.find("auto", tmp_path / "model", since) is None
