@@ -66,8 +66,12 @@ def _place(timeout: datetime.timedelta) -> dict[str, Any]:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
     if int(os.environ.get("GROUP_WORLD_SIZE", 1)) == 1:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-        return {"store": dist.PrefixStore(f"start {restarts()}", store), "rank": rank, "world_size": world_size}
+        # Imported here: not every build of torch has them.
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
+
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        return {"store": PrefixStore(f"start {restarts()}", store), "rank": rank, "world_size": world_size}
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         raise ValueError(
             "torchrun --max-restarts on several machines would connect new processes to dead ones: start torchrun on "
