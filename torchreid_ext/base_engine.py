@@ -161,6 +161,9 @@ class BaseEngine(Tester, torchreid.engine.Engine):
                     if tested or done % checkpoint_freq == 0:
                         self._save(is_best)
                 if start_epoch >= max_epoch > 0:
+                    if distributed.is_first():
+                        # It may have been killed between its last checkpoint and this.
+                        self._history.tidy(start_epoch)
                     self.epoch = max_epoch - 1
                     if self._is_best(self.test(**last)):
                         self._save(True)

@@ -39,20 +39,24 @@ class History:
         Raises:
             ValueError, OSError: as ``checkpoint.save``.
         """
-        for unfinished in self.folder.glob(f".*{checkpoint.TEMPORARY}"):
-            unfinished.unlink(missing_ok=True)
         path = self.folder / f"model.pth.tar-{epoch}"
         checkpoint.save(state, path)
         checkpoint.link(path, LAST)
         if is_best:
             checkpoint.link(path, BEST)
+        self.tidy(epoch)
+        self.newest, self.saved_epoch = path, epoch
+        return path
+
+    def tidy(self, epoch: int) -> None:
+        """Removes what was not finished, and those checkpoints up to ``epoch`` that need not be kept."""
+        for unfinished in self.folder.glob(f".*{checkpoint.TEMPORARY}"):
+            unfinished.unlink(missing_ok=True)
         # Those of later epochs are of another run: not ours to remove.
         numbered = self._numbered()
         earlier = sorted(number for number in numbered if number <= epoch)
         for number in earlier[: -self.keep] if self.keep else []:
             numbered[number].unlink()
-        self.newest, self.saved_epoch = path, epoch
-        return path
 
     def load_newest(self, since: float = 0) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint that can be read and its state; None where there is none at all.

@@ -188,6 +188,18 @@ def test_a_run_that_is_done_is_tested_again(tmp_path):
     assert again["toy"].mAP == results["toy"].mAP
 
 
+def test_a_run_that_was_killed_before_it_removed_what_it_need_not_keep(tmp_path):
+    make_engine(tmp_path).run(str(tmp_path / "log"), max_epoch=3, keep_checkpoints=2)
+    folder = tmp_path / "log" / "model"
+    kept = sorted(path.name for path in folder.iterdir())
+    for name in ("model.pth.tar-1", f".model-best.pth.tar{checkpoint.TEMPORARY}"):
+        (folder / name).write_bytes((folder / "model.pth.tar-2").read_bytes())
+    engine = make_engine(tmp_path)
+    start = engine.resume("auto", str(tmp_path / "log"))
+    engine.run(str(tmp_path / "log"), max_epoch=3, start_epoch=start, keep_checkpoints=2)
+    assert sorted(path.name for path in folder.iterdir()) == kept
+
+
 def test_a_criterion_with_weights_is_saved_and_resumed(tmp_path):
     one, other = (make_engine(tmp_path, criterion=pml_losses.ArcFaceLoss(6, 32)) for _ in range(2))
     one.run(str(tmp_path / "log"), max_epoch=1)

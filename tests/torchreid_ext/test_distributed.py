@@ -10,6 +10,7 @@ import pytest
 import shared_training
 import torch
 from killing import differing
+from torch import distributed as dist
 from toy_data import write_images
 
 from torchreid_ext import checkpoint, config, distributed, get_default_config, resuming
@@ -46,13 +47,13 @@ def alone(tmp_path_factory):
     return found
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def together(request, tmp_path_factory):
-    """What each of two processes, and then of three, found."""
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """What each of three processes found."""
     folder = tmp_path_factory.mktemp("together")
-    done = torchrun("--nproc_per_node", request.param, SUPPORT / "shared_training.py", folder)
+    done = torchrun("--nproc_per_node", 3, SUPPORT / "shared_training.py", folder)
     assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"found{rank}", weights_only=True) for rank in range(request.param)]
+    return [torch.load(folder / f"found{rank}", weights_only=True) for rank in range(3)]
 
 
 @pytest.mark.parametrize("name", shared_training.CASES)
@@ -126,34 +127,27 @@ def test_the_first_process_alone_prints_and_saves(data, whole):
         assert len(list((data / "whole").glob(names))) == 1, names
 
 
-def test_a_killed_process_ends_the_job_and_a_signal_stops_it(data, whole, capsys):
-    killed = torchrun("--nproc_per_node", 2, SUPPORT / "dying.py", "killed", *words(data, "stopped"))
-    assert killed.returncode != 0 and "SIGKILL" in killed.stderr
+def test_a_killed_process_is_started_again_and_a_signal_stops_all(data, whole, capsys):
+    # An earlier run's, which is not gone on from.
+    folder = data / "stopped" / "model"
+    folder.mkdir(parents=True)
+    (folder / "model-last.pth.tar").write_bytes((data / "whole" / "model" / "model-last.pth.tar").read_bytes())
+    run = ["--nproc_per_node", 2, "--max-restarts", 1, SUPPORT / "dying.py", *words(data, "stopped")]
+    stopped = torchrun(*run)
+    assert stopped.stdout.count("=> Start training") == 2
+    assert stopped.stdout.count("Resuming from") == 1 and "after epoch 1" in stopped.stdout
+    assert stopped.returncode != 0
+    assert stopped.stderr.count("stopped by SIGTERM in epoch 2; model.resume auto begins it again") == 1, stopped.stderr
+    # After the batch in which the signal came.
+    assert "epoch: [2/3][2/3]" in stopped.stdout and "epoch: [2/3][3/3]" not in stopped.stdout
     assert last(data, "stopped")["epoch"] == 1
     resume = words(data, "stopped", **{"model.resume": "auto"})
-    asked = torchrun("--nproc_per_node", 2, SUPPORT / "dying.py", "asked", *resume)
-    assert asked.returncode != 0
-    assert asked.stdout.count("Resuming from") == 1
-    assert asked.stderr.count("stopped by SIGTERM in epoch 2; model.resume auto begins it again") == 1, asked.stderr
-    # After the batch in which the signal came.
-    assert "epoch: [2/3][2/3]" in asked.stdout and "epoch: [2/3][3/3]" not in asked.stdout
     assert main(resume) == 2
     assert "was trained by 2 processes, and this run has 1: start it with as many" in capsys.readouterr().err
     resumed = torchrun("--nproc_per_node", 2, "-m", "torchreid_ext", *resume)
     assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout.count("Resuming from") == 1
     assert differing(last(data, "whole"), last(data, "stopped")) == 0
-
-
-def test_torchrun_starts_it_again_from_the_last_checkpoint(data, whole):
-    # An earlier run's, which is not gone on from.
-    folder = data / "again" / "model"
-    folder.mkdir(parents=True)
-    (folder / "model-last.pth.tar").write_bytes((data / "whole" / "model" / "model-last.pth.tar").read_bytes())
-    run = ["--nproc_per_node", 2, "--max-restarts", 3, SUPPORT / "dying.py", "killed", *words(data, "again")]
-    again = torchrun(*run)
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.count("Resuming from") == 1 and "after epoch 1" in again.stdout
-    assert differing(last(data, "whole"), last(data, "again")) == 0
 
 
 def test_a_signal_that_comes_while_processes_agree_is_not_lost(tmp_path, monkeypatch):
@@ -173,6 +167,27 @@ def test_a_signal_that_comes_while_processes_agree_is_not_lost(tmp_path, monkeyp
 
 
 # What cannot be done is told at once.
+
+
+def test_a_start_finds_nothing_of_an_earlier_one_in_the_store_of_torchrun(monkeypatch):
+    store = dist.TCPStore("localhost", 0, is_master=True)
+    torchruns = {"MASTER_ADDR": "localhost", "MASTER_PORT": store.port, "RANK": 0, "WORLD_SIZE": 1,
+                 "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_MAX_RESTARTS": 3,
+                 "GROUP_WORLD_SIZE": 1}  # fmt: skip
+    for name, value in torchruns.items():
+        monkeypatch.setenv(name, str(value))
+    kept = []
+    for start in range(3):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(start))
+        with distributed.joined(use_gpu=False, timeout=20):
+            kept.append(set(store.list_keys()))
+    assert store.num_keys() and len(kept[0]) < len(kept[1]) < len(kept[2])
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    with (
+        pytest.raises(ValueError, match=r"--max-restarts on several machines .* TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"),
+        distributed.joined(use_gpu=False),
+    ):
+        pass
 
 
 def test_a_batch_that_cannot_be_shared(monkeypatch):
