@@ -115,7 +115,7 @@ def train(cfg: config.Config) -> dict[str, Any]:
     if since is not None and (done := engine.resume("auto", cfg.data.save_dir, since)):
         start_epoch = done
     elif cfg.model.resume:
-        start_epoch = engine.resume(cfg.model.resume, cfg.data.save_dir)
+        start_epoch = engine.resume(cfg.model.resume, cfg.data.save_dir, test_only=cfg.test.evaluate)
         if cfg.test.evaluate and not start_epoch:
             raise ValueError("test.evaluate: model.resume auto found no checkpoint to test")
     if not cfg.test.evaluate and distributed.is_first():

@@ -168,10 +168,11 @@ class BaseEngine(Tester, torchreid.engine.Engine):
                     if self._is_best(self.test(**last)):
                         self._save(True)
         except (Interrupted, RuntimeError) as error:
-            # A worker of the loader may have got the signal too, and died of it.
-            if self.stop.signum is None:
+            # A worker of the loader may have got the signal too, and died of it; or another process alone got it.
+            signum = getattr(error, "signal", self.stop.signum)
+            if signum is None:
                 raise
-            raise Interrupted(self.stop.signum, self._save_start_of_epoch(self.stop.signum)) from error
+            raise Interrupted(signum, self._save_start_of_epoch(signum)) from error
         finally:
             if self.writer is not None:
                 self.writer.close()
@@ -268,13 +269,14 @@ class BaseEngine(Tester, torchreid.engine.Engine):
         if distributed.is_first():
             History(self._folder(save_dir)).save(states.of_engine(self, epoch + 1), epoch + 1, is_best)
 
-    def resume(self, path: str, save_dir: str = "log", since: float = 0) -> int:
+    def resume(self, path: str, save_dir: str = "log", since: float = 0, test_only: bool = False) -> int:
         """Loads a checkpoint to go on from and returns its epoch, ``run``'s ``start_epoch``.
 
         Args:
             path: a checkpoint, ours or torchreid's, or ``"auto"``: the newest in ``save_dir`` that can be read.
             save_dir: of the run, for ``"auto"``.
             since: of the checkpoints there, those written at this time or later, in seconds since 1970.
+            test_only: whatever number of processes trained it.
 
         Raises:
             ValueError: if there is nothing to load, it does not fit, or ``config`` differs in what cannot change.
@@ -284,7 +286,7 @@ class BaseEngine(Tester, torchreid.engine.Engine):
             print(f"model.resume auto: there is no checkpoint in '{self._folder(save_dir)}'; starting anew")
             return 0
         path, state = found
-        resuming.check_fits(path, state, self.datamanager.num_train_pids, self.config)
+        resuming.check_fits(path, state, self.datamanager.num_train_pids, self.config, test_only)
         states.restore_engine(self, state, path)
         self._resumed, self._resumed_from = state, Path(path)
         print(f"Resuming from '{path}' after epoch {state['epoch']}")

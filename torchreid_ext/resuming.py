@@ -56,11 +56,12 @@ def _noted(note: Path, again: bool, run: str) -> float | None:
     return None
 
 
-def check_fits(path: str, state: dict[str, Any], num_train_pids: int, config: dict[str, Any]) -> None:
+def check_fits(path: str, state: dict[str, Any], num_train_pids: int, config: dict[str, Any], test_only: bool) -> None:
     """Says how a checkpoint was trained otherwise than this run.
 
     Raises:
-        ValueError: for one of other identities, another number of processes, or a ``config`` that cannot change.
+        ValueError: for one of other identities, another number of processes unless ``test_only``, or a ``config`` that
+            cannot change.
     """
     training = state.get("training")
     if training is None:
@@ -72,7 +73,7 @@ def check_fits(path: str, state: dict[str, Any], num_train_pids: int, config: di
         )
     # Before there were several, nothing said so.
     processes = training.get("processes", 1)
-    if processes != distributed.size():
+    if processes != distributed.size() and not test_only:
         raise ValueError(
             f"'{path}' was trained by {processes} processes, and this run has {distributed.size()}: start it with as "
             f"many (torchrun --nnodes times --nproc_per_node; one is drsl-train alone), or start anew in another "

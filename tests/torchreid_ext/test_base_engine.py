@@ -138,6 +138,18 @@ def test_a_signal_in_a_test(tmp_path):
     assert engine.test()
 
 
+def test_a_signal_to_another_process_in_a_test(tmp_path, monkeypatch):
+    engine = make_engine(tmp_path)
+
+    def told(**kwargs):
+        raise Interrupted(signal.SIGTERM, "another process was asked to stop")
+
+    monkeypatch.setattr(engine, "test", told)
+    with pytest.raises(Interrupted, match=r"stopped by SIGTERM in epoch 1; model.resume auto begins it again"):
+        engine.run(str(tmp_path / "log"), max_epoch=1)
+    assert checkpoint.load(tmp_path / "log" / "model" / "model-last.pth.tar")["epoch"] == 0
+
+
 def test_a_second_signal_ends_at_once():
     with StopRequest() as stop:
         stop.check()

@@ -144,6 +144,7 @@ def test_a_killed_process_is_started_again_and_a_signal_stops_all(data, whole, c
     resume = words(data, "stopped", **{"model.resume": "auto"})
     assert main(resume) == 2
     assert "was trained by 2 processes, and this run has 1: start it with as many" in capsys.readouterr().err
+    assert main([*resume, "test.evaluate", "True"]) == 0
     resumed = torchrun("--nproc_per_node", 2, "-m", "torchreid_ext", *resume)
     assert resumed.returncode == 0, resumed.stderr
     assert resumed.stdout.count("Resuming from") == 1
