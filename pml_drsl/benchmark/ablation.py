@@ -48,35 +48,38 @@ CHANGES = [
     Change("parts", "both, sort_weight 0.3", {"sort_weight": 0.3}, {}),
     Change("parts", "sort only", {"sort_weight": SORT_ONLY}, {}),
     *_parameter("sort_weight", "sort_weight", [0.0, 0.03, 0.1, 0.3, 1.0]),
-    *_parameter("temperature", "temperature", [0.01, 0.02, 0.05, 0.1, 0.2]),
+    *_parameter("temperature", "temperature", [0.02, 0.05, 0.1, 0.2]),
     *_parameter("margin", "margin", [0.0, 0.05, 0.1, 0.2]),
-    Change("distance", "cosine, temperature 0.05", {"distance": "cosine", "temperature": 0.05, "margin": 0.0}, {}),
-    Change(
-        "distance",
-        "squared Euclidean, temperature 0.1",
-        {"distance": "squared euclidean", "temperature": 0.1, "margin": 0.0},
-        {},
-    ),
     *(
         Change(
-            "distance", f"Euclidean, temperature {t}", {"distance": "euclidean", "temperature": t, "margin": 0.0}, {}
+            "distance",
+            f"{distance}, temperature {t}, margin {m}",
+            {"distance": distance, "temperature": t, "margin": m},
+            {},
         )
-        for t in (0.01, 0.05, 0.1)
+        for distance, t, m in (
+            ("cosine", 0.05, 0.0),
+            ("cosine", 0.1, 0.1),
+            ("squared euclidean", 0.2, 0.2),
+            ("euclidean", 0.01, 0.0),
+            ("euclidean", 0.05, 0.0),
+            ("euclidean", 0.1, 0.0),
+            ("euclidean", 0.1, 0.1),
+            ("euclidean", 0.2, 0.1),
+        )
     ),
     *(
         Change(
             "distance",
-            f"raw Euclidean, scale-free, temperature {t}",
-            {"distance": "raw euclidean", "temperature": t, "margin": 0.0, "scale_free": True},
+            f"{label}, temperature {t}",
+            {"distance": "raw euclidean", "temperature": t, "margin": 0.0, **free},
             {},
         )
-        for t in (0.01, 0.05)
-    ),
-    Change(
-        "distance",
-        "raw Euclidean, temperature 0.05",
-        {"distance": "raw euclidean", "temperature": 0.05, "margin": 0.0},
-        {},
+        for label, t, free in (
+            ("raw euclidean, scale-free", 0.05, {"scale_free": True}),
+            ("raw euclidean, scale-free", 0.1, {"scale_free": True}),
+            ("raw euclidean", 0.1, {}),
+        )
     ),
     *(
         Change("images per identity, batch of 64", f"{k}", {}, {"instances": k, "identities": 64 // k})
@@ -85,7 +88,6 @@ CHANGES = [
     *(Change("batch, 4 images per identity", f"{4 * p}", {}, {"identities": p}) for p in (8, 16, 32, 64, 128)),
     *_around("weight of cross-entropy", "cross_entropy", [0.0, 0.03, 0.1, 0.3, 1.0]),
     *_around("memory", "memory", [0, 256, MEMORY_SIZE, 4 * MEMORY_SIZE]),
-    Change("memory and cross-entropy 0.1", f"{MEMORY_SIZE}", {}, {"memory": MEMORY_SIZE, "cross_entropy": 0.1}),
     *(
         Change(
             "memory and cross-entropy 0.1",
@@ -106,9 +108,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     bench = experiment.prepare(args)
     results, protocol = bench.results, bench.protocol
-    bench.run(settings(protocol, DRSL)[: bench.tried], "tuning")
+    bench.run(settings(protocol, DRSL), "tuning")
     run_all(
-        [trial.but(seed=seed) for _, trial in trials(results, protocol) for seed in range(bench.seeds)],
+        [trial.but(seed=seed) for seed in range(bench.seeds) for _, trial in trials(results, protocol)],
         bench.data,
         results,
         bench.machine,

@@ -39,7 +39,8 @@ class Candidate:
         grid: the parameters of each trial.
         miner: what mines for it, from the parameter ``epsilon`` where it takes one.
         has_weights: whether it has weights of its own, per identity; their learning rate is the parameter ``lr``.
-        in_memory: whether it can stand behind a cross-batch memory.
+        in_memory: whether it can stand behind a cross-batch memory, at about the cost of a step without: the triplets
+            of a memory are millions, and NTXent makes as many comparisons.
     """
 
     make: Callable[..., nn.Module]
@@ -76,7 +77,8 @@ CANDIDATES: dict[str, Candidate] = {
     DRSL: Candidate(
         _drsl,
         (
-            *_grid(distance=("cosine",), temperature=(0.05, 0.1), margin=(0.0, 0.1), sort_weight=(0.0,)),
+            *_grid(distance=("cosine",), temperature=(0.05,), margin=(0.0, 0.1), sort_weight=(0.0,)),
+            *_grid(distance=("cosine",), temperature=(0.1,), margin=(0.1, 0.2), sort_weight=(0.0,)),
             {"distance": "cosine", "temperature": 0.05, "margin": 0.0, "sort_weight": 0.1},
             {"distance": "euclidean", "temperature": 0.01, "margin": 0.0, "sort_weight": 0.3},
         ),
@@ -86,7 +88,7 @@ CANDIDATES: dict[str, Candidate] = {
     "SmoothAP (PML)": Candidate(losses.SmoothAPLoss, _grid(temperature=TEMPERATURES)),
     "FastAP": Candidate(losses.FastAPLoss, _grid(num_bins=(5, 10, 20, 30, 50, 100))),
     "RankedList": Candidate(losses.RankedListLoss, _grid(margin=(0.2, 0.4, 0.6), Tn=(0, 10))),
-    "TripletMargin": Candidate(losses.TripletMarginLoss, _grid(margin=MARGINS), in_memory=True),
+    "TripletMargin": Candidate(losses.TripletMarginLoss, _grid(margin=MARGINS)),
     "TripletMargin, batch-hard": Candidate(
         losses.TripletMarginLoss, _grid(margin=MARGINS), miners.BatchHardMiner, in_memory=True
     ),
@@ -94,7 +96,6 @@ CANDIDATES: dict[str, Candidate] = {
         losses.TripletMarginLoss,
         _grid(margin=(0.1, 0.2, 0.4), epsilon=(0.1, 0.3)),
         miners.MultiSimilarityMiner,
-        in_memory=True,
     ),
     "MultiSimilarity": Candidate(
         losses.MultiSimilarityLoss, _grid(beta=(20, 50), base=(0.3, 0.5, 0.7)), in_memory=True
@@ -104,7 +105,7 @@ CANDIDATES: dict[str, Candidate] = {
         losses.ContrastiveLoss, _grid(pos_margin=(0.0, 0.3), neg_margin=(0.6, 0.8, 1.0)), in_memory=True
     ),
     "SupCon": Candidate(losses.SupConLoss, _grid(temperature=(0.03, 0.05, 0.1, 0.2, 0.3, 0.5)), in_memory=True),
-    "NTXent": Candidate(losses.NTXentLoss, _grid(temperature=(0.03, 0.05, 0.07, 0.1, 0.2, 0.5)), in_memory=True),
+    "NTXent": Candidate(losses.NTXentLoss, _grid(temperature=(0.03, 0.05, 0.07, 0.1, 0.2, 0.5))),
     "ProxyAnchor": Candidate(
         losses.ProxyAnchorLoss, _grid(margin=(0.1, 0.3), alpha=(16, 32, 64), lr=(1e-2,)), has_weights=True
     ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from itertools import cycle
 from statistics import median
@@ -12,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from pml_drsl.benchmark.images import Data
-from pml_drsl.benchmark.measure import peak_bytes, take_turns
+from pml_drsl.benchmark.measure import clean_processes, peak_bytes, take_turns
 from pml_drsl.benchmark.results import Machine, Results
 from pml_drsl.benchmark.trial import Trainer, Trial
 
@@ -38,8 +37,7 @@ def measure(trials: list[Trial], data: Data, results: Results, machine: Machine)
     times = take_turns(steps, SECONDS_OF_TURNS * len(steps), machine.device)
     costs = {}
     for trial in tqdm(trials, "memory", unit="loss"):
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, context) as pool:
+        with ProcessPoolExecutor(1, clean_processes(__name__)) as pool:
             peak = pool.submit(_peak, trial, data, machine.device, machine.threads).result()
         costs[trial.key] = {"seconds": median(times[trial.key]), "peak_bytes": peak}
     results.add_costs(costs)

@@ -26,7 +26,6 @@ class Experiment:
     Attributes:
         losses: which ones.
         seeds: how often each trial on the test identities runs.
-        tried: settings of every loss to try, at most.
     """
 
     data: Data
@@ -35,16 +34,16 @@ class Experiment:
     protocol: Protocol
     losses: tuple[str, ...]
     seeds: int
-    tried: int
 
     def run(self, trials: list[Trial], title: str) -> None:
         """Each trial with each seed, but for those whose results are in the file."""
-        repeated = [
-            trial.but(seed=seed)
-            for trial in trials
-            for seed in range(self.protocol.tuning_seeds if trial.split == "validation" else self.seeds)
-        ]
+        # All trials with the first seed come first: an interrupted run has something of everything.
+        most = max(self.seeds, self.protocol.tuning_seeds)
+        repeated = [trial.but(seed=seed) for seed in range(most) for trial in trials if seed < self._seeds(trial)]
         run_all(repeated, self.data, self.results, self.machine, title)
+
+    def _seeds(self, trial: Trial) -> int:
+        return self.protocol.tuning_seeds if trial.split == "validation" else self.seeds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,6 +122,6 @@ def prepare(args: argparse.Namespace) -> Experiment:
     )
     machine = Machine(args.device, args.workers or (1 if args.device == "cuda" else cores), args.threads)
     tuning_seeds = 1 if args.quick else args.tuning_seeds
-    protocol = Protocol(base, tuning_epochs, tuning_seeds)
+    protocol = Protocol(base, tuning_epochs, tuning_seeds, QUICK_SETTINGS if args.quick else TRIALS)
     results.agree(protocol)
-    return Experiment(data, results, machine, protocol, losses, seeds, QUICK_SETTINGS if args.quick else TRIALS)
+    return Experiment(data, results, machine, protocol, losses, seeds)

@@ -21,7 +21,7 @@ from pml_drsl.benchmark.results import Protocol, Results
 from pml_drsl.benchmark.trial import Trial
 from pml_drsl.benchmark.tuning import best_first, settings, validation_score
 
-RATIOS = (1, 8, 64, 250, 1000)
+RATIOS = (1, 10, 100, 1000)
 OPPONENTS = 4
 MEMORY_SIZE = 2048
 
@@ -33,9 +33,9 @@ def run(args: argparse.Namespace) -> int:
     results, protocol = bench.results, bench.protocol
     # A loss with a miner of its own has another's place here.
     can = [loss for loss in bench.losses if CANDIDATES[loss].in_memory and CANDIDATES[loss].miner is None]
-    bench.run([trial for loss in can for trial in settings(protocol, loss)[: bench.tried]], "tuning")
+    bench.run([trial for loss in can for trial in settings(protocol, loss)], "tuning")
     compared = losses(results, protocol)
-    bench.run([trial for loss in compared for trial in at_largest(protocol, loss)[: bench.tried]], "tuning, 1:1000")
+    bench.run([trial for loss in compared for trial in at_largest(protocol, loss)], "tuning, 1:1000")
     bench.run([trial for loss in compared for trial in tested(results, protocol, loss).values()], "test")
     print(table(results, protocol))
     return 0

@@ -91,11 +91,7 @@ def take_turns(steps: Mapping[str, Callable[[], None]], seconds: float, device: 
 
 def probe(name: str, size: int, dim: int, device: str, threads: int, memory: float, time_limit: float | None) -> Probe:
     """One step in a process of its own that may take ``memory`` GiB and ``time_limit`` seconds."""
-    # A fork server has imported torch already but never used it, so that a process starts at once and starts clean.
-    has_server = "forkserver" in multiprocessing.get_all_start_methods()
-    context: Any = multiprocessing.get_context("forkserver" if has_server else "spawn")
-    if has_server:
-        context.set_forkserver_preload([__name__])
+    context = clean_processes()
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_probe, args=(there, name, size, dim, device, threads, memory))
     process.start()
@@ -110,6 +106,16 @@ def probe(name: str, size: int, dim: int, device: str, threads: int, memory: flo
     finally:
         process.kill()
         process.join()
+
+
+def clean_processes(*modules: str) -> Any:
+    """A multiprocessing context whose processes start at once, with torch and ``modules`` imported, and start clean."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    # The server imports torch, but never uses it.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, *modules])
+    return context
 
 
 def _probe(connection: Connection, name: str, size: int, dim: int, device: str, threads: int, memory: float) -> None:

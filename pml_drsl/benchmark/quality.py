@@ -4,7 +4,7 @@ The same network is trained with each loss: the same start, order of the data, a
 images shown. In four steps, all kept in one file (run it again, and it goes on where it was):
 
   1. tune     six settings of every loss, on validation identities cut from the training set;
-  2. recipes  the best of them with cross-entropy, a cross-batch memory, larger batches; on the same identities;
+  2. recipes  the best of them with cross-entropy, a cross-batch memory, smaller batches; on the same identities;
   3. test     every loss alone, with cross-entropy, and by its best recipe, on the test identities, with every seed;
   4. costs    time and memory of a training step.
 
@@ -25,7 +25,7 @@ from pml_drsl.benchmark import costs, experiment, tables
 from pml_drsl.benchmark.candidates import CANDIDATES
 from pml_drsl.benchmark.experiment import Experiment
 from pml_drsl.benchmark.results import Protocol, Results
-from pml_drsl.benchmark.tuning import best_first, recipes_of, reported, settings
+from pml_drsl.benchmark.tuning import all_recipes, best_first, in_smaller_batches, recipes_of, reported, settings
 
 add_arguments = experiment.add_arguments
 
@@ -44,12 +44,14 @@ def run(args: argparse.Namespace) -> int:
 def tune(bench: Experiment, losses: Sequence[str]) -> None:
     """Runs, or finds in the file, what chooses the settings and the recipe of every loss."""
     results, protocol = bench.results, bench.protocol
-    bench.run([trial for loss in losses for trial in settings(protocol, loss)[: bench.tried]], "tuning")
+    bench.run([trial for loss in losses for trial in settings(protocol, loss)], "tuning")
     recipes = []
     for loss in losses:
         for trials in recipes_of(protocol, best_first(results, protocol, settings(protocol, loss))).values():
             recipes += trials
     bench.run(recipes, "recipes")
+    smaller = [trial for loss in losses for trial in in_smaller_batches(all_recipes(results, protocol, loss))]
+    bench.run(smaller, "recipes, smaller batches")
 
 
 def table(results: Results, protocol: Protocol) -> str:

@@ -18,7 +18,9 @@ import pytorch_metric_learning
 import torch
 from tqdm import tqdm
 
+from pml_drsl.benchmark.candidates import TRIALS
 from pml_drsl.benchmark.images import Data
+from pml_drsl.benchmark.measure import clean_processes
 from pml_drsl.benchmark.trial import Trial, run
 
 
@@ -30,11 +32,13 @@ class Protocol:
         base: what they start from; its split is ``"test"``.
         tuning_epochs: of the trials on the validation identities.
         tuning_seeds: how often each of those runs.
+        tried: settings of every loss that are tried, at most.
     """
 
     base: Trial
     tuning_epochs: int
     tuning_seeds: int
+    tried: int = TRIALS
 
     @property
     def validation(self) -> Trial:
@@ -159,7 +163,7 @@ def _in_turn(trials: Sequence[Trial], data: Data, machine: Machine, bar: Any) ->
 
 def _side_by_side(trials: Sequence[Trial], data: Data, machine: Machine, bar: Any) -> Ended:
     """As many at once as the machine is to have, each in a process that runs one after the other."""
-    context = multiprocessing.get_context("spawn")
+    context = clean_processes(__name__)
     epochs = context.Value("q", 0)
     workers = min(machine.workers, len(trials))
     pool = ProcessPoolExecutor(workers, context, _start, (data, machine.device, machine.threads, epochs))

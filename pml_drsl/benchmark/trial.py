@@ -38,7 +38,7 @@ class Trial:
         memory: size of a cross-batch memory around the loss; 0 for none.
         negatives_per_positive: budget of a ``NegativeBudgetMiner`` (random) around the loss; 0 for none.
         identities: identities in a batch, or as many as there are.
-        instances: images of each.
+        instances: images of each; with fewer of them, some are drawn twice.
         epochs: times the training set is shown.
         lr: learning rate of the network; Adam, falling to 0 along a cosine.
         seed: of the network, the order of the data, and the augmentation.
@@ -89,11 +89,7 @@ def run(trial: Trial, data: Data, device: str, advance: Callable[[], None] = lam
 
 
 class Trainer:
-    """A network, its criterion and the optimizer of both.
-
-    Raises:
-        ValueError: for a batch that cannot be filled.
-    """
+    """A network, its criterion and the optimizer of both."""
 
     def __init__(self, trial: Trial, train: Images, device: str) -> None:
         self.trial, self.device = trial, device
@@ -151,9 +147,8 @@ def _batches(trial: Trial, labels: Tensor) -> list[list[Tensor]]:
     """Indices of every batch of every epoch."""
     identities = min(trial.identities, int(labels.max()) + 1)
     size = identities * trial.instances
-    if size > len(labels):
-        raise ValueError(f"a batch of {identities} x {trial.instances} needs more than the {len(labels)} images given")
-    sampler = MPerClassSampler(labels, trial.instances, size, length_before_new_iter=len(labels))
+    # Of a set smaller than a batch an epoch is one batch.
+    sampler = MPerClassSampler(labels, trial.instances, size, length_before_new_iter=max(size, len(labels)))
     np.random.seed(trial.seed)  # what the sampler draws from
     return [list(torch.tensor(list(sampler)).split(size)) for _ in range(trial.epochs)]
 

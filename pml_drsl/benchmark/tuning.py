@@ -12,7 +12,7 @@ from pml_drsl.benchmark.trial import Trial
 ALONE = "alone"
 MEMORY = "memory"
 MEMORY_AND_CROSS_ENTROPY = "memory, cross-entropy"
-LARGER = "larger batches"
+SMALLER = "smaller batches"
 BEST = "best recipe"
 WEIGHTS = (0.1, 1.0)
 """Of cross-entropy beside a loss."""
@@ -20,8 +20,8 @@ MEMORY_SIZE = 1024
 
 
 def settings(protocol: Protocol, loss: str) -> list[Trial]:
-    """A loss with every point of its grid."""
-    return [protocol.validation.but(loss=loss, parameters=point) for point in CANDIDATES[loss].grid]
+    """A loss with every point of its grid that is tried."""
+    return [protocol.validation.but(loss=loss, parameters=point) for point in CANDIDATES[loss].grid[: protocol.tried]]
 
 
 def best_first(results: Results, protocol: Protocol, trials: Sequence[Trial]) -> list[Trial]:
@@ -43,7 +43,7 @@ def recipes_of(protocol: Protocol, ranked: Sequence[Trial]) -> dict[str, list[Tr
     """
     longer = [trial.but(epochs=protocol.base.epochs) for trial in ranked[:2]]
     first = longer[0]
-    found = {ALONE: [first], LARGER: [first.but(instances=2 * first.instances)]}
+    found = {ALONE: [first]}
     if first.loss != CROSS_ENTROPY:
         found[CROSS_ENTROPY] = [first.but(cross_entropy=weight) for weight in WEIGHTS]
     if CANDIDATES[first.loss].in_memory:
@@ -54,13 +54,27 @@ def recipes_of(protocol: Protocol, ranked: Sequence[Trial]) -> dict[str, list[Tr
     return found
 
 
+def in_smaller_batches(ranked: Sequence[Trial]) -> list[Trial]:
+    """The best two of all recipes in batches of half as many identities: twice the steps, of the same images."""
+    return [trial.but(identities=max(2, trial.identities // 2)) for trial in ranked[:2]]
+
+
 def chosen(results: Results, protocol: Protocol, loss: str) -> dict[str, Trial]:
     """The best trial of every recipe, as far as there are results, by the name of the recipe; on validation."""
     ranked = best_first(results, protocol, settings(protocol, loss))
     if not ranked:
         return {}
-    best = {name: best_first(results, protocol, trials) for name, trials in recipes_of(protocol, ranked).items()}
+    recipes = recipes_of(protocol, ranked)
+    recipes[SMALLER] = in_smaller_batches(all_recipes(results, protocol, loss))
+    best = {name: best_first(results, protocol, trials) for name, trials in recipes.items()}
     return {name: trials[0] for name, trials in best.items() if trials}
+
+
+def all_recipes(results: Results, protocol: Protocol, loss: str) -> list[Trial]:
+    """Every trial of every recipe in batches of the protocol's size, as far as there are results, best first."""
+    ranked = best_first(results, protocol, settings(protocol, loss))
+    recipes = recipes_of(protocol, ranked) if ranked else {}
+    return best_first(results, protocol, [trial for trials in recipes.values() for trial in trials])
 
 
 def reported(results: Results, protocol: Protocol, loss: str) -> dict[str, Trial]:
