@@ -98,7 +98,8 @@ class DistributedMinerWrapper(pml_distributed.DistributedMinerWrapper):
         sizes, all_emb, all_labels = _gather_batch(emb.detach(), labels)
         all_refs = None if ref_emb is None else _gather_batch(ref_emb.detach(), ref_labels)[1:]
         if not self.efficient:
-            return self.miner(all_emb, all_labels, *(all_refs or ()))  # type: ignore[no-any-return]
+            with draws_of_first(emb.device):
+                return self.miner(all_emb, all_labels, *(all_refs or ()))  # type: ignore[no-any-return]
         first = sum(sizes[: dist.get_rank()])
         own = None if all_refs else torch.arange(first, first + len(emb), device=emb.device)
         indices = _mine(self.miner, emb, labels, *(all_refs or (all_emb, all_labels)), own)
@@ -110,18 +111,19 @@ class DistributedMinerWrapper(pml_distributed.DistributedMinerWrapper):
 class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
     """PML's ``DistributedLossWrapper`` with an efficient mode that is exact for ``DRSLoss``.
 
-    Under ``DistributedDataParallel`` both modes give the gradient of one process on the whole batch, with any
-    reducer, regularizer or distance, and with any number of embeddings in each process. The batch is that of all
-    processes in order of rank, and so are the indices of an ``indices_tuple``, the same on every process, as
-    ``pml_drsl.wrappers.DistributedMinerWrapper`` gives them.
+    Both modes return the loss of the whole batch, the same on every process (PML's returns it times their number);
+    run ``backward()`` on all of them. Under ``DistributedDataParallel`` both give the gradient of one process on the
+    whole batch, with any reducer, regularizer or distance, and with any number of embeddings in each process. The
+    batch is that of all processes in order of rank, and so are the indices of an ``indices_tuple``, the same on every
+    process, as ``pml_drsl.wrappers.DistributedMinerWrapper`` gives them.
 
-    ``efficient=False``, any loss: every process computes the whole loss and sends its gradient to its own embeddings
-    alone. As PML's, it returns the loss times the number of processes, which DDP's mean divides by again.
+    ``efficient=False``, any loss, and ``CrossBatchMemory``: every process computes the whole loss, with the first
+    one's random numbers, and sends its gradient to its own embeddings alone. Weights of the loss get the gradient of
+    one process on the whole batch, and a memory is the same, everywhere.
 
     ``efficient=True``, ``DRSLoss`` alone: every process computes the errors of its own queries, and the errors are
     gathered before they are reduced. (PML's efficient mode gathers embeddings without their gradient, so that
-    references of other processes get none: another gradient than that of the whole batch.) It returns the loss of
-    the whole batch, the same on every process; run ``backward()`` on all of them.
+    references of other processes get none: another gradient than that of the whole batch.)
 
     Raises:
         ValueError: for ``efficient=True`` with another loss than ``DRSLoss``.
@@ -145,13 +147,64 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
             return self.loss(emb, labels, indices_tuple, ref_emb, ref_labels)  # type: ignore[no-any-return]
         sizes, all_emb, all_labels = _gather_batch(emb, labels, share_gradients=self.efficient)
         all_refs = None if ref_emb is None else _gather_batch(ref_emb, ref_labels, share_gradients=self.efficient)[1:]
-        loss: Tensor
-        if not self.efficient:
-            loss = self.loss(all_emb, all_labels, indices_tuple, *(all_refs or ()))
-            return loss * world_size
-        with _errors_shared_out(self.loss, sizes):
-            loss = self.loss(all_emb, all_labels, indices_tuple, *(all_refs or ()))
+        with _errors_shared_out(self.loss, sizes) if self.efficient else draws_of_first(emb.device):
+            loss: Tensor = self.loss(all_emb, all_labels, indices_tuple, *(all_refs or ()))
         return loss
+
+    def forward_cross_batch(
+        self,
+        emb: Tensor,
+        labels: Tensor,
+        indices_tuple: IndicesTuple | None,
+        ref_emb: Tensor | None,
+        ref_labels: Tensor | None,
+        world_size: int,
+        enqueue_mask: Tensor | None,
+    ) -> Tensor:
+        if ref_emb is not None or ref_labels is not None:
+            raise ValueError("a CrossBatchMemory has its own references: it takes no ref_emb and ref_labels")
+        if world_size <= 1:
+            return self.loss(emb, labels, indices_tuple, enqueue_mask)  # type: ignore[no-any-return]
+        # In order of rank: PML has each process's own first, and so another memory on each.
+        _, all_emb, all_labels = _gather_batch(emb, labels)
+        if enqueue_mask is not None:
+            # Not every backend gathers truth values.
+            enqueue_mask = _gather(enqueue_mask.to(emb.device, torch.uint8))[0].bool()
+        with draws_of_first(emb.device):
+            return self.loss(all_emb, all_labels, indices_tuple, enqueue_mask)  # type: ignore[no-any-return]
+
+
+def gather_batch(*parts: Tensor) -> tuple[Tensor, ...]:
+    """Embeddings, labels or whatever else of a batch, shapes (N, ...), of all processes in order of rank.
+
+    The gradient of a loss that every process computes of them goes to each process's own, times the number of
+    processes, by which ``DistributedDataParallel`` divides again. In a run of one process they are returned unchanged.
+    """
+    if not pml_distributed.is_distributed() or dist.get_world_size() == 1:
+        return parts
+    return tuple(_gather(part)[0] for part in parts)
+
+
+@contextmanager
+def draws_of_first(device: torch.device) -> Iterator[None]:
+    """Within, every process draws the first one's random numbers, on the CPU and on ``device``."""
+    if not pml_distributed.is_distributed() or dist.get_world_size() == 1:
+        yield
+        return
+    on_device = device.type == "cuda"
+    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if on_device else [])]
+    for state in states:
+        sent = state.to(device)
+        dist.broadcast(sent, 0)
+        state.copy_(sent)
+    if dist.get_rank() == 0:
+        yield
+        return
+    with torch.random.fork_rng([device] if on_device else []):
+        torch.set_rng_state(states[0])
+        if on_device:
+            torch.cuda.set_rng_state(states[1], device)
+        yield
 
 
 @contextmanager
@@ -214,8 +267,8 @@ def _gather(x: Tensor, share_gradients: bool = False) -> tuple[Tensor, list[int]
 
 
 class _Gather(torch.autograd.Function):
-    """Concatenates what all processes have. The gradient of a process's part is that of its own copy or, shared, the
-    sum over all processes' copies."""
+    """Concatenates what all processes have. The gradient of a process's part is the sum over all processes' copies,
+    or, where all compute the same of them and none is shared, that of its own copy times their number."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, sizes: list[int], share_gradients: bool) -> Tensor:
@@ -233,4 +286,5 @@ class _Gather(torch.autograd.Function):
         if ctx.share_gradients:
             grad = grad.clone(memory_format=torch.contiguous_format)
             dist.all_reduce(grad)
-        return grad[ctx.mine], None, None
+            return grad[ctx.mine], None, None
+        return grad[ctx.mine] * dist.get_world_size(), None, None

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from torchreid_ext import checkpoint, config, evaluation, generators
+from torchreid_ext import checkpoint, config, distributed, evaluation, generators, resuming
 from torchreid_ext.keys import describe
 from torchreid_ext.samplers import SAMPLERS
 
@@ -36,13 +36,18 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         cfg = read_config(args)
-        with logged(Path(cfg.data.save_dir), "test" if cfg.test.evaluate else "train"):
+        with (
+            distributed.joined(cfg.use_gpu, cfg.train.timeout),
+            logged(Path(cfg.data.save_dir), "test" if cfg.test.evaluate else "train"),
+        ):
             train(cfg)
     except (ValueError, FloatingPointError, OSError) as error:
-        print(f"drsl-train: {_message(error)}", file=sys.stderr)
+        who = "" if distributed.is_first() else f" process {distributed.rank()}:"
+        print(f"drsl-train:{who} {_message(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"drsl-train: {stop or 'stopped'}", file=sys.stderr)
+        if distributed.is_first():
+            print(f"drsl-train: {stop or 'stopped'}", file=sys.stderr)
         return 128 + getattr(stop, "signal", signal.SIGINT)
     return 0
 
@@ -85,9 +90,11 @@ def read_config(args: argparse.Namespace) -> config.Config:
 def train(cfg: config.Config) -> dict[str, Any]:
     """Trains and tests as configured; returns the last test's results by target."""
     print(f"Configuration\n{cfg}\n")
+    since = resuming.first_start(Path(cfg.data.save_dir))
     generators.seed_everything(cfg.train.seed)
-    datamanager = config.build_datamanager(cfg)
-    model = config.build_model(cfg, datamanager.num_train_pids)
+    with distributed.one_first():
+        datamanager = config.build_datamanager(cfg)
+        model = config.build_model(cfg, datamanager.num_train_pids)
     print(f"Model {cfg.model.name}: {sum(p.numel() for p in model.parameters()):,} parameters")
     if cfg.model.load_weights:
         print(checkpoint.load_weights(model, cfg.model.load_weights))
@@ -95,7 +102,7 @@ def train(cfg: config.Config) -> dict[str, Any]:
     optimizer = config.build_optimizer(cfg, model, criterion)
     scheduler = config.build_scheduler(cfg, optimizer)
     engine = config.build_engine(cfg, datamanager, model, optimizer, scheduler, criterion)
-    if cfg.loss.name != "softmax" and cfg.sampler.train_sampler not in SAMPLERS:
+    if cfg.loss.name != "softmax" and cfg.sampler.train_sampler not in SAMPLERS and distributed.is_first():
         print(
             f"Note: {cfg.loss.name} needs several images of an identity in a batch: set sampler.train_sampler to "
             f"RandomIdentitySampler, now {cfg.sampler.train_sampler}",
@@ -105,11 +112,13 @@ def train(cfg: config.Config) -> dict[str, Any]:
     engine.config = config.flat(cfg)
     # Not written to the configuration, which is to start the same run anew.
     start_epoch = cfg.train.start_epoch
-    if cfg.model.resume:
-        start_epoch = engine.resume(cfg.model.resume, cfg.data.save_dir)
+    if since is not None and (done := engine.resume("auto", cfg.data.save_dir, since)):
+        start_epoch = done
+    elif cfg.model.resume:
+        start_epoch = engine.resume(cfg.model.resume, cfg.data.save_dir, test_only=cfg.test.evaluate)
         if cfg.test.evaluate and not start_epoch:
             raise ValueError("test.evaluate: model.resume auto found no checkpoint to test")
-    if not cfg.test.evaluate:
+    if not cfg.test.evaluate and distributed.is_first():
         write_config(cfg)
 
     columns = {}
@@ -132,7 +141,10 @@ def write_config(cfg: config.Config) -> None:
 
 @contextlib.contextmanager
 def logged(folder: Path, name: str) -> Iterator[None]:
-    """Copies what is printed to ``folder/NAME.log-TIME``, and what ends the run before its end."""
+    """Copies what the first process prints to ``folder/NAME.log-TIME``, and what ends the run before its end."""
+    if not distributed.is_first():
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.log-{time.strftime('%Y-%m-%d-%H-%M-%S')}"
     with open(path, "w") as file, contextlib.redirect_stdout(_Tee(sys.stdout, file)):

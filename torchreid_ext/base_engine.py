@@ -14,21 +14,22 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from pml_drsl.accuracy import RetrievalResult
-from torchreid_ext import checkpoint, generators, states
+from torchreid_ext import distributed, resuming, states
 from torchreid_ext.freezing import Layers
 from torchreid_ext.history import History
 from torchreid_ext.interrupts import Interrupted, StopRequest
 from torchreid_ext.logs import EpochLog
 from torchreid_ext.reading import readable
 from torchreid_ext.repeating import repeatable
-from torchreid_ext.resuming import compare
-from torchreid_ext.samplers import whole_batches
+from torchreid_ext.samplers import check_trains, whole_batches
 from torchreid_ext.stepping import Stepper
 from torchreid_ext.testing import Tester
 
 
 class BaseEngine(Tester, torchreid.engine.Engine):
     """An ``Engine`` of torchreid that can be depended on; mixes into the host's engines too.
+
+    In each process of a run that torchrun started, inside ``distributed.joined``, it trains on a share of every batch.
 
     Attributes:
         results: of the last test, by target.
@@ -84,6 +85,7 @@ class BaseEngine(Tester, torchreid.engine.Engine):
         keep_checkpoints: int = 3,
         amp: str = "off",
         compiled: bool = False,
+        channels_last: bool = False,
         skip_nonfinite: bool = False,
         **test_arguments: Any,
     ) -> dict[str, RetrievalResult]:
@@ -109,6 +111,7 @@ class BaseEngine(Tester, torchreid.engine.Engine):
             keep_checkpoints: how many to keep, besides the last and the best; 0 keeps all.
             amp: precision of the network in training: ``"off"``, ``"bf16"`` or ``"fp16"``.
             compiled: compile the network for training.
+            channels_last: train in that memory format.
             skip_nonfinite: leave out a step whose loss is not finite, instead of stopping the run.
             **test_arguments: of ``test``.
 
@@ -117,6 +120,8 @@ class BaseEngine(Tester, torchreid.engine.Engine):
             FloatingPointError: for a loss, or weights, that are not finite.
             Interrupted: when a signal asked to stop; everything is saved.
         """
+        for module in (*self._models.values(), *states.losses_of(self).values()):
+            distributed.same_as_first(module)
         test_arguments["save_dir"] = save_dir
         last = {**test_arguments, "visrank": visrank, "picture": picture, "rerank": rerank}
         if test_only:
@@ -129,23 +134,22 @@ class BaseEngine(Tester, torchreid.engine.Engine):
             self._layers[self.model].check(_names(open_layers))
         self._history = History(self._folder(save_dir), keep_checkpoints)
         self._history.newest = self._resumed_from
-        self.stepper = Stepper(amp, compiled, self._device().type)
+        self.stepper = Stepper(amp, compiled, self._device().type, channels_last)
         self._skip_nonfinite = skip_nonfinite
         self.start_epoch, self.max_epoch = start_epoch, max_epoch
         started = time.monotonic()
         # What an interrupted epoch wrote to the TensorBoard log is dropped when the epoch is repeated.
-        self.writer = SummaryWriter(
-            log_dir=save_dir, purge_step=start_epoch * len(self.train_loader) if self._resumed else None
-        )
+        purge_step = start_epoch * len(self.train_loader) if self._resumed else None
+        self.writer = SummaryWriter(log_dir=save_dir, purge_step=purge_step) if distributed.is_first() else None
         try:
             with self.stop:
                 states.restore_randomness(self, self._resumed)
                 self._resumed = {}
                 print("=> Start training" if start_epoch < max_epoch else f"=> Trained {start_epoch} epochs already")
                 for self.epoch in range(start_epoch, max_epoch):
-                    # What is on the disk need not be kept in memory.
-                    on_disk = self._history.saved_epoch == self.epoch
-                    self._start = None if on_disk else states.copied(states.of_engine(self, self.epoch))
+                    # What is on the disk need not be kept in memory, nor by a process that does not save.
+                    kept = self._history.saved_epoch == self.epoch or not distributed.is_first()
+                    self._start = None if kept else states.copied(states.of_engine(self, self.epoch))
                     self.train(print_freq=print_freq, fixbase_epoch=fixbase_epoch, open_layers=open_layers)
                     done = self.epoch + 1
                     tested, is_best = done == max_epoch, False
@@ -157,16 +161,21 @@ class BaseEngine(Tester, torchreid.engine.Engine):
                     if tested or done % checkpoint_freq == 0:
                         self._save(is_best)
                 if start_epoch >= max_epoch > 0:
+                    if distributed.is_first():
+                        # It may have been killed between its last checkpoint and this.
+                        self._history.tidy(start_epoch)
                     self.epoch = max_epoch - 1
                     if self._is_best(self.test(**last)):
                         self._save(True)
         except (Interrupted, RuntimeError) as error:
-            # A worker of the loader may have got the signal too, and died of it.
-            if self.stop.signum is None:
+            # A worker of the loader may have got the signal too, and died of it; or another process alone got it.
+            signum = getattr(error, "signal", self.stop.signum)
+            if signum is None:
                 raise
-            raise Interrupted(self.stop.signum, self._save_start_of_epoch(self.stop.signum)) from error
+            raise Interrupted(signum, self._save_start_of_epoch(signum)) from error
         finally:
-            self.writer.close()
+            if self.writer is not None:
+                self.writer.close()
             self._layers.pop(self.model).open_all()
             self._start, self.stop = None, StopRequest()
         if self.skipped:
@@ -188,20 +197,30 @@ class BaseEngine(Tester, torchreid.engine.Engine):
         skipped_before = self.skipped
         for index, data in enumerate(log.batches(self.train_loader)):
             self.batch_idx, skipped = index, self.skipped
-            summary = self.forward_backward(data)
+            # All stop after the same batch, or some would wait for ever. What comes meanwhile is told next time.
+            summary, signum = distributed.agreed(self.forward_backward(data), self.stop.signum)
             if self.skipped == skipped:
                 log.add(index, summary, self.get_current_lr())
-            self.stop.check()
+            if signum is not None:
+                self.stop.signum = signum
+                self.stop.check()
         if self.skipped - skipped_before == self.batch_idx + 1:
             raise FloatingPointError(
                 f"the loss of every batch of epoch {self.epoch + 1} is not finite{self._last_good()}"
             )
+        for model in self._models.values():
+            distributed.average_buffers(model)
         self.update_lr()
 
     def training_batch(self, data: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Images and identities of a batch, where the model is."""
         images, pids = self.parse_data_for_train(data)
         return images.to(self._device(), non_blocking=True), pids.to(self._device(), non_blocking=True)
+
+    def mean_weight(self, pids: Tensor) -> float:
+        """What to multiply a mean over this process's samples by, so that its mean over the processes is that over all
+        samples."""
+        return 1.0
 
     def forward(self, images: Tensor) -> Any:
         """What the model returns in training, in ``amp``'s precision inside and in float32 outside."""
@@ -210,17 +229,18 @@ class BaseEngine(Tester, torchreid.engine.Engine):
         return self.stepper.forward(self.model, images)
 
     def step(self, loss: Tensor) -> None:
-        """Steps the optimizers of every registered model on a loss.
+        """Steps the optimizers of every registered model on a loss, of several processes the mean of theirs.
 
         Raises:
             FloatingPointError: if the loss is not finite, unless such steps are skipped.
         """
-        if self._skip_nonfinite and not torch.isfinite(loss):
+        value = distributed.mean(loss)
+        if self._skip_nonfinite and not torch.isfinite(value):
             self._put_back()
             self.skipped += 1
-            print(f"Skipped epoch {self.epoch + 1}, batch {self.batch_idx + 1}: the loss is {loss.item()}")
+            print(f"Skipped epoch {self.epoch + 1}, batch {self.batch_idx + 1}: the loss is {value.item()}")
             return
-        self.check_finite(loss)
+        self.check_finite(value)
         self.stepper.step(loss, [optimizer for optimizer in self._optims.values() if optimizer is not None])
 
     def check_finite(self, loss: Tensor) -> None:
@@ -246,37 +266,27 @@ class BaseEngine(Tester, torchreid.engine.Engine):
     def save_model(self, epoch: int, rank1: float, save_dir: str, is_best: bool = False) -> None:
         """Writes ``save_dir/model/model.pth.tar-EPOCH``, EPOCH counted from 1, as torchreid does."""
         self.rank1 = float(rank1)
-        History(self._folder(save_dir)).save(states.of_engine(self, epoch + 1), epoch + 1, is_best)
+        if distributed.is_first():
+            History(self._folder(save_dir)).save(states.of_engine(self, epoch + 1), epoch + 1, is_best)
 
-    def resume(self, path: str, save_dir: str = "log") -> int:
+    def resume(self, path: str, save_dir: str = "log", since: float = 0, test_only: bool = False) -> int:
         """Loads a checkpoint to go on from and returns its epoch, ``run``'s ``start_epoch``.
 
         Args:
             path: a checkpoint, ours or torchreid's, or ``"auto"``: the newest in ``save_dir`` that can be read.
             save_dir: of the run, for ``"auto"``.
+            since: of the checkpoints there, those written at this time or later, in seconds since 1970.
+            test_only: whatever number of processes trained it.
 
         Raises:
             ValueError: if there is nothing to load, it does not fit, or ``config`` differs in what cannot change.
         """
-        if path == "auto":
-            found = History(self._folder(save_dir)).load_newest()
-            if found is None:
-                print(f"model.resume auto: there is no checkpoint in '{self._folder(save_dir)}'; starting anew")
-                return 0
-            path, state = str(found[0]), found[1]
-        else:
-            state = checkpoint.load(path)
-        training = state.get("training")
-        if training is None:
-            print(f"'{path}' is torchreid's own and holds no random state: training goes on, but not as it would have")
-        elif training["num_train_pids"] != self.datamanager.num_train_pids:
-            raise ValueError(
-                f"'{path}' was trained on {training['num_train_pids']} identities, and the sources have "
-                f"{self.datamanager.num_train_pids}"
-            )
-        elif training["config"] and self.config:
-            for line in compare(training["config"], self.config):
-                print(f"Config differs from the checkpoint's: {line}")
+        found = distributed.from_first(lambda: resuming.find(path, self._folder(save_dir), since))
+        if found is None:
+            print(f"model.resume auto: there is no checkpoint in '{self._folder(save_dir)}'; starting anew")
+            return 0
+        path, state = found
+        resuming.check_fits(path, state, self.datamanager.num_train_pids, self.config, test_only)
         states.restore_engine(self, state, path)
         self._resumed, self._resumed_from = state, Path(path)
         print(f"Resuming from '{path}' after epoch {state['epoch']}")
@@ -313,7 +323,9 @@ class BaseEngine(Tester, torchreid.engine.Engine):
             for name, weights in model.state_dict().items():
                 if not torch.isfinite(weights).all():
                     raise FloatingPointError(f"{name} is not finite after epoch {self.epoch + 1}{self._last_good()}")
-        path = self._history.save(states.of_engine(self, self.epoch + 1), self.epoch + 1, is_best)
+        history, done = self._history, self.epoch + 1
+        path = distributed.from_first(lambda: history.save(states.of_engine(self, done), done, is_best))
+        history.newest, history.saved_epoch = path, done
         print(f'Checkpoint saved to "{path}"' + (f" (best so far: mAP {self.best['mAP']:.1%})" if is_best else ""))
 
     def _save_start_of_epoch(self, signum: int) -> str:
@@ -329,20 +341,6 @@ class BaseEngine(Tester, torchreid.engine.Engine):
     def _last_good(self) -> str:
         newest = self._history.newest if self._history else None
         return f"; the last good checkpoint is '{newest}'" if newest else "; no checkpoint was saved"
-
-
-def check_trains(datamanager: Any) -> None:
-    """Raises ValueError if training would be on nothing, as torchreid silently does, or on one identity."""
-    loader = datamanager.train_loader
-    with generators.untouched():
-        drawn = sum(1 for _ in loader.sampler)
-    if drawn < (loader.batch_size or 1):
-        raise ValueError(
-            f"a batch of {loader.batch_size} cannot be filled: {type(loader.sampler).__name__} draws {drawn} of the "
-            f"{len(loader.dataset)} training samples an epoch; make train.batch_size smaller"
-        )
-    if datamanager.num_train_pids < 2:
-        raise ValueError("the training data hold one identity alone: there is nothing to tell it from")
 
 
 def _names(layers: str | list[str] | None) -> list[str]:

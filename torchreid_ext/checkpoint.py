@@ -85,6 +85,8 @@ def link(path: Path, name: str) -> None:
     except OSError:
         shutil.copyfile(path, temporary)
     os.replace(temporary, path.with_name(name))
+    # Of two names of one file, replacing one by the other leaves both.
+    temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
 
 

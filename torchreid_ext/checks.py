@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from pml_drsl.accuracy import METRICS
+from torchreid_ext import distributed
 from torchreid_ext.config_node import Config
+from torchreid_ext.samplers import SAMPLERS
 from torchreid_ext.stepping import AMP
 
 TRANSFORMS = ("random_flip", "random_crop", "random_patch", "color_jitter", "random_erase")
@@ -27,6 +29,9 @@ def check(cfg: Config) -> None:
         for value in values:
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"test.{key} takes whole numbers of {least} or more, got {value!r}")
+    if not cfg.test.evaluate:
+        in_groups = cfg.sampler.train_sampler in SAMPLERS
+        distributed.check_share(cfg.train.batch_size, cfg.sampler.num_instances if in_groups else 1)
     if cfg.train.accumulate != 1:
         raise ValueError(
             f"train.accumulate {cfg.train.accumulate}: gradients are not accumulated over batches, because each image "

@@ -11,7 +11,7 @@ import torchreid
 from torch import nn
 from torch.optim import Optimizer
 
-from torchreid_ext import criteria, engines, network
+from torchreid_ext import criteria, distributed, engines, network
 from torchreid_ext.checks import check, choose
 from torchreid_ext.config_node import Config, flat, get_default_config, plain
 from torchreid_ext.datasets import register_datasets, without_empty_folders
@@ -105,12 +105,15 @@ def build_datamanager(cfg: Config) -> Any:
 
 
 def _workers(wanted: int) -> int:
-    """The number of loading processes: ``wanted``, or one for each core where those are fewer or -1 is wanted."""
+    """The number of loading processes: ``wanted``, or one for each core of this process where those are fewer or -1 is
+    wanted."""
     if wanted < -1:
         raise ValueError(f"data.workers must be 0 or more, or -1 for one on each core, got {wanted}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, cores // distributed.on_this_machine())
     if wanted > cores:
-        print(f"data.workers {wanted}: there are {cores} cores, so {cores} processes load data")
+        of_each = " for each training process" if distributed.on_this_machine() > 1 else ""
+        print(f"data.workers {wanted}: there are {cores} cores{of_each}, so {cores} processes load data")
     return cores if wanted == -1 else min(wanted, cores)
 
 
@@ -118,8 +121,8 @@ def build_model(cfg: Config, num_classes: int) -> nn.Module:
     """The network, built to return what the loss needs, on the GPUs there are if ``use_gpu``.
 
     Raises:
-        ValueError: for an unknown network, one that ``model.bnneck`` or ``model.last_stride`` is not for, or ImageNet
-            weights that cannot be had.
+        ValueError: for an unknown network, one that ``model.bnneck`` or ``model.last_stride`` is not for, ImageNet
+            weights that cannot be had, or ``train.sync_batchnorm`` on the CPU.
     """
     use_gpu = cfg.use_gpu and torch.cuda.is_available()
     try:
@@ -144,9 +147,13 @@ def build_model(cfg: Config, num_classes: int) -> nn.Module:
         network.set_last_stride(model, cfg.model.name)
     if cfg.model.bnneck:
         network.add_neck(model)
+    if cfg.train.sync_batchnorm and distributed.size() > 1:
+        if not use_gpu:
+            raise ValueError("train.sync_batchnorm: torch has it on GPUs alone; train on GPUs, or set it to False")
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if use_gpu:
         model = model.to("cuda")
-        if torch.cuda.device_count() > 1:
+        if torch.cuda.device_count() > 1 and not distributed.launched():
             model = nn.DataParallel(model)
     return model
 
@@ -298,6 +305,7 @@ def run_arguments(cfg: Config) -> dict[str, Any]:
         "keep_checkpoints": cfg.train.keep_checkpoints,
         "amp": cfg.train.amp,
         "compiled": cfg.train.compile,
+        "channels_last": cfg.train.channels_last,
         "skip_nonfinite": cfg.train.skip_nonfinite,
         **test_arguments(cfg),
     }

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pml_drsl.losses import DRSLoss
+from pml_drsl.wrappers import DistributedLossWrapper, draws_of_first, gather_batch
+from torchreid_ext import distributed
 from torchreid_ext.base_engine import BaseEngine
 from torchreid_ext.cameras import cross_camera_pairs
 from torchreid_ext.criteria import WITHOUT_PAIRS, PerFeature
@@ -38,6 +40,8 @@ class VideoTripletEngine(Tracklets, TripletStep, torchreid.engine.VideoTripletEn
 
 class ImagePMLEngine(BaseEngine):
     """Trains with a loss of pytorch-metric-learning on the features and cross-entropy on the identity logits.
+
+    Of several processes, each has its share of the batch; criterion and miner see the whole batch.
 
     A model that returns several features or logits in training (``pcb_p6``, ``hacnn``) is trained on the mean of
     their losses. What is logged: ``loss_m``, ``loss_x``, ``acc`` (of the first logits, in percent), and the
@@ -105,10 +109,11 @@ class ImagePMLEngine(BaseEngine):
             summary["loss_m"] = loss_m.item()
             summary |= self._criterion_stats()
         if self.weight_x > 0:
-            loss_x = torch.stack([self.cross_entropy(y, pids) for y in logits]).mean()
+            weight = self.mean_weight(pids)
+            loss_x = torch.stack([self.cross_entropy(y, pids) for y in logits]).mean() * weight
             loss = loss + self.weight_x * loss_x
             summary["loss_x"] = loss_x.item()
-            summary["acc"] = torchreid.metrics.accuracy(logits[0], pids)[0].item()
+            summary["acc"] = torchreid.metrics.accuracy(logits[0], pids)[0].item() * weight
         assert isinstance(loss, Tensor)
         self.step(loss)
         return summary
@@ -140,13 +145,29 @@ class ImagePMLEngine(BaseEngine):
         """The mean of the criterion over the features of a model with several heads."""
         one = self.criterion
         criteria = list(one) if isinstance(one, PerFeature) else [one] * len(features)
-        return torch.stack(
-            [criterion(x, pids, self._pairs(x, pids, camids)) for criterion, x in zip(criteria, features, strict=True)]
-        ).mean()
+        losses = []
+        for criterion, x in zip(criteria, features, strict=True):
+            pairs = self._pairs(x, pids, camids)
+            if distributed.size() > 1 and isinstance(criterion, DRSLoss):
+                losses.append(DistributedLossWrapper(criterion, efficient=True)(x, pids, pairs))
+                continue
+            with draws_of_first(pids.device):
+                losses.append(criterion(*gather_batch(x, pids), pairs))
+        return torch.stack(losses).mean()
 
     def _pairs(self, features: Tensor, pids: Tensor, camids: Tensor | None) -> Any:
-        mined = None if self.miner is None else self.miner(features, pids)
-        return mined if camids is None else cross_camera_pairs(pids, camids, mined)
+        """Pairs or triplets of the whole batch; None for all."""
+        if self.miner is None and camids is None:
+            return None
+        features, pids = gather_batch(features.detach(), pids)
+        mined = None
+        if self.miner is not None:
+            with draws_of_first(pids.device):
+                mined = self.miner(features, pids)
+        if camids is None:
+            return mined
+        (camids,) = gather_batch(camids)
+        return cross_camera_pairs(pids, camids, mined)
 
     def _criterion_stats(self) -> dict[str, float]:
         for part in self.criterion.modules():

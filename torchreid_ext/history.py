@@ -39,29 +39,37 @@ class History:
         Raises:
             ValueError, OSError: as ``checkpoint.save``.
         """
-        for unfinished in self.folder.glob(f".*{checkpoint.TEMPORARY}"):
-            unfinished.unlink(missing_ok=True)
         path = self.folder / f"model.pth.tar-{epoch}"
         checkpoint.save(state, path)
         checkpoint.link(path, LAST)
         if is_best:
             checkpoint.link(path, BEST)
+        self.tidy(epoch)
+        self.newest, self.saved_epoch = path, epoch
+        return path
+
+    def tidy(self, epoch: int) -> None:
+        """Removes what was not finished, and those checkpoints up to ``epoch`` that need not be kept."""
+        for unfinished in self.folder.glob(f".*{checkpoint.TEMPORARY}"):
+            unfinished.unlink(missing_ok=True)
         # Those of later epochs are of another run: not ours to remove.
         numbered = self._numbered()
         earlier = sorted(number for number in numbered if number <= epoch)
         for number in earlier[: -self.keep] if self.keep else []:
             numbered[number].unlink()
-        self.newest, self.saved_epoch = path, epoch
-        return path
 
-    def load_newest(self) -> tuple[Path, dict[str, Any]] | None:
+    def load_newest(self, since: float = 0) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint that can be read and its state; None where there is none at all.
+
+        Args:
+            since: leave out those written before this time, in seconds since 1970.
 
         Raises:
             ValueError: if there are some and none can be read.
         """
         numbered = sorted(self._numbered().values(), key=lambda path: path.stat().st_mtime, reverse=True)
-        candidates = [path for path in (self.folder / LAST, *numbered) if path.is_file()]
+        named = [path for path in (self.folder / LAST, *numbered) if path.is_file()]
+        candidates = [path for path in named if path.stat().st_mtime >= since]
         for path in candidates:
             try:
                 state = checkpoint.load(path)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torchreid
 
+from pml_drsl.wrappers import gather_batch
 from torchreid_ext.base_engine import BaseEngine
 
 
@@ -15,9 +16,10 @@ class SoftmaxStep(BaseEngine):
     def forward_backward(self, data: dict[str, Any]) -> dict[str, float]:
         images, pids = self.training_batch(data)
         logits = self.forward(images)
-        loss = self.compute_loss(self.criterion, logits, pids)
+        weight = self.mean_weight(pids)
+        loss = self.compute_loss(self.criterion, logits, pids) * weight
         self.step(loss)
-        return {"loss": loss.item(), "acc": torchreid.metrics.accuracy(logits, pids)[0].item()}
+        return {"loss": loss.item(), "acc": torchreid.metrics.accuracy(logits, pids)[0].item() * weight}
 
 
 class TripletStep(BaseEngine):
@@ -29,12 +31,15 @@ class TripletStep(BaseEngine):
         loss: Any = 0
         summary = {}
         if self.weight_t > 0:
-            loss_t = self.compute_loss(self.criterion_t, features, pids)
+            # The hardest of the whole batch, as in one process.
+            every = [gather_batch(x, pids) for x in (features if isinstance(features, (list, tuple)) else [features])]
+            loss_t = self.compute_loss(self.criterion_t, [x for x, _ in every], every[0][1])
             loss = loss + self.weight_t * loss_t
             summary["loss_t"] = loss_t.item()
         if self.weight_x > 0:
-            loss_x = self.compute_loss(self.criterion_x, logits, pids)
+            weight = self.mean_weight(pids)
+            loss_x = self.compute_loss(self.criterion_x, logits, pids) * weight
             loss = loss + self.weight_x * loss_x
-            summary |= {"loss_x": loss_x.item(), "acc": torchreid.metrics.accuracy(logits, pids)[0].item()}
+            summary |= {"loss_x": loss_x.item(), "acc": torchreid.metrics.accuracy(logits, pids)[0].item() * weight}
         self.step(loss)
         return summary

@@ -9,6 +9,8 @@ import threading
 from types import FrameType
 from typing import Any
 
+from torchreid_ext import distributed
+
 
 class Interrupted(KeyboardInterrupt):
     """Raised where a run stops on request.
@@ -48,7 +50,7 @@ class StopRequest:
             signal.signal(*self._handlers.popitem())
 
     def check(self) -> None:
-        """Raises Interrupted if a signal came."""
+        """Raises Interrupted if a signal came to this process."""
         if self.signum is not None:
             raise Interrupted(self.signum, f"stopped by {signal.Signals(self.signum).name}")
 
@@ -59,4 +61,5 @@ class StopRequest:
         if self.signum is not None:
             raise KeyboardInterrupt("stopped at once by a second signal")
         self.signum = signum
-        print(f"\n{signal.Signals(signum).name}: stopping after this batch", file=sys.stderr)
+        if distributed.is_first():
+            print(f"\n{signal.Signals(signum).name}: stopping after this batch", file=sys.stderr)

@@ -10,6 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from torchreid_ext import distributed
+
 
 class Meter:
     """The last value of a quantity and its average."""
@@ -44,8 +46,9 @@ class EpochLog:
 
     def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
         """The batches of a loader, timed, with a progress bar where stderr is a terminal and none in a file."""
+        disable = None if distributed.is_first() else True
         with tqdm(
-            total=self.num_batches, desc=f"epoch {self.epoch + 1}/{self.max_epoch}", leave=False, disable=None
+            total=self.num_batches, desc=f"epoch {self.epoch + 1}/{self.max_epoch}", leave=False, disable=disable
         ) as bar:
             self._started = time.perf_counter()
             for batch in loader:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from torchreid_ext import generators
+from torchreid_ext import distributed, generators
 from torchreid_ext.reading import rebuilt
 
 
@@ -26,10 +26,11 @@ class Draw(NamedTuple):
 
 
 class SeededBatches(Sampler[list[Draw]]):
-    """The batches of a batch sampler, each index with its seed.
+    """The batches of a batch sampler, each index with its seed; of several processes, each has its share of every one.
 
     An epoch draws from the global generators when its first batch is asked for, and then no more: how far a loader
-    reads ahead changes nothing.
+    reads ahead changes nothing. The first process draws for all, the batches that it would draw alone. The other ones'
+    generators start every epoch from a seed of their own, so that two processes do not drop out the same features.
     """
 
     def __init__(self, batches: Any) -> None:
@@ -39,12 +40,16 @@ class SeededBatches(Sampler[list[Draw]]):
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        batches = list(self.batches)
-        epoch_seed = int(torch.randint(2**62, ()))
+        batches, epoch_seed = distributed.from_first(self._draw)
+        if not distributed.is_first():
+            generators.seed_everything(epoch_seed + distributed.rank())
         position = 0
         for batch in batches:
-            yield [Draw(sample, epoch_seed, position + place) for place, sample in enumerate(batch)]
+            yield distributed.share([Draw(sample, epoch_seed, position + i) for i, sample in enumerate(batch)])
             position += len(batch)
+
+    def _draw(self) -> tuple[list[list[int]], int]:
+        return list(self.batches), int(torch.randint(2**62, ()))
 
 
 class SeededDataset(Dataset[Any]):

@@ -12,6 +12,7 @@ import torchreid
 from pytorch_metric_learning.samplers import MPerClassSampler
 from torch.utils.data import DataLoader, Sampler
 
+from torchreid_ext import generators
 from torchreid_ext.reading import rebuilt
 
 
@@ -120,6 +121,24 @@ def whole_batches(loader: DataLoader[Any]) -> DataLoader[Any]:
         return loader
     pids = [items[1] for items in host.data_source]
     return rebuilt(loader, loader.dataset, sampler=IdentitySampler(pids, loader.batch_size or 1, host.num_instances))
+
+
+def check_trains(datamanager: Any) -> None:
+    """Refuses what would train on nothing, as torchreid silently does.
+
+    Raises:
+        ValueError: for fewer samples than a batch, or one identity alone.
+    """
+    loader = datamanager.train_loader
+    with generators.untouched():
+        drawn = sum(1 for _ in loader.sampler)
+    if drawn < (loader.batch_size or 1):
+        raise ValueError(
+            f"a batch of {loader.batch_size} cannot be filled: {type(loader.sampler).__name__} draws {drawn} of the "
+            f"{len(loader.dataset)} training samples an epoch; make train.batch_size smaller"
+        )
+    if datamanager.num_train_pids < 2:
+        raise ValueError("the training data hold one identity alone: there is nothing to tell it from")
 
 
 def check_batch(pids: Sequence[int], batch_size: int, num_instances: int) -> int:

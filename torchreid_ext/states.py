@@ -10,7 +10,7 @@ import torch
 from pytorch_metric_learning.losses import CrossBatchMemory
 from torch import Tensor, nn
 
-from torchreid_ext import checkpoint, generators
+from torchreid_ext import checkpoint, distributed, generators
 from torchreid_ext.network import unwrapped
 
 
@@ -34,6 +34,7 @@ def of_engine(engine: Any, epoch: int) -> dict[str, Any]:
             "skipped": engine.skipped,
             "num_train_pids": engine.datamanager.num_train_pids,
             "config": engine.config,
+            "processes": distributed.size(),
         },
     }
 

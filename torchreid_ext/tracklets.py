@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from torchreid_ext import distributed
+
 POOLING: dict[str, Callable[[Tensor], Tensor]] = {"avg": lambda frames: frames.mean(0), "max": lambda f: f.amax(0)}
 
 
@@ -62,6 +64,9 @@ class Tracklets:
 
     def parse_cameras(self, data: dict[str, Any]) -> Tensor:
         return data["camid"].repeat_interleave(_frames(data["img"])[1])
+
+    def mean_weight(self, pids: Tensor) -> float:
+        return distributed.mean_weight(len(pids), pids.device)
 
     def extract_features(self, images: Tensor) -> Tensor:
         frames, lengths = _frames(images)

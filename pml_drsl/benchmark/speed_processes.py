@@ -26,7 +26,7 @@ from pml_drsl.benchmark.measure import LOSSES, PER_IDENTITY
 from pml_drsl.ranking import share
 from pml_drsl.wrappers import DistributedLossWrapper
 
-PASSES = {"allgather_": 1, "allreduce_": 2}  # round the ring
+PASSES = {"allgather_": 1, "allreduce_": 2, "broadcast_": 1}  # round the ring
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class Task:
 class CountedBytes(TorchDispatchMode):
     """Counts, within, what this process receives in collectives, as a ring of all processes moves it.
 
-    That is all but this process's share of what ``all_gather`` returns, and twice that of what ``all_reduce`` sums.
+    That is all but this process's share of what ``all_gather`` returns, and twice that of what ``all_reduce`` sums; of
+    what ``broadcast`` sends, the mean over the processes, one of which receives nothing.
 
     Raises:
         NotImplementedError: for another collective.

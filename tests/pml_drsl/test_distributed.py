@@ -4,8 +4,8 @@ import pytest
 import torch
 from batches import make_batch
 from pytorch_metric_learning.distances import LpDistance
-from pytorch_metric_learning.losses import ContrastiveLoss
-from pytorch_metric_learning.miners import TripletMarginMiner
+from pytorch_metric_learning.losses import ContrastiveLoss, SoftTripleLoss, TripletMarginLoss
+from pytorch_metric_learning.miners import DistanceWeightedMiner, TripletMarginMiner
 from pytorch_metric_learning.reducers import AvgNonZeroReducer, SumReducer
 from pytorch_metric_learning.regularizers import LpRegularizer
 from pytorch_metric_learning.utils import distributed as pml_distributed
@@ -13,7 +13,7 @@ from pytorch_metric_learning.utils import distributed as pml_distributed
 from pml_drsl.losses import DRSLoss
 from pml_drsl.miners import NegativeBudgetMiner, RankViolationMiner
 from pml_drsl.reducers import PerIdentityReducer
-from pml_drsl.wrappers import DistributedLossWrapper, DistributedMinerWrapper
+from pml_drsl.wrappers import CrossBatchMemory, DistributedLossWrapper, DistributedMinerWrapper, gather_batch
 
 LOSSES = {
     "default": lambda: DRSLoss(0.1),
@@ -61,6 +61,37 @@ def make_case(case):
     return x.detach(), labels, None if ref is None else ref.detach(), ref_labels, sizes
 
 
+def stateful(wrap, wrap_miner, wrap_network, share):
+    """What losses with weights, with a memory and with random numbers do in two steps, by name."""
+    x, labels = make_batch(3, size=16)
+    x, labels, found = x.detach(), labels.clamp(0, 3), {}
+    losses = {"weights": SoftTripleLoss(4, 4), "memory": CrossBatchMemory(ContrastiveLoss(), 4, 40)}
+    losses |= {"mined": TripletMarginLoss(), "drawn": TripletMarginLoss(triplets_per_anchor=1)}
+    for name, loss_fn in losses.items():
+        network, loss_fn = wrap_network(Network()), loss_fn.double()
+        for parameter in loss_fn.parameters():
+            parameter.data.copy_(torch.linspace(-1, 1, parameter.numel()).sin().view_as(parameter))
+        for step in range(2):
+            embeddings, _ = network(x[share] + step, None)
+            given = {}
+            if name == "memory" and step:
+                given["enqueue_mask"] = (torch.arange(16) % 3 > 0)[share]
+            if name == "mined":
+                given["indices_tuple"] = wrap_miner(DistanceWeightedMiner())(embeddings, labels[share])
+            loss = wrap(loss_fn)(embeddings, labels[share], **given)
+            loss.backward()
+            state = [part.grad for part in (*network.parameters(), *loss_fn.parameters())] + list(loss_fn.buffers())
+            found[f"{name} {step}"] = [loss.detach(), *(part.clone() for part in state)]
+    return found
+
+
+def test_weights_memories_and_draws_are_those_of_one_process(found):
+    torch.manual_seed(0)
+    alone = stateful(lambda loss: loss, lambda miner: miner, lambda network: network, slice(None))
+    for of_process in found:
+        torch.testing.assert_close(of_process[-1], alone, rtol=1e-9, atol=1e-12)
+
+
 def train_on_share(rank, world_size, store, results):
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     found = []
@@ -78,8 +109,13 @@ def train_on_share(rank, world_size, store, results):
         loss_fn = DistributedLossWrapper(LOSSES[name](), efficient=efficient)
         loss = loss_fn(embeddings, labels, indices, ref_emb, ref_labels)
         loss.backward()
-        value = loss.detach() if efficient else loss.detach() / world_size
-        found.append((value, network.module.layer.weight.grad))
+        found.append((loss.detach(), network.module.layer.weight.grad))
+    # Other draws than those of the first, were they not shared.
+    torch.manual_seed(rank)
+    half = slice(0, 8) if rank == 0 else slice(8, None)
+    ddp = torch.nn.parallel.DistributedDataParallel
+    found.append(stateful(DistributedLossWrapper, DistributedMinerWrapper, ddp, half))
+    assert torch.equal(gather_batch(torch.arange(rank + 1))[0], torch.tensor([0, 0, 1]))
     torch.save(found, f"{results}{rank}")
     torch.distributed.destroy_process_group()
 

@@ -138,6 +138,18 @@ def test_a_signal_in_a_test(tmp_path):
     assert engine.test()
 
 
+def test_a_signal_to_another_process_in_a_test(tmp_path, monkeypatch):
+    engine = make_engine(tmp_path)
+
+    def told(**kwargs):
+        raise Interrupted(signal.SIGTERM, "another process was asked to stop")
+
+    monkeypatch.setattr(engine, "test", told)
+    with pytest.raises(Interrupted, match=r"stopped by SIGTERM in epoch 1; model.resume auto begins it again"):
+        engine.run(str(tmp_path / "log"), max_epoch=1)
+    assert checkpoint.load(tmp_path / "log" / "model" / "model-last.pth.tar")["epoch"] == 0
+
+
 def test_a_second_signal_ends_at_once():
     with StopRequest() as stop:
         stop.check()
@@ -186,6 +198,18 @@ def test_a_run_that_is_done_is_tested_again(tmp_path):
     start = engine.resume(str(tmp_path / "log" / "model" / "model.pth.tar-1"))
     again = engine.run(str(tmp_path / "log"), max_epoch=1, start_epoch=start)
     assert again["toy"].mAP == results["toy"].mAP
+
+
+def test_a_run_that_was_killed_before_it_removed_what_it_need_not_keep(tmp_path):
+    make_engine(tmp_path).run(str(tmp_path / "log"), max_epoch=3, keep_checkpoints=2)
+    folder = tmp_path / "log" / "model"
+    kept = sorted(path.name for path in folder.iterdir())
+    for name in ("model.pth.tar-1", f".model-best.pth.tar{checkpoint.TEMPORARY}"):
+        (folder / name).write_bytes((folder / "model.pth.tar-2").read_bytes())
+    engine = make_engine(tmp_path)
+    start = engine.resume("auto", str(tmp_path / "log"))
+    engine.run(str(tmp_path / "log"), max_epoch=3, start_epoch=start, keep_checkpoints=2)
+    assert sorted(path.name for path in folder.iterdir()) == kept
 
 
 def test_a_criterion_with_weights_is_saved_and_resumed(tmp_path):

@@ -77,6 +77,14 @@ def test_a_best_that_was_not_named_in_time_is_named(tmp_path):
     assert checkpoint.load(tmp_path / BEST)["epoch"] == 2
 
 
+def test_a_best_that_was_named_in_time_is_left_as_it_is(tmp_path):
+    checkpoint.save({"epoch": 1, "training": {"best": {"epoch": 1}}}, tmp_path / "model.pth.tar-1")
+    for name in (LAST, BEST):
+        checkpoint.link(tmp_path / "model.pth.tar-1", name)
+    History(tmp_path).load_newest()
+    assert names(tmp_path) == sorted([LAST, BEST, *numbered(1)])
+
+
 def test_what_a_killed_save_left_is_removed(tmp_path):
     (tmp_path / f".model.pth.tar-1{checkpoint.TEMPORARY}").write_bytes(b"half")
     save(History(tmp_path), [1])
