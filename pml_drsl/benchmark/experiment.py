@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from pml_drsl.benchmark import images
 from pml_drsl.benchmark.candidates import CANDIDATES, TRIALS
 from pml_drsl.benchmark.images import Data
 from pml_drsl.benchmark.results import Machine, Protocol, Results, run_all
-from pml_drsl.benchmark.trial import PRECISIONS, Trial
+from pml_drsl.benchmark.trial import PRECISIONS, Trial, make_network
 
 QUICK = ("DRSL", "MultiSimilarity", "Circle")
 QUICK_SETTINGS = 2
@@ -46,7 +49,8 @@ class Experiment:
         return self.protocol.tuning_seeds if trial.split == "validation" else self.seeds
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, losses: bool = True) -> None:
+    """Those of every experiment; ``losses``: whether to ask which ones."""
     images.add_arguments(parser)
     training = parser.add_argument_group("training")
     training.add_argument("--network", default="conv4", help="conv4, or a torchreid model (%(default)s)")
@@ -63,13 +67,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         "--precision", choices=PRECISIONS, default="float32", help="of the network; the loss has float32 (%(default)s)"
     )
-    training.add_argument(
-        "--losses", nargs="+", choices=list(CANDIDATES), default=list(CANDIDATES), metavar="LOSS", help="which (all)"
-    )
+    if losses:
+        training.add_argument(
+            "--losses",
+            nargs="+",
+            choices=list(CANDIDATES),
+            metavar="LOSS",
+            help=f"which of {', '.join(map(shlex.quote, CANDIDATES))} (all; with --quick {', '.join(QUICK)})",
+        )
     training.add_argument(
         "--quick",
         action="store_true",
-        help="3 losses, 2 settings, 2 epochs, 2 seeds: to see it work, in less than five minutes on two cores",
+        help="2 settings, 2 epochs (1 to try settings) and 2 seeds whatever else is asked for, and 3 losses: to see it "
+        "work, in less than five minutes on two cores",
     )
     running = parser.add_argument_group("running")
     running.add_argument(
@@ -83,11 +93,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     running.add_argument("--threads", type=int, default=1, help="of each run (%(default)s)")
 
 
-def prepare(args: argparse.Namespace) -> Experiment:
-    """The experiment of the arguments.
+@contextmanager
+def prepare(args: argparse.Namespace) -> Iterator[Experiment]:
+    """The experiment of the arguments; its results file is this process's own until the end of the context.
 
     Raises:
-        ValueError: for arguments out of range, images that cannot be had, or a results file that is none.
+        ValueError: for arguments out of range, images that cannot be had, a results file that is none or cannot be
+            written, or a network that does not exist.
     """
     for name in ("dim", "epochs", "tuning_epochs", "seeds", "tuning_seeds", "threads"):
         if getattr(args, name) < 1:
@@ -101,12 +113,12 @@ def prepare(args: argparse.Namespace) -> Experiment:
         raise ValueError(f"--device {args.device}: give cpu, or cuda where there is a CUDA device")
     if not args.results.absolute().parent.is_dir():
         raise ValueError(f"--results {args.results}: its folder does not exist")
-    losses, epochs, tuning_epochs, seeds = tuple(args.losses), args.epochs, args.tuning_epochs, args.seeds
+    losses = tuple(getattr(args, "losses", None) or (QUICK if args.quick else CANDIDATES))
+    epochs, tuning_epochs, seeds = args.epochs, args.tuning_epochs, args.seeds
     if args.quick:
-        losses = tuple(name for name in QUICK if name in losses)
         epochs, tuning_epochs, seeds = 2, 1, 2
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    data, results = images.load(args), Results(args.results)
+    data = images.load(args)
     base = Trial(
         data.name,
         "test",
@@ -123,5 +135,11 @@ def prepare(args: argparse.Namespace) -> Experiment:
     machine = Machine(args.device, args.workers or (1 if args.device == "cuda" else cores), args.threads)
     tuning_seeds = 1 if args.quick else args.tuning_seeds
     protocol = Protocol(base, tuning_epochs, tuning_seeds, QUICK_SETTINGS if args.quick else TRIALS)
-    results.agree(protocol)
-    return Experiment(data, results, machine, protocol, losses, seeds)
+    try:  # known before the first run, not in it
+        channels, height, width = data.train.pixels.shape[1:]
+        make_network(base, channels, height, width, data.train.identities)
+    except KeyError as error:
+        raise ValueError(f"--network {args.network}: {error.args[0]}") from None
+    with Results.opened(args.results) as results:
+        results.agree(protocol)
+        yield Experiment(data, results, machine, protocol, losses, seeds)

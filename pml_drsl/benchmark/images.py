@@ -181,8 +181,8 @@ def _pixels(paths: Sequence[str | Path], height: int, width: int, color: bool) -
         try:
             with Image.open(path) as image:
                 small = image.convert("RGB" if color else "L").resize((width, height), Image.Resampling.BOX)
-        except UnidentifiedImageError:
-            raise ValueError(f"{path} is not an image that can be read; repair or remove it") from None
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"{path} is not an image that can be read ({error}); repair or remove it") from None
         pixels[row] = torch.from_numpy(np.array(small)).reshape(height, width, -1).permute(2, 0, 1)
     return pixels
 
@@ -193,7 +193,10 @@ def _torchreid(
     import torchreid
 
     def samples(name: str, mode: str) -> list[tuple[str, int, int]]:
-        dataset = torchreid.data.datasets.init_image_dataset(name, root=root, mode=mode)
+        try:
+            dataset = torchreid.data.datasets.init_image_dataset(name, root=root, mode=mode)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"torchreid's {name} cannot be had from --root {root}: {error}") from None
         return [(sample[0], sample[1], sample[2]) for sample in getattr(dataset, mode)]
 
     train: list[tuple[str, int, int]] = []

@@ -29,14 +29,16 @@ add_arguments = experiment.add_arguments
 
 
 def run(args: argparse.Namespace) -> int:
-    bench = experiment.prepare(args)
-    results, protocol = bench.results, bench.protocol
-    # A loss with a miner of its own has another's place here.
-    can = [loss for loss in bench.losses if CANDIDATES[loss].in_memory and CANDIDATES[loss].miner is None]
-    bench.run([trial for loss in can for trial in settings(protocol, loss)], "tuning")
-    compared = losses(results, protocol)
-    bench.run([trial for loss in compared for trial in at_largest(protocol, loss)], "tuning, 1:1000")
-    bench.run([trial for loss in compared for trial in tested(results, protocol, loss).values()], "test")
+    if args.losses and DRSL not in args.losses:
+        raise ValueError(f"--losses: {DRSL} is compared with the others; name it too")
+    with experiment.prepare(args) as bench:
+        results, protocol = bench.results, bench.protocol
+        # A loss with a miner of its own has another's place here.
+        can = [loss for loss in bench.losses if CANDIDATES[loss].in_memory and CANDIDATES[loss].miner is None]
+        bench.run([trial for loss in can for trial in settings(protocol, loss)], "tuning")
+        compared = losses(results, protocol)
+        bench.run([trial for loss in compared for trial in at_largest(protocol, loss)], f"tuning, 1:{RATIOS[-1]}")
+        bench.run([trial for loss in compared for trial in tested(results, protocol, loss).values()], "test")
     print(table(results, protocol))
     return 0
 

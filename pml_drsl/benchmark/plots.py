@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, quantiles, stdev
 from typing import Any
 
-from pml_drsl.benchmark import ablation, imbalance, tables
-from pml_drsl.benchmark.candidates import CANDIDATES, CROSS_ENTROPY, DRSL
+from pml_drsl.benchmark import ablation, imbalance, quality, tables
+from pml_drsl.benchmark.candidates import CROSS_ENTROPY, DRSL
 from pml_drsl.benchmark.results import Protocol, Results
 from pml_drsl.benchmark.speed_report import COLORS, MARKERS
-from pml_drsl.benchmark.tuning import ALONE, BEST, reported
+from pml_drsl.benchmark.tuning import ALONE, BEST
 
 STYLES = {ALONE: ("o", "#0072B2"), CROSS_ENTROPY: ("s", "#E69F00"), BEST: ("D", "#000000")}
 
@@ -42,32 +42,35 @@ def _percent(scores: Sequence[float]) -> tuple[float, float]:
 
 def _quality(results: Results, protocol: Protocol) -> Any:
     found = {
-        loss: {name: scores for name, trial in recipes.items() if (scores := tables.values(results, trial))}
-        for loss in CANDIDATES
-        if (recipes := reported(results, protocol, loss))
+        loss: {name: tables.values(results, trial) for name, trial in recipes.items()}
+        for loss, recipes in quality.ranked(results, protocol).items()
     }
-    ranked = sorted((loss for loss in found if found[loss]), key=lambda loss: max(map(fmean, found[loss].values())))
-    figure = _figure(8, 1.5 + 0.3 * len(ranked))
+    if not found:
+        return None
+    figure = _figure(8, 1.2 + 0.32 * len(found))
     panel = figure.subplots()
-    for name, (marker, color) in STYLES.items():
-        rows = [row for row, loss in enumerate(ranked) if name in found[loss]]
-        points = [_percent(found[ranked[row]][name]) for row in rows]
+    for offset, (name, (marker, color)) in zip((-0.22, 0.0, 0.22), STYLES.items(), strict=True):
+        points = {row: _percent(found[loss][name]) for row, loss in enumerate(found) if name in found[loss]}
         panel.errorbar(
-            [mean for mean, _ in points],
-            [row + {ALONE: -0.15, CROSS_ENTROPY: 0.0, BEST: 0.15}[name] for row in rows],
-            xerr=[deviation for _, deviation in points],
+            [mean for mean, _ in points.values()],
+            [row - offset for row in points],
+            xerr=[deviation for _, deviation in points.values()],
             fmt=marker,
             color=color,
             capsize=2,
             markersize=5,
+            linewidth=1,
             label={CROSS_ENTROPY: "with cross-entropy"}.get(name, name),
         )
-    panel.set_yticks(range(len(ranked)), ranked)
+    panel.set_yticks(range(len(found)), list(found))
     for label in panel.get_yticklabels():
         label.set_fontweight("bold" if label.get_text() == DRSL else "normal")
+    for row in range(1, len(found), 2):
+        panel.axhspan(row - 0.5, row + 0.5, color="#f2f2f2", zorder=0)
+    panel.set_ylim(len(found) - 0.5, -0.5)
     panel.set_xlabel("test MAP@R, %: mean and standard deviation over the seeds")
-    panel.grid(alpha=0.3)
-    panel.legend(loc="lower right")
+    panel.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 
@@ -111,27 +114,60 @@ def _ablation(results: Results, protocol: Protocol) -> Any:
         for change, trial in ablation.trials(results, protocol)
         if (scores := tables.values(results, trial))
     ]
-    groups = list(dict.fromkeys(change.group for change, _ in found))
+    groups: dict[str, dict[str, tuple[float, float]]] = {}
+    for change, point in found:
+        groups.setdefault(change.group, {})[change.label] = point
     if not groups:
         return None
-    figure = _figure(9, 2 + 0.17 * len(found))
-    columns = 2
-    panels = figure.subplots(-(-len(groups) // columns), columns, sharex=True, squeeze=False)
-    for panel in panels.flat[len(groups) :]:
-        panel.axis("off")
-    for panel, group in zip(panels.flat, groups, strict=False):
-        of_group = [(change.label, point) for change, point in found if change.group == group]
-        panel.errorbar(
-            [mean for _, (mean, _) in of_group],
-            range(len(of_group)),
-            xerr=[deviation for _, (_, deviation) in of_group],
-            fmt="o",
-            color=COLORS[2],
-            capsize=2,
-        )
-        panel.set_yticks(range(len(of_group)), [label for label, _ in of_group], fontsize=8)
-        panel.invert_yaxis()
-        panel.set_title(group, fontsize=9)
-        panel.grid(alpha=0.3)
-    figure.supxlabel("validation MAP@R, %", fontsize=9)
+    low, high = _bulk([point for _, point in found])
+    columns = _columns({name: len(points) + 2 for name, points in groups.items()})
+    rows = max(sum(column.values()) for column in columns)
+    figure = _figure(9, 0.5 + 0.22 * rows)
+    tuned = ablation.tuned(results, protocol)
+    # In letters: the panels of both columns are to be equally wide, beside their labels.
+    widths = [55 + max(len(label) for name in column for label in groups[name]) for column in columns]
+    parts = figure.subfigures(1, len(columns), squeeze=False, width_ratios=widths)[0]
+    for part, column in zip(parts, columns, strict=True):
+        panels = part.subplots(len(column), 1, squeeze=False, height_ratios=list(column.values()))[:, 0]
+        for panel, name in zip(panels, column, strict=True):
+            _dots(panel, groups[name], low, high)
+            panel.set_title(name, fontsize=9, loc="left")
+            if tuned:
+                panel.axvline(_percent(tuned)[0], color="#999999", linestyle="--", linewidth=1, zorder=0)
+    figure.supxlabel("validation MAP@R, %; dashed: DRSL as tuned", fontsize=9)
     return figure
+
+
+def _bulk(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Limits of an axis that shows the points, but for those far below all others (Tukey's outer fence)."""
+    means = [mean for mean, _ in points]
+    first, _, third = quantiles(means, n=4, method="inclusive") if len(means) > 1 else means * 3
+    fence = first - 3 * (third - first)
+    low = min(mean - deviation for mean, deviation in points if mean >= fence)
+    high = max(mean + deviation for mean, deviation in points)
+    margin = 0.06 * (high - low) or 1.0
+    return low - margin, high + margin
+
+
+def _columns(heights: dict[str, int]) -> list[dict[str, int]]:
+    """The panels in order, in two columns of about the same height."""
+    half = sum(heights.values()) / 2
+    columns: list[dict[str, int]] = [{}, {}]
+    for name, height in heights.items():
+        left = not columns[1] and sum(columns[0].values()) + height / 2 <= half
+        columns[0 if left or not columns[0] else 1][name] = height
+    return [column for column in columns if column]
+
+
+def _dots(panel: Any, points: dict[str, tuple[float, float]], low: float, high: float) -> None:
+    for row, (mean, deviation) in enumerate(points.values()):
+        if mean >= low:
+            panel.errorbar(mean, row, xerr=deviation, fmt="o", color=COLORS[2], capsize=2, markersize=5)
+        else:
+            panel.plot(low, row, "<", color=COLORS[1], clip_on=False)
+            panel.annotate(f"{mean:.1f}", (low, row), (8, 0), textcoords="offset points", va="center", fontsize=8)
+    panel.set_xlim(low, high)
+    panel.set_yticks(range(len(points)), list(points), fontsize=8)
+    panel.set_ylim(len(points) - 0.5, -0.5)
+    panel.tick_params(axis="x", labelsize=8)
+    panel.grid(alpha=0.3)

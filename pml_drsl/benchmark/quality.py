@@ -19,25 +19,40 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
+from statistics import fmean
 
 from pml_drsl.benchmark import costs, experiment, tables
 from pml_drsl.benchmark.candidates import CANDIDATES
 from pml_drsl.benchmark.experiment import Experiment
 from pml_drsl.benchmark.results import Protocol, Results
-from pml_drsl.benchmark.tuning import all_recipes, best_first, in_smaller_batches, recipes_of, reported, settings
+from pml_drsl.benchmark.trial import Trial
+from pml_drsl.benchmark.tuning import (
+    ALONE,
+    BEST,
+    all_recipes,
+    best_first,
+    in_smaller_batches,
+    recipes_of,
+    reported,
+    settings,
+)
 
 add_arguments = experiment.add_arguments
 
 
 def run(args: argparse.Namespace) -> int:
-    bench = experiment.prepare(args)
-    tune(bench, bench.losses)
-    trials = [trial for loss in bench.losses for trial in reported(bench.results, bench.protocol, loss).values()]
-    bench.run(trials, "test")
-    costs.measure(trials, bench.data, bench.results, bench.machine)
-    print(table(bench.results, bench.protocol))
-    print(f"{bench.results.path}: all results; drsl-benchmark report {bench.results.path} makes a page of them")
+    with experiment.prepare(args) as bench:
+        results, protocol = bench.results, bench.protocol
+        tune(bench, bench.losses)
+        bench.run([trial for loss in bench.losses for trial in reported(results, protocol, loss).values()], "test")
+        # Of all losses in the file, not only of those that ran now: times of different sittings do not compare.
+        costs.measure(tested(results, protocol), bench.data, results, bench.machine)
+    print(table(results, protocol))
+    print(f"\n{settings_table(results, protocol)}\n")
+    path = shlex.quote(str(results.path))
+    print(f"{results.path}: all results; drsl-benchmark report {path} makes a page of them")
     return 0
 
 
@@ -54,20 +69,50 @@ def tune(bench: Experiment, losses: Sequence[str]) -> None:
     bench.run(smaller, "recipes, smaller batches")
 
 
+def ranked(results: Results, protocol: Protocol) -> dict[str, dict[str, Trial]]:
+    """The losses that ran on the test identities, each with the recipes that did, by name; the best first.
+
+    A loss stands where the MAP@R of its best recipe puts it, which was chosen on validation: another recipe that
+    happens to do better on the test does not count. One whose best recipe has not run comes last.
+    """
+    found = {}
+    for loss in CANDIDATES:
+        recipes = reported(results, protocol, loss)
+        found[loss] = {name: trial for name, trial in recipes.items() if tables.values(results, trial)}
+
+    def of_best(loss: str) -> float:
+        return fmean(tables.values(results, found[loss][BEST])) if BEST in found[loss] else -1.0
+
+    return {loss: found[loss] for loss in sorted(found, key=of_best, reverse=True) if found[loss]}
+
+
+def tested(results: Results, protocol: Protocol) -> list[Trial]:
+    return [trial for recipes in ranked(results, protocol).values() for trial in recipes.values()]
+
+
 def table(results: Results, protocol: Protocol) -> str:
     """Every loss by every recipe that ran on the test identities: scores in percent, costs beside the cheapest."""
     cheapest = min((cost["seconds"] for cost in results.costs.values()), default=0.0)
     rows = []
-    for loss in CANDIDATES:
-        for name, trial in reported(results, protocol, loss).items():
-            cost = results.costs.get(trial.but(seed=0, epochs=1).key)
+    for loss, of_loss in ranked(results, protocol).items():
+        for name, trial in of_loss.items():
+            cost = results.costs.get(costs.costed(trial).key)
             rows.append(
-                [loss, name, *(tables.spread(tables.values(results, trial, score)) for score in tables.SCORES)]
+                [loss, name, str(len(tables.values(results, trial)))]
+                + [tables.spread(tables.values(results, trial, score)) for score in tables.SCORES]
                 + (["-", "-"] if cost is None else [f"{cost['seconds'] / cheapest:.2f}", _mib(cost["peak_bytes"])])
-                + [tables.described(trial, protocol.base)]
             )
-    return tables.markdown(["loss", "recipe", *tables.SCORES, "step time", "step memory", "settings"], rows)
+    return tables.markdown(["loss", "recipe", "seeds", *tables.SCORES, "step time", "step memory"], rows)
+
+
+def settings_table(results: Results, protocol: Protocol) -> str:
+    """The settings of every loss that was tested, and its best recipe, which may have other settings."""
+    rows = []
+    for loss, of_loss in ranked(results, protocol).items():
+        said = {name: tables.described(trial, protocol.base) for name, trial in of_loss.items()}
+        rows.append([loss, *(said.get(name, "-") for name in (ALONE, BEST))])
+    return tables.markdown(["loss", ALONE, BEST], rows)
 
 
 def _mib(number: int | None) -> str:
-    return "-" if number is None else f"{number / 2**20:.0f} MiB"
+    return "-" if number is None else f"{number / 2**20:.1f} MiB"

@@ -17,7 +17,7 @@ from statistics import fmean, stdev
 from pml_drsl.benchmark import ablation, imbalance, plots, quality, tables
 from pml_drsl.benchmark.candidates import CANDIDATES, DRSL
 from pml_drsl.benchmark.results import Protocol, Results
-from pml_drsl.benchmark.tuning import BEST, reported
+from pml_drsl.benchmark.tuning import BEST, settings
 
 MARK = "<!-- generated -->"
 
@@ -30,16 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if not args.results.is_file():
+    if not args.results.exists():
         raise ValueError(f"{args.results} is not there: run drsl-benchmark quality --results {args.results} first")
     results = Results(args.results)
     if results.protocol is None or not results.found:
         raise ValueError(f"{args.results} holds no results: run drsl-benchmark quality --results {args.results} first")
     page = args.output
-    kept = page.read_text().partition(MARK)[0] if page.is_file() else "# Benchmark\n\n"
+    if page.is_dir() or not page.absolute().parent.is_dir():
+        raise ValueError(f"--output {page}: not a file in a folder that exists")
+    kept = page.read_text(encoding="utf-8").partition(MARK)[0] if page.is_file() else "# Benchmark\n\n"
     pictures = plots.draw(results, results.protocol, page.with_suffix(""))
     text = "\n\n".join(_sections(results, results.protocol, {name: path.name for name, path in pictures.items()}))
-    page.write_text(f"{kept}{MARK}\n\n{text}\n")
+    page.write_text(f"{kept}{MARK}\n\n{text}\n", encoding="utf-8")
     print(", ".join(map(str, [page, *pictures.values()])), file=sys.stderr)
     return 0
 
@@ -47,20 +49,33 @@ def run(args: argparse.Namespace) -> int:
 def _sections(results: Results, protocol: Protocol, pictures: dict[str, str]) -> Sequence[str]:
     base = protocol.base
     machines = sorted({row["machine"] for row in results.found.values()})
-    sections = [
-        "## Quality",
-        _standing(results, protocol),
-        f"![MAP@R of every loss]({pictures['quality']})",
-        "Scores in percent on the test identities, mean ± standard deviation over the seeds. Step time is relative to "
-        "the cheapest; step memory is what training adds to the peak of a process.",
-        quality.table(results, protocol),
+    sections = []
+    if "quality" in pictures:
+        sections += [
+            "## Quality",
+            _standing(results, protocol),
+            f"![MAP@R of every loss]({pictures['quality']})",
+            "Scores in percent on the test identities, mean ± standard deviation over the seeds, the best loss first: "
+            "by MAP@R of its best recipe, which validation chose. Step time is relative to the cheapest; step memory "
+            "is the most that the tensors of a training step take beyond what is there before it.",
+            quality.table(results, protocol),
+            f"Settings that validation chose; batches of {base.identities} identities x {base.instances} images where "
+            "none are named:",
+            quality.settings_table(results, protocol),
+        ]
+    sections += [
+        "## Protocol",
         f"Data {base.data}; network {base.network}; batches of {base.identities} x {base.instances}; {base.epochs} "
         f"epochs, Adam {base.lr:g} with cosine decay; {base.precision} network, float32 loss. Settings were tried for "
         f"{protocol.tuning_epochs} epochs, recipes for {base.epochs}, {protocol.tuning_seeds} run(s) each, on "
-        "validation identities cut from the training set. The grids:",
+        "validation identities cut from the training set." + _failures(results) + ' The grids ("x": all combinations):',
         tables.markdown(
             ["loss", "tried"],
-            [[loss, "; ".join(_point(point) for point in one.grid)] for loss, one in CANDIDATES.items()],
+            [
+                [loss, tables.grid([trial.parameters for trial in tried])]
+                for loss in CANDIDATES
+                if (tried := [trial for trial in settings(protocol, loss) if trial in results])
+            ],
         ),
     ]
     if "imbalance" in pictures:
@@ -81,23 +96,26 @@ def _sections(results: Results, protocol: Protocol, pictures: dict[str, str]) ->
     return [*sections, "## Machine", *machines]
 
 
-def _point(point: dict[str, object]) -> str:
-    return " ".join(f"{name} {value}" for name, value in point.items())
+def _failures(results: Results) -> str:
+    number = sum("failure" in row for row in results.found.values())
+    return f" {number} run(s) ended with a loss that was not finite, and count as a score of 0." if number else ""
 
 
 def _standing(results: Results, protocol: Protocol) -> str:
     """Where DRSL stands among the losses, each by its best recipe, in one sentence of the numbers."""
-    of_loss = {loss: reported(results, protocol, loss).get(BEST) for loss in CANDIDATES}
-    found = {loss: tables.values(results, trial) for loss, trial in of_loss.items() if trial is not None}
-    found = {loss: scores for loss, scores in found.items() if scores}
+    ranked = quality.ranked(results, protocol)
+    found = {loss: tables.values(results, of_loss[BEST]) for loss, of_loss in ranked.items() if BEST in of_loss}
     if DRSL not in found or len(found) < 2:
         return "Not enough has run to compare DRSL with another loss."
-    ranked = sorted(found, key=lambda loss: -fmean(found[loss]))
-    other = next(loss for loss in ranked if loss != DRSL)
+    other = next(loss for loss in found if loss != DRSL)
     gap = 100 * (fmean(found[DRSL]) - fmean(found[other]))
-    widest = 100 * max((stdev(scores) for scores in (found[DRSL], found[other]) if len(scores) > 1), default=0.0)
+    if min(len(found[DRSL]), len(found[other])) > 1:
+        widest = 100 * max(stdev(found[DRSL]), stdev(found[other]))
+        certainty = f"the larger standard deviation of the two is {widest:.1f}."
+    else:
+        certainty = "with fewer than two seeds of one of them, there is nothing to judge the difference by."
     return (
-        f"Each by its best recipe, DRSL is number {ranked.index(DRSL) + 1} of {len(ranked)} by test MAP@R: "
+        f"Each by its best recipe, DRSL is number {list(found).index(DRSL) + 1} of {len(found)} by test MAP@R: "
         f"{tables.spread(found[DRSL])}, against {tables.spread(found[other])} of {other}, the best of the others: "
-        f"{gap:+.1f} points, where the larger standard deviation of the two is {widest:.1f}."
+        f"{gap:+.1f} points; {certainty}"
     )

@@ -8,11 +8,14 @@ import multiprocessing
 import os
 import platform
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytorch_metric_learning
 import torch
@@ -49,8 +52,8 @@ class Results:
     """The results in a file, by trial.
 
     Raises:
-        ValueError: for a line that is no result. A last line cut short, by a machine that went down while it was
-            written, is dropped: its trial runs again.
+        ValueError: for a file that cannot be read, or a line that is no result. A last line cut short, by a machine
+            that went down while it was written, does not count: its trial runs again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,16 +61,38 @@ class Results:
         self.found: dict[str, dict[str, Any]] = {}
         self.protocol: Protocol | None = None
         self.costs: dict[str, Any] = {}
-        text = path.read_text() if path.exists() else ""
+        self.file: BinaryIO | None = None
+        try:
+            text = path.read_text(encoding="utf-8") if path.exists() else ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from None
         whole = text[: text.rfind("\n") + 1]
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 self._take(json.loads(line))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}, line {number} is not a result of this benchmark: {error!r}") from None
-        if whole != text:
-            with path.open("r+b") as file:
-                file.truncate(len(whole.encode()))
+
+    @classmethod
+    @contextmanager
+    def opened(cls, path: Path) -> Iterator[Results]:
+        """The results in a file that no other process adds to meanwhile; a last line cut short is dropped.
+
+        Raises:
+            ValueError: for a file that cannot be written, or that another process adds to.
+        """
+        try:
+            file = path.open("a+b")
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written: {error.strerror}; give another --results") from None
+        with file:
+            _lock(file)
+            file.seek(0)
+            text = file.read()
+            results = cls(path)  # refuses a file of something else before anything in it changes
+            file.truncate(text.rfind(b"\n") + 1)
+            results.file = file
+            yield results
 
     def _take(self, row: dict[str, Any]) -> None:
         if "protocol" in row:
@@ -104,14 +129,30 @@ class Results:
         self._write({"costs": costs})
 
     def _write(self, row: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        assert self.file is not None, "only results that are opened can be added to"
+        self.file.write(json.dumps(row).encode() + b"\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
         self._take(row)
 
     def trials(self) -> list[Trial]:
         return [Trial(**row["trial"]) for row in self.found.values()]
+
+
+def _lock(file: BinaryIO) -> None:
+    """Keeps others from adding to the file until it is closed, or this process ends, in whatever way."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, whose locks would keep readers out too
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"another drsl-benchmark is adding to {file.name}; wait for its end, or give another --results"
+        ) from None
+    except OSError:  # a file system without locks
+        return
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +220,11 @@ def _side_by_side(trials: Sequence[Trial], data: Data, machine: Machine, bar: An
             bar.update(epochs.value - bar.n)
             for future in done:
                 yield running.pop(future), future.result()
+    except BrokenProcessPool:
+        raise ValueError(
+            f"one of {workers} processes was killed, most likely for memory; "
+            "the same command with fewer --workers goes on where it was"
+        ) from None
     except BaseException:
         for process in multiprocessing.active_children():
             process.terminate()
@@ -201,6 +247,7 @@ _worker: dict[str, Any] = {}
 
 def _start(data: Data, device: str, threads: int, epochs: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends this process
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     _worker.update(data=data, device=device, epochs=epochs)
 
@@ -209,9 +256,14 @@ def _run_in_worker(trial: Trial) -> dict[str, Any]:
     return _run(trial, _worker["data"], _worker["device"], _advance)
 
 
-def _advance() -> None:
+def _end_with_parent() -> None:
+    """For a parent that is killed, and has no chance to end its processes."""
     parent = multiprocessing.parent_process()
-    if parent is not None and not parent.is_alive():  # killed, without a chance to end its processes
-        os._exit(1)
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _advance() -> None:
     with _worker["epochs"].get_lock():
         _worker["epochs"].value += 1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
+from typing import Any
 
 from pml_drsl.benchmark.results import Results
 from pml_drsl.benchmark.trial import Trial
@@ -34,8 +36,7 @@ def spread(numbers: Sequence[float]) -> str:
 
 def parameters(trial: Trial) -> str:
     """Those of the loss, in a few words."""
-    named = [f"{name} {value}" for name, value in trial.parameters.items()]
-    return ", ".join(named)
+    return ", ".join(f"{name} {value}" for name, value in trial.parameters.items())
 
 
 def described(trial: Trial, base: Trial) -> str:
@@ -48,3 +49,11 @@ def described(trial: Trial, base: Trial) -> str:
     if (trial.identities, trial.instances) != (base.identities, base.instances):
         words.append(f"batch {trial.identities} x {trial.instances}")
     return ", ".join(words)
+
+
+def grid(points: Sequence[Mapping[str, Any]]) -> str:
+    """What was tried: the values of every parameter where all their combinations were, or else every point."""
+    of = {name: list(dict.fromkeys(point.get(name) for point in points)) for name in points[0]}
+    if len(points) == math.prod(map(len, of.values())):
+        return " x ".join(f"{name} {', '.join(map(str, values))}" for name, values in of.items())
+    return "; ".join(" ".join(f"{name} {value}" for name, value in point.items()) for point in points)

@@ -1,21 +1,27 @@
 """The quality benchmark from its command line to its page: what it runs, what it keeps, what it says."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
+import torch
 from image_folders import draw
 
+from pml_drsl.benchmark import costs, plots, tables
 from pml_drsl.benchmark import results as results_module
 from pml_drsl.benchmark.__main__ import main
+from pml_drsl.benchmark.quality import ranked
 from pml_drsl.benchmark.report import MARK
 from pml_drsl.benchmark.results import Results
 from pml_drsl.benchmark.trial import Trial
-from pml_drsl.benchmark.tuning import ALONE, best_first, chosen, reported, settings
+from pml_drsl.benchmark.tuning import ALONE, BEST, best_first, chosen, reported, settings
 
-SMALL = ["--size", "16", "16", "--batch", "4", "2", "--quick", "--losses", "DRSL", "Circle"]
+SMALL = ["--size", "16", "16", "--batch", "4", "2", "--quick"]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +30,8 @@ def folder(tmp_path_factory):
 
 
 def command(name, folder, file, *others):
-    return [name, "--train", str(folder), "--results", str(file), "--device", "cpu", *SMALL, *others]
+    losses = [] if name == "ablation" else ["--losses", "DRSL", "Circle"]
+    return [name, "--train", str(folder), "--results", str(file), "--device", "cpu", *SMALL, *losses, *others]
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +112,89 @@ def test_the_page_is_made_of_the_file_and_keeps_what_was_written_by_hand(file, t
 
 
 @pytest.mark.slow
+def test_the_best_comes_first_by_the_recipe_that_validation_chose(file):
+    results = Results(file)
+    lines = file.read_text().splitlines()
+    best = reported(results, results.protocol, "Circle")[BEST]
+    for number, line in enumerate(lines):
+        row = json.loads(line)
+        if row.get("trial", {}).get("split") == "test":
+            trial = Trial(**row["trial"])
+            # Circle's best recipe does worst of all; its others, where they are others, best of all
+            score = 0.0 if trial.but(seed=0) == best else 0.9 if trial.loss == "Circle" else 0.5
+            lines[number] = json.dumps({**row, "scores": {**row["scores"], "MAP@R": score}})
+    file.write_text("\n".join(lines) + "\n")
+    assert list(ranked(Results(file), results.protocol)) == ["DRSL", "Circle"]
+
+
+@pytest.mark.slow
+def test_a_report_reads_a_file_that_is_being_written_and_leaves_it_as_it_is(file, tmp_path):
+    with file.open("a") as still_writing:
+        still_writing.write('{"trial": {"data"')
+    before = file.read_bytes()
+    assert main(["report", str(file), "--output", str(tmp_path / "page.md")]) == 0
+    assert file.read_bytes() == before
+
+
+def test_one_command_at_a_time_adds_to_a_file(folder, tmp_path, capsys):
+    pytest.importorskip("fcntl")
+    file = tmp_path / "results.jsonl"
+    with Results.opened(file):
+        assert main(command("quality", folder, file)) == 2
+    assert "another drsl-benchmark is adding to" in capsys.readouterr().err
+    with Results.opened(file):
+        pass
+
+
+def test_no_process_outlives_one_that_is_killed():
+    """A process that waits for work, with nothing to notice by that none will come."""
+    script = """
+import os, signal
+from concurrent.futures import ProcessPoolExecutor
+from pml_drsl.benchmark.measure import clean_processes
+from pml_drsl.benchmark.results import _start
+
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(1, clean_processes(), _start, (None, "cpu", 1, None))
+    print(pool.submit(os.getpid).result(), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        # Its processes have its output too: that ends when the last of them has.
+        try:
+            output, _ = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.kill(int(process.stdout.readline()), 9)
+            raise
+    assert process.returncode == -9 and int(output) > 0
+
+
+def test_the_memory_of_a_step_is_the_most_it_has_at_once():
+    def step():
+        first = torch.empty(2**18)
+        second = torch.empty(2**18)
+        del first
+        return second, torch.empty(2**17)
+
+    kept = torch.empty(2**20)
+    assert costs.peak_bytes(step, "cpu") == 2 * 2**20
+    assert kept.numel() == 2**20
+
+
+def test_a_grid_is_told_by_its_values_only_where_it_has_all_combinations():
+    points = [{"m": m, "gamma": gamma} for m in (0.25, 0.4) for gamma in (40, 80)]
+    assert tables.grid(points) == "m 0.25, 0.4 x gamma 40, 80"
+    assert tables.grid(points[:3]) == "m 0.25 gamma 40; m 0.25 gamma 80; m 0.4 gamma 40"
+
+
+def test_an_axis_leaves_out_only_what_is_far_below_all_others():
+    low, high = plots._bulk([(60.0 + step, 0.5) for step in range(8)] + [(11.0, 0.0)])
+    assert 55 < low < 59.5 and 67.5 < high < 70
+    low, _ = plots._bulk([(60.0, 0.0), (65.0, 0.0), (57.0, 0.0)])
+    assert low < 57
+
+
+@pytest.mark.slow
 def test_another_protocol_needs_another_file(folder, file, capsys):
     before = file.read_text()
     assert main(command("quality", folder, file, "--lr", "0.5")) == 2
@@ -120,6 +210,8 @@ def test_another_protocol_needs_another_file(folder, file, capsys):
         (["--size", "8", "8"], "give 16 or more"),
         (["--results", "missing/results.jsonl"], "its folder does not exist"),
         (["--workers", "0"], "--workers must be 1 or more, got 0"),
+        (["--results", "."], "cannot be written"),
+        (["--network", "conv5"], "--network conv5: "),
     ],
 )
 def test_bad_arguments_are_refused_before_any_work(arguments, words, folder, tmp_path, capsys):
