@@ -123,6 +123,15 @@ def trials(results: Results, protocol: Protocol) -> list[tuple[Change, Trial]]:
     ]
 
 
+def found(results: Results, protocol: Protocol) -> list[tuple[Change, list[float]]]:
+    """Every change that there are results of, with its MAP@R by seed; none where only what tuning tried has run."""
+    tried = settings(protocol, DRSL)
+    of_change = [(change, trial, tables.values(results, trial)) for change, trial in trials(results, protocol)]
+    if all(trial in tried for _, trial, scores in of_change if scores):
+        return []
+    return [(change, scores) for change, _, scores in of_change if scores]
+
+
 def tuned(results: Results, protocol: Protocol) -> list[float]:
     """MAP@R of DRSL without a change, with every seed that there is a result of."""
     starts = best_first(results, protocol, settings(protocol, DRSL))[:1]
@@ -130,9 +139,6 @@ def tuned(results: Results, protocol: Protocol) -> list[float]:
 
 
 def table(results: Results, protocol: Protocol) -> str:
-    """MAP@R with every change, in percent."""
-    rows = [
-        [change.group, change.label, tables.spread(tables.values(results, trial))]
-        for change, trial in trials(results, protocol)
-    ]
+    """MAP@R with every change that has run, in percent."""
+    rows = [[change.group, change.label, tables.spread(scores)] for change, scores in found(results, protocol)]
     return tables.markdown(["what", "value", "MAP@R, validation"], rows)

@@ -89,13 +89,14 @@ def _imbalance(results: Results, protocol: Protocol) -> Any:
     panel = figure.subplots()
     for index, (loss, points) in enumerate(curves.items()):
         panel.errorbar(
-            list(points),
+            # Side by side, so that no bar hides another.
+            [ratio * 1.06 ** (index - len(curves) // 2) for ratio in points],
             [mean for mean, _ in points.values()],
             yerr=[deviation for _, deviation in points.values()],
             label=loss,
             color=COLORS[index],
             marker=MARKERS[index],
-            capsize=2,
+            capsize=3,
             linewidth=2.5 if loss == DRSL else 1.2,
         )
     panel.set_xscale("log")
@@ -104,22 +105,17 @@ def _imbalance(results: Results, protocol: Protocol) -> Any:
     panel.set_xlabel("positives : negatives of a query")
     panel.set_ylabel("test MAP@R, %")
     panel.grid(alpha=0.3)
-    panel.legend()
+    figure.legend(loc="outside upper center", ncols=len(curves), frameon=False)
     return figure
 
 
 def _ablation(results: Results, protocol: Protocol) -> Any:
-    found = [
-        (change, _percent(scores))
-        for change, trial in ablation.trials(results, protocol)
-        if (scores := tables.values(results, trial))
-    ]
     groups: dict[str, dict[str, tuple[float, float]]] = {}
-    for change, point in found:
-        groups.setdefault(change.group, {})[change.label] = point
+    for change, scores in ablation.found(results, protocol):
+        groups.setdefault(change.group, {})[change.label] = _percent(scores)
     if not groups:
         return None
-    low, high = _bulk([point for _, point in found])
+    low, high = _bulk([point for points in groups.values() for point in points.values()])
     columns = _columns({name: len(points) + 2 for name, points in groups.items()})
     rows = max(sum(column.values()) for column in columns)
     figure = _figure(9, 0.5 + 0.22 * rows)

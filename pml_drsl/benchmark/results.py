@@ -247,6 +247,7 @@ _worker: dict[str, Any] = {}
 
 def _start(data: Data, device: str, threads: int, epochs: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends this process
+    tqdm.set_lock(threading.RLock())  # the default, shared by processes, is leaked by one that is ended
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     _worker.update(data=data, device=device, epochs=epochs)

@@ -1,5 +1,6 @@
 """The quality benchmark from its command line to its page: what it runs, what it keeps, what it says."""
 
+import argparse
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import pytest
 import torch
 from image_folders import draw
 
-from pml_drsl.benchmark import costs, plots, tables
+from pml_drsl.benchmark import costs, experiment, plots, tables
 from pml_drsl.benchmark import results as results_module
 from pml_drsl.benchmark.__main__ import main
 from pml_drsl.benchmark.quality import ranked
@@ -134,6 +135,32 @@ def test_a_report_reads_a_file_that_is_being_written_and_leaves_it_as_it_is(file
     before = file.read_bytes()
     assert main(["report", str(file), "--output", str(tmp_path / "page.md")]) == 0
     assert file.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_page_has_no_ablation_of_what_only_tuning_tried(file, tmp_path):
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    protocol = Results(file).protocol
+    tried = settings(protocol, "DRSL")
+    kept = [row for row in rows if "trial" not in row or Trial(**row["trial"]) in tried]
+    file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    assert main(["report", str(file), "--output", str(tmp_path / "page.md")]) == 0
+    text = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert "## Protocol" in text and "## Ablation" not in text and "## Quality" not in text
+
+
+def test_quick_runs_the_losses_that_are_asked_for(folder, tmp_path):
+    parser = argparse.ArgumentParser()
+    experiment.add_arguments(parser)
+    _, *arguments = command("quality", folder, tmp_path / "results.jsonl", "--losses", "SupCon")
+    with experiment.prepare(parser.parse_args(arguments)) as bench:
+        assert bench.losses == ("SupCon",)
+
+
+def test_imbalance_without_drsl_is_refused(folder, tmp_path, capsys):
+    file = tmp_path / "results.jsonl"
+    assert main(command("imbalance", folder, file, "--losses", "Circle")) == 2
+    assert "name it too" in capsys.readouterr().err and not file.exists()
 
 
 def test_one_command_at_a_time_adds_to_a_file(folder, tmp_path, capsys):
