@@ -114,6 +114,11 @@ def rank() -> int:
     return dist.get_rank() if _joined() else 0
 
 
+def group() -> dist.ProcessGroup | None:
+    """All processes of a run of more than one, or None."""
+    return dist.group.WORLD if size() > 1 else None
+
+
 def is_first() -> bool:
     """Whether this process prints, logs and saves."""
     return rank() == 0
