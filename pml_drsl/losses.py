@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pml_drsl import functional
+from pml_drsl.checks import is_real
 from pml_drsl.distances import EuclideanDistance
 from pml_drsl.pairs import IndicesTuple, Pairs, pairs_from_indices, pairs_from_labels
 from pml_drsl.reducers import PerQueryReducer, check_reducer
@@ -85,11 +85,11 @@ class DRSLoss(BaseMetricLossFunction):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not (_is_real(temperature) and temperature > 0):
+        if not (is_real(temperature) and temperature > 0):
             raise ValueError(f"temperature must be a number above 0, got {temperature!r}; try 0.01")
-        if not (_is_real(sort_weight) and sort_weight >= 0):
+        if not (is_real(sort_weight) and sort_weight >= 0):
             raise ValueError(f"sort_weight must be a number of at least 0, got {sort_weight!r}; 0 turns sorting off")
-        if not _is_real(margin):
+        if not is_real(margin):
             raise ValueError(f"margin must be a finite number, got {margin!r}; 0 asks for order alone")
         if query_chunk_size is not None and not (isinstance(query_chunk_size, int) and query_chunk_size > 0):
             raise ValueError(f"query_chunk_size must be None or an integer above 0, got {query_chunk_size!r}")
@@ -294,10 +294,6 @@ def _check_distances(mat: Tensor, distance: BaseDistance) -> None:
             f"distance {type(distance).__name__} gave infinite or NaN values; SNRDistance does so for an embedding "
             f"whose values are all alike"
         )
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_embeddings(name: str, x: Tensor) -> None:

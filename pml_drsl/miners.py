@@ -9,6 +9,8 @@ from pytorch_metric_learning.miners import BaseMiner
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 
+from pml_drsl.checks import is_real
+
 Strategy = Literal["hard", "semihard", "random"]
 FourIndices = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -77,7 +79,7 @@ class RankViolationMiner(RankingMiner):
 
     def __init__(self, margin: float = 0.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not float("-inf") < margin < float("inf"):
+        if not is_real(margin):
             raise ValueError(f"margin must be a finite number, got {margin!r}; 0 keeps the violations of order alone")
         self.margin = margin
         self.add_to_recordable_attributes(name="margin", is_stat=False)
@@ -121,10 +123,12 @@ class NegativeBudgetMiner(RankingMiner):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not 0 < negatives_per_positive < float("inf"):
+        if not (is_real(negatives_per_positive) and negatives_per_positive > 0):
             raise ValueError(f"negatives_per_positive must be a number above 0, got {negatives_per_positive!r}")
         if strategy not in get_args(Strategy):
             raise ValueError(f"strategy must be one of {', '.join(get_args(Strategy))}, got {strategy!r}")
+        if not (seed is None or isinstance(seed, int)):
+            raise ValueError(f"seed must be None or an integer, got {seed!r}")
         self.negatives_per_positive = negatives_per_positive
         self.strategy = strategy
         self.seed = seed

@@ -93,7 +93,7 @@ class DistributedMinerWrapper(pml_distributed.DistributedMinerWrapper):
     def forward(
         self, emb: Tensor, labels: Tensor, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
     ) -> IndicesTuple:
-        if not pml_distributed.is_distributed() or dist.get_world_size() == 1:
+        if _alone():
             return self.miner(emb, labels, ref_emb, ref_labels)  # type: ignore[no-any-return]
         sizes, all_emb, all_labels = _gather_batch(emb.detach(), labels)
         all_refs = None if ref_emb is None else _gather_batch(ref_emb.detach(), ref_labels)[1:]
@@ -180,7 +180,7 @@ def gather_batch(*parts: Tensor) -> tuple[Tensor, ...]:
     The gradient of a loss that every process computes of them goes to each process's own, times the number of
     processes, by which ``DistributedDataParallel`` divides again. In a run of one process they are returned unchanged.
     """
-    if not pml_distributed.is_distributed() or dist.get_world_size() == 1:
+    if _alone():
         return parts
     return tuple(_gather(part)[0] for part in parts)
 
@@ -188,7 +188,7 @@ def gather_batch(*parts: Tensor) -> tuple[Tensor, ...]:
 @contextmanager
 def draws_of_first(device: torch.device) -> Iterator[None]:
     """Within, every process draws the first one's random numbers, on the CPU and on ``device``."""
-    if not pml_distributed.is_distributed() or dist.get_world_size() == 1:
+    if _alone():
         yield
         return
     on_device = device.type == "cuda"
@@ -205,6 +205,10 @@ def draws_of_first(device: torch.device) -> Iterator[None]:
         if on_device:
             torch.cuda.set_rng_state(states[1], device)
         yield
+
+
+def _alone() -> bool:
+    return not pml_distributed.is_distributed() or dist.get_world_size() == 1
 
 
 @contextmanager

@@ -15,7 +15,6 @@ import yaml
 
 from torchreid_ext import checkpoint, config, distributed, evaluation, generators, resuming
 from torchreid_ext.keys import describe
-from torchreid_ext.samplers import SAMPLERS
 
 EPILOG = """examples:
   drsl-train --config-file configs/demo.yaml
@@ -102,13 +101,6 @@ def train(cfg: config.Config) -> dict[str, Any]:
     optimizer = config.build_optimizer(cfg, model, criterion)
     scheduler = config.build_scheduler(cfg, optimizer)
     engine = config.build_engine(cfg, datamanager, model, optimizer, scheduler, criterion)
-    if cfg.loss.name != "softmax" and cfg.sampler.train_sampler not in SAMPLERS and distributed.is_first():
-        print(
-            f"Note: {cfg.loss.name} needs several images of an identity in a batch: set sampler.train_sampler to "
-            f"RandomIdentitySampler, now {cfg.sampler.train_sampler}",
-            file=sys.stderr,
-        )
-
     engine.config = config.flat(cfg)
     # Not written to the configuration, which is to start the same run anew.
     start_epoch = cfg.train.start_epoch

@@ -30,6 +30,8 @@ def joined(use_gpu: bool = True, timeout: int = 1800) -> Iterator[None]:
     Raises:
         ValueError: for a timeout below 1, more processes than GPUs, or restarts on several machines with a store of
             torchrun's that outlives them.
+        TimeoutError: on leaving, where gloo waited longer than ``timeout`` for another process.
+        ConnectionError: on leaving, where gloo found that another process had ended.
     """
     if not launched():
         yield
@@ -52,7 +54,20 @@ def joined(use_gpu: bool = True, timeout: int = 1800) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if not is_first():
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        yield
+        try:
+            yield
+        except RuntimeError as error:
+            # gloo's; nccl ends the process itself, with words of its own.
+            if "Timed out waiting" in str(error):
+                raise TimeoutError(
+                    f"waited {timeout} seconds for another process, which hangs or has much to do alone: if it only "
+                    f"needs longer, make train.timeout larger"
+                ) from error
+            if "Connection closed by peer" in str(error):
+                raise ConnectionError(
+                    "another process ended, and this one with it; its own message says why"
+                ) from error
+            raise
     # Not after an error: it could wait for processes that wait for this one.
     dist.destroy_process_group()
 
@@ -97,6 +112,11 @@ def size() -> int:
 def rank() -> int:
     """The number of this process, from 0."""
     return dist.get_rank() if _joined() else 0
+
+
+def group() -> dist.ProcessGroup | None:
+    """All processes of a run of more than one, or None."""
+    return dist.group.WORLD if size() > 1 else None
 
 
 def is_first() -> bool:

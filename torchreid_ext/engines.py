@@ -19,6 +19,7 @@ from torchreid_ext.cameras import cross_camera_pairs
 from torchreid_ext.criteria import WITHOUT_PAIRS, PerFeature
 from torchreid_ext.host_steps import SoftmaxStep, TripletStep
 from torchreid_ext.network import unwrapped
+from torchreid_ext.samplers import warn_of_chance
 from torchreid_ext.tracklets import Tracklets
 
 
@@ -90,6 +91,9 @@ class ImagePMLEngine(BaseEngine):
         check_criterion(criterion, optimizer, cross_camera)
         if weight_m > 0:
             check_returns_features(model)
+            # One with weights compares images with those, and needs no other image.
+            if not any(p.requires_grad for p in criterion.parameters()):
+                warn_of_chance(datamanager.train_loader, type(criterion).__name__)
         self.criterion = criterion
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.register_model("model", model, optimizer, scheduler)

@@ -8,6 +8,7 @@ import torchreid
 
 from pml_drsl.wrappers import gather_batch
 from torchreid_ext.base_engine import BaseEngine
+from torchreid_ext.samplers import warn_of_chance
 
 
 class SoftmaxStep(BaseEngine):
@@ -24,6 +25,11 @@ class SoftmaxStep(BaseEngine):
 
 class TripletStep(BaseEngine):
     """The step of torchreid's triplet engines."""
+
+    def __init__(self, datamanager: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(datamanager, *args, **kwargs)
+        if self.weight_t > 0:
+            warn_of_chance(datamanager.train_loader, "the triplet loss")
 
     def forward_backward(self, data: dict[str, Any]) -> dict[str, float]:
         images, pids = self.training_batch(data)

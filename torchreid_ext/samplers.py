@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,9 +11,9 @@ import numpy as np
 import torch
 import torchreid
 from pytorch_metric_learning.samplers import MPerClassSampler
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
 
-from torchreid_ext import generators
+from torchreid_ext import distributed, generators
 from torchreid_ext.reading import rebuilt
 
 
@@ -139,6 +140,21 @@ def check_trains(datamanager: Any) -> None:
         )
     if datamanager.num_train_pids < 2:
         raise ValueError("the training data hold one identity alone: there is nothing to tell it from")
+
+
+def warn_of_chance(loader: DataLoader[Any], loss: str) -> None:
+    """Warns where only chance brings several images of an identity into a batch, for a ``loss`` that needs them."""
+    host = torchreid.data.sampler
+    by_chance = (RandomSampler, SequentialSampler, host.RandomDomainSampler, host.RandomDatasetSampler)
+    # A loader with a batch sampler of the user's own has one of these too, and does not ask it.
+    asked = type(loader.batch_sampler) is BatchSampler and isinstance(loader.sampler, by_chance)
+    if asked and distributed.is_first():
+        warnings.warn(
+            f"{loss} needs several images of an identity in a batch, which {type(loader.sampler).__name__} brings "
+            f"together by chance alone: give the data manager train_sampler='RandomIdentitySampler' (in a config, "
+            f"sampler.train_sampler)",
+            stacklevel=3,
+        )
 
 
 def check_batch(pids: Sequence[int], batch_size: int, num_instances: int) -> int:

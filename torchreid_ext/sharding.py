@@ -28,13 +28,6 @@ class Samples:
     camids: np.ndarray[Any, Any]
 
 
-def processes() -> dist.ProcessGroup | None:
-    """All processes of a distributed run of more than one, or None."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return dist.group.WORLD
-    return None
-
-
 @contextmanager
 def model_of_first(engine: Any, group: dist.ProcessGroup) -> Iterator[None]:
     """Within, every process has the model of the first, out of its ``DistributedDataParallel``.

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import distributed as dist
 
 from pml_drsl.accuracy import RetrievalResult
-from torchreid_ext import checkpoint, evaluation, generators, sharding
+from torchreid_ext import checkpoint, distributed, evaluation, generators
 
 
 class Tester:
@@ -56,8 +55,7 @@ class Tester:
         """
         self.set_model_mode("eval")
         self.results = {}
-        group = sharding.processes()
-        first = group is None or dist.get_rank() == 0
+        group, first = distributed.group(), distributed.is_first()
         with generators.untouched():
             for target, loaders in self.test_loader.items():
                 domain = "source" if target in self.datamanager.sources else "target"

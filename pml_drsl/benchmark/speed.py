@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from pml_drsl.benchmark import measure, speed_processes, speed_report, speed_step
-from pml_drsl.benchmark.measure import FLOOR, LOSSES
+from pml_drsl.benchmark.measure import FLOOR, LOSSES, PER_IDENTITY
 
 SIZES = [64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
 DIMS = [512, 2048]
@@ -58,7 +58,9 @@ class Row:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of embeddings (%(default)s)")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=SIZES, help="numbers of embeddings, multiples of 4 (%(default)s)"
+    )
     parser.add_argument("--dims", type=int, nargs="+", default=DIMS, help="their dimensions (%(default)s)")
     parser.add_argument(
         "--losses", nargs="+", default=list(LOSSES), choices=list(LOSSES), help="losses, beside the floor (all)"
@@ -99,6 +101,14 @@ def run(args: argparse.Namespace) -> int:
     ):  # fmt: skip
         if min(values) <= 0:
             print(f"{name} must be above 0, got {min(values)}", file=sys.stderr)
+            return 2
+    for size in args.sizes:
+        if size % PER_IDENTITY or size < 2 * PER_IDENTITY:
+            print(
+                f"--sizes {size}: there are {PER_IDENTITY} embeddings of each identity, and of two at least; give "
+                f"multiples of {PER_IDENTITY} from {2 * PER_IDENTITY} on",
+                file=sys.stderr,
+            )
             return 2
     if args.processes > 1 or args.step:
         return _run_other(args)

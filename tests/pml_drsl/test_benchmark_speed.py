@@ -80,23 +80,23 @@ def test_bad_arguments_are_told(capsys, tmp_path):
 
 def test_processes_are_compared_with_one_and_their_bytes_counted(tmp_path, capfd):
     files = {kind: tmp_path / f"speed.{kind}" for kind in ("json", "csv")}
-    arguments = ["speed", "--processes", "2", "--sizes", "30", "--dims", "8", "--seconds", "0.01", "--threads", "1"]
+    arguments = ["speed", "--processes", "2", "--sizes", "28", "--dims", "8", "--seconds", "0.01", "--threads", "1"]
     paths = ["--json", str(files["json"]), "--csv", str(files["csv"])]
     assert main([*arguments, "--losses", "DRSL", "SupCon", *paths]) == 0
     rows = json.loads(files["json"].read_text())["rows"]
     ways = [("DRSL", False, 1), ("DRSL", True, 2), ("DRSL", False, 2), ("SupCon", False, 1), ("SupCon", False, 2)]
     assert [(row["loss"], row["efficient"], row["processes"]) for row in rows] == ways
-    # Half of the 30 embeddings of 8 floats, of their 30 labels, and of the two lengths of each gathering.
-    gathered = 15 * 8 * 4 + 15 * 8 + 2 * 8
+    # Half of the 28 embeddings of 8 floats, of their 28 labels, and of the two lengths of each gathering.
+    gathered = 14 * 8 * 4 + 14 * 8 + 2 * 8
     # And, where every process computes the whole loss, the state of the first one's random numbers.
     whole = gathered + torch.get_rng_state().nbytes // 2
     assert [row["bytes_moved"] for row in rows if not row["efficient"]] == [0, whole, 0, whole]
-    # Efficient: two errors of each of 45 and 41 pairs, gathered in parts of 45. Their gradient, and that of the
-    # embeddings, is summed: half of it goes out and comes back.
+    # Efficient: two errors of each of 42 pairs are gathered. Their gradient, and that of the embeddings, is summed:
+    # half of it goes out and comes back.
     efficient = next(row["bytes_moved"] for row in rows if row["efficient"])
-    assert efficient == gathered + 45 * 8 + 86 * 8 + 30 * 8 * 4
+    assert efficient == gathered + 42 * 8 + 84 * 8 + 28 * 8 * 4
     for row in rows:
-        assert row["size"] == 30 and row["rounds"] >= 3 and row["seconds"] > 0
+        assert row["size"] == 28 and row["rounds"] >= 3 and row["seconds"] > 0
         assert row["ratio"] == 1 if row["processes"] == 1 else row["ratio"] > 0
     with open(files["csv"], newline="") as file:
         assert [row["bytes_moved"] for row in csv.DictReader(file)] == [str(row["bytes_moved"]) for row in rows]
@@ -105,10 +105,10 @@ def test_processes_are_compared_with_one_and_their_bytes_counted(tmp_path, capfd
 
 def test_a_loss_is_compared_with_the_step_of_a_network(tmp_path, capsys):
     pytest.importorskip("torchreid")
-    arguments = ["speed", "--step", "osnet_x0_25", "--sizes", "4", "--losses", "DRSL", "--seconds", "0.01"]
+    arguments = ["speed", "--step", "osnet_x0_25", "--sizes", "8", "--losses", "DRSL", "--seconds", "0.01"]
     assert main([*arguments, "--json", str(tmp_path / "s.json")]) == 0
     (row,) = json.loads((tmp_path / "s.json").read_text())["rows"]
-    assert (row["network"], row["dim"], row["size"]) == ("osnet_x0_25", 512, 4)
+    assert (row["network"], row["dim"], row["size"]) == ("osnet_x0_25", 512, 8)
     assert 0 < row["share"] < 1
     assert main(["speed", "--step", "osnet_x9"]) == 2
     assert "--step osnet_x9: not a network of torchreid" in capsys.readouterr().err
@@ -124,6 +124,8 @@ def test_step_without_torchreid_is_told(monkeypatch, capsys):
     ("options", "message"),
     [
         (["--processes", "0"], "--processes must be above 0, got 0"),
+        (["--sizes", "16", "3"], "--sizes 3: there are 4 embeddings of each identity"),
+        (["--sizes", "4"], "give multiples of 4 from 8 on"),
         (["--processes", "9", "--sizes", "8"], "--processes 9: more than the 8 embeddings of --sizes"),
         (["--processes", "2", "--step", "osnet_x0_25"], "choose one"),
         (["--processes", "2", "--plot", "x.png"], "choose one"),

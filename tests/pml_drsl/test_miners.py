@@ -156,6 +156,10 @@ def test_stats_and_repr():
     ("make", "message"),
     [
         (lambda: RankViolationMiner(float("nan")), "margin must be a finite number, got nan"),
+        (lambda: RankViolationMiner("a"), "margin must be a finite number, got 'a'"),
+        (lambda: RankViolationMiner(None), "margin must be a finite number, got None"),
+        (lambda: NegativeBudgetMiner("2"), "negatives_per_positive must be a number above 0, got '2'"),
+        (lambda: NegativeBudgetMiner(1, seed=0.5), "seed must be None or an integer, got 0.5"),
         (lambda: NegativeBudgetMiner(0), "negatives_per_positive must be a number above 0, got 0"),
         (lambda: NegativeBudgetMiner(float("inf")), "negatives_per_positive .* got inf"),
         (lambda: NegativeBudgetMiner(1, "easy"), "strategy must be one of hard, semihard, random, got 'easy'"),

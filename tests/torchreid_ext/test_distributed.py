@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -224,6 +226,27 @@ def test_a_timeout_below_a_second(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     with pytest.raises(ValueError, match=r"train.timeout must be 1 second or more, got 0"), distributed.joined(True, 0):
         pass
+
+
+def two_of_gloo():
+    """What two processes would have, here in two threads."""
+    store, wait = dist.HashStore(), timedelta(seconds=1)
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda rank: dist.ProcessGroupGloo(store, rank, 2, wait), range(2)))
+
+
+@pytest.mark.parametrize(
+    "ends, error, message",
+    [(False, TimeoutError, "waited 1 seconds .* make train.timeout larger"), (True, ConnectionError, "process ended")],
+)
+def test_a_process_that_hangs_or_ends_is_told_to_those_that_wait_for_it(monkeypatch, ends, error, message):
+    monkeypatch.setattr(distributed, "launched", lambda: True)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    groups = two_of_gloo()
+    with pytest.raises(error, match=message), distributed.joined(use_gpu=False, timeout=1):
+        if ends:
+            del groups[1]
+        groups[0].allreduce([torch.ones(1)]).wait()
 
 
 def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch, capsys):

@@ -8,6 +8,7 @@ import torch
 import torchreid
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning.miners import MultiSimilarityMiner
+from torch.utils.data import BatchSampler, DataLoader
 from toy_data import make_image_manager, make_video_manager
 
 import torchreid_ext
@@ -280,6 +281,26 @@ def test_a_batch_that_cannot_be_filled_is_refused_before_training(tmp_path):
     manager = make_image_manager(tmp_path, train_sampler="RandomSampler", batch_size_train=500)
     with pytest.raises(ValueError, match="a batch of 500 cannot be filled: RandomSampler draws 24 of the 24"):
         make_engine(build(num_classes=6), datamanager=manager)
+
+
+def test_positives_by_chance_matter_to_losses_that_compare_images(tmp_path, recwarn):
+    manager = make_image_manager(tmp_path, train_sampler="RandomSampler")
+    with pytest.warns(UserWarning, match="TripletMarginLoss needs several .* which RandomSampler brings together by"):
+        make_engine(build(num_classes=6), datamanager=manager, criterion=pml_losses.TripletMarginLoss())
+    recwarn.clear()
+    model, arcface = build(num_classes=6), pml_losses.ArcFaceLoss(6, 512)
+    optimizer = torch.optim.SGD([*model.parameters(), *arcface.parameters()], lr=0.1)
+    engines.ImagePMLEngine(manager, model, optimizer, arcface)
+    make_engine(model, datamanager=manager, weight_m=0)
+
+    # Another batch sampler than the default one groups as it likes.
+    class Own(BatchSampler):
+        pass
+
+    own = Own(manager.train_loader.sampler, 8, drop_last=True)
+    manager.train_loader = DataLoader(manager.train_loader.dataset, batch_sampler=own)
+    make_engine(model, datamanager=manager)
+    assert not [warning for warning in recwarn if "by chance" in str(warning.message)]
 
 
 def test_registered_on_torchreid():
