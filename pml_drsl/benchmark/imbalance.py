@@ -2,8 +2,9 @@
 
 Every loss trains behind a cross-batch memory, and every query has one positive, drawn at random, and so many negatives,
 drawn at random, out of the batch and the memory: nothing but their ratio changes. The losses are DRSL and the four
-strongest of the others that can stand behind a memory, on the validation identities. Each takes the settings of its
-grid that are best on those identities at the largest ratio.
+strongest of the others that can stand behind a memory. Each has the settings with which it was best behind a memory on
+the validation identities (the recipe of `drsl-benchmark quality`, which runs first where its results are not in the
+file), and keeps them at every ratio.
 
 Examples:
   drsl-benchmark imbalance --quick
@@ -15,11 +16,11 @@ from __future__ import annotations
 import argparse
 from statistics import fmean
 
-from pml_drsl.benchmark import experiment, tables
+from pml_drsl.benchmark import experiment, quality, tables
 from pml_drsl.benchmark.candidates import CANDIDATES, DRSL
 from pml_drsl.benchmark.results import Protocol, Results
 from pml_drsl.benchmark.trial import Trial
-from pml_drsl.benchmark.tuning import best_first, settings, validation_score
+from pml_drsl.benchmark.tuning import MEMORY, chosen, validation_score
 
 RATIOS = (1, 10, 100, 1000)
 OPPONENTS = 4
@@ -35,35 +36,28 @@ def run(args: argparse.Namespace) -> int:
         results, protocol = bench.results, bench.protocol
         # A loss with a miner of its own has another's place here.
         can = [loss for loss in bench.losses if CANDIDATES[loss].in_memory and CANDIDATES[loss].miner is None]
-        bench.run([trial for loss in can for trial in settings(protocol, loss)], "tuning")
+        quality.tune(bench, can)
         compared = losses(results, protocol)
-        bench.run([trial for loss in compared for trial in at_largest(protocol, loss)], f"tuning, 1:{RATIOS[-1]}")
         bench.run([trial for loss in compared for trial in tested(results, protocol, loss).values()], "test")
     print(table(results, protocol))
     return 0
 
 
 def losses(results: Results, protocol: Protocol) -> list[str]:
-    """DRSL and its opponents, the strongest first, as far as there are results."""
+    """DRSL and its opponents, the strongest behind a memory first, as far as there are results."""
     scores = {}
     for loss, candidate in CANDIDATES.items():
-        if candidate.in_memory and candidate.miner is None:
-            for trial in best_first(results, protocol, settings(protocol, loss))[:1]:
-                scores[loss] = validation_score(results, protocol, trial) or 0.0
+        trial = chosen(results, protocol, loss).get(MEMORY) if candidate.miner is None else None
+        if trial is not None:
+            scores[loss] = validation_score(results, protocol, trial) or 0.0
     others = sorted(set(scores) - {DRSL}, key=lambda loss: -scores[loss])
     return [DRSL, *others[:OPPONENTS]] if DRSL in scores else []
 
 
-def at_largest(protocol: Protocol, loss: str) -> list[Trial]:
-    """Every setting of a loss, at the largest ratio, on validation."""
-    return [_rare(trial, RATIOS[-1]) for trial in settings(protocol, loss)]
-
-
 def tested(results: Results, protocol: Protocol, loss: str) -> dict[int, Trial]:
     """The trial of every ratio, on test."""
-    best = best_first(results, protocol, at_largest(protocol, loss))[:1]
-    base = protocol.base
-    return {ratio: _rare(trial, ratio).but(split="test", epochs=base.epochs) for trial in best for ratio in RATIOS}
+    best = chosen(results, protocol, loss).get(MEMORY)
+    return {} if best is None else {ratio: _rare(best, ratio).but(split="test") for ratio in RATIOS}
 
 
 def _rare(trial: Trial, ratio: int) -> Trial:
