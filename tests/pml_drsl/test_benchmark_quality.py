@@ -186,12 +186,13 @@ if __name__ == "__main__":
     print(pool.submit(os.getpid).result(), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+    run = [sys.executable, "-c", script]
+    with subprocess.Popen(run, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         # Its processes have its output too: that ends when the last of them has.
         try:
             output, _ = process.communicate(timeout=60)
         except subprocess.TimeoutExpired:
-            os.kill(int(process.stdout.readline()), 9)
+            os.killpg(process.pid, 9)
             raise
     assert process.returncode == -9 and int(output) > 0
 
