@@ -35,8 +35,8 @@ class Change:
     around: dict[str, Any]
 
 
-def _parameter(group: str, name: str, values: list[Any], **others: Any) -> list[Change]:
-    return [Change(group, f"{value}", {name: value, **others}, {}) for value in values]
+def _parameter(group: str, name: str, values: list[Any]) -> list[Change]:
+    return [Change(group, f"{value}", {name: value}, {}) for value in values]
 
 
 def _around(group: str, name: str, values: list[Any]) -> list[Change]:
