@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import math
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 # Elements of one block of comparisons on the CPU and on other devices: small enough for a CPU's cache, large enough
 # to fill a GPU. It bounds the memory of `count_ahead` beyond its arguments.
@@ -66,6 +68,7 @@ def count_ahead(
     margin: float = 0.0,
     candidates: Candidates | None = None,
     weight: Tensor | None = None,
+    bound: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """How many of a query's candidates precede each of E candidates of its own, smoothed.
 
@@ -85,11 +88,14 @@ def count_ahead(
         margin: distance by which a candidate must follow not to count.
         candidates: which candidates count; None for all of them.
         weight: weight of each candidate, shape (Q, C); None leaves ``weighted`` out: it is then ``count``.
+        bound: count with ``B(x) = log2(1 + exp(x / temperature))`` in place of G: no less than the true count, and its
+            slope does not vanish for a candidate that is far ahead (the logistic bound of RankNet, Burges et al., ICML
+            2005). Not with ``weight``.
 
     Returns:
         ``(d, count, weighted)``, each of shape (E,), differentiable (once) in ``distances`` and ``weight``.
     """
-    out = _CountAhead.apply(distances, weight, query, own, candidates, temperature, margin)
+    out = _CountAhead.apply(distances, weight, query, own, candidates, temperature, margin, bound)
     d, count, *weighted = out
     return d, count, weighted[0] if weighted else count
 
@@ -107,17 +113,20 @@ class _CountAhead(torch.autograd.Function):
         candidates: Candidates | None,
         temperature: float,
         margin: float,
+        bound: bool,
     ) -> tuple[Tensor, ...]:
+        assert weight is None or not bound
         ctx.save_for_backward(distances, weight, query, own)
-        ctx.settings = candidates, temperature, margin
+        ctx.settings = candidates, temperature, margin, bound
         d = distances[query, own]
         fused = _fused(distances, weight)
         if fused is not None:
-            count, ctx.slope = fused.count(*_scaled(distances, d, candidates, temperature, margin), query)
+            count, ctx.slope = fused.count(*_scaled(distances, d, candidates, temperature, margin), query, bound)
             return d, count
         count = torch.empty_like(d)
         weighted = None if weight is None else torch.empty_like(d)
-        for pairs, rows, row, ahead in _blocks(distances, d, query, candidates, temperature, margin):
+        for pairs, rows, row, x in _blocks(distances, d, query, candidates, temperature, margin):
+            ahead = F.softplus(x).div_(math.log(2)) if bound else x.sigmoid_()
             torch.sum(ahead, 1, out=count[pairs])
             if weight is not None and weighted is not None:
                 torch.sum(ahead.mul_(weight[rows][row]), 1, out=weighted[pairs])
@@ -127,29 +136,33 @@ class _CountAhead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_d: Tensor, grad_count: Tensor, *grad_weighted: Tensor) -> tuple[Tensor | None, ...]:
         distances, weight, query, own = ctx.saved_tensors
-        candidates, temperature, margin = ctx.settings
+        candidates, temperature, margin, bound = ctx.settings
         d = distances[query, own]
         fused = _fused(distances, weight)
         if fused is not None:
             scaled = _scaled(distances, d, candidates, temperature, margin)
-            grad_distances = fused.gradient(*scaled, query, grad_count / temperature)
+            grad_distances = fused.gradient(*scaled, query, grad_count / temperature, bound)
             grad_own = grad_count / temperature * ctx.slope
             grad_distances.index_put_((query, own), grad_d + grad_own, accumulate=True)
-            return grad_distances, None, None, None, None, None, None
+            return grad_distances, None, None, None, None, None, None, None
         grad_own, grad_distances = torch.empty_like(d), torch.zeros_like(distances)
         grad_weight = None if weight is None else torch.zeros_like(weight)
-        for pairs, rows, row, ahead in _blocks(distances, d, query, candidates, temperature, margin):
-            grad = (grad_count[pairs, None] / temperature).expand_as(ahead)
+        for pairs, rows, row, x in _blocks(distances, d, query, candidates, temperature, margin):
+            ahead = x.sigmoid_()
+            grad = grad_count[pairs, None] / temperature
             if grad_weight is not None:
                 of_weighted = grad_weighted[0][pairs, None]
                 grad_weight[rows].index_add_(0, row, ahead * of_weighted)
                 grad = grad + of_weighted / temperature * weight[rows][row]
-            # G' = G * (1 - G) / temperature; what does not count has G = 0 and so no gradient.
-            slope = torch.ops.aten.sigmoid_backward.grad_input(grad, ahead, grad_input=ahead)
+            # G' = G * (1 - G) / temperature, B' = G / (temperature * log 2); what does not count has G = 0 and so none.
+            if bound:
+                slope = ahead.mul_(grad / math.log(2))
+            else:
+                slope = torch.ops.aten.sigmoid_backward.grad_input(grad.expand_as(ahead), ahead, grad_input=ahead)
             torch.sum(slope, 1, out=grad_own[pairs])
             grad_distances[rows].index_add_(0, row, slope, alpha=-1)
         grad_distances.index_put_((query, own), grad_d + grad_own, accumulate=True)
-        return grad_distances, grad_weight, None, None, None, None, None
+        return grad_distances, grad_weight, None, None, None, None, None, None
 
 
 def _fused(distances: Tensor, weight: Tensor | None) -> ModuleType | None:
@@ -182,9 +195,10 @@ def _scaled(
 def _blocks(
     distances: Tensor, d: Tensor, query: Tensor, candidates: Candidates | None, temperature: float, margin: float
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Blocks of pairs: their slice, the slice of queries they are of, each one's row there, and G, (pairs, C).
+    """Blocks of pairs: their slice, the slice of queries they are of, each one's row there, and how far each candidate
+    is ahead, in units of the temperature, (pairs, C): the argument of the sigmoid in G.
 
-    G is the caller's to overwrite until the next block.
+    That is the caller's to overwrite until the next block.
     """
     size = CPU_BLOCK if distances.device.type == "cpu" else DEVICE_BLOCK
     step = min(len(query), max(1, size // max(1, distances.shape[1])))
@@ -196,7 +210,7 @@ def _blocks(
         if of_rows is not None:
             y = of_rows.only(y)
         ahead = torch.index_select(y, 0, row, out=buffer[: len(row)])
-        yield pairs, rows, row, torch.sub(x[pairs], ahead, out=ahead).sigmoid_()
+        yield pairs, rows, row, torch.sub(x[pairs], ahead, out=ahead)
 
 
 def _ranges(
@@ -241,7 +255,12 @@ class _SelfDistances(torch.autograd.Function):
 
 
 def retrieval_sort_errors(
-    d: Tensor, false_pos: Tensor, query: Tensor, temperature: float, dissimilarity: Tensor | None = None
+    d: Tensor,
+    false_pos: Tensor,
+    query: Tensor,
+    temperature: float,
+    dissimilarity: Tensor | None = None,
+    bound: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The two errors of DRSL for each (query, positive) pair.
 
@@ -262,9 +281,12 @@ def retrieval_sort_errors(
         temperature: softness of the ranks, > 0, in units of distance.
         dissimilarity: angular dissimilarity ``u = (1 - cos) / 2`` of each pair, shape (E,), in [0, 1];
             None leaves the sort error out.
+        bound: give ``log(1 + false_pos(i) / rank_pos(i))`` as the retrieval error: minus the log of the precision at i,
+            no less than the error it stands for.
 
     Returns:
-        ``(retrieval, sort)``, both of shape (E,) and in [0, 1]; ``sort`` is None where ``dissimilarity`` is.
+        ``(retrieval, sort)``, both of shape (E,) and in [0, 1], but for a bound, which has no upper limit; ``sort`` is
+        None where ``dissimilarity`` is.
     """
     row, column, shape = _places(query)
     peers = d.new_full(shape, torch.inf).index_put((row, column), d)
@@ -272,7 +294,7 @@ def retrieval_sort_errors(
     _, ahead, u_ahead = count_ahead(peers, row, column, temperature, weight=u)
     # A positive is level with itself, G(0) = 1/2: the definition's "1 +" and "j != i" together add 1/2 to the count.
     rank_pos = 0.5 + ahead
-    retrieval = false_pos / (rank_pos + false_pos)
+    retrieval = torch.log1p(false_pos / rank_pos) if bound else false_pos / (rank_pos + false_pos)
     return retrieval, None if dissimilarity is None else (0.5 * dissimilarity + u_ahead) / rank_pos
 
 

@@ -65,6 +65,10 @@ class DRSLoss(BaseMetricLossFunction):
         scale_free: divide the distances of each query by their mean over its positives and negatives, a constant to
             the gradient. Temperature and margin are then in units of that mean, and one temperature serves raw
             (unnormalised) features of any norm. Not for similarities, whose mean may be 0 or negative.
+        bound: train an upper bound of the retrieval error, which has a gradient where the error itself has none left:
+            where a positive is far behind its negatives, as it is at the beginning, or where negatives are very many.
+            It is ``log(1 + false_pos(i) / rank_pos(i))``, minus the log of the precision at i, with
+            ``log2(1 + exp(x / temperature))`` in place of G in ``false_pos`` (the bound of Burges et al., ICML 2005).
         **kwargs: of ``BaseMetricLossFunction``: ``distance`` (default: ``EuclideanDistance``, between normalised
             embeddings; a similarity enters with its sign changed; refused are ``BatchedDistance``, and ``p`` or
             ``power`` below 1, whose gradient is infinite at a distance of 0), ``reducer`` (default:
@@ -82,6 +86,7 @@ class DRSLoss(BaseMetricLossFunction):
         margin: float = 0.0,
         query_chunk_size: int | None = None,
         scale_free: bool = False,
+        bound: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -99,6 +104,7 @@ class DRSLoss(BaseMetricLossFunction):
         self.margin = margin
         self.query_chunk_size = query_chunk_size
         self.scale_free = bool(scale_free)
+        self.bound = bool(bound)
         self.add_to_recordable_attributes(list_of_names=["temperature", "sort_weight", "margin"], is_stat=False)
         self.add_to_recordable_attributes(list_of_names=["retrieval_error", "sort_error", "num_queries"], is_stat=True)
 
@@ -194,13 +200,13 @@ class DRSLoss(BaseMetricLossFunction):
             means = pairs.mean(mat.detach())
             mat = mat / means[:, None]
         d, false_pos, _ = functional.count_ahead(
-            mat, query, positive, self.temperature, self.margin, candidates=pairs.negatives
+            mat, query, positive, self.temperature, self.margin, candidates=pairs.negatives, bound=self.bound
         )
         u = None
         if self.sort_weight > 0:
             of_pairs = -d if self.distance.is_inverted else d if means is None else d * means[query]
             u = self._dissimilarity(of_pairs, x, y, x_norm, y_norm, query, positive)
-        retrieval, sort = functional.retrieval_sort_errors(d, false_pos, query, self.temperature, u)
+        retrieval, sort = functional.retrieval_sort_errors(d, false_pos, query, self.temperature, u, self.bound)
         return retrieval, torch.zeros_like(retrieval) if sort is None else sort
 
     def _dissimilarity(
@@ -252,7 +258,7 @@ class DRSLoss(BaseMetricLossFunction):
     def extra_repr(self) -> str:
         return (
             f"temperature={self.temperature}, sort_weight={self.sort_weight}, margin={self.margin}, "
-            f"scale_free={self.scale_free}"
+            f"scale_free={self.scale_free}, bound={self.bound}"
         )
 
 

@@ -174,6 +174,7 @@ def build_criterion(cfg: Config, model: nn.Module, num_classes: int) -> nn.Modul
             "sort_weight": drsl.sort_weight,
             "margin": drsl.margin,
             "scale_free": drsl.scale_free,
+            "bound": drsl.bound,
             "collect_stats": True,
         },
         "pml": {"name": cfg.loss.pml.loss, **cfg.loss.pml.kwargs},

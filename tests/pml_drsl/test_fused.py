@@ -35,7 +35,7 @@ for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
     labels[3] = 77
     raw = LpDistance(normalize_embeddings=False)
     for options in ({"query_chunk_size": 4, "margin": 0.1}, {"distance": CosineSimilarity()},
-                    {"distance": raw, "scale_free": True}):
+                    {"distance": raw, "scale_free": True}, {"bound": True, "margin": 0.1}):
         loss_fn = DRSLoss(0.1, **options)
         for arguments in ((x, labels), (x, labels, None, ref, ref_labels), (x, labels, PairMarginMiner()(x, labels))):
             results = []
@@ -61,8 +61,9 @@ def test_agrees_with_the_eager_path_in_the_interpreter():
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp64"])
 @pytest.mark.parametrize("name", ["_count", "_gradient"])
+@pytest.mark.parametrize("bound", [False, True])
 @pytest.mark.parametrize("capability", [80, 90])
-def test_compiles_for_gpus(name, dtype, capability):
+def test_compiles_for_gpus(name, dtype, bound, capability):
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -74,8 +75,8 @@ def test_compiles_for_gpus(name, dtype, capability):
         pytest.skip("TRITON_INTERPRET is set")
     integers = {"query": "*i64", "first": "*i64", "columns": "i32"}
     signature = {argument: integers.get(argument, f"*{dtype}") for argument in kernel.arg_names}
-    signature["BLOCK"] = "constexpr"
-    source = ASTSource(kernel, signature, constexprs={"BLOCK": fused.BLOCK})
+    signature["BLOCK"] = signature["BOUND"] = "constexpr"
+    source = ASTSource(kernel, signature, constexprs={"BLOCK": fused.BLOCK, "BOUND": bound})
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     assert ".visible .entry" in compiled.asm["ptx"]
     assert len(compiled.asm["cubin"]) > 0

@@ -40,11 +40,12 @@ DISTANCES = {
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("bound", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_agrees_with_the_definition(seed, distance, dtype, tolerance):
+def test_agrees_with_the_definition(seed, bound, distance, dtype, tolerance):
     make, slow = DISTANCES[distance]
     x, labels = make_batch(seed, dtype=dtype)
-    settings = {"temperature": 0.1, "sort_weight": 0.7, "margin": 0.05}
+    settings = {"temperature": 0.1, "sort_weight": 0.7, "margin": 0.05, "bound": bound}
     loss = DRSLoss(**settings, distance=make())(x, labels)
     assert loss.dtype == dtype
     assert_agrees(loss, [x], expected(x, labels, **settings, distance=slow), tolerance)
@@ -56,9 +57,10 @@ def test_agrees_with_the_definition(seed, distance, dtype, tolerance):
     ref_labels=st.none() | st.lists(st.integers(-3, 3), min_size=1, max_size=15),
     temperature=st.sampled_from([0.02, 0.1, 1.0]),
     sort_weight=st.sampled_from([0.0, 0.5]),
+    bound=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_agrees_for_any_labels_and_references(labels, ref_labels, temperature, sort_weight, seed):
+def test_agrees_for_any_labels_and_references(labels, ref_labels, temperature, sort_weight, bound, seed):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(len(labels), 4, generator=generator, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor(labels)
@@ -66,15 +68,15 @@ def test_agrees_for_any_labels_and_references(labels, ref_labels, temperature, s
     if ref_labels is not None:
         ref = torch.randn(len(ref_labels), 4, generator=generator, dtype=torch.float64, requires_grad=True)
         ref_labels, inputs = torch.tensor(ref_labels), [x, ref]
-    loss = DRSLoss(temperature, sort_weight)(x, labels, ref_emb=ref, ref_labels=ref_labels)
+    settings = {"temperature": temperature, "sort_weight": sort_weight, "bound": bound}
+    loss = DRSLoss(**settings)(x, labels, ref_emb=ref, ref_labels=ref_labels)
     pairs = reference.pairs_from_labels(labels.tolist(), None if ref is None else ref_labels.tolist())
-    if reference.drsl(x, *pairs, ref, temperature=temperature, sort_weight=sort_weight).isnan():
+    if reference.drsl(x, *pairs, ref, **settings).isnan():
         assert loss == 0
         loss.backward()
         assert (x.grad == 0).all()
     else:
-        wanted = expected(x, labels, ref, ref_labels, temperature=temperature, sort_weight=sort_weight)
-        assert_agrees(loss, inputs, wanted, 1e-9)
+        assert_agrees(loss, inputs, expected(x, labels, ref, ref_labels, **settings), 1e-9)
 
 
 @pytest.mark.parametrize("form", ["pairs", "triplets"])
@@ -97,6 +99,23 @@ def test_agrees_for_the_pairs_of_a_miner(form, with_ref):
     for given_labels in ((labels, ref_labels), (None, None)):
         loss = DRSLoss(0.1)(x, given_labels[0], duplicated, ref, given_labels[1])
         assert_agrees(loss, inputs, wanted, 1e-9)
+
+
+def test_a_bound_is_no_less_than_the_error_of_the_true_ranks():
+    # Of one positive per query: several have ranks among themselves, which are smoothed without a bound.
+    labels = torch.arange(12) // 2
+    for seed in range(20):
+        x, _ = make_batch(seed)
+        true = DRSLoss(1e-9, sort_weight=0)(x[:12], labels)
+        for temperature in (0.01, 0.1, 1.0):
+            assert DRSLoss(temperature, sort_weight=0, bound=True)(x[:12], labels) >= true
+
+
+def test_a_bound_pulls_at_a_positive_far_behind_its_negatives_where_the_error_does_not():
+    x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.1], [0.1, 1.0]], dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 0, 1, 2])
+    slopes = [torch.autograd.grad(DRSLoss(0.01, 0, bound=bound)(x, labels), x)[0][1].norm() for bound in (False, True)]
+    assert slopes[0] < 0.01 and slopes[1] > 0.1
 
 
 # The seven facts of the definition.
@@ -174,13 +193,14 @@ def test_fact_4_order_and_label_values_do_not_matter():
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
 @pytest.mark.parametrize("form", ["labels", "indices", "ref"])
-def test_fact_5_chunking_changes_nothing(chunk, form, monkeypatch):
+@pytest.mark.parametrize("bound", [False, True])
+def test_fact_5_chunking_changes_nothing(chunk, form, bound, monkeypatch):
     x, labels = make_batch(4, size=30)
     ref, ref_labels = make_batch(5, size=41) if form == "ref" else (None, None)
     indices = lmu.get_all_pairs_indices(labels) if form == "indices" else None
-    whole = DRSLoss(0.05)(x, labels, indices, ref, ref_labels)
+    whole = DRSLoss(0.05, bound=bound)(x, labels, indices, ref, ref_labels)
     monkeypatch.setattr("pml_drsl.functional.CPU_BLOCK", 50)
-    parts = DRSLoss(0.05, query_chunk_size=chunk)(x, labels, indices, ref, ref_labels)
+    parts = DRSLoss(0.05, query_chunk_size=chunk, bound=bound)(x, labels, indices, ref, ref_labels)
     inputs = [x] if ref is None else [x, ref]
     torch.testing.assert_close(whole, parts, rtol=0, atol=1e-12)
     torch.testing.assert_close(

@@ -14,6 +14,10 @@ def indicator(x: Tensor, temperature: float) -> Tensor:
     return 1 / (1 + small) if x > 0 else small / (1 + small)
 
 
+def log2_bound(x: Tensor, temperature: float) -> Tensor:
+    return (torch.log1p(torch.exp(-abs(x) / temperature)) + max(x, 0 * x) / temperature) / math.log(2)
+
+
 def euclidean(x: Tensor, y: Tensor) -> Tensor:
     return (x / x.norm() - y / y.norm()).norm()
 
@@ -52,6 +56,7 @@ def drsl(
     margin: float = 0.0,
     distance=euclidean,
     scale_free: bool = False,
+    bound: bool = False,
 ) -> Tensor:
     """The loss of a batch, from sets of (query, candidate) index pairs; NaN where no query has a term."""
     refs = embeddings if ref_emb is None else ref_emb
@@ -70,8 +75,9 @@ def drsl(
         for i in P:
             ahead = {j: indicator(d[i] - d[j], temperature) for j in P if j != i}
             rank_pos = 1 + sum(ahead.values())
-            false_pos = sum(indicator(d[i] - d[n] + margin, temperature) for n in N)
-            retrieval = false_pos / (rank_pos + false_pos)
+            counts = log2_bound if bound else indicator
+            false_pos = sum(counts(d[i] - d[n] + margin, temperature) for n in N)
+            retrieval = torch.log(1 + false_pos / rank_pos) if bound else false_pos / (rank_pos + false_pos)
             sort = (u[i] + sum(ahead[j] * u[j] for j in ahead)) / rank_pos
             errors.append(retrieval + sort_weight * sort)
         queries.append(sum(errors) / len(errors))
