@@ -1,8 +1,8 @@
 """What every part and setting of DRSL does for it: one change at a time, on the validation identities.
 
-It starts from DRSL alone as tuned (which runs first, where its results are not in the file) and changes its parts, its
-settings, the batch, and what stands beside it. Everything else stays, so that a larger batch, for one, has fewer steps
-of the same epochs.
+It starts from DRSL's best recipe (which is looked for first, where its results are not in the file) and changes its
+parts, its settings, the batch, and what stands beside it. Everything else stays, so that a larger batch, for one, has
+fewer steps of the same epochs.
 
 Examples:
   drsl-benchmark ablation --quick
@@ -15,11 +15,11 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
-from pml_drsl.benchmark import experiment, tables
+from pml_drsl.benchmark import experiment, quality, tables
 from pml_drsl.benchmark.candidates import DRSL
-from pml_drsl.benchmark.results import Protocol, Results, run_all
+from pml_drsl.benchmark.results import Protocol, Results
 from pml_drsl.benchmark.trial import Trial
-from pml_drsl.benchmark.tuning import MEMORY_SIZE, best_first, settings
+from pml_drsl.benchmark.tuning import BEST, MEMORY_SIZE, best_of, tried
 
 # In units of the retrieval error, which is at most 1: nothing of it is left.
 SORT_ONLY = 1000.0
@@ -48,37 +48,34 @@ CHANGES = [
     Change("parts", "both, sort_weight 0.3", {"sort_weight": 0.3}, {}),
     Change("parts", "sort only", {"sort_weight": SORT_ONLY}, {}),
     *_parameter("sort_weight", "sort_weight", [0.0, 0.03, 0.1, 0.3, 1.0]),
-    *_parameter("temperature", "temperature", [0.02, 0.05, 0.1, 0.2]),
+    *_parameter("temperature", "temperature", [0.01, 0.02, 0.05, 0.1, 0.2]),
     *_parameter("margin", "margin", [0.0, 0.05, 0.1, 0.2]),
     *(
         Change(
-            "distance",
-            f"{distance}, temperature {t}, margin {m}",
-            {"distance": distance, "temperature": t, "margin": m},
+            "retrieval error",
+            f"{'bound' if bound else 'as defined'}, temperature {t}, margin {m}",
+            {"bound": bound, "temperature": t, "margin": m},
             {},
         )
-        for distance, t, m in (
-            ("cosine", 0.05, 0.0),
-            ("cosine", 0.1, 0.1),
-            ("squared euclidean", 0.2, 0.2),
-            ("euclidean", 0.01, 0.0),
-            ("euclidean", 0.05, 0.0),
-            ("euclidean", 0.1, 0.0),
-            ("euclidean", 0.1, 0.1),
-            ("euclidean", 0.2, 0.1),
+        for bound, t, m in (
+            (False, 0.02, 0.0),
+            (False, 0.05, 0.1),
+            (False, 0.1, 0.1),
+            (True, 0.02, 0.0),
+            (True, 0.05, 0.0),
+            (True, 0.1, 0.0),
         )
     ),
     *(
-        Change(
-            "distance",
-            f"{label}, temperature {t}",
-            {"distance": "raw euclidean", "temperature": t, "margin": 0.0, **free},
-            {},
-        )
-        for label, t, free in (
-            ("raw euclidean, scale-free", 0.05, {"scale_free": True}),
-            ("raw euclidean, scale-free", 0.1, {"scale_free": True}),
-            ("raw euclidean", 0.1, {}),
+        Change("distance", f"{label}, temperature {t}", {"distance": distance, "temperature": t, **free}, {})
+        for label, distance, t, free in (
+            ("cosine", "cosine", 0.02, {}),
+            ("squared euclidean", "squared euclidean", 0.04, {}),
+            ("euclidean", "euclidean", 0.02, {}),
+            ("euclidean", "euclidean", 0.05, {}),
+            ("raw euclidean, scale-free", "raw euclidean", 0.02, {"scale_free": True}),
+            ("raw euclidean, scale-free", "raw euclidean", 0.05, {"scale_free": True}),
+            ("raw euclidean", "raw euclidean", 0.1, {}),
         )
     ),
     *(
@@ -86,17 +83,8 @@ CHANGES = [
         for k in (2, 4, 8, 16)
     ),
     *(Change("batch, 4 images per identity", f"{4 * p}", {}, {"identities": p}) for p in (8, 16, 32, 64, 128)),
-    *_around("weight of cross-entropy", "cross_entropy", [0.0, 0.03, 0.1, 0.3, 1.0]),
+    *_around("weight of cross-entropy", "cross_entropy", [0.0, 0.03, 0.1, 0.3, 1.0, 3.0]),
     *_around("memory", "memory", [0, 256, MEMORY_SIZE, 4 * MEMORY_SIZE]),
-    *(
-        Change(
-            "memory and cross-entropy 0.1",
-            f"{MEMORY_SIZE}, sort_weight {weight}",
-            {"sort_weight": weight},
-            {"memory": MEMORY_SIZE, "cross_entropy": 0.1},
-        )
-        for weight in (0.0, 0.1, 0.3, 1.0)
-    ),
 ]
 
 
@@ -107,35 +95,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     with experiment.prepare(args) as bench:
         results, protocol = bench.results, bench.protocol
-        bench.run(settings(protocol, DRSL), "tuning")
-        changed = [trial.but(seed=seed) for seed in range(bench.seeds) for _, trial in trials(results, protocol)]
-        run_all(changed, bench.data, results, bench.machine, "ablation")
+        quality.tune(bench, [DRSL])
+        bench.run([trial for _, trial in trials(results, protocol)], "ablation", bench.seeds)
     print(table(results, protocol))
     return 0
 
 
 def trials(results: Results, protocol: Protocol) -> list[tuple[Change, Trial]]:
     """Every change with its trial; none as long as DRSL is not tuned."""
+    start = best_of(results, protocol, DRSL, BEST)
+    if start is None:
+        return []
     return [
-        (change, start.but(parameters={**start.parameters, **change.parameters}, **change.around))
-        for start in best_first(results, protocol, settings(protocol, DRSL))[:1]
-        for change in CHANGES
+        (change, start.but(parameters={**start.parameters, **change.parameters}, **change.around)) for change in CHANGES
     ]
 
 
 def found(results: Results, protocol: Protocol) -> list[tuple[Change, list[float]]]:
     """Every change that there are results of, with its MAP@R by seed; none where only what tuning tried has run."""
-    tried = settings(protocol, DRSL)
+    known = tried(results, protocol, DRSL)
     of_change = [(change, trial, tables.values(results, trial)) for change, trial in trials(results, protocol)]
-    if all(trial in tried for _, trial, scores in of_change if scores):
+    if all(trial in known for _, trial, scores in of_change if scores):
         return []
     return [(change, scores) for change, _, scores in of_change if scores]
 
 
 def tuned(results: Results, protocol: Protocol) -> list[float]:
     """MAP@R of DRSL without a change, with every seed that there is a result of."""
-    starts = best_first(results, protocol, settings(protocol, DRSL))[:1]
-    return [score for start in starts for score in tables.values(results, start)]
+    start = best_of(results, protocol, DRSL, BEST)
+    return [] if start is None else tables.values(results, start)
 
 
 def table(results: Results, protocol: Protocol) -> str:

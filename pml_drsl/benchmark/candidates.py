@@ -77,9 +77,9 @@ CANDIDATES: dict[str, Candidate] = {
     DRSL: Candidate(
         _drsl,
         (
-            *_grid(distance=("cosine",), temperature=(0.05,), margin=(0.0, 0.1), sort_weight=(0.0,)),
-            *_grid(distance=("cosine",), temperature=(0.1,), margin=(0.1, 0.2), sort_weight=(0.0,)),
-            {"distance": "cosine", "temperature": 0.05, "margin": 0.0, "sort_weight": 0.1},
+            *_grid(distance=("cosine",), temperature=(0.05, 0.1), margin=(0.1,), sort_weight=(0.0,)),
+            *_grid(distance=("cosine",), temperature=(0.02, 0.05), margin=(0.0,), sort_weight=(0.0,), bound=(True,)),
+            {"distance": "cosine", "temperature": 0.02, "margin": 0.0, "sort_weight": 0.1, "bound": True},
             {"distance": "euclidean", "temperature": 0.01, "margin": 0.0, "sort_weight": 0.3},
         ),
         in_memory=True,

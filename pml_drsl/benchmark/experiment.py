@@ -38,15 +38,11 @@ class Experiment:
     losses: tuple[str, ...]
     seeds: int
 
-    def run(self, trials: list[Trial], title: str) -> None:
-        """Each trial with each seed, but for those whose results are in the file."""
+    def run(self, trials: list[Trial], title: str, seeds: int = 1) -> None:
+        """Each trial with the seeds from 0, but for those whose results are in the file."""
         # All trials with the first seed come first: an interrupted run has something of everything.
-        most = max(self.seeds, self.protocol.tuning_seeds)
-        repeated = [trial.but(seed=seed) for seed in range(most) for trial in trials if seed < self._seeds(trial)]
+        repeated = [trial.but(seed=seed) for seed in range(seeds) for trial in trials]
         run_all(repeated, self.data, self.results, self.machine, title)
-
-    def _seeds(self, trial: Trial) -> int:
-        return self.protocol.tuning_seeds if trial.split == "validation" else self.seeds
 
 
 def add_arguments(parser: argparse.ArgumentParser, losses: bool = True) -> None:
@@ -55,14 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser, losses: bool = True) -> None:
     training = parser.add_argument_group("training")
     training.add_argument("--network", default="conv4", help="conv4, or a torchreid model (%(default)s)")
     training.add_argument("--dim", type=int, default=128, help="size of conv4's embedding (%(default)s)")
-    training.add_argument("--epochs", type=int, default=30, help="of the runs that are reported (%(default)s)")
-    training.add_argument("--tuning-epochs", type=int, default=20, help="of the runs that try settings (%(default)s)")
+    training.add_argument("--epochs", type=int, default=40, help="of every run (%(default)s)")
     training.add_argument("--seeds", type=int, default=3, help="runs of what is reported (%(default)s)")
-    training.add_argument("--tuning-seeds", type=int, default=1, help="runs of what is tried (%(default)s)")
+    training.add_argument("--tuning-seeds", type=int, default=3, help="runs of the best that was tried (%(default)s)")
     training.add_argument(
         "--batch", type=int, nargs=2, metavar=("IDENTITIES", "IMAGES"), default=[16, 4], help="of a batch (16 4)"
     )
-    training.add_argument("--lr", type=float, default=1e-3, help="learning rate of Adam (%(default)s)")
+    training.add_argument("--lr", type=float, default=2e-3, help="learning rate of Adam (%(default)s)")
     training.add_argument("--mirror", action="store_true", help="mirror half of the training images")
     training.add_argument(
         "--precision", choices=PRECISIONS, default="float32", help="of the network; the loss has float32 (%(default)s)"
@@ -78,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser, losses: bool = True) -> None:
     training.add_argument(
         "--quick",
         action="store_true",
-        help="2 settings, 2 epochs (1 to try settings) and 2 seeds whatever else is asked for, and 3 losses: to see it "
+        help="2 settings, 2 epochs and 2 seeds (1 to try settings) whatever else is asked for, and 3 losses: to see it "
         "work, in less than five minutes on two cores",
     )
     running = parser.add_argument_group("running")
@@ -101,7 +96,7 @@ def prepare(args: argparse.Namespace) -> Iterator[Experiment]:
         ValueError: for arguments out of range, images that cannot be had, a results file that is none or cannot be
             written, or a network that does not exist.
     """
-    for name in ("dim", "epochs", "tuning_epochs", "seeds", "tuning_seeds", "threads"):
+    for name in ("dim", "epochs", "seeds", "tuning_seeds", "threads"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(args, name)}")
     identities, instances = args.batch
@@ -114,9 +109,9 @@ def prepare(args: argparse.Namespace) -> Iterator[Experiment]:
     if not args.results.absolute().parent.is_dir():
         raise ValueError(f"--results {args.results}: its folder does not exist")
     losses = tuple(getattr(args, "losses", None) or (QUICK if args.quick else CANDIDATES))
-    epochs, tuning_epochs, seeds = args.epochs, args.tuning_epochs, args.seeds
+    epochs, seeds, tuning_seeds, tried = args.epochs, args.seeds, args.tuning_seeds, TRIALS
     if args.quick:
-        epochs, tuning_epochs, seeds = 2, 1, 2
+        epochs, seeds, tuning_seeds, tried = 2, 2, 1, QUICK_SETTINGS
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     data = images.load(args)
     base = Trial(
@@ -133,8 +128,7 @@ def prepare(args: argparse.Namespace) -> Iterator[Experiment]:
         precision=args.precision,
     )
     machine = Machine(args.device, args.workers or (1 if args.device == "cuda" else cores), args.threads)
-    tuning_seeds = 1 if args.quick else args.tuning_seeds
-    protocol = Protocol(base, tuning_epochs, tuning_seeds, QUICK_SETTINGS if args.quick else TRIALS)
+    protocol = Protocol(base, tuning_seeds, tried)
     try:  # known before the first run, not in it
         channels, height, width = data.train.pixels.shape[1:]
         make_network(base, channels, height, width, data.train.identities)

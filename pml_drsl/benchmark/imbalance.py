@@ -20,7 +20,7 @@ from pml_drsl.benchmark import experiment, quality, tables
 from pml_drsl.benchmark.candidates import CANDIDATES, DRSL
 from pml_drsl.benchmark.results import Protocol, Results
 from pml_drsl.benchmark.trial import Trial
-from pml_drsl.benchmark.tuning import MEMORY, chosen, validation_score
+from pml_drsl.benchmark.tuning import MEMORY, best_of, score
 
 RATIOS = (1, 10, 100, 1000)
 OPPONENTS = 4
@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
         can = [loss for loss in bench.losses if CANDIDATES[loss].in_memory and CANDIDATES[loss].miner is None]
         quality.tune(bench, can)
         compared = losses(results, protocol)
-        bench.run([trial for loss in compared for trial in tested(results, protocol, loss).values()], "test")
+        test = [trial for loss in compared for trial in tested(results, protocol, loss).values()]
+        bench.run(test, "test", bench.seeds)
     print(table(results, protocol))
     return 0
 
@@ -47,16 +48,16 @@ def losses(results: Results, protocol: Protocol) -> list[str]:
     """DRSL and its opponents, the strongest behind a memory first, as far as there are results."""
     scores = {}
     for loss, candidate in CANDIDATES.items():
-        trial = chosen(results, protocol, loss).get(MEMORY) if candidate.miner is None else None
+        trial = best_of(results, protocol, loss, MEMORY) if candidate.miner is None else None
         if trial is not None:
-            scores[loss] = validation_score(results, protocol, trial) or 0.0
+            scores[loss] = score(results, trial) or 0.0
     others = sorted(set(scores) - {DRSL}, key=lambda loss: -scores[loss])
     return [DRSL, *others[:OPPONENTS]] if DRSL in scores else []
 
 
 def tested(results: Results, protocol: Protocol, loss: str) -> dict[int, Trial]:
     """The trial of every ratio, on test."""
-    best = chosen(results, protocol, loss).get(MEMORY)
+    best = best_of(results, protocol, loss, MEMORY)
     return {} if best is None else {ratio: _rare(best, ratio).but(split="test") for ratio in RATIOS}
 
 

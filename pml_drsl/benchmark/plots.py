@@ -130,7 +130,7 @@ def _ablation(results: Results, protocol: Protocol) -> Any:
             panel.set_title(name, fontsize=9, loc="left")
             if tuned:
                 panel.axvline(_percent(tuned)[0], color="#999999", linestyle="--", linewidth=1, zorder=0)
-    figure.supxlabel("validation MAP@R, %; dashed: DRSL as tuned", fontsize=9)
+    figure.supxlabel("validation MAP@R, %; dashed: DRSL by its best recipe", fontsize=9)
     return figure
 
 

@@ -1,12 +1,13 @@
 """Retrieval quality of DRSL and of pytorch-metric-learning's losses, under one protocol.
 
 The same network is trained with each loss: the same start, order of the data, augmentation, optimizer and number of
-images shown. In four steps, all kept in one file (run it again, and it goes on where it was):
+images shown. In five steps, all kept in one file (run it again, and it goes on where it was):
 
-  1. tune     six settings of every loss, on validation identities cut from the training set;
-  2. recipes  the best of them with cross-entropy, a cross-batch memory, smaller batches; on the same identities;
-  3. test     every loss alone, with cross-entropy, and by its best recipe, on the test identities, with every seed;
-  4. costs    time and memory of a training step.
+  1. settings   six of every loss, on validation identities cut from the training set;
+  2. recipes    the best of them with cross-entropy, a cross-batch memory, other learning rates; on the same identities;
+  3. finalists  the best three of all that, with more seeds, on the same identities;
+  4. test       every loss alone, with cross-entropy, and by its best recipe, on the test identities, with every seed;
+  5. costs      time and memory of a training step.
 
 `drsl-benchmark report` makes a page of tables and plots of the file.
 
@@ -31,9 +32,8 @@ from pml_drsl.benchmark.trial import Trial
 from pml_drsl.benchmark.tuning import (
     ALONE,
     BEST,
-    all_recipes,
-    best_first,
-    in_smaller_batches,
+    at_other_rates,
+    finalists,
     recipes_of,
     reported,
     settings,
@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
     with experiment.prepare(args) as bench:
         results, protocol = bench.results, bench.protocol
         tune(bench, bench.losses)
-        bench.run([trial for loss in bench.losses for trial in reported(results, protocol, loss).values()], "test")
+        test = [trial for loss in bench.losses for trial in reported(results, protocol, loss).values()]
+        bench.run(test, "test", bench.seeds)
         # Of all losses in the file, not only of those that ran now: times of different sittings do not compare.
         costs.measure(tested(results, protocol), bench.data, results, bench.machine)
     print(table(results, protocol))
@@ -59,14 +60,12 @@ def run(args: argparse.Namespace) -> int:
 def tune(bench: Experiment, losses: Sequence[str]) -> None:
     """Runs, or finds in the file, what chooses the settings and the recipe of every loss."""
     results, protocol = bench.results, bench.protocol
-    bench.run([trial for loss in losses for trial in settings(protocol, loss)], "tuning")
-    recipes = []
-    for loss in losses:
-        for trials in recipes_of(protocol, best_first(results, protocol, settings(protocol, loss))).values():
-            recipes += trials
-    bench.run(recipes, "recipes")
-    smaller = [trial for loss in losses for trial in in_smaller_batches(all_recipes(results, protocol, loss))]
-    bench.run(smaller, "recipes, smaller batches")
+    bench.run([trial for loss in losses for trial in settings(protocol, loss)], "settings")
+    recipes = [recipes_of(results, protocol, loss) for loss in losses]
+    bench.run([trial for of_loss in recipes for trials in of_loss.values() for trial in trials], "recipes")
+    bench.run([trial for loss in losses for trial in at_other_rates(results, protocol, loss)], "learning rates")
+    best = [trial for loss in losses for trial in finalists(results, protocol, loss)]
+    bench.run(best, "finalists", protocol.tuning_seeds)
 
 
 def ranked(results: Results, protocol: Protocol) -> dict[str, dict[str, Trial]]:

@@ -59,16 +59,17 @@ def _sections(results: Results, protocol: Protocol, pictures: dict[str, str]) ->
             "by MAP@R of its best recipe, which validation chose. Step time is relative to the cheapest; step memory "
             "is the most that the tensors of a training step take beyond what is there before it.",
             quality.table(results, protocol),
-            f"Settings that validation chose; batches of {base.identities} identities x {base.instances} images where "
-            "none are named:",
+            f"Settings that validation chose; the learning rate is {base.lr:g} where none is named:",
             quality.settings_table(results, protocol),
         ]
     sections += [
         "## Protocol",
         f"Data {base.data}; network {base.network}; batches of {base.identities} x {base.instances}; {base.epochs} "
-        f"epochs, Adam {base.lr:g} with cosine decay; {base.precision} network, float32 loss. Settings were tried for "
-        f"{protocol.tuning_epochs} epochs, recipes for {base.epochs}, {protocol.tuning_seeds} run(s) each, on "
-        "validation identities cut from the training set." + _failures(results) + ' The grids ("x": all combinations):',
+        f"epochs, Adam {base.lr:g} with cosine decay; {base.precision} network, float32 loss. Settings and recipes "
+        f"were tried on validation identities cut from the training set, with one run each and "
+        f"{protocol.tuning_seeds} of the best three of every loss."
+        + _failures(results)
+        + ' The grids ("x": all combinations):',
         tables.markdown(
             ["loss", "tried"],
             [
@@ -89,7 +90,7 @@ def _sections(results: Results, protocol: Protocol, pictures: dict[str, str]) ->
     if "ablation" in pictures:
         sections += [
             "## Ablation",
-            "MAP@R in percent on the validation identities, one change at a time to DRSL alone as tuned.",
+            "MAP@R in percent on the validation identities, one change at a time to DRSL by its best recipe.",
             f"![MAP@R with each change]({pictures['ablation']})",
             ablation.table(results, protocol),
         ]

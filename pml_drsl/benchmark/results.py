@@ -33,19 +33,17 @@ class Protocol:
 
     Attributes:
         base: what they start from; its split is ``"test"``.
-        tuning_epochs: of the trials on the validation identities.
-        tuning_seeds: how often each of those runs.
+        tuning_seeds: how often the finalists among the trials on the validation identities run.
         tried: settings of every loss that are tried, at most.
     """
 
     base: Trial
-    tuning_epochs: int
     tuning_seeds: int
     tried: int = TRIALS
 
     @property
     def validation(self) -> Trial:
-        return self.base.but(split="validation", epochs=self.tuning_epochs)
+        return self.base.but(split="validation")
 
 
 class Results:

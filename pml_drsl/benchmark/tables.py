@@ -46,8 +46,8 @@ def described(trial: Trial, base: Trial) -> str:
         words.append(f"cross-entropy * {trial.cross_entropy:g}")
     if trial.memory:
         words.append(f"memory {trial.memory}")
-    if (trial.identities, trial.instances) != (base.identities, base.instances):
-        words.append(f"batch {trial.identities} x {trial.instances}")
+    if trial.lr != base.lr:
+        words.append(f"learning rate {trial.lr:g}")
     return ", ".join(words)
 
 

@@ -57,8 +57,8 @@ class Trial:
     negatives_per_positive: float = 0.0
     identities: int = 16
     instances: int = 4
-    epochs: int = 30
-    lr: float = 1e-3
+    epochs: int = 40
+    lr: float = 2e-3
     seed: int = 0
     network: str = "conv4"
     dim: int = 128
@@ -106,7 +106,7 @@ class Trainer:
             {"params": list(self.network.parameters()), "lr": trial.lr},
             {"params": list(self.criterion.parameters()), "lr": self.criterion.lr or trial.lr},
         ]
-        self.optimizer = torch.optim.Adam([group for group in groups if group["params"]])
+        self.optimizer = torch.optim.Adam([group for group in groups if group["params"]], fused=True)
         steps = sum(map(len, self.batches))
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, max(1, steps))
         self.pixels, self.labels = train.pixels, train.labels
@@ -154,16 +154,16 @@ def _batches(trial: Trial, labels: Tensor) -> list[list[Tensor]]:
 
 
 class _Conv4(nn.Module):
-    """Four blocks of 3 x 3 convolution, pooling, normalisation and ReLU, 64 wide (Vinyals et al., NeurIPS 2016),
-    and a linear layer. Pooling comes first in a block: what follows it then costs a quarter."""
+    """Four blocks of 3 x 3 convolution with stride 2, normalisation and ReLU, 64 wide, and a linear layer: the network
+    for Omniglot of Finn et al., "Model-Agnostic Meta-Learning", ICML 2017."""
 
     def __init__(self, channels: int, height: int, width: int, dim: int, precision: str) -> None:
         super().__init__()
         blocks: list[nn.Module] = []
         for into in (channels, 64, 64, 64):
-            blocks += [nn.Conv2d(into, 64, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(64), nn.ReLU()]
+            blocks += [nn.Conv2d(into, 64, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
         self.blocks = nn.Sequential(*blocks, nn.Flatten())
-        self.embedding = nn.Linear(64 * (height // 16) * (width // 16), dim)
+        self.embedding = nn.Linear(64 * math.ceil(height / 16) * math.ceil(width / 16), dim)
         self.in_bfloat16 = precision == "bfloat16"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -198,13 +198,16 @@ def make_network(trial: Trial, channels: int, height: int, width: int, identitie
 
 
 def augmented(x: Tensor, mirror: bool, generator: torch.Generator) -> Tensor:
-    """Each image turned (by up to 15 degrees), stretched (20 %), sheared (0.2) and shifted (15 % of half its size)."""
+    """Each image turned (by up to 22.5 degrees), stretched (30 %), sheared (0.3) and shifted (22 % of half its size).
+
+    So strong that the training set is not learnt by heart before the end, where ranking losses have nothing to do.
+    """
 
     def draw(largest: float) -> Tensor:
         return (2 * torch.rand(len(x), generator=generator) - 1) * largest
 
-    angle, wide, high, shear = draw(math.pi / 12), 1 + draw(0.2), 1 + draw(0.2), draw(0.2)
-    right, down = draw(0.15), draw(0.15)
+    angle, wide, high, shear = draw(math.pi / 8), 1 + draw(0.3), 1 + draw(0.3), draw(0.3)
+    right, down = draw(0.22), draw(0.22)
     if mirror:
         wide = wide * torch.where(draw(1) < 0, -1, 1)
     cos, sin = angle.cos(), angle.sin()
