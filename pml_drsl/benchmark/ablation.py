@@ -78,10 +78,7 @@ CHANGES = [
             ("raw euclidean", "raw euclidean", 0.1, {}),
         )
     ),
-    *(
-        Change("images per identity, batch of 64", f"{k}", {}, {"instances": k, "identities": 64 // k})
-        for k in (2, 4, 8, 16)
-    ),
+    *(Change("images per identity, of 64", f"{k}", {}, {"instances": k, "identities": 64 // k}) for k in (2, 4, 8, 16)),
     *(Change("batch, 4 images per identity", f"{4 * p}", {}, {"identities": p}) for p in (8, 16, 32, 64, 128)),
     *_around("weight of cross-entropy", "cross_entropy", [0.0, 0.03, 0.1, 0.3, 1.0, 3.0]),
     *_around("memory", "memory", [0, 256, MEMORY_SIZE, 4 * MEMORY_SIZE]),
