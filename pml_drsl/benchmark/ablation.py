@@ -23,6 +23,7 @@ from pml_drsl.benchmark.tuning import BEST, MEMORY_SIZE, best_of, tried
 
 # In units of the retrieval error, which is at most 1: nothing of it is left.
 SORT_ONLY = 1000.0
+DEFAULTS = {"distance": "euclidean", "temperature": 0.01, "margin": 0.0, "sort_weight": 0.3, "bound": False}
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ CHANGES = [
     *(Change("batch, 4 images per identity", f"{4 * p}", {}, {"identities": p}) for p in (8, 16, 32, 64, 128)),
     *_around("weight of cross-entropy", "cross_entropy", [0.0, 0.03, 0.1, 0.3, 1.0, 3.0]),
     *_around("memory", "memory", [0, 256, MEMORY_SIZE, 4 * MEMORY_SIZE]),
+    Change("memory", "0, the defaults of DRSLoss", DEFAULTS, {"memory": 0}),
 ]
 
 
