@@ -13,8 +13,13 @@ from typing import Any, TextIO
 
 import yaml
 
-from torchreid_ext import checkpoint, config, distributed, evaluation, generators, resuming
-from torchreid_ext.keys import describe
+from torchreid_ext.checkpointing import file as checkpoint
+from torchreid_ext.checkpointing import resume as resuming
+from torchreid_ext.config import build as config
+from torchreid_ext.config.keys import describe
+from torchreid_ext.evaluation import search as evaluation
+from torchreid_ext.runtime import distributed
+from torchreid_ext.runtime import random as generators
 
 EPILOG = """examples:
   drsl-train --config-file configs/demo.yaml

@@ -18,6 +18,8 @@ COMMANDS = {
     "evaluation": "time and agreement of the re-ID evaluation with other implementations",
 }
 
+TIMING = ("speed", "evaluation")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a subcommand; ``arguments`` default to the command line. Returns its exit status."""
@@ -31,8 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("command", choices=COMMANDS, help="what to measure")
     name = parser.parse_args(arguments[:1]).command
+    folder = "pml_drsl.benchmark.timing" if name in TIMING else "pml_drsl.benchmark"
     try:
-        command = import_module(f"pml_drsl.benchmark.{name}")
+        command = import_module(f"{folder}.{name}")
         options = argparse.ArgumentParser(
             prog=f"drsl-benchmark {name}",
             description=command.__doc__,

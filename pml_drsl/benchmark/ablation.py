@@ -15,11 +15,12 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
-from pml_drsl.benchmark import experiment, quality, tables
-from pml_drsl.benchmark.candidates import DRSL
-from pml_drsl.benchmark.results import Protocol, Results
-from pml_drsl.benchmark.trial import Trial
-from pml_drsl.benchmark.tuning import BEST, MEMORY_SIZE, best_of, tried
+from pml_drsl.benchmark import quality, tables
+from pml_drsl.benchmark.training import experiment
+from pml_drsl.benchmark.training.candidates import DRSL
+from pml_drsl.benchmark.training.results import Protocol, Results
+from pml_drsl.benchmark.training.trial import Trial
+from pml_drsl.benchmark.training.tuning import BEST, MEMORY_SIZE, best_of, tried
 
 # In units of the retrieval error, which is at most 1: nothing of it is left.
 SORT_ONLY = 1000.0

@@ -16,11 +16,12 @@ from __future__ import annotations
 import argparse
 from statistics import fmean
 
-from pml_drsl.benchmark import experiment, quality, tables
-from pml_drsl.benchmark.candidates import CANDIDATES, DRSL
-from pml_drsl.benchmark.results import Protocol, Results
-from pml_drsl.benchmark.trial import Trial
-from pml_drsl.benchmark.tuning import MEMORY, best_of, score
+from pml_drsl.benchmark import quality, tables
+from pml_drsl.benchmark.training import experiment
+from pml_drsl.benchmark.training.candidates import CANDIDATES, DRSL
+from pml_drsl.benchmark.training.results import Protocol, Results
+from pml_drsl.benchmark.training.trial import Trial
+from pml_drsl.benchmark.training.tuning import MEMORY, best_of, score
 
 RATIOS = (1, 10, 100, 1000)
 OPPONENTS = 4

@@ -8,10 +8,10 @@ from statistics import fmean, quantiles, stdev
 from typing import Any
 
 from pml_drsl.benchmark import ablation, imbalance, quality, tables
-from pml_drsl.benchmark.candidates import CROSS_ENTROPY, DRSL
-from pml_drsl.benchmark.results import Protocol, Results
-from pml_drsl.benchmark.speed_report import COLORS, MARKERS
-from pml_drsl.benchmark.tuning import ALONE, BEST
+from pml_drsl.benchmark.timing.table import COLORS, MARKERS
+from pml_drsl.benchmark.training.candidates import CROSS_ENTROPY, DRSL
+from pml_drsl.benchmark.training.results import Protocol, Results
+from pml_drsl.benchmark.training.tuning import ALONE, BEST
 
 STYLES = {ALONE: ("o", "#0072B2"), CROSS_ENTROPY: ("s", "#E69F00"), BEST: ("D", "#000000")}
 

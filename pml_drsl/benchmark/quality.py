@@ -24,12 +24,13 @@ import shlex
 from collections.abc import Sequence
 from statistics import fmean
 
-from pml_drsl.benchmark import costs, experiment, tables
-from pml_drsl.benchmark.candidates import CANDIDATES
-from pml_drsl.benchmark.experiment import Experiment
-from pml_drsl.benchmark.results import Protocol, Results
-from pml_drsl.benchmark.trial import Trial
-from pml_drsl.benchmark.tuning import (
+from pml_drsl.benchmark import tables
+from pml_drsl.benchmark.training import costs, experiment
+from pml_drsl.benchmark.training.candidates import CANDIDATES
+from pml_drsl.benchmark.training.experiment import Experiment
+from pml_drsl.benchmark.training.results import Protocol, Results
+from pml_drsl.benchmark.training.trial import Trial
+from pml_drsl.benchmark.training.tuning import (
     ALONE,
     BEST,
     at_other_rates,

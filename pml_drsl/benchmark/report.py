@@ -15,9 +15,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from pml_drsl.benchmark import ablation, imbalance, plots, quality, tables
-from pml_drsl.benchmark.candidates import CANDIDATES, DRSL
-from pml_drsl.benchmark.results import Protocol, Results
-from pml_drsl.benchmark.tuning import BEST, settings
+from pml_drsl.benchmark.training.candidates import CANDIDATES, DRSL
+from pml_drsl.benchmark.training.results import Protocol, Results
+from pml_drsl.benchmark.training.tuning import BEST, settings
 
 MARK = "<!-- generated -->"
 

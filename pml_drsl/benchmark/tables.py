@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from pml_drsl.benchmark.results import Results
-from pml_drsl.benchmark.trial import Trial
+from pml_drsl.benchmark.training.results import Results
+from pml_drsl.benchmark.training.trial import Trial
 
 SCORES = ("MAP@R", "P@1", "mAP", "rank-1", "rank-5", "rank-10")
 

@@ -10,9 +10,9 @@ import signal
 import sys
 import time
 
-from torchreid_ext import distributed
 from torchreid_ext.__main__ import main
-from torchreid_ext.base_engine import BaseEngine
+from torchreid_ext.engine.base import BaseEngine
+from torchreid_ext.runtime import distributed
 
 
 def happen():

@@ -12,9 +12,9 @@ import time
 
 import torch
 
-from torchreid_ext import stepping
 from torchreid_ext.__main__ import main
-from torchreid_ext.base_engine import BaseEngine
+from torchreid_ext.engine import stepper as stepping
+from torchreid_ext.engine.base import BaseEngine
 
 OPTIONS = {
     "use_gpu": False, "model.name": "osnet_x0_25", "model.pretrained": False, "data.workers": 1, "loss.name": "drsl",
@@ -60,7 +60,7 @@ if __name__ == "__main__":
         print(f"{1 - Clock.network / whole:.1%} of a step of {whole / self.num_batches:.2f} s is outside the network")
 
     BaseEngine.train = timed
-    sys.modules["torchreid_ext.base_engine"].Stepper = Clock
+    sys.modules["torchreid_ext.engine.base"].Stepper = Clock
     with tempfile.TemporaryDirectory() as folder:
         words = [str(word) for item in (OPTIONS | {"data.save_dir": folder}).items() for word in item]
         sources = ["-s", "synthetic_pedestrians", "-t", "synthetic_pedestrians"]

@@ -9,8 +9,9 @@ import torchreid_keys
 import yaml
 from toy_data import make_image_manager
 
-from torchreid_ext import criteria, get_default_config
-from torchreid_ext.keys import KEYS
+from torchreid_ext import get_default_config
+from torchreid_ext.config.keys import KEYS
+from torchreid_ext.engine import criteria
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "torchreid.md").read_text()
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 from toy_data import write_images
 
-from torchreid_ext import checkpoint, engines, get_default_config
+from torchreid_ext import get_default_config
 from torchreid_ext.__main__ import main
-from torchreid_ext.keys import KEYS
+from torchreid_ext.checkpointing import file as checkpoint
+from torchreid_ext.config.keys import KEYS
+from torchreid_ext.engine import pml as engines
 
 OPTIONS = {
     "use_gpu": False, "model.name": "osnet_x0_25", "model.pretrained": False, "data.height": 32, "data.width": 16,

@@ -1,0 +1,94 @@
+"""``drsl-benchmark speed --step``: the share of a training step of a network that its loss takes."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+
+import torch
+from tqdm import tqdm
+
+from pml_drsl.benchmark.timing import measure
+from pml_drsl.benchmark.timing import table as speed_report
+from pml_drsl.benchmark.timing.measure import LOSSES, PER_IDENTITY
+
+HEIGHT, WIDTH = 256, 128
+
+
+@dataclass(frozen=True)
+class Row:
+    """One loss in the step of one network.
+
+    Attributes:
+        loss: name.
+        network: of torchreid's zoo.
+        size: images in the batch, 256 x 128 pixels.
+        dim: dimensions of the network's features.
+        seconds: median time of the loss, forward and backward.
+        step_seconds: median time of the network, forward, backward and step of the optimizer.
+        share: of the loss in both together, median over the rounds.
+        rounds: number of times measured.
+    """
+
+    loss: str
+    network: str
+    size: int
+    dim: int
+    seconds: float
+    step_seconds: float
+    share: float
+    rounds: int
+
+
+def run(
+    network: str, sizes: Sequence[int], losses: Sequence[str], seconds: float, threads: int, device: str
+) -> list[Row]:
+    """Measures, and prints a line for each loss and size.
+
+    Raises:
+        ModuleNotFoundError: where torchreid is not installed.
+        ValueError: for a network that torchreid does not have.
+    """
+    models = importlib.import_module("torchreid").models  # nothing else in this package may need torchreid
+    try:
+        model = models.build_model(network, num_classes=PER_IDENTITY, loss="triplet", pretrained=False)
+    except KeyError as error:
+        raise ValueError(f"--step {network}: not a network of torchreid ({error})") from error
+    model = model.to(device).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+    print(f"{speed_report.machine(device, threads)}\n{network}, {HEIGHT} x {WIDTH} pixels\n")
+    print(f"{'':16}{'images':>8}{'loss':>12}{'network':>12}{'share of both':>15}")
+    rows = []
+    for size in tqdm(sizes, desc="step", unit="size"):
+        images = torch.randn(size, 3, HEIGHT, WIDTH, device=device)
+        with torch.no_grad():
+            features = model(images)[1]
+        steps: dict[str, Callable[[], None]] = {
+            name: measure.step_of(LOSSES[name](), features.detach().clone()) for name in losses
+        }
+        steps[network] = partial(_step, model, optimizer, images, torch.randn_like(features))
+        times = measure.take_turns(steps, seconds, device)
+        for name in losses:
+            pairs = list(zip(times[name], times[network], strict=True))
+            share = median(loss / (loss + rest) for loss, rest in pairs)
+            row = Row(
+                name, network, size, features.shape[1], median(times[name]), median(times[network]), share, len(pairs)
+            )
+            tqdm.write(
+                f"{name:16}{size:>8}{speed_report.time_text(row.seconds):>12}"
+                f"{speed_report.time_text(row.step_seconds):>12}{share:>15.2%}"
+            )
+            rows.append(row)
+    return rows
+
+
+def _step(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, gradient: torch.Tensor
+) -> None:
+    """A network's step, given the gradient of a loss of its features."""
+    optimizer.zero_grad()
+    torch.autograd.backward(model(images)[1], gradient)
+    optimizer.step()

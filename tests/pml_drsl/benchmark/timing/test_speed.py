@@ -1,0 +1,157 @@
+"""The speed benchmark's plumbing; its figures are for people to read, not for a test to hold."""
+
+import csv
+import json
+import sys
+
+import pytest
+import torch
+
+from pml_drsl.benchmark.__main__ import main
+from pml_drsl.benchmark.timing import measure
+from pml_drsl.benchmark.timing import table as speed_report
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("speed")
+    losses = ["DRSL", "SmoothAP", "SupCon"]
+    arguments = ["speed", "--sizes", "16", "32", "--dims", "8", "--seconds", "0.05", "--losses", *losses]
+    files = {kind: folder / f"speed.{kind}" for kind in ("json", "csv", "png")}
+    status = main([*arguments, "--json", str(files["json"]), "--csv", str(files["csv"]), "--plot", str(files["png"])])
+    return status, files, ["floor", *losses]
+
+
+def test_writes_the_same_rows_as_json_and_csv_and_a_plot(outcome):
+    status, files, losses = outcome
+    assert status == 0
+    rows = json.loads(files["json"].read_text())["rows"]
+    assert [(row["loss"], row["size"]) for row in rows] == [(loss, size) for size in (16, 32) for loss in losses]
+    with open(files["csv"], newline="") as file:
+        assert [row["loss"] for row in csv.DictReader(file)] == losses * 2
+    assert files["png"].read_bytes()[:4] == b"\x89PNG"
+    for row in rows:
+        assert row["seconds"] > 0
+        assert row["rounds"] >= 1
+        assert row["ratio"] == 1 if row["loss"] == "floor" else row["ratio"] > 0
+
+
+def test_ratios_are_taken_round_by_round(monkeypatch, capsys):
+    times = {"floor": [1.0, 10.0, 2.0], "DRSL": [2.0, 15.0, 6.0]}  # ratios 2, 1.5 and 3; of the medians, 3
+    monkeypatch.setattr(measure, "take_turns", lambda *_: times)
+    monkeypatch.setattr(measure, "probe", lambda *_: measure.Probe(0.1, 1000))
+    assert main(["speed", "--sizes", "16", "--dims", "4", "--losses", "DRSL"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  DRSL"))
+    assert line.split()[1:4] == ["6.00", "s", "2.00"]
+
+
+def test_what_needs_too_much_memory_or_time_is_said_so():
+    probe = measure.probe("SmoothAP", 512, 8, "cpu", 1, memory=0.25, time_limit=60)
+    assert probe == measure.Probe(failure="does not fit in 0.25 GiB")
+    probe = measure.probe("SmoothAP", 512, 8, "cpu", 1, memory=8, time_limit=0.01)
+    assert probe == measure.Probe(failure="skipped: over 0 s")
+
+
+def test_peak_memory_is_that_of_the_step():
+    size, dim = 2048, 16
+    peak = measure.probe("floor", size, dim, "cpu", 1, memory=4, time_limit=None).peak
+    matrix = 4 * size * size
+    assert matrix < peak < 12 * matrix
+
+
+def test_floor_and_losses_have_gradients_of_the_embeddings():
+    for name in ("floor", *measure.LOSSES):
+        measure.make_step(name, 16, 4, "cpu")()
+
+
+def test_smooth_ap_note_shows_what_pml_s_loss_gives():
+    assert speed_report.smooth_ap_note().splitlines()[-1].strip().startswith("0.3")
+
+
+def test_bad_arguments_are_told(capsys, tmp_path):
+    assert main(["speed", "--sizes", "0"]) == 2
+    assert "--sizes must be above 0, got 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["speed", "--json", str(tmp_path / "no" / "s.json")])
+    assert "s.json: not a file in a folder that exists" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["sped"])
+    assert "invalid choice: 'sped'" in capsys.readouterr().err
+
+
+def test_processes_are_compared_with_one_and_their_bytes_counted(tmp_path, capfd):
+    files = {kind: tmp_path / f"speed.{kind}" for kind in ("json", "csv")}
+    arguments = ["speed", "--processes", "2", "--sizes", "28", "--dims", "8", "--seconds", "0.01", "--threads", "1"]
+    paths = ["--json", str(files["json"]), "--csv", str(files["csv"])]
+    assert main([*arguments, "--losses", "DRSL", "SupCon", *paths]) == 0
+    rows = json.loads(files["json"].read_text())["rows"]
+    ways = [("DRSL", False, 1), ("DRSL", True, 2), ("DRSL", False, 2), ("SupCon", False, 1), ("SupCon", False, 2)]
+    assert [(row["loss"], row["efficient"], row["processes"]) for row in rows] == ways
+    # Half of the 28 embeddings of 8 floats, of their 28 labels, and of the two lengths of each gathering.
+    gathered = 14 * 8 * 4 + 14 * 8 + 2 * 8
+    # And, where every process computes the whole loss, the state of the first one's random numbers.
+    whole = gathered + torch.get_rng_state().nbytes // 2
+    assert [row["bytes_moved"] for row in rows if not row["efficient"]] == [0, whole, 0, whole]
+    # Efficient: two errors of each of 42 pairs are gathered. Their gradient, and that of the embeddings, is summed:
+    # half of it goes out and comes back.
+    efficient = next(row["bytes_moved"] for row in rows if row["efficient"])
+    assert efficient == gathered + 42 * 8 + 84 * 8 + 28 * 8 * 4
+    for row in rows:
+        assert row["size"] == 28 and row["rounds"] >= 3 and row["seconds"] > 0
+        assert row["ratio"] == 1 if row["processes"] == 1 else row["ratio"] > 0
+    with open(files["csv"], newline="") as file:
+        assert [row["bytes_moved"] for row in csv.DictReader(file)] == [str(row["bytes_moved"]) for row in rows]
+    assert "DRSL, efficient" in capfd.readouterr().out
+
+
+def test_a_loss_is_compared_with_the_step_of_a_network(tmp_path, capsys):
+    pytest.importorskip("torchreid")
+    arguments = ["speed", "--step", "osnet_x0_25", "--sizes", "8", "--losses", "DRSL", "--seconds", "0.01"]
+    assert main([*arguments, "--json", str(tmp_path / "s.json")]) == 0
+    (row,) = json.loads((tmp_path / "s.json").read_text())["rows"]
+    assert (row["network"], row["dim"], row["size"]) == ("osnet_x0_25", 512, 8)
+    assert 0 < row["share"] < 1
+    assert main(["speed", "--step", "osnet_x9"]) == 2
+    assert "--step osnet_x9: not a network of torchreid" in capsys.readouterr().err
+
+
+def test_step_without_torchreid_is_told(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torchreid", None)
+    assert main(["speed", "--step", "osnet_x0_25"]) == 2
+    assert "needs torchreid: pip install 'pml-drsl[reid]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--processes", "0"], "--processes must be above 0, got 0"),
+        (["--sizes", "16", "3"], "--sizes 3: there are 4 embeddings of each identity"),
+        (["--sizes", "4"], "give multiples of 4 from 8 on"),
+        (["--processes", "9", "--sizes", "8"], "--processes 9: more than the 8 embeddings of --sizes"),
+        (["--processes", "2", "--step", "osnet_x0_25"], "choose one"),
+        (["--processes", "2", "--plot", "x.png"], "choose one"),
+        pytest.param(
+            ["--processes", "2", "--device", "cuda"],
+            "there are 0 CUDA devices",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there are CUDA devices"),
+        ),
+    ],
+)
+def test_bad_ways_are_told_before_the_work(options, message, capsys):
+    assert main(["speed", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["speed", "--help"]])
+def test_help_teaches(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 0
+    assert "matrix" in capsys.readouterr().out
+
+
+def test_a_missing_dependency_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: pytest.fail("it must be told before the work"))
+    assert main(["speed", "--plot", "x.png"]) == 2
+    assert "needs matplotlib: pip install 'pml-drsl[benchmark]'" in capsys.readouterr().err

@@ -1,0 +1,133 @@
+"""``ReIDAccuracyCalculator`` alone and inside pytorch-metric-learning's tester."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from torch.utils.data import TensorDataset
+
+from pml_drsl.evaluation.accuracy import ReIDAccuracyCalculator, evaluate
+
+CPU = torch.device("cpu")
+METRICS = {"mAP", "mINP", "cmc", "rank_1", "rank_5", "rank_10", "rank_20"}
+
+
+@pytest.fixture
+def search() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "query": torch.randn(20, 8, generator=generator),
+        "gallery": torch.randn(60, 8, generator=generator),
+        "query_ids": torch.randint(0, 5, (20,), generator=generator),
+        "gallery_ids": torch.randint(0, 5, (60,), generator=generator),
+        "query_cams": torch.randint(0, 3, (20,), generator=generator),
+        "gallery_cams": torch.randint(0, 3, (60,), generator=generator),
+    }
+
+
+def data(search: dict[str, Any]) -> list[Any]:
+    return [search[key] for key in ("query", "query_ids", "gallery", "gallery_ids")]
+
+
+def with_cameras(search: dict[str, Any], **kwargs: Any) -> ReIDAccuracyCalculator:
+    cameras = {"query_cams": search["query_cams"], "reference_cams": search["gallery_cams"]}
+    return ReIDAccuracyCalculator(**cameras, device=CPU, **kwargs)
+
+
+def test_equals_evaluate(search: dict[str, Any]) -> None:
+    metrics = with_cameras(search, max_rank=10).get_accuracy(*data(search))
+    expected = evaluate(**search, max_rank=20)
+    assert metrics.keys() == METRICS
+    assert (metrics["mAP"], metrics["mINP"]) == pytest.approx((expected.mAP, expected.mINP))
+    assert [metrics[f"rank_{k}"] for k in (1, 5, 10, 20)] == pytest.approx([expected.rank(k) for k in (1, 5, 10, 20)])
+    np.testing.assert_allclose(metrics["cmc"], expected.cmc[:10])
+
+
+def test_metrics_by_name(search: dict[str, Any]) -> None:
+    calculator = ReIDAccuracyCalculator(include=("rank_1", "precision_at_1"), device=CPU)
+    metrics = calculator.get_accuracy(*data(search))
+    assert metrics["rank_1"] == metrics["precision_at_1"]  # without cameras they are the same number
+    calculator = ReIDAccuracyCalculator(exclude=("cmc",), device=CPU)
+    assert calculator.get_accuracy(*data(search)).keys() == METRICS - {"cmc"}
+    assert calculator.get_accuracy(*data(search), include=("mAP",)).keys() == {"mAP"}
+    with pytest.raises(ValueError, match="rank_1"):
+        ReIDAccuracyCalculator(include=("rank_3",))
+
+
+def test_agrees_with_pml_where_there_are_no_cameras(search: dict[str, Any]) -> None:
+    x, labels = search["gallery"], search["gallery_ids"]
+    theirs = AccuracyCalculator(include=("mean_average_precision",), device=CPU).get_accuracy(x, labels)
+    assert ReIDAccuracyCalculator(device=CPU).get_accuracy(x, labels)["mAP"] == pytest.approx(
+        theirs["mean_average_precision"], abs=1e-6
+    )  # and the query is left out of its own gallery
+
+
+def test_averages_by_identity(search: dict[str, Any]) -> None:
+    by_class = with_cameras(search, return_per_class=True).get_accuracy(*data(search))
+    of_averages = with_cameras(search, avg_of_avgs=True).get_accuracy(*data(search))
+    for identity in range(5):
+        mine = search["query_ids"] == identity
+        part = search | {key: search[key][mine] for key in ("query", "query_ids", "query_cams")}
+        assert by_class["mAP"][identity] == pytest.approx(evaluate(**part).mAP)
+        assert by_class["cmc"][identity] == pytest.approx(list(evaluate(**part).cmc))
+    assert of_averages["mAP"] == pytest.approx(np.mean(by_class["mAP"]))
+    np.testing.assert_allclose(of_averages["cmc"], np.mean(by_class["cmc"], axis=0))
+
+
+def test_large_identities_are_told_apart(search: dict[str, Any]) -> None:
+    """PML compares labels as float32, in which 2^24 and 2^24 + 1 are the same."""
+    large = search | {key: search[key] + 2**24 for key in ("query_ids", "gallery_ids")}
+    assert with_cameras(search).get_accuracy(*data(large))["mAP"] == pytest.approx(evaluate(**search).mAP)
+
+
+def test_errors(search: dict[str, Any]) -> None:
+    calculator = ReIDAccuracyCalculator(query_cams=[0] * 3, reference_cams=search["gallery_cams"], device=CPU)
+    with pytest.raises(ValueError, match=r"query_cams have shape \[3\].*20"):
+        calculator.get_accuracy(*data(search))
+    calculator.set_cameras(search["query_cams"], search["gallery_cams"])
+    assert calculator.get_accuracy(*data(search))["mAP"] > 0
+    pairs = torch.stack([search["query_ids"], search["query_cams"]], dim=1)
+    with pytest.raises(ValueError, match="set_cameras"):
+        calculator.get_accuracy(search["query"], pairs, search["gallery"], search["gallery_ids"])
+    with pytest.raises(ValueError, match=r"not integers: 0\.5"):
+        calculator.get_accuracy(search["query"], search["query_ids"] + 0.5, search["gallery"], search["gallery_ids"])
+    with pytest.raises(ValueError, match="label_comparison_fn"):
+        ReIDAccuracyCalculator(label_comparison_fn=torch.eq)
+    search["query"][0, 0] = torch.nan
+    with pytest.raises(ValueError, match="1 of 20 query features"):
+        calculator.get_accuracy(*data(search))
+    with pytest.raises(ValueError, match="1 of 20 query features"):
+        ReIDAccuracyCalculator(device=CPU).get_accuracy(search["query"], search["query_ids"])
+
+
+def test_in_a_tester(search: dict[str, Any]) -> None:
+    sets = {
+        "query": TensorDataset(search["query"], search["query_ids"]),
+        "gallery": TensorDataset(search["gallery"], search["gallery_ids"]),
+    }
+    tester = GlobalEmbeddingSpaceTester(
+        normalize_embeddings=False,
+        data_device=CPU,
+        dataloader_num_workers=0,
+        accuracy_calculator=with_cameras(search),
+    )
+    scores = tester.test(sets, 1, torch.nn.Identity(), splits_to_eval=[("query", ["gallery"])])["query"]
+    expected = evaluate(**search)
+    assert scores["mAP_level0"] == pytest.approx(expected.mAP)
+    assert scores["rank_1_level0"] == pytest.approx(expected.rank(1))
+    np.testing.assert_allclose(scores["cmc_level0"], expected.cmc)
+
+
+def test_in_a_tester_whose_gallery_includes_the_query(search: dict[str, Any]) -> None:
+    sets = {"all": TensorDataset(search["gallery"], search["gallery_ids"])}
+    tester = GlobalEmbeddingSpaceTester(
+        data_device=CPU, dataloader_num_workers=0, accuracy_calculator=ReIDAccuracyCalculator(device=CPU)
+    )
+    scores = tester.test(sets, 1, torch.nn.Identity())["all"]
+    assert 0 < scores["mAP_level0"] < 0.9  # each query would find itself first otherwise
+    assert 0 < scores["rank_1_level0"] < 0.9

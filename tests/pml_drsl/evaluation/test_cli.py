@@ -1,0 +1,138 @@
+"""``drsl-evaluate``: both forms of input, and one clear line for each kind of bad input."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pml_drsl.evaluation.accuracy import evaluate
+from pml_drsl.evaluation.cli import main
+
+
+@pytest.fixture
+def arrays() -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    return {
+        "query": rng.standard_normal((12, 4), dtype=np.float32),
+        "gallery": rng.standard_normal((40, 4), dtype=np.float32),
+        "query_ids": rng.integers(0, 4, 12),
+        "gallery_ids": rng.integers(0, 4, 40),
+        "query_cams": rng.integers(0, 2, 12),
+        "gallery_cams": rng.integers(0, 2, 40),
+    }
+
+
+def save_npy(folder: Path, arrays: dict[str, Any], header: str = "set,id,camera") -> list[str]:
+    lines = [header]
+    for side in ("gallery", "query"):
+        np.save(folder / f"{side}.npy", arrays[side])
+        for identity, camera in zip(arrays[f"{side}_ids"], arrays[f"{side}_cams"], strict=True):
+            values = {"set": side, "id": f"p{identity}", "camera": f"c{camera}"}
+            lines.append(",".join(values[name] for name in header.split(",")))
+    (folder / "ids.csv").write_text("\n".join(lines) + "\n")
+    return [str(folder / name) for name in ("query.npy", "gallery.npy", "ids.csv")]
+
+
+def test_npz(tmp_path: Path, arrays: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    path, scores = tmp_path / "features.npz", tmp_path / "scores.json"
+    np.savez(path, **arrays, paths=np.array(["an array that is not ours"]))
+    options = ["--metric", "cosine", "--ties", "pessimistic", "--ranks", "1", "3", "--json", str(scores)]
+    assert main([str(path), *options]) == 0
+    output = capsys.readouterr()
+    expected = evaluate(**arrays, metric="cosine", ties="pessimistic")
+    assert json.loads(scores.read_text()) == expected.to_dict()
+    assert output.err == ""  # no progress bar outside a terminal
+    first, *rows = output.out.splitlines()
+    assert first.startswith("12 queries (0 without a match, not scored), 40 gallery images")
+    assert f"{expected.num_junk} junk pairs" in first
+    assert [row.split() for row in rows] == [
+        ["mAP", f"{expected.mAP:.2%}"],
+        ["mINP", f"{expected.mINP:.2%}"],
+        ["rank-1", f"{expected.rank(1):.2%}"],
+        ["rank-3", f"{expected.rank(3):.2%}"],
+    ]
+
+
+@pytest.mark.parametrize("header", ["set,id,camera", "camera,set,id", "set,id"])
+def test_npy_and_csv(tmp_path: Path, arrays: dict[str, Any], header: str) -> None:
+    query, gallery, ids = save_npy(tmp_path, arrays, header)
+    scores = tmp_path / "scores.json"
+    assert main([query, gallery, "--ids", ids, "--json", str(scores)]) == 0
+    if "camera" not in header:
+        arrays = {name: array for name, array in arrays.items() if not name.endswith("cams")}
+    assert json.loads(scores.read_text()) == evaluate(**arrays).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("option", "keyword"),
+    [
+        (["--no-cameras"], {"query_cams": None, "gallery_cams": None}),
+        (["--rerank"], {"rerank": True}),
+        (["--protocol", "single-gallery-shot", "--seed", "3"], {"protocol": "single-gallery-shot", "seed": 3}),
+    ],
+)
+def test_options(tmp_path: Path, arrays: dict[str, Any], option: list[str], keyword: dict[str, Any]) -> None:
+    np.savez(tmp_path / "f.npz", **arrays)
+    assert main([str(tmp_path / "f.npz"), "--json", str(tmp_path / "s.json"), *option]) == 0
+    assert json.loads((tmp_path / "s.json").read_text()) == evaluate(**(arrays | keyword)).to_dict()
+
+
+def test_bad_input_is_one_line(tmp_path: Path, arrays: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    query, gallery, ids = save_npy(tmp_path, arrays)
+
+    def npz(**change: Any) -> list[str]:
+        np.savez(tmp_path / "f.npz", **{k: v for k, v in (arrays | change).items() if v is not None})
+        return [str(tmp_path / "f.npz")]
+
+    def text(name: str, content: bytes) -> str:
+        (tmp_path / name).write_bytes(content)
+        return str(tmp_path / name)
+
+    complete = Path(npz()[0]).read_bytes()
+    objects = tmp_path / "objects.npz"
+    np.savez(objects, query=np.array([{}], dtype=object))
+    bad_csv = text("bad.csv", b"set,id,camera\nquery,1,1\ntrain,2,1\n")
+    cases: list[tuple[list[str] | Any, str]] = [
+        (["nowhere.npz"], "nowhere.npz"),
+        ([text("empty.npz", b"")], "empty.npz is not a readable"),
+        ([text("garbage.npz", b"garbage" * 9)], "garbage.npz is not a readable"),
+        ([text("pickle.npz", pickle.dumps([1]))], "pickle.npz is not a readable"),
+        ([text("cut.npz", complete[: len(complete) // 2])], "cut.npz is not a readable"),
+        ([str(objects)], "plain arrays"),
+        ([query], "single array"),
+        (lambda: npz(gallery_ids=None), "lacks gallery_ids"),
+        (lambda: npz(query_cams=None, query_cam=arrays["query_cams"]), "did you mean 'query_cams'"),
+        (lambda: npz(query_cams=None), "gallery_cams without query_cams"),
+        (lambda: npz(query=arrays["query"] * np.nan), "NaN"),
+        (lambda: npz(query=np.array([["a"]])), "floating-point"),
+        (lambda: npz(query_cams=np.zeros(12, int), gallery_cams=np.zeros(40, int)), "another camera"),
+        (lambda: [*npz(), "--ids", ids], "--ids goes with"),
+        (lambda: [*npz(), "--ranks", "0"], "--ranks 0"),
+        (lambda: [*npz(), "--seed", "-5"], "--seed -5"),
+        (lambda: [*npz(), "--json", str(tmp_path / "no" / "s.json")], "folder does not exist"),
+        ([query, gallery], "need --ids"),
+        ([query, gallery, gallery], "3 feature files"),
+        ([query, "f.npz".join([str(tmp_path) + "/", ""]), "--ids", ids], "is an .npz file"),
+        ([gallery, query, "--ids", ids], "12 query lines for 40 query features"),
+        ([query, gallery, "--ids", bad_csv], "line 3: 'train,2,1'"),
+        ([query, gallery, "--ids", text("head.csv", b"id,cam\n")], "header 'id,cam'"),
+        ([query, gallery, "--ids", text("binary.csv", b"\xff\xfe\x00")], "binary.csv"),
+    ]
+    for arguments, message in cases:
+        assert main(arguments() if callable(arguments) else arguments) == 2
+        output = capsys.readouterr()
+        assert output.out == ""
+        assert len(output.err.splitlines()) == 1 and message in output.err, (message, output.err)
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    output = capsys.readouterr().out
+    assert "np.savez" in output and "set,id,camera" in output and "examples:" in output

@@ -1,0 +1,232 @@
+"""The configuration: torchreid's keys and defaults, ours, and what happens to mistakes."""
+
+import pytest
+import torch
+import torchreid
+from torchreid_keys import TORCHREID
+from toy_data import make_image_manager, make_video_manager
+
+from pml_drsl import DRSLoss
+from torchreid_ext import build_engine, get_default_config
+from torchreid_ext.config import build as config
+from torchreid_ext.engine import pml as engines
+
+
+def subset(actual, wanted):
+    return {
+        key: subset(actual[key], value) if isinstance(value, dict) else actual[key] for key, value in wanted.items()
+    }
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+def test_every_key_of_torchreid_has_its_default():
+    assert subset(get_default_config(), TORCHREID) == TORCHREID
+
+
+def test_defaults_are_not_shared():
+    get_default_config().data.sources.append("x")
+    assert get_default_config().data.sources == ["market1501"]
+
+
+def test_drsl_defaults_are_those_of_the_loss():
+    drsl, loss = get_default_config().loss.drsl, DRSLoss()
+    assert (drsl.temperature, drsl.sort_weight, drsl.margin) == (loss.temperature, loss.sort_weight, loss.margin)
+
+
+def test_a_file_overrides_its_base_and_words_override_the_file(tmp_path):
+    write(tmp_path / "base.yaml", "train: {lr: 0.1, max_epoch: 3}\nloss: {name: drsl}")
+    path = write(tmp_path / "child.yaml", "base: base.yaml\ntrain: {lr: 1, stepsize: 7}")
+    cfg = get_default_config()
+    cfg.merge_from_file(path)
+    cfg.merge_from_list(["train.max_epoch", "5", "data.sources", "toy", "test.ranks", "[1, 3]"])
+    assert (cfg.train.lr, cfg.train.max_epoch, cfg.train.stepsize, cfg.loss.name) == (1.0, 5, [7], "drsl")
+    assert isinstance(cfg.train.lr, float)
+    assert (cfg.data.sources, cfg.test.ranks) == (["toy"], [1, 3])
+
+
+def test_data_sets_of_ones_own_are_free_keys(tmp_path):
+    cfg = get_default_config()
+    cfg.merge_from_file(write(tmp_path / "a.yaml", "datasets: {mine: {folder: here, query_cameras: ['1']}}"))
+    cfg.merge_from_list(["datasets.mine.folder", "there"])
+    assert cfg.datasets.mine == {"folder": "there", "query_cameras": ["1"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("loss: {drsl: {temprature: 1}}", "unknown config key 'loss.drsl.temprature'.*'loss.drsl.temperature'"),
+        ("optim: adam", "unknown config key 'optim'.*did you mean"),
+        ("train: {lr: fast}", "'train.lr' takes a float such as 0.0003, got 'fast'"),
+        ("train: {max_epoch: 1.5}", "'train.max_epoch' takes a int"),
+        ("test: {evaluate: 1}", "'test.evaluate' takes a bool"),
+        ("datasets: {mine: 3}", "'datasets.mine' takes the options of a data set, got 3"),
+        ("- 1", "must hold keys and values"),
+        ("a: [", "is not YAML"),
+        ("base: nowhere.yaml", "nowhere.yaml does not exist"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        get_default_config().merge_from_file(write(tmp_path / "wrong.yaml", text))
+
+
+def test_wrong_words_are_refused():
+    with pytest.raises(ValueError, match=r"KEY VALUE pairs, got 1 words: train\.lr"):
+        get_default_config().merge_from_list(["train.lr"])
+    with pytest.raises(ValueError, match=r"'train.max_epochs' in the command line; did you mean 'train.max_epoch'"):
+        get_default_config().merge_from_list(["train.max_epochs", "3"])
+    with pytest.raises(ValueError, match=r"-s stands after KEY VALUE pairs"):
+        get_default_config().merge_from_list(["train.max_epoch", "3", "-s", "market1501"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["data.transforms", "['random_flipp']"],
+            r"data.transforms must be one of random_flip, .*, got 'random_flipp'",
+        ),
+        (["train.lr_scheduler", "cos"], "train.lr_scheduler must be one of .*none, got 'cos'"),
+        (["train.amp", "fp8"], "train.amp must be one of off, bf16, fp16, got 'fp8'"),
+        (["test.dist_metric", "hamming"], "test.dist_metric must be one of euclidean, cosine, got 'hamming'"),
+        (["test.ranks", "[1,0]"], r"test.ranks takes whole numbers of 1 or more, got 0"),
+        (["test.batch_size", "0"], r"test.batch_size takes whole numbers of 1 or more, got 0"),
+        (["train.accumulate", "2"], "gradients are not accumulated"),
+    ],
+)
+def test_values_that_a_test_would_refuse_are_refused_before_training(words, message):
+    cfg = get_default_config()
+    cfg.merge_from_list(words)
+    with pytest.raises(ValueError, match=message):
+        config.check(cfg)
+
+
+def test_every_transform_of_torchreid_is_known():
+    cfg = get_default_config()
+    cfg.data.transforms = ["Random_Flip", "random_crop", "random_patch", "color_jitter", "random_erase"]
+    config.check(cfg)
+    cfg.data.transforms = []
+    config.check(cfg)
+
+
+@pytest.mark.parametrize("data_type", ["image", "video"])
+@pytest.mark.parametrize("loss", ["softmax", "triplet", "drsl", "pml"])
+def test_build_engine(tmp_path, data_type, loss):
+    cfg = get_default_config()
+    cfg.merge_from_list(["data.type", data_type, "loss.name", loss, "model.name", "osnet_x0_25"])
+    cfg.merge_from_list(["model.pretrained", "False", "loss.drsl.temperature", 0.5, "loss.drsl.weight_x", 0.25])
+    cfg.merge_from_list(["video.pooling_method", "max", "loss.triplet.margin", 0.7, "use_gpu", False])
+    manager = (make_image_manager if data_type == "image" else make_video_manager)(tmp_path)
+    model = config.build_model(cfg, manager.num_train_pids)
+    optimizer = config.build_optimizer(cfg, model)
+    engine = build_engine(cfg, manager, model, optimizer, config.build_scheduler(cfg, optimizer))
+    assert isinstance(
+        engine,
+        getattr(engines, f"{data_type.title()}{ {'drsl': 'DRSL', 'pml': 'PML'}.get(loss, loss.title()) }Engine"),
+    )
+    if loss in ("softmax", "triplet"):
+        assert isinstance(engine, getattr(torchreid.engine, f"{data_type.title()}{loss.title()}Engine"))
+    if data_type == "video":
+        assert engine.pooling_method == "max"
+    if loss == "drsl":
+        assert (engine.criterion.temperature, engine.weight_x) == (0.5, 0.25)
+    if loss == "triplet":
+        assert engine.criterion_t.margin == 0.7
+    assert engine.run(str(tmp_path / "log"), max_epoch=1)
+
+
+@pytest.mark.parametrize("loss", ["drsl", "pml", "triplet"])
+def test_a_classifier_that_nothing_trains_is_not_opened_alone(tmp_path, loss):
+    cfg = get_default_config()
+    cfg.merge_from_list(["model.name", "osnet_x0_25", "model.pretrained", "False", "use_gpu", "False"])
+    cfg.merge_from_list(["loss.name", loss, f"loss.{loss}.weight_x", 0, "train.fixbase_epoch", 1])
+    manager = make_image_manager(tmp_path)
+    model = config.build_model(cfg, manager.num_train_pids)
+    with pytest.raises(ValueError, match=rf"fixbase_epoch trains the classifier alone, which loss\.{loss}\.weight_x 0"):
+        build_engine(cfg, manager, model, config.build_optimizer(cfg, model), None)
+
+
+def test_words_may_hold_yaml():
+    cfg = get_default_config()
+    cfg.merge_from_list(["loss.pml.kwargs", "{m: 0.4, gamma: 80}", "data.transforms", "[random_flip, random_erase]"])
+    cfg.merge_from_list(["loss.pml.miner", "{name: MultiSimilarityMiner, epsilon: 0.2}"])
+    assert cfg.loss.pml.kwargs == {"m": 0.4, "gamma": 80}
+    assert cfg.loss.pml.miner == {"name": "MultiSimilarityMiner", "epsilon": 0.2}
+    assert cfg.data.transforms == ["random_flip", "random_erase"]
+    with pytest.raises(ValueError, match=r"'loss.pml.kwargs': \{m: 0.4 is not YAML"):
+        cfg.merge_from_list(["loss.pml.kwargs", "{m: 0.4"])
+    with pytest.raises(ValueError, match=r"'loss.pml.kwargs' takes \{ARGUMENT: VALUE, ...\}, got 5"):
+        cfg.merge_from_list(["loss.pml.kwargs", "5"])
+
+
+def test_imagenet_weights_that_cannot_be_had(monkeypatch):
+    def unreachable(**kwargs):
+        raise OSError("no route to host")
+
+    cfg = get_default_config()
+    monkeypatch.setattr(torchreid.models, "build_model", unreachable)
+    with pytest.raises(ValueError, match=r"weights of resnet50: no route to host\. .* model\.pretrained False"):
+        config.build_model(cfg, 5)
+    cfg.model.pretrained = False
+    with pytest.raises(OSError, match="no route"):
+        config.build_model(cfg, 5)
+
+
+def test_scheduler_none():
+    cfg = get_default_config()
+    cfg.train.lr_scheduler = "none"
+    assert config.build_scheduler(cfg, torch.optim.SGD([torch.zeros(1)], lr=1)) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.sources", "marekt1501"], "marekt1501"),
+        (["data.type", "text"], "data.type must be one of image, video, got 'text'"),
+        (["sampler.train_sampler", "MySampler"], "train_sampler must be one of"),
+    ],
+)
+def test_wrong_data_is_refused(tmp_path, words, message):
+    cfg = get_default_config()
+    cfg.merge_from_list(["data.root", str(tmp_path), "data.sources", "toy", "data.targets", "toy", *words])
+    make_image_manager(tmp_path)  # registers toy
+    with pytest.raises(ValueError, match=message):
+        config.build_datamanager(cfg)
+
+
+def test_missing_data_are_refused_and_leave_nothing_behind(tmp_path):
+    cfg = get_default_config()
+    for root in (tmp_path / "nowhere", tmp_path):
+        cfg.data.root = str(root)
+        with pytest.raises(ValueError, match=rf"cannot read market1501 market1501 below data.root '{root}'.*--root"):
+            config.build_datamanager(cfg)
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_the_sampler_cannot_fill_is_refused(tmp_path):
+    make_image_manager(tmp_path)
+    cfg = get_default_config()
+    words = [
+        "data.root",
+        str(tmp_path / "toy"),
+        "data.sources",
+        "toy",
+        "data.targets",
+        "toy",
+        "train.batch_size",
+        "400",
+    ]
+    cfg.merge_from_list([*words, "sampler.train_sampler", "RandomIdentitySampler"])
+    with pytest.raises(ValueError, match=r"cannot fill a batch: train.batch_size 400.*num_instances 4"):
+        config.build_datamanager(cfg)
+
+
+def test_an_unknown_model_is_refused():
+    cfg = get_default_config()
+    cfg.model.name = "resnet5"
+    with pytest.raises(ValueError, match=r"model.name: Unknown model: resnet5. Must be one of"):
+        config.build_model(cfg, 3)

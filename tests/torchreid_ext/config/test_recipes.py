@@ -1,0 +1,233 @@
+"""The config files we ship, those of torchreid 1.4.0, and what a config of torchreid can ask for."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torchreid
+import yaml
+from toy_data import write_images
+
+from torchreid_ext import get_default_config
+from torchreid_ext.__main__ import main
+from torchreid_ext.config import build as config
+from torchreid_ext.engine import pml as engines
+from torchreid_ext.recipe import neck as network
+
+CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
+READY = [
+    f"{model}_{loss}"
+    for model in ("resnet50", "osnet_x1_0", "osnet_ain_x1_0")
+    for loss in ("drsl", "triplet", "softmax")
+]
+
+
+class Manager:
+    """As much of a data manager as an engine needs to be made."""
+
+    num_train_pids = 8
+
+    def __init__(self):
+        dataset = torchreid.data.ImageDataset.__new__(torchreid.data.ImageDataset)
+        dataset.data = [("", 0, 0, 0)] * 4
+        self.train_loader = torch.utils.data.DataLoader(dataset, batch_size=4)
+        self.test_loader = {}
+
+
+def read(path):
+    cfg = get_default_config()
+    cfg.merge_from_file(path)
+    cfg.merge_from_list(["model.pretrained", "False", "use_gpu", "False"])
+    return cfg
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_of_ours_builds_what_needs_no_data(path):
+    assert path.read_text().startswith("# ")
+    cfg = read(path)
+    model = config.build_model(cfg, 8)
+    criterion = config.build_criterion(cfg, model, 8)
+    optimizer = config.build_optimizer(cfg, model, criterion)
+    scheduler = config.build_scheduler(cfg, optimizer)
+    engine = config.build_engine(cfg, Manager(), model, optimizer, scheduler, criterion)
+    name = {"drsl": "DRSL", "softmax": "Softmax", "triplet": "Triplet"}[cfg.loss.name]
+    assert type(engine) is getattr(engines, f"{cfg.data.type.title()}{name}Engine")
+    with torch.no_grad():
+        assert model.eval()(torch.zeros(1, 3, cfg.data.height, cfg.data.width)).shape[0] == 1
+
+
+@pytest.mark.parametrize("name", READY)
+def test_twins_differ_in_their_loss_alone(name):
+    model, loss = name.rsplit("_", 1)
+    twins = [read(CONFIGS[0].parent / f"{model}_{kind}.yaml") for kind in ("drsl", loss)]
+    assert twins[1].loss.name == loss
+    assert twins[1].model.name == model and twins[1].model.bnneck
+    assert twins[1].data.save_dir == f"log/{name}"
+    for cfg in twins:
+        cfg.loss.name = cfg.data.save_dir = ""
+        cfg.sampler.train_sampler = ""
+    assert twins[0] == twins[1]
+
+
+def test_the_strong_baseline_is_what_its_paper_says():
+    cfg = read(CONFIGS[0].parent / "resnet50_triplet.yaml")
+    assert (cfg.model.name, cfg.model.last_stride, cfg.model.bnneck) == ("resnet50", 1, True)
+    assert (cfg.train.lr, cfg.train.optim, cfg.train.max_epoch) == (0.00035, "adam", 120)
+    assert (cfg.train.batch_size, cfg.sampler.num_instances) == (64, 4)
+    assert (cfg.train.warmup_epoch, cfg.train.stepsize, cfg.train.gamma) == (10, [40, 70], 0.1)
+    assert (cfg.loss.softmax.label_smooth, cfg.loss.triplet.margin, cfg.loss.triplet.weight_x) == (True, 0.3, 1.0)
+    assert {"random_flip", "random_crop", "random_erase"} == set(cfg.data.transforms)
+    model = config.build_model(cfg, 8)
+    assert isinstance(model.classifier, network.NeckClassifier)
+
+
+# deep-person-reid 1.4.0, configs/im_*.yaml: name, targets, transforms, save_dir, learning rate, epochs, batch size,
+# fixbase epochs, open layers, scheduler, step size, test batch size, distance.
+FLIP, FLIP_JITTER = ["random_flip"], ["random_flip", "color_jitter"]
+HEAD = ["classifier"]
+UPSTREAM = [
+    ("osnet_ain_x1_0", ["market1501", "dukemtmcreid"], FLIP_JITTER, "log/osnet_ain_x1_0_market1501_softmax_cosinelr",
+     0.0015, 100, 64, 10, HEAD, "cosine", None, 300, "cosine"),
+    ("osnet_ibn_x1_0", ["dukemtmcreid"], FLIP_JITTER, "log/osnet_ibn_x1_0_market2duke_softmax",
+     0.0015, 150, 64, 10, HEAD, "single_step", [60], 300, "euclidean"),
+    ("osnet_x0_25", ["market1501"], FLIP, "log/osnet_x0_25_market1501_softmax",
+     0.003, 180, 128, 10, HEAD, "single_step", [80], 300, "euclidean"),
+    ("osnet_x0_5", ["market1501"], FLIP, "log/osnet_x0_5_market1501_softmax",
+     0.003, 180, 128, 10, HEAD, "single_step", [80], 300, "euclidean"),
+    ("osnet_x0_75", ["market1501"], FLIP, "log/osnet_x0_75_market1501_softmax",
+     0.0015, 150, 64, 10, HEAD, "single_step", [60], 300, "euclidean"),
+    ("osnet_x1_0", ["market1501"], FLIP, "log/osnet_x1_0_market1501_softmax",
+     0.0015, 150, 64, 10, HEAD, "single_step", [60], 300, "euclidean"),
+    ("osnet_x1_0", ["market1501"], FLIP, "log/osnet_x1_0_market1501_softmax_cosinelr",
+     0.0015, 250, 64, 10, HEAD, "cosine", None, 300, "euclidean"),
+    ("resnet50_fc512", ["market1501"], FLIP, "log/resnet50_market1501_softmax",
+     0.0003, 60, 32, 5, HEAD, "single_step", [20], 100, "euclidean"),
+    ("resnet50_fc512", ["market1501"], FLIP, "log/resnet50_fc512_market1501_softmax",
+     0.0003, 60, 32, 5, ["fc", "classifier"], "single_step", [20], 100, "euclidean"),
+]  # fmt: skip
+
+
+def upstream(row):
+    """The keys and values of one of torchreid's files."""
+    name, targets, transforms, save_dir, lr, epochs, batch, fixbase, layers, scheduler, step, test_batch, metric = row
+    return {
+        "model": {"name": name, "pretrained": True},
+        "data": {
+            "type": "image",
+            "sources": ["market1501"],
+            "targets": targets,
+            "height": 256,
+            "width": 128,
+            "combineall": False,
+            "transforms": transforms,
+            "save_dir": save_dir,
+        },
+        "loss": {"name": "softmax", "softmax": {"label_smooth": True}},
+        "train": {
+            "optim": "amsgrad",
+            "lr": lr,
+            "max_epoch": epochs,
+            "batch_size": batch,
+            "fixbase_epoch": fixbase,
+            "open_layers": layers,
+            "lr_scheduler": scheduler,
+            **({} if step is None else {"stepsize": step}),
+        },
+        "test": {
+            "batch_size": test_batch,
+            "dist_metric": metric,
+            "normalize_feature": False,
+            "evaluate": False,
+            "eval_freq": -1,
+            "rerank": False,
+        },
+    }
+
+
+@pytest.mark.parametrize("row", UPSTREAM, ids=lambda row: row[3].removeprefix("log/"))
+def test_torchreids_files_load_and_build(tmp_path, row):
+    values = upstream(row)
+    (tmp_path / "upstream.yaml").write_text(yaml.safe_dump(values))
+    cfg = get_default_config()
+    cfg.merge_from_file(tmp_path / "upstream.yaml")
+    for section, keys in values.items():
+        assert {key: cfg[section][key] for key in keys} == keys
+    cfg.merge_from_list(["model.pretrained", "False", "use_gpu", "False"])
+    model = config.build_model(cfg, 8)
+    optimizer = config.build_optimizer(cfg, model)
+    assert optimizer.param_groups[0]["amsgrad"]
+    assert config.build_scheduler(cfg, optimizer).get_last_lr() == [row[4]]
+    assert config.build_criterion(cfg, model, 8) is None
+    assert all(hasattr(model, layer) for layer in cfg.train.open_layers)
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """A config file of two toy data sets, ``one`` and ``two``, and the words every run below ends with."""
+    write_images(tmp_path / "images")
+    options = {"folder": "images", "pattern": r"(?P<identity>\d+)_(?P<camera>\d)_\d\.png", "query_cameras": ["0"]}
+    values = {
+        "datasets": {"one": options, "two": {**options, "seed": 1}},
+        "model": {"name": "osnet_x0_25", "pretrained": False},
+        "data": {"sources": ["one"], "targets": ["one"], "height": 64, "width": 32, "workers": 0},
+        "sampler": {"train_sampler": "RandomIdentitySampler"},
+        "train": {"batch_size": 8, "max_epoch": 1},
+        "loss": {"name": "drsl"},
+        "use_gpu": False,
+    }
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(values))
+
+    def run(*flags, words=()):
+        log = tmp_path / "log"
+        arguments = [*flags, "--config-file", str(tmp_path / "toy.yaml"), "--root", str(tmp_path)]
+        status = main([*arguments, "data.save_dir", str(log), *map(str, words)])
+        return status, json.loads((log / "metrics.json").read_text()) if status == 0 else None
+
+    return run
+
+
+@pytest.mark.parametrize("loss", ["softmax", "triplet", "drsl", "pml"])
+def test_several_sources_and_targets_transforms_and_words(toy, loss, capsys):
+    flags = ("-s", "one", "two", "-t", "two", "one", "--transforms", "random_flip", "random_crop", "random_erase")
+    status, metrics = toy(*flags, words=("loss.name", loss, "train.lr", 0.001, "model.bnneck", "True"))
+    assert status == 0 and list(metrics) == ["two", "one"]
+    printed = capsys.readouterr().out
+    assert "random erase" in printed and "# source datasets : 2" in printed
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("data.combineall", "True"),
+        ("data.load_train_targets", "True", "data.targets", "two"),
+        ("train.staged_lr", "True", "train.new_layers", "classifier", "train.base_lr_mult", 0.1),
+        ("train.fixbase_epoch", 1, "train.open_layers", "classifier", "model.bnneck", "True", "train.max_epoch", 2),
+        ("train.warmup_epoch", 2, "train.lr_scheduler", "none", "train.max_epoch", 3),
+        ("loss.cross_camera", "True", "loss.drsl.miner", "MultiSimilarityMiner", "loss.drsl.scale_free", "True"),
+        ("test.rerank", "True"),
+        ("model.name", "pcb_p4", "model.bnneck", "True", "model.last_stride", 1),
+    ],
+    ids=lambda words: words[0],
+)
+def test_what_a_config_can_ask_for(toy, words):
+    status, metrics = toy(words=words)
+    assert status == 0
+    ((_, result),) = metrics.items()
+    assert 0 < result["mAP"] <= 1
+
+
+def test_weights_are_loaded_and_evaluated(toy, tmp_path, capsys):
+    words = ("model.bnneck", "True", "test.dist_metric", "cosine")
+    _, trained = toy(words=words)
+    (saved,) = (tmp_path / "log" / "model").glob("model.pth.tar-1")
+    status, tested = toy(words=(*words, "model.load_weights", saved, "test.evaluate", "True"))
+    assert status == 0 and tested == trained
+    # All of them.
+    assert re.search(r"Loaded (\d+) of the model's \1 weights from", capsys.readouterr().out)
+
+
+def test_a_wrong_class_is_answered_on_the_command_line(toy, capsys):
+    assert toy(words=("loss.name", "pml", "loss.pml.loss", "CircelLoss"))[0] == 2
+    assert "did you mean 'CircleLoss'" in capsys.readouterr().err

@@ -1,0 +1,209 @@
+"""The drawn data set: Market-1501's form, disjoint identities, the same pixels each time, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import multiprocessing
+import random
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchreid
+from PIL import Image
+
+import torchreid_ext.data.datasets
+from torchreid_ext.data.synthetic import pedestrians
+from torchreid_ext.data.synthetic.drawing import CAMERAS, draw_image, draw_scene, make_person
+from torchreid_ext.data.synthetic.pedestrians import LAYOUT, SyntheticPedestrians, draw_pedestrians
+
+SPLITS = ("bounding_box_train", "query", "bounding_box_test")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root below which the whole set has been drawn."""
+    folder = tmp_path_factory.mktemp("3_c1")
+    draw_pedestrians(folder / "synthetic_pedestrians")
+    return folder
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six identities and two distractors: enough where only the procedure matters."""
+    monkeypatch.setattr(pedestrians, "TRAIN_PIDS", range(1, 4))
+    monkeypatch.setattr(pedestrians, "TEST_PIDS", range(4, 7))
+    monkeypatch.setattr(pedestrians, "DISTRACTORS", 2)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def parse(root: Path, split: str) -> list[tuple[int, int]]:
+    form = re.compile(r"(\d{4})_c([1-6])s\d_\d{6}_\d\d\.jpg")
+    names = [path.name for path in (root / "synthetic_pedestrians" / LAYOUT / split).iterdir()]
+    return [tuple(map(int, form.fullmatch(name).groups())) for name in names]  # type: ignore[union-attr, misc]
+
+
+class TestSet:
+    def test_splits(self, root: Path) -> None:
+        train, query, gallery = (parse(root, split) for split in SPLITS)
+        assert len({pid for pid, _ in train}) == 100 and len(train) == 1000
+        assert len({pid for pid, _ in query}) == 60 and len(query) == 180 == len(set(query))
+        people = {pid for pid, _ in gallery} - {0}
+        assert people == {pid for pid, _ in query} and not people & {pid for pid, _ in train}
+        assert Counter(pid for pid, _ in gallery)[0] == 60
+        for pid, camera in query:
+            assert any(other == pid and at != camera for other, at in gallery)
+        assert {camera for _, camera in train} == {camera for _, camera in gallery} == {1, 2, 3, 4, 5, 6}
+
+    def test_images_are_rgb_of_one_size_and_all_different(self, root: Path) -> None:
+        files = list((root / "synthetic_pedestrians").rglob("*.jpg"))
+        assert len({path.read_bytes() for path in files}) == len({path.name for path in files}) == 1000 + 180 + 420 + 60
+        for path in files[::100]:
+            with Image.open(path) as image:
+                assert (image.size, image.mode, image.format) == ((64, 128), "RGB", "JPEG")
+
+    def test_torchreids_own_reader_finds_the_same(self, root: Path) -> None:
+        (root / "market1501").symlink_to(root / "synthetic_pedestrians")
+        # From a parent without "3_c1" in its name, which torchreid would take for an identity.
+        link = root.parent / "plain"
+        link.symlink_to(root)
+        theirs = torchreid.data.datasets.init_image_dataset("market1501", root=str(link), verbose=False)
+        ours = torchreid.data.datasets.init_image_dataset("synthetic_pedestrians", root=str(root), verbose=False)
+        assert isinstance(ours, SyntheticPedestrians) and ours.num_train_pids == theirs.num_train_pids == 100
+        for split in ("query", "gallery"):
+            rows = [[(Path(path).name, *rest) for path, *rest in getattr(data, split)] for data in (ours, theirs)]
+            assert rows[0] == sorted(rows[1])
+        assert sorted({item[1] for item in ours.train}) == list(range(100))
+        assert [item[0] for item in ours.train] == sorted(item[0] for item in ours.train)
+
+    def test_pixels_find_the_camera_before_the_identity(self, root: Path) -> None:
+        data = SyntheticPedestrians(str(root), verbose=False)
+        rows = [item for item in data.gallery if item[1] != 0][:200]
+        pixels = np.stack([np.asarray(Image.open(item[0]).resize((16, 32)), dtype=np.float64).ravel() for item in rows])
+        distances = ((pixels[:, None] - pixels[None]) ** 2).sum(2)
+        other = np.array([[a[1] != b[1] for b in rows] for a in rows])
+        nearest = np.where(other, distances, np.inf).argmin(1)
+        shared = np.mean([rows[i][2] == rows[j][2] for i, j in enumerate(nearest)])
+        assert shared > 2 / len(CAMERAS)
+
+
+class TestDrawing:
+    def test_the_seed_decides_and_nothing_else(self, tmp_path: Path, few: None) -> None:
+        for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+            draw_pedestrians(tmp_path / name, seed)
+            random.random()
+            np.random.random()
+        a, b, c = (contents(tmp_path / name) for name in "abc")
+        assert a == b
+        shared = a.keys() & c.keys()
+        assert len(shared) > 10 and all(a[name] != c[name] for name in shared)
+
+    def test_drawing_reads_and_advances_no_global_generator(self) -> None:
+        before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # type: ignore[index]
+        rng = np.random.default_rng(0)
+        scene = draw_scene(rng, CAMERAS[0])
+        draw_image(rng, make_person(rng), CAMERAS[0], scene)
+        after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # type: ignore[index]
+        assert before == after
+
+    def test_each_trait_and_camera_changes_the_picture(self) -> None:
+        images = []
+        for seed, camera in itertools.product(range(3), CAMERAS):
+            person = make_person(np.random.default_rng(seed))
+            scene = draw_scene(np.random.default_rng(9), camera)
+            images.append(np.asarray(draw_image(np.random.default_rng(5), person, camera, scene), dtype=int))
+        for one, other in itertools.combinations(images, 2):
+            assert np.abs(one - other).mean() > 1.0
+
+    def test_interrupted_drawing_leaves_nothing(
+        self, tmp_path: Path, few: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls = itertools.count()
+
+        def stop(*args: Any) -> Image.Image:
+            if next(calls) == 20:
+                raise KeyboardInterrupt
+            return draw_image(*args)
+
+        monkeypatch.setattr(pedestrians, "draw_image", stop)
+        with pytest.raises(KeyboardInterrupt):
+            SyntheticPedestrians(str(tmp_path), verbose=False)
+        assert next(calls) > 20 and list(tmp_path.iterdir()) == []
+
+    def test_processes_that_draw_at_once_agree(self, tmp_path: Path, few: None) -> None:
+        target = tmp_path / "synthetic_pedestrians"
+        context = multiprocessing.get_context("fork")
+        processes = [context.Process(target=draw_pedestrians, args=(target,)) for _ in range(3)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0, 0, 0]
+        assert [path.name for path in tmp_path.iterdir()] == ["synthetic_pedestrians"]
+        draw_pedestrians(tmp_path / "alone")
+        assert contents(target) == contents(tmp_path / "alone")
+
+    def test_negative_seed(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="seed=-1"):
+            draw_pedestrians(tmp_path / "x", -1)
+
+
+class TestRecipe:
+    def test_another_seed_or_version_is_refused_and_left_alone(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = contents(root)
+        with pytest.raises(ValueError, match=r"'seed': 0.*'seed': 1.*delete it"):
+            SyntheticPedestrians(str(root), seed=1, verbose=False)
+        monkeypatch.setattr(pedestrians, "VERSION", 2)
+        with pytest.raises(ValueError, match="'version': 2"):
+            SyntheticPedestrians(str(root), verbose=False)
+        assert contents(root) == before
+
+    def test_a_folder_of_something_else(self, tmp_path: Path) -> None:
+        (tmp_path / "synthetic_pedestrians").mkdir()
+        with pytest.raises(ValueError, match=r"neither recipe\.json nor .*delete it"):
+            SyntheticPedestrians(str(tmp_path), verbose=False)
+
+    def test_damaged_recipe(self, tmp_path: Path, few: None) -> None:
+        draw_pedestrians(tmp_path / "synthetic_pedestrians")
+        file = tmp_path / "synthetic_pedestrians" / "recipe.json"
+        assert json.loads(file.read_text())["seed"] == 0
+        file.write_text("{")
+        with pytest.raises(ValueError, match=r"recipe\.json is damaged"):
+            SyntheticPedestrians(str(tmp_path), verbose=False)
+
+    def test_a_real_market1501_may_stand_in_its_place(self, tmp_path: Path) -> None:
+        market = tmp_path / "synthetic_pedestrians" / LAYOUT
+        names = {
+            "bounding_box_train": ["0002_c1s1_000451_03.jpg", "0007_c2s3_070952_01.jpg"],
+            "query": ["1501_c6s1_000401_00.jpg"],
+            "bounding_box_test": ["-1_c1s1_000401_03.jpg", "0000_c1s1_000151_01.jpg", "1501_c3s2_000451_03.jpg"],
+        }
+        for split, files in names.items():
+            (market / split).mkdir(parents=True)
+            for file in files:
+                Image.new("RGB", (64, 128)).save(market / split / file)
+        with pytest.warns(UserWarning, match="own"):
+            data = SyntheticPedestrians(str(tmp_path), verbose=False)
+        assert [(item[1], item[2]) for item in data.train] == [(0, 0), (1, 1)]
+        assert [(item[1], item[2]) for item in data.gallery] == [(0, 0), (1501, 2)]
+        Image.new("RGB", (64, 128)).save(market / "query" / "holiday.jpg")
+        with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"holiday\.jpg is not named"):
+            SyntheticPedestrians(str(tmp_path), verbose=False)
+
+
+def test_importing_twice_registers_once() -> None:
+    torchreid_ext.data.datasets._register_synthetic()
+    with pytest.raises(ValueError, match="already exists"):
+        torchreid.data.register_image_dataset("synthetic_pedestrians", SyntheticPedestrians)

@@ -1,0 +1,291 @@
+"""Folders and CSVs as torchreid data sets, seen through torchreid's own data manager."""
+
+from __future__ import annotations
+
+import csv
+import pickle
+import uuid
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torchreid
+from PIL import Image
+
+from torchreid_ext.data.datasets import ConfiguredDataset, register_datasets
+from torchreid_ext.data.listing import make_options, selects
+
+
+def draw(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 16), (len(path.name), 60, 90)).save(path)
+
+
+def make_folder(folder: Path, pids: list[str], cameras: list[str], shots: int = 2) -> None:
+    for pid in pids:
+        for camera in cameras:
+            for shot in range(shots):
+                draw(folder / pid / f"{camera}_{shot}.png")
+
+
+def load(root: Path, name: str = "mine", **options: Any) -> ConfiguredDataset:
+    return ConfiguredDataset(name, make_options(name, options), root=str(root), verbose=False)
+
+
+def write_csv(root: Path, rows: list[tuple[str, str, str, str]], columns: str = "path,pid,camid,split") -> None:
+    with open(root / "list.csv", "w", newline="") as file:
+        csv.writer(file).writerows([columns.split(","), *rows])
+    for path, *_ in rows:
+        draw(root / path)
+
+
+GOOD = [
+    ("a/1.png", "7", "north", "train"),
+    ("a/2.png", "7", "south", "train"),
+    ("a/3.png", "900", "south", "train"),
+    ("a/4.png", "x-1", "south", "query"),
+    ("a/5.png", "x-1", "west", "gallery"),
+    ("a/6.png", "x-3", "east", "gallery"),
+]
+
+
+def paths(items: list[tuple[Any, ...]]) -> set[str]:
+    return {Path(item[0]).name for item in items}
+
+
+def people(items: list[tuple[Any, ...]]) -> set[str]:
+    return {Path(item[0]).parent.name for item in items}
+
+
+class TestFolder:
+    def test_default_split_is_class_disjoint_and_queries_are_first_images(self, tmp_path: Path) -> None:
+        make_folder(tmp_path, [f"p{n}" for n in range(8)], ["left", "right"], shots=3)
+        data = load(tmp_path)
+        assert len(people(data.train)) == len(people(data.gallery)) == 4
+        assert not people(data.train) & people(data.gallery)
+        assert {item[1] for item in data.train} == {0, 1, 2, 3} and {item[2] for item in data.train} == {0, 1}
+        assert len(data.train) == len(data.gallery) == 4 * 2 * 3
+        assert len(data.query) == 4 * 2 and paths(data.query) == {"left_0.png", "right_0.png"}
+        number = {Path(item[0]).parent.name: item[1] for item in data.gallery}
+        assert all(number[Path(item[0]).parent.name] == item[1] for item in data.query)
+        assert data.train == load(tmp_path).train
+        assert any(people(load(tmp_path, seed=seed).train) != people(data.train) for seed in range(1, 5))
+
+    def test_fraction_and_min_images(self, tmp_path: Path) -> None:
+        make_folder(tmp_path, [f"p{n}" for n in range(10)], ["a", "b"])
+        draw(tmp_path / "lone" / "a_0.png")
+        data = load(tmp_path, test_fraction=0.2, min_images=2)
+        assert len(people(data.train)) == 8 and len(people(data.gallery)) == 2
+        assert "lone" not in people(data.train) | people(data.gallery)
+
+    def test_train_test_and_query_cameras_of_omniglots_shape(self, tmp_path: Path) -> None:
+        for part, alphabets in (("small1", ["Greek", "Latin"]), ("small2", ["Latin", "Tagalog"])):
+            for alphabet in alphabets:
+                for character in ("character01", "character02"):
+                    for drawer in ("01", "02", "05"):
+                        draw(tmp_path / "down" / part / alphabet / character / f"0709_{drawer}.png")
+        data = load(
+            tmp_path,
+            pattern=r"(?:.*/)?(?P<identity>[^/]+/character\d+)/\d+_(?P<camera>\d+)\.png",
+            train=["**/small1"],
+            test=["**/small2/Tagalog"],
+            query_cameras=["01", "02"],
+        )
+        assert [len({item[1] for item in split}) for split in (data.train, data.query, data.gallery)] == [4, 2, 2]
+        assert [len(split) for split in (data.train, data.query, data.gallery)] == [12, 4, 2]
+        assert all("/small2/Tagalog/" in item[0] for item in (*data.query, *data.gallery))
+        assert paths(data.gallery) == {"0709_05.png"}
+        assert {item[2] for item in data.query} | {item[2] for item in data.gallery} == {0, 1, 2}
+
+    def test_hidden_and_unmatched_files_are_left_out_and_links_end(self, tmp_path: Path) -> None:
+        make_folder(tmp_path / "set", ["p0", "p1", "p2", "p3"], ["a", "b"], shots=1)
+        draw(tmp_path / "set" / "p0" / "._a_9.png")
+        (tmp_path / "set" / "p0" / "a_notes.txt").write_text("no image")
+        (tmp_path / "set" / "p1" / "up").symlink_to(tmp_path / "set")
+        data = load(tmp_path, folder="set")
+        assert len(data.train) + len(data.gallery) == 8
+
+    @pytest.mark.parametrize(
+        ("entry", "path", "expected"),
+        [
+            ("train", "train/1/a_1.png", True),
+            ("train", "training/1/a_1.png", False),
+            ("train", "more/train/1/a_1.png", False),
+            ("**/train", "more/and/more/train/1/a_1.png", True),
+            ("**/train", "train/1/a_1.png", True),
+            ("*/train", "train/1/a_1.png", False),
+            ("./train/", "train/1/a_1.png", True),
+            ("train/000[12]", "train/0002/a_1.png", True),
+            ("train/000[12]", "train/0003/a_1.png", False),
+            ("**/a_1.png", "train/0003/a_1.png", True),
+            ("**/(a)", "x/(a)/b", True),
+        ],
+    )
+    def test_selects(self, entry: str, path: str, expected: bool) -> None:
+        assert selects(entry, path) is expected
+
+    def test_query_without_a_match_warns_with_the_count(self, tmp_path: Path) -> None:
+        make_folder(tmp_path, ["p0", "p1", "q0", "q1", "q2"], ["a", "b"])
+        make_folder(tmp_path, ["q3", "q4"], ["a"])
+        with pytest.warns(UserWarning, match="2 of 8 queries have no match"):
+            load(tmp_path, train=["p*"], test=["q*"])
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"folder": "absent"}, ["no folder", "absent", "--root"]),
+            ({"pattern": r"(?P<identity>\w+)-(?P<camera>\w+)\.gif"}, ["matches the pattern", "gif", "p0/a_0.png"]),
+            ({"train": ["p0"], "test": ["p2"]}, ["one identity", "p0"]),
+            ({"train": ["p0", "p1"], "test": ["p1", "p2"]}, ["both in training and in test", "p1"]),
+            ({"train": ["p0", "p1"], "test": ["z*"]}, ["'z*'", "selects none"]),
+            ({"query_cameras": ["c"]}, ["query_cameras", "'c'", "['a', 'b']"]),
+            ({"query_cameras": ["a", "b"]}, ["'gallery'", "no image"]),
+            ({"min_images": 99}, ["'train'", "no image"]),
+        ],
+    )
+    def test_errors(self, tmp_path: Path, options: dict[str, Any], words: list[str]) -> None:
+        make_folder(tmp_path, ["p0", "p1", "p2", "p3"], ["a", "b"])
+        with pytest.raises(ValueError) as caught:
+            load(tmp_path, **options)
+        assert all(word in str(caught.value) for word in ["mine", *words])
+
+    def test_no_match_from_another_camera_at_all(self, tmp_path: Path) -> None:
+        make_folder(tmp_path, ["p0", "p1", "p2", "p3"], ["a"])
+        with pytest.raises(ValueError, match="no query has a match"):
+            load(tmp_path)
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"foldr": "x"}, ["foldr", "'folder'"]),
+            ({"csv": "a.csv", "folder": "x"}, ["csv", "folder"]),
+            ({"train": ["a"]}, ["only one of train and test"]),
+            ({"train": ["a"], "test": ["b"], "seed": 1}, ["remove test_fraction and seed"]),
+            ({"train": "a", "test": ["b"]}, ["train='a'", "list"]),
+            ({"query_cameras": []}, ["query_cameras=[]"]),
+            ({"test_fraction": 1.0}, ["test_fraction=1.0"]),
+            ({"test_fraction": True}, ["test_fraction=True"]),
+            ({"seed": -1}, ["seed=-1"]),
+            ({"min_images": 0}, ["min_images=0"]),
+            ({"folder": 3}, ["folder=3"]),
+            ({"pattern": "("}, ["regular expression"]),
+            ({"pattern": "(?P<identity>a)"}, ["(?P<camera>...)"]),
+        ],
+    )
+    def test_a_wrong_option_is_named_and_nothing_registered(self, options: dict[str, Any], words: list[str]) -> None:
+        good, bad = f"good_{uuid.uuid4().hex}", f"bad_{uuid.uuid4().hex}"
+        with pytest.raises(ValueError) as caught:
+            register_datasets({good: {}, bad: options})
+        assert all(word in str(caught.value) for word in [bad, *words])
+        with pytest.raises(ValueError, match="Invalid dataset name"):
+            torchreid.data.datasets.init_image_dataset(good)
+
+    @pytest.mark.parametrize("name", ["market1501", "synthetic_pedestrians"])
+    def test_a_name_torchreid_has(self, name: str) -> None:
+        with pytest.raises(ValueError, match=name):
+            register_datasets({name: {}})
+
+
+class TestCsv:
+    def test_any_names_become_numbers_and_a_camera_has_one_number_everywhere(self, tmp_path: Path) -> None:
+        write_csv(tmp_path, GOOD)
+        data = load(tmp_path, csv="list.csv")
+        splits = (data.train, data.query, data.gallery)
+        assert [[(Path(item[0]).name, item[1], item[2]) for item in split] for split in splits] == [
+            [("1.png", 0, 0), ("2.png", 0, 1), ("3.png", 1, 1)],
+            [("4.png", 0, 1)],
+            [("5.png", 0, 3), ("6.png", 1, 2)],
+        ]
+
+    def test_paths_are_relative_to_the_csv_and_a_byte_order_mark_is_no_matter(self, tmp_path: Path) -> None:
+        below = tmp_path / "below"
+        below.mkdir()
+        write_csv(below, GOOD)
+        text = (below / "list.csv").read_text()
+        (below / "list.csv").write_text("\ufeff" + text, encoding="utf-8")
+        assert len(load(tmp_path, csv="below/list.csv").train) == 3
+
+    def test_an_image_may_be_both_query_and_gallery(self, tmp_path: Path) -> None:
+        write_csv(tmp_path, [*GOOD, ("a/4.png", "x-1", "south", "gallery")])
+        data = load(tmp_path, csv="list.csv")
+        assert paths(data.query) <= paths(data.gallery)
+
+    @pytest.mark.parametrize(
+        ("row", "words"),
+        [
+            (("a/1.png", "7", "north", "train"), ["line 8", "a/1.png", "twice"]),
+            (("a/./1.png", "7", "north", "train"), ["twice"]),
+            (("a/4.png", "x-2", "south", "gallery"), ["twice"]),
+            (("a/1.png", "7", "north", "gallery"), ["twice"]),
+            (("a/9.png", "7", "north", "gallery"), ["both in training and in test", "'7'"]),
+            (("a/9.png", "7", "north", "test"), ["line 8", "split='test'", "train, query, gallery"]),
+            (("a/9.png", "", "north", "train"), ["line 8", "pid is empty"]),
+            (("a/9.png", "7"), ["line 8", "camid is empty"]),
+        ],
+    )
+    def test_a_wrong_row(self, tmp_path: Path, row: Any, words: list[str]) -> None:
+        write_csv(tmp_path, [*GOOD, row])
+        with pytest.raises(ValueError) as caught:
+            load(tmp_path, csv="list.csv")
+        assert all(word in str(caught.value) for word in words)
+
+    def test_missing_things(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"no CSV .*list\.csv"):
+            load(tmp_path, csv="list.csv")
+        write_csv(tmp_path, GOOD, columns="path,pid,camera,split")
+        with pytest.raises(ValueError, match="lacks the column 'camid'"):
+            load(tmp_path, csv="list.csv")
+        write_csv(tmp_path, GOOD)
+        (tmp_path / "a" / "3.png").unlink()
+        with pytest.raises(ValueError, match=r"line 4: there is no file .*3\.png"):
+            load(tmp_path, csv="list.csv")
+        (tmp_path / "list.csv").write_text("")
+        with pytest.raises(ValueError, match="lacks the column 'path'"):
+            load(tmp_path, csv="list.csv")
+
+    @pytest.mark.parametrize(
+        ("kept", "words"),
+        [
+            (lambda row: row[3] != "query", "'query' has no image"),
+            (lambda row: row[3] != "gallery", "'gallery' has no image"),
+            (lambda row: row[1] != "900", "one identity, '7'"),
+        ],
+    )
+    def test_an_incomplete_list(self, tmp_path: Path, kept: Any, words: str) -> None:
+        write_csv(tmp_path, [row for row in GOOD if kept(row)])
+        with pytest.raises(ValueError, match=words):
+            load(tmp_path, csv="list.csv")
+
+
+class TestInTorchreid:
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_the_data_manager_reads_it_and_a_name_takes_new_options(self, tmp_path: Path, workers: int) -> None:
+        name = f"set_{uuid.uuid4().hex}"
+        make_folder(tmp_path / "one", [f"p{n}" for n in range(4)], ["a", "b"])
+        make_folder(tmp_path / "two", [f"p{n}" for n in range(12)], ["a", "b"])
+        for folder, count in (("one", 2), ("two", 6)):
+            register_datasets({name: {"folder": folder}})
+            manager = torchreid.data.ImageDataManager(
+                root=str(tmp_path), sources=name, height=16, width=8, batch_size_train=4, workers=workers, use_gpu=False
+            )
+            assert manager.num_train_pids == count
+            batch = next(iter(manager.train_loader))
+            assert batch["img"].shape == (4, 3, 16, 8) and int(batch["pid"].max()) < count
+        assert pickle.loads(pickle.dumps(manager.train_loader.dataset)).train == manager.train_loader.dataset.train
+
+    def test_combineall_takes_each_image_once(self, tmp_path: Path) -> None:
+        make_folder(tmp_path, [f"p{n}" for n in range(6)], ["a", "b"])
+        data = ConfiguredDataset("mine", make_options("mine", {}), root=str(tmp_path), combineall=True, verbose=False)
+        assert len(data.train) == len({item[0] for item in data.train}) == 24
+        assert {item[1] for item in data.train} == set(range(6)) and data.num_train_pids == 6
+        by_folder = {(Path(item[0]).parent.name, item[1]) for item in data.train}
+        assert len(by_folder) == 6
+
+    def test_good_data_gives_no_warning(self, tmp_path: Path) -> None:
+        make_folder(tmp_path, [f"p{n}" for n in range(6)], ["a", "b"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            load(tmp_path)

@@ -1,0 +1,127 @@
+"""Samplers of identities: whole batches, an exact length, and errors before training."""
+
+import numpy as np
+import pytest
+import torch
+import torchreid
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_data import make_image_manager
+
+from torchreid_ext import ImageDRSLEngine
+from torchreid_ext.data.samplers import IdentitySampler, PerClassSampler
+
+
+def batches(sampler, size):
+    indices = list(sampler)
+    assert len(indices) == len(sampler) and len(indices) % size == 0
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+
+def most_batches(groups, identities):
+    """The number of batches of different identities, by filling them greedily: always those with most groups left."""
+    groups, number = sorted(groups), 0
+    while len(groups) >= identities and groups[-identities] > 0:
+        for place in range(len(groups) - identities, len(groups)):
+            groups[place] -= 1
+        groups.sort()
+        number += 1
+    return number
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 14), min_size=2, max_size=12),
+    identities=st.integers(2, 5),
+    num_instances=st.integers(1, 4),
+    seed=st.integers(0, 2**31),
+)
+def test_identity_sampler(counts, identities, num_instances, seed):
+    torch.manual_seed(seed)
+    # Identities with gaps between them, in no order.
+    pids = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)) * 7 - 3, counts)).tolist()
+    size = identities * num_instances
+    if len(counts) < identities:
+        with pytest.raises(
+            ValueError, match=rf"cannot fill a batch.*needs {identities} identities.*have {len(counts)}"
+        ):
+            IdentitySampler(pids, size, num_instances)
+        return
+    sampler = IdentitySampler(pids, size, num_instances)
+    drawn = batches(sampler, size)
+    assert len(drawn) == most_batches([max(1, count // num_instances) for count in counts], identities)
+    for batch in drawn:
+        names, times = np.unique([pids[index] for index in batch], return_counts=True)
+        assert len(names) == identities and set(times) == {num_instances}
+    times = np.bincount([index for batch in drawn for index in batch], minlength=len(pids))
+    for index, pid in enumerate(pids):
+        if pids.count(pid) >= num_instances:
+            assert times[index] <= 1
+
+
+def test_a_small_identity_shows_all_its_images():
+    drawn = batches(IdentitySampler([0, 0, 0, 1, 1, 1, 1], 8, 4), 8)
+    assert sorted(set(drawn[0])) == list(range(7))
+
+
+@pytest.mark.parametrize("kind", [IdentitySampler, PerClassSampler])
+def test_epochs_differ_and_repeat_with_the_seed(kind):
+    sampler = kind([0, 1, 2, 3] * 8, 8, 4)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    first, second = list(sampler), list(sampler)
+    assert first != second
+    # Another sampler, and one that has lived: a resumed run has the one, an uninterrupted run the other.
+    for again in (kind([0, 1, 2, 3] * 8, 8, 4), sampler):
+        torch.manual_seed(5)
+        np.random.seed(5)
+        assert list(again) == first
+
+
+def test_every_identity_meets_every_other():
+    torch.manual_seed(0)
+    pids = np.repeat(np.arange(12), 8).tolist()
+    sampler = IdentitySampler(pids, 8, 4)
+    met = {frozenset(pids[index] for index in batch) for _ in range(60) for batch in batches(sampler, 8)}
+    assert len(met) == 12 * 11 / 2
+
+
+def test_per_class_sampler_is_pmls():
+    np.random.seed(0)
+    pids = [0] * 9 + [4] * 2 + [9] * 5
+    for batch in batches(PerClassSampler(pids, 6, 3), 6):
+        names, times = np.unique([pids[index] for index in batch], return_counts=True)
+        assert len(names) == 2 and set(times) == {3}
+
+
+@pytest.mark.parametrize("kind", [IdentitySampler, PerClassSampler])
+@pytest.mark.parametrize(
+    ("batch_size", "num_instances", "message"),
+    [
+        (10, 4, "batch_size 10 is not a multiple of sampler.num_instances 4"),
+        (4, 4, "leaves one identity in a batch"),
+        (8, 0, "num_instances 0"),
+        (40, 4, "needs 10 identities, and the sources have 3"),
+    ],
+)
+def test_what_cannot_be_filled_is_refused(kind, batch_size, num_instances, message):
+    with pytest.raises(ValueError, match=message):
+        kind([0, 1, 2] * 5, batch_size, num_instances)
+
+
+def engine_for(manager):
+    model = torchreid.models.build_model("osnet_x0_25", manager.num_train_pids, loss="triplet", pretrained=False)
+    return ImageDRSLEngine(manager, model, torch.optim.SGD(model.parameters(), lr=0.01), use_gpu=False)
+
+
+def test_an_engine_replaces_torchreids_own(tmp_path):
+    loader = engine_for(make_image_manager(tmp_path, batch_size_train=8, num_instances=2)).train_loader
+    pids = [data["pid"].tolist() for data in loader]
+    assert len(pids) == len(loader)
+    assert [[batch.count(pid) for pid in set(batch)] for batch in pids] == [[2] * 4] * len(pids)
+
+
+@pytest.mark.parametrize(("size", "words"), [(10, "straddle two batches"), (4, "leaves one identity in a batch")])
+def test_an_engine_refuses_batches_that_cannot_be_ranked(tmp_path, size, words):
+    with pytest.raises(ValueError, match=words):
+        engine_for(make_image_manager(tmp_path, batch_size_train=size, num_instances=4))

@@ -1,0 +1,427 @@
+"""Training that can be interrupted, resumed and depended on, with small networks and real data managers."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pytorch_metric_learning import losses as pml_losses
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from toy_data import make_image_manager
+
+from torchreid_ext.checkpointing import file as checkpoint
+from torchreid_ext.checkpointing import state as states
+from torchreid_ext.engine import pml as engines
+from torchreid_ext.engine.logs import EpochLog
+from torchreid_ext.engine.stepper import Stepper
+from torchreid_ext.runtime.random import seed_everything
+from torchreid_ext.runtime.signals import Interrupted, StopRequest
+
+SUPPORT = Path(__file__).parents[2] / "support"
+
+
+class Network(nn.Module):
+    """Small, with dropout, which draws from the generators, and batch normalisation, which remembers."""
+
+    def __init__(self, num_classes=6):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=4)
+        self.body = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.3))
+        self.classifier = nn.Linear(32, num_classes)
+
+    def forward(self, images):
+        features = self.body(self.stem(images))
+        return (self.classifier(features), features) if self.training else features
+
+
+def make_engine(folder, workers=0, criterion=None, scheduled=True, lr=0.01, **kwargs):
+    manager = make_image_manager(folder, workers=workers, transforms=["random_flip", "random_patch"])
+    model = Network()
+    weights = [] if criterion is None else list(criterion.parameters())
+    optimizer = torch.optim.SGD([*model.parameters(), *weights], lr=lr, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 3], 0.5) if scheduled else None
+    return engines.ImageDRSLEngine(manager, model, optimizer, criterion, scheduler=scheduler, **kwargs)
+
+
+def memory():
+    # 20 entries for batches of 8: full, and begun anew, in the middle of an epoch.
+    return pml_losses.CrossBatchMemory(pml_losses.ContrastiveLoss(), 32, 20)
+
+
+def final_state(engine, epochs):
+    return states.copied({**states.of_engine(engine, epochs), "config": None})
+
+
+def same(one, other):
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def signal_in(engine, epoch, batch, signum=signal.SIGTERM):
+    step = engine.step
+
+    def step_and_signal(loss):
+        step(loss)
+        if (engine.epoch, engine.batch_idx) == (epoch, batch):
+            os.kill(os.getpid(), signum)
+
+    engine.step = step_and_signal
+
+
+# Interruption and resumption.
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_moments_changes_no_bit(tmp_path):
+    command = [sys.executable, "-W", "ignore", str(SUPPORT / "killing.py"), str(tmp_path), "--kills", "10"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    counts = dict(part.split(": ") for part in done.stdout.strip().split(", "))
+    assert counts["kills"] == "10" and int(counts["inside a save"]) > 0 and counts["tensors that differ"] == "0"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("DRSL_SLOW" not in os.environ, reason="five minutes: set DRSL_SLOW=1")
+def test_a_hundred_kills(tmp_path):
+    command = [sys.executable, "-W", "ignore", str(SUPPORT / "killing.py"), str(tmp_path), "--kills", "100"]
+    assert subprocess.run(command, timeout=1500).returncode == 0
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_signal_saves_and_the_run_goes_on_as_it_would_have(tmp_path, signum, workers):
+    def fresh():
+        seed_everything(3)
+        return make_engine(tmp_path, workers, memory())
+
+    whole = fresh()
+    whole.run(str(tmp_path / "whole"), max_epoch=4, checkpoint_freq=10)
+    stopped = fresh()
+    signal_in(stopped, epoch=2, batch=1, signum=signum)
+    before = signal.getsignal(signum)
+    with pytest.raises(Interrupted, match=f"stopped by {signum.name} in epoch 3; model.resume auto .*tar-2'"):
+        stopped.run(str(tmp_path / "cut"), max_epoch=4, checkpoint_freq=10)
+    # A loader that ends with a reference cycle waits five seconds for each of its workers.
+    del stopped.step
+    assert signal.getsignal(signum) is before
+    resumed = fresh()
+    seed_everything(99)
+    start = resumed.resume("auto", str(tmp_path / "cut"))
+    assert start == 2
+    resumed.run(str(tmp_path / "cut"), max_epoch=4, start_epoch=start, checkpoint_freq=10)
+    assert same(final_state(whole, 4), final_state(resumed, 4))
+    assert not same(final_state(whole, 4), final_state(stopped, 4))
+
+
+def test_a_signal_in_a_test(tmp_path):
+    engine = make_engine(tmp_path)
+    extract = engine.extract_features
+
+    def extract_and_signal(images):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return extract(images)
+
+    engine.extract_features = extract_and_signal
+    with pytest.raises(Interrupted, match="in epoch 1"):
+        engine.run(str(tmp_path / "log"), max_epoch=1)
+    assert checkpoint.load(tmp_path / "log" / "model" / "model-last.pth.tar")["epoch"] == 0
+    # The request is answered: the engine tests again.
+    engine.extract_features = extract
+    assert engine.test()
+
+
+def test_a_signal_to_another_process_in_a_test(tmp_path, monkeypatch):
+    engine = make_engine(tmp_path)
+
+    def told(**kwargs):
+        raise Interrupted(signal.SIGTERM, "another process was asked to stop")
+
+    monkeypatch.setattr(engine, "test", told)
+    with pytest.raises(Interrupted, match=r"stopped by SIGTERM in epoch 1; model.resume auto begins it again"):
+        engine.run(str(tmp_path / "log"), max_epoch=1)
+    assert checkpoint.load(tmp_path / "log" / "model" / "model-last.pth.tar")["epoch"] == 0
+
+
+def test_a_second_signal_ends_at_once():
+    with StopRequest() as stop:
+        stop.check()
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Interrupted) as caught:
+            stop.check()
+        assert caught.value.signal is signal.SIGINT
+        with pytest.raises(KeyboardInterrupt, match="at once"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_last_best_and_retention(tmp_path, monkeypatch):
+    engine = make_engine(tmp_path)
+    scores = iter([0.2, 0.5, 0.5, 0.3])
+    test = engine.test
+
+    def scored(**kwargs):
+        results = test(**kwargs)
+        # The mean over the targets decides.
+        value = next(scores)
+        one, other = (type(results["toy"])(**{**vars(results["toy"]), "mAP": value + sign * 0.1}) for sign in (-1, 1))
+        return {"one": one, "other": other}
+
+    monkeypatch.setattr(engine, "test", scored)
+    engine.run(str(tmp_path / "log"), max_epoch=4, eval_freq=1, keep_checkpoints=2)
+    folder = tmp_path / "log" / "model"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "model-best.pth.tar", "model-last.pth.tar", "model.pth.tar-3", "model.pth.tar-4",
+    ]  # fmt: skip
+    assert checkpoint.load(folder / "model-best.pth.tar")["epoch"] == 2
+    assert engine.best == {"mAP": pytest.approx(0.5), "epoch": 2}
+    resumed = make_engine(tmp_path)
+    resumed.resume("auto", str(tmp_path / "log"))
+    assert resumed.best == engine.best
+
+
+def test_checkpoints_every_n_epochs(tmp_path):
+    make_engine(tmp_path).run(str(tmp_path / "log"), max_epoch=5, checkpoint_freq=2, keep_checkpoints=0)
+    epochs = {path.name.rpartition("-")[2] for path in (tmp_path / "log" / "model").glob("model.pth.tar-*")}
+    assert epochs == {"2", "4", "5"}
+
+
+def test_a_run_that_is_done_is_tested_again(tmp_path):
+    results = make_engine(tmp_path).run(str(tmp_path / "log"), max_epoch=1)
+    engine = make_engine(tmp_path)
+    start = engine.resume(str(tmp_path / "log" / "model" / "model.pth.tar-1"))
+    again = engine.run(str(tmp_path / "log"), max_epoch=1, start_epoch=start)
+    assert again["toy"].mAP == results["toy"].mAP
+
+
+def test_a_run_that_was_killed_before_it_removed_what_it_need_not_keep(tmp_path):
+    make_engine(tmp_path).run(str(tmp_path / "log"), max_epoch=3, keep_checkpoints=2)
+    folder = tmp_path / "log" / "model"
+    kept = sorted(path.name for path in folder.iterdir())
+    for name in ("model.pth.tar-1", f".model-best.pth.tar{checkpoint.TEMPORARY}"):
+        (folder / name).write_bytes((folder / "model.pth.tar-2").read_bytes())
+    engine = make_engine(tmp_path)
+    start = engine.resume("auto", str(tmp_path / "log"))
+    engine.run(str(tmp_path / "log"), max_epoch=3, start_epoch=start, keep_checkpoints=2)
+    assert sorted(path.name for path in folder.iterdir()) == kept
+
+
+def test_a_criterion_with_weights_is_saved_and_resumed(tmp_path):
+    one, other = (make_engine(tmp_path, criterion=pml_losses.ArcFaceLoss(6, 32)) for _ in range(2))
+    one.run(str(tmp_path / "log"), max_epoch=1)
+    other.resume("auto", str(tmp_path / "log"))
+    assert torch.equal(one.criterion.W, other.criterion.W)
+
+
+def test_another_number_of_identities_or_another_loss_is_refused(tmp_path):
+    make_engine(tmp_path).run(str(tmp_path / "log"), max_epoch=1)
+    engine = make_engine(tmp_path, criterion=pml_losses.ArcFaceLoss(6, 32))
+    with pytest.raises(ValueError, match="does not fit this run's optimizer"):
+        engine.resume("auto", str(tmp_path / "log"))
+    engine = make_engine(tmp_path)
+    engine.datamanager._num_train_pids = 5
+    with pytest.raises(ValueError, match="was trained on 6 identities, and the sources have 5"):
+        engine.resume("auto", str(tmp_path / "log"))
+
+
+def test_torchreids_checkpoint_is_resumed_from(tmp_path, capsys):
+    engine = make_engine(tmp_path)
+    state = {"state_dict": engine.model.state_dict(), "epoch": 3, "rank1": 0.5}
+    state |= {"optimizer": engine.optimizer.state_dict(), "scheduler": engine.scheduler.state_dict()}
+    torch.save(state, tmp_path / "host.pth")
+    assert make_engine(tmp_path).resume(str(tmp_path / "host.pth")) == 3
+    assert "holds no random state" in capsys.readouterr().out
+
+
+# Steps.
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_the_network_is_in_half_precision_and_the_loss_in_single(tmp_path, amp):
+    engine = make_engine(tmp_path)
+    seen = set()
+    engine.model.stem.register_forward_hook(lambda module, args, out: seen.add((module.training, out.dtype)))
+    engine.criterion.register_forward_pre_hook(lambda module, args: seen.add(("loss", args[0].dtype)))
+    before = engine.model.stem.weight.clone()
+    engine.run(str(tmp_path / "log"), max_epoch=2, amp=amp)
+    inside = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    assert seen == {(True, inside), ("loss", torch.float32), (False, torch.float32)}
+    assert engine.model.stem.weight.dtype == torch.float32 and not torch.equal(engine.model.stem.weight, before)
+    scale = checkpoint.load(tmp_path / "log" / "model" / "model-last.pth.tar")["training"]["scaler"].get("scale")
+    assert (scale is not None) == (amp == "fp16")
+
+
+def test_half_precision_inside():
+    inside = []
+    model = nn.Linear(3, 2)
+    model.register_forward_hook(lambda module, args, output: inside.append(output.dtype))
+    for amp, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("off", torch.float32)):
+        output = Stepper(amp).forward(nn.Sequential(model), torch.ones(1, 3))
+        assert (inside.pop(), output.dtype) == (dtype, torch.float32)
+    assert Stepper().forward(model.double(), torch.ones(1, 3).double()).dtype == torch.float64
+    with pytest.raises(ValueError, match=r"train.amp must be one of off, bf16, fp16, got 'half'"):
+        Stepper("half")
+
+
+def test_scaled_gradients_step_as_unscaled_ones():
+    weights = []
+    for amp in ("fp16", "off"):
+        torch.manual_seed(0)
+        model, loss_weight = nn.Linear(3, 2), nn.Parameter(torch.ones(()))
+        optimizers = [torch.optim.SGD(model.parameters(), lr=1), torch.optim.SGD([loss_weight], lr=1)]
+        # And one that nothing reaches.
+        optimizers.append(torch.optim.SGD([nn.Parameter(torch.ones(()))], lr=1))
+        stepper = Stepper(amp)
+        stepper.step((model(torch.ones(1, 3)) * loss_weight).square().sum(), optimizers)
+        weights.append(torch.cat([p.detach().flatten() for p in (*model.parameters(), loss_weight)]))
+    torch.testing.assert_close(*weights)
+
+
+def test_compiled(tmp_path, monkeypatch):
+    compiled = []
+
+    def compile_(model):
+        compiled.append(model)
+        return model
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    engine = make_engine(tmp_path)
+    engine.run(str(tmp_path / "log"), max_epoch=1, compiled=True)
+    assert compiled == [engine.model]
+
+
+@pytest.mark.slow
+def test_a_compiled_network_trains_as_the_plain_one(tmp_path):
+    states_ = []
+    for compiled in (False, True):
+        seed_everything(0)
+        engine = make_engine(tmp_path)
+        engine.model.body[4].p = 0
+        engine.run(str(tmp_path / "log"), max_epoch=1, compiled=compiled)
+        states_.append(engine.model.state_dict())
+    torch.testing.assert_close(*states_, rtol=1e-3, atol=1e-4)
+
+
+def spoil(engine, batches):
+    """Makes the loss of some batches NaN, by their number in the run."""
+    forward, calls = engine.model.forward, iter(range(1000))
+
+    def spoiled(images):
+        return forward(images * float("nan") if engine.model.training and next(calls) in batches else images)
+
+    engine.model.forward = spoiled
+
+
+def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(tmp_path):
+    engine = make_engine(tmp_path)
+    spoil(engine, {4})
+    with pytest.raises(
+        FloatingPointError, match=r"the loss is nan in epoch 2, batch 2.*last good .*model\.pth\.tar-1'"
+    ):
+        engine.run(str(tmp_path / "log"), max_epoch=3)
+    first = make_engine(tmp_path)
+    spoil(first, {0})
+    with pytest.raises(FloatingPointError, match=r"epoch 1, batch 1.*no checkpoint was saved"):
+        first.run(str(tmp_path / "new"), max_epoch=3)
+
+
+def test_steps_that_are_not_finite_are_left_out(tmp_path, capsys):
+    engine = make_engine(tmp_path, criterion=memory())
+    spoil(engine, {1, 4})
+    engine.run(str(tmp_path / "log"), max_epoch=2, skip_nonfinite=True)
+    assert engine.skipped == 2
+    out = capsys.readouterr().out
+    assert "Skipped epoch 1, batch 2: the loss is nan" in out and "Skipped 2 steps" in out
+    # Neither the statistics of the network nor the memory of the loss keep anything of it.
+    assert all(torch.isfinite(value).all() for value in engine.model.state_dict().values())
+    assert torch.isfinite(engine.criterion.embedding_memory).all()
+    # 2 epochs of 3 batches of 8, less 2, in a memory of 20.
+    assert engine.criterion.queue_idx == (2 * 3 - 2) * 8 % 20
+
+
+def test_an_epoch_of_skipped_steps_stops_the_run(tmp_path):
+    engine = make_engine(tmp_path)
+    spoil(engine, set(range(3)))
+    with pytest.raises(FloatingPointError, match="every batch of epoch 1"):
+        engine.run(str(tmp_path / "log"), max_epoch=2, skip_nonfinite=True)
+
+
+def test_spoiled_weights_are_not_saved(tmp_path):
+    engine = make_engine(tmp_path)
+    engine.model.body[0].running_mean[0] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"body\.0\.running_mean is not finite after epoch 1"):
+        engine.run(str(tmp_path / "log"), max_epoch=2, checkpoint_freq=1, start_eval=9)
+    assert not list((tmp_path / "log").rglob("*.pth.tar*"))
+
+
+# Layers.
+
+
+def test_fixed_base_then_all_but_what_was_frozen(tmp_path, capsys):
+    engine = make_engine(tmp_path)
+    engine.model.stem.bias.requires_grad = False
+    seen = []
+    step = engine.step
+
+    def watched(loss):
+        seen.append((engine.epoch, [name for name, p in engine.model.named_parameters() if p.requires_grad]))
+        step(loss)
+
+    engine.step = watched
+    before = {name: p.clone() for name, p in engine.model.named_parameters()}
+    engine.run(str(tmp_path / "log"), max_epoch=2, fixbase_epoch=1, open_layers="classifier")
+    everything = [name for name in before if name != "stem.bias"]
+    assert all(names == (["classifier.weight", "classifier.bias"], everything)[epoch] for epoch, names in seen)
+    assert torch.equal(before["stem.bias"], engine.model.stem.bias)
+    assert not torch.equal(before["stem.weight"], engine.model.stem.weight)
+    assert "Only train classifier (epoch: 1/1)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="the model has no head, but stem, body, classifier"):
+        engine.run(str(tmp_path / "log"), max_epoch=1, fixbase_epoch=1, open_layers=["head"])
+
+
+# Logs.
+
+
+def test_lines_and_scalars(tmp_path, capsys):
+    engine = make_engine(tmp_path)
+    engine.run(str(tmp_path / "log"), max_epoch=2, print_freq=2, eval_freq=1)
+    out, err = capsys.readouterr()
+    lines = [line.split("\t") for line in out.splitlines() if line.startswith("epoch: ")]
+    assert [line[0] for line in lines] == ["epoch: [1/2][2/3]", "epoch: [2/2][2/3]"]
+    assert [part.split()[0] for part in lines[0]] == [
+        "epoch:", "time", "data", "eta", "loss_m", "retrieval_error", "sort_error", "num_queries", "loss_x", "acc",
+        "lr",
+    ]  # fmt: skip
+    assert lines[1][-1] == "lr 0.005000"
+    # No progress bar into a file.
+    assert "it/s" not in out + err and "%|" not in out + err
+    events = EventAccumulator(str(tmp_path / "log")).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert tags >= {"Train/loss_m", "Train/loss_x", "Train/retrieval_error", "Train/sort_error", "Train/lr"}
+    assert tags >= {"Test/toy/mAP", "Test/toy/rank1"}
+    assert [event.step for event in events.Scalars("Train/lr")] == list(range(6))
+    assert [event.value for event in events.Scalars("Train/lr")] == pytest.approx([0.01] * 3 + [0.005] * 3)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_progress_bar_on_a_terminal_alone(monkeypatch, terminal):
+    stderr = io.StringIO()
+    stderr.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", stderr)
+    log = EpochLog(epoch=1, max_epoch=4, num_batches=3, print_freq=1, writer=None)
+    assert list(log.batches("abc")) == list("abc")
+    assert ("epoch 2/4:" in stderr.getvalue()) == terminal == bool(stderr.getvalue())
+
+
+@pytest.mark.parametrize("name", ["checkpoint_freq", "print_freq"])
+def test_a_frequency_below_one_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"train.{name} must be 1 or more, got 0"):
+        make_engine(tmp_path).run(str(tmp_path / "log"), max_epoch=1, **{name: 0})

@@ -1,0 +1,238 @@
+"""Losses, miners, reducers and distances by name, from YAML to a trained network."""
+
+import math
+
+import pytest
+import pytorch_metric_learning.losses
+import torch
+import yaml
+from pytorch_metric_learning import distances, losses, miners, reducers
+from toy_data import make_image_manager
+
+from pml_drsl import DRSLoss
+from pml_drsl.miners import NegativeBudgetMiner
+from pml_drsl.reducers import PerQueryReducer
+from pml_drsl.wrappers import CrossBatchMemory
+from torchreid_ext import get_default_config
+from torchreid_ext.checkpointing import file as checkpoint
+from torchreid_ext.config import build as config
+from torchreid_ext.engine import criteria
+from torchreid_ext.engine import pml as engines
+
+EXPORTED = sorted(name for name, value in vars(pytorch_metric_learning.losses).items() if isinstance(value, type))
+TRAINED = sorted(set(EXPORTED) - set(criteria.NOT_TRAINED) | {"DRSLoss"})
+# What a loss has no default for.
+KWARGS = {"RankedListLoss": {"margin": 0.4, "Tn": 10}}
+HEIGHT_WIDTH = {"hacnn": (160, 64)}
+
+
+def configured(tmp_path, loss, model="osnet_x0_25", data=None):
+    """A config read from YAML; ``loss`` is its section of that name."""
+    height, width = HEIGHT_WIDTH.get(model, (64, 32))
+    path = tmp_path / "config.yaml"
+    values = {
+        "model": {"name": model, "pretrained": False},
+        "data": {"height": height, "width": width},
+        "train": {"lr": 0.001, "max_epoch": 1},
+        "use_gpu": False,
+        "loss": loss,
+    }
+    path.write_text(yaml.safe_dump(values))
+    cfg = get_default_config()
+    cfg.merge_from_file(path)
+    return cfg
+
+
+def built(cfg, manager):
+    torch.manual_seed(0)
+    model = config.build_model(cfg, manager.num_train_pids)
+    criterion = config.build_criterion(cfg, model, manager.num_train_pids)
+    optimizer = config.build_optimizer(cfg, model, criterion)
+    scheduler = config.build_scheduler(cfg, optimizer)
+    return config.build_engine(cfg, manager, model, optimizer, scheduler, criterion)
+
+
+def criterion_of(cfg, num_classes=3):
+    return config.build_criterion(cfg, config.build_model(cfg, num_classes), num_classes)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_loss_trains_an_epoch_by_yaml(tmp_path, name):
+    cfg = configured(tmp_path, {"name": "pml", "pml": {"loss": name, "kwargs": KWARGS.get(name, {}), "weight_x": 0.0}})
+    manager = make_image_manager(tmp_path)
+    engine = built(cfg, manager)
+    weights = {key: value.clone() for key, value in engine.criterion.named_parameters()}
+    before = engine.model.conv1.conv.weight.clone()
+    epoch = []
+    forward_backward = engine.forward_backward
+    engine.forward_backward = lambda data: epoch.append(forward_backward(data)) or epoch[-1]
+    results = engine.run(str(tmp_path / "log"), max_epoch=1)
+    assert 0 < results["toy"].mAP <= 1
+    assert all(math.isfinite(summary["loss_m"]) for summary in epoch) and len(epoch) == 3
+    assert not torch.equal(engine.model.conv1.conv.weight, before)
+    for key, value in engine.criterion.named_parameters():
+        assert not torch.equal(value, weights[key]), f"{key} was not trained"
+
+
+@pytest.mark.parametrize("name", sorted(criteria.NOT_TRAINED))
+def test_what_is_no_loss_is_refused_with_the_reason(tmp_path, name):
+    assert name in EXPORTED
+    cfg = configured(tmp_path, {"name": "pml", "pml": {"loss": name}})
+    with pytest.raises(ValueError, match=rf"loss\.pml\.loss: {name} cannot be trained with: "):
+        criterion_of(cfg)
+
+
+def test_weights_are_as_many_as_identities_and_features_and_have_their_own_rate(tmp_path):
+    pml = {"loss": "ArcFaceLoss", "kwargs": {"margin": 20}, "lr": 0.5}
+    cfg = configured(tmp_path, {"name": "pml", "pml": pml})
+    cfg.merge_from_list(["train.lr_scheduler", "multi_step", "train.stepsize", "[1]", "train.staged_lr", "True"])
+    engine = built(cfg, make_image_manager(tmp_path))
+    assert engine.criterion.W.shape == (512, 6)
+    assert engine.criterion.margin == pytest.approx(math.radians(20))
+    assert [group["lr"] for group in engine.optimizer.param_groups] == pytest.approx([0.5, 0.0001, 0.001])
+    # torchreid logs the rate of the network's new layers.
+    assert engine.get_current_lr() == 0.001
+    engine.update_lr()
+    assert [group["lr"] for group in engine.optimizer.param_groups] == pytest.approx([0.05, 0.00001, 0.0001])
+
+
+def test_without_a_rate_weights_learn_as_the_network(tmp_path):
+    engine = built(
+        configured(tmp_path, {"name": "pml", "pml": {"loss": "ProxyAnchorLoss"}}), make_image_manager(tmp_path)
+    )
+    assert [group["lr"] for group in engine.optimizer.param_groups] == [0.001, 0.001]
+
+
+def test_the_optimizer_state_of_weights_resumes(tmp_path):
+    cfg = configured(tmp_path, {"name": "pml", "pml": {"loss": "CosFaceLoss", "lr": 0.5}})
+    manager = make_image_manager(tmp_path)
+    engine = built(cfg, manager)
+    engine.run(str(tmp_path / "log"), max_epoch=1)
+    twin = built(cfg, manager)
+    path = tmp_path / "log" / "model" / "model.pth.tar-1"
+    checkpoint.resume(path, twin.model, twin.optimizer, twin.scheduler)
+    assert [group["lr"] for group in twin.optimizer.param_groups] == [0.5, 0.001]
+    assert len(twin.optimizer.param_groups[0]["params"]) == 1
+
+
+def test_weights_that_nobody_would_train_are_refused(tmp_path):
+    cfg = configured(tmp_path, {"name": "pml", "pml": {"loss": "SoftTripleLoss"}})
+    manager = make_image_manager(tmp_path)
+    model = config.build_model(cfg, manager.num_train_pids)
+    optimizer = config.build_optimizer(cfg, model)
+    with pytest.raises(ValueError, match=r"SoftTripleLoss has weights that the optimizer does not train; .*criterion"):
+        config.build_engine(cfg, manager, model, optimizer, None)
+
+
+@pytest.mark.parametrize("section", ["drsl", "pml"])
+def test_miner_reducer_distance_by_name(tmp_path, section):
+    parts = {
+        "miner": {"name": "MultiSimilarityMiner", "epsilon": 0.2},
+        "distance": {"name": "LpDistance", "normalize_embeddings": False},
+        "reducer": "AvgNonZeroReducer" if section == "pml" else "PerQueryReducer",
+        "weight_m": 2,
+        "weight_x": 0.25,
+    }
+    if section == "pml":
+        parts |= {"loss": "ContrastiveLoss", "kwargs": {"neg_margin": 0.7}}
+    else:
+        parts |= {"scale_free": True, "temperature": 0.05, "bound": True}
+    engine = built(configured(tmp_path, {"name": section, section: parts}), make_image_manager(tmp_path))
+    criterion = engine.criterion
+    assert isinstance(engine.miner, miners.MultiSimilarityMiner) and engine.miner.epsilon == 0.2
+    assert isinstance(criterion.distance, distances.LpDistance) and not criterion.distance.normalize_embeddings
+    assert (engine.weight_m, engine.weight_x) == (2, 0.25)
+    if section == "pml":
+        assert isinstance(criterion, losses.ContrastiveLoss) and criterion.neg_margin == 0.7
+        assert isinstance(criterion.reducer.reducers["pos_loss"], reducers.AvgNonZeroReducer)
+    else:
+        assert isinstance(criterion, DRSLoss) and criterion.scale_free and criterion.bound
+        assert criterion.temperature == 0.05
+        assert isinstance(criterion.reducer.reducers["sort_loss"], PerQueryReducer)
+    assert isinstance(engine, engines.ImageDRSLEngine) == (section == "drsl")
+    engine.run(str(tmp_path / "log"), max_epoch=1)
+
+
+def test_objects_inside_objects(tmp_path):
+    kwargs = {
+        "embedding_regularizer": {"name": "LpRegularizer", "p": 1},
+        "reducer": {"name": "MultipleReducers", "reducers": {"pos_loss": {"name": "SumReducer"}}},
+    }
+    criterion = criterion_of(
+        configured(tmp_path, {"name": "pml", "pml": {"loss": "ContrastiveLoss", "kwargs": kwargs}})
+    )
+    assert criterion.embedding_regularizer.p == 1
+    assert isinstance(criterion.reducer.reducers["pos_loss"], reducers.SumReducer)
+
+
+@pytest.mark.parametrize("section", ["drsl", "pml"])
+def test_memory_keeps_past_batches_and_has_the_miner(tmp_path, section):
+    parts = {"memory_size": 20, "miner": {"name": "NegativeBudgetMiner", "negatives_per_positive": 2}}
+    parts |= {"loss": "TripletMarginLoss"} if section == "pml" else {}
+    engine = built(configured(tmp_path, {"name": section, section: parts}), make_image_manager(tmp_path))
+    memory = engine.criterion
+    assert isinstance(memory, CrossBatchMemory) and memory.embedding_memory.shape == (20, 512)
+    assert engine.miner is None and isinstance(memory.miner, NegativeBudgetMiner)
+    engine.run(str(tmp_path / "log"), max_epoch=1)
+    # 3 batches of 8 have gone around the memory once.
+    assert memory.has_been_filled and memory.queue_idx == 4
+    assert (memory.embedding_memory.norm(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("pml", [{"loss": "ProxyAnchorLoss"}, {"loss": "ContrastiveLoss", "memory_size": 16}])
+def test_each_feature_of_a_network_has_weights_and_memory_of_its_own(tmp_path, pml):
+    cfg = configured(tmp_path, {"name": "pml", "pml": pml}, model="hacnn")
+    engine = built(cfg, make_image_manager(tmp_path, height=160, width=64))
+    assert isinstance(engine.criterion, criteria.PerFeature) and len(engine.criterion) == 2
+    engine.set_model_mode("train")
+    engine.forward_backward(next(iter(engine.train_loader)))
+    state = [next(iter(part.state_dict().values())) for part in engine.criterion]
+    assert not torch.equal(*state)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ({"pml": {"loss": "CircelLoss"}}, r"loss\.pml\.loss: there is no 'CircelLoss'; did you mean 'CircleLoss'\?"),
+        ({"pml": {"loss": "DRSL"}}, "did you mean 'DRSLoss'"),
+        (
+            {"pml": {"loss": "CircleLoss", "kwargs": {"margin": 1}}},
+            r"CircleLoss takes no 'margin'; it is CircleLoss\(m=0\.4, gamma=80, .*distance=None",
+        ),
+        ({"pml": {"loss": "RankedListLoss"}}, r"RankedListLoss needs margin, Tn; it is RankedListLoss\(margin, Tn, "),
+        ({"pml": {"miner": "MultiSimilarity"}}, r"loss\.pml\.miner: .*did you mean 'MultiSimilarityMiner'"),
+        ({"drsl": {"miner": {"name": "MultiSimilarityMiner", "eps": 1}}}, r"loss\.drsl\.miner: .* takes no 'eps'"),
+        ({"drsl": {"reducer": "PerQuerry"}}, r"loss\.drsl\.reducer: .*did you mean 'PerQueryReducer'"),
+        ({"pml": {"distance": {"name": "LpDistance", "q": 1}}}, r"loss\.pml\.distance: LpDistance takes no 'q'"),
+        ({"drsl": {"distance": {"p": 1}}}, r"loss\.drsl\.distance: there is no None"),
+        ({"drsl": {"temperature": 0.0}}, r"loss\.drsl.*temperature must be a number above 0, got 0.0"),
+        (
+            {"pml": {"loss": "HistogramLoss", "kwargs": {"n_bins": 5, "delta": 1}}},
+            r"loss\.pml\.loss: delta and n_bins must satisfy[^;]*; HistogramLoss is HistogramLoss\(n_bins=None",
+        ),
+        ({"drsl": {"memory_size": -1}}, r"loss\.drsl\.memory_size must be 0 \(no memory\) or more, got -1"),
+        ({"pml": {"loss": "ArcFaceLoss", "memory_size": 8}}, "memory_size is 8, but ArcFaceLoss cannot rank a memory"),
+        ({"softmax": {}, "cross_camera": True}, "loss.cross_camera is for loss.name drsl and pml, got 'softmax'"),
+    ],
+)
+def test_mistakes_are_answered(tmp_path, loss, message):
+    cfg = configured(tmp_path, {"name": next(iter(loss)), **loss})
+    with pytest.raises(ValueError, match=message):
+        built(cfg, make_image_manager(tmp_path))
+
+
+def test_a_class_named_later_has_its_own_arguments_alone(tmp_path):
+    (tmp_path / "base.yaml").write_text("loss: {pml: {miner: {name: MultiSimilarityMiner, epsilon: 0.2}}}")
+    (tmp_path / "child.yaml").write_text("base: base.yaml\nloss: {pml: {miner: BatchHardMiner, kwargs: {m: 1}}}")
+    cfg = get_default_config()
+    cfg.merge_from_file(tmp_path / "base.yaml")
+    cfg.merge_from_list(["loss.pml.miner.epsilon", "0.3"])
+    assert cfg.loss.pml.miner == {"name": "MultiSimilarityMiner", "epsilon": 0.3}
+    cfg.merge_from_file(tmp_path / "child.yaml")
+    cfg.merge_from_list(["loss.pml.kwargs.gamma", "2"])
+    assert cfg.loss.pml.miner == {"name": "BatchHardMiner"}
+    assert cfg.loss.pml.kwargs == {"m": 1, "gamma": 2}
+    cfg.merge_from_list(["loss.pml.miner", ""])
+    assert cfg.loss.pml.miner == {}
+    with pytest.raises(ValueError, match=r"'loss.pml.miner' takes a class's name, or .*, got 3"):
+        cfg.merge_from_list(["loss.pml.miner", "3"])

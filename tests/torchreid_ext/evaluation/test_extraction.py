@@ -1,0 +1,216 @@
+"""Processes that share a test must all have the result of one process that does it alone, bit for bit."""
+
+import contextlib
+import io
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchreid
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from toy_data import make_image_manager, make_video_manager
+
+from pml_drsl.evaluation import distances as distance_rows
+from pml_drsl.evaluation.ranking import rank_queries
+from torchreid_ext.engine.pml import ImageDRSLEngine, VideoDRSLEngine
+from torchreid_ext.evaluation import extraction as sharding
+from torchreid_ext.evaluation import search as evaluation
+from torchreid_ext.runtime.signals import Interrupted
+
+# What to test with: arguments of the data manager, and of `test`. Of 12 queries and 12 gallery images (6 tracklets
+# each), 5 a batch are three batches each; 100 are one, so that most processes have none.
+CASES = {
+    "three batches": ({"batch_size_test": 5}, {}),
+    "one batch": ({"batch_size_test": 100}, {"dist_metric": "cosine", "normalize_feature": True}),
+    "twelve batches and workers": ({"batch_size_test": 1, "workers": 1}, {"use_metric_cuhk03": True}),
+    "re-ranked": ({"batch_size_test": 5}, {"rerank": True}),
+    "tracklets": ({"batch_size_test": 4}, {}),
+    "tracklets, random frames": ({"batch_size_test": 4, "sample_method": "random", "seq_len": 1}, {}),
+}
+RANKINGS = [
+    {"protocol": protocol, "ties": ties, "chunk_size": chunk_size, "with_cams": with_cams}
+    for protocol, ties, chunk_size, with_cams in [
+        ("standard", "mean", 37, True),
+        ("standard", "pessimistic", None, False),
+        ("single-gallery-shot", "mean", 37, True),
+        ("single-gallery-shot", "optimistic", 100, True),
+    ]
+]
+
+
+def make_engine(case, folder, rank=0):
+    video = case.startswith("tracklets")
+    with contextlib.redirect_stdout(io.StringIO()):
+        manager = (make_video_manager if video else make_image_manager)(folder, **CASES[case][0])
+    torch.manual_seed(0)
+    model = torchreid.models.build_model(
+        "osnet_x0_25", manager.num_train_pids, loss="triplet", pretrained=False, use_gpu=False
+    )
+    with torch.no_grad():
+        for buffer in model.buffers():  # in training each process gathers statistics of its own
+            buffer.add_(rank)
+    engine = (VideoDRSLEngine if video else ImageDRSLEngine)(
+        manager, model, torch.optim.SGD(model.parameters(), lr=0.1), use_gpu=False
+    )
+    # Two persons to each identity, so that the search makes mistakes: one colour a person finds them all.
+    engine.parse_data_for_eval = lambda data: (data["img"], data["pid"] % 3, data["camid"])
+    seed(3 + rank)
+    return engine
+
+
+def seed(value):
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+
+
+def run_test(engine, case, save_dir=""):
+    result = next(iter(engine.test(save_dir=save_dir, **CASES[case][1]).values()))
+    return result.to_dict()
+
+
+def make_search():
+    generator = torch.Generator().manual_seed(0)
+    query, gallery = (torch.randn(size, 48, generator=generator) for size in (230, 900))
+    ids, cams = ([torch.randint(0, high, (size,), generator=generator) for size in (230, 900)] for high in (40, 3))
+    ids[0][7] = 99  # a query without a match
+    return query, gallery, ids, cams
+
+
+def rank(options, group=None):
+    query, gallery, ids, cams = make_search()
+    options = dict(options)
+    cams = cams if options.pop("with_cams") else (None, None)
+    ranked = rank_queries(distance_rows.FeatureDistances(query, gallery), *ids, *cams, group=group, **options)
+    return [ranked.average_precision, ranked.inverse_negative_penalty, ranked.first_places, ranked.num_junk]
+
+
+def work(rank_, world_size, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank_, world_size=world_size)
+    pair = dist.new_group([0, 1])
+    own = folder / f"process{rank_}"
+    own.mkdir()
+    found = {"rankings": [rank(options, dist.group.WORLD) for options in RANKINGS]}
+    if rank_ < 2:
+        found["rankings of two"] = [rank(options, pair) for options in RANKINGS]
+    distance_rows.ELEMENTS_PER_CHUNK = 40
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        for case in CASES:
+            engine = make_engine(case, own, rank_)
+            buffers = [buffer.clone() for buffer in engine.model.buffers()]
+            found[case] = run_test(engine, case, str(folder / f"{case} {rank_}"))
+            left = [torch.equal(a, b) for a, b in zip(buffers, engine.model.buffers(), strict=True)]
+            found[f"{case}: left as it was"] = all(left)
+    found["printed"] = printed.getvalue()
+
+    engine = make_engine("three batches", own, rank_)
+    engine.model.eval()
+    if rank_ < 2:
+        loader = next(iter(engine.test_loader.values()))["gallery"]
+        found["features of two"] = evaluation.extract(engine, loader, pair).features
+    engine.model = DistributedDataParallel(engine.model)
+    found["in DDP"] = run_test(engine, "three batches")
+
+    found["raised"] = []
+    if rank_ == 2:
+        Path(next(iter(engine.datamanager.test_dataset.values()))["gallery"][-1][0]).unlink()
+    for asked_to_stop in (False, True):
+        if asked_to_stop and rank_ == 1:
+            engine.stop.signum = 15
+        try:
+            run_test(engine, "three batches")
+        except (ValueError, OSError, Interrupted) as error:
+            found["raised"].append((type(error).__name__, str(error)))
+    found["asked to stop"] = engine.stop.signum
+    torch.save(found, folder / f"found{rank_}")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    torch.multiprocessing.spawn(work, (3, folder), nprocs=3)
+    return folder, [torch.load(folder / f"found{rank_}", weights_only=False) for rank_ in range(3)]
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(distance_rows, "ELEMENTS_PER_CHUNK", 40)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_test_has_the_result_of_one_process(case, outcome, one_thread, tmp_path):
+    folder, found = outcome
+    engine = make_engine(case, tmp_path)
+    wanted = run_test(engine, case)
+    assert 0 < wanted["mAP"] < 1
+    for of_process in found:
+        assert of_process[case] == wanted
+        assert of_process[f"{case}: left as it was"]
+    written = json.loads((folder / f"{case} 0" / "metrics.json").read_text())
+    assert list(written.values()) == [wanted]
+    assert not (folder / f"{case} 1").exists()
+
+
+@pytest.mark.parametrize("index", range(len(RANKINGS)), ids=str)
+def test_a_ranking_is_that_of_one_process(index, outcome):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    wanted = rank(RANKINGS[index])
+    torch.set_num_threads(threads)
+    _, found = outcome
+    shared = [of_process["rankings"] for of_process in found] + [
+        of_process["rankings of two"] for of_process in found[:2]
+    ]
+    for rankings in shared:
+        for column, of_one in zip(rankings[index], wanted, strict=True):
+            assert column.dtype == of_one.dtype
+            np.testing.assert_array_equal(column.numpy(), of_one.numpy())
+
+
+def test_the_model_may_be_in_ddp_and_two_share_as_well_as_three(outcome, one_thread, tmp_path):
+    _, found = outcome
+    engine = make_engine("three batches", tmp_path)
+    engine.model.eval()
+    assert [of_process["in DDP"] for of_process in found] == [run_test(engine, "three batches")] * 3
+    features = evaluation.extract(engine, next(iter(engine.test_loader.values()))["gallery"]).features
+    assert all(torch.equal(of_process["features of two"], features) for of_process in found[:2])
+
+
+def test_the_first_alone_prints(outcome):
+    _, found = outcome
+    assert found[0]["printed"].count("mAP:") == len(CASES)
+    assert "Evaluating" not in found[1]["printed"] + found[2]["printed"]
+    assert "mAP" not in found[1]["printed"] + found[2]["printed"]
+
+
+def test_what_fails_on_one_process_ends_the_test_on_all(outcome):
+    _, found = outcome
+    damage, stop = zip(*(of_process["raised"] for of_process in found), strict=True)
+    assert [name for name, _ in damage] == ["ValueError", "ValueError", "OSError"]
+    assert damage[2][1].endswith('.png" does not exist')
+    assert damage[0][1] == damage[1][1] == f"process 2 could not test: {damage[2][1]}"
+    assert [name for name, _ in stop] == ["Interrupted"] * 3
+    assert [of_process["asked to stop"] for of_process in found] == [15] * 3
+
+
+def test_shares_are_whole_and_even(monkeypatch):
+    for world_size in (1, 2, 3, 7):
+        monkeypatch.setattr(dist, "get_world_size", lambda group, size=world_size: size)
+        for number in (0, 1, 5, 14):
+            parts = []
+            for rank_ in range(world_size):
+                monkeypatch.setattr(dist, "get_rank", lambda group, rank_=rank_: rank_)
+                parts.append(list(range(number))[sharding.share(number, None)])
+            assert [thing for part in parts for thing in part] == list(range(number))
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1

@@ -1,0 +1,110 @@
+"""The page of ranked results: what stands where, in which colours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from torchreid_ext.evaluation.pictures import RIGHT, WRONG, RankedQuery, ranking_picture, save_ranking_picture
+
+# Colours that smoothed grey text cannot have.
+BLUE, OLIVE, PINK = (20, 40, 220), (120, 120, 20), (250, 120, 200)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> dict[tuple[int, int, int], str]:
+    paths = {}
+    for number, colour in enumerate((BLUE, OLIVE, PINK)):
+        paths[colour] = str(tmp_path / f"{number}.png")
+        Image.new("RGB", (32, 64), colour).save(paths[colour])
+    return paths
+
+
+def columns(page: Image.Image, colour: tuple[int, int, int]) -> list[int]:
+    """x of all pixels of exactly this colour."""
+    pixels = page.load()
+    assert pixels is not None
+    return [x for x in range(page.width) for y in range(page.height) if pixels[x, y] == colour]
+
+
+def test_query_stands_left_of_the_gallery_in_order(images: dict[tuple[int, int, int], str]) -> None:
+    row = RankedQuery(images[BLUE], [images[OLIVE], images[PINK]], [True, False], [0.25, 1.5])
+    page = ranking_picture([row], "title")
+    assert max(columns(page, BLUE)) < min(columns(page, OLIVE)) <= max(columns(page, OLIVE)) < min(columns(page, PINK))
+    # Each frame and its mark lie about its own image.
+    assert min(columns(page, RIGHT)) < min(columns(page, OLIVE))
+    assert max(columns(page, RIGHT)) < min(columns(page, PINK))
+    assert max(columns(page, OLIVE)) < min(columns(page, WRONG)) < min(columns(page, PINK))
+    assert max(columns(page, WRONG)) > max(columns(page, PINK))
+
+
+def test_right_and_wrong_differ_without_colour(images: dict[tuple[int, int, int], str]) -> None:
+    shapes = []
+    for correct, colour in ((True, RIGHT), (False, WRONG)):
+        page = ranking_picture([RankedQuery(images[BLUE], [images[OLIVE]], [correct], [0.5])], "title")
+        found = {(x, y) for x in range(page.width) for y in range(page.height) if page.getpixel((x, y)) == colour}
+        shapes.append(found)
+    assert shapes[0] != shapes[1]
+
+
+def test_rank_and_distance_and_title_are_written(images: dict[tuple[int, int, int], str]) -> None:
+    def page(title: str, distance: float) -> Image.Image:
+        return ranking_picture([RankedQuery(images[BLUE], [images[OLIVE]], [True], [distance])], title)
+
+    assert page("one", 0.1).tobytes() != page("two", 0.1).tobytes()
+    assert page("one", 0.1).tobytes() != page("one", 0.2).tobytes()
+    long, longer = page("word " * 60, 0.1), page("word " * 90, 0.1)
+    assert long.size == page("one", 0.1).size and long.tobytes() == longer.tobytes()
+
+
+def test_a_row_per_query_and_unequal_galleries(images: dict[tuple[int, int, int], str]) -> None:
+    full = RankedQuery(images[BLUE], [images[OLIVE]] * 5, [True] * 5, [0.1] * 5)
+    empty = RankedQuery(images[PINK], [], [], [])
+    one, two = ranking_picture([full], ""), ranking_picture([full, empty], "")
+    assert two.width == one.width and two.height > 1.7 * (one.height - 100)
+    assert columns(two, PINK)
+
+
+def test_wrong_arguments(images: dict[tuple[int, int, int], str]) -> None:
+    with pytest.raises(ValueError, match="rows is empty"):
+        ranking_picture([], "title")
+    with pytest.raises(ValueError, match=r"\(2, 1, 2\)"):
+        RankedQuery(images[BLUE], [images[OLIVE]] * 2, [True], [0.1, 0.2])
+
+
+def test_saving_is_whole_or_nothing(images: dict[tuple[int, int, int], str], tmp_path: Path) -> None:
+    target = tmp_path / "new" / "page.png"
+    row = RankedQuery(images[BLUE], [images[OLIVE]], [True], [0.1])
+    assert save_ranking_picture(target, [row], "first") == target
+    with Image.open(target) as page:
+        assert page.format == "PNG" and page.tobytes() == ranking_picture([row], "first").tobytes()
+    before = target.read_bytes()
+    with pytest.raises(FileNotFoundError):
+        save_ranking_picture(target, [RankedQuery(str(tmp_path / "absent.png"), [], [], [])], "second")
+    assert target.read_bytes() == before and [path.name for path in target.parent.iterdir()] == ["page.png"]
+    save_ranking_picture(target, [row], "second")
+    assert target.read_bytes() != before and [path.name for path in target.parent.iterdir()] == ["page.png"]
+
+
+def test_junk_has_neither_mark_nor_colour(images: dict[tuple[int, int, int], str]) -> None:
+    row = RankedQuery(images[BLUE], [images[OLIVE], images[PINK]], [True, False], [0.1, 0.2], junk=[True, False])
+    page = ranking_picture([row], "title")
+    assert not columns(page, OLIVE)
+    assert not columns(page, RIGHT)
+    assert min(columns(page, WRONG)) < min(columns(page, PINK))
+
+
+def test_a_tracklet_shows_images_from_all_of_it(images: dict[tuple[int, int, int], str]) -> None:
+    tracklet = [images[BLUE]] * 5 + [images[OLIVE]] * 5 + [images[PINK]] * 10
+    page = ranking_picture([RankedQuery(images[BLUE], [tracklet], [True], [0.1])], "title")
+    quarter = len(columns(page, PINK)) / 2
+    # The mark hides a corner of the second quarter.
+    assert len(columns(page, OLIVE)) == pytest.approx(quarter, rel=0.1)
+    assert quarter > 100
+
+
+def test_junk_of_another_length_is_refused(images: dict[tuple[int, int, int], str]) -> None:
+    with pytest.raises(ValueError, match="one length"):
+        RankedQuery(images[BLUE], [images[OLIVE]], [True], [0.1], junk=[True, False])

@@ -1,0 +1,281 @@
+"""Several processes train what one process trains, and one that dies ends the job or has it started again."""
+
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import shared_training
+import torch
+from killing import differing
+from torch import distributed as dist
+from toy_data import write_images
+
+from torchreid_ext import get_default_config
+from torchreid_ext.__main__ import main
+from torchreid_ext.checkpointing import file as checkpoint
+from torchreid_ext.checkpointing import resume as resuming
+from torchreid_ext.checkpointing.folder import History
+from torchreid_ext.config import build as config
+from torchreid_ext.runtime import distributed
+from torchreid_ext.runtime.signals import Interrupted
+
+ROOT = Path(__file__).parents[3]
+SUPPORT = ROOT / "tests" / "support"
+OPTIONS = {
+    "use_gpu": False, "model.name": "osnet_x0_25", "model.pretrained": False, "data.height": 32, "data.width": 16,
+    "data.workers": 0, "loss.name": "drsl", "train.batch_size": 8, "train.max_epoch": 3, "train.print_freq": 1,
+    "sampler.train_sampler": "RandomIdentitySampler", "datasets.listed.csv": "list.csv",
+}  # fmt: skip
+
+
+def torchrun(*words):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", *map(str, words)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = shared_training.train_all(tmp_path_factory.mktemp("alone"))
+    torch.set_num_threads(threads)
+    return found
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """What each of three processes found."""
+    folder = tmp_path_factory.mktemp("together")
+    done = torchrun("--nproc_per_node", 3, SUPPORT / "shared_training.py", folder)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"found{rank}", weights_only=True) for rank in range(3)]
+
+
+@pytest.mark.parametrize("name", shared_training.CASES)
+def test_several_processes_train_as_one_does(alone, together, name):
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if name == "float32" else {"rtol": 1e-9, "atol": 1e-9}
+    wanted = alone[name]
+    assert len(wanted["summaries"]) >= 2 and wanted["state"]["skipped"] == (name == "a loss that is not finite")
+    for of_process in together:
+        found = of_process["cases"][name]
+        assert len(found["summaries"]) == len(wanted["summaries"])
+        for summary, expected in zip(found["summaries"], wanted["summaries"], strict=True):
+            # torchreid gives the accuracy in percent and in float32.
+            assert summary.pop("acc", 0) == pytest.approx(expected.get("acc", 0), abs=1e-4)
+            torch.testing.assert_close(summary, {k: v for k, v in expected.items() if k != "acc"}, **tolerance)
+        torch.testing.assert_close(found["state"]["state_dict"], wanted["state"]["state_dict"], **tolerance)
+        if name != "float32":
+            torch.testing.assert_close(found["state"], wanted["state"], **tolerance)
+
+
+def test_a_resumed_run_of_several_ends_as_a_whole_one_bit_for_bit(together):
+    for of_process in together:
+        whole, resumed = of_process["resumed"]["ends"]
+        assert whole["training"]["processes"] == len(together)
+        assert differing(whole, resumed) == 0
+    weights = [of_process["resumed"]["ends"][0]["state_dict"] for of_process in together]
+    assert differing(weights[0], weights[-1]) == 0
+    # What the network drops out differs from process to process, and not from run to run.
+    drawn = [torch.stack(of_process["resumed"]["drawn"]) for of_process in together]
+    assert all(torch.equal(one[0], one[1]) for one in drawn)
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+# From the command line.
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    rows = [
+        f"{path},{pid},{camid},{'train' if pid < 6 else 'gallery' if camid else 'query'}"
+        for path, pid, camid in write_images(folder / "images")
+    ]
+    (folder / "list.csv").write_text("\n".join(["path,pid,camid,split", *rows]))
+    return folder
+
+
+def words(data, log, **options):
+    options = OPTIONS | {"data.save_dir": data / log} | options
+    pairs = [str(word) for item in options.items() for word in item]
+    return ["-s", "listed", "-t", "listed", "--root", str(data), *pairs]
+
+
+@pytest.fixture(scope="module")
+def whole(data):
+    """A run that nothing happened to."""
+    done = torchrun("--nproc_per_node", 2, "-m", "torchreid_ext", *words(data, "whole"))
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def last(data, log):
+    return checkpoint.load(data / log / "model" / "model-last.pth.tar")
+
+
+def test_the_first_process_alone_prints_and_saves(data, whole):
+    assert [line.split("\t")[0] for line in whole.splitlines() if line.startswith("epoch: ")] == [
+        f"epoch: [{epoch}/3][{batch}/3]" for epoch in (1, 2, 3) for batch in (1, 2, 3)
+    ]
+    assert whole.count("Checkpoint saved") == 3 and whole.count("** Results **") == 1
+    for names in ("train.log-*", "events.out.tfevents.*", "metrics.json"):
+        assert len(list((data / "whole").glob(names))) == 1, names
+
+
+def test_a_killed_process_is_started_again_and_a_signal_stops_all(data, whole, capsys):
+    # An earlier run's, which is not gone on from.
+    folder = data / "stopped" / "model"
+    folder.mkdir(parents=True)
+    (folder / "model-last.pth.tar").write_bytes((data / "whole" / "model" / "model-last.pth.tar").read_bytes())
+    run = ["--nproc_per_node", 2, "--max-restarts", 1, SUPPORT / "dying.py", *words(data, "stopped")]
+    stopped = torchrun(*run)
+    assert stopped.stdout.count("=> Start training") == 2
+    assert stopped.stdout.count("Resuming from") == 1 and "after epoch 1" in stopped.stdout
+    assert stopped.returncode != 0
+    assert stopped.stderr.count("stopped by SIGTERM in epoch 2; model.resume auto begins it again") == 1, stopped.stderr
+    # After the batch in which the signal came.
+    assert "epoch: [2/3][2/3]" in stopped.stdout and "epoch: [2/3][3/3]" not in stopped.stdout
+    assert last(data, "stopped")["epoch"] == 1
+    resume = words(data, "stopped", **{"model.resume": "auto"})
+    assert main(resume) == 2
+    assert "was trained by 2 processes, and this run has 1: start it with as many" in capsys.readouterr().err
+    assert main([*resume, "test.evaluate", "True"]) == 0
+    resumed = torchrun("--nproc_per_node", 2, "-m", "torchreid_ext", *resume)
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout.count("Resuming from") == 1
+    assert differing(last(data, "whole"), last(data, "stopped")) == 0
+
+
+def test_a_signal_that_comes_while_processes_agree_is_not_lost(tmp_path, monkeypatch):
+    engine = shared_training.make_engine(tmp_path, "drsl")
+    agreed = distributed.agreed
+
+    def agreed_and_then(summary, signum):
+        told = agreed(summary, signum)
+        if (engine.epoch, engine.batch_idx) == (1, 0):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return told
+
+    monkeypatch.setattr(distributed, "agreed", agreed_and_then)
+    with pytest.raises(Interrupted, match="stopped by SIGTERM in epoch 2"):
+        engine.run(str(tmp_path / "log"), max_epoch=3)
+    assert engine.batch_idx == 1
+
+
+# What cannot be done is told at once.
+
+
+def test_a_start_finds_nothing_of_an_earlier_one_in_the_store_of_torchrun(monkeypatch):
+    store = dist.TCPStore("localhost", 0, is_master=True)
+    torchruns = {"MASTER_ADDR": "localhost", "MASTER_PORT": store.port, "RANK": 0, "WORLD_SIZE": 1,
+                 "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_MAX_RESTARTS": 3,
+                 "GROUP_WORLD_SIZE": 1}  # fmt: skip
+    for name, value in torchruns.items():
+        monkeypatch.setenv(name, str(value))
+    kept = []
+    for start in range(3):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(start))
+        with distributed.joined(use_gpu=False, timeout=20):
+            kept.append(set(store.list_keys()))
+    assert store.num_keys() and len(kept[0]) < len(kept[1]) < len(kept[2])
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    with (
+        pytest.raises(ValueError, match=r"--max-restarts on several machines .* TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"),
+        distributed.joined(use_gpu=False),
+    ):
+        pass
+
+
+def test_a_batch_that_cannot_be_shared(monkeypatch):
+    monkeypatch.setattr(distributed, "size", lambda: 3)
+    distributed.check_share(12, 4)
+    with pytest.raises(ValueError, match=r"train.batch_size 8 .* all 3 processes together.*make it a multiple of 3"):
+        distributed.check_share(8)
+    with pytest.raises(ValueError, match=r"whole groups of sampler.num_instances 4: make it a multiple of 12"):
+        distributed.check_share(18, 4)
+    with pytest.raises(ValueError, match=r"a batch of 5 .* drop_last=True"):
+        distributed.share([0] * 5)
+    cfg = get_default_config()
+    with pytest.raises(ValueError, match=r"train.batch_size 32 is that of all 3 processes"):
+        config.check(cfg)
+    cfg.sampler.train_sampler, cfg.train.batch_size = "RandomIdentitySampler", 30
+    with pytest.raises(ValueError, match=r"whole groups of sampler.num_instances 4: make it a multiple of 12"):
+        config.check(cfg)
+    cfg.test.evaluate = True
+    config.check(cfg)
+
+
+def test_synchronised_batch_normalisation_on_the_cpu(monkeypatch):
+    cfg = get_default_config()
+    cfg.merge_from_list([word for item in OPTIONS.items() for word in map(str, item)])
+    cfg.train.sync_batchnorm = True
+    config.build_model(cfg, 6)
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    with pytest.raises(ValueError, match=r"train.sync_batchnorm: torch has it on GPUs alone"):
+        config.build_model(cfg, 6)
+
+
+def test_a_timeout_below_a_second(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(ValueError, match=r"train.timeout must be 1 second or more, got 0"), distributed.joined(True, 0):
+        pass
+
+
+def two_of_gloo():
+    """What two processes would have, here in two threads."""
+    store, wait = dist.HashStore(), timedelta(seconds=1)
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda rank: dist.ProcessGroupGloo(store, rank, 2, wait), range(2)))
+
+
+@pytest.mark.parametrize(
+    "ends, error, message",
+    [(False, TimeoutError, "waited 1 seconds .* make train.timeout larger"), (True, ConnectionError, "process ended")],
+)
+def test_a_process_that_hangs_or_ends_is_told_to_those_that_wait_for_it(monkeypatch, ends, error, message):
+    monkeypatch.setattr(distributed, "launched", lambda: True)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    groups = two_of_gloo()
+    with pytest.raises(error, match=message), distributed.joined(use_gpu=False, timeout=1):
+        if ends:
+            del groups[1]
+        groups[0].allreduce([torch.ones(1)]).wait()
+
+
+def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "on_this_machine", lambda: 3)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    assert config._workers(4) == config._workers(-1) == 2
+    assert "there are 2 cores for each training process" in capsys.readouterr().out
+
+
+def test_a_restart_goes_on_from_its_own_checkpoints(tmp_path, monkeypatch):
+    assert resuming.first_start(tmp_path) is None and not list(tmp_path.iterdir())
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    history = History(tmp_path / "model")
+    history.save({"epoch": 7}, 7)
+    for path in (tmp_path / "model").iterdir():
+        os.utime(path, (1e9, 1e9))
+    assert resuming.first_start(tmp_path) is None
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    # Of one that noted nothing before it died, there is none to go on from.
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    assert resuming.first_start(tmp_path) is None
+    since = resuming.first_start(tmp_path)
+    assert since is not None
+    assert resuming.find("auto", tmp_path / "model", since) is None
+    assert resuming.find("auto", tmp_path / "model")[1]["epoch"] == 7
+    history.save({"epoch": 2}, 2)
+    assert resuming.find("auto", tmp_path / "model", since)[1]["epoch"] == 2

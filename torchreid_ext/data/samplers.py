@@ -1,0 +1,183 @@
+"""Samplers of batches with several images of each identity."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torchreid
+from pytorch_metric_learning.samplers import MPerClassSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
+
+from torchreid_ext.data.loading import rebuilt
+from torchreid_ext.runtime import distributed
+from torchreid_ext.runtime import random as generators
+
+
+class IdentitySampler(Sampler[int]):
+    """Batches of ``batch_size / num_instances`` identities with ``num_instances`` images each.
+
+    An epoch shows every image at most once, but for identities with fewer than ``num_instances`` images, which it
+    shows once each, filled up with repetitions. It makes as many batches as that allows: with ``g_i`` groups of
+    ``num_instances`` images of identity i and P identities in a batch, the largest B with
+    ``sum over i of min(g_i, B) >= P * B``.
+
+    Args:
+        pids: identity of each training sample.
+        batch_size: samples in a batch, a multiple of ``num_instances`` and at least twice that.
+        num_instances: samples of an identity in a batch, >= 1.
+
+    Raises:
+        ValueError: if the numbers do not fit, or there are too few identities to fill a batch.
+    """
+
+    def __init__(self, pids: Sequence[int], batch_size: int, num_instances: int) -> None:
+        self.identities = check_batch(pids, batch_size, num_instances)
+        self.num_instances = num_instances
+        members = defaultdict(list)
+        for index, pid in enumerate(pids):
+            members[pid].append(index)
+        self._members = [np.array(indices) for indices in members.values()]
+        groups = np.array([max(1, len(indices) // num_instances) for indices in self._members])
+        # sum(min(g, B)) - P * B is concave in B and 0 at B = 0: the allowed B are all those up to the largest.
+        low, high = 0, int(groups.sum()) // self.identities
+        while low < high:
+            middle = (low + high + 1) // 2
+            enough = np.minimum(groups, middle).sum() >= self.identities * middle
+            low, high = (middle, high) if enough else (low, middle - 1)
+        self.num_batches = low
+        self._groups = np.minimum(groups, low)
+
+    def __len__(self) -> int:
+        return self.num_batches * self.identities * self.num_instances
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng(int(torch.randint(2**62, ())))
+        groups = [self._grouped(indices, rng) for indices in self._members]
+        left = self._groups.copy()
+        surplus = int(left.sum()) - self.num_batches * self.identities
+        np.subtract.at(left, rng.choice(np.repeat(np.arange(len(left)), left), surplus, replace=False), 1)
+        for batches_left in range(self.num_batches, 0, -1):
+            # An identity with as many groups as batches are left must be in all of them; the others are drawn in
+            # proportion to what they have left, so that no few of them remain at the end.
+            chosen = np.flatnonzero(left == batches_left)
+            weights = np.where(left < batches_left, left, 0)
+            missing = self.identities - len(chosen)
+            if missing:
+                drawn = rng.choice(len(left), missing, replace=False, p=weights / weights.sum())
+                chosen = np.concatenate([chosen, drawn])
+            left[chosen] -= 1
+            for identity in rng.permutation(chosen):
+                yield from groups[identity].pop()
+
+    def _grouped(self, indices: Any, rng: np.random.Generator) -> list[list[int]]:
+        """The indices in random groups of ``num_instances``, the odd ones left out."""
+        size = self.num_instances
+        if len(indices) < size:
+            indices = np.concatenate([indices, rng.choice(indices, size - len(indices))])
+        shuffled = rng.permutation(indices)
+        return [group.tolist() for group in shuffled[: len(shuffled) // size * size].reshape(-1, size)]
+
+
+class PerClassSampler(MPerClassSampler):
+    """pytorch-metric-learning's ``MPerClassSampler``, without its memory of the last epoch's order.
+
+    Args:
+        pids: identity of each training sample.
+        batch_size: samples in a batch, a multiple of ``num_instances`` and at least twice that.
+        num_instances: samples of an identity in a batch.
+
+    Raises:
+        ValueError: as ``IdentitySampler``.
+    """
+
+    def __init__(self, pids: Sequence[int], batch_size: int, num_instances: int) -> None:
+        check_batch(pids, batch_size, num_instances)
+        super().__init__(pids, num_instances, batch_size, max(batch_size, len(pids)))
+        self.labels: list[int] = sorted(set(pids))
+        self._ordered = list(self.labels)
+
+    def __iter__(self) -> Iterator[int]:
+        # The epochs after a resumption would otherwise shuffle another order.
+        self.labels = list(self._ordered)
+        return map(int, super().__iter__())
+
+
+SAMPLERS = {"RandomIdentitySampler": IdentitySampler, "MPerClassSampler": PerClassSampler}
+
+
+def whole_batches(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """A loader like ``loader``, but with ``IdentitySampler`` in the place of torchreid's ``RandomIdentitySampler``.
+
+    That one has another length than it says, and lets an identity straddle two batches, or fill one alone.
+
+    Raises:
+        ValueError: as ``IdentitySampler``.
+    """
+    host = loader.sampler
+    if not isinstance(host, torchreid.data.sampler.RandomIdentitySampler):
+        return loader
+    pids = [items[1] for items in host.data_source]
+    return rebuilt(loader, loader.dataset, sampler=IdentitySampler(pids, loader.batch_size or 1, host.num_instances))
+
+
+def check_trains(datamanager: Any) -> None:
+    """Refuses what would train on nothing, as torchreid silently does.
+
+    Raises:
+        ValueError: for fewer samples than a batch, or one identity alone.
+    """
+    loader = datamanager.train_loader
+    with generators.untouched():
+        drawn = sum(1 for _ in loader.sampler)
+    if drawn < (loader.batch_size or 1):
+        raise ValueError(
+            f"a batch of {loader.batch_size} cannot be filled: {type(loader.sampler).__name__} draws {drawn} of the "
+            f"{len(loader.dataset)} training samples an epoch; make train.batch_size smaller"
+        )
+    if datamanager.num_train_pids < 2:
+        raise ValueError("the training data hold one identity alone: there is nothing to tell it from")
+
+
+def warn_of_chance(loader: DataLoader[Any], loss: str) -> None:
+    """Warns where only chance brings several images of an identity into a batch, for a ``loss`` that needs them."""
+    host = torchreid.data.sampler
+    by_chance = (RandomSampler, SequentialSampler, host.RandomDomainSampler, host.RandomDatasetSampler)
+    # A loader with a batch sampler of the user's own has one of these too, and does not ask it.
+    asked = type(loader.batch_sampler) is BatchSampler and isinstance(loader.sampler, by_chance)
+    if asked and distributed.is_first():
+        warnings.warn(
+            f"{loss} needs several images of an identity in a batch, which {type(loader.sampler).__name__} brings "
+            f"together by chance alone: give the data manager train_sampler='RandomIdentitySampler' (in a config, "
+            f"sampler.train_sampler)",
+            stacklevel=3,
+        )
+
+
+def check_batch(pids: Sequence[int], batch_size: int, num_instances: int) -> int:
+    """The number of identities in a batch.
+
+    Raises:
+        ValueError: if a batch cannot be filled with whole groups of at least two identities.
+    """
+    if num_instances < 1 or batch_size % num_instances:
+        raise ValueError(
+            f"train.batch_size {batch_size} is not a multiple of sampler.num_instances {num_instances}: an identity "
+            f"would straddle two batches"
+        )
+    wanted, there = batch_size // num_instances, len(set(pids))
+    if wanted < 2:
+        raise ValueError(
+            f"train.batch_size {batch_size} with sampler.num_instances {num_instances} leaves one identity in a "
+            f"batch, and nothing to tell it from: make the batch larger"
+        )
+    if there < wanted:
+        raise ValueError(
+            f"the sampler cannot fill a batch: train.batch_size {batch_size} with sampler.num_instances "
+            f"{num_instances} needs {wanted} identities, and the sources have {there}; make the batch smaller"
+        )
+    return wanted

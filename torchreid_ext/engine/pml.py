@@ -1,0 +1,250 @@
+"""torchreid's engines, and those that train with any loss of pytorch-metric-learning, DRSL by default."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torchreid
+from pytorch_metric_learning.losses import BaseLossWrapper, BaseMetricLossFunction
+from pytorch_metric_learning.miners import BaseMiner
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pml_drsl.losses import DRSLoss
+from pml_drsl.wrappers import DistributedLossWrapper, draws_of_first, gather_batch
+from torchreid_ext.data.samplers import warn_of_chance
+from torchreid_ext.engine.base import BaseEngine
+from torchreid_ext.engine.cameras import cross_camera_pairs
+from torchreid_ext.engine.criteria import WITHOUT_PAIRS, PerFeature
+from torchreid_ext.engine.native import SoftmaxStep, TripletStep
+from torchreid_ext.engine.video import Tracklets
+from torchreid_ext.recipe.neck import unwrapped
+from torchreid_ext.runtime import distributed
+
+
+class ImageSoftmaxEngine(SoftmaxStep, torchreid.engine.ImageSoftmaxEngine):
+    """torchreid's own, with this package's checkpoints, evaluation and checks."""
+
+
+class VideoSoftmaxEngine(Tracklets, SoftmaxStep, torchreid.engine.VideoSoftmaxEngine):
+    """torchreid's own, with this package's checkpoints, evaluation and checks."""
+
+
+class ImageTripletEngine(TripletStep, torchreid.engine.ImageTripletEngine):
+    """torchreid's own, with this package's checkpoints, evaluation and checks."""
+
+
+class VideoTripletEngine(Tracklets, TripletStep, torchreid.engine.VideoTripletEngine):
+    """torchreid's own, with this package's checkpoints, evaluation and checks."""
+
+
+class ImagePMLEngine(BaseEngine):
+    """Trains with a loss of pytorch-metric-learning on the features and cross-entropy on the identity logits.
+
+    Of several processes, each has its share of the batch; criterion and miner see the whole batch.
+
+    A model that returns several features or logits in training (``pcb_p6``, ``hacnn``) is trained on the mean of
+    their losses. What is logged: ``loss_m``, ``loss_x``, ``acc`` (of the first logits, in percent), and the
+    statistics of a criterion that has ``collect_stats``.
+
+    Args:
+        datamanager: a data manager of torchreid.
+        model: a network of torchreid built with ``loss="triplet"``, or any that returns ``(logits, features)`` in
+            training and features otherwise.
+        optimizer: of the model's parameters, and of the criterion's if it has any.
+        criterion: a loss of pytorch-metric-learning, or a ``PerFeature`` of one for each of the model's features.
+        weight_m: weight of the criterion, >= 0.
+        weight_x: weight of the cross-entropy, >= 0; not both 0.
+        miner: a miner of pytorch-metric-learning, applied to the features.
+        scheduler: a learning rate scheduler, stepped each epoch; None keeps the rate.
+        use_gpu: evaluate on CUDA where there is a device. Training is where the model is.
+        label_smooth: smooth the labels of the cross-entropy by 0.1.
+        cross_camera: leave pairs of one identity and one camera out of the criterion's positives and negatives, as
+            evaluation does; what a miner chose is filtered.
+
+    Raises:
+        ValueError: for a weight below 0, a criterion or miner that is not PML's, a criterion whose parameters the
+            optimizer does not have, a criterion that takes no pairs with ``cross_camera``, or a model that does not
+            return what the weights need.
+    """
+
+    def __init__(
+        self,
+        datamanager: Any,
+        model: nn.Module,
+        optimizer: Optimizer,
+        criterion: nn.Module,
+        weight_m: float = 1,
+        weight_x: float = 1,
+        miner: BaseMiner | None = None,
+        scheduler: Any = None,
+        use_gpu: bool = True,
+        label_smooth: bool = True,
+        cross_camera: bool = False,
+    ) -> None:
+        super().__init__(datamanager, use_gpu)
+        if weight_m < 0 or weight_x < 0 or weight_m + weight_x == 0:
+            raise ValueError(f"weight_m and weight_x must be 0 or more and not both 0, got {weight_m} and {weight_x}")
+        if miner is not None and not isinstance(miner, BaseMiner):
+            raise ValueError(f"miner must be a miner of pytorch_metric_learning, got {miner!r}")
+        check_criterion(criterion, optimizer, cross_camera)
+        if weight_m > 0:
+            check_returns_features(model)
+            # One with weights compares images with those, and needs no other image.
+            if not any(p.requires_grad for p in criterion.parameters()):
+                warn_of_chance(datamanager.train_loader, type(criterion).__name__)
+        self.criterion = criterion
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.register_model("model", model, optimizer, scheduler)
+        self.weight_m, self.weight_x, self.miner, self.cross_camera = weight_m, weight_x, miner, cross_camera
+        self.cross_entropy = nn.CrossEntropyLoss(label_smoothing=0.1 if label_smooth else 0)
+
+    def forward_backward(self, data: dict[str, Any]) -> dict[str, float]:
+        images, pids = self.training_batch(data)
+        logits, features = self._split(self.forward(images))
+
+        loss: Tensor | float = 0
+        summary = {}
+        if self.weight_m > 0:
+            camids = self.parse_cameras(data).to(pids.device) if self.cross_camera else None
+            loss_m = self._metric_loss(features, pids, camids)
+            loss = loss + self.weight_m * loss_m
+            summary["loss_m"] = loss_m.item()
+            summary |= self._criterion_stats()
+        if self.weight_x > 0:
+            weight = self.mean_weight(pids)
+            loss_x = torch.stack([self.cross_entropy(y, pids) for y in logits]).mean() * weight
+            loss = loss + self.weight_x * loss_x
+            summary["loss_x"] = loss_x.item()
+            summary["acc"] = torchreid.metrics.accuracy(logits[0], pids)[0].item() * weight
+        assert isinstance(loss, Tensor)
+        self.step(loss)
+        return summary
+
+    def _split(self, output: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """The logits and the features of a training output."""
+        if self.weight_m == 0 and isinstance(output, Tensor):
+            return [output], []
+        if not isinstance(output, (tuple, list)) or len(output) != 2:
+            raise ValueError(
+                f"the model must return (logits, features) in training, got {type(output).__name__}; "
+                f"build a model of torchreid with loss='triplet'"
+            )
+        logits, features = (list(part) if isinstance(part, (tuple, list)) else [part] for part in output)
+        num_pids = self.datamanager.num_train_pids
+        for y in logits:
+            if y.ndim != 2 or y.shape[1] < num_pids:
+                raise ValueError(
+                    f"the model's logits have shape {tuple(y.shape)}, but there are {num_pids} training identities; "
+                    f"build it with num_classes={num_pids}"
+                )
+        return logits, features
+
+    def parse_cameras(self, data: dict[str, Any]) -> Tensor:
+        """The camera of each image, shape (N,)."""
+        return data["camid"]
+
+    def _metric_loss(self, features: list[Tensor], pids: Tensor, camids: Tensor | None) -> Tensor:
+        """The mean of the criterion over the features of a model with several heads."""
+        one = self.criterion
+        criteria = list(one) if isinstance(one, PerFeature) else [one] * len(features)
+        losses = []
+        for criterion, x in zip(criteria, features, strict=True):
+            pairs = self._pairs(x, pids, camids)
+            if distributed.size() > 1 and isinstance(criterion, DRSLoss):
+                losses.append(DistributedLossWrapper(criterion, efficient=True)(x, pids, pairs))
+                continue
+            with draws_of_first(pids.device):
+                losses.append(criterion(*gather_batch(x, pids), pairs))
+        return torch.stack(losses).mean()
+
+    def _pairs(self, features: Tensor, pids: Tensor, camids: Tensor | None) -> Any:
+        """Pairs or triplets of the whole batch; None for all."""
+        if self.miner is None and camids is None:
+            return None
+        features, pids = gather_batch(features.detach(), pids)
+        mined = None
+        if self.miner is not None:
+            with draws_of_first(pids.device):
+                mined = self.miner(features, pids)
+        if camids is None:
+            return mined
+        (camids,) = gather_batch(camids)
+        return cross_camera_pairs(pids, camids, mined)
+
+    def _criterion_stats(self) -> dict[str, float]:
+        for part in self.criterion.modules():
+            if isinstance(part, BaseMetricLossFunction) and part.collect_stats:
+                return {name: float(getattr(part, name)) for name in part._record_these_stats}
+        return {}
+
+
+class VideoPMLEngine(Tracklets, ImagePMLEngine):
+    """``ImagePMLEngine`` for tracklets: trained on their frames, tested on their pooled features.
+
+    Args:
+        pooling_method: ``"avg"`` or ``"max"``.
+    """
+
+
+class _DRSLByDefault:
+    """Mixed into an engine, makes its ``criterion`` optional: ``DRSLoss()``."""
+
+    def __init__(
+        self,
+        datamanager: Any,
+        model: nn.Module,
+        optimizer: Optimizer,
+        criterion: nn.Module | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        criterion = DRSLoss(collect_stats=True) if criterion is None else criterion
+        super().__init__(datamanager, model, optimizer, criterion, *args, **kwargs)  # type: ignore[call-arg]
+
+
+class ImageDRSLEngine(_DRSLByDefault, ImagePMLEngine):
+    """``ImagePMLEngine`` whose criterion is ``DRSLoss()`` where none is given."""
+
+
+class VideoDRSLEngine(_DRSLByDefault, VideoPMLEngine):
+    """``VideoPMLEngine`` whose criterion is ``DRSLoss()`` where none is given."""
+
+
+def check_criterion(criterion: Any, optimizer: Optimizer, cross_camera: bool) -> None:
+    """Refuses a criterion that an engine could not train with, or would not train.
+
+    Raises:
+        ValueError: saying which and why.
+    """
+    parts = list(criterion) if isinstance(criterion, PerFeature) else [criterion]
+    for part in parts:
+        if not (isinstance(part, nn.Module) and callable(getattr(part, "forward", None))):
+            raise ValueError(f"criterion must be a loss of pytorch_metric_learning, got {part!r}")
+        name = type(part).__name__
+        if cross_camera and isinstance(part, WITHOUT_PAIRS):
+            why = "does not know the cameras in its memory" if isinstance(part, BaseLossWrapper) else "takes no pairs"
+            raise ValueError(f"cross_camera chooses the pairs of the loss, and {name} {why}; turn cross_camera off")
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if any(p.requires_grad and id(p) not in trained for p in part.parameters()):
+            raise ValueError(
+                f"{name} has weights that the optimizer does not train; make the optimizer with build_optimizer(cfg, "
+                f"model, criterion), or call optimizer.add_param_group({{'params': criterion.parameters()}})"
+            )
+
+
+def check_returns_features(model: nn.Module) -> None:
+    """Refuses a model of torchreid's zoo that was built for another loss.
+
+    Such a model returns logits alone, or, with two heads, two logits that look like logits and features.
+
+    Raises:
+        ValueError: saying how to build it.
+    """
+    built_for = getattr(unwrapped(model), "loss", "triplet")
+    if built_for != "triplet":
+        raise ValueError(
+            f"the model was built with loss={built_for!r} and returns no features in training; build it with "
+            f"torchreid.models.build_model(..., loss='triplet')"
+        )

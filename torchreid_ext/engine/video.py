@@ -1,0 +1,74 @@
+"""Tracklets in a batch: frames side by side for the network, pooled for retrieval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from torchreid_ext.runtime import distributed
+
+POOLING: dict[str, Callable[[Tensor], Tensor]] = {"avg": lambda frames: frames.mean(0), "max": lambda f: f.amax(0)}
+
+
+def collate_tracklets(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of tracklets whose lengths may differ (``video.sample_method: all``), shape (N, longest, C, H, W).
+
+    Frames that a tracklet lacks are NaN.
+    """
+    longest = max(len(item["img"]) for item in items)
+    return default_collate([{**item, "img": _padded(item["img"], longest)} for item in items])
+
+
+def _padded(images: Tensor, length: int) -> Tensor:
+    return torch.cat([images, images.new_full((length - len(images), *images.shape[1:]), torch.nan)])
+
+
+def _frames(images: Tensor) -> tuple[Tensor, Tensor]:
+    """All frames that there are, shape (M, C, H, W), and how many of them each tracklet has, shape (N,)."""
+    there = ~images[:, :, 0, 0, 0].isnan()
+    return images[there], there.sum(1)
+
+
+class Tracklets:
+    """Mixed into an engine: trains on the frames of tracklets and tests on their pooled features, as torchreid's.
+
+    Unlike torchreid's, it takes tracklets of different lengths in a batch.
+
+    Args:
+        pooling_method: ``"avg"`` or ``"max"``.
+
+    Raises:
+        ValueError: for another.
+    """
+
+    model: Any
+    train_loader: Any
+    test_loader: Any
+
+    def __init__(self, *args: Any, pooling_method: str = "avg", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if pooling_method not in POOLING:
+            raise ValueError(f"pooling_method must be 'avg' or 'max', got {pooling_method!r}")
+        self.pooling_method = pooling_method
+        loaders = [loader for splits in self.test_loader.values() for loader in splits.values()]
+        for loader in [self.train_loader, *loaders]:
+            loader.collate_fn = collate_tracklets
+
+    def parse_data_for_train(self, data: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        frames, lengths = _frames(data["img"])
+        return frames, data["pid"].repeat_interleave(lengths)
+
+    def parse_cameras(self, data: dict[str, Any]) -> Tensor:
+        return data["camid"].repeat_interleave(_frames(data["img"])[1])
+
+    def mean_weight(self, pids: Tensor) -> float:
+        return distributed.mean_weight(len(pids), pids.device)
+
+    def extract_features(self, images: Tensor) -> Tensor:
+        frames, lengths = _frames(images)
+        pool = POOLING[self.pooling_method]
+        return torch.stack([pool(features) for features in self.model(frames).split(lengths.tolist())])
