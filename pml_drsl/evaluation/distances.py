@@ -7,13 +7,13 @@ query x gallery matrix never exists. ``FeatureDistances`` makes rows from featur
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from pml_drsl.precision import full_precision
 
 Array: TypeAlias = Tensor | np.ndarray[Any, Any]
 Metric = Literal["euclidean", "cosine"]
@@ -121,29 +121,6 @@ def rows_per_chunk(num_columns: int, chunk_size: int | None = None) -> int:
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size}: give a positive number of queries, or None to choose it")
     return chunk_size
-
-
-@contextmanager
-def full_precision(device_type: str) -> Iterator[None]:
-    """Matrix products without autocast, TensorFloat-32 or bfloat16, whose ranks differ; settings are restored."""
-    # The getter of torch 2.4 raises in later versions once their per-backend switches have been used.
-    backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
-    switches: list[Any] = [backend for backend in backends if hasattr(backend, "fp32_precision")]
-    before = [switch.fp32_precision for switch in switches] if switches else torch.get_float32_matmul_precision()
-    try:
-        if switches:
-            for switch in switches:
-                switch.fp32_precision = "ieee"
-        else:
-            torch.set_float32_matmul_precision("highest")
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        if switches:
-            for switch, value in zip(switches, before, strict=True):
-                switch.fp32_precision = value
-        else:
-            torch.set_float32_matmul_precision(str(before))
 
 
 def as_features(features: Array, name: str) -> Tensor:
