@@ -54,11 +54,6 @@ class Candidates(NamedTuple):
             return y.index_put_((self.query, self.candidate), y.new_tensor(torch.inf))
         return torch.full_like(y, torch.inf).index_put_((self.query, self.candidate), y[self.query, self.candidate])
 
-    def sums(self, y: Tensor) -> Tensor:
-        """Sum of ``y``, shape (Q, M), over the candidates of each query, shape (Q,)."""
-        of_listed = y.new_zeros(len(y)).index_add_(0, self.query, y[self.query, self.candidate])
-        return of_listed if self.listed else y.sum(1) - of_listed
-
 
 def count_ahead(
     distances: Tensor,

@@ -62,9 +62,6 @@ class DRSLoss(BaseMetricLossFunction):
         margin: distance by which negatives must follow positives; any finite number.
         query_chunk_size: queries whose distances are computed at once; bounds memory, changes no value.
             None chooses it so that one chunk of distances takes 64 MiB, or as much as the references.
-        scale_free: divide the distances of each query by their mean over its positives and negatives, a constant to
-            the gradient. Temperature and margin are then in units of that mean, and one temperature serves raw
-            (unnormalised) features of any norm. Not for similarities, whose mean may be 0 or negative.
         bound: train an upper bound of the retrieval error, which has a gradient where the error itself has none left:
             where a positive is far behind its negatives, as it is at the beginning, or where negatives are very many.
             It is ``log(1 + false_pos(i) / rank_pos(i))``, minus the log of the precision at i, with
@@ -85,7 +82,6 @@ class DRSLoss(BaseMetricLossFunction):
         sort_weight: float = 0.3,
         margin: float = 0.0,
         query_chunk_size: int | None = None,
-        scale_free: bool = False,
         bound: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -98,12 +94,11 @@ class DRSLoss(BaseMetricLossFunction):
             raise ValueError(f"margin must be a finite number, got {margin!r}; 0 asks for order alone")
         if query_chunk_size is not None and not (isinstance(query_chunk_size, int) and query_chunk_size > 0):
             raise ValueError(f"query_chunk_size must be None or an integer above 0, got {query_chunk_size!r}")
-        _check_distance(self.distance, scale_free)
+        _check_distance(self.distance)
         self.temperature = temperature
         self.sort_weight = sort_weight
         self.margin = margin
         self.query_chunk_size = query_chunk_size
-        self.scale_free = bool(scale_free)
         self.bound = bool(bound)
         self.add_to_recordable_attributes(list_of_names=["temperature", "sort_weight", "margin"], is_stat=False)
         self.add_to_recordable_attributes(list_of_names=["retrieval_error", "sort_error", "num_queries"], is_stat=True)
@@ -193,18 +188,14 @@ class DRSLoss(BaseMetricLossFunction):
         query, positive = pairs.query, pairs.positive
         if type(self.distance) not in (EuclideanDistance, LpDistance, CosineSimilarity, DotProductSimilarity):
             _check_distances(mat, self.distance)
-        means = None
         if self.distance.is_inverted:
             mat = -mat
-        elif self.scale_free:
-            means = pairs.mean(mat.detach())
-            mat = mat / means[:, None]
         d, false_pos, _ = functional.count_ahead(
             mat, query, positive, self.temperature, self.margin, candidates=pairs.negatives, bound=self.bound
         )
         u = None
         if self.sort_weight > 0:
-            of_pairs = -d if self.distance.is_inverted else d if means is None else d * means[query]
+            of_pairs = -d if self.distance.is_inverted else d
             u = self._dissimilarity(of_pairs, x, y, x_norm, y_norm, query, positive)
         retrieval, sort = functional.retrieval_sort_errors(d, false_pos, query, self.temperature, u, self.bound)
         return retrieval, torch.zeros_like(retrieval) if sort is None else sort
@@ -257,8 +248,7 @@ class DRSLoss(BaseMetricLossFunction):
 
     def extra_repr(self) -> str:
         return (
-            f"temperature={self.temperature}, sort_weight={self.sort_weight}, margin={self.margin}, "
-            f"scale_free={self.scale_free}, bound={self.bound}"
+            f"temperature={self.temperature}, sort_weight={self.sort_weight}, margin={self.margin}, bound={self.bound}"
         )
 
 
@@ -267,7 +257,7 @@ def _has_direction(x: Tensor) -> Tensor:
     return norms > SMALLEST_NORM
 
 
-def _check_distance(distance: object, scale_free: bool) -> None:
+def _check_distance(distance: object) -> None:
     if isinstance(distance, BatchedDistance):
         raise ValueError(
             f"distance must return the matrix of distances, and BatchedDistance returns none; give the one inside, "
@@ -286,11 +276,6 @@ def _check_distance(distance: object, scale_free: bool) -> None:
         raise ValueError(
             f"distance has p={distance.p} and power={distance.power}; below 1 the gradient of a distance of 0, or of "
             f"one difference of 0, is infinite; give 1 or more"
-        )
-    if scale_free and distance.is_inverted:
-        raise ValueError(
-            f"scale_free divides by a mean distance, and the mean of a similarity may be 0 or negative; give "
-            f"LpDistance() or scale_free=False, got {distance!r}"
         )
 
 

@@ -32,14 +32,6 @@ class Pairs:
         of_rows = Candidates(self.query, self.positive, True).rows(rows)
         return Pairs(of_rows.query, of_rows.candidate, self.negatives.rows(rows))
 
-    def mean(self, y: Tensor) -> Tensor:
-        """Mean of ``y``, shape (Q, M), over the positives and negatives of each query, shape (Q,); 1 where it is 0."""
-        positives = Candidates(self.query, self.positive, listed=True)
-        sums = positives.sums(y) + self.negatives.sums(y)
-        counts = positives.sums(torch.ones_like(y)) + self.negatives.sums(torch.ones_like(y))
-        means = sums / counts
-        return torch.where(means > 0, means, 1)
-
 
 def pairs_from_labels(labels: Tensor, ref_labels: Tensor) -> Pairs:
     """The pairs of ``lmu.get_all_pairs_indices(labels, ref_labels)``, without its N^2 indices.

@@ -69,15 +69,13 @@ CHANGES = [
         )
     ),
     *(
-        Change("distance", f"{label}, temperature {t}", {"distance": distance, "temperature": t, **free}, {})
-        for label, distance, t, free in (
-            ("cosine", "cosine", 0.02, {}),
-            ("squared euclidean", "squared euclidean", 0.04, {}),
-            ("euclidean", "euclidean", 0.02, {}),
-            ("euclidean", "euclidean", 0.05, {}),
-            ("raw euclidean, scale-free", "raw euclidean", 0.02, {"scale_free": True}),
-            ("raw euclidean, scale-free", "raw euclidean", 0.05, {"scale_free": True}),
-            ("raw euclidean", "raw euclidean", 0.1, {}),
+        Change("distance", f"{distance}, temperature {t}", {"distance": distance, "temperature": t}, {})
+        for distance, t in (
+            ("cosine", 0.02),
+            ("squared euclidean", 0.04),
+            ("euclidean", 0.02),
+            ("euclidean", 0.05),
+            ("raw euclidean", 0.1),
         )
     ),
     *(Change("images per identity, of 64", f"{k}", {}, {"instances": k, "identities": 64 // k}) for k in (2, 4, 8, 16)),

@@ -231,6 +231,6 @@ def test_our_reducers_are_pml_s(reducer):
 def test_settings_do_not_leak_between_losses():
     x, labels = make()
     wanted = DRSLoss(0.1)(x, labels)
-    for temperature, scale_free in itertools.product((0.01, 1.0), (False, True)):
-        DRSLoss(temperature, scale_free=scale_free)(x, labels)
+    for temperature, bound in itertools.product((0.01, 1.0), (False, True)):
+        DRSLoss(temperature, bound=bound)(x, labels)
     assert torch.equal(DRSLoss(0.1)(x, labels), wanted)

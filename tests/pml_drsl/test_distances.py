@@ -1,11 +1,9 @@
-"""DRSLoss with every distance of pytorch-metric-learning, with scale-free ones, and at the limits of precision."""
+"""DRSLoss with every distance of pytorch-metric-learning, and at the limits of precision."""
 
 import pytest
 import reference
 import torch
 from batches import assert_agrees, expected, make_batch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pytorch_metric_learning.distances import (
     BatchedDistance,
     CosineSimilarity,
@@ -79,56 +77,6 @@ def test_an_embedding_without_variance_has_no_signal_to_noise_ratio():
         x[4] = 7
     with pytest.raises(ValueError, match="SNRDistance gave infinite or NaN values"):
         DRSLoss(distance=SNRDistance())(x, labels)
-
-
-# Scale-free distances.
-
-
-@pytest.mark.parametrize("form", ["labels", "ref", "miner"])
-@pytest.mark.parametrize("chunk", [None, 3])
-def test_scale_free_agrees_with_the_definition(form, chunk):
-    distance, slow = lp(2, normalize=False)
-    x, labels = make_batch(8)
-    ref, ref_labels = make_batch(9, size=20) if form == "ref" else (None, None)
-    indices, pairs = None, None
-    if form == "miner":  # the mean is over the pairs given
-        positives, negatives = reference.pairs_from_labels(labels.tolist(), None)
-        pairs = {p for p in positives if sum(p) % 3}, {n for n in negatives if sum(n) % 4}
-        indices = [torch.tensor(sorted(side)).T for side in pairs]
-        indices = (*indices[0], *indices[1])
-    kwargs = {"temperature": 0.1, "sort_weight": 0.6, "margin": 0.05}
-    loss = DRSLoss(**kwargs, scale_free=True, distance=distance, query_chunk_size=chunk)(
-        x, labels, indices, ref, ref_labels
-    )
-    wanted = expected(x, labels, ref, ref_labels, pairs, **kwargs, distance=slow, scale_free=True)
-    assert_agrees(loss, [x] if ref is None else [x, ref], wanted, 1e-9)
-
-
-@settings(max_examples=30, deadline=None)
-@given(factor=st.floats(1e-6, 1e6), p=st.sampled_from([1, 2]), power=st.sampled_from([1, 2]), seed=st.integers(0, 99))
-def test_scale_free_loss_does_not_depend_on_the_scale(factor, p, power, seed):
-    x, labels = make_batch(seed)
-    loss_fn = DRSLoss(0.05, scale_free=True, distance=LpDistance(p=p, power=power, normalize_embeddings=False))
-    torch.testing.assert_close(loss_fn(x * factor, labels), loss_fn(x, labels), rtol=1e-8, atol=1e-10)
-
-
-def test_without_scale_free_the_scale_matters():
-    x, labels = make_batch(1)
-    loss_fn = DRSLoss(0.05, distance=LpDistance(normalize_embeddings=False))
-    assert abs(loss_fn(x * 1e-3, labels) - loss_fn(x, labels)) > 0.01
-
-
-def test_scale_free_of_identical_embeddings_is_finite():
-    x = torch.ones(6, 3, requires_grad=True)
-    loss = DRSLoss(scale_free=True, distance=LpDistance(normalize_embeddings=False))(x, torch.arange(6) // 2)
-    loss.backward()
-    assert torch.isfinite(loss)
-    assert torch.isfinite(x.grad).all()
-
-
-def test_scale_free_is_refused_for_similarities():
-    with pytest.raises(ValueError, match="scale_free divides by a mean distance"):
-        DRSLoss(scale_free=True, distance=CosineSimilarity())
 
 
 # Precision.

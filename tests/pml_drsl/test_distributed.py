@@ -18,7 +18,7 @@ from pml_drsl.wrappers import CrossBatchMemory, DistributedLossWrapper, Distribu
 LOSSES = {
     "default": lambda: DRSLoss(0.1),
     "bound": lambda: DRSLoss(0.1, bound=True),
-    "scale free": lambda: DRSLoss(0.1, scale_free=True, distance=LpDistance(normalize_embeddings=False)),
+    "raw": lambda: DRSLoss(0.3, distance=LpDistance(normalize_embeddings=False)),
     "per identity": lambda: DRSLoss(0.1, reducer=PerIdentityReducer()),
     "sum": lambda: DRSLoss(0.1, reducer=SumReducer(), sort_weight=0),
     "threshold": lambda: DRSLoss(0.1, reducer=AvgNonZeroReducer()),

@@ -35,7 +35,7 @@ for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
     labels[3] = 77
     raw = LpDistance(normalize_embeddings=False)
     for options in ({"query_chunk_size": 4, "margin": 0.1}, {"distance": CosineSimilarity()},
-                    {"distance": raw, "scale_free": True}, {"bound": True, "margin": 0.1}):
+                    {"distance": raw}, {"bound": True, "margin": 0.1}):
         loss_fn = DRSLoss(0.1, **options)
         for arguments in ((x, labels), (x, labels, None, ref, ref_labels), (x, labels, PairMarginMiner()(x, labels))):
             results = []

@@ -55,7 +55,6 @@ def drsl(
     sort_weight: float,
     margin: float = 0.0,
     distance=euclidean,
-    scale_free: bool = False,
     bound: bool = False,
 ) -> Tensor:
     """The loss of a batch, from sets of (query, candidate) index pairs; NaN where no query has a term."""
@@ -67,9 +66,6 @@ def drsl(
         if not P or not N:
             continue
         d = {c: distance(embeddings[q], refs[c]) for c in P + N}
-        if scale_free:
-            mean = sum(d.values()).detach() / len(d)
-            d = {c: d[c] / mean for c in d}
         u = {c: dissimilarity(embeddings[q], refs[c]) for c in P}
         errors = []
         for i in P:

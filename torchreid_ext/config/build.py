@@ -176,7 +176,6 @@ def build_criterion(cfg: Config, model: nn.Module, num_classes: int) -> nn.Modul
             "temperature": drsl.temperature,
             "sort_weight": drsl.sort_weight,
             "margin": drsl.margin,
-            "scale_free": drsl.scale_free,
             "bound": drsl.bound,
             "collect_stats": True,
         },

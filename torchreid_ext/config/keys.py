@@ -115,7 +115,6 @@ KEYS: dict[str, tuple[Any, str]] = {
     "loss.drsl.temperature": (0.01, "softness of the ranks, in units of distance; above 0"),
     "loss.drsl.sort_weight": (0.3, "weight of the sort error; 0 or more"),
     "loss.drsl.margin": (0.0, "distance by which negatives must follow positives"),
-    "loss.drsl.scale_free": (False, "measure temperature and margin in mean distances of each query"),
     "loss.drsl.bound": (False, "train an upper bound of the retrieval error, for ranks that are hard to get right"),
     **_metric_loss("drsl", "DRSL"),
     "loss.pml.loss": ("TripletMarginLoss", "class of pytorch_metric_learning.losses"),
