@@ -1,0 +1,1 @@
+"""The command ``drsl-benchmark``: experiments that compare losses, and their report."""

@@ -1,0 +1,1 @@
+"""Configuration: the keys, their checks, and the objects that a configuration describes."""

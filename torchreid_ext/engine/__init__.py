@@ -1,0 +1,1 @@
+"""Engines: what happens in a step of training."""

@@ -1,0 +1,1 @@
+"""Parts of the strong re-identification baseline: the batch normalisation neck and the warm-up."""

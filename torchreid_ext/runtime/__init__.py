@@ -1,0 +1,1 @@
+"""Processes, random number generators and signals."""

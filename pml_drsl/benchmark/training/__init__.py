@@ -1,0 +1,1 @@
+"""Training runs of the benchmark: losses, data, settings and results."""

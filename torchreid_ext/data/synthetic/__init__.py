@@ -1,0 +1,1 @@
+"""Data sets that are drawn on first use: pedestrians (images) and tracklets (video)."""
