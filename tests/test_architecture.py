@@ -39,7 +39,7 @@ TOO_LONG = {
     "torchreid_ext.config.build",
     "torchreid_ext.engine.base",
 }
-IN_A_CIRCLE = {"pml_drsl.benchmark.timing.processes", "pml_drsl.benchmark.timing.step"}
+IN_A_CIRCLE = {f"pml_drsl.benchmark.timing.{name}" for name in ("processes", "speed", "step", "table")}
 TWO_SENTENCES = {"pml_drsl.benchmark.training.tuning", "torchreid_ext.config.keys"}
 
 
