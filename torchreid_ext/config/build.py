@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torchreid
 from torch import nn
 from torch.optim import Optimizer
 
+from pml_drsl.machine import available_cores
 from torchreid_ext.config.checks import check, choose
 from torchreid_ext.config.node import Config, flat, get_default_config, plain
 from torchreid_ext.data.datasets import register_datasets, without_empty_folders
@@ -112,8 +112,7 @@ def _workers(wanted: int) -> int:
     wanted."""
     if wanted < -1:
         raise ValueError(f"data.workers must be 0 or more, or -1 for one on each core, got {wanted}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = max(1, cores // distributed.on_this_machine())
+    cores = max(1, available_cores() // distributed.on_this_machine())
     if wanted > cores:
         of_each = " for each training process" if distributed.on_this_machine() > 1 else ""
         print(f"data.workers {wanted}: there are {cores} cores{of_each}, so {cores} processes load data")

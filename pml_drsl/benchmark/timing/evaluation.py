@@ -18,7 +18,6 @@ import argparse
 import importlib
 import json
 import multiprocessing
-import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor
 
 from pml_drsl.benchmark.timing import search as approximate
+from pml_drsl.benchmark.timing.measure import peak_bytes
 from pml_drsl.evaluation.accuracy import evaluate
 
 GIB = 2**30
@@ -169,14 +169,18 @@ def measure(implementation: str, task: Task, rounds: int) -> Measurement:
     function = {"pml_drsl": _ours, "torchreid": _host}[implementation]
     function(make_search(replace(task, queries=30, gallery=90, identities=2)), task.rerank)  # imports and allocations
     search = make_search(task)
-    before, seconds = _peak_bytes(), []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        mean_ap, rank_1 = function(search, task.rerank)
-        seconds.append(time.perf_counter() - start)
-    after = _peak_bytes()
-    peak = None if before is None or after is None else after - before
-    return Measurement(implementation, median(seconds), peak, mean_ap, rank_1)
+    seconds: list[float] = []
+    scores = (0.0, 0.0)
+
+    def rounds_in_turn() -> None:
+        nonlocal scores
+        for _ in range(rounds):
+            start = time.perf_counter()
+            scores = function(search, task.rerank)
+            seconds.append(time.perf_counter() - start)
+
+    peak = peak_bytes(rounds_in_turn, "cpu")
+    return Measurement(implementation, median(seconds), peak, *scores)
 
 
 def make_search(task: Task) -> dict[str, Tensor]:
@@ -224,14 +228,6 @@ def _in_own_process(implementation: str, task: Task, rounds: int) -> Measurement
     context = multiprocessing.get_context("spawn")  # a fork would inherit this process's peak of memory
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(measure, implementation, task, rounds).result()
-
-
-def _peak_bytes() -> int | None:
-    if os.name != "posix":
-        return None
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _row(one: Measurement) -> str:

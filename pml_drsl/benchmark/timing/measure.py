@@ -8,7 +8,6 @@ ratios do not depend on what else the machine does.
 from __future__ import annotations
 
 import multiprocessing
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,11 +18,15 @@ import torch
 from pytorch_metric_learning import losses as pml
 from pytorch_metric_learning.distances import LpDistance
 
+from pml_drsl.distances import EuclideanDistance
 from pml_drsl.losses import DRSLoss
+from pml_drsl.machine import peak_process_bytes
 
 FLOOR = "floor"
+OURS = ("DRSL", "DRSL-definition")
 LOSSES: dict[str, Callable[[], torch.nn.Module]] = {
     "DRSL": DRSLoss,
+    "DRSL-definition": lambda: DRSLoss(temperature=0.01, sort_weight=0.3, bound=False, distance=EuclideanDistance()),
     "SmoothAP": pml.SmoothAPLoss,
     "FastAP": pml.FastAPLoss,
     "TripletMargin": pml.TripletMarginLoss,
@@ -124,27 +127,43 @@ def _probe(connection: Connection, name: str, size: int, dim: int, device: str, 
     make_step(name, 16, dim, device)()  # libraries allocate at first use
     step = make_step(name, size, dim, device)
     _limit_memory(memory, device)
-    before = peak_bytes(device)
+    times: list[float] = []
+
+    def timed() -> None:
+        times.append(seconds_of(step, device))
+
     try:
-        seconds = seconds_of(step, device)
+        peak = peak_bytes(timed, device)
     except (RuntimeError, MemoryError) as error:
         if "alloc" not in str(error) and "memory" not in str(error):
             raise
         connection.send(Probe(failure=f"does not fit in {memory:g} GiB"))
         return
-    after = peak_bytes(device)
-    connection.send(Probe(seconds, None if before is None or after is None else after - before))
+    connection.send(Probe(times[0], peak))
 
 
-def peak_bytes(device: str) -> int | None:
+def peak_bytes(step: Callable[[], object], device: str) -> int | None:
+    """The memory that a step adds, or None where the system does not say.
+
+    On the CPU this is how far the step raises the highest memory use that this process has had. A process that used
+    more memory before therefore gives too small a figure.
+    """
     if device != "cpu":
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return cuda_peak_bytes(step)
+    before = peak_process_bytes()
+    step()
+    after = peak_process_bytes()
+    return None if before is None or after is None else after - before
+
+
+def cuda_peak_bytes(step: Callable[[], object]) -> int:
+    """The largest amount of memory that the CUDA tensors of a step take at once, beyond the memory in use before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _limit_memory(gib: float, device: str) -> None:

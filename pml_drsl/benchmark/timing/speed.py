@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -29,35 +28,11 @@ from pml_drsl.benchmark.timing import measure
 from pml_drsl.benchmark.timing import processes as speed_processes
 from pml_drsl.benchmark.timing import step as speed_step
 from pml_drsl.benchmark.timing import table as speed_report
-from pml_drsl.benchmark.timing.measure import FLOOR, LOSSES, PER_IDENTITY
+from pml_drsl.benchmark.timing.measure import FLOOR, LOSSES, OURS, PER_IDENTITY
+from pml_drsl.benchmark.timing.table import Row
 
 SIZES = [64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
 DIMS = [512, 2048]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One loss at one size.
-
-    Attributes:
-        loss: name, ``"floor"`` for the matrix of distances alone.
-        size: number of embeddings.
-        dim: their dimension.
-        seconds: median time of forward and backward; None where it was not measured.
-        ratio: its time over the floor's, median over the rounds.
-        peak_bytes: memory that one step adds; None where it was not measured.
-        rounds: number of times measured.
-        note: why something is missing, or "".
-    """
-
-    loss: str
-    size: int
-    dim: int
-    seconds: float | None
-    ratio: float | None
-    peak_bytes: int | None
-    rounds: int
-    note: str = ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -168,7 +143,7 @@ def measure_point(size: int, dim: int, args: argparse.Namespace) -> list[Row]:
     """Every loss at one size: memory and fit in processes of their own, then time in turns."""
     probes, steps = {}, {}
     for name in [FLOOR, *args.losses]:
-        unlimited = name in (FLOOR, "DRSL")
+        unlimited = name in (FLOOR, *OURS)
         limit = None if unlimited else max(10.0, 4 * args.seconds)
         found = probes[name] = measure.probe(name, size, dim, args.device, args.threads, args.memory, limit)
         if found.seconds is not None and (unlimited or found.seconds <= args.seconds):

@@ -6,21 +6,43 @@ import csv
 import json
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 from pytorch_metric_learning.losses import SmoothAPLoss
 
 from pml_drsl.benchmark.timing.measure import FLOOR, LOSSES, PER_IDENTITY
 
-if TYPE_CHECKING:
-    from pml_drsl.benchmark.timing.speed import Row
-
-NAMES = {FLOOR: "distance matrix alone"}
+NAMES = {FLOOR: "distance matrix alone", "DRSL": "DRSL (default)", "DRSL-definition": "DRSL (definition)"}
 # Okabe and Ito's palette, told apart by the colour-blind; markers say the same once more.
-COLORS = ["#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999"]
-MARKERS = "osDv^P*X"
+COLORS = ["#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#882255"]
+MARKERS = "osDv^P*Xh"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One loss at one batch size.
+
+    Attributes:
+        loss: the loss's name in ``LOSSES``, or ``"floor"`` for the distance matrix alone.
+        size: number of embeddings in the batch.
+        dim: number of dimensions of an embedding.
+        seconds: median time of forward and backward, or None where the time was not measured.
+        ratio: the loss's time divided by the floor's time, median over the rounds.
+        peak_bytes: memory that one step adds, or None where the memory was not measured.
+        rounds: number of measured rounds.
+        note: the reason why a figure is missing, or "".
+    """
+
+    loss: str
+    size: int
+    dim: int
+    seconds: float | None
+    ratio: float | None
+    peak_bytes: int | None
+    rounds: int
+    note: str = ""
 
 
 def machine(device: str, threads: int) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from pml_drsl.benchmark.timing.measure import take_turns
+from pml_drsl.benchmark.timing.measure import cuda_peak_bytes, take_turns
 from pml_drsl.benchmark.training.images import Data
 from pml_drsl.benchmark.training.results import Machine, Results
 from pml_drsl.benchmark.training.trial import Trainer, Trial
@@ -60,12 +60,7 @@ def peak_bytes(step: Callable[[], None], device: str) -> int:
     Counted by torch's allocators: what the process takes from the system hides a step that fits in memory freed before.
     """
     if device != "cpu":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return cuda_peak_bytes(step)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its profiler tells of its every start
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()

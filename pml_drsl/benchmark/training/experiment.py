@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from pml_drsl.benchmark.training.candidates import CANDIDATES, TRIALS
 from pml_drsl.benchmark.training.images import Data
 from pml_drsl.benchmark.training.results import Machine, Protocol, Results, run_all
 from pml_drsl.benchmark.training.trial import PRECISIONS, Trial, make_network
+from pml_drsl.machine import available_cores
 
 QUICK = ("DRSL", "MultiSimilarity", "Circle")
 QUICK_SETTINGS = 2
@@ -112,7 +112,6 @@ def prepare(args: argparse.Namespace) -> Iterator[Experiment]:
     epochs, seeds, tuning_seeds, tried = args.epochs, args.seeds, args.tuning_seeds, TRIALS
     if args.quick:
         epochs, seeds, tuning_seeds, tried = 2, 2, 1, QUICK_SETTINGS
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     data = images.load(args)
     base = Trial(
         data.name,
@@ -127,7 +126,7 @@ def prepare(args: argparse.Namespace) -> Iterator[Experiment]:
         mirror=args.mirror,
         precision=args.precision,
     )
-    machine = Machine(args.device, args.workers or (1 if args.device == "cuda" else cores), args.threads)
+    machine = Machine(args.device, args.workers or (1 if args.device == "cuda" else available_cores()), args.threads)
     protocol = Protocol(base, tuning_seeds, tried)
     try:  # known before the first run, not in it
         channels, height, width = data.train.pixels.shape[1:]

@@ -41,8 +41,8 @@ def test_ratios_are_taken_round_by_round(monkeypatch, capsys):
     monkeypatch.setattr(measure, "take_turns", lambda *_: times)
     monkeypatch.setattr(measure, "probe", lambda *_: measure.Probe(0.1, 1000))
     assert main(["speed", "--sizes", "16", "--dims", "4", "--losses", "DRSL"]) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  DRSL"))
-    assert line.split()[1:4] == ["6.00", "s", "2.00"]
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  DRSL (default)"))
+    assert line.split()[2:5] == ["6.00", "s", "2.00"]
 
 
 def test_what_needs_too_much_memory_or_time_is_said_so():
