@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pml_drsl import functional
-from pml_drsl.checks import is_real
+from pml_drsl.checks import InputError, is_real
 from pml_drsl.distances import EuclideanDistance
 from pml_drsl.pairs import IndicesTuple, Pairs, pairs_from_indices, pairs_from_labels
 from pml_drsl.reducers import PerQueryReducer, check_reducer
@@ -72,7 +72,7 @@ class DRSLoss(BaseMetricLossFunction):
             ``PerQueryReducer``), ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``.
 
     Raises:
-        ValueError: for a hyper-parameter out of range, at construction; for tensors of wrong shape or type, when
+        InputError: for a hyper-parameter out of range, at construction; for tensors of wrong shape or type, when
             called.
     """
 
@@ -87,13 +87,13 @@ class DRSLoss(BaseMetricLossFunction):
     ) -> None:
         super().__init__(**kwargs)
         if not (is_real(temperature) and temperature > 0):
-            raise ValueError(f"temperature must be a number above 0, got {temperature!r}; try 0.01")
+            raise InputError(f"temperature must be a number above 0, got {temperature!r}; try 0.01")
         if not (is_real(sort_weight) and sort_weight >= 0):
-            raise ValueError(f"sort_weight must be a number of at least 0, got {sort_weight!r}; 0 turns sorting off")
+            raise InputError(f"sort_weight must be a number of at least 0, got {sort_weight!r}; 0 turns sorting off")
         if not is_real(margin):
-            raise ValueError(f"margin must be a finite number, got {margin!r}; 0 asks for order alone")
+            raise InputError(f"margin must be a finite number, got {margin!r}; 0 asks for order alone")
         if query_chunk_size is not None and not (isinstance(query_chunk_size, int) and query_chunk_size > 0):
-            raise ValueError(f"query_chunk_size must be None or an integer above 0, got {query_chunk_size!r}")
+            raise InputError(f"query_chunk_size must be None or an integer above 0, got {query_chunk_size!r}")
         _check_distance(self.distance)
         self.temperature = temperature
         self.sort_weight = sort_weight
@@ -119,14 +119,14 @@ class DRSLoss(BaseMetricLossFunction):
         if ref_emb is not None:
             _check_embeddings("ref_emb", ref_emb)
             if ref_emb.shape[1] != embeddings.shape[1]:
-                raise ValueError(
+                raise InputError(
                     f"ref_emb has {ref_emb.shape[1]} dimensions and embeddings {embeddings.shape[1]}; give both alike"
                 )
             _check_labels("ref_labels", ref_labels, len(ref_emb))
             dtype = torch.promote_types(dtype, ref_emb.dtype)
             ref_emb = self._with_direction(ref_emb.to(dtype))
         if indices_tuple is None and (labels is None or (ref_emb is not None and ref_labels is None)):
-            raise ValueError("labels (and ref_labels with ref_emb) are required where no indices_tuple is given")
+            raise InputError("labels (and ref_labels with ref_emb) are required where no indices_tuple is given")
         # At temperature 0.01 a half-precision similarity has no usable ranks.
         with torch.autocast(embeddings.device.type, enabled=False):
             return super().forward(  # type: ignore[no-any-return]
@@ -259,21 +259,21 @@ def _has_direction(x: Tensor) -> Tensor:
 
 def _check_distance(distance: object) -> None:
     if isinstance(distance, BatchedDistance):
-        raise ValueError(
+        raise InputError(
             f"distance must return the matrix of distances, and BatchedDistance returns none; give the one inside, "
             f"{distance.distance!r}, and query_chunk_size to save memory"
         )
     if not isinstance(distance, BaseDistance):
-        raise ValueError(
+        raise InputError(
             f"distance must be a distance of pytorch_metric_learning.distances, such as LpDistance() or "
             f"CosineSimilarity(), got {distance!r}"
         )
     if distance.is_inverted and not (distance.power >= 1 and distance.power == int(distance.power)):
-        raise ValueError(
+        raise InputError(
             f"distance has power={distance.power}, and that of a negative similarity is not a number; give power=1"
         )
     if distance.power < 1 or (isinstance(distance, LpDistance) and distance.p < 1):
-        raise ValueError(
+        raise InputError(
             f"distance has p={distance.p} and power={distance.power}; below 1 the gradient of a distance of 0, or of "
             f"one difference of 0, is infinite; give 1 or more"
         )
@@ -281,7 +281,7 @@ def _check_distance(distance: object) -> None:
 
 def _check_distances(mat: Tensor, distance: BaseDistance) -> None:
     if not bool(torch.isfinite(mat).all()):
-        raise ValueError(
+        raise InputError(
             f"distance {type(distance).__name__} gave infinite or NaN values; SNRDistance does so for an embedding "
             f"whose values are all alike"
         )
@@ -290,7 +290,7 @@ def _check_distances(mat: Tensor, distance: BaseDistance) -> None:
 def _check_embeddings(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor) or x.ndim != 2 or not x.is_floating_point():
         got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"{name} must be a floating-point tensor of shape (batch, dim), got {got}")
+        raise InputError(f"{name} must be a floating-point tensor of shape (batch, dim), got {got}")
 
 
 def _check_labels(name: str, labels: Tensor | None, size: int) -> None:
@@ -299,4 +299,4 @@ def _check_labels(name: str, labels: Tensor | None, size: int) -> None:
     is_tensor = isinstance(labels, Tensor)
     if not is_tensor or labels.is_floating_point() or labels.is_complex() or labels.shape != (size,):
         got = f"{labels.dtype} of shape {tuple(labels.shape)}" if is_tensor else type(labels).__name__
-        raise ValueError(f"{name} must be an integer tensor of shape ({size},), one for each embedding, got {got}")
+        raise InputError(f"{name} must be an integer tensor of shape ({size},), one for each embedding, got {got}")

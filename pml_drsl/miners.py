@@ -9,7 +9,7 @@ from pytorch_metric_learning.miners import BaseMiner
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 
-from pml_drsl.checks import is_real
+from pml_drsl.checks import InputError, is_real
 
 Strategy = Literal["hard", "semihard", "random"]
 FourIndices = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -74,13 +74,13 @@ class RankViolationMiner(RankingMiner):
         **kwargs: of ``BaseMiner``: ``distance`` (default: ``LpDistance``), ``collect_stats``.
 
     Raises:
-        ValueError: for a margin that is not a finite number.
+        InputError: for a margin that is not a finite number.
     """
 
     def __init__(self, margin: float = 0.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not is_real(margin):
-            raise ValueError(f"margin must be a finite number, got {margin!r}; 0 keeps the violations of order alone")
+            raise InputError(f"margin must be a finite number, got {margin!r}; 0 keeps the violations of order alone")
         self.margin = margin
         self.add_to_recordable_attributes(name="margin", is_stat=False)
 
@@ -112,7 +112,7 @@ class NegativeBudgetMiner(RankingMiner):
         **kwargs: of ``BaseMiner``: ``distance`` (default: ``LpDistance``), ``collect_stats``.
 
     Raises:
-        ValueError: for a hyper-parameter out of range.
+        InputError: for a hyper-parameter out of range.
     """
 
     def __init__(
@@ -124,11 +124,11 @@ class NegativeBudgetMiner(RankingMiner):
     ) -> None:
         super().__init__(**kwargs)
         if not (is_real(negatives_per_positive) and negatives_per_positive > 0):
-            raise ValueError(f"negatives_per_positive must be a number above 0, got {negatives_per_positive!r}")
+            raise InputError(f"negatives_per_positive must be a number above 0, got {negatives_per_positive!r}")
         if strategy not in get_args(Strategy):
-            raise ValueError(f"strategy must be one of {', '.join(get_args(Strategy))}, got {strategy!r}")
+            raise InputError(f"strategy must be one of {', '.join(get_args(Strategy))}, got {strategy!r}")
         if not (seed is None or isinstance(seed, int)):
-            raise ValueError(f"seed must be None or an integer, got {seed!r}")
+            raise InputError(f"seed must be None or an integer, got {seed!r}")
         self.negatives_per_positive = negatives_per_positive
         self.strategy = strategy
         self.seed = seed

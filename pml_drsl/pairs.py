@@ -8,6 +8,7 @@ import torch
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
+from pml_drsl.checks import InputError
 from pml_drsl.functional import Candidates
 
 IndicesTuple = tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor]
@@ -57,7 +58,7 @@ def pairs_from_indices(indices_tuple: IndicesTuple, num_queries: int, num_refs: 
     """The pairs of a miner: 3 tensors (anchors, positives, negatives) or 4 (anchors, positives, anchors, negatives).
 
     Raises:
-        ValueError: for anything else, indices out of range, or a pair that is both positive and negative.
+        InputError: for anything else, indices out of range, or a pair that is both positive and negative.
     """
     a1, p, a2, n = _check_indices(indices_tuple, num_queries, num_refs, device)
     positives, negatives = _ascending(a1.long() * num_refs + p), _ascending(a2.long() * num_refs + n)
@@ -65,7 +66,7 @@ def pairs_from_indices(indices_tuple: IndicesTuple, num_queries: int, num_refs: 
         nearest = negatives[torch.searchsorted(negatives, positives).clamp_(max=len(negatives) - 1)]
         if bool((nearest == positives).any()):
             pair = divmod(int(positives[nearest == positives][0]), num_refs)
-            raise ValueError(f"indices_tuple has the pair {pair} both as a positive and as a negative")
+            raise InputError(f"indices_tuple has the pair {pair} both as a positive and as a negative")
     has_negative = torch.zeros(num_queries, dtype=torch.bool, device=device)
     has_negative[a2] = True
     query = positives // max(1, num_refs)
@@ -85,20 +86,20 @@ def _check_indices(
     indices_tuple: IndicesTuple, num_queries: int, num_refs: int, device: torch.device
 ) -> tuple[Tensor, ...]:
     if len(indices_tuple) not in (3, 4):
-        raise ValueError(
+        raise InputError(
             f"indices_tuple must have 3 tensors (anchors, positives, negatives) or 4 (anchors, positives, anchors, "
             f"negatives), got {len(indices_tuple)}"
         )
     indices = tuple(index.to(device) for index in lmu.convert_to_pairs(indices_tuple, None))
     for (anchor, other), name in ((indices[:2], "positive"), (indices[2:], "negative")):
         if anchor.shape != other.shape or anchor.ndim != 1:
-            raise ValueError(
+            raise InputError(
                 f"indices_tuple needs 1-D anchors and {name}s of one length, got shapes {tuple(anchor.shape)} and "
                 f"{tuple(other.shape)}"
             )
         for index, size, what in ((anchor, num_queries, "anchor"), (other, num_refs, name)):
             if len(index) and not 0 <= int(index.min()) <= int(index.max()) < size:
-                raise ValueError(
+                raise InputError(
                     f"indices_tuple has {what} indices from {int(index.min())} to {int(index.max())}, outside the "
                     f"{size} embeddings they point into"
                 )

@@ -8,6 +8,8 @@ import torch
 from pytorch_metric_learning.reducers import BaseReducer, ClassWeightedReducer, MeanReducer, PerAnchorReducer
 from torch import Tensor
 
+from pml_drsl.checks import InputError
+
 
 class _QueryReducer(BaseReducer):
     """A reducer to which only the query of a pair or triplet matters; in PML's tuples it is the first index."""
@@ -30,13 +32,13 @@ class PerQueryReducer(_QueryReducer):
         reducer: reduces the queries' averages, one "element" each. Default: their mean.
 
     Raises:
-        ValueError: for a reducer that is none.
+        InputError: for a reducer that is none.
     """
 
     def __init__(self, reducer: BaseReducer | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if reducer is not None and not isinstance(reducer, BaseReducer):
-            raise ValueError(f"reducer must be one of pytorch_metric_learning.reducers, got {reducer!r}")
+            raise InputError(f"reducer must be one of pytorch_metric_learning.reducers, got {reducer!r}")
         self.reducer = MeanReducer() if reducer is None else reducer
 
     def element_reduction(
@@ -58,7 +60,7 @@ class PerIdentityReducer(_QueryReducer):
         self, losses: Tensor, loss_indices: Tensor, embeddings: Tensor, labels: Tensor | None
     ) -> Tensor:
         if labels is None:
-            raise ValueError("PerIdentityReducer needs labels: call the loss with them, or give a PerQueryReducer")
+            raise InputError("PerIdentityReducer needs labels: call the loss with them, or give a PerQueryReducer")
         if len(losses) == 0:
             return self.zero_loss(embeddings)  # type: ignore[no-any-return]
         of_queries, queries = _means(losses, loss_indices)
@@ -79,20 +81,20 @@ def check_reducer(reducer: torch.nn.Module, labels: Tensor | None, batch_size: i
     """Refuses a batch on which one of PML's reducers would fail without saying why.
 
     Raises:
-        ValueError: with the reason and what to use instead.
+        InputError: with the reason and what to use instead.
     """
     for part in reducer.modules():
         if isinstance(part, PerAnchorReducer) and num_refs > batch_size:
-            raise ValueError(
+            raise InputError(
                 f"PerAnchorReducer has no room for {num_refs} references of {batch_size} embeddings; give a "
                 f"pml_drsl.reducers.PerQueryReducer"
             )
         if isinstance(part, ClassWeightedReducer):
             number = len(part.weights)
             if labels is None:
-                raise ValueError("ClassWeightedReducer needs labels: call the loss with them")
+                raise InputError("ClassWeightedReducer needs labels: call the loss with them")
             if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < number:
-                raise ValueError(
+                raise InputError(
                     f"ClassWeightedReducer has weights for the labels 0 to {number - 1}, and the batch has labels "
                     f"from {int(labels.min())} to {int(labels.max())}; number the classes from 0 and weigh them all"
                 )

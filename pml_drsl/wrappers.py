@@ -19,6 +19,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
+from pml_drsl.checks import InputError
 from pml_drsl.losses import DRSLoss
 from pml_drsl.miners import RankingMiner
 from pml_drsl.pairs import IndicesTuple, Pairs
@@ -39,7 +40,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
     ``NegativeBudgetMiner`` are told which entry of the memory is the query itself.
 
     Raises:
-        ValueError: for a batch larger than the memory, when called.
+        InputError: for a batch larger than the memory, when called.
     """
 
     @staticmethod
@@ -55,7 +56,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
     ) -> Tensor:
         number = len(embeddings) if enqueue_mask is None else int(enqueue_mask.sum())
         if number > self.memory_size:
-            raise ValueError(f"{number} embeddings do not fit in a memory_size of {self.memory_size}; make it larger")
+            raise InputError(f"{number} embeddings do not fit in a memory_size of {self.memory_size}; make it larger")
         return super().forward(embeddings, labels, indices_tuple, enqueue_mask)  # type: ignore[no-any-return]
 
     def create_indices_tuple(
@@ -126,13 +127,13 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
     references of other processes get none: another gradient than that of the whole batch.)
 
     Raises:
-        ValueError: for ``efficient=True`` with another loss than ``DRSLoss``.
+        InputError: for ``efficient=True`` with another loss than ``DRSLoss``.
     """
 
     def __init__(self, loss: torch.nn.Module, efficient: bool = False) -> None:
         super().__init__(loss, efficient)
         if efficient and not isinstance(loss, DRSLoss):
-            raise ValueError(f"efficient=True is for DRSLoss, got {type(loss).__name__}; give efficient=False")
+            raise InputError(f"efficient=True is for DRSLoss, got {type(loss).__name__}; give efficient=False")
 
     def forward_regular_loss(
         self,
@@ -162,7 +163,7 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
         enqueue_mask: Tensor | None,
     ) -> Tensor:
         if ref_emb is not None or ref_labels is not None:
-            raise ValueError("a CrossBatchMemory has its own references: it takes no ref_emb and ref_labels")
+            raise InputError("a CrossBatchMemory has its own references: it takes no ref_emb and ref_labels")
         if world_size <= 1:
             return self.loss(emb, labels, indices_tuple, enqueue_mask)  # type: ignore[no-any-return]
         # In order of rank: PML has each process's own first, and so another memory on each.

@@ -7,12 +7,14 @@ import contextlib
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
 
+from pml_drsl.checks import InputError
 from torchreid_ext.checkpointing import file as checkpoint
 from torchreid_ext.checkpointing import resume as resuming
 from torchreid_ext.config import build as config
@@ -33,9 +35,12 @@ config keys, with their defaults:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line.
 
+    Any other error than bad input, a loss that is not finite or a failure of the file system is a defect of the
+    program: it is raised, so that its traceback is printed.
+
     Returns:
-        The exit status: 0; 2 for bad input, explained on stderr; 128 and the signal's number for a run that SIGTERM
-        or SIGINT stopped.
+        The exit status: 0; 2 for bad input, explained on stderr in one line; 128 and the signal's number for a run
+        that SIGTERM or SIGINT stopped.
     """
     args = _parser().parse_args(arguments)
     try:
@@ -45,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
             logged(Path(cfg.data.save_dir), "test" if cfg.test.evaluate else "train"),
         ):
             train(cfg)
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (InputError, FloatingPointError, OSError) as error:
         who = "" if distributed.is_first() else f" process {distributed.rank()}:"
         print(f"drsl-train:{who} {_message(error)}", file=sys.stderr)
         return 2
@@ -57,11 +62,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _message(error: BaseException) -> str:
-    """What an error says; of one in a loader's worker, whose traceback torch makes a part of it, the last line."""
+    """The message of an error; of an error in a loading process, to which torch adds its traceback, the last line."""
     message = str(error)
     if "in DataLoader worker process" not in message:
         return message
-    return message.rstrip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
+    kind = type(error)
+    last = message.rstrip().splitlines()[-1]
+    return last.removeprefix(f"{kind.__module__}.").removeprefix(f"{kind.__name__}: ")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,7 +121,7 @@ def train(cfg: config.Config) -> dict[str, Any]:
     elif cfg.model.resume:
         start_epoch = engine.resume(cfg.model.resume, cfg.data.save_dir, test_only=cfg.test.evaluate)
         if cfg.test.evaluate and not start_epoch:
-            raise ValueError("test.evaluate: model.resume auto found no checkpoint to test")
+            raise InputError("test.evaluate: model.resume auto found no checkpoint to test")
     if not cfg.test.evaluate and distributed.is_first():
         write_config(cfg)
 
@@ -147,8 +154,11 @@ def logged(folder: Path, name: str) -> Iterator[None]:
     with open(path, "w") as file, contextlib.redirect_stdout(_Tee(sys.stdout, file)):
         try:
             yield
-        except (Exception, KeyboardInterrupt) as error:
+        except (InputError, FloatingPointError, KeyboardInterrupt) as error:
             file.write(f"drsl-train: {_message(error)}\n")
+            raise
+        except Exception:
+            traceback.print_exc(file=file)
             raise
 
 

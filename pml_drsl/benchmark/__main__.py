@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from pml_drsl.checks import InputError
+
 # Each is a module of this package with `add_arguments(parser)` and `run(args) -> int`, imported only when asked for.
 COMMANDS = {
     "quality": "retrieval quality, trained with each loss under one protocol",
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         extra = "reid" if package == "torchreid" else "benchmark"
         print(f"drsl-benchmark {name} needs {package}: pip install 'pml-drsl[{extra}]'", file=sys.stderr)
         return 2
-    except ValueError as error:
+    except (InputError, FloatingPointError, OSError) as error:
         print(f"drsl-benchmark {name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -22,6 +22,7 @@ from pml_drsl.benchmark.training.candidates import CANDIDATES, DRSL
 from pml_drsl.benchmark.training.results import Protocol, Results
 from pml_drsl.benchmark.training.trial import Trial
 from pml_drsl.benchmark.training.tuning import MEMORY, best_of, score
+from pml_drsl.checks import InputError
 
 RATIOS = (1, 10, 100, 1000)
 OPPONENTS = 4
@@ -32,7 +33,7 @@ add_arguments = experiment.add_arguments
 
 def run(args: argparse.Namespace) -> int:
     if args.losses and DRSL not in args.losses:
-        raise ValueError(f"--losses: {DRSL} is compared with the others; name it too")
+        raise InputError(f"--losses: {DRSL} is compared with the others; name it too")
     with experiment.prepare(args) as bench:
         results, protocol = bench.results, bench.protocol
         # A loss with a miner of its own has another's place here.

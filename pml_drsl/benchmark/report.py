@@ -18,6 +18,7 @@ from pml_drsl.benchmark import ablation, imbalance, plots, quality, tables
 from pml_drsl.benchmark.training.candidates import CANDIDATES, DRSL
 from pml_drsl.benchmark.training.results import Protocol, Results
 from pml_drsl.benchmark.training.tuning import BEST, settings
+from pml_drsl.checks import InputError
 
 MARK = "<!-- generated -->"
 
@@ -31,13 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if not args.results.exists():
-        raise ValueError(f"{args.results} is not there: run drsl-benchmark quality --results {args.results} first")
+        raise InputError(f"{args.results} is not there: run drsl-benchmark quality --results {args.results} first")
     results = Results(args.results)
     if results.protocol is None or not results.found:
-        raise ValueError(f"{args.results} holds no results: run drsl-benchmark quality --results {args.results} first")
+        raise InputError(f"{args.results} holds no results: run drsl-benchmark quality --results {args.results} first")
     page = args.output
     if page.is_dir() or not page.absolute().parent.is_dir():
-        raise ValueError(f"--output {page}: not a file in a folder that exists")
+        raise InputError(f"--output {page}: not a file in a folder that exists")
     kept = page.read_text(encoding="utf-8").partition(MARK)[0] if page.is_file() else "# Benchmark\n\n"
     pictures = plots.draw(results, results.protocol, page.with_suffix(""))
     text = "\n\n".join(_sections(results, results.protocol, {name: path.name for name, path in pictures.items()}))

@@ -17,6 +17,7 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import CustomKNN, FaissKNN
 from torch import Tensor
 
+from pml_drsl.checks import InputError
 from pml_drsl.evaluation import reranking
 from pml_drsl.evaluation.distances import (
     METRICS,
@@ -81,10 +82,10 @@ class RetrievalResult:
         """Rank-k: the share of queries with a match among their first k entries.
 
         Raises:
-            ValueError: for k below 1, or beyond a CMC that was cut by ``max_rank``.
+            InputError: for k below 1, or beyond a CMC that was cut by ``max_rank``.
         """
         if k < 1 or (k > len(self.cmc) and len(self.cmc) < self.num_gallery):
-            raise ValueError(f"rank {k} is outside 1..{len(self.cmc)}: evaluate with a larger max_rank")
+            raise InputError(f"rank {k} is outside 1..{len(self.cmc)}: evaluate with a larger max_rank")
         return float(self.cmc[min(k, len(self.cmc)) - 1])  # a whole small gallery holds no further entries
 
     def to_dict(self) -> dict[str, Any]:
@@ -145,7 +146,7 @@ def evaluate(
         progress: show a progress bar on stderr.
 
     Raises:
-        ValueError: for anything above out of its range, NaN or infinite features, or if no query has a match.
+        InputError: for anything above out of its range, NaN or infinite features, or if no query has a match.
     """
     distances: DistanceRows
     if rerank:
@@ -168,7 +169,7 @@ def evaluate(
 
 
 def summarize(ranked: RankedQueries, max_rank: int = 50) -> RetrievalResult:
-    """Means of ``ranked`` over the queries that have a match. Raises ValueError for a ``max_rank`` below 1."""
+    """Means of ``ranked`` over the queries that have a match. Raises InputError for a ``max_rank`` below 1."""
     matched = ranked.matched
     return RetrievalResult(
         mAP=float(ranked.average_precision[matched].mean()),
@@ -212,7 +213,7 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
         **kwargs: passed to ``AccuracyCalculator``: ``avg_of_avgs``, ``return_per_class``, ``device``, ...
 
     Raises:
-        ValueError: for unknown metrics, or a ``label_comparison_fn`` (identities are compared for equality).
+        InputError: for unknown metrics, or a ``label_comparison_fn`` (identities are compared for equality).
     """
 
     def __init__(
@@ -230,7 +231,7 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
         **kwargs: Any,
     ) -> None:
         if kwargs.get("label_comparison_fn") is not None:
-            raise ValueError("label_comparison_fn is not supported: identities are compared for equality")
+            raise InputError("label_comparison_fn is not supported: identities are compared for equality")
         self.metric = metric
         self.ties = ties
         self.protocol = protocol
@@ -263,7 +264,7 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
         Features are compared in float32. Identities of any integer size are told apart.
 
         Raises:
-            ValueError: for labels that are not one integer per embedding, for cameras that do not match the
+            InputError: for labels that are not one integer per embedding, for cameras that do not match the
                 embeddings in number, NaN or infinite embeddings, or if no query has a match.
         """
         if reference is None or reference_labels is None:
@@ -344,11 +345,11 @@ def _as_integers(labels: Array, side: str) -> Tensor:
     if tensor.dim() == 2 and tensor.shape[1] == 1:
         tensor = tensor.squeeze(1)
     if tensor.dim() != 1:
-        raise ValueError(
+        raise InputError(
             f"{side} labels have shape {list(tensor.shape)}: give one identity per embedding, "
             "and cameras through set_cameras"
         )
     integers = tensor.long()
     if not torch.equal(integers.to(tensor.dtype), tensor):
-        raise ValueError(f"{side} labels are not integers: {tensor[integers.to(tensor.dtype) != tensor][0]}")
+        raise InputError(f"{side} labels are not integers: {tensor[integers.to(tensor.dtype) != tensor][0]}")
     return integers

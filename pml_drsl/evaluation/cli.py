@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pml_drsl.checks import InputError
 from pml_drsl.evaluation.accuracy import METRICS, PROTOCOLS, TIES, RetrievalResult, evaluate
 
 REQUIRED = ("query", "gallery", "query_ids", "gallery_ids")
@@ -53,16 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         if min(args.ranks) < 1:
-            raise ValueError(f"--ranks {min(args.ranks)}: ranks start at 1")
+            raise InputError(f"--ranks {min(args.ranks)}: ranks start at 1")
         if args.seed < 0:
-            raise ValueError(f"--seed {args.seed}: seeds start at 0")
+            raise InputError(f"--seed {args.seed}: seeds start at 0")
         if args.json and not Path(args.json).absolute().parent.is_dir():  # known before the work, not after
-            raise ValueError(f"--json {args.json}: its folder does not exist")
+            raise InputError(f"--json {args.json}: its folder does not exist")
         if args.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: torch finds no CUDA device here")
+            raise InputError("--device cuda: torch finds no CUDA device here")
         data = read_npz(args.features[0]) if len(args.features) == 1 else read_npy(args.features, args.ids)
         if args.ids and len(args.features) == 1:
-            raise ValueError("--ids goes with two .npy files; a .npz file holds its own query_ids and gallery_ids")
+            raise InputError("--ids goes with two .npy files; a .npz file holds its own query_ids and gallery_ids")
         if args.no_cameras:
             data = {name: array for name, array in data.items() if name not in CAMERAS}
         result = evaluate(
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         if args.json:
             Path(args.json).write_text(json.dumps(result.to_dict(), indent=2) + "\n")
-    except (ValueError, OSError) as error:
+    except (InputError, OSError) as error:
         text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
         print(f"drsl-evaluate: {' '.join(text.split())}", file=sys.stderr)
         return 2
@@ -101,15 +102,15 @@ def read_npz(path: str) -> dict[str, Any]:
     """The arrays of an .npz file that ``evaluate`` takes; others are ignored, but not if they look misspelt.
 
     Raises:
-        ValueError: for a file of another format, or with arrays missing.
+        InputError: for a file of another format, or with arrays missing.
         OSError: if it cannot be read.
     """
     loaded = _load(path)
     if isinstance(loaded, np.ndarray):
-        raise ValueError(f"{path} holds a single array: give QUERY.npy GALLERY.npy --ids IDS.csv, or an .npz file")
+        raise InputError(f"{path} holds a single array: give QUERY.npy GALLERY.npy --ids IDS.csv, or an .npz file")
     missing = [name for name in REQUIRED if name not in loaded]
     if missing:
-        raise ValueError(
+        raise InputError(
             f"{path} lacks {', '.join(missing)}: it needs {', '.join(REQUIRED)}, and {' and '.join(CAMERAS)} if there "
             f"are cameras; it holds {', '.join(loaded) or 'nothing'}"
         )
@@ -117,7 +118,7 @@ def read_npz(path: str) -> dict[str, Any]:
     for name in set(loaded) - set(known):
         near = difflib.get_close_matches(name, [camera for camera in CAMERAS if camera not in loaded], n=1)
         if near:  # to ignore it would be to ignore the cameras
-            raise ValueError(f"{path} has an unknown array {name!r}: did you mean {near[0]!r}?")
+            raise InputError(f"{path} has an unknown array {name!r}: did you mean {near[0]!r}?")
     return {name: loaded[name] for name in known if name in loaded}
 
 
@@ -125,24 +126,24 @@ def read_npy(paths: Sequence[str], ids: str | None) -> dict[str, Any]:
     """What ``evaluate`` takes, from a query and a gallery .npy file and the CSV file of their identities.
 
     Raises:
-        ValueError: for other than two files, files of another format, or a CSV file that does not fit them.
+        InputError: for other than two files, files of another format, or a CSV file that does not fit them.
         OSError: if one cannot be read.
     """
     if len(paths) != 2:
-        raise ValueError(f"{len(paths)} feature files given: give one .npz, or two .npy (query, gallery) with --ids")
+        raise InputError(f"{len(paths)} feature files given: give one .npz, or two .npy (query, gallery) with --ids")
     if ids is None:
-        raise ValueError("two feature files need --ids IDS.csv, with columns set,id,camera (see --help)")
+        raise InputError("two feature files need --ids IDS.csv, with columns set,id,camera (see --help)")
     data: dict[str, Any] = {}
     for name, path in zip(("query", "gallery"), paths, strict=True):
         data[name] = _load(path)
         if not isinstance(data[name], np.ndarray):
-            raise ValueError(f"{path} is an .npz file: give two .npy files, or the .npz file alone")
+            raise InputError(f"{path} is an .npz file: give two .npy files, or the .npz file alone")
         if data[name].ndim != 2:
-            raise ValueError(f"{path} has shape {list(data[name].shape)}: give [images, dimensions]")
+            raise InputError(f"{path} has shape {list(data[name].shape)}: give [images, dimensions]")
     labels = _read_csv(ids)
     for side in ("query", "gallery"):
         if len(labels[side]) != len(data[side]):
-            raise ValueError(f"{ids} has {len(labels[side])} {side} lines for {len(data[side])} {side} features")
+            raise InputError(f"{ids} has {len(labels[side])} {side} lines for {len(data[side])} {side} features")
         data[f"{side}_ids"] = np.array([line[0] for line in labels[side]], dtype=str)
         if labels["columns"] == list(COLUMNS):
             data[f"{side}_cams"] = np.array([line[1] for line in labels[side]], dtype=str)
@@ -156,16 +157,16 @@ def _read_csv(path: str) -> dict[str, list[Any]]:
         try:
             lines = [[value.strip() for value in line] for line in csv.reader(file)]
         except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a readable CSV file: {error}") from error
+            raise InputError(f"{path} is not a readable CSV file: {error}") from error
     columns = lines[0] if lines else []
     if sorted(columns) not in (sorted(COLUMNS), sorted(COLUMNS[:2])):
-        raise ValueError(f"{path} has the header {','.join(columns) or '(empty)'!r}: it needs set,id,camera")
+        raise InputError(f"{path} has the header {','.join(columns) or '(empty)'!r}: it needs set,id,camera")
     for number, values in enumerate(lines[1:], start=2):
         row = dict(zip(columns, values, strict=False))
         if len(values) != len(columns) or "" in values or row["set"] not in labels:
             if not any(values):  # an empty line
                 continue
-            raise ValueError(
+            raise InputError(
                 f"{path}, line {number}: {','.join(values)!r} is not {','.join(columns)} with set query or gallery"
             )
         labels[row["set"]].append((row["id"], row.get("camera")))
@@ -184,7 +185,7 @@ def _load(path: str) -> Any:
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError) as error:
         # numpy takes whatever it does not know for a pickle, and advises to trust it.
         why = "" if "pickle" in str(error) else f": {error}"
-        raise ValueError(f"{path} is not a readable .npz or .npy file of plain arrays{why}") from error
+        raise InputError(f"{path} is not a readable .npz or .npy file of plain arrays{why}") from error
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pml_drsl.checks import InputError
 from pml_drsl.precision import full_precision
 
 Array: TypeAlias = Tensor | np.ndarray[Any, Any]
@@ -53,7 +54,7 @@ class FeatureDistances:
         device: where to compute; None for the device of ``query``.
 
     Raises:
-        ValueError: for an unknown metric, features of a wrong shape or type, no features, NaN or infinite
+        InputError: for an unknown metric, features of a wrong shape or type, no features, NaN or infinite
             features, or features so large that their squares overflow.
     """
 
@@ -61,10 +62,10 @@ class FeatureDistances:
         self, query: Array, gallery: Array, metric: Metric = "euclidean", *, device: torch.device | str | None = None
     ) -> None:
         if metric not in METRICS:
-            raise ValueError(f"unknown metric {metric!r}: choose one of {', '.join(map(repr, METRICS))}")
+            raise InputError(f"unknown metric {metric!r}: choose one of {', '.join(map(repr, METRICS))}")
         query, gallery = as_features(query, "query"), as_features(gallery, "gallery")
         if query.shape[1] != gallery.shape[1]:
-            raise ValueError(
+            raise InputError(
                 f"query features have {query.shape[1]} dimensions and gallery features {gallery.shape[1]}: "
                 "extract both with the same model"
             )
@@ -119,36 +120,36 @@ def rows_per_chunk(num_columns: int, chunk_size: int | None = None) -> int:
     if chunk_size is None:
         return max(1, ELEMENTS_PER_CHUNK // max(1, num_columns))
     if chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size}: give a positive number of queries, or None to choose it")
+        raise InputError(f"chunk_size={chunk_size}: give a positive number of queries, or None to choose it")
     return chunk_size
 
 
 def as_features(features: Array, name: str) -> Tensor:
-    """Features as a detached tensor. Raises ValueError unless they are floating [N, D], N and D at least 1."""
+    """Features as a detached tensor. Raises InputError unless they are floating [N, D], N and D at least 1."""
     try:
         tensor = torch.as_tensor(features).detach()
     except (TypeError, ValueError) as error:  # text, objects, foreign byte order, ...
         kind = getattr(features, "dtype", type(features).__name__)
-        raise ValueError(f"{name} features are {kind}: give floating-point features ({error})") from error
+        raise InputError(f"{name} features are {kind}: give floating-point features ({error})") from error
     if tensor.dim() != 2 or 0 in tensor.shape:
-        raise ValueError(f"{name} features have shape {list(tensor.shape)}: give a non-empty [images, dimensions]")
+        raise InputError(f"{name} features have shape {list(tensor.shape)}: give a non-empty [images, dimensions]")
     if not tensor.is_floating_point():
-        raise ValueError(f"{name} features are {tensor.dtype}: give floating-point features")
+        raise InputError(f"{name} features are {tensor.dtype}: give floating-point features")
     return tensor
 
 
 def squared_norms(features: Tensor, name: str) -> Tensor:
-    """[N] squared norms of [N, D] features. Raises ValueError where they, or distances made of them, overflow."""
+    """[N] squared norms of [N, D] features. Raises InputError where they, or distances made of them, overflow."""
     with full_precision(features.device.type):
         squares: Tensor = torch.linalg.vecdot(features, features)
     if not bool((4 * squares).isfinite().all()):  # a squared distance is at most four times the larger norm's
         bad = ~features.isfinite().all(dim=1)
         if bool(bad.any()):
-            raise ValueError(
+            raise InputError(
                 f"{int(bad.sum())} of {len(features)} {name} features contain NaN or infinity "
                 f"(first: row {int(bad.nonzero()[0])}): look for a diverged model or a half-precision overflow"
             )
-        raise ValueError(
+        raise InputError(
             f"{name} features reach {float(features.abs().max()):.3g}, whose squares overflow {features.dtype}: "
             "scale them down or give float64"
         )

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch import distributed as dist
 from tqdm import tqdm
 
+from pml_drsl.checks import InputError
 from pml_drsl.evaluation.distances import Array, DistanceRows, rows_per_chunk
 
 Ties = Literal["mean", "optimistic", "pessimistic"]
@@ -60,10 +61,10 @@ class RankedQueries:
         """[Q, min(max_rank, gallery)] float64 in [0, 1]: chance that a match is among the first k, column k - 1.
 
         Raises:
-            ValueError: for a ``max_rank`` below 1.
+            InputError: for a ``max_rank`` below 1.
         """
         if max_rank < 1:
-            raise ValueError(f"max_rank={max_rank}: give a positive rank")
+            raise InputError(f"max_rank={max_rank}: give a positive rank")
         ranks = torch.arange(1, min(max_rank, self.num_gallery) + 1, device=self.first_places.device)
         return (self.first_places[:, :, None] <= ranks).double().mean(dim=1)
 
@@ -101,7 +102,7 @@ def rank_queries(
             gets the same answer: bit for bit that of one process, with the same number of threads.
 
     Raises:
-        ValueError: for labels of a wrong shape or type, one camera list without the other, an unknown option,
+        InputError: for labels of a wrong shape or type, one camera list without the other, an unknown option,
             or when no query has a match.
     """
     _check_option("ties", ties, TIES)
@@ -110,12 +111,12 @@ def rank_queries(
     ids = shared_labels(query_ids, gallery_ids, num_query, num_gallery, "ids")
     if (query_cams is None) != (gallery_cams is None):
         given, missing = ("gallery", "query") if query_cams is None else ("query", "gallery")
-        raise ValueError(f"{given}_cams without {missing}_cams: give both, or neither to ignore cameras")
+        raise InputError(f"{given}_cams without {missing}_cams: give both, or neither to ignore cameras")
     cams = None
     if query_cams is not None and gallery_cams is not None:
         cams = shared_labels(query_cams, gallery_cams, num_query, num_gallery, "cams")
     if gallery_starts_with_query and (num_gallery < num_query or not torch.equal(ids[0], ids[1][:num_query])):
-        raise ValueError("gallery_starts_with_query: the first gallery identities are not those of the queries")
+        raise InputError("gallery_starts_with_query: the first gallery identities are not those of the queries")
 
     groups = _Identities(ids[1], int(torch.cat(ids).max()) + 1)
     shots = _SingleShots(groups, seed) if protocol == "single-gallery-shot" else None
@@ -145,7 +146,7 @@ def rank_queries(
     ap, inp, first, positives, junks = (torch.cat(column) for column in zip(*parts, strict=True))
     ranked = RankedQueries(ap, inp, first, positives, junks, num_gallery)
     if not bool(ranked.matched.any()):
-        raise ValueError(_why_no_match(ids, ranked, cams is not None, gallery_starts_with_query))
+        raise InputError(_why_no_match(ids, ranked, cams is not None, gallery_starts_with_query))
     return ranked
 
 
@@ -265,12 +266,12 @@ def shared_labels(query: Labels, gallery: Labels, num_query: int, num_gallery: i
     for side, labels, count in (("query", query, num_query), ("gallery", gallery, num_gallery)):
         array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
         if array.shape != (count,):
-            raise ValueError(f"{side}_{name} have shape {list(array.shape)}: give one for each of {count} features")
+            raise InputError(f"{side}_{name} have shape {list(array.shape)}: give one for each of {count} features")
         if array.dtype.kind not in "iubUS":
-            raise ValueError(f"{side}_{name} are {array.dtype}: give integers or strings")
+            raise InputError(f"{side}_{name} are {array.dtype}: give integers or strings")
         sides.append(array)
     if (sides[0].dtype.kind in "US") != (sides[1].dtype.kind in "US"):
-        raise ValueError(f"query_{name} are {sides[0].dtype} and gallery_{name} {sides[1].dtype}: give the same kind")
+        raise InputError(f"query_{name} are {sides[0].dtype} and gallery_{name} {sides[1].dtype}: give the same kind")
     _, indices = np.unique(np.concatenate(sides), return_inverse=True)
     together = torch.from_numpy(indices.astype(np.int64).reshape(-1))
     return together[:num_query], together[num_query:]
@@ -278,7 +279,7 @@ def shared_labels(query: Labels, gallery: Labels, num_query: int, num_gallery: i
 
 def _check_option(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(map(repr, allowed))}")
+        raise InputError(f"unknown {name} {value!r}: choose one of {', '.join(map(repr, allowed))}")
 
 
 def _why_no_match(ids: tuple[Tensor, Tensor], ranked: RankedQueries, has_cams: bool, with_query: bool) -> str:

@@ -16,6 +16,7 @@ from scipy import sparse
 from torch import Tensor
 from tqdm import tqdm
 
+from pml_drsl.checks import InputError
 from pml_drsl.evaluation.distances import Array, FeatureDistances, Metric, as_features, rows_per_chunk
 
 ROWS_PER_STEP = 256  # of neighbour comparisons, k1^3 / 2 booleans each
@@ -48,13 +49,13 @@ def rerank(
         progress: show a progress bar on stderr.
 
     Raises:
-        ValueError: for a parameter out of its range, or features that ``FeatureDistances`` refuses.
+        InputError: for a parameter out of its range, or features that ``FeatureDistances`` refuses.
     """
     for name, value in (("k1", k1), ("k2", k2)):
         if value < 1:
-            raise ValueError(f"{name}={value}: give at least 1 neighbour")
+            raise InputError(f"{name}={value}: give at least 1 neighbour")
     if not 0 <= lambda_value <= 1:
-        raise ValueError(f"lambda_value={lambda_value}: give a weight between 0 (Jaccard alone) and 1 (original alone)")
+        raise InputError(f"lambda_value={lambda_value}: give a weight between 0 (Jaccard alone) and 1 (original alone)")
     between = FeatureDistances(query, gallery, metric, device=device)  # checks both sides by their names
     everyone = torch.cat([as_features(features, "").to(between.query) for features in (query, gallery)])
     among = FeatureDistances(everyone, everyone, metric)

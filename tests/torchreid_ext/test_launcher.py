@@ -117,6 +117,33 @@ def test_an_unusable_list(tmp_path, capsys, spoil, words):
         assert words in complaint(capsys)
 
 
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError, AssertionError])
+def test_a_defect_of_the_program_keeps_its_traceback(tmp_path, capsys, monkeypatch, kind):
+    """Only bad input is answered with one line: the place of a defect must be found, in the log too."""
+    csv_data(tmp_path)
+
+    def defective(self, loss):
+        raise kind("shapes do not match")
+
+    monkeypatch.setattr(engines.ImageDRSLEngine, "step", defective)
+    with pytest.raises(kind, match="shapes do not match"):
+        launch(tmp_path)
+    (log,) = tmp_path.rglob("train.log-*")
+    text = log.read_text()
+    assert "Traceback (most recent call last)" in text and "in defective" in text
+    assert text.splitlines()[-1] == f"{kind.__name__}: shapes do not match"
+    assert "drsl-train:" not in capsys.readouterr().err
+
+
+def test_two_dashes_before_the_config_keys_are_ignored(tmp_path, capsys):
+    csv_data(tmp_path)
+    assert launch(tmp_path) == 0
+    config = str(tmp_path / "log" / "config.yaml")
+    assert main(["--config-file", config, "--", "train.max_epoch", "0", "test.ranks", "[1]"]) == 0
+    assert main(["--config-file", config, "--", "train.max_epoch"]) == 2
+    assert "KEY VALUE pairs, got 1 words: train.max_epoch" in complaint(capsys)
+
+
 class Bomb:
     def __reduce__(self):
         return os.system, ("touch exploded",)
@@ -185,6 +212,10 @@ def test_a_signal(tmp_path, capsys, monkeypatch, signum, status):
         ({"data.transforms": "[random_flp]"}, "data.transforms must be one of random_flip, random_crop"),
         ({"train.checkpoint_freq": 0}, "train.checkpoint_freq must be 1 or more"),
         ({"data.workers": -2}, "data.workers must be 0 or more, or -1 for one on each core, got -2"),
+        ({"train.optim": "adamm"}, "train.optim 'adamm': Unsupported optim: adamm. Must be one of"),
+        ({"train.lr": -1.0}, "Invalid learning rate: -1.0"),
+        ({"train.stepsize": "[a]"}, "train.lr_scheduler 'single_step': For single_step lr_scheduler, stepsize must"),
+        ({"data.sources": "nobody"}, "Invalid dataset name"),
         ({"train.batch_size": 10}, "train.batch_size 10 is not a multiple of sampler.num_instances 4"),
         ({"train.batch_size": 28}, "needs 7 identities, and the sources have 6"),
         ({"sampler.train_sampler": "MPerClassSampler", "train.batch_size": 4}, "leaves one identity in a batch"),

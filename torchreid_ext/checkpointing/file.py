@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pml_drsl.checks import InputError
+
 # How the name of a file ends that is being written; one that a killed run left is of no use.
 TEMPORARY = ".tmp"
 
@@ -56,7 +58,7 @@ def save(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Writes a checkpoint that is never seen half written: what ``path`` held before is there until it is whole.
 
     Raises:
-        ValueError: if the state holds something that ``load`` would refuse.
+        InputError: if the state holds something that ``load`` would refuse.
         OSError: if it cannot be written, because the disk is full, say.
     """
     try:
@@ -65,7 +67,7 @@ def save(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
             file.flush()
             refused = _refused(file.name)
             if refused:
-                raise ValueError(
+                raise InputError(
                     f"a checkpoint must hold tensors, numbers and containers alone, not {', '.join(refused)}"
                 )
     except (OSError, RuntimeError) as error:
@@ -109,10 +111,10 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a checkpoint, ours or torchreid's, onto the CPU.
 
     Raises:
-        ValueError: for a missing or damaged file, or one that holds more than tensors, numbers and containers.
+        InputError: for a missing or damaged file, or one that holds more than tensors, numbers and containers.
     """
     if not os.path.isfile(path):
-        raise ValueError(f"checkpoint {os.fspath(path)!r} does not exist")
+        raise InputError(f"checkpoint {os.fspath(path)!r} does not exist")
     try:
         with torch.serialization.safe_globals(_NUMPY_SCALAR):
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -122,18 +124,18 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             # A file so damaged that torch does not know it for a checkpoint asks for nothing.
             refused = _refused(path)
         what = f"it asks for {', '.join(refused)}" if refused else f"it is damaged ({str(error).splitlines()[0]})"
-        raise ValueError(f"checkpoint {os.fspath(path)!r} is refused: {what}") from error
+        raise InputError(f"checkpoint {os.fspath(path)!r} is refused: {what}") from error
     except Exception as error:
         # Reading pickled data that are damaged may raise anything, as python's manual says.
-        raise ValueError(f"checkpoint {os.fspath(path)!r} is damaged: {error or type(error).__name__}") from error
+        raise InputError(f"checkpoint {os.fspath(path)!r} is damaged: {error or type(error).__name__}") from error
     if not isinstance(state, dict):
-        raise ValueError(f"checkpoint {os.fspath(path)!r} holds a {type(state).__name__}, not a dictionary of weights")
+        raise InputError(f"checkpoint {os.fspath(path)!r} holds a {type(state).__name__}, not a dictionary of weights")
     if "training" in state and zipfile.is_zipfile(path):
         # One of ours. torch takes its tensors as they are, and does not look at the checksums that it writes.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged:
-            raise ValueError(f"checkpoint {os.fspath(path)!r} is damaged: the checksum of {damaged} is wrong")
+            raise InputError(f"checkpoint {os.fspath(path)!r} is damaged: the checksum of {damaged} is wrong")
     return state
 
 
@@ -166,18 +168,18 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> Loaded:
     """Loads the weights of a checkpoint that fit the model, and says which did and which did not.
 
     Raises:
-        ValueError: if none fits.
+        InputError: if none fits.
     """
     state = load(path)
     target = model.module if isinstance(model, nn.DataParallel) else model
     own = target.state_dict()
     held = state.get("state_dict", state)
     if not isinstance(held, dict):
-        raise ValueError(f"checkpoint {os.fspath(path)!r} holds a {type(held).__name__}, not a dictionary of weights")
+        raise InputError(f"checkpoint {os.fspath(path)!r} holds a {type(held).__name__}, not a dictionary of weights")
     given = {str(name).removeprefix("module."): value for name, value in held.items() if isinstance(value, Tensor)}
     fitting = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
     if not fitting:
-        raise ValueError(
+        raise InputError(
             f"no weight in {os.fspath(path)!r} fits the model: it has {_some(list(given))}, the model "
             f"{_some(list(own))}; check model.name"
         )
@@ -195,7 +197,7 @@ def resume(path: str | os.PathLike[str], model: nn.Module, optimizer: Any, sched
     """Loads model, optimizer and scheduler from a checkpoint, ours or torchreid's; returns the epoch to go on from.
 
     Raises:
-        ValueError: if the checkpoint lacks a part or does not fit the model.
+        InputError: if the checkpoint lacks a part or does not fit the model.
     """
     state = load(path)
     restore(state, {"state_dict": model, "optimizer": optimizer, "scheduler": scheduler}, path)
@@ -206,26 +208,26 @@ def restore(state: dict[str, Any], parts: dict[str, Any], path: str | os.PathLik
     """Gives each part that is not None its state of that name; ``path`` is for the messages.
 
     Raises:
-        ValueError: if a part has no state, or one that does not fit it.
+        InputError: if a part has no state, or one that does not fit it.
     """
     for name, part in parts.items():
         if part is None:
             continue
         if name not in state:
-            raise ValueError(
+            raise InputError(
                 f"checkpoint {os.fspath(path)!r} has no {name!r}; take its weights with model.load_weights"
             )
         try:
             part.load_state_dict(_fitted(state[name], part))
         except (RuntimeError, ValueError, KeyError) as error:
-            raise ValueError(f"checkpoint {os.fspath(path)!r} does not fit this run's {name}: {error}") from error
+            raise InputError(f"checkpoint {os.fspath(path)!r} does not fit this run's {name}: {error}") from error
 
 
 def _fitted(state: dict[str, Any], part: Any) -> dict[str, Any]:
     """A state as ``part`` names its entries.
 
     Raises:
-        ValueError: for the state of an optimizer of another kind, which torch would load.
+        InputError: for the state of an optimizer of another kind, which torch would load.
     """
     if isinstance(part, nn.Module):
         # As DataParallel names them, or not.
@@ -234,5 +236,5 @@ def _fitted(state: dict[str, Any], part: Any) -> dict[str, Any]:
     if isinstance(part, Optimizer):
         given, own = (set(groups[0]) & _TELLING for groups in (state["param_groups"], part.param_groups))
         if given != own:
-            raise ValueError(f"it is of an optimizer with {', '.join(sorted(given))}, not {', '.join(sorted(own))}")
+            raise InputError(f"it is of an optimizer with {', '.join(sorted(given))}, not {', '.join(sorted(own))}")
     return state

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from pml_drsl.checks import InputError
 from torchreid_ext.checkpointing import file as checkpoint
 
 LAST, BEST = "model-last.pth.tar", "model-best.pth.tar"
@@ -23,12 +24,12 @@ class History:
         saved_epoch: its epoch, or -1.
 
     Raises:
-        ValueError: for a negative ``keep``.
+        InputError: for a negative ``keep``.
     """
 
     def __init__(self, folder: Path, keep: int = 0) -> None:
         if keep < 0:
-            raise ValueError(f"train.keep_checkpoints must be 0 (all) or more, got {keep}")
+            raise InputError(f"train.keep_checkpoints must be 0 (all) or more, got {keep}")
         self.folder, self.keep = folder, keep
         self.newest: Path | None = None
         self.saved_epoch = -1
@@ -37,7 +38,7 @@ class History:
         """Saves the state after ``epoch`` epochs and removes those of earlier ones that need not be kept.
 
         Raises:
-            ValueError, OSError: as ``checkpoint.save``.
+            InputError, OSError: as ``checkpoint.save``.
         """
         path = self.folder / f"model.pth.tar-{epoch}"
         checkpoint.save(state, path)
@@ -65,7 +66,7 @@ class History:
             since: leave out those written before this time, in seconds since 1970.
 
         Raises:
-            ValueError: if there are some and none can be read.
+            InputError: if there are some and none can be read.
         """
         numbered = sorted(self._numbered().values(), key=lambda path: path.stat().st_mtime, reverse=True)
         named = [path for path in (self.folder / LAST, *numbered) if path.is_file()]
@@ -73,7 +74,7 @@ class History:
         for path in candidates:
             try:
                 state = checkpoint.load(path)
-            except ValueError as error:
+            except InputError as error:
                 print(f"Skipped: {error}")
                 continue
             if state.get("training", {}).get("best", {}).get("epoch") == state["epoch"]:
@@ -81,7 +82,7 @@ class History:
                 checkpoint.link(path, BEST)
             return path, state
         if candidates:
-            raise ValueError(
+            raise InputError(
                 f"model.resume auto: none of the {len(candidates)} checkpoints in '{self.folder}' can be read; remove "
                 f"them to start anew"
             )

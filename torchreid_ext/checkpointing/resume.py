@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pml_drsl.checks import InputError
 from torchreid_ext.checkpointing import file as checkpoint
 from torchreid_ext.checkpointing.folder import History
 from torchreid_ext.runtime import distributed
@@ -32,7 +33,7 @@ def find(path: str, folder: Path, since: float = 0) -> tuple[str, dict[str, Any]
     """A checkpoint's path and state; for ``"auto"`` the newest in ``folder`` written at ``since`` or later, if any.
 
     Raises:
-        ValueError: as ``checkpoint.load`` and ``History.load_newest``.
+        InputError: as ``checkpoint.load`` and ``History.load_newest``.
     """
     if path != "auto":
         return path, checkpoint.load(path)
@@ -61,7 +62,7 @@ def check_fits(path: str, state: dict[str, Any], num_train_pids: int, config: di
     """Says how a checkpoint was trained otherwise than this run.
 
     Raises:
-        ValueError: for one of other identities, another number of processes unless ``test_only``, or a ``config`` that
+        InputError: for one of other identities, another number of processes unless ``test_only``, or a ``config`` that
             cannot change.
     """
     training = state.get("training")
@@ -69,13 +70,13 @@ def check_fits(path: str, state: dict[str, Any], num_train_pids: int, config: di
         print(f"'{path}' is torchreid's own and holds no random state: training goes on, but not as it would have")
         return
     if training["num_train_pids"] != num_train_pids:
-        raise ValueError(
+        raise InputError(
             f"'{path}' was trained on {training['num_train_pids']} identities, and the sources have {num_train_pids}"
         )
     # Before there were several, nothing said so.
     processes = training.get("processes", 1)
     if processes != distributed.size() and not test_only:
-        raise ValueError(
+        raise InputError(
             f"'{path}' was trained by {processes} processes, and this run has {distributed.size()}: start it with as "
             f"many (torchrun --nnodes times --nproc_per_node; one is drsl-train alone), or start anew in another "
             f"data.save_dir, from these weights with model.load_weights"
@@ -93,7 +94,7 @@ def compare(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
         current: of this run.
 
     Raises:
-        ValueError: naming those that cannot change.
+        InputError: naming those that cannot change.
     """
     fixed = FIXED | {f"datasets.{name}" for name in saved.get("data.sources", [])}
     if saved.get("train.lr_scheduler") == "cosine":
@@ -110,7 +111,7 @@ def compare(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
         else:
             lines.append(line + (" (the checkpoint's is kept)" if key in KEPT else ""))
     if refused:
-        raise ValueError(
+        raise InputError(
             f"cannot resume with another {'; '.join(refused)}. Set it back, or start anew in another data.save_dir, "
             f"from these weights with model.load_weights"
         )

@@ -47,7 +47,7 @@ def restore_engine(engine: Any, state: dict[str, Any], path: str) -> None:
     A checkpoint of torchreid's own, without ``"training"``, gives what it has.
 
     Raises:
-        ValueError: if a part is missing or does not fit.
+        InputError: if a part is missing or does not fit.
     """
     first, *others = engine.get_model_names()
     checkpoint.restore(state, _parts(engine, first), path)

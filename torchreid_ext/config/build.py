@@ -10,6 +10,7 @@ import torchreid
 from torch import nn
 from torch.optim import Optimizer
 
+from pml_drsl.checks import InputError
 from pml_drsl.machine import available_cores
 from torchreid_ext.config.checks import check, choose
 from torchreid_ext.config.node import Config, flat, get_default_config, plain
@@ -43,7 +44,7 @@ def build_datamanager(cfg: Config) -> Any:
     """torchreid's data manager of ``data.type``, with the data sets of ``datasets`` registered.
 
     Raises:
-        ValueError: for an unknown data set, sampler or augmentation, missing data, or a batch that cannot be filled.
+        InputError: for an unknown data set, sampler or augmentation, missing data, or a batch that cannot be filled.
     """
     check(cfg)
     register_datasets(cfg.datasets)
@@ -88,14 +89,19 @@ def build_datamanager(cfg: Config) -> Any:
             manager = managers[data_type](**common, **by_type[data_type])
     except AssertionError as error:
         # The host's samplers and data sets check their arguments with bare assertions.
-        raise ValueError(
+        raise InputError(
             f"{str(error) or 'the sampler cannot fill a batch'}: train.batch_size {cfg.train.batch_size}, "
             f"sampler.train_sampler {cfg.sampler.train_sampler!r}, sampler.num_instances {cfg.sampler.num_instances}, "
             f"sampler.num_cams {cfg.sampler.num_cams}, sampler.num_datasets {cfg.sampler.num_datasets}. A batch needs "
             f"batch_size / num_instances identities that the sources have, and equal shares for cameras or data sets"
         ) from error
+    except InputError:
+        raise
+    except ValueError as error:
+        # The host's data sets and samplers raise it for an unknown name or split.
+        raise InputError(f"{error}: data.sources {cfg.data.sources}, data.targets {cfg.data.targets}") from error
     except (OSError, RuntimeError) as error:
-        raise ValueError(
+        raise InputError(
             f"cannot read {' '.join(cfg.data.sources + cfg.data.targets)} below data.root {cfg.data.root!r}: {error}. "
             f"Put the data there, or say with --root where it is"
         ) from error
@@ -111,7 +117,7 @@ def _workers(wanted: int) -> int:
     """The number of loading processes: ``wanted``, or one for each core of this process where those are fewer or -1 is
     wanted."""
     if wanted < -1:
-        raise ValueError(f"data.workers must be 0 or more, or -1 for one on each core, got {wanted}")
+        raise InputError(f"data.workers must be 0 or more, or -1 for one on each core, got {wanted}")
     cores = max(1, available_cores() // distributed.on_this_machine())
     if wanted > cores:
         of_each = " for each training process" if distributed.on_this_machine() > 1 else ""
@@ -123,7 +129,7 @@ def build_model(cfg: Config, num_classes: int) -> nn.Module:
     """The network, built to return what the loss needs, on the GPUs there are if ``use_gpu``.
 
     Raises:
-        ValueError: for an unknown network, one that ``model.bnneck`` or ``model.last_stride`` is not for, ImageNet
+        InputError: for an unknown network, one that ``model.bnneck`` or ``model.last_stride`` is not for, ImageNet
             weights that cannot be had, or ``train.sync_batchnorm`` on the CPU.
     """
     use_gpu = cfg.use_gpu and torch.cuda.is_available()
@@ -136,12 +142,12 @@ def build_model(cfg: Config, num_classes: int) -> nn.Module:
             use_gpu=use_gpu,
         )
     except KeyError as error:
-        raise ValueError(f"model.name: {error.args[0]}") from error
+        raise InputError(f"model.name: {error.args[0]}") from error
     except Exception as error:
         # The host downloads in several ways, each with failures of its own.
         if not cfg.model.pretrained:
             raise
-        raise ValueError(
+        raise InputError(
             f"cannot get the ImageNet weights of {cfg.model.name}: {error}. Connect to the network, or train from "
             f"random weights with model.pretrained False"
         ) from error
@@ -151,7 +157,7 @@ def build_model(cfg: Config, num_classes: int) -> nn.Module:
         network.add_neck(model)
     if cfg.train.sync_batchnorm and distributed.size() > 1:
         if not use_gpu:
-            raise ValueError("train.sync_batchnorm: torch has it on GPUs alone; train on GPUs, or set it to False")
+            raise InputError("train.sync_batchnorm: torch has it on GPUs alone; train on GPUs, or set it to False")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if use_gpu:
         model = model.to("cuda")
@@ -166,7 +172,7 @@ def build_criterion(cfg: Config, model: nn.Module, num_classes: int) -> nn.Modul
     A loss with weights is to be given to both ``build_optimizer`` and ``build_engine``.
 
     Raises:
-        ValueError: for an unknown class or argument, or a combination that cannot be trained.
+        InputError: for an unknown class or argument, or a combination that cannot be trained.
     """
     drsl = cfg.loss.drsl
     described = {
@@ -183,7 +189,7 @@ def build_criterion(cfg: Config, model: nn.Module, num_classes: int) -> nn.Modul
     name = cfg.loss.name
     if name not in described:
         if cfg.loss.cross_camera:
-            raise ValueError(f"loss.cross_camera is for loss.name drsl and pml, got {name!r}")
+            raise InputError(f"loss.cross_camera is for loss.name drsl and pml, got {name!r}")
         return None
     sizes = network.feature_sizes(model, cfg.data.height, cfg.data.width)
     criterion = criteria.build_criterion(f"loss.{name}", cfg.loss[name], described[name], num_classes, sizes)
@@ -191,22 +197,29 @@ def build_criterion(cfg: Config, model: nn.Module, num_classes: int) -> nn.Modul
 
 
 def build_optimizer(cfg: Config, model: nn.Module, criterion: nn.Module | None = None) -> Optimizer:
-    """torchreid's optimizer; the weights of a criterion that has any learn at ``loss.pml.lr``."""
-    optimizer = torchreid.optim.build_optimizer(
-        model,
-        optim=cfg.train.optim,
-        lr=cfg.train.lr,
-        weight_decay=cfg.train.weight_decay,
-        momentum=cfg.sgd.momentum,
-        sgd_dampening=cfg.sgd.dampening,
-        sgd_nesterov=cfg.sgd.nesterov,
-        rmsprop_alpha=cfg.rmsprop.alpha,
-        adam_beta1=cfg.adam.beta1,
-        adam_beta2=cfg.adam.beta2,
-        staged_lr=cfg.train.staged_lr,
-        new_layers=cfg.train.new_layers,
-        base_lr_mult=cfg.train.base_lr_mult,
-    )
+    """torchreid's optimizer; the weights of a criterion that has any learn at ``loss.pml.lr``.
+
+    Raises:
+        InputError: for an unknown optimizer, or a value that the optimizer refuses.
+    """
+    try:
+        optimizer = torchreid.optim.build_optimizer(
+            model,
+            optim=cfg.train.optim,
+            lr=cfg.train.lr,
+            weight_decay=cfg.train.weight_decay,
+            momentum=cfg.sgd.momentum,
+            sgd_dampening=cfg.sgd.dampening,
+            sgd_nesterov=cfg.sgd.nesterov,
+            rmsprop_alpha=cfg.rmsprop.alpha,
+            adam_beta1=cfg.adam.beta1,
+            adam_beta2=cfg.adam.beta2,
+            staged_lr=cfg.train.staged_lr,
+            new_layers=cfg.train.new_layers,
+            base_lr_mult=cfg.train.base_lr_mult,
+        )
+    except ValueError as error:
+        raise InputError(f"train.optim {cfg.train.optim!r}: {error}") from error
     weights = [] if criterion is None else list(criterion.parameters())
     if weights:
         optimizer.add_param_group({"params": weights, "lr": cfg.loss.pml.lr or cfg.train.lr})
@@ -216,16 +229,23 @@ def build_optimizer(cfg: Config, model: nn.Module, criterion: nn.Module | None =
 
 
 def build_scheduler(cfg: Config, optimizer: Optimizer) -> Any:
-    """torchreid's scheduler, or None; after a linear warm-up where there is ``train.warmup_epoch``."""
+    """torchreid's scheduler, or None; after a linear warm-up where there is ``train.warmup_epoch``.
+
+    Raises:
+        InputError: for an unknown scheduler, or a value that the scheduler refuses.
+    """
     scheduler = None
     if cfg.train.lr_scheduler != "none":
-        scheduler = torchreid.optim.build_lr_scheduler(
-            optimizer,
-            lr_scheduler=cfg.train.lr_scheduler,
-            stepsize=cfg.train.stepsize,
-            gamma=cfg.train.gamma,
-            max_epoch=cfg.train.max_epoch,
-        )
+        try:
+            scheduler = torchreid.optim.build_lr_scheduler(
+                optimizer,
+                lr_scheduler=cfg.train.lr_scheduler,
+                stepsize=cfg.train.stepsize,
+                gamma=cfg.train.gamma,
+                max_epoch=cfg.train.max_epoch,
+            )
+        except (ValueError, TypeError) as error:
+            raise InputError(f"train.lr_scheduler {cfg.train.lr_scheduler!r}: {error}") from error
     return warmed_up(optimizer, scheduler, cfg.train.warmup_epoch)
 
 
@@ -243,7 +263,7 @@ def build_engine(
         criterion: from ``build_criterion``; made here where it is None.
 
     Raises:
-        ValueError: for an unknown value, or values that exclude each other.
+        InputError: for an unknown value, or values that exclude each other.
     """
     table = {
         ("image", "softmax"): engines.ImageSoftmaxEngine,
@@ -258,7 +278,7 @@ def build_engine(
     data_type = choose("data.type", cfg.data.type, ("image", "video"))
     loss = choose("loss.name", cfg.loss.name, ("softmax", "triplet", "drsl", "pml"))
     if cfg.loss[loss].get("weight_x", 1) == 0 and cfg.train.fixbase_epoch > 0:
-        raise ValueError(f"train.fixbase_epoch trains the classifier alone, which loss.{loss}.weight_x 0 leaves out")
+        raise InputError(f"train.fixbase_epoch trains the classifier alone, which loss.{loss}.weight_x 0 leaves out")
     if criterion is None:
         criterion = build_criterion(cfg, model, datamanager.num_train_pids)
     arguments = dict(cfg.loss.triplet) if loss == "triplet" else {}

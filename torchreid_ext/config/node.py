@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode
 
+from pml_drsl.checks import InputError
 from torchreid_ext.config.keys import KEYS, OPTIONS
 
 
@@ -23,7 +24,7 @@ class Config(CfgNode):
     """
 
     def merge_from_file(self, cfg_filename: str | Path) -> None:
-        """Raises ValueError for a file that is missing, is no YAML mapping, or has an unknown key or wrong type."""
+        """Raises InputError for a file that is missing, is no YAML mapping, or has an unknown key or wrong type."""
         values = _read_yaml(Path(cfg_filename))
         base = values.pop("base", None)
         if base:
@@ -34,15 +35,17 @@ class Config(CfgNode):
         """Merges ``[key, value, key, value, ...]``, values as objects or as strings of python or YAML.
 
         Raises:
-            ValueError: for an odd number of words, an unknown key, or a value of the wrong type.
+            InputError: for an odd number of words, an unknown key, or a value of the wrong type.
         """
+        # A lone "--" is how many commands separate options from the rest.
+        cfg_list = [word for word in cfg_list if word != "--"]
         if len(cfg_list) % 2:
-            raise ValueError(
+            raise InputError(
                 f"options come as KEY VALUE pairs, got {len(cfg_list)} words: {' '.join(map(str, cfg_list))}"
             )
         flags = [key for key in cfg_list[::2] if str(key).startswith("-")]
         if flags:
-            raise ValueError(f"{flags[0]} stands after KEY VALUE pairs: options with a dash come before all of them")
+            raise InputError(f"{flags[0]} stands after KEY VALUE pairs: options with a dash come before all of them")
         for key, value in zip(cfg_list[::2], cfg_list[1::2], strict=True):
             self._merge(_nested(key, self._decoded(key, value)), "the command line")
 
@@ -54,7 +57,7 @@ class Config(CfgNode):
         try:
             return yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise ValueError(f"config key {key!r}: {value} is not YAML: {error}") from error
+            raise InputError(f"config key {key!r}: {value} is not YAML: {error}") from error
 
     def _merge(self, values: Mapping[str, Any], source: str) -> None:
         known = dict(_flatten(self))
@@ -64,13 +67,13 @@ class Config(CfgNode):
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"config file {path} does not exist")
+        raise InputError(f"config file {path} does not exist")
     try:
         values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"config file {path} is not YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"config file {path} is not YAML: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"config file {path} must hold keys and values, got {values!r}")
+        raise InputError(f"config file {path} must hold keys and values, got {values!r}")
     return values
 
 
@@ -99,11 +102,11 @@ def _set(node: Any, key: str, value: Any) -> None:
 def _coerce(key: str, value: Any, known: dict[str, Any], source: str) -> Any:
     if key.startswith("datasets."):
         if not isinstance(value, Mapping):
-            raise ValueError(f"config key {key!r} takes the options of a data set, got {value!r} in {source}")
+            raise InputError(f"config key {key!r} takes the options of a data set, got {value!r} in {source}")
         return Config({**known.get(key, {}), **value})
     if key not in known:
         nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)
-        raise ValueError(f"unknown config key {key!r} in {source}; did you mean {nearest[0]!r}?")
+        raise InputError(f"unknown config key {key!r} in {source}; did you mean {nearest[0]!r}?")
     default = known[key]
     if key in OPTIONS:
         return _options(key, value, default, source)
@@ -115,7 +118,7 @@ def _coerce(key: str, value: Any, known: dict[str, Any], source: str) -> Any:
         # What YAML makes of the word.
         return "off"
     if type(value) is not type(default):
-        raise ValueError(
+        raise InputError(
             f"config key {key!r} takes a {type(default).__name__} such as {default!r}, got {value!r} in {source}"
         )
     return value
@@ -130,7 +133,7 @@ def _options(key: str, value: Any, known: Config, source: str) -> Config:
         takes = (
             "{ARGUMENT: VALUE, ...}" if key.endswith(".kwargs") else "a class's name, or {name: CLASS, ARGUMENT: VALUE}"
         )
-        raise ValueError(f"config key {key!r} takes {takes}, got {value!r} in {source}")
+        raise InputError(f"config key {key!r} takes {takes}, got {value!r} in {source}")
     return Config(dict(value) if "name" in value else {**known, **value})
 
 

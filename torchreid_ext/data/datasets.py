@@ -14,6 +14,7 @@ from typing import Any
 
 import torchreid
 
+from pml_drsl.checks import InputError
 from torchreid_ext.data.listing import Options, Splits, check_splits, make_options, read_csv, read_folder
 from torchreid_ext.data.synthetic.pedestrians import NAME as PEDESTRIANS
 from torchreid_ext.data.synthetic.pedestrians import SyntheticPedestrians
@@ -65,7 +66,7 @@ class ConfiguredDataset(torchreid.data.ImageDataset):
             speak of other data sets (split_id, cuhk03_labeled, ...) are ignored.
 
     Raises:
-        ValueError: for whatever is wrong with the data, naming the data set, the file or value and the fix.
+        InputError: for whatever is wrong with the data, naming the data set, the file or value and the fix.
     """
 
     def __init__(self, name: str, options: Options, root: str = "", **kwargs: Any) -> None:
@@ -137,7 +138,7 @@ def register_datasets(datasets: Mapping[str, Mapping[str, Any]]) -> None:
         datasets: name -> options.
 
     Raises:
-        ValueError: for an unknown option, a value that cannot be, or a name that torchreid uses already.
+        InputError: for an unknown option, a value that cannot be, or a name that torchreid uses already.
     """
     entries = {name: _Entry(name, make_options(name, options)) for name, options in datasets.items()}
     for name, entry in entries.items():
@@ -147,7 +148,7 @@ def register_datasets(datasets: Mapping[str, Mapping[str, Any]]) -> None:
         try:
             torchreid.data.register_image_dataset(name, entry)
         except ValueError as error:
-            raise ValueError(f"datasets: torchreid has its own {name!r} already; choose another name") from error
+            raise InputError(f"datasets: torchreid has its own {name!r} already; choose another name") from error
         _entries[name] = entry
 
 

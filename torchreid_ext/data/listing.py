@@ -18,6 +18,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pml_drsl.checks import InputError
+
 COLUMNS = ("path", "pid", "camid", "split")
 SPLITS = ("train", "query", "gallery")
 DEFAULT_PATTERN = r"(?i:(?:.*/)?(?P<identity>[^/]+)/(?P<camera>[^/_]+)_[^/]*\.(?:png|jpe?g|bmp|webp|tiff?|ppm|pgm))"
@@ -59,47 +61,47 @@ def make_options(name: str, given: Mapping[str, Any]) -> Options:
     """Checks the options of data set ``name``.
 
     Raises:
-        ValueError: for an unknown option, options that exclude each other, or a value out of range.
+        InputError: for an unknown option, options that exclude each other, or a value out of range.
     """
     where = f"datasets.{name}"
     if not isinstance(given, Mapping):
-        raise ValueError(f"{where}={given!r} must be a mapping of options, such as {{folder: images}}")
+        raise InputError(f"{where}={given!r} must be a mapping of options, such as {{folder: images}}")
     known = [option.name for option in fields(Options)]
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
-            raise ValueError(f"{where}.{key} is not an option; did you mean {near[0]!r}? Known: {', '.join(known)}")
+            raise InputError(f"{where}.{key} is not an option; did you mean {near[0]!r}? Known: {', '.join(known)}")
     if "csv" in given and len(given) > 1:
         other = sorted(set(given) - {"csv"})
-        raise ValueError(f"{where} has csv and {other}: a CSV says all by itself, remove the other options")
+        raise InputError(f"{where} has csv and {other}: a CSV says all by itself, remove the other options")
     if ("train" in given) != ("test" in given):
-        raise ValueError(f"{where} has only one of train and test: give both, or neither for a split at random")
+        raise InputError(f"{where} has only one of train and test: give both, or neither for a split at random")
     if "train" in given and not {"test_fraction", "seed"}.isdisjoint(given):
-        raise ValueError(f"{where} has train and test, so nothing is split at random: remove test_fraction and seed")
+        raise InputError(f"{where} has train and test, so nothing is split at random: remove test_fraction and seed")
 
     values = dict(given)
     for key in ("train", "test", "query_cameras"):
         if key in values:
             if isinstance(values[key], str) or not isinstance(values[key], (list, tuple)) or not values[key]:
-                raise ValueError(f"{where}.{key}={values[key]!r} must be a list with an entry or more, such as [a, b]")
+                raise InputError(f"{where}.{key}={values[key]!r} must be a list with an entry or more, such as [a, b]")
             values[key] = tuple(str(entry) for entry in values[key])
     for key in ("folder", "pattern", "csv"):
         if key in values and not isinstance(values[key], str):
-            raise ValueError(f"{where}.{key}={values[key]!r} must be a string")
+            raise InputError(f"{where}.{key}={values[key]!r} must be a string")
     for key, least in (("seed", 0), ("min_images", 1)):
         if key in values and (type(values[key]) is not int or values[key] < least):
-            raise ValueError(f"{where}.{key}={values[key]!r} must be an integer of {least} or more")
+            raise InputError(f"{where}.{key}={values[key]!r} must be an integer of {least} or more")
     fraction = values.get("test_fraction", 0.5)
     if type(fraction) not in (int, float) or not 0.0 < fraction < 1.0:
-        raise ValueError(f"{where}.test_fraction={fraction!r} must lie between 0 and 1, both excluded")
+        raise InputError(f"{where}.test_fraction={fraction!r} must lie between 0 and 1, both excluded")
     pattern = values.get("pattern", DEFAULT_PATTERN)
     try:
         groups = re.compile(pattern).groupindex
     except re.error as error:
-        raise ValueError(f"{where}.pattern={pattern!r} is not a regular expression: {error}") from error
+        raise InputError(f"{where}.pattern={pattern!r} is not a regular expression: {error}") from error
     for group in ("identity", "camera"):
         if group not in groups:
-            raise ValueError(f"{where}.pattern={pattern!r} lacks the group {group}: add (?P<{group}>...)")
+            raise InputError(f"{where}.pattern={pattern!r} lacks the group {group}: add (?P<{group}>...)")
     return Options(**values)
 
 
@@ -139,13 +141,13 @@ def read_folder(name: str, options: Options, root: str) -> Splits:
     """Lists a folder of images.
 
     Raises:
-        ValueError: if the folder is missing, no file matches the pattern, a split's entry selects nothing, or a query
+        InputError: if the folder is missing, no file matches the pattern, a split's entry selects nothing, or a query
             camera is unknown.
     """
     where = f"datasets.{name}"
     folder = Path(root).expanduser().absolute() / options.folder
     if not folder.is_dir():
-        raise ValueError(f"{where}: there is no folder {folder}: set data.root (--root) or {where}.folder")
+        raise InputError(f"{where}: there is no folder {folder}: set data.root (--root) or {where}.folder")
     pattern, rows, example = re.compile(options.pattern), {}, None
     for path in sorted(_walk(folder)):
         found = pattern.fullmatch(path)
@@ -155,7 +157,7 @@ def read_folder(name: str, options: Options, root: str) -> Splits:
             rows[path] = Row(str(folder / path), found["identity"] or "", found["camera"] or "")
     if not rows:
         seen = f"for example {example!r} does not" if example else "it is empty"
-        raise ValueError(f"{where}: no file below {folder} matches the pattern {options.pattern!r}: {seen}")
+        raise InputError(f"{where}: no file below {folder} matches the pattern {options.pattern!r}: {seen}")
     images = Counter(row.pid for row in rows.values())
     rows = {path: row for path, row in rows.items() if images[row.pid] >= options.min_images}
 
@@ -164,7 +166,7 @@ def read_folder(name: str, options: Options, root: str) -> Splits:
         for key, entries in (("train", options.train), ("test", options.test)):
             for entry in entries:
                 if not any(selects(entry, path) for path in rows):
-                    raise ValueError(
+                    raise InputError(
                         f"{where}.{key}: {entry!r} selects none of the {len(rows)} images below {folder}, "
                         f"for example {next(iter(rows), 'none')!r}"
                     )
@@ -183,7 +185,7 @@ def read_folder(name: str, options: Options, root: str) -> Splits:
     cameras = sorted({row.camid for row in test})
     for camera in options.query_cameras:
         if camera not in cameras:
-            raise ValueError(f"{where}.query_cameras: no test image is from camera {camera!r}; there are {cameras}")
+            raise InputError(f"{where}.query_cameras: no test image is from camera {camera!r}; there are {cameras}")
     query = [row for row in test if row.camid in options.query_cameras]
     return Splits(train, query, [row for row in test if row.camid not in options.query_cameras])
 
@@ -192,36 +194,36 @@ def read_csv(name: str, options: Options, root: str) -> Splits:
     """Lists the images a CSV names.
 
     Raises:
-        ValueError: if the CSV, a column, a value or an image is missing, a split is unknown, or a path stands twice.
+        InputError: if the CSV, a column, a value or an image is missing, a split is unknown, or a path stands twice.
     """
     where = f"datasets.{name}"
     file = Path(root).expanduser().absolute() / str(options.csv)
     if not file.is_file():
-        raise ValueError(f"{where}: there is no CSV {file}: set data.root (--root) or {where}.csv")
+        raise InputError(f"{where}: there is no CSV {file}: set data.root (--root) or {where}.csv")
     splits = Splits()
     seen: dict[str, tuple[Row, list[str]]] = {}
     with open(file, encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, skipinitialspace=True)
         missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
         if missing:
-            raise ValueError(f"{file} lacks the column {missing[0]!r}: its first line must name {','.join(COLUMNS)}")
+            raise InputError(f"{file} lacks the column {missing[0]!r}: its first line must name {','.join(COLUMNS)}")
         for record in reader:
             at = f"{file}, line {reader.line_num}"
             values = {column: (record[column] or "").strip() for column in COLUMNS}
             empty = [column for column, value in values.items() if not value]
             if empty:
-                raise ValueError(f"{at}: {empty[0]} is empty")
+                raise InputError(f"{at}: {empty[0]} is empty")
             split = values["split"]
             if split not in SPLITS:
-                raise ValueError(f"{at}: split={split!r} must be one of {', '.join(SPLITS)}")
+                raise InputError(f"{at}: split={split!r} must be one of {', '.join(SPLITS)}")
             path = os.path.normpath(file.parent / values["path"])
             if not os.path.isfile(path):
-                raise ValueError(f"{at}: there is no file {path}; paths are relative to the CSV's folder")
+                raise InputError(f"{at}: there is no file {path}; paths are relative to the CSV's folder")
             row = Row(path, values["pid"], values["camid"])
             if path in seen:
                 same, uses = seen[path][0] == row, sorted([*seen[path][1], split])
                 if not same or uses != ["gallery", "query"]:
-                    raise ValueError(f"{at}: {values['path']} stands in the CSV twice: remove one of the lines")
+                    raise InputError(f"{at}: {values['path']} stands in the CSV twice: remove one of the lines")
             seen.setdefault(path, (row, []))[1].append(split)
             getattr(splits, split).append(row)
     return splits
@@ -233,18 +235,18 @@ def check_splits(name: str, splits: Splits) -> None:
     Warns of queries that no gallery image from another camera matches: evaluation skips them.
 
     Raises:
-        ValueError: if a split is empty, training has a single identity, or an identity is in training and in test.
+        InputError: if a split is empty, training has a single identity, or an identity is in training and in test.
     """
     where = f"datasets.{name}"
     for split in SPLITS:
         if not getattr(splits, split):
-            raise ValueError(f"{where}: the split {split!r} has no image: see how train, query and gallery are chosen")
+            raise InputError(f"{where}: the split {split!r} has no image: see how train, query and gallery are chosen")
     train = {row.pid for row in splits.train}
     if len(train) < 2:
-        raise ValueError(f"{where}: all training images show one identity, {train.pop()!r}: two or more are needed")
+        raise InputError(f"{where}: all training images show one identity, {train.pop()!r}: two or more are needed")
     shared = sorted(train & {row.pid for row in (*splits.query, *splits.gallery)})
     if shared:
-        raise ValueError(
+        raise InputError(
             f"{where}: {len(shared)} identities are both in training and in test, for example {shared[0]!r}: "
             "a test needs identities never seen in training"
         )
@@ -253,7 +255,7 @@ def check_splits(name: str, splits: Splits) -> None:
         cameras.setdefault(row.pid, set()).add(row.camid)
     alone = [row for row in splits.query if not cameras.get(row.pid, set()) - {row.camid}]
     if len(alone) == len(splits.query):
-        raise ValueError(f"{where}: no query has a match in the gallery from another camera, for example {alone[0]}")
+        raise InputError(f"{where}: no query has a match in the gallery from another camera, for example {alone[0]}")
     if alone:
         warnings.warn(
             f"{where}: {len(alone)} of {len(splits.query)} queries have no match in the gallery from another camera "

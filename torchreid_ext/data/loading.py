@@ -15,6 +15,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from pml_drsl.checks import InputError
+
 # What Pillow's decoders raise on damaged files. DecompressionBombError: an image too large to be meant.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
@@ -23,18 +25,18 @@ def check_image(path: str | os.PathLike[str]) -> None:
     """Decodes an image completely, as torchreid does.
 
     Raises:
-        ValueError: if the file is missing, empty, truncated, damaged or no image; the message names it.
+        InputError: if the file is missing, empty, truncated, damaged or no image; the message names it.
     """
     if not os.path.isfile(path):
-        raise ValueError(f"cannot read image {os.fspath(path)!r}: there is no such file")
+        raise InputError(f"cannot read image {os.fspath(path)!r}: there is no such file")
     if os.path.getsize(path) == 0:
-        raise ValueError(f"cannot read image {os.fspath(path)!r}: the file is empty; restore it or remove it")
+        raise InputError(f"cannot read image {os.fspath(path)!r}: the file is empty; restore it or remove it")
     try:
         with Image.open(path) as image:
             image.convert("RGB")
     except _DAMAGE as error:
         reason = "it is not an image" if isinstance(error, UnidentifiedImageError) else f"it is damaged ({error})"
-        raise ValueError(f"cannot read image {os.fspath(path)!r}: {reason}; restore it or remove it") from error
+        raise InputError(f"cannot read image {os.fspath(path)!r}: {reason}; restore it or remove it") from error
 
 
 class ReadableDataset(Dataset[Any]):
@@ -46,7 +48,7 @@ class ReadableDataset(Dataset[Any]):
         dataset: torchreid's image or video data set: ``dataset.data[i][0]`` is a path or a sequence of paths.
 
     Raises:
-        ValueError: on reading an entry one of whose images cannot be read; the message names the image.
+        InputError: on reading an entry one of whose images cannot be read; the message names the image.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -82,14 +84,14 @@ def readable(loader: DataLoader[Any]) -> DataLoader[Any]:
         loader: over one of torchreid's data sets.
 
     Raises:
-        ValueError: if the data set is iterable-style, or has no ``data`` to take paths from.
+        InputError: if the data set is iterable-style, or has no ``data`` to take paths from.
     """
     dataset: Any = loader.dataset
     if isinstance(dataset, ReadableDataset):
         return loader
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "data"):
         kind = type(dataset).__name__
-        raise ValueError(f"{kind} is not a torchreid data set: it lacks `data`, a list of (path, pid, ...)")
+        raise InputError(f"{kind} is not a torchreid data set: it lacks `data`, a list of (path, pid, ...)")
     return rebuilt(loader, ReadableDataset(dataset))
 
 

@@ -13,6 +13,7 @@ import torchreid
 from pytorch_metric_learning.samplers import MPerClassSampler
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
 
+from pml_drsl.checks import InputError
 from torchreid_ext.data.loading import rebuilt
 from torchreid_ext.runtime import distributed
 from torchreid_ext.runtime import random as generators
@@ -32,7 +33,7 @@ class IdentitySampler(Sampler[int]):
         num_instances: samples of an identity in a batch, >= 1.
 
     Raises:
-        ValueError: if the numbers do not fit, or there are too few identities to fill a batch.
+        InputError: if the numbers do not fit, or there are too few identities to fill a batch.
     """
 
     def __init__(self, pids: Sequence[int], batch_size: int, num_instances: int) -> None:
@@ -92,7 +93,7 @@ class PerClassSampler(MPerClassSampler):
         num_instances: samples of an identity in a batch.
 
     Raises:
-        ValueError: as ``IdentitySampler``.
+        InputError: as ``IdentitySampler``.
     """
 
     def __init__(self, pids: Sequence[int], batch_size: int, num_instances: int) -> None:
@@ -116,7 +117,7 @@ def whole_batches(loader: DataLoader[Any]) -> DataLoader[Any]:
     That one has another length than it says, and lets an identity straddle two batches, or fill one alone.
 
     Raises:
-        ValueError: as ``IdentitySampler``.
+        InputError: as ``IdentitySampler``.
     """
     host = loader.sampler
     if not isinstance(host, torchreid.data.sampler.RandomIdentitySampler):
@@ -129,18 +130,18 @@ def check_trains(datamanager: Any) -> None:
     """Refuses what would train on nothing, as torchreid silently does.
 
     Raises:
-        ValueError: for fewer samples than a batch, or one identity alone.
+        InputError: for fewer samples than a batch, or one identity alone.
     """
     loader = datamanager.train_loader
     with generators.untouched():
         drawn = sum(1 for _ in loader.sampler)
     if drawn < (loader.batch_size or 1):
-        raise ValueError(
+        raise InputError(
             f"a batch of {loader.batch_size} cannot be filled: {type(loader.sampler).__name__} draws {drawn} of the "
             f"{len(loader.dataset)} training samples an epoch; make train.batch_size smaller"
         )
     if datamanager.num_train_pids < 2:
-        raise ValueError("the training data hold one identity alone: there is nothing to tell it from")
+        raise InputError("the training data hold one identity alone: there is nothing to tell it from")
 
 
 def warn_of_chance(loader: DataLoader[Any], loss: str) -> None:
@@ -162,21 +163,21 @@ def check_batch(pids: Sequence[int], batch_size: int, num_instances: int) -> int
     """The number of identities in a batch.
 
     Raises:
-        ValueError: if a batch cannot be filled with whole groups of at least two identities.
+        InputError: if a batch cannot be filled with whole groups of at least two identities.
     """
     if num_instances < 1 or batch_size % num_instances:
-        raise ValueError(
+        raise InputError(
             f"train.batch_size {batch_size} is not a multiple of sampler.num_instances {num_instances}: an identity "
             f"would straddle two batches"
         )
     wanted, there = batch_size // num_instances, len(set(pids))
     if wanted < 2:
-        raise ValueError(
+        raise InputError(
             f"train.batch_size {batch_size} with sampler.num_instances {num_instances} leaves one identity in a "
             f"batch, and nothing to tell it from: make the batch larger"
         )
     if there < wanted:
-        raise ValueError(
+        raise InputError(
             f"the sampler cannot fill a batch: train.batch_size {batch_size} with sampler.num_instances "
             f"{num_instances} needs {wanted} identities, and the sources have {there}; make the batch smaller"
         )

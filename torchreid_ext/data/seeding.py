@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from pml_drsl.checks import InputError
 from torchreid_ext.data.loading import rebuilt
 from torchreid_ext.runtime import distributed
 from torchreid_ext.runtime import random as generators
@@ -88,12 +89,12 @@ def repeatable(loader: DataLoader[Any]) -> DataLoader[Any]:
     nothing else; its workers live on from epoch to epoch.
 
     Raises:
-        ValueError: for a loader without batches.
+        InputError: for a loader without batches.
     """
     if isinstance(loader.dataset, SeededDataset):
         return loader
     if loader.batch_sampler is None:
-        raise ValueError("the training loader must make batches: give it a batch_size or a batch_sampler")
+        raise InputError("the training loader must make batches: give it a batch_size or a batch_sampler")
     return rebuilt(
         loader,
         SeededDataset(loader.dataset),

@@ -13,6 +13,7 @@ import torchreid
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from pml_drsl.checks import InputError
 from pml_drsl.evaluation.accuracy import RetrievalResult
 from torchreid_ext.checkpointing import resume as resuming
 from torchreid_ext.checkpointing import state as states
@@ -43,7 +44,7 @@ class BaseEngine(Tester, torchreid.engine.Engine):
         stop: whether a signal asked the run to stop.
 
     Raises:
-        ValueError: at construction, if the training loader cannot fill one batch, knows one identity alone, or draws
+        InputError: at construction, if the training loader cannot fill one batch, knows one identity alone, or draws
             identities (torchreid's ``RandomIdentitySampler``, replaced by ours) of which no batch holds two.
     """
 
@@ -118,7 +119,7 @@ class BaseEngine(Tester, torchreid.engine.Engine):
             **test_arguments: of ``test``.
 
         Raises:
-            ValueError: for an argument out of its range.
+            InputError: for an argument out of its range.
             FloatingPointError: for a loss, or weights, that are not finite.
             Interrupted: when a signal asked to stop; everything is saved.
         """
@@ -130,7 +131,7 @@ class BaseEngine(Tester, torchreid.engine.Engine):
             return self.test(**last)
         for name, value in (("checkpoint_freq", checkpoint_freq), ("print_freq", print_freq)):
             if value < 1:
-                raise ValueError(f"train.{name} must be 1 or more, got {value}")
+                raise InputError(f"train.{name} must be 1 or more, got {value}")
         self._layers = {self.model: Layers(self.model)}
         if fixbase_epoch > 0:
             self._layers[self.model].check(_names(open_layers))
@@ -281,7 +282,7 @@ class BaseEngine(Tester, torchreid.engine.Engine):
             test_only: whatever number of processes trained it.
 
         Raises:
-            ValueError: if there is nothing to load, it does not fit, or ``config`` differs in what cannot change.
+            InputError: if there is nothing to load, it does not fit, or ``config`` differs in what cannot change.
         """
         found = distributed.from_first(lambda: resuming.find(path, self._folder(save_dir), since))
         if found is None:

@@ -15,6 +15,7 @@ import pml_drsl.distances
 import pml_drsl.losses
 import pml_drsl.miners
 import pml_drsl.reducers
+from pml_drsl.checks import InputError
 from pml_drsl.wrappers import CrossBatchMemory
 
 NOT_TRAINED = {
@@ -120,32 +121,32 @@ def build(
         from_the_data: values of required arguments that the description leaves out.
 
     Raises:
-        ValueError: for an unknown name (with the nearest), an unknown or missing argument (with the signature), or a
+        InputError: for an unknown name (with the nearest), an unknown or missing argument (with the signature), or a
             value that the class refuses.
     """
     arguments = dict(spec)
     name = arguments.pop("name", None)
     if name in NOT_TRAINED:
-        raise ValueError(f"{key}: {name} cannot be trained with: {NOT_TRAINED[name]}")
+        raise InputError(f"{key}: {name} cannot be trained with: {NOT_TRAINED[name]}")
     if name not in table:
         nearest = difflib.get_close_matches(str(name), table, n=1, cutoff=0)[0]
-        raise ValueError(f"{key}: there is no {name!r}; did you mean {nearest!r}?")
+        raise InputError(f"{key}: there is no {name!r}; did you mean {nearest!r}?")
     kind = table[name]
     known = parameters(kind)
     for argument in arguments:
         if argument not in known:
-            raise ValueError(f"{key}: {name} takes no {argument!r}; it is {_signature(kind)}")
+            raise InputError(f"{key}: {name} takes no {argument!r}; it is {_signature(kind)}")
     required = [p for p in known if known[p].default is inspect.Parameter.empty and p not in arguments]
     arguments |= {p: value for p, value in (from_the_data or {}).items() if p in required}
     missing = [p for p in required if p not in arguments]
     if missing:
-        raise ValueError(f"{key}: {name} needs {', '.join(missing)}; it is {_signature(kind)}")
+        raise InputError(f"{key}: {name} needs {', '.join(missing)}; it is {_signature(kind)}")
     try:
         return kind(**{argument: _objects(f"{key}.{argument}", value) for argument, value in arguments.items()})
     except (TypeError, AssertionError, RuntimeError, ValueError) as error:
-        if isinstance(error, ValueError) and str(error).startswith(key):
+        if isinstance(error, InputError) and str(error).startswith(key):
             raise
-        raise ValueError(f"{key}: {error or 'a value is wrong'}; {name} is {_signature(kind)}") from error
+        raise InputError(f"{key}: {error or 'a value is wrong'}; {name} is {_signature(kind)}") from error
 
 
 def _objects(key: str, value: Any) -> Any:
@@ -174,7 +175,7 @@ def build_criterion(
         sizes: dimensions of each of the network's features.
 
     Raises:
-        ValueError: as :func:`build`, for a ``memory_size`` below 0, or for a loss that cannot have a memory.
+        InputError: as :func:`build`, for a ``memory_size`` below 0, or for a loss that cannot have a memory.
     """
     described = {part: section[part] for part in ("distance", "reducer") if section[part]}
     for part, spec in described.items():
@@ -194,12 +195,12 @@ def build_criterion(
 def _with_memory(key: str, criterion: nn.Module, section: Mapping[str, Any], size: int) -> nn.Module:
     memory_size, name = section["memory_size"], type(criterion).__name__
     if memory_size < 0:
-        raise ValueError(f"{key}.memory_size must be 0 (no memory) or more, got {memory_size}")
+        raise InputError(f"{key}.memory_size must be 0 (no memory) or more, got {memory_size}")
     if memory_size == 0:
         return criterion
     supported = CrossBatchMemory.supported_losses()
     if name not in supported:
-        raise ValueError(
+        raise InputError(
             f"{key}.memory_size is {memory_size}, but {name} cannot rank a memory; set it to 0, or take one of "
             f"{', '.join(supported)}"
         )
@@ -207,5 +208,5 @@ def _with_memory(key: str, criterion: nn.Module, section: Mapping[str, Any], siz
 
 
 def build_miner(key: str, section: Mapping[str, Any]) -> Any:
-    """The miner of a config's section, or None; raises ValueError as :func:`build`."""
+    """The miner of a config's section, or None; raises InputError as :func:`build`."""
     return build(f"{key}.miner", section["miner"], TABLES["miner"]) if section["miner"] else None

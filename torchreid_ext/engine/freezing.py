@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from pml_drsl.checks import InputError
 from torchreid_ext.recipe.neck import unwrapped
 
 
@@ -22,10 +23,10 @@ class Layers:
         self._frozen = {id(p) for p in model.parameters() if not p.requires_grad}
 
     def check(self, names: Iterable[str]) -> None:
-        """Raises ValueError for a name that no child has."""
+        """Raises InputError for a name that no child has."""
         unknown = [name for name in names if name not in self._children]
         if unknown:
-            raise ValueError(
+            raise InputError(
                 f"train.open_layers: the model has no {', '.join(unknown)}, but {', '.join(self._children)}"
             )
 

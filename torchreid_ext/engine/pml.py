@@ -11,6 +11,7 @@ from pytorch_metric_learning.miners import BaseMiner
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pml_drsl.checks import InputError
 from pml_drsl.losses import DRSLoss
 from pml_drsl.wrappers import DistributedLossWrapper, draws_of_first, gather_batch
 from torchreid_ext.data.samplers import warn_of_chance
@@ -64,7 +65,7 @@ class ImagePMLEngine(BaseEngine):
             evaluation does; what a miner chose is filtered.
 
     Raises:
-        ValueError: for a weight below 0, a criterion or miner that is not PML's, a criterion whose parameters the
+        InputError: for a weight below 0, a criterion or miner that is not PML's, a criterion whose parameters the
             optimizer does not have, a criterion that takes no pairs with ``cross_camera``, or a model that does not
             return what the weights need.
     """
@@ -85,9 +86,9 @@ class ImagePMLEngine(BaseEngine):
     ) -> None:
         super().__init__(datamanager, use_gpu)
         if weight_m < 0 or weight_x < 0 or weight_m + weight_x == 0:
-            raise ValueError(f"weight_m and weight_x must be 0 or more and not both 0, got {weight_m} and {weight_x}")
+            raise InputError(f"weight_m and weight_x must be 0 or more and not both 0, got {weight_m} and {weight_x}")
         if miner is not None and not isinstance(miner, BaseMiner):
-            raise ValueError(f"miner must be a miner of pytorch_metric_learning, got {miner!r}")
+            raise InputError(f"miner must be a miner of pytorch_metric_learning, got {miner!r}")
         check_criterion(criterion, optimizer, cross_camera)
         if weight_m > 0:
             check_returns_features(model)
@@ -127,7 +128,7 @@ class ImagePMLEngine(BaseEngine):
         if self.weight_m == 0 and isinstance(output, Tensor):
             return [output], []
         if not isinstance(output, (tuple, list)) or len(output) != 2:
-            raise ValueError(
+            raise InputError(
                 f"the model must return (logits, features) in training, got {type(output).__name__}; "
                 f"build a model of torchreid with loss='triplet'"
             )
@@ -135,7 +136,7 @@ class ImagePMLEngine(BaseEngine):
         num_pids = self.datamanager.num_train_pids
         for y in logits:
             if y.ndim != 2 or y.shape[1] < num_pids:
-                raise ValueError(
+                raise InputError(
                     f"the model's logits have shape {tuple(y.shape)}, but there are {num_pids} training identities; "
                     f"build it with num_classes={num_pids}"
                 )
@@ -216,19 +217,19 @@ def check_criterion(criterion: Any, optimizer: Optimizer, cross_camera: bool) ->
     """Refuses a criterion that an engine could not train with, or would not train.
 
     Raises:
-        ValueError: saying which and why.
+        InputError: saying which and why.
     """
     parts = list(criterion) if isinstance(criterion, PerFeature) else [criterion]
     for part in parts:
         if not (isinstance(part, nn.Module) and callable(getattr(part, "forward", None))):
-            raise ValueError(f"criterion must be a loss of pytorch_metric_learning, got {part!r}")
+            raise InputError(f"criterion must be a loss of pytorch_metric_learning, got {part!r}")
         name = type(part).__name__
         if cross_camera and isinstance(part, WITHOUT_PAIRS):
             why = "does not know the cameras in its memory" if isinstance(part, BaseLossWrapper) else "takes no pairs"
-            raise ValueError(f"cross_camera chooses the pairs of the loss, and {name} {why}; turn cross_camera off")
+            raise InputError(f"cross_camera chooses the pairs of the loss, and {name} {why}; turn cross_camera off")
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if any(p.requires_grad and id(p) not in trained for p in part.parameters()):
-            raise ValueError(
+            raise InputError(
                 f"{name} has weights that the optimizer does not train; make the optimizer with build_optimizer(cfg, "
                 f"model, criterion), or call optimizer.add_param_group({{'params': criterion.parameters()}})"
             )
@@ -240,11 +241,11 @@ def check_returns_features(model: nn.Module) -> None:
     Such a model returns logits alone, or, with two heads, two logits that look like logits and features.
 
     Raises:
-        ValueError: saying how to build it.
+        InputError: saying how to build it.
     """
     built_for = getattr(unwrapped(model), "loss", "triplet")
     if built_for != "triplet":
-        raise ValueError(
+        raise InputError(
             f"the model was built with loss={built_for!r} and returns no features in training; build it with "
             f"torchreid.models.build_model(..., loss='triplet')"
         )

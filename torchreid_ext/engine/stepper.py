@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from pml_drsl.checks import InputError
 from torchreid_ext.runtime import distributed
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,14 +33,14 @@ class Stepper:
         scaler: of the gradients; it does nothing but for ``"fp16"``.
 
     Raises:
-        ValueError: for another ``amp``.
+        InputError: for another ``amp``.
     """
 
     def __init__(
         self, amp: str = "off", compiled: bool = False, device_type: str = "cpu", channels_last: bool = False
     ) -> None:
         if amp not in AMP:
-            raise ValueError(f"train.amp must be one of {', '.join(AMP)}, got {amp!r}")
+            raise InputError(f"train.amp must be one of {', '.join(AMP)}, got {amp!r}")
         self.dtype = AMP[amp]
         self.scaler = torch.amp.GradScaler(device_type, enabled=amp == "fp16")
         self._compiled = compiled

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from pml_drsl.checks import InputError
 from torchreid_ext.runtime import distributed
 
 POOLING: dict[str, Callable[[Tensor], Tensor]] = {"avg": lambda frames: frames.mean(0), "max": lambda f: f.amax(0)}
@@ -42,7 +43,7 @@ class Tracklets:
         pooling_method: ``"avg"`` or ``"max"``.
 
     Raises:
-        ValueError: for another.
+        InputError: for another.
     """
 
     model: Any
@@ -52,7 +53,7 @@ class Tracklets:
     def __init__(self, *args: Any, pooling_method: str = "avg", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if pooling_method not in POOLING:
-            raise ValueError(f"pooling_method must be 'avg' or 'max', got {pooling_method!r}")
+            raise InputError(f"pooling_method must be 'avg' or 'max', got {pooling_method!r}")
         self.pooling_method = pooling_method
         loaders = [loader for splits in self.test_loader.values() for loader in splits.values()]
         for loader in [self.train_loader, *loaders]:

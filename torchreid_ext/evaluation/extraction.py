@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils.data import DataLoader
 
+from pml_drsl.checks import InputError
 from pml_drsl.evaluation.ranking import share
 from torchreid_ext.checkpointing import state as states
 from torchreid_ext.data.loading import rebuilt
@@ -54,10 +55,10 @@ def batches_of(loader: DataLoader[Any], group: dist.ProcessGroup) -> DataLoader[
     Frames that ``video.sample_method: random`` draws would differ from process to process: they are left to the first.
 
     Raises:
-        ValueError: for a loader that does not make batches.
+        InputError: for a loader that does not make batches.
     """
     if loader.batch_sampler is None:
-        raise ValueError("the test loader must make batches to be shared: give it a batch_size or a batch_sampler")
+        raise InputError("the test loader must make batches to be shared: give it a batch_size or a batch_sampler")
     batches = list(loader.batch_sampler)
     if getattr(loader.dataset, "sample_method", None) == "random":
         batches = batches if dist.get_rank(group) == 0 else []
@@ -74,7 +75,7 @@ def together(extract: Callable[[], Samples | None], device: torch.device, group:
 
     Raises:
         Interrupted: if any process was asked to stop.
-        ValueError, RuntimeError: where ``extract`` failed on another process, by ValueError or OSError or otherwise.
+        InputError, RuntimeError: where ``extract`` failed on another process, by InputError or OSError or otherwise.
     """
     mine, error = None, None
     try:
@@ -83,7 +84,7 @@ def together(extract: Callable[[], Samples | None], device: torch.device, group:
         error = caught
     told: Any = None
     if error is not None:
-        told = getattr(error, "signal", None), isinstance(error, (ValueError, OSError)), str(error)
+        told = getattr(error, "signal", None), isinstance(error, (InputError, OSError)), str(error)
     elif mine is not None:
         told = mine.features.shape, mine.features.dtype, mine.pids, mine.camids
     reports: list[Any] = [None] * dist.get_world_size(group)
@@ -95,7 +96,7 @@ def together(extract: Callable[[], Samples | None], device: torch.device, group:
             signum, is_of_input, message = what
             if signum is not None:
                 raise Interrupted(signum, message)
-            raise (ValueError if is_of_input else RuntimeError)(f"process {rank} could not test: {message}")
+            raise (InputError if is_of_input else RuntimeError)(f"process {rank} could not test: {message}")
 
     features, pids, camids = [], [], []
     for rank, (_, what) in enumerate(reports):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from pml_drsl.checks import InputError
+
 Colour = tuple[int, int, int]
 Entry = str | Sequence[str]
 
@@ -42,7 +44,7 @@ class RankedQuery:
         junk: K truth values: entries that evaluation leaves out (the query's identity and camera); none if empty.
 
     Raises:
-        ValueError: if the sequences differ in length.
+        InputError: if the sequences differ in length.
     """
 
     query: Entry
@@ -54,7 +56,7 @@ class RankedQuery:
     def __post_init__(self) -> None:
         lengths = len(self.gallery), len(self.correct), len(self.distances)
         if len({*lengths, len(self.junk) or len(self.gallery)}) != 1:
-            raise ValueError(f"gallery, correct, distances and junk must have one length, but have {lengths}")
+            raise InputError(f"gallery, correct, distances and junk must have one length, but have {lengths}")
 
     @property
     def cells(self) -> list[tuple[Entry, bool, float, bool]]:
@@ -109,11 +111,11 @@ def ranking_picture(rows: Sequence[RankedQuery], title: str) -> Image.Image:
         An RGB image.
 
     Raises:
-        ValueError: if there are no rows.
+        InputError: if there are no rows.
         OSError: if an image cannot be read.
     """
     if not rows:
-        raise ValueError("rows is empty: give at least one RankedQuery")
+        raise InputError("rows is empty: give at least one RankedQuery")
     cell_width, cell_height = _IMAGE[0] + 2 * _FRAME, _IMAGE[1] + 2 * _FRAME
     row_height = cell_height + _CAPTION + _GAP
     longest = max(len(row.gallery) for row in rows)
@@ -156,7 +158,7 @@ def save_ranking_picture(path: str | os.PathLike[str], rows: Sequence[RankedQuer
         ``path``.
 
     Raises:
-        ValueError: if there are no rows.
+        InputError: if there are no rows.
         OSError: if an image cannot be read or the page not be written.
     """
     page, target = ranking_picture(rows, title), Path(path)

@@ -31,7 +31,7 @@ def extract(engine: Any, loader: Any, group: dist.ProcessGroup | None = None) ->
 
     Raises:
         Interrupted: if the run is asked to stop.
-        ValueError, RuntimeError: with a group, on every process, if one of them fails.
+        InputError, RuntimeError: with a group, on every process, if one of them fails.
     """
     if group is None:
         return _extract(engine, loader)
@@ -70,7 +70,7 @@ class Search:
         rerank: re-rank by k-reciprocal neighbours.
 
     Raises:
-        ValueError: for an unknown metric, or features that are not finite.
+        InputError: for an unknown metric, or features that are not finite.
     """
 
     def __init__(

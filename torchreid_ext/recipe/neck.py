@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pml_drsl.checks import InputError
+
 
 @dataclass(frozen=True)
 class Head:
@@ -72,7 +74,7 @@ def add_neck(model: nn.Module) -> None:
     before, but for the classifiers' biases.
 
     Raises:
-        ValueError: for a network without a linear layer named ``classifier...``.
+        InputError: for a network without a linear layer named ``classifier...``.
     """
     found = False
     for name, child in list(model.named_children()):
@@ -86,7 +88,7 @@ def add_neck(model: nn.Module) -> None:
             found = True
     kind = type(model)
     if not found:
-        raise ValueError(
+        raise InputError(
             f"model.bnneck: {kind.__name__} has no linear layer named classifier to put a neck before; leave it off"
         )
     model.__class__ = type(f"{kind.__name__}WithNeck", (_WithNeck, kind), {})
@@ -100,11 +102,11 @@ def set_last_stride(model: nn.Module, name: str) -> None:
         name: its name in messages.
 
     Raises:
-        ValueError: for a network without such a stage.
+        InputError: for a network without such a stage.
     """
     stage = getattr(model, "layer4", None)
     if not isinstance(stage, nn.Module):
-        raise ValueError(
+        raise InputError(
             f"model.last_stride 1 is for networks whose last stage is a layer4 (resnet*, resnext*, se_res*, pcb_*); "
             f"{name} has none: leave it at 2, which changes nothing"
         )

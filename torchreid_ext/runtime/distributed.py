@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from pml_drsl.checks import InputError
+
 T = TypeVar("T")
 
 
@@ -28,7 +30,7 @@ def joined(use_gpu: bool = True, timeout: int = 1800) -> Iterator[None]:
         timeout: seconds after which a process that waits for another gives up, with an error.
 
     Raises:
-        ValueError: for a timeout below 1, more processes than GPUs, or restarts on several machines with a store of
+        InputError: for a timeout below 1, more processes than GPUs, or restarts on several machines with a store of
             torchrun's that outlives them.
         TimeoutError: on leaving, where gloo waited longer than ``timeout`` for another process.
         ConnectionError: on leaving, where gloo found that another process had ended.
@@ -37,12 +39,12 @@ def joined(use_gpu: bool = True, timeout: int = 1800) -> Iterator[None]:
         yield
         return
     if timeout < 1:
-        raise ValueError(f"train.timeout must be 1 second or more, got {timeout}")
+        raise InputError(f"train.timeout must be 1 second or more, got {timeout}")
     backend = "gloo"
     if use_gpu and torch.cuda.is_available():
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
-            raise ValueError(
+            raise InputError(
                 f"process {local} of this machine has no GPU of its own: there are {torch.cuda.device_count()}. Start "
                 f"as many with torchrun --nproc_per_node gpu, or train on the CPU with use_gpu False"
             )
@@ -88,7 +90,7 @@ def _place(timeout: datetime.timedelta) -> dict[str, Any]:
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
         return {"store": PrefixStore(f"start {restarts()}", store), "rank": rank, "world_size": world_size}
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-        raise ValueError(
+        raise InputError(
             "torchrun --max-restarts on several machines would connect new processes to dead ones: start torchrun on "
             "each with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, or with --max-restarts 0"
         )
@@ -144,10 +146,10 @@ def largest(number: int) -> int:
 
 
 def check_share(batch_size: int, num_instances: int = 1) -> None:
-    """Raises ValueError if the processes cannot have equal shares of a batch, in whole groups of ``num_instances``."""
+    """Raises InputError if the processes cannot have equal shares of a batch, in whole groups of ``num_instances``."""
     if size() > 1 and batch_size % (size() * num_instances):
         groups = f" in whole groups of sampler.num_instances {num_instances}" if num_instances > 1 else ""
-        raise ValueError(
+        raise InputError(
             f"train.batch_size {batch_size} is that of all {size()} processes together, and they cannot share it "
             f"equally{groups}: make it a multiple of {size() * num_instances}"
         )
@@ -157,10 +159,10 @@ def share(batch: list[T]) -> list[T]:
     """This process's part of a batch.
 
     Raises:
-        ValueError: if there are no equal parts.
+        InputError: if there are no equal parts.
     """
     if len(batch) % size():
-        raise ValueError(
+        raise InputError(
             f"a batch of {len(batch)} cannot be shared equally among {size()} processes; if it is the last of an "
             f"epoch, make the loader with drop_last=True"
         )
@@ -169,14 +171,14 @@ def share(batch: list[T]) -> list[T]:
 
 
 def from_first(function: Callable[[], T]) -> T:
-    """What ``function`` returns on the first process, on every process; a ValueError or OSError is raised on all."""
+    """What ``function`` returns on the first process, on every process; an InputError or OSError is raised on all."""
     if size() == 1:
         return function()
     told: list[Any] = [None, None]
     if is_first():
         try:
             told[0] = function()
-        except (ValueError, OSError) as error:
+        except (InputError, OSError) as error:
             # The others would wait for this process.
             told[1] = error
     dist.broadcast_object_list(told)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from pml_drsl.benchmark.timing import measure
 from pml_drsl.benchmark.timing import table as speed_report
 from pml_drsl.benchmark.timing.measure import LOSSES, PER_IDENTITY
+from pml_drsl.checks import InputError
 from pml_drsl.evaluation.ranking import share
 from pml_drsl.wrappers import DistributedLossWrapper
 
@@ -116,13 +117,13 @@ def run(
         device: ``"cpu"`` (gloo) or ``"cuda"`` (NCCL).
 
     Raises:
-        ValueError: for more processes than CUDA devices, or than embeddings.
+        InputError: for more processes than CUDA devices, or than embeddings.
     """
     if device == "cuda" and processes > torch.cuda.device_count():
-        raise ValueError(f"--processes {processes}: there are {torch.cuda.device_count()} CUDA devices")
+        raise InputError(f"--processes {processes}: there are {torch.cuda.device_count()} CUDA devices")
     fewest = min(size for _, size in points)
     if processes > fewest:
-        raise ValueError(f"--processes {processes}: more than the {fewest} embeddings of --sizes")
+        raise InputError(f"--processes {processes}: more than the {fewest} embeddings of --sizes")
     print(f"{speed_report.machine(device, threads)}; in each process")
     missing = {}
     for dim, size in tqdm(points, desc="what fits", unit="size"):

@@ -30,6 +30,7 @@ from pml_drsl.benchmark.timing import step as speed_step
 from pml_drsl.benchmark.timing import table as speed_report
 from pml_drsl.benchmark.timing.measure import FLOOR, LOSSES, OURS, PER_IDENTITY
 from pml_drsl.benchmark.timing.table import Row
+from pml_drsl.checks import InputError
 
 SIZES = [64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
 DIMS = [512, 2048]
@@ -125,7 +126,7 @@ def _run_other(args: argparse.Namespace) -> int:
             rows = speed_processes.run(
                 points, args.losses, args.processes, args.seconds, args.memory, args.threads, args.device
             )
-    except ValueError as error:
+    except InputError as error:
         print(f"drsl-benchmark speed: {error}", file=sys.stderr)
         return 2
     _write(args, rows)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from pml_drsl.benchmark.timing import measure
 from pml_drsl.benchmark.timing import table as speed_report
 from pml_drsl.benchmark.timing.measure import LOSSES, PER_IDENTITY
+from pml_drsl.checks import InputError
 
 HEIGHT, WIDTH = 256, 128
 
@@ -50,13 +51,13 @@ def run(
 
     Raises:
         ModuleNotFoundError: where torchreid is not installed.
-        ValueError: for a network that torchreid does not have.
+        InputError: for a network that torchreid does not have.
     """
     models = importlib.import_module("torchreid").models  # nothing else in this package may need torchreid
     try:
         model = models.build_model(network, num_classes=PER_IDENTITY, loss="triplet", pretrained=False)
     except KeyError as error:
-        raise ValueError(f"--step {network}: not a network of torchreid ({error})") from error
+        raise InputError(f"--step {network}: not a network of torchreid ({error})") from error
     model = model.to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
     print(f"{speed_report.machine(device, threads)}\n{network}, {HEIGHT} x {WIDTH} pixels\n")

@@ -16,6 +16,7 @@ from pml_drsl.benchmark.training.candidates import CANDIDATES, TRIALS
 from pml_drsl.benchmark.training.images import Data
 from pml_drsl.benchmark.training.results import Machine, Protocol, Results, run_all
 from pml_drsl.benchmark.training.trial import PRECISIONS, Trial, make_network
+from pml_drsl.checks import InputError
 from pml_drsl.machine import available_cores
 
 QUICK = ("DRSL", "MultiSimilarity", "Circle")
@@ -93,21 +94,21 @@ def prepare(args: argparse.Namespace) -> Iterator[Experiment]:
     """The experiment of the arguments; its results file is this process's own until the end of the context.
 
     Raises:
-        ValueError: for arguments out of range, images that cannot be had, a results file that is none or cannot be
+        InputError: for arguments out of range, images that cannot be had, a results file that is none or cannot be
             written, or a network that does not exist.
     """
     for name in ("dim", "epochs", "seeds", "tuning_seeds", "threads"):
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(args, name)}")
+            raise InputError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(args, name)}")
     identities, instances = args.batch
     if identities < 2 or instances < 2:
-        raise ValueError(f"--batch {identities} {instances}: a query needs a positive and a negative; give 2 or more")
+        raise InputError(f"--batch {identities} {instances}: a query needs a positive and a negative; give 2 or more")
     if args.workers is not None and args.workers < 1:
-        raise ValueError(f"--workers must be 1 or more, got {args.workers}")
+        raise InputError(f"--workers must be 1 or more, got {args.workers}")
     if args.device not in ("cpu", "cuda") or (args.device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"--device {args.device}: give cpu, or cuda where there is a CUDA device")
+        raise InputError(f"--device {args.device}: give cpu, or cuda where there is a CUDA device")
     if not args.results.absolute().parent.is_dir():
-        raise ValueError(f"--results {args.results}: its folder does not exist")
+        raise InputError(f"--results {args.results}: its folder does not exist")
     losses = tuple(getattr(args, "losses", None) or (QUICK if args.quick else CANDIDATES))
     epochs, seeds, tuning_seeds, tried = args.epochs, args.seeds, args.tuning_seeds, TRIALS
     if args.quick:
@@ -132,7 +133,7 @@ def prepare(args: argparse.Namespace) -> Iterator[Experiment]:
         channels, height, width = data.train.pixels.shape[1:]
         make_network(base, channels, height, width, data.train.identities)
     except KeyError as error:
-        raise ValueError(f"--network {args.network}: {error.args[0]}") from None
+        raise InputError(f"--network {args.network}: {error.args[0]}") from None
     with Results.opened(args.results) as results:
         results.agree(protocol)
         yield Experiment(data, results, machine, protocol, losses, seeds)

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from pml_drsl.checks import InputError
+
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 # An identity has a match in the test only if it has two images.
 FEWEST_IMAGES = 2
@@ -96,25 +98,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load(args: argparse.Namespace) -> Data:
-    """What the arguments ask for. Raises ValueError for what cannot be had."""
+    """What the arguments ask for. Raises InputError for what cannot be had."""
     height, width = args.size
     if min(height, width) < 16:
-        raise ValueError(f"--size {height} {width}: the network halves images four times; give 16 or more")
+        raise InputError(f"--size {height} {width}: the network halves images four times; give 16 or more")
     if args.sources or args.targets:
         if args.train or args.test:
-            raise ValueError("give folders (--train) or torchreid's data sets (-s), not both")
+            raise InputError("give folders (--train) or torchreid's data sets (-s), not both")
         name, train, test = _torchreid(args.sources or [args.targets], args.targets, args.root, height, width)
     elif args.train:
         name, train, test = _folders(args.train, args.test, height, width, args.color)
     elif args.test:
-        raise ValueError("--test needs --train")
+        raise InputError("--test needs --train")
     else:
         name, train, test = _digits(height, width)
     for part, images in (("training", train), ("test", test)):
         if images.identities < 4:
-            raise ValueError(f"{name}: {images.identities} {part} identities are too few to rank; give 4 or more")
+            raise InputError(f"{name}: {images.identities} {part} identities are too few to rank; give 4 or more")
         if int(torch.bincount(images.labels).max()) < FEWEST_IMAGES:
-            raise ValueError(f"{name}: no {part} identity has two images, so there is nothing to find")
+            raise InputError(f"{name}: no {part} identity has two images, so there is nothing to find")
     return Data(f"{name}-{_digest(train, test)}", train, test)
 
 
@@ -148,7 +150,7 @@ def _folders(
         others = _identities(test)
         both = {folder for folder, _ in identities} & {folder for folder, _ in others}
         if both:
-            raise ValueError(f"{min(both)} is in --train and in --test; test on identities never trained on")
+            raise InputError(f"{min(both)} is in --train and in --test; test on identities never trained on")
     name = f"{train[0].absolute().name}-{height}x{width}"
     return name, _read(identities, height, width, color), _read(others, height, width, color)
 
@@ -158,12 +160,12 @@ def _identities(folders: Sequence[Path]) -> list[tuple[Path, list[Path]]]:
     found: dict[Path, list[Path]] = {}
     for folder in folders:
         if not folder.is_dir():
-            raise ValueError(f"{folder} is not a folder")
+            raise InputError(f"{folder} is not a folder")
         for path in sorted(folder.rglob("*")):
             if path.suffix.lower() in ENDINGS:
                 found.setdefault(path.parent, []).append(path)
     if not found:
-        raise ValueError(f"no images ({', '.join(sorted(ENDINGS))}) below {', '.join(map(str, folders))}")
+        raise InputError(f"no images ({', '.join(sorted(ENDINGS))}) below {', '.join(map(str, folders))}")
     return list(found.items())
 
 
@@ -182,7 +184,7 @@ def _pixels(paths: Sequence[str | Path], height: int, width: int, color: bool) -
             with Image.open(path) as image:
                 small = image.convert("RGB" if color else "L").resize((width, height), Image.Resampling.BOX)
         except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{path} is not an image that can be read ({error}); repair or remove it") from None
+            raise InputError(f"{path} is not an image that can be read ({error}); repair or remove it") from None
         pixels[row] = torch.from_numpy(np.array(small)).reshape(height, width, -1).permute(2, 0, 1)
     return pixels
 
@@ -196,7 +198,7 @@ def _torchreid(
         try:
             dataset = torchreid.data.datasets.init_image_dataset(name, root=root, mode=mode)
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"torchreid's {name} cannot be had from --root {root}: {error}") from None
+            raise InputError(f"torchreid's {name} cannot be had from --root {root}: {error}") from None
         return [(sample[0], sample[1], sample[2]) for sample in getattr(dataset, mode)]
 
     train: list[tuple[str, int, int]] = []

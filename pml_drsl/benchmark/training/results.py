@@ -25,6 +25,7 @@ from pml_drsl.benchmark.timing.measure import clean_processes
 from pml_drsl.benchmark.training.candidates import TRIALS
 from pml_drsl.benchmark.training.images import Data
 from pml_drsl.benchmark.training.trial import Trial, run
+from pml_drsl.checks import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Results:
     """The results in a file, by trial.
 
     Raises:
-        ValueError: for a file that cannot be read, or a line that is no result. A last line cut short, by a machine
+        InputError: for a file that cannot be read, or a line that is no result. A last line cut short, by a machine
             that went down while it was written, does not count: its trial runs again.
     """
 
@@ -63,13 +64,13 @@ class Results:
         try:
             text = path.read_text(encoding="utf-8") if path.exists() else ""
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from None
+            raise InputError(f"{path} cannot be read: {error}") from None
         whole = text[: text.rfind("\n") + 1]
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 self._take(json.loads(line))
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}, line {number} is not a result of this benchmark: {error!r}") from None
+                raise InputError(f"{path}, line {number} is not a result of this benchmark: {error!r}") from None
 
     @classmethod
     @contextmanager
@@ -77,12 +78,12 @@ class Results:
         """The results in a file that no other process adds to meanwhile; a last line cut short is dropped.
 
         Raises:
-            ValueError: for a file that cannot be written, or that another process adds to.
+            InputError: for a file that cannot be written, or that another process adds to.
         """
         try:
             file = path.open("a+b")
         except OSError as error:
-            raise ValueError(f"{path} cannot be written: {error.strerror}; give another --results") from None
+            raise InputError(f"{path} cannot be written: {error.strerror}; give another --results") from None
         with file:
             _lock(file)
             file.seek(0)
@@ -101,7 +102,7 @@ class Results:
             self.found[Trial(**row["trial"]).key] = row
 
     def agree(self, protocol: Protocol) -> None:
-        """Makes ``protocol`` that of the file. Raises ValueError if it has another."""
+        """Makes ``protocol`` that of the file. Raises InputError if it has another."""
         if self.protocol is None:
             self.protocol = protocol
             self._write({"protocol": dataclasses.asdict(protocol)})
@@ -109,7 +110,7 @@ class Results:
             here, asked = (dataclasses.asdict(one) for one in (self.protocol, protocol))
             here, asked = {**here.pop("base"), **here}, {**asked.pop("base"), **asked}
             differences = [f"{key} {here[key]!r}, not {value!r}" for key, value in asked.items() if here[key] != value]
-            raise ValueError(
+            raise InputError(
                 f"{self.path} holds results of another protocol: {', '.join(differences)}; give another --results"
             )
 
@@ -146,7 +147,7 @@ def _lock(file: BinaryIO) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(
+        raise InputError(
             f"another drsl-benchmark is adding to {file.name}; wait for its end, or give another --results"
         ) from None
     except OSError:  # a file system without locks
@@ -219,7 +220,7 @@ def _side_by_side(trials: Sequence[Trial], data: Data, machine: Machine, bar: An
             for future in done:
                 yield running.pop(future), future.result()
     except BrokenProcessPool:
-        raise ValueError(
+        raise InputError(
             f"one of {workers} processes was killed, most likely for memory; "
             "the same command with fewer --workers goes on where it was"
         ) from None

@@ -52,7 +52,7 @@ def test_every_config_of_ours_builds_what_needs_no_data(path):
     optimizer = config.build_optimizer(cfg, model, criterion)
     scheduler = config.build_scheduler(cfg, optimizer)
     engine = config.build_engine(cfg, Manager(), model, optimizer, scheduler, criterion)
-    name = {"drsl": "DRSL", "softmax": "Softmax", "triplet": "Triplet"}[cfg.loss.name]
+    name = {"drsl": "DRSL", "pml": "PML", "softmax": "Softmax", "triplet": "Triplet"}[cfg.loss.name]
     assert type(engine) is getattr(engines, f"{cfg.data.type.title()}{name}Engine")
     with torch.no_grad():
         assert model.eval()(torch.zeros(1, 3, cfg.data.height, cfg.data.width)).shape[0] == 1
@@ -69,6 +69,19 @@ def test_twins_differ_in_their_loss_alone(name):
         cfg.loss.name = cfg.data.save_dir = ""
         cfg.sampler.train_sampler = ""
     assert twins[0] == twins[1]
+
+
+@pytest.mark.parametrize("loss", ["softmax", "triplet", "supcon"])
+def test_twins_on_viper_differ_in_their_loss_alone(loss):
+    drsl, twin = (read(CONFIGS[0].parent / f"viper_mobilenetv2_{kind}.yaml") for kind in ("drsl", loss))
+    assert twin.data.save_dir == f"log/viper_mobilenetv2_{loss}"
+    # Cross-entropy of weight 1 stands beside every loss.
+    section = twin.loss.get(twin.loss.name)
+    assert section.get("weight_x", 1.0) == 1.0 and drsl.loss.drsl.weight_x == 1.0
+    assert (drsl.train.batch_size, drsl.sampler.num_instances, drsl.train.max_epoch) == (64, 2, 40)
+    for cfg in (drsl, twin):
+        cfg.loss.name = cfg.data.save_dir = cfg.loss.pml.loss = ""
+    assert drsl == twin
 
 
 def test_the_strong_baseline_is_what_its_paper_says():

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pml_drsl.checks import InputError
+
 RECIPE_FILE = "recipe.json"
 
 
@@ -55,14 +57,14 @@ def check_recipe(folder: str | os.PathLike[str], recipe: Mapping[str, Any], own:
         own: subfolders that tell somebody's own data, and what layout each is of.
 
     Raises:
-        ValueError: if the recipe is another, or cannot be read, or if the folder holds neither a recipe nor one of
+        InputError: if the recipe is another, or cannot be read, or if the folder holds neither a recipe nor one of
             ``own``.
     """
     file = Path(folder, RECIPE_FILE)
     if not file.exists():
         layouts = [layout for name, layout in own.items() if Path(folder, name).is_dir()]
         if not layouts:
-            raise ValueError(
+            raise InputError(
                 f"{folder} has neither {RECIPE_FILE} nor {next(iter(own))}: delete it to have it drawn again"
             )
         warnings.warn(f"{folder} has no {RECIPE_FILE}: it is read as your own in {layouts[0]}'s layout", stacklevel=2)
@@ -70,9 +72,9 @@ def check_recipe(folder: str | os.PathLike[str], recipe: Mapping[str, Any], own:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}): delete {folder} to have it drawn again") from error
+        raise InputError(f"{file} is damaged ({error}): delete {folder} to have it drawn again") from error
     if found != dict(recipe):
-        raise ValueError(
+        raise InputError(
             f"{folder} was drawn as {found}, but {dict(recipe)} is wanted: delete it to have it drawn again, "
             "or choose another data.root"
         )

@@ -16,6 +16,7 @@ import torchreid
 from PIL import Image
 from tqdm import tqdm
 
+from pml_drsl.checks import InputError
 from torchreid_ext.data.synthetic.drawing import CAMERAS, draw_image, draw_scene, make_person
 from torchreid_ext.data.synthetic.folder import check_recipe, draw_folder
 
@@ -68,11 +69,11 @@ def draw_pedestrians(folder: str | os.PathLike[str], seed: int = 0) -> None:
         seed: the people, cameras' scenes and images depend on it, and on nothing else.
 
     Raises:
-        ValueError: if ``seed`` is negative.
+        InputError: if ``seed`` is negative.
         OSError: if the folder cannot be written.
     """
     if seed < 0:
-        raise ValueError(f"seed={seed} must be 0 or more")
+        raise InputError(f"seed={seed} must be 0 or more")
     total = (len(TRAIN_PIDS) + len(TEST_PIDS)) * CAMERAS_PER_PERSON * SHOTS_PER_CAMERA + DISTRACTORS
 
     def fill(drawing: Path) -> None:
@@ -101,7 +102,7 @@ class SyntheticPedestrians(torchreid.data.datasets.Market1501):
         kwargs: as for any torchreid image data set.
 
     Raises:
-        ValueError: if the folder was drawn by another recipe or seed, or a file's name is not in Market-1501's form.
+        InputError: if the folder was drawn by another recipe or seed, or a file's name is not in Market-1501's form.
         RuntimeError: if a folder of Market-1501's layout is missing (from torchreid).
     """
 
@@ -124,7 +125,7 @@ class SyntheticPedestrians(torchreid.data.datasets.Market1501):
         for path in sorted(Path(dir_path).glob("*.jpg")):
             found = _FILE_NAME.match(path.name)
             if found is None or not 1 <= int(found["camid"]) <= 6:
-                raise ValueError(f"{path} is not named as in Market-1501, such as 0002_c1s1_000451_03.jpg")
+                raise InputError(f"{path} is not named as in Market-1501, such as 0002_c1s1_000451_03.jpg")
             if int(found["pid"]) != -1:
                 rows.append((str(path), int(found["pid"]), int(found["camid"]) - 1))
         if relabel:

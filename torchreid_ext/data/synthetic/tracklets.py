@@ -16,6 +16,7 @@ from PIL import Image
 from scipy.io import savemat
 from tqdm import tqdm
 
+from pml_drsl.checks import InputError
 from torchreid_ext.data.synthetic.drawing import CAMERAS, draw_image, draw_scene, make_person
 from torchreid_ext.data.synthetic.folder import check_recipe, draw_folder
 
@@ -81,11 +82,11 @@ def draw_tracklets(folder: str | os.PathLike[str], seed: int = 0) -> None:
         seed: the people, cameras' scenes and images depend on it, and on nothing else.
 
     Raises:
-        ValueError: if ``seed`` is negative.
+        InputError: if ``seed`` is negative.
         OSError: if the folder cannot be written.
     """
     if seed < 0:
-        raise ValueError(f"seed={seed} must be 0 or more")
+        raise InputError(f"seed={seed} must be 0 or more")
 
     def fill(drawing: Path) -> None:
         parts = {"train": TRAIN_PIDS, "test": TEST_PIDS}
@@ -111,7 +112,7 @@ class SyntheticTracklets(torchreid.data.datasets.Mars):
         kwargs: as for any torchreid video data set.
 
     Raises:
-        ValueError: if the folder was drawn by another recipe or seed.
+        InputError: if the folder was drawn by another recipe or seed.
         RuntimeError: if a file of MARS's layout is missing (from torchreid).
     """
 
