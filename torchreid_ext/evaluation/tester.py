@@ -1,4 +1,4 @@
-"""Testing a network on its targets, as torchreid's engines do, but leaving no trace in the training."""
+"""Tests a network on its target data sets during training, without any effect on the training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torchreid_ext.runtime import random as generators
 
 
 class Tester:
-    """The part of an engine that tests; see ``BaseEngine``."""
+    """The part of ``BaseEngine`` that tests the network."""
 
     test_loader: dict[str, dict[str, Any]]
     datamanager: Any
@@ -37,21 +37,22 @@ class Tester:
         rerank: bool = False,
         picture: int = 0,
     ) -> dict[str, RetrievalResult]:
-        """Tests on every target, prints as torchreid does, and writes ``save_dir/metrics.json``.
+        """Tests on every target, prints the results as torchreid does, and writes ``save_dir/metrics.json``.
 
-        Leaves every random number generator as it was, so that training does not depend on how often it is tested.
-        The processes of a distributed run share the work, with the result of one process; the first alone prints and
-        writes.
+        The random number generators are restored afterwards, so that training does not depend on the number of tests.
+        The processes of a distributed run share the work, and the result is equal to the result of one process. Only
+        the first process prints and writes.
 
         Args:
             dist_metric: ``"euclidean"`` or ``"cosine"``.
-            normalize_feature: give features unit norm first.
-            visrank: draw the ranking of every query, ``visrank_topk`` gallery entries each.
-            save_dir: where results go; empty writes none.
-            use_metric_cuhk03: CUHK03's single-gallery-shot protocol.
+            normalize_feature: scale every feature to unit norm first.
+            visrank: draw the ranking of every query.
+            visrank_topk: number of gallery entries to draw for each query.
+            save_dir: folder for the results. If it is empty, nothing is written.
+            use_metric_cuhk03: use the single-gallery-shot protocol of CUHK03.
             ranks: CMC ranks to print.
-            rerank: re-rank by k-reciprocal neighbours.
-            picture: queries whose rankings are drawn on one page, ``save_dir/ranking_TARGET.png``.
+            rerank: re-rank the results by k-reciprocal neighbours.
+            picture: number of queries to draw on one page, ``save_dir/ranking_TARGET.png``; 0 draws no page.
 
         Returns:
             The result of each target.
@@ -86,18 +87,18 @@ class Tester:
         query, gallery = self.datamanager.fetch_test_loaders(target)
         paths = [items[0] for items in query], [items[0] for items in gallery]
         if picture:
-            # Evenly over the query set, so that the page shows many identities.
+            # The queries are spread evenly over the query set, so that the page shows many identities.
             indices = np.linspace(0, len(query) - 1, min(picture, len(query))).astype(int).tolist()
             page = Path(save_dir, f"ranking_{target}.png")
             evaluation.draw_page(search, paths, indices, topk, page, f"{target}: ranked gallery")
             print(f'Picture of ranked results saved to "{page}"')
         if visrank:
             index = evaluation.draw_all(search, paths, topk, Path(save_dir, f"visrank_{target}"), f"Rankings: {target}")
-            print(f'Rankings of {len(query)} queries saved, to browse from "{index}"')
+            print(f'Rankings of {len(query)} queries saved; open "{index}" in a browser')
 
 
 def write_metrics(results: dict[str, RetrievalResult], save_dir: str) -> None:
-    """Writes the results, by target, to ``save_dir/metrics.json``."""
+    """Writes the results of each target to ``save_dir/metrics.json``."""
     text = json.dumps({target: result.to_dict() for target, result in results.items()}, indent=2) + "\n"
     with checkpoint.replacing(Path(save_dir, "metrics.json")) as file:
         file.write(text.encode())

@@ -1,4 +1,4 @@
-"""The global random number generators of python, numpy and torch: seeded, recorded and left alone."""
+"""Seeds, saves and restores the global random number generators of python, numpy and torch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds the generators of python, numpy and torch, CUDA included."""
+    """Seeds the global generators of python, numpy and torch, including CUDA."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def state() -> dict[str, Any]:
-    """The state of the generators, in numbers, tensors and containers alone."""
+    """Returns the state of the generators. It holds only numbers, tensors and containers, as a checkpoint must."""
     _, keys, *numpy = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
@@ -30,7 +30,10 @@ def state() -> dict[str, Any]:
 
 
 def restore(saved: dict[str, Any]) -> None:
-    """Gives the generators a recorded state; that of CUDA only where there are as many devices as there were."""
+    """Sets the generators to a state that ``state`` returned.
+
+    The state of CUDA is restored only where the number of devices is the same as it was.
+    """
     version, keys, gauss = saved["python"]
     random.setstate((version, tuple(keys), gauss))
     keys, position, has_gauss, cached_gauss = saved["numpy"]
@@ -42,7 +45,7 @@ def restore(saved: dict[str, Any]) -> None:
 
 @contextmanager
 def untouched() -> Iterator[None]:
-    """Restores the generators on leaving."""
+    """Context: the block may draw random numbers, and the generators are restored at its end."""
     before = state()
     try:
         yield
@@ -52,7 +55,10 @@ def untouched() -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeds the generators of the CPU, and restores them on leaving: cheap enough to do for every image."""
+    """Context: seeds the generators of the CPU for the block, and restores them at its end.
+
+    This is fast enough to do for every image.
+    """
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT (Ctrl-C) as requests to stop where nothing is lost."""
+"""Turns SIGTERM and SIGINT (Ctrl-C) into a request to stop after the current batch, so that no work is lost."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torchreid_ext.runtime import distributed
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised where a run stops on request.
+    """The run stops because a signal asked for it.
 
     Attributes:
-        signal: the signal that asked for it.
+        signal: the signal that the process received.
     """
 
     def __init__(self, signum: int, message: str) -> None:
@@ -25,12 +25,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """While entered, SIGTERM and SIGINT are noted instead of ending the process; a second one ends it.
+    """Context: records SIGTERM and SIGINT, which would otherwise end the process. A second signal ends the process.
 
-    Outside the main thread, where python allows no handlers, it does nothing.
+    Outside the main thread the context does nothing, because python allows signal handlers only in the main thread.
 
     Attributes:
-        signum: the signal that came, or None.
+        signum: the number of the recorded signal, or None.
     """
 
     def __init__(self) -> None:
@@ -50,12 +50,12 @@ class StopRequest:
             signal.signal(*self._handlers.popitem())
 
     def check(self) -> None:
-        """Raises Interrupted if a signal came to this process."""
+        """Raises ``Interrupted`` if this process received a signal."""
         if self.signum is not None:
             raise Interrupted(self.signum, f"stopped by {signal.Signals(self.signum).name}")
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        # Ctrl-C reaches the loader's workers too; their parent decides for them.
+        # Ctrl-C also reaches the workers of the data loader. Their parent process decides when they stop.
         if os.getpid() != self._process:
             return
         if self.signum is not None:

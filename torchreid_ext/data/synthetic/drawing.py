@@ -1,8 +1,8 @@
-"""Draws pedestrians: a :class:`Person` has clothing, build, hair and a bag; a :class:`Camera` changes how they look.
+"""Draws images of pedestrians, as seen by different cameras.
 
-What a camera does (light, colour cast, viewpoint, scale, background, blur, noise) is strong enough that an untrained
-network retrieves the camera, and has to learn clothing to retrieve the person. All randomness comes from the
-generators passed in.
+A :class:`Person` has clothing, build, hair and a bag. A :class:`Camera` changes light, colour, viewpoint, scale,
+background, blur and noise. These changes are so strong that an untrained network retrieves images of the same camera.
+It must learn the clothing to retrieve the person. All randomness comes from the generators that the caller passes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Colour = tuple[int, int, int]
 
 HEIGHT, WIDTH = 128, 64
 
-# Drawn at twice the size and reduced, which smooths the edges.
+# Images are drawn at twice their size and then reduced, which smooths the edges.
 _CANVAS = (2 * WIDTH, 2 * HEIGHT)
 _SCENE = (4 * WIDTH, 3 * HEIGHT)
 SKIN: tuple[Colour, ...] = ((244, 208, 177), (224, 172, 130), (190, 134, 90), (134, 88, 56), (84, 56, 40))
@@ -30,7 +30,7 @@ CLOTH: tuple[Colour, ...] = (
 
 @dataclass(frozen=True)
 class Person:
-    """What stays with an identity from camera to camera."""
+    """The look of an identity, which is the same for every camera."""
 
     skin: Colour
     hair: Colour
@@ -50,19 +50,19 @@ class Person:
 
 @dataclass(frozen=True)
 class Camera:
-    """What a camera does to everybody it sees.
+    """The changes that a camera makes to every image.
 
     Attributes:
-        gain: factor of red, green and blue, the colour cast.
-        gamma: exponent of the tone curve; above 1 is darker.
+        gain: factors of red, green and blue (the colour cast).
+        gamma: exponent of the tone curve; above 1 makes the image darker.
         contrast: factor about mid grey.
-        facing: the side people mostly show: ``front``, ``side`` or ``back``.
-        lean: horizontal shift from feet to head, as a fraction of the body's height.
-        scale: body height as a fraction of the image's.
+        facing: the side that people usually show: ``front``, ``side`` or ``back``.
+        lean: horizontal shift from feet to head, as a fraction of the body height.
+        scale: body height as a fraction of the image height.
         walls, ground: colours of the background.
         blur: radius in pixels of the final image.
         noise: standard deviation on the scale 0..255.
-        mirror: whether people cross the view from the other side.
+        mirror: whether people walk in the other direction.
     """
 
     gain: tuple[float, float, float]
@@ -98,7 +98,7 @@ def _vary(rng: np.random.Generator, colour: Colour, spread: int) -> Colour:
 
 
 def make_person(rng: np.random.Generator) -> Person:
-    """An identity at random: 14 shades of cloth, six patterns, three kinds of legwear, three bags or none."""
+    """Draws a random identity: 14 colours of cloth, six patterns, three kinds of legwear, three bags or none."""
     top, accent, bottom, bag_colour = (_vary(rng, _pick(rng, CLOTH), 14) for _ in range(4))
     return Person(
         skin=_pick(rng, SKIN),
@@ -119,7 +119,7 @@ def make_person(rng: np.random.Generator) -> Person:
 
 
 class _Pen:
-    """Draws in a body's own coordinates: x from -0.5 to 0.5 about the spine, y from 0 (crown) to 1 (soles)."""
+    """Draws in coordinates of the body: x from -0.5 to 0.5 about the spine, y from 0 (head) to 1 (feet)."""
 
     def __init__(self, canvas: Image.Image, centre: float, top: float, height: float, lean: float, mirror: bool):
         self.canvas, self.draw = canvas, ImageDraw.Draw(canvas)
@@ -146,12 +146,12 @@ class _Pen:
         self.draw.line([self.at(*point) for point in points], fill=colour, width=width)
 
     def on(self, canvas: Image.Image) -> _Pen:
-        """The same coordinates on another canvas."""
+        """Returns a pen with the same coordinates for another canvas."""
         return _Pen(canvas, self.centre, self.top, self.height, self.lean, self.direction < 0)
 
 
 def _draw_fabric(pen: _Pen, person: Person, facing: str) -> None:
-    """Covers the whole canvas with the upper garment's cloth; the caller cuts the garment out of it."""
+    """Covers the whole canvas with the cloth of the upper garment. The caller cuts the garment out of it."""
     pen.draw.rectangle((0, 0, *_CANVAS), fill=person.top)
     if person.pattern in ("hoops", "checks"):
         for row in range(5):
@@ -248,7 +248,7 @@ def _draw_person(pen: _Pen, person: Person, facing: str, stride: float) -> None:
 
 
 def draw_scene(rng: np.random.Generator, camera: Camera) -> Image.Image:
-    """What stands behind everybody a camera sees: a wall with things on it, and ground; images are windows onto it."""
+    """Draws the background of a camera: a wall with objects, and the ground. Every image shows a part of it."""
     scene = Image.new("RGB", _SCENE, camera.walls)
     draw = ImageDraw.Draw(scene)
     width, height = _SCENE
@@ -266,7 +266,7 @@ def draw_scene(rng: np.random.Generator, camera: Camera) -> Image.Image:
 
 
 def draw_image(rng: np.random.Generator, person: Person | None, camera: Camera, scene: Image.Image) -> Image.Image:
-    """One detection: ``person`` (``None``: the detector was wrong) before a window onto the camera's ``scene``.
+    """Draws one detection: ``person`` (``None`` for a false detection) in front of a part of the camera's ``scene``.
 
     Returns:
         An RGB image, 64 wide and 128 high.
@@ -287,7 +287,7 @@ def draw_image(rng: np.random.Generator, person: Person | None, camera: Camera, 
         )
         _draw_person(pen, person, facing, stride=float(rng.uniform(0.02, 0.12)))
         if rng.random() < 0.12:
-            # Something in the way, as wide as a pole or a railing.
+            # A pole or a railing hides a part of the person.
             draw, at = ImageDraw.Draw(canvas), rng.uniform(0.1, 0.85)
             pole, railing = (at * width, 0, at * width + 12, height), (0, at * height, width, at * height + 16)
             draw.rectangle(pole if rng.random() < 0.5 else railing, fill=_vary(rng, camera.walls, 40))
