@@ -56,6 +56,10 @@ CASES = {
     "several losses": {"criterion": lambda: losses.MultipleLosses([losses.SupConLoss(), losses.ContrastiveLoss()])},
     "fixed base": {"run": {"fixbase_epoch": 1, "open_layers": "classifier"}},
     "a loss that is not finite": {"run": {"skip_nonfinite": True}},
+    "two views of each image": {
+        "criterion": lambda: CrossBatchMemory(DRSLoss(), FEATURES, 40),
+        "views": 2,
+    },
     "channels last": {"run": {"channels_last": True}},
     "softmax": {"engine": engines.ImageSoftmaxEngine},
     "triplet": {"engine": engines.ImageTripletEngine, "weight_t": 1, "weight_x": 0.5},
@@ -65,7 +69,9 @@ CASES = {
 """Arguments of the engine by name."""
 
 
-def make_engine(folder, name, run=None, engine=engines.ImageDRSLEngine, dtype=torch.float64, dropout=0, **kwargs):
+def make_engine(
+    folder, name, run=None, engine=engines.ImageDRSLEngine, dtype=torch.float64, dropout=0, views=1, **kwargs
+):
     # Another seed for each process, to be made equal by the run.
     seed_everything(5 + distributed.rank())
     model = Network(dtype, "logits" if name == "softmax" else "both", dropout)
@@ -82,7 +88,7 @@ def make_engine(folder, name, run=None, engine=engines.ImageDRSLEngine, dtype=to
         # So that no two processes have as many frames, of three identities each.
         tracklets[:] = [(paths[: 1 + pid % 2], pid, *rest) for paths, pid, *rest in tracklets]
     else:
-        manager = make_image_manager(folder, **settings)
+        manager = make_image_manager(folder, k_tfm=views, **settings)
     trained = engine(manager, model, optimizer=optimizer, use_gpu=False, **kwargs)
     if name == "a loss that is not finite":
         spoil(trained)

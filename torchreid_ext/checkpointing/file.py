@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pml_drsl.checks import InputError
+from torchreid_ext.runtime import distributed
 
 # How the name of a file ends that is being written; one that a killed run left is of no use.
 TEMPORARY = ".tmp"
@@ -171,7 +172,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> Loaded:
         InputError: if none fits.
     """
     state = load(path)
-    target = model.module if isinstance(model, nn.DataParallel) else model
+    target = distributed.unwrapped(model)
     own = target.state_dict()
     held = state.get("state_dict", state)
     if not isinstance(held, dict):
@@ -217,6 +218,8 @@ def restore(state: dict[str, Any], parts: dict[str, Any], path: str | os.PathLik
             raise InputError(
                 f"checkpoint {os.fspath(path)!r} has no {name!r}; take its weights with model.load_weights"
             )
+        if isinstance(part, nn.Module):
+            part = distributed.unwrapped(part)
         try:
             part.load_state_dict(_fitted(state[name], part))
         except (RuntimeError, ValueError, KeyError) as error:
@@ -230,9 +233,8 @@ def _fitted(state: dict[str, Any], part: Any) -> dict[str, Any]:
         InputError: for the state of an optimizer of another kind, which torch would load.
     """
     if isinstance(part, nn.Module):
-        # As DataParallel names them, or not.
-        prefix = "module." if isinstance(part, nn.DataParallel) else ""
-        return {prefix + name.removeprefix("module."): value for name, value in state.items()}
+        # DataParallel and DistributedDataParallel put this prefix before every name.
+        return {name.removeprefix("module."): value for name, value in state.items()}
     if isinstance(part, Optimizer):
         given, own = (set(groups[0]) & _TELLING for groups in (state["param_groups"], part.param_groups))
         if given != own:

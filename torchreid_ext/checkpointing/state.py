@@ -11,7 +11,6 @@ from pytorch_metric_learning.losses import CrossBatchMemory
 from torch import Tensor, nn
 
 from torchreid_ext.checkpointing import file as checkpoint
-from torchreid_ext.recipe.neck import unwrapped
 from torchreid_ext.runtime import distributed
 from torchreid_ext.runtime import random as generators
 
@@ -124,7 +123,7 @@ def _parts(engine: Any, name: str) -> dict[str, Any]:
 
 def _of_parts(engine: Any, name: str) -> dict[str, Any]:
     return {
-        kind: (unwrapped(part) if isinstance(part, nn.Module) else part).state_dict()
+        kind: (distributed.unwrapped(part) if isinstance(part, nn.Module) else part).state_dict()
         for kind, part in _parts(engine, name).items()
     }
 

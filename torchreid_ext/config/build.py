@@ -84,6 +84,11 @@ def build_datamanager(cfg: Config) -> Any:
     }
     managers = {"image": torchreid.data.ImageDataManager, "video": torchreid.data.VideoDataManager}
     data_type = choose("data.type", cfg.data.type, managers)
+    if cfg.data.k_tfm < 1 or (data_type == "video" and cfg.data.k_tfm > 1):
+        raise InputError(
+            f"data.k_tfm must be 1 or more, and 1 for video, whose tracklets have several frames already; "
+            f"got {cfg.data.k_tfm}"
+        )
     try:
         with without_empty_folders(Path(cfg.data.root)):
             manager = managers[data_type](**common, **by_type[data_type])
@@ -105,6 +110,8 @@ def build_datamanager(cfg: Config) -> Any:
             f"cannot read {' '.join(cfg.data.sources + cfg.data.targets)} below data.root {cfg.data.root!r}: {error}. "
             f"Put the data there, or say with --root where it is"
         ) from error
+    # torchreid loses this number when it joins several sources.
+    manager.train_loader.dataset.k_tfm = cfg.data.k_tfm
     if sampler in SAMPLERS:
         loader = manager.train_loader
         pids = [items[1] for items in loader.dataset.train]

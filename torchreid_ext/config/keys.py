@@ -44,7 +44,7 @@ KEYS: dict[str, tuple[Any, str]] = {
         ["random_flip"],
         "augmentations (also --transforms): random_flip, random_crop, random_patch, color_jitter, random_erase",
     ),
-    "data.k_tfm": (1, "augmented copies of each image"),
+    "data.k_tfm": (1, "augmented views of each image, all in one batch, which has as many times more images"),
     "data.norm_mean": ([0.485, 0.456, 0.406], "mean of each channel"),
     "data.norm_std": ([0.229, 0.224, 0.225], "standard deviation of each channel"),
     "data.save_dir": ("log", "folder for checkpoints, logs and results"),

@@ -144,13 +144,20 @@ def check_trains(datamanager: Any) -> None:
         raise InputError("the training data hold one identity alone: there is nothing to tell it from")
 
 
-def warn_of_chance(loader: DataLoader[Any], loss: str) -> None:
-    """Warns where only chance brings several images of an identity into a batch, for a ``loss`` that needs them."""
+def warn_if_positives_are_rare(loader: DataLoader[Any], loss: str) -> None:
+    """Warns if a loss needs several images of an identity in a batch and the sampler does not provide them.
+
+    Args:
+        loader: the training loader.
+        loss: name of the loss for the message.
+    """
     host = torchreid.data.sampler
     by_chance = (RandomSampler, SequentialSampler, host.RandomDomainSampler, host.RandomDatasetSampler)
-    # A loader with a batch sampler of the user's own has one of these too, and does not ask it.
-    asked = type(loader.batch_sampler) is BatchSampler and isinstance(loader.sampler, by_chance)
-    if asked and distributed.is_first():
+    # A loader with a batch sampler of the user's own has a default sampler too, but does not use it.
+    used = type(loader.batch_sampler) is BatchSampler and isinstance(loader.sampler, by_chance)
+    # Several augmented views of an image are positives of each other.
+    single_view = getattr(loader.dataset, "k_tfm", 1) == 1
+    if used and single_view and distributed.is_first():
         warnings.warn(
             f"{loss} needs several images of an identity in a batch, which {type(loader.sampler).__name__} brings "
             f"together by chance alone: give the data manager train_sampler='RandomIdentitySampler' (in a config, "

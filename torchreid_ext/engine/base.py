@@ -21,6 +21,7 @@ from torchreid_ext.checkpointing.folder import History
 from torchreid_ext.data.loading import readable
 from torchreid_ext.data.samplers import check_trains, whole_batches
 from torchreid_ext.data.seeding import repeatable
+from torchreid_ext.engine.batch import Batch, for_each_view, views_as_images
 from torchreid_ext.engine.freezing import Layers
 from torchreid_ext.engine.logs import EpochLog
 from torchreid_ext.engine.stepper import Stepper
@@ -215,14 +216,38 @@ class BaseEngine(Tester, torchreid.engine.Engine):
             distributed.average_buffers(model)
         self.update_lr()
 
-    def training_batch(self, data: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Images and identities of a batch, where the model is."""
-        images, pids = self.parse_data_for_train(data)
-        return images.to(self._device(), non_blocking=True), pids.to(self._device(), non_blocking=True)
+    def forward_backward(self, data: dict[str, Any]) -> dict[str, float]:
+        """Takes one training step on a batch of the loader, and returns the values to log by name."""
+        batch = self.training_batch(data)
+        loss, summary = self.compute_losses(self.forward(batch.images), batch)
+        self.step(loss)
+        return summary
 
-    def mean_weight(self, pids: Tensor) -> float:
-        """What to multiply a mean over this process's samples by, so that its mean over the processes is that over all
-        samples."""
+    def training_batch(self, data: dict[str, Any]) -> Batch:
+        """The images, identities and cameras of a batch of the loader, on the model's device."""
+        images, pids = self.parse_data_for_train(data)
+        camids = self.parse_cameras(data) if "camid" in data else None
+        return Batch(images, pids, camids).to(self._device())
+
+    def parse_data_for_train(self, data: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The images and identities of a batch of the loader; every augmented view is an image of its own."""
+        return views_as_images(data["img"]), for_each_view(data["pid"], data["img"])
+
+    def parse_cameras(self, data: dict[str, Any]) -> Tensor:
+        """The camera of each of the images, shape (N,)."""
+        return for_each_view(data["camid"], data["img"])
+
+    def compute_losses(self, output: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """The loss of a batch, a scalar, and the values to log by name.
+
+        Args:
+            output: what the model returned for ``batch.images`` in training.
+            batch: this process's share of the batch.
+        """
+        raise NotImplementedError
+
+    def local_mean_scale(self, pids: Tensor) -> float:
+        """The factor that makes the mean over the processes of a local mean equal to the mean over all samples."""
         return 1.0
 
     def forward(self, images: Tensor) -> Any:

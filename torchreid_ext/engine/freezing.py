@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from pml_drsl.checks import InputError
-from torchreid_ext.recipe.neck import unwrapped
+from torchreid_ext.runtime import distributed
 
 
 class Layers:
@@ -18,7 +18,7 @@ class Layers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        model = unwrapped(model)
+        model = distributed.unwrapped(model)
         self._children = dict(model.named_children())
         self._frozen = {id(p) for p in model.parameters() if not p.requires_grad}
 

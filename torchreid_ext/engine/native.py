@@ -1,51 +1,51 @@
-"""Training steps with torchreid's own losses, whose engines run their optimizer themselves, as ``BaseEngine`` asks."""
+"""How torchreid's own softmax and triplet losses are computed for a step of ``BaseEngine``."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torchreid
+from torch import Tensor
 
 from pml_drsl.wrappers import gather_batch
-from torchreid_ext.data.samplers import warn_of_chance
+from torchreid_ext.data.samplers import warn_if_positives_are_rare
 from torchreid_ext.engine.base import BaseEngine
+from torchreid_ext.engine.batch import Batch
 
 
 class SoftmaxStep(BaseEngine):
-    """The step of torchreid's softmax engines."""
+    """Mixed into torchreid's softmax engines: the cross-entropy of the logits."""
 
-    def forward_backward(self, data: dict[str, Any]) -> dict[str, float]:
-        images, pids = self.training_batch(data)
-        logits = self.forward(images)
-        weight = self.mean_weight(pids)
-        loss = self.compute_loss(self.criterion, logits, pids) * weight
-        self.step(loss)
-        return {"loss": loss.item(), "acc": torchreid.metrics.accuracy(logits, pids)[0].item() * weight}
+    def compute_losses(self, output: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        scale = self.local_mean_scale(batch.pids)
+        loss = self.compute_loss(self.criterion, output, batch.pids) * scale
+        return loss, {"loss": loss.item(), "acc": torchreid.metrics.accuracy(output, batch.pids)[0].item() * scale}
 
 
 class TripletStep(BaseEngine):
-    """The step of torchreid's triplet engines."""
+    """Mixed into torchreid's triplet engines: the triplet loss of the features and the cross-entropy of the logits."""
 
     def __init__(self, datamanager: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(datamanager, *args, **kwargs)
         if self.weight_t > 0:
-            warn_of_chance(datamanager.train_loader, "the triplet loss")
+            warn_if_positives_are_rare(datamanager.train_loader, "the triplet loss")
 
-    def forward_backward(self, data: dict[str, Any]) -> dict[str, float]:
-        images, pids = self.training_batch(data)
-        logits, features = self.forward(images)
-        loss: Any = 0
-        summary = {}
+    def compute_losses(self, output: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        logits, features = output
+        terms: list[Tensor] = []
+        summary: dict[str, float] = {}
         if self.weight_t > 0:
-            # The hardest of the whole batch, as in one process.
-            every = [gather_batch(x, pids) for x in (features if isinstance(features, (list, tuple)) else [features])]
-            loss_t = self.compute_loss(self.criterion_t, [x for x, _ in every], every[0][1])
-            loss = loss + self.weight_t * loss_t
+            # The hardest triplets are those of the whole batch, as in one process.
+            heads = features if isinstance(features, (list, tuple)) else [features]
+            gathered = [gather_batch(head, batch.pids) for head in heads]
+            loss_t = self.compute_loss(self.criterion_t, [head for head, _ in gathered], gathered[0][1])
+            terms.append(self.weight_t * loss_t)
             summary["loss_t"] = loss_t.item()
         if self.weight_x > 0:
-            weight = self.mean_weight(pids)
-            loss_x = self.compute_loss(self.criterion_x, logits, pids) * weight
-            loss = loss + self.weight_x * loss_x
-            summary |= {"loss_x": loss_x.item(), "acc": torchreid.metrics.accuracy(logits, pids)[0].item() * weight}
-        self.step(loss)
-        return summary
+            scale = self.local_mean_scale(batch.pids)
+            loss_x = self.compute_loss(self.criterion_x, logits, batch.pids) * scale
+            terms.append(self.weight_x * loss_x)
+            accuracy = torchreid.metrics.accuracy(logits, batch.pids)[0].item()
+            summary |= {"loss_x": loss_x.item(), "acc": accuracy * scale}
+        return torch.stack(terms).sum(), summary

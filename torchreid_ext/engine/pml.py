@@ -14,13 +14,13 @@ from torch.optim import Optimizer
 from pml_drsl.checks import InputError
 from pml_drsl.losses import DRSLoss
 from pml_drsl.wrappers import DistributedLossWrapper, draws_of_first, gather_batch
-from torchreid_ext.data.samplers import warn_of_chance
+from torchreid_ext.data.samplers import warn_if_positives_are_rare
 from torchreid_ext.engine.base import BaseEngine
+from torchreid_ext.engine.batch import Batch
 from torchreid_ext.engine.cameras import cross_camera_pairs
 from torchreid_ext.engine.criteria import WITHOUT_PAIRS, PerFeature
 from torchreid_ext.engine.native import SoftmaxStep, TripletStep
 from torchreid_ext.engine.video import Tracklets
-from torchreid_ext.recipe.neck import unwrapped
 from torchreid_ext.runtime import distributed
 
 
@@ -94,34 +94,29 @@ class ImagePMLEngine(BaseEngine):
             check_returns_features(model)
             # One with weights compares images with those, and needs no other image.
             if not any(p.requires_grad for p in criterion.parameters()):
-                warn_of_chance(datamanager.train_loader, type(criterion).__name__)
+                warn_if_positives_are_rare(datamanager.train_loader, type(criterion).__name__)
         self.criterion = criterion
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.register_model("model", model, optimizer, scheduler)
         self.weight_m, self.weight_x, self.miner, self.cross_camera = weight_m, weight_x, miner, cross_camera
         self.cross_entropy = nn.CrossEntropyLoss(label_smoothing=0.1 if label_smooth else 0)
 
-    def forward_backward(self, data: dict[str, Any]) -> dict[str, float]:
-        images, pids = self.training_batch(data)
-        logits, features = self._split(self.forward(images))
-
-        loss: Tensor | float = 0
-        summary = {}
+    def compute_losses(self, output: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        logits, features = self._split(output)
+        terms: list[Tensor] = []
+        summary: dict[str, float] = {}
         if self.weight_m > 0:
-            camids = self.parse_cameras(data).to(pids.device) if self.cross_camera else None
-            loss_m = self._metric_loss(features, pids, camids)
-            loss = loss + self.weight_m * loss_m
+            loss_m = self._metric_loss(features, batch.pids, self._cameras(batch))
+            terms.append(self.weight_m * loss_m)
             summary["loss_m"] = loss_m.item()
             summary |= self._criterion_stats()
         if self.weight_x > 0:
-            weight = self.mean_weight(pids)
-            loss_x = torch.stack([self.cross_entropy(y, pids) for y in logits]).mean() * weight
-            loss = loss + self.weight_x * loss_x
+            scale = self.local_mean_scale(batch.pids)
+            loss_x = torch.stack([self.cross_entropy(y, batch.pids) for y in logits]).mean() * scale
+            terms.append(self.weight_x * loss_x)
             summary["loss_x"] = loss_x.item()
-            summary["acc"] = torchreid.metrics.accuracy(logits[0], pids)[0].item() * weight
-        assert isinstance(loss, Tensor)
-        self.step(loss)
-        return summary
+            summary["acc"] = torchreid.metrics.accuracy(logits[0], batch.pids)[0].item() * scale
+        return torch.stack(terms).sum(), summary
 
     def _split(self, output: Any) -> tuple[list[Tensor], list[Tensor]]:
         """The logits and the features of a training output."""
@@ -142,9 +137,13 @@ class ImagePMLEngine(BaseEngine):
                 )
         return logits, features
 
-    def parse_cameras(self, data: dict[str, Any]) -> Tensor:
-        """The camera of each image, shape (N,)."""
-        return data["camid"]
+    def _cameras(self, batch: Batch) -> Tensor | None:
+        """The cameras if the pairs of the loss depend on them, and None if they do not."""
+        if not self.cross_camera:
+            return None
+        if batch.camids is None:
+            raise InputError("cross_camera needs the camera of each image, and the loader gives no 'camid'")
+        return batch.camids
 
     def _metric_loss(self, features: list[Tensor], pids: Tensor, camids: Tensor | None) -> Tensor:
         """The mean of the criterion over the features of a model with several heads."""
@@ -243,7 +242,7 @@ def check_returns_features(model: nn.Module) -> None:
     Raises:
         InputError: saying how to build it.
     """
-    built_for = getattr(unwrapped(model), "loss", "triplet")
+    built_for = getattr(distributed.unwrapped(model), "loss", "triplet")
     if built_for != "triplet":
         raise InputError(
             f"the model was built with loss={built_for!r} and returns no features in training; build it with "

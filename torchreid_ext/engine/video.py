@@ -66,8 +66,8 @@ class Tracklets:
     def parse_cameras(self, data: dict[str, Any]) -> Tensor:
         return data["camid"].repeat_interleave(_frames(data["img"])[1])
 
-    def mean_weight(self, pids: Tensor) -> float:
-        return distributed.mean_weight(len(pids), pids.device)
+    def local_mean_scale(self, pids: Tensor) -> float:
+        return distributed.local_mean_scale(len(pids), pids.device)
 
     def extract_features(self, images: Tensor) -> Tensor:
         frames, lengths = _frames(images)

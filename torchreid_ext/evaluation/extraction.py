@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
 from torch.utils.data import DataLoader
 
@@ -17,6 +17,7 @@ from pml_drsl.checks import InputError
 from pml_drsl.evaluation.ranking import share
 from torchreid_ext.checkpointing import state as states
 from torchreid_ext.data.loading import rebuilt
+from torchreid_ext.runtime import distributed
 from torchreid_ext.runtime.signals import Interrupted
 
 
@@ -36,9 +37,8 @@ def model_of_first(engine: Any, group: dist.ProcessGroup) -> Iterator[None]:
     In training each process gathers its own statistics of batch normalisation; they are put back on leaving.
     """
     model = engine.model
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        # Its forward pass waits for the other processes, which may have fewer batches.
-        engine.model = model.module
+    # The forward pass of DistributedDataParallel waits for the other processes, which may have fewer batches.
+    engine.model = distributed.unwrapped(model)
     put_back = states.keep_buffers([engine.model])
     try:
         for buffer in engine.model.buffers():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pml_drsl.checks import InputError
+from torchreid_ext.runtime import distributed
 
 
 @dataclass(frozen=True)
@@ -115,11 +116,6 @@ def set_last_stride(model: nn.Module, name: str) -> None:
             layer.stride = (1, 1)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside ``nn.DataParallel``, or the network itself."""
-    return model.module if isinstance(model, nn.DataParallel) else model
-
-
 @torch.no_grad()
 def feature_sizes(model: nn.Module, height: int, width: int) -> list[int]:
     """Dimensions of each of the features that a network built with ``loss="triplet"`` returns in training.
@@ -130,7 +126,7 @@ def feature_sizes(model: nn.Module, height: int, width: int) -> list[int]:
         model: the network.
         height, width: of its images in pixels.
     """
-    network = unwrapped(model)
+    network = distributed.unwrapped(model)
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     # The network alone: in training it returns its features, and its layers still gather no statistics.

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from pml_drsl.checks import InputError
 
@@ -199,6 +200,11 @@ def one_first() -> Iterator[None]:
         dist.barrier()
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside ``DataParallel`` or ``DistributedDataParallel``, or the network itself."""
+    return model.module if isinstance(model, (nn.DataParallel, DistributedDataParallel)) else model
+
+
 def mean(value: Tensor) -> Tensor:
     """The mean of a scalar over the processes, without gradient; not finite where one of them is not."""
     if size() == 1:
@@ -208,9 +214,11 @@ def mean(value: Tensor) -> Tensor:
     return total / size()
 
 
-def mean_weight(number: int, device: torch.device) -> float:
-    """What to multiply a mean over ``number`` samples of this process by, so that its mean over the processes, and that
-    of its gradients, is the one over all samples."""
+def local_mean_scale(number: int, device: torch.device) -> float:
+    """The factor that makes the mean over the processes of a local mean equal to the mean over all samples.
+
+    Multiply a mean over ``number`` samples of this process by this factor. The same holds for its gradients.
+    """
     if size() == 1:
         return 1.0
     total = torch.tensor(number, device=device)
