@@ -1,21 +1,21 @@
-"""Re-ID scores of features made elsewhere: mAP, mINP and CMC by Market-1501's protocol, exact, in little memory.
+"""``drsl-evaluate``: mAP, mINP and CMC of features from a file, by the protocol of Market-1501.
 
-Features come in one of two forms:
+Give the features in one of two forms:
 
   drsl-evaluate FEATURES.npz
-      arrays query [Q, D] and gallery [M, D]; query_ids [Q] and gallery_ids [M]; and, unless there are no cameras,
-      query_cams [Q] and gallery_cams [M]:
+      The file has the arrays query [Q, D] and gallery [M, D], query_ids [Q] and gallery_ids [M]. If there are
+      cameras, it also has query_cams [Q] and gallery_cams [M]:
           np.savez("features.npz", query=..., gallery=..., query_ids=..., gallery_ids=..., query_cams=..., ...)
 
   drsl-evaluate QUERY.npy GALLERY.npy --ids IDS.csv
-      IDS.csv has a header, and a line for each row of the two arrays, in their order:
+      IDS.csv has a header, and then one line for each row of the two arrays, in the same order:
           set,id,camera
           query,17,1
           gallery,17,2
-      without the column "camera" there are no cameras.
+      If there are no cameras, leave out the column "camera".
 
-Gallery images of the query's identity and camera are junk and left out. Without cameras, nothing is left out.
-Exit status: 0, or 2 for bad input, explained on stderr.
+Gallery images with the query's identity and camera are junk and are removed. Without cameras, nothing is removed.
+The exit status is 0, or 2 for bad input, which is explained on stderr.
 """
 
 from __future__ import annotations
@@ -50,14 +50,18 @@ EPILOG = """examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit status: 0, or 2 for bad input, explained on stderr."""
+    """Runs the command line.
+
+    Returns:
+        The exit status: 0, or 2 for bad input, which is explained in one line on stderr.
+    """
     args = _parser().parse_args(arguments)
     try:
         if min(args.ranks) < 1:
             raise InputError(f"--ranks {min(args.ranks)}: ranks start at 1")
         if args.seed < 0:
             raise InputError(f"--seed {args.seed}: seeds start at 0")
-        if args.json and not Path(args.json).absolute().parent.is_dir():  # known before the work, not after
+        if args.json and not Path(args.json).absolute().parent.is_dir():
             raise InputError(f"--json {args.json}: its folder does not exist")
         if args.device == "cuda" and not torch.cuda.is_available():
             raise InputError("--device cuda: torch finds no CUDA device here")
@@ -88,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def report(result: RetrievalResult, ranks: Sequence[int], has_cameras: bool) -> str:
-    """The scores in a few aligned lines, after what they are of."""
+    """A line that describes the search, and then one line for each score."""
     protocol = f"{result.num_junk} junk pairs left out" if has_cameras else "no cameras: nothing left out"
     lines = [
         f"{result.num_query} queries ({result.num_unmatched} without a match, not scored), "
@@ -99,11 +103,12 @@ def report(result: RetrievalResult, ranks: Sequence[int], has_cameras: bool) -> 
 
 
 def read_npz(path: str) -> dict[str, Any]:
-    """The arrays of an .npz file that ``evaluate`` takes; others are ignored, but not if they look misspelt.
+    """The arguments of ``evaluate`` from an .npz file. Other arrays are ignored.
 
     Raises:
-        InputError: for a file of another format, or with arrays missing.
-        OSError: if it cannot be read.
+        InputError: if the file has another format, an array is missing, or the name of an array looks like a
+            misspelt camera array.
+        OSError: if the file cannot be read.
     """
     loaded = _load(path)
     if isinstance(loaded, np.ndarray):
@@ -117,17 +122,17 @@ def read_npz(path: str) -> dict[str, Any]:
     known = (*REQUIRED, *CAMERAS)
     for name in set(loaded) - set(known):
         near = difflib.get_close_matches(name, [camera for camera in CAMERAS if camera not in loaded], n=1)
-        if near:  # to ignore it would be to ignore the cameras
+        if near:  # Ignoring this array would silently ignore the cameras.
             raise InputError(f"{path} has an unknown array {name!r}: did you mean {near[0]!r}?")
     return {name: loaded[name] for name in known if name in loaded}
 
 
 def read_npy(paths: Sequence[str], ids: str | None) -> dict[str, Any]:
-    """What ``evaluate`` takes, from a query and a gallery .npy file and the CSV file of their identities.
+    """The arguments of ``evaluate`` from two .npy files, query and gallery, and the CSV file of their identities.
 
     Raises:
-        InputError: for other than two files, files of another format, or a CSV file that does not fit them.
-        OSError: if one cannot be read.
+        InputError: if there are not two files, a file has another format, or the CSV file does not match the arrays.
+        OSError: if a file cannot be read.
     """
     if len(paths) != 2:
         raise InputError(f"{len(paths)} feature files given: give one .npz, or two .npy (query, gallery) with --ids")
@@ -151,7 +156,7 @@ def read_npy(paths: Sequence[str], ids: str | None) -> dict[str, Any]:
 
 
 def _read_csv(path: str) -> dict[str, list[Any]]:
-    """(id, camera) of the lines of each set, and the header under "columns"."""
+    """The (id, camera) pairs of the lines of each set, and the names of the columns under "columns"."""
     labels: dict[str, list[Any]] = {"query": [], "gallery": []}
     with open(path, newline="", encoding="utf-8-sig") as file:
         try:
@@ -164,7 +169,7 @@ def _read_csv(path: str) -> dict[str, list[Any]]:
     for number, values in enumerate(lines[1:], start=2):
         row = dict(zip(columns, values, strict=False))
         if len(values) != len(columns) or "" in values or row["set"] not in labels:
-            if not any(values):  # an empty line
+            if not any(values):  # The line is empty.
                 continue
             raise InputError(
                 f"{path}, line {number}: {','.join(values)!r} is not {','.join(columns)} with set query or gallery"
@@ -175,7 +180,11 @@ def _read_csv(path: str) -> dict[str, list[Any]]:
 
 
 def _load(path: str) -> Any:
-    """An array of an .npy file, or a dict of an .npz file's. Nothing in it is run: pickles are refused."""
+    """The array of an .npy file, or a dict of the arrays of an .npz file.
+
+    Raises:
+        InputError: if the file has another format or contains pickled objects, which could run code.
+    """
     try:
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
@@ -183,7 +192,7 @@ def _load(path: str) -> Any:
         with loaded:
             return {name: loaded[name] for name in loaded.files}
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError) as error:
-        # numpy takes whatever it does not know for a pickle, and advises to trust it.
+        # numpy's message about pickles advises to allow them. An unknown format gives this message too.
         why = "" if "pickle" in str(error) else f": {error}"
         raise InputError(f"{path} is not a readable .npz or .npy file of plain arrays{why}") from error
 
@@ -199,14 +208,17 @@ def _parser() -> argparse.ArgumentParser:
         "--ties",
         choices=TIES,
         default="mean",
-        help="a wrong image at a match's distance counts half, after it, or before it (%(default)s)",
+        help="whether a wrong image at the distance of a match counts half, after the match or before it (%(default)s)",
     )
     parser.add_argument("--rerank", action="store_true", help="re-rank by k-reciprocal neighbours first (slower)")
     parser.add_argument(
-        "--protocol", choices=PROTOCOLS, default="standard", help="how CMC is measured (%(default)s: Market-1501's)"
+        "--protocol",
+        choices=PROTOCOLS,
+        default="standard",
+        help="how CMC is measured (%(default)s, as for Market-1501)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of single-gallery-shot's draws (%(default)s)")
-    parser.add_argument("--no-cameras", action="store_true", help="plain retrieval: nothing is junk")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws of single-gallery-shot (%(default)s)")
+    parser.add_argument("--no-cameras", action="store_true", help="ignore cameras, so that nothing is junk")
     parser.add_argument(
         "--ranks", type=int, nargs="+", default=[1, 5, 10, 20], metavar="K", help="ranks to print (1 5 10 20)"
     )

@@ -1,8 +1,7 @@
-"""Query-to-gallery distances, a few rows at a time.
+"""Distances from queries to a gallery, a few rows at a time, so that the whole matrix never exists.
 
-Whoever ranks a gallery asks for the rows of a few queries, uses them and drops them, so the whole
-query x gallery matrix never exists. ``FeatureDistances`` makes rows from features;
-``pml_drsl.evaluation.reranking.RerankedDistances`` makes re-ranked ones. Both satisfy ``DistanceRows``.
+``FeatureDistances`` computes rows from features. ``pml_drsl.evaluation.reranking.RerankedDistances`` computes re-ranked
+rows. Both implement ``DistanceRows``.
 """
 
 from __future__ import annotations
@@ -19,11 +18,12 @@ from pml_drsl.precision import full_precision
 Array: TypeAlias = Tensor | np.ndarray[Any, Any]
 Metric = Literal["euclidean", "cosine"]
 METRICS: tuple[Metric, ...] = ("euclidean", "cosine")
-ELEMENTS_PER_CHUNK = 2**24  # 64 MiB of float32 distances: large enough for fast matrix products
+# 64 MiB of float32 distances are enough for fast matrix products.
+ELEMENTS_PER_CHUNK = 2**24
 
 
 class DistanceRows(Protocol):
-    """Distances of ``num_query`` queries to ``num_gallery`` gallery entries, made on demand."""
+    """Distances of ``num_query`` queries to ``num_gallery`` gallery entries, computed on demand."""
 
     @property
     def num_query(self) -> int: ...
@@ -32,9 +32,10 @@ class DistanceRows(Protocol):
     def num_gallery(self) -> int: ...
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """A new [stop - start, num_gallery] floating tensor that its receiver may overwrite.
+        """The distances of the queries from ``start`` to ``stop``, shape (stop - start, num_gallery).
 
-        Only the order within a row matters to a ranking: each row may be shifted by its own constant.
+        The tensor is new, so the caller may overwrite it. Each row may differ from the distances by a constant,
+        because only the order within a row matters for a ranking.
         """
         ...
 
@@ -42,20 +43,20 @@ class DistanceRows(Protocol):
 class FeatureDistances:
     """Euclidean or cosine distances between two sets of features.
 
-    Products are made in float32 for float16, bfloat16 and float32 features, and in float64 when either
-    set is float64; TensorFloat-32 and autocast are switched off meanwhile. Gallery entries with identical
-    features (after normalisation, for ``"cosine"``) have identical distances, bit for bit, so ties between
-    them are found; equal distances between different features are found only as far as rounding allows.
+    Distances are computed in float64 if the queries or the gallery are float64, and in float32 otherwise, without
+    TensorFloat-32 and autocast. Gallery entries with identical features (for ``"cosine"``: after normalisation) have
+    identical distances, bit for bit, so that ties between them are found. Between different features, rounding can
+    hide a tie.
 
     Args:
-        query: [Q, D] floating tensor or array, D >= 1.
-        gallery: [M, D], likewise.
-        metric: ``"euclidean"`` or ``"cosine"`` (1 - cosine similarity; a zero vector is at distance 1).
+        query: floating-point tensor or array of shape (Q, D), with D at least 1.
+        gallery: floating-point tensor or array of shape (M, D).
+        metric: ``"euclidean"``, or ``"cosine"`` for 1 - cosine similarity. A zero vector has cosine distance 1.
         device: where to compute; None for the device of ``query``.
 
     Raises:
-        InputError: for an unknown metric, features of a wrong shape or type, no features, NaN or infinite
-            features, or features so large that their squares overflow.
+        InputError: if the metric is unknown, or if features are missing, have a wrong shape or type, contain NaN or
+            infinity, or are so large that their squares overflow.
     """
 
     def __init__(
@@ -92,9 +93,9 @@ class FeatureDistances:
         return len(self.gallery)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """[stop - start, M] distances up to a constant per query, which costs least and rounds least.
+        """Distances minus a constant for each query, shape (stop - start, M). This is faster and rounds less.
 
-        Euclidean: ``|g|^2 - 2 q.g``, the squared distance less ``|q|^2``. Cosine: ``-cos(q, g)``.
+        Euclidean: ``|g|^2 - 2 q.g``, which is the squared distance minus ``|q|^2``. Cosine: ``-cos(q, g)``.
         """
         query = self.query[start:stop]
         with torch.no_grad(), full_precision(query.device.type):
@@ -103,12 +104,12 @@ class FeatureDistances:
             else:
                 rows = torch.addmm(self._gallery_squares, query, self.gallery.T, alpha=-2)
         if len(self._copies) > 0:
-            # A matrix product rounds a column by its place in the matrix: copy, so that copies tie exactly.
+            # A matrix product may round equal columns differently. Copying makes the ties exact.
             rows[:, self._copies] = rows[:, self._originals]
         return rows
 
     def distances(self, start: int, stop: int) -> Tensor:
-        """[stop - start, M] distances themselves, as torchreid gives them: squared Euclidean, or 1 - cosine."""
+        """Distances as torchreid defines them, shape (stop - start, M): squared Euclidean, or 1 - cosine."""
         rows = self.rows(start, stop)
         if self.metric == "cosine":
             return rows.add_(1)
@@ -116,7 +117,15 @@ class FeatureDistances:
 
 
 def rows_per_chunk(num_columns: int, chunk_size: int | None = None) -> int:
-    """How many rows of ``num_columns`` to hold at once: ``chunk_size``, or as many as fit in 64 MiB of float32."""
+    """The number of rows to compute at once: ``chunk_size``, or as many as fit in 64 MiB of float32.
+
+    Args:
+        num_columns: number of columns of a row.
+        chunk_size: number of rows, at least 1, or None.
+
+    Raises:
+        InputError: if ``chunk_size`` is below 1.
+    """
     if chunk_size is None:
         return max(1, ELEMENTS_PER_CHUNK // max(1, num_columns))
     if chunk_size < 1:
@@ -125,10 +134,14 @@ def rows_per_chunk(num_columns: int, chunk_size: int | None = None) -> int:
 
 
 def as_features(features: Array, name: str) -> Tensor:
-    """Features as a detached tensor. Raises InputError unless they are floating [N, D], N and D at least 1."""
+    """Features as a detached tensor of shape (N, D), with N and D at least 1.
+
+    Raises:
+        InputError: if the features have another shape, or are not floating-point numbers.
+    """
     try:
         tensor = torch.as_tensor(features).detach()
-    except (TypeError, ValueError) as error:  # text, objects, foreign byte order, ...
+    except (TypeError, ValueError) as error:  # Text, objects or a foreign byte order.
         kind = getattr(features, "dtype", type(features).__name__)
         raise InputError(f"{name} features are {kind}: give floating-point features ({error})") from error
     if tensor.dim() != 2 or 0 in tensor.shape:
@@ -139,10 +152,15 @@ def as_features(features: Array, name: str) -> Tensor:
 
 
 def squared_norms(features: Tensor, name: str) -> Tensor:
-    """[N] squared norms of [N, D] features. Raises InputError where they, or distances made of them, overflow."""
+    """Squared norms of features of shape (N, D), shape (N,).
+
+    Raises:
+        InputError: if features contain NaN or infinity, or if squared norms or squared distances overflow.
+    """
     with full_precision(features.device.type):
         squares: Tensor = torch.linalg.vecdot(features, features)
-    if not bool((4 * squares).isfinite().all()):  # a squared distance is at most four times the larger norm's
+    # A squared distance is at most four times the larger squared norm.
+    if not bool((4 * squares).isfinite().all()):
         bad = ~features.isfinite().all(dim=1)
         if bool(bad.any()):
             raise InputError(
@@ -157,21 +175,28 @@ def squared_norms(features: Tensor, name: str) -> Tensor:
 
 
 def _repeated_rows(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of [N, D] that repeat an earlier row, and the first row that each one repeats: two [R] index tensors."""
+    """Finds the rows of features of shape (N, D) that repeat an earlier row.
+
+    ``torch.unique(dim=0)`` finds the same rows in about the same time, but it takes three copies of the features.
+
+    Returns:
+        The repeating rows, and for each of them the first row with the same values: two int64 tensors of shape (R,).
+    """
     integer = torch.int64 if features.dtype == torch.float64 else torch.int32
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randint(-(2**62), 2**62, (features.shape[1],), generator=generator).to(features.device)
-    step = max(1, 2**18 // features.shape[1])  # the integers stay in the processor's cache
     count, device = len(features), features.device
-    # Adding 0 turns -0.0 into 0.0. A hash may collide, so equality is checked below.
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(-(2**62), 2**62, (features.shape[1],), generator=generator).to(device)
+    step = max(1, 2**18 // features.shape[1])  # The integers of one step stay in the processor's cache.
+    # Adding 0 turns -0.0 into 0.0.
     hashes = torch.cat(
         [((features[i : i + step] + 0.0).view(integer) * weights).sum(dim=1) for i in range(0, count, step)]
     )
-    hashes, order = hashes.sort(stable=True)
-    starts_group = torch.ones(count, dtype=torch.bool, device=device)
-    starts_group[1:] = hashes[1:] != hashes[:-1]
-    start = torch.where(starts_group, torch.arange(count, device=device), 0).cummax(dim=0).values
-    copies, originals = order[~starts_group], order[start[~starts_group]]
+    group = torch.unique(hashes, return_inverse=True)[1]
+    rows = torch.arange(count, device=device)
+    first = torch.full_like(rows, count).scatter_reduce_(0, group, rows, "amin")[group]
+    copies = (first != rows).nonzero().squeeze(1)
+    originals = first[copies]
+    # Different rows may have equal hashes.
     same = torch.ones(len(copies), dtype=torch.bool, device=device)
     for i in range(0, len(copies), step):
         same[i : i + step] = (features[copies[i : i + step]] == features[originals[i : i + step]]).all(dim=1)

@@ -1,47 +1,44 @@
-"""Where each query's true matches stand in its ranked gallery, without sorting the gallery.
+"""Ranks the gallery of each query by the re-ID protocol, and says at which place each match stands.
 
-A match's place is one plus how many gallery entries precede it: the quantity that the loss smooths
-(``rank_pos`` and ``false_pos`` in ``pml_drsl.functional``), here at temperature 0. Only the matches of a
-query are sorted; every other gallery entry is put into its bin between two of them.
+The gallery is not sorted. The place of a match is one plus the number of gallery entries before it. The loss smooths
+the same counts (``rank_pos`` and ``false_pos`` in ``pml_drsl.functional``); here the temperature is 0. Only the matches
+of a query are sorted. Every negative is counted in the interval between two matches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
 from tqdm import tqdm
 
 from pml_drsl.checks import InputError
-from pml_drsl.evaluation.distances import Array, DistanceRows, rows_per_chunk
+from pml_drsl.evaluation.distances import DistanceRows, rows_per_chunk
+from pml_drsl.evaluation.identities import Identities, Labels, SingleShots, shared_labels
 
 Ties = Literal["mean", "optimistic", "pessimistic"]
 SearchProtocol = Literal["standard", "single-gallery-shot"]
 TIES: tuple[Ties, ...] = ("mean", "optimistic", "pessimistic")
 PROTOCOLS: tuple[SearchProtocol, ...] = ("standard", "single-gallery-shot")
 SHARE_OF_TIED: dict[Ties, float] = {"mean": 0.5, "optimistic": 0.0, "pessimistic": 1.0}
-NUM_REPEATS = 10  # galleries drawn per query by the single-gallery-shot protocol, as in torchreid
-
-Labels: TypeAlias = Array | Sequence[int] | Sequence[str]
 
 
 @dataclass(frozen=True)
 class RankedQueries:
-    """What a ranking says of each query. A query without a match has NaN, NaN and infinite places.
+    """The scores of each query. A query without a match has NaN scores and infinite places.
 
     Attributes:
-        average_precision: [Q] float64 in (0, 1].
-        inverse_negative_penalty: [Q] float64 in (0, 1]: number of matches / place of the last one
-            (Ye et al., TPAMI 2022).
-        first_places: [Q, S] float64, place of the nearest match (1 is best), in S equally likely cases
-            over which CMC is averaged (orders of ties, and galleries drawn).
-        num_positives: [Q] int64, true matches in the gallery.
-        num_junk: [Q] int64, gallery entries left out.
+        average_precision: float64 of shape (Q,), in (0, 1].
+        inverse_negative_penalty: float64 of shape (Q,), in (0, 1]: the number of matches divided by the place of the
+            last match (Ye et al., TPAMI 2022).
+        first_places: float64 of shape (Q, S): the place of the nearest match (1 is best), in S equally likely cases.
+            A case is an order of ties or a drawn gallery. CMC is the mean over the cases.
+        num_positives: int64 of shape (Q,): number of matches in the gallery.
+        num_junk: int64 of shape (Q,): number of gallery entries that the protocol removed.
         num_gallery: size of the gallery.
     """
 
@@ -54,14 +51,16 @@ class RankedQueries:
 
     @property
     def matched(self) -> Tensor:
-        """[Q] bool: which queries have a match, and so count."""
+        """Bool tensor of shape (Q,): which queries have a match. Only those queries are scored."""
         return self.num_positives > 0
 
     def hits(self, max_rank: int = 50) -> Tensor:
-        """[Q, min(max_rank, gallery)] float64 in [0, 1]: chance that a match is among the first k, column k - 1.
+        """The CMC of each query: float64 of shape (Q, min(max_rank, gallery size)), in [0, 1].
+
+        Column k - 1 is the probability that a match is among the first k entries.
 
         Raises:
-            InputError: for a ``max_rank`` below 1.
+            InputError: if ``max_rank`` is below 1.
         """
         if max_rank < 1:
             raise InputError(f"max_rank={max_rank}: give a positive rank")
@@ -84,26 +83,27 @@ def rank_queries(
     progress: bool = False,
     group: dist.ProcessGroup | None = None,
 ) -> RankedQueries:
-    """Ranks the gallery of every query by the re-ID protocol; ``evaluation.accuracy.evaluate`` says its terms.
+    """Ranks the gallery of every query by the re-ID protocol, which ``evaluation.accuracy.evaluate`` describes.
 
     Args:
-        distances: Q queries by M gallery entries; see ``DistanceRows``.
-        query_ids: [Q] identities: integers or strings.
-        gallery_ids: [M] identities.
-        query_cams: [Q] cameras, or None (with ``gallery_cams``) for retrieval without cameras.
-        gallery_cams: [M] cameras.
-        ties: who comes first of a match and a wrong entry at the same distance.
-        protocol: ``"standard"`` (Market-1501's) or ``"single-gallery-shot"`` (CUHK03's).
-        seed: of the generator that draws the galleries of ``"single-gallery-shot"``.
-        gallery_starts_with_query: the first Q gallery entries are the queries themselves; each is junk to itself.
-        chunk_size: queries at a time; None chooses by memory.
+        distances: distances of Q queries to M gallery entries; see ``DistanceRows``.
+        query_ids: identities of the queries, shape (Q,), integers or strings.
+        gallery_ids: identities of the gallery, shape (M,).
+        query_cams: cameras of the queries, shape (Q,), or None (with ``gallery_cams``) for retrieval without cameras.
+        gallery_cams: cameras of the gallery, shape (M,).
+        ties: how to score a match and a negative at the same distance; see ``evaluate``.
+        protocol: ``"standard"`` (of Market-1501) or ``"single-gallery-shot"`` (of CUHK03).
+        seed: seed of the draws of ``"single-gallery-shot"``.
+        gallery_starts_with_query: whether the first Q gallery entries are the queries themselves. Each query is then
+            junk in its own gallery.
+        chunk_size: number of queries to rank at once; None for about 64 MiB of distances.
         progress: show a progress bar on stderr.
-        group: processes that share the queries, in whole chunks; each must call this with the same arguments, and
-            gets the same answer: bit for bit that of one process, with the same number of threads.
+        group: processes that share the queries, in whole chunks. Every process must give the same arguments. Every
+            process gets the result that one process would get with the same number of threads, bit for bit.
 
     Raises:
-        InputError: for labels of a wrong shape or type, one camera list without the other, an unknown option,
-            or when no query has a match.
+        InputError: if labels have a wrong shape or type, only one camera list is given, an option is unknown, or no
+            query has a match.
     """
     _check_option("ties", ties, TIES)
     _check_option("protocol", protocol, PROTOCOLS)
@@ -118,10 +118,10 @@ def rank_queries(
     if gallery_starts_with_query and (num_gallery < num_query or not torch.equal(ids[0], ids[1][:num_query])):
         raise InputError("gallery_starts_with_query: the first gallery identities are not those of the queries")
 
-    groups = _Identities(ids[1], int(torch.cat(ids).max()) + 1)
-    shots = _SingleShots(groups, seed) if protocol == "single-gallery-shot" else None
+    groups = Identities(ids[1], int(torch.cat(ids).max()) + 1)
+    shots = SingleShots(groups, seed) if protocol == "single-gallery-shot" else None
     step = rows_per_chunk(max(num_gallery, 0 if shots is None else shots.draws_per_query), chunk_size)
-    # Of a chunk of another size, a matrix product may round differently.
+    # All processes use the same chunks, because a matrix product of another size may round differently.
     starts = range(0, num_query, step)
     mine = starts if group is None else starts[share(len(starts), group)]
     if shots is not None:
@@ -151,28 +151,33 @@ def rank_queries(
 
 
 def _rank_rows(
-    rows: Tensor, members: Tensor, valid: Tensor, junk: Tensor, ties: Ties, shots: _SingleShots | None
+    rows: Tensor, members: Tensor, valid: Tensor, junk: Tensor, ties: Ties, shots: SingleShots | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """AP [q], INP [q], first places [q, S] and number of positives [q] of a chunk. Overwrites ``rows``."""
+    """Ranks one chunk of q queries. Overwrites ``rows``.
+
+    Returns:
+        Average precision, shape (q,); inverse negative penalty, shape (q,); first places, shape (q, S); number of
+        positives, shape (q,).
+    """
     num_positives = (valid & ~junk).sum(dim=1)
     device = rows.device
     members, positive = members.to(device), (valid & ~junk).to(device)
-    # Sorting puts the padding, at infinity, behind each query's own positives.
+    # Padding gets an infinite distance, so that sorting puts it after the query's own positives.
     thresholds = rows.gather(1, members).masked_fill_(~positive, torch.inf).sort(dim=1).values
     thresholds = thresholds[:, : max(1, int(num_positives.max()))].contiguous()
     has_member = valid.any(dim=1).to(device).nonzero().squeeze(1)
-    rows[has_member[:, None], members[has_member]] = torch.inf  # now each row holds negatives alone
+    rows[has_member[:, None], members[has_member]] = torch.inf  # Only the negatives remain.
     earlier, tied = _count_before(rows, thresholds)
 
     count = num_positives.to(device)
     false_pos = earlier + SHARE_OF_TIED[ties] * tied.double()
     rank_pos = torch.arange(1, thresholds.shape[1] + 1, device=device).expand_as(false_pos).double()
-    if ties == "mean":  # as the loss has it at temperature 0: a tied positive counts half
+    if ties == "mean":  # A tied positive counts half, as in the loss at temperature 0.
         before = torch.searchsorted(thresholds, thresholds)
         rank_pos = (before + torch.searchsorted(thresholds, thresholds, right=True) + 1) / 2.0
     real = torch.arange(thresholds.shape[1], device=device) < count[:, None]
     precision = (rank_pos / (rank_pos + false_pos)).masked_fill_(~real, 0)
-    average_precision = precision.sum(dim=1) / count  # 0 / 0 is the NaN of a query without a match
+    average_precision = precision.sum(dim=1) / count  # Without a match, 0 / 0 gives NaN.
     last = (count - 1).clamp_(min=0)[:, None]
     penalty = count / (count + false_pos.gather(1, last).squeeze(1))
 
@@ -189,13 +194,21 @@ def _rank_rows(
 
 
 def _count_before(rows: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
-    """How many entries of each row of [q, M] lie below, and at, each ascending threshold of [q, K]: two [q, K].
+    """Counts the entries of each row that are below each threshold, and equal to each threshold.
 
-    Costs O(M log K) a row. ``d <= t`` is asked as ``d < nextafter(t)``, so one pass finds both counts.
+    This takes O(M log K) operations for each row. ``d <= t`` is the same as ``d < nextafter(t)``, so that one pass
+    finds both counts.
+
+    Args:
+        rows: distances, shape (q, M).
+        thresholds: ascending distances, shape (q, K).
+
+    Returns:
+        Two int64 tensors of shape (q, K).
     """
     above = torch.nextafter(thresholds, torch.full_like(thresholds, torch.inf))
     edges = torch.cat([thresholds, above], dim=1).sort(dim=1).values
-    bins = torch.searchsorted(edges, rows, right=True)  # an entry in bin b has b edges at or below it
+    bins = torch.searchsorted(edges, rows, right=True)  # An entry in bin b has b edges at or below it.
     counts = torch.zeros(len(rows), edges.shape[1] + 1, dtype=torch.int64, device=rows.device)
     counts.scatter_add_(1, bins, torch.ones((), dtype=torch.int64, device=rows.device).expand_as(bins))
     below = counts.cumsum(dim=1)
@@ -203,78 +216,10 @@ def _count_before(rows: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
     return earlier, below.gather(1, torch.searchsorted(edges, above)) - earlier
 
 
-class _Identities:
-    """The gallery grouped by identity: ``order[starts[i] : starts[i] + counts[i]]`` are the entries of ``i``."""
-
-    def __init__(self, gallery_ids: Tensor, num_identities: int) -> None:
-        self.order = gallery_ids.argsort(stable=True)
-        self.counts = torch.bincount(gallery_ids, minlength=num_identities)
-        self.starts = self.counts.cumsum(0) - self.counts
-
-    def members(self, identities: Tensor) -> tuple[Tensor, Tensor]:
-        """[q, C] gallery entries of each of [q] identities, and [q, C] bool which of them are not padding.
-
-        Padding repeats an identity's first entry; C is at least 1.
-        """
-        counts = self.counts[identities][:, None]
-        column = torch.arange(max(1, int(counts.max())))[None, :]
-        valid = column < counts
-        places = self.starts[identities][:, None] + torch.where(valid, column, 0)
-        return self.order[places.clamp_(max=len(self.order) - 1)], valid
-
-
-class _SingleShots:
-    """CUHK03's single-gallery-shot protocol: galleries with one entry per identity, drawn anew for each query."""
-
-    def __init__(self, groups: _Identities, seed: int) -> None:
-        self.order = groups.order
-        present = groups.counts > 0
-        self.starts, self.counts = groups.starts[present], groups.counts[present]
-        self.generator = np.random.default_rng(seed)
-        self.draws_per_query = NUM_REPEATS * (len(self.counts) + 1)
-
-    def skip(self, num_queries: int) -> None:
-        """Draws for ``num_queries`` queries, and drops what is drawn."""
-        self.generator.bit_generator.advance(num_queries * self.draws_per_query)  # type: ignore[attr-defined]
-
-    def negatives_before(self, rows: Tensor, thresholds: Tensor, num_positives: Tensor) -> tuple[Tensor, Tensor]:
-        """Drawn negatives closer than, and as close as, the drawn positive: two [q, repeats] integer tensors.
-
-        Args:
-            rows: [q, M] distances of negatives; infinity at entries of the query's identity.
-            thresholds: [q, K] distances of its positives, in the first ``num_positives`` [q] columns.
-        """
-        # One stream of numbers in the order of the queries: results do not depend on the chunks.
-        shape = (len(rows), NUM_REPEATS, len(self.counts) + 1)
-        draws = torch.from_numpy(self.generator.random(shape))
-        chosen = self.order[self.starts + (draws[..., :-1] * self.counts).long()].to(rows.device)
-        negatives = rows.gather(1, chosen.flatten(1)).view(chosen.shape)
-        which = (draws[..., -1].to(rows.device) * num_positives[:, None]).long()
-        threshold = thresholds.gather(1, which)[:, :, None]
-        return (negatives < threshold).sum(dim=2), (negatives == threshold).sum(dim=2)
-
-
 def share(number: int, group: dist.ProcessGroup) -> slice:
-    """Which of ``number`` things in a row are this process's; shares differ by one at most."""
+    """The part of ``number`` consecutive items that belongs to this process. Parts differ by at most one item."""
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     return slice(number * rank // world_size, number * (rank + 1) // world_size)
-
-
-def shared_labels(query: Labels, gallery: Labels, num_query: int, num_gallery: int, name: str) -> tuple[Tensor, Tensor]:
-    """Labels of both sides, on the CPU, as indices into their shared set of values."""
-    sides: list[np.ndarray[Any, Any]] = []
-    for side, labels, count in (("query", query, num_query), ("gallery", gallery, num_gallery)):
-        array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
-        if array.shape != (count,):
-            raise InputError(f"{side}_{name} have shape {list(array.shape)}: give one for each of {count} features")
-        if array.dtype.kind not in "iubUS":
-            raise InputError(f"{side}_{name} are {array.dtype}: give integers or strings")
-        sides.append(array)
-    if (sides[0].dtype.kind in "US") != (sides[1].dtype.kind in "US"):
-        raise InputError(f"query_{name} are {sides[0].dtype} and gallery_{name} {sides[1].dtype}: give the same kind")
-    _, indices = np.unique(np.concatenate(sides), return_inverse=True)
-    together = torch.from_numpy(indices.astype(np.int64).reshape(-1))
-    return together[:num_query], together[num_query:]
 
 
 def _check_option(name: str, value: str, allowed: Sequence[str]) -> None:

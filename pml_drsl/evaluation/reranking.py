@@ -1,9 +1,9 @@
-"""k-reciprocal re-ranking (Zhong, Zheng, Cao, Li, CVPR 2017) in the memory of its neighbour lists.
+"""Re-ranking by k-reciprocal neighbours (Zhong, Zheng, Cao, Li, CVPR 2017), in little memory.
 
-Two images are alike if their neighbours are. Each image is encoded by its k-reciprocal neighbours, a vector
-with a few dozen non-zero entries; the Jaccard distance of two codes is mixed with the original distance.
-Only neighbours, codes and a few rows of distances are held, never a matrix of all images by all images.
-Equation numbers are the paper's. Numbers are those of its published code, which torchreid ships.
+Two images are similar if their neighbours are similar. Each image is encoded by its k-reciprocal neighbours, as a
+vector with a few dozen non-zero entries. The Jaccard distance of two codes is mixed with the original distance. Only
+neighbour lists, codes and a few rows of distances are in memory, never a matrix of all images by all images. Equation
+numbers are from the paper. The results equal the results of its published code, which torchreid contains.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from tqdm import tqdm
 from pml_drsl.checks import InputError
 from pml_drsl.evaluation.distances import Array, FeatureDistances, Metric, as_features, rows_per_chunk
 
-ROWS_PER_STEP = 256  # of neighbour comparisons, k1^3 / 2 booleans each
+# Each row compares neighbours with k1^3 / 2 booleans.
+ROWS_PER_STEP = 256
 
 
 def rerank(
@@ -35,28 +36,28 @@ def rerank(
 ) -> RerankedDistances:
     """Re-ranked distances of every query to the gallery, for ``pml_drsl.evaluation.accuracy.rank_queries``.
 
-    Original distances are torchreid's (squared Euclidean, or 1 - cosine), squared once more and divided by the
-    largest of their row, as the published code does.
+    The original distances are squared Euclidean, or 1 - cosine, as in torchreid. As in the published code, each is
+    divided by the largest distance of its row and then squared.
 
     Args:
-        query: [Q, D] floating features.
-        gallery: [M, D] floating features.
-        k1: neighbours that may be reciprocal, at least 1.
-        k2: neighbours whose codes are averaged (local query expansion), at least 1; 1 for none.
+        query: floating-point features of shape (Q, D).
+        gallery: floating-point features of shape (M, D).
+        k1: number of neighbours that may be reciprocal, at least 1.
+        k2: number of neighbours whose codes are averaged (local query expansion), at least 1. 1 turns averaging off.
         lambda_value: weight of the original distance, in [0, 1].
         metric: ``"euclidean"`` or ``"cosine"``.
         device: where to compute distances; None for the device of ``query``.
         progress: show a progress bar on stderr.
 
     Raises:
-        InputError: for a parameter out of its range, or features that ``FeatureDistances`` refuses.
+        InputError: if a parameter is out of its range, or ``FeatureDistances`` refuses the features.
     """
     for name, value in (("k1", k1), ("k2", k2)):
         if value < 1:
             raise InputError(f"{name}={value}: give at least 1 neighbour")
     if not 0 <= lambda_value <= 1:
         raise InputError(f"lambda_value={lambda_value}: give a weight between 0 (Jaccard alone) and 1 (original alone)")
-    between = FeatureDistances(query, gallery, metric, device=device)  # checks both sides by their names
+    between = FeatureDistances(query, gallery, metric, device=device)  # This checks the features.
     everyone = torch.cat([as_features(features, "").to(between.query) for features in (query, gallery)])
     among = FeatureDistances(everyone, everyone, metric)
     neighbours, largest = _nearest(among, max(k1 + 1, k2), progress)
@@ -65,13 +66,13 @@ def rerank(
 
 
 class RerankedDistances:
-    """``DistanceRows`` after re-ranking: ``(1 - lambda) * Jaccard + lambda * original`` (eq. 12). Made by ``rerank``.
+    """Rows of re-ranked distances: ``(1 - lambda) * Jaccard + lambda * original`` (eq. 12). ``rerank`` creates it.
 
     Args:
         original: distances of Q queries to M gallery entries.
-        largest: [Q] largest original distance of each query to any image.
-        encoded: [Q + M, Q + M] sparse codes of all images, queries first; each row sums to 1 or is empty.
-        lambda_value: weight of the original distance.
+        largest: largest original distance of each query to any image, shape (Q,).
+        encoded: sparse codes of all images, queries first, shape (Q + M, Q + M). Each row sums to 1 or is empty.
+        lambda_value: weight of the original distance, in [0, 1].
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class RerankedDistances:
         self.lambda_value = lambda_value
         self._largest = largest
         self._queries = encoded[: original.num_query]
-        self._gallery = encoded[original.num_query :].tocsc()  # by neighbour: who else has it
+        self._gallery = encoded[original.num_query :].tocsc()  # A column lists the images that have a neighbour.
 
     @property
     def num_query(self) -> int:
@@ -92,24 +93,27 @@ class RerankedDistances:
         return self.original.num_gallery
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """[stop - start, M] re-ranked distances in [0, 1], on the device of the features."""
+        """Re-ranked distances in [0, 1], shape (stop - start, M), on the device of the features."""
         original = _normalise(self.original.distances(start, stop), self._largest[start:stop, None])
         jaccard = self._jaccard(self._queries[start:stop]).to(original)
         return jaccard.mul_(1 - self.lambda_value).add_(original, alpha=self.lambda_value)
 
     def distances(self, start: int, stop: int) -> Tensor:
-        """The same as ``rows``: here they are shifted by nothing (compare ``FeatureDistances``)."""
+        """The same as ``rows``, because re-ranked rows do not differ from the distances by a constant."""
         return self.rows(start, stop)
 
     def _jaccard(self, queries: sparse.csr_array) -> Tensor:
-        """[q, M] ``1 - sum_j min(V_qj, V_gj) / sum_j max(V_qj, V_gj)`` (eq. 10), where both rows sum to 1."""
+        """Jaccard distances, shape (q, M): ``1 - sum_j min(V_qj, V_gj) / sum_j max(V_qj, V_gj)`` (eq. 10).
+
+        Both rows of V sum to 1, so that the sum of the maxima is 2 minus the sum of the minima.
+        """
         shared = torch.zeros(queries.shape[0] * self.num_gallery)
         for row in range(queries.shape[0]):
             entries = slice(queries.indptr[row], queries.indptr[row + 1])
             columns, mine = queries.indices[entries], queries.data[entries]
             begins = self._gallery.indptr[columns].astype(np.int64)
             lengths = self._gallery.indptr[columns + 1] - begins
-            # The concatenation of the ranges begins[j] : begins[j] + lengths[j].
+            # Concatenate the ranges begins[j] : begins[j] + lengths[j].
             places = np.arange(lengths.sum()) + np.repeat(begins - (lengths.cumsum() - lengths), lengths)
             smaller = np.minimum(np.repeat(mine, lengths), self._gallery.data[places])
             found = torch.from_numpy(row * self.num_gallery + self._gallery.indices[places].astype(np.int64))
@@ -119,12 +123,16 @@ class RerankedDistances:
 
 
 def _normalise(distances: Tensor, largest: Tensor) -> Tensor:
-    """Squares of distances, divided by the square of the row's largest (0 where all are 0)."""
+    """Distances divided by the largest distance of their row and squared; 0 if all distances of a row are 0."""
     return distances.div_(largest.clamp_min(torch.finfo(distances.dtype).tiny)).square_()
 
 
 def _nearest(among: FeatureDistances, count: int, progress: bool) -> tuple[Tensor, Tensor]:
-    """[N, min(count, N)] nearest images of each of N, itself included, nearest first; [N] its largest distance."""
+    """The nearest images of each of N images, and its largest distance.
+
+    Returns:
+        Nearest images with the image itself, nearest first, shape (N, min(count, N)); largest distances, shape (N,).
+    """
     size = among.num_query
     step = rows_per_chunk(size)
     neighbours, largest = [], []
@@ -138,7 +146,7 @@ def _nearest(among: FeatureDistances, count: int, progress: bool) -> tuple[Tenso
 
 
 def _reciprocal(neighbours: Tensor) -> Tensor:
-    """[N, k] bool: of each listed neighbour, whether it lists this image too (eq. 3)."""
+    """Whether each neighbour has the image among its own neighbours too, bool of shape (N, k) (eq. 3)."""
     images = torch.arange(len(neighbours))[:, None, None]
     return torch.cat(
         [
@@ -149,7 +157,10 @@ def _reciprocal(neighbours: Tensor) -> Tensor:
 
 
 def _encode(among: FeatureDistances, neighbours: Tensor, largest: Tensor, k1: int) -> sparse.csr_array:
-    """[N, N] codes: a Gaussian of the distance on the expanded reciprocal neighbours (eqs. 5 and 7), rows sum to 1."""
+    """Codes of all images, shape (N, N); each row sums to 1.
+
+    The code has a Gaussian of the distance at each of the image's expanded reciprocal neighbours (eqs. 5 and 7).
+    """
     size = len(neighbours)
     full, half = neighbours[:, : k1 + 1], neighbours[:, : round(k1 / 2) + 1]
     full_reciprocal, half_reciprocal = _reciprocal(full), _reciprocal(half)
@@ -158,9 +169,9 @@ def _encode(among: FeatureDistances, neighbours: Tensor, largest: Tensor, k1: in
         step = slice(start, start + ROWS_PER_STEP)
         image = torch.arange(size)[step, None]
         mine, is_mine = full[step], full_reciprocal[step]
-        theirs, is_theirs = half[mine], half_reciprocal[mine]  # [n, k1 + 1, k1 / 2 + 1]: sets of each neighbour
+        theirs, is_theirs = half[mine], half_reciprocal[mine]  # (n, k1 + 1, k1 / 2 + 1)
         known = ((theirs[..., None] == mine[:, None, None, :]) & is_mine[:, None, None, :]).any(dim=3) & is_theirs
-        # Two thirds in integers: a neighbour's set joins if more than that share of it is known already.
+        # A neighbour's set joins if more than two thirds of the set are among the image's own neighbours.
         joins = is_mine & (3 * known.sum(dim=2) > 2 * is_theirs.sum(dim=2))
         added = is_theirs & joins[..., None]
         pairs.append((image * size + mine)[is_mine])
@@ -172,7 +183,7 @@ def _encode(among: FeatureDistances, neighbours: Tensor, largest: Tensor, k1: in
 
 
 def _distances_of_pairs(among: FeatureDistances, rows: Any, columns: Any) -> Tensor:
-    """[P] distances of P pairs of images, on the CPU."""
+    """Distances of P pairs of images, shape (P,), on the CPU."""
     left, right = (torch.from_numpy(indices).to(among.query.device) for indices in (rows, columns))
     step = rows_per_chunk(among.query.shape[1])
     parts = []
@@ -186,7 +197,7 @@ def _distances_of_pairs(among: FeatureDistances, rows: Any, columns: Any) -> Ten
 
 
 def _expand_queries(encoded: sparse.csr_array, neighbours: Tensor) -> sparse.csr_array:
-    """Each code averaged over the codes of the image's nearest neighbours, [N, k2] (eq. 11)."""
+    """Replaces each code by the mean code of the image's nearest neighbours (eq. 11); neighbours have shape (N, k2)."""
     size, k2 = neighbours.shape
     if k2 == 1:
         return encoded

@@ -382,7 +382,7 @@ def test_import_needs_neither_faiss_nor_torchreid() -> None:
         "import sys\n"
         "for name in ('faiss', 'torchreid', 'cv2', 'yacs'): sys.modules[name] = None\n"
         "import torch\n"
-        "from pml_drsl.evaluation.accuracy import ReIDAccuracyCalculator\n"
+        "from pml_drsl.evaluation.calculator import ReIDAccuracyCalculator\n"
         "x = torch.eye(4)\n"
         "print(ReIDAccuracyCalculator().get_accuracy(x[[0, 1]], torch.tensor([0, 1]), x, torch.arange(4))['mAP'])\n"
     )

@@ -136,3 +136,15 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_.value.code == 0
     output = capsys.readouterr().out
     assert "np.savez" in output and "set,id,camera" in output and "examples:" in output
+
+
+def test_a_programming_error_keeps_its_traceback(
+    tmp_path: Path, arrays: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(**_: Any) -> None:
+        raise ValueError("a defect, not bad input")
+
+    np.savez(tmp_path / "f.npz", **arrays)
+    monkeypatch.setattr("pml_drsl.evaluation.cli.evaluate", broken)
+    with pytest.raises(ValueError, match="a defect, not bad input"):
+        main([str(tmp_path / "f.npz")])

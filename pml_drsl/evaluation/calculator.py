@@ -1,0 +1,201 @@
+"""``ReIDAccuracyCalculator``: the re-ID scores inside the testers of pytorch-metric-learning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from pytorch_metric_learning.distances import LpDistance
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from pytorch_metric_learning.utils.inference import CustomKNN, FaissKNN
+from torch import Tensor
+
+from pml_drsl.checks import InputError
+from pml_drsl.evaluation.distances import Array, FeatureDistances, Metric, as_features, squared_norms
+from pml_drsl.evaluation.identities import Labels, shared_labels
+from pml_drsl.evaluation.ranking import RankedQueries, SearchProtocol, Ties, rank_queries
+
+REID_METRICS = ("mAP", "mINP", "cmc", "rank_1", "rank_5", "rank_10", "rank_20")
+
+
+class ReIDAccuracyCalculator(AccuracyCalculator):
+    """An ``AccuracyCalculator`` of pytorch-metric-learning that gives mAP, mINP and CMC by the re-ID protocol.
+
+    Metrics: ``mAP``, ``mINP``, ``cmc`` (an array; ``cmc[k - 1]`` is rank-k), ``rank_1``, ``rank_5``, ``rank_10`` and
+    ``rank_20``. All of them are computed when ``include`` is empty. The inherited metrics ignore cameras. They are
+    computed only when the constructor's ``include`` names them (NMI and AMI need faiss).
+
+    A tester passes embeddings and labels, but no cameras. Give the cameras in the order of the data sets to the
+    constructor, or to ``set_cameras`` before other data is tested. Their number must be the number of embeddings::
+
+        calculator = ReIDAccuracyCalculator(query_cams=query_cams, reference_cams=gallery_cams)
+        tester = testers.GlobalEmbeddingSpaceTester(accuracy_calculator=calculator)
+        tester.test({"query": query_set, "gallery": gallery_set}, epoch, model,
+                    splits_to_eval=[("query", ["gallery"])])
+
+    If the reference set includes the queries (``ref_includes_query``), each query is removed from its own gallery.
+
+    Args:
+        include: metrics to compute; empty for all re-ID metrics.
+        exclude: metrics not to compute.
+        query_cams: cameras of the queries, shape (Q,), or None for retrieval without cameras.
+        reference_cams: cameras of the reference set (the gallery), shape (M,).
+        metric: ``"euclidean"`` or ``"cosine"``.
+        ties: see ``pml_drsl.evaluation.accuracy.evaluate``.
+        protocol: see ``evaluate``.
+        max_rank: length of ``cmc``.
+        seed: see ``evaluate``.
+        **kwargs: arguments of ``AccuracyCalculator``: ``avg_of_avgs``, ``return_per_class``, ``device`` and others.
+
+    Raises:
+        InputError: if a ``label_comparison_fn`` is given, because identities are compared for equality.
+        ValueError: if a metric is unknown.
+    """
+
+    def __init__(
+        self,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        *,
+        query_cams: Labels | None = None,
+        reference_cams: Labels | None = None,
+        metric: Metric = "euclidean",
+        ties: Ties = "mean",
+        protocol: SearchProtocol = "standard",
+        max_rank: int = 50,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        if kwargs.get("label_comparison_fn") is not None:
+            raise InputError("label_comparison_fn is not supported: identities are compared for equality")
+        self.metric = metric
+        self.ties = ties
+        self.protocol = protocol
+        self.max_rank = max_rank
+        self.seed = seed
+        self.set_cameras(query_cams, reference_cams)
+        try:
+            FaissKNN()
+        except NameError:
+            # PML raises this if faiss is not installed, even if no metric needs faiss.
+            kwargs.setdefault("knn_func", CustomKNN(LpDistance(normalize_embeddings=False)))
+        super().__init__(include=tuple(include) or REID_METRICS, exclude=tuple(exclude), **kwargs)
+
+    def set_cameras(self, query_cams: Labels | None, reference_cams: Labels | None) -> None:
+        """Sets the cameras of the data that is tested next.
+
+        Args:
+            query_cams: cameras of the queries in the order of the data set, shape (Q,), or None for no cameras.
+            reference_cams: cameras of the reference set, shape (M,), or None for no cameras.
+        """
+        self.query_cams = query_cams
+        self.reference_cams = reference_cams
+
+    def get_accuracy(
+        self,
+        query: Array,
+        query_labels: Array,
+        reference: Array | None = None,
+        reference_labels: Array | None = None,
+        ref_includes_query: bool = False,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+    ) -> dict[str, Any]:
+        """The metrics by name. The arguments are the arguments of PML's ``AccuracyCalculator.get_accuracy``.
+
+        Features are compared in float32. Large identity numbers stay distinct.
+
+        Raises:
+            InputError: if labels are not one integer for each embedding, the number of cameras is not the number of
+                embeddings, embeddings contain NaN or infinity, or no query has a match.
+        """
+        if reference is None or reference_labels is None:
+            reference, reference_labels, ref_includes_query = query, query_labels, True
+        # PML itself does not notice NaN.
+        for side, features in (("query", query), ("reference", reference)):
+            squared_norms(as_features(features, side).float(), side)
+        # PML converts labels to float32, which cannot tell identities above 2^24 apart. Numbers from 0 avoid this.
+        labels = shared_labels(
+            _as_integers(query_labels, "query"),
+            _as_integers(reference_labels, "reference"),
+            len(query),
+            len(reference),
+            "labels",
+        )
+        metrics: dict[str, Any] = super().get_accuracy(
+            query, labels[0], reference, labels[1], ref_includes_query, tuple(include), tuple(exclude)
+        )
+        return metrics
+
+    def _get_accuracy(self, function_dict: dict[str, Callable[..., Any]], **kwargs: Any) -> dict[str, Any]:
+        """Ranks once for all metrics; PML calls this after preparing inputs and before the ``calculate_`` methods."""
+        if any(name in REID_METRICS for name in function_dict):
+            kwargs["ranked"] = rank_queries(
+                FeatureDistances(kwargs["query"], kwargs["reference"], self.metric),
+                kwargs["query_labels"].long(),
+                kwargs["reference_labels"].long(),
+                self.query_cams,
+                self.reference_cams,
+                ties=self.ties,
+                protocol=self.protocol,
+                seed=self.seed,
+                gallery_starts_with_query=kwargs["ref_includes_query"],
+            )
+        metrics: dict[str, Any] = super()._get_accuracy(function_dict, **kwargs)
+        return metrics
+
+    def calculate_mAP(self, ranked: RankedQueries, query_labels: Tensor, **kwargs: Any) -> Any:
+        return self._average(ranked.average_precision, ranked, query_labels)
+
+    def calculate_mINP(self, ranked: RankedQueries, query_labels: Tensor, **kwargs: Any) -> Any:
+        return self._average(ranked.inverse_negative_penalty, ranked, query_labels)
+
+    def calculate_cmc(self, ranked: RankedQueries, query_labels: Tensor, **kwargs: Any) -> Any:
+        return self._average(ranked.hits(self.max_rank), ranked, query_labels)
+
+    def calculate_rank_1(self, ranked: RankedQueries, query_labels: Tensor, **kwargs: Any) -> Any:
+        return self._average(ranked.hits(1)[:, -1], ranked, query_labels)
+
+    def calculate_rank_5(self, ranked: RankedQueries, query_labels: Tensor, **kwargs: Any) -> Any:
+        return self._average(ranked.hits(5)[:, -1], ranked, query_labels)
+
+    def calculate_rank_10(self, ranked: RankedQueries, query_labels: Tensor, **kwargs: Any) -> Any:
+        return self._average(ranked.hits(10)[:, -1], ranked, query_labels)
+
+    def calculate_rank_20(self, ranked: RankedQueries, query_labels: Tensor, **kwargs: Any) -> Any:
+        return self._average(ranked.hits(20)[:, -1], ranked, query_labels)
+
+    def _average(self, values: Tensor, ranked: RankedQueries, query_labels: Tensor) -> Any:
+        """Mean of values of shape (Q,) or (Q, R) over the matched queries.
+
+        With ``avg_of_avgs`` it is the mean of the identities' means; with ``return_per_class`` it is their list.
+        """
+        matched = ranked.matched
+        values = values[matched]
+        if self.avg_of_avgs or self.return_per_class:
+            identity = query_labels.long().cpu()[matched]
+            counts = torch.bincount(identity)
+            sums = torch.zeros(len(counts), *values.shape[1:], dtype=values.dtype).index_add_(0, identity, values)
+            present = counts > 0
+            values = sums[present] / counts[present].view(-1, *[1] * (values.dim() - 1))
+        if self.return_per_class:
+            return values.tolist()
+        mean = values.mean(dim=0)
+        return mean.item() if mean.dim() == 0 else mean.numpy()
+
+
+def _as_integers(labels: Array, side: str) -> Tensor:
+    """Labels of shape (N,) or (N, 1), which PML may hold as floats, as integers of shape (N,)."""
+    tensor = torch.as_tensor(labels)
+    if tensor.dim() == 2 and tensor.shape[1] == 1:
+        tensor = tensor.squeeze(1)
+    if tensor.dim() != 1:
+        raise InputError(
+            f"{side} labels have shape {list(tensor.shape)}: give one identity per embedding, "
+            "and cameras through set_cameras"
+        )
+    integers = tensor.long()
+    if not torch.equal(integers.to(tensor.dtype), tensor):
+        raise InputError(f"{side} labels are not integers: {tensor[integers.to(tensor.dtype) != tensor][0]}")
+    return integers
