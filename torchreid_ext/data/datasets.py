@@ -15,7 +15,8 @@ from typing import Any
 import torchreid
 
 from pml_drsl.checks import InputError
-from torchreid_ext.data.listing import Options, Splits, check_splits, make_options, read_csv, read_folder
+from torchreid_ext.data.listing import Splits, check_splits, read_csv, read_folder
+from torchreid_ext.data.options import Options, make_options
 from torchreid_ext.data.synthetic.pedestrians import NAME as PEDESTRIANS
 from torchreid_ext.data.synthetic.pedestrians import SyntheticPedestrians
 from torchreid_ext.data.synthetic.tracklets import NAME as TRACKLETS
@@ -60,7 +61,7 @@ class ConfiguredDataset(torchreid.data.ImageDataset):
 
     Args:
         name: what the data set is called in messages.
-        options: from :func:`torchreid_ext.data.listing.make_options`.
+        options: from :func:`torchreid_ext.data.options.make_options`.
         root: the folder that ``folder`` or ``csv`` of the options are below.
         kwargs: what torchreid's data managers pass (transform, k_tfm, mode, combineall, verbose, ...). Those that
             speak of other data sets (split_id, cuhk03_labeled, ...) are ignored.

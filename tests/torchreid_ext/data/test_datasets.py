@@ -1,4 +1,4 @@
-"""Folders and CSVs as torchreid data sets, seen through torchreid's own data manager."""
+"""Data sets by configuration: folders and CSVs, as torchreid's own data manager sees them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ import pytest
 import torchreid
 from PIL import Image
 
+from pml_drsl.checks import InputError
 from torchreid_ext.data.datasets import ConfiguredDataset, register_datasets
-from torchreid_ext.data.listing import make_options, selects
+from torchreid_ext.data.listing import selects
+from torchreid_ext.data.options import make_options
 
 
 def draw(path: Path) -> None:
@@ -98,11 +100,10 @@ class TestFolder:
         assert paths(data.gallery) == {"0709_05.png"}
         assert {item[2] for item in data.query} | {item[2] for item in data.gallery} == {0, 1, 2}
 
-    def test_hidden_and_unmatched_files_are_left_out_and_links_end(self, tmp_path: Path) -> None:
+    def test_hidden_and_unmatched_files_are_left_out(self, tmp_path: Path) -> None:
         make_folder(tmp_path / "set", ["p0", "p1", "p2", "p3"], ["a", "b"], shots=1)
         draw(tmp_path / "set" / "p0" / "._a_9.png")
         (tmp_path / "set" / "p0" / "a_notes.txt").write_text("no image")
-        (tmp_path / "set" / "p1" / "up").symlink_to(tmp_path / "set")
         data = load(tmp_path, folder="set")
         assert len(data.train) + len(data.gallery) == 8
 
@@ -154,6 +155,81 @@ class TestFolder:
         make_folder(tmp_path, ["p0", "p1", "p2", "p3"], ["a"])
         with pytest.raises(ValueError, match="no query has a match"):
             load(tmp_path)
+
+
+class TestLinks:
+    """Many people keep their images in one place, and link to them from the folders of a data set."""
+
+    def test_a_set_of_links_is_the_set_of_the_folders_behind_them(self, tmp_path: Path) -> None:
+        make_folder(tmp_path / "store", ["p0", "p1", "p2", "p3"], ["a", "b"])
+        for pid in ("p0", "p1", "p2", "p3"):
+            (tmp_path / "set" / pid).parent.mkdir(exist_ok=True)
+            (tmp_path / "set" / pid).symlink_to(Path("..", "store", pid))
+        (tmp_path / "link_to_set").symlink_to("set")
+        direct = load(tmp_path, folder="store")
+        for folder in ("set", "link_to_set"):
+            linked = load(tmp_path, folder=folder)
+            for one, other in ((direct.train, linked.train), (direct.query, linked.query)):
+                assert [item[1:3] for item in one] == [item[1:3] for item in other]
+                assert [Path(item[0]).resolve() for item in one] == [Path(item[0]).resolve() for item in other]
+            assert all(f"/{folder}/" in item[0] for item in linked.train)
+
+    def test_splits_may_link_to_folders_of_the_same_tree(self, tmp_path: Path) -> None:
+        make_folder(tmp_path / "all", ["p0", "p1", "q0", "q1"], ["a", "b"], shots=1)
+        for split, pids in (("train", ["p0", "p1"]), ("test", ["q0", "q1"])):
+            (tmp_path / split).mkdir()
+            for pid in pids:
+                (tmp_path / split / pid).symlink_to(tmp_path / "all" / pid)
+        data = load(tmp_path, train=["train"], test=["test"])
+        assert people(data.train) == {"p0", "p1"} and people(data.gallery) == {"q0", "q1"}
+        assert (len(data.train), len(data.gallery)) == (4, 4)
+
+    @pytest.mark.parametrize("of_files", [False, True])
+    def test_an_image_that_two_paths_reach_counts_once(self, tmp_path: Path, of_files: bool) -> None:
+        make_folder(tmp_path / "all", ["p0", "p1", "p2", "p3"], ["a", "b"], shots=1)
+        again = tmp_path / "again"
+        again.mkdir()
+        if of_files:
+            (again / "p0").mkdir()
+            (again / "p0" / "a_0.png").symlink_to(tmp_path / "all" / "p0" / "a_0.png")
+        else:
+            (again / "p0").symlink_to(tmp_path / "all" / "p0")
+        data = load(tmp_path)
+        assert len(data.train) + len(data.gallery) == 8
+        with pytest.raises(InputError, match="'train' has no image"):
+            load(tmp_path, min_images=3)
+
+    def test_an_image_with_two_identities_is_refused(self, tmp_path: Path) -> None:
+        make_folder(tmp_path, ["p0", "p1", "p2", "p3"], ["a", "b"])
+        (tmp_path / "p9").symlink_to("p1")
+        with pytest.raises(InputError) as caught:
+            load(tmp_path)
+        assert all(word in str(caught.value) for word in ["mine", "p1/a_0.png", "p9/a_0.png", "remove one"])
+
+    @pytest.mark.parametrize(
+        ("link", "target", "words"),
+        [
+            ("p1/up", "..", ["p1/up", "a folder above it"]),
+            ("p1/here", ".", ["p1/here", "a folder above it"]),
+            ("p1/itself", "itself", ["p1/itself", "cannot be found"]),
+            ("p7", "lost", ["p7", "'lost'", "cannot be found"]),
+            ("p1/a_9.png", "lost.png", ["a_9.png", "'lost.png'", "cannot be found"]),
+        ],
+    )
+    def test_a_loop_or_a_broken_link_is_named(self, tmp_path: Path, link: str, target: str, words: list[str]) -> None:
+        make_folder(tmp_path, ["p0", "p1", "p2", "p3"], ["a", "b"])
+        (tmp_path / link).symlink_to(target)
+        with pytest.raises(InputError) as caught:
+            load(tmp_path)
+        assert all(word in str(caught.value) for word in words)
+
+    def test_a_loop_of_two_links_is_named(self, tmp_path: Path) -> None:
+        make_folder(tmp_path / "set", ["p0", "p1"], ["a"])
+        make_folder(tmp_path / "other", ["p2", "p3"], ["a"])
+        (tmp_path / "set" / "more").symlink_to("../other")
+        (tmp_path / "other" / "back").symlink_to("../set")
+        with pytest.raises(InputError, match="more/back is a link to"):
+            load(tmp_path, folder="set")
 
 
 class TestOptions:
@@ -236,14 +312,14 @@ class TestCsv:
         with pytest.raises(ValueError, match=r"no CSV .*list\.csv"):
             load(tmp_path, csv="list.csv")
         write_csv(tmp_path, GOOD, columns="path,pid,camera,split")
-        with pytest.raises(ValueError, match="lacks the column 'camid'"):
+        with pytest.raises(ValueError, match="has no column 'camid'"):
             load(tmp_path, csv="list.csv")
         write_csv(tmp_path, GOOD)
         (tmp_path / "a" / "3.png").unlink()
         with pytest.raises(ValueError, match=r"line 4: there is no file .*3\.png"):
             load(tmp_path, csv="list.csv")
         (tmp_path / "list.csv").write_text("")
-        with pytest.raises(ValueError, match="lacks the column 'path'"):
+        with pytest.raises(ValueError, match="has no column 'path'"):
             load(tmp_path, csv="list.csv")
 
     @pytest.mark.parametrize(
