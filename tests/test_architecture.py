@@ -24,6 +24,8 @@ FLOORS = (
     {"torchreid_ext.data", "torchreid_ext.evaluation", "torchreid_ext.checkpointing", "torchreid_ext.recipe"},
     {"torchreid_ext.engine"},
     {"torchreid_ext.config"},
+    {"torchreid_ext.deploy"},
+    {"torchreid_ext.commands"},
     {"torchreid_ext"},
 )
 

@@ -21,11 +21,14 @@ from pml_drsl.checks import InputError
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
-def check_image(path: str | os.PathLike[str]) -> None:
+def read_image(path: str | os.PathLike[str]) -> Image.Image:
     """Decodes an image completely, as torchreid does.
 
+    Returns:
+        The image in RGB.
+
     Raises:
-        InputError: if the file is missing, empty, truncated, damaged or no image; the message names it.
+        InputError: if the file is missing, empty, truncated, damaged, too large or no image; the message names it.
     """
     if not os.path.isfile(path):
         raise InputError(f"cannot read image {os.fspath(path)!r}: there is no such file")
@@ -33,9 +36,13 @@ def check_image(path: str | os.PathLike[str]) -> None:
         raise InputError(f"cannot read image {os.fspath(path)!r}: the file is empty; restore it or remove it")
     try:
         with Image.open(path) as image:
-            image.convert("RGB")
+            return image.convert("RGB")
     except _DAMAGE as error:
-        reason = "it is not an image" if isinstance(error, UnidentifiedImageError) else f"it is damaged ({error})"
+        reason = f"it is damaged ({error})"
+        if isinstance(error, UnidentifiedImageError):
+            reason = "it is not an image"
+        elif isinstance(error, Image.DecompressionBombError):
+            reason = f"it is too large ({error})"
         raise InputError(f"cannot read image {os.fspath(path)!r}: {reason}; restore it or remove it") from error
 
 
@@ -63,7 +70,7 @@ class ReadableDataset(Dataset[Any]):
         if not self._checked[index]:
             paths = self.dataset.data[index][0]
             for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
-                check_image(path)
+                read_image(path)
             self._checked[index] = 1
         return self.dataset[index]
 

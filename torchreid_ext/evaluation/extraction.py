@@ -112,4 +112,6 @@ def together(extract: Callable[[], Samples | None], device: torch.device, group:
         features.append(part.cpu())
         pids.append(rank_pids)
         camids.append(rank_camids)
+    if not features:
+        raise InputError("none of the processes has an image whose features it could extract")
     return Samples(torch.cat(features), np.concatenate(pids), np.concatenate(camids))

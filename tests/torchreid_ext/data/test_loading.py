@@ -16,7 +16,7 @@ import torchreid
 from PIL import Image
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
-from torchreid_ext.data.loading import ReadableDataset, check_image, readable
+from torchreid_ext.data.loading import ReadableDataset, read_image, readable
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -152,9 +152,9 @@ def test_other_data_sets_are_refused() -> None:
         readable(DataLoader([1, 2, 3]))  # type: ignore[arg-type]
 
 
-def test_check_image_accepts_what_torchreid_reads(tmp_path: Path) -> None:
+def test_read_image_accepts_what_torchreid_reads(tmp_path: Path) -> None:
     for mode in ("RGB", "L", "RGBA", "P", "1", "I;16"):
         Image.new(mode, (4, 8)).save(tmp_path / "x.png")
-        check_image(tmp_path / "x.png")
+        read_image(tmp_path / "x.png")
     with pytest.raises(ValueError, match="no such file"):
-        check_image(tmp_path / "y.png")
+        read_image(tmp_path / "y.png")
