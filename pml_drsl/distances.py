@@ -1,27 +1,146 @@
-"""The distance that DRSL ranks by where no other is given."""
+"""The distance matrix of a batch, in full precision, and the angles of pairs that it gives for free."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from pytorch_metric_learning.distances import LpDistance
+from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity, DotProductSimilarity, LpDistance
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from pml_drsl import functional
+from pml_drsl.precision import full_precision
+
+# Below this norm torch.nn.functional.normalize divides by a constant: such a vector has no direction.
+SMALLEST_NORM = 1e-12
 
 
-class EuclideanDistance(LpDistance):
-    """``LpDistance(p=2)`` with a cheaper gradient where a batch is compared with itself; the values are the same.
+def distance_matrix(distance: BaseDistance, x: Tensor, ref: Tensor | None = None) -> Tensor:
+    """The values of ``distance(x, ref)``, shape (N, M), differentiable (once).
+
+    Euclidean distances and inner products have a gradient of their own. It is computed in full precision, even if
+    the backward pass runs with TensorFloat-32 or under autocast. It takes one matrix product less if a batch is
+    compared with itself. Another distance is called inside ``full_precision``; its backward pass follows the user's
+    settings. A vector without direction gets no gradient if the distance normalises its embeddings.
 
     Args:
-        **kwargs: of ``LpDistance``: ``normalize_embeddings`` (default: True), ``power``, ``collect_stats``.
+        distance: a distance of pytorch-metric-learning that returns a matrix.
+        x: embeddings of the queries, shape (N, dim), float32 or float64.
+        ref: embeddings of the candidates, shape (M, dim), of the type of ``x``; None for the queries themselves.
+    """
+    if is_known(distance) and not distance.collect_stats:
+        if distance.normalize_embeddings:
+            x, ref = normalize(x), None if ref is None else normalize(ref)
+        matrix = _EuclideanDistances if isinstance(distance, LpDistance) else _InnerProducts
+        mat: Tensor = matrix.apply(x, ref)
+        power: float = distance.power
+        return mat if power == 1 else mat.pow(power)
+    if distance.normalize_embeddings:
+        x, ref = _without_gradient_of_zeros(x), None if ref is None else _without_gradient_of_zeros(ref)
+    with full_precision(x.device.type):
+        return distance(x, ref)  # type: ignore[no-any-return]
+
+
+def angular_dissimilarity(
+    distance: BaseDistance, of_pairs: Tensor, x: Tensor, ref: Tensor, query: Tensor, candidate: Tensor
+) -> Tensor:
+    """The angular dissimilarity ``u = (1 - cos) / 2`` of pairs, shape (E,), in [0, 1].
+
+    If possible it comes from the distances of the pairs. A zero vector has no angle; it counts as orthogonal to every
+    other vector (u = 1/2) and gets no gradient.
+
+    Args:
+        distance: the distance that gave ``of_pairs``.
+        of_pairs: the value of ``distance`` for each pair, shape (E,).
+        x: embeddings of the queries, shape (N, dim).
+        ref: embeddings of the candidates, shape (M, dim); ``x`` itself if the batch is compared with itself.
+        query: query of each pair, shape (E,), integer.
+        candidate: candidate of each pair, shape (E,), integer.
+    """
+    known = is_known(distance) and distance.power <= (2 if isinstance(distance, LpDistance) else 1)
+    if known and distance.normalize_embeddings and not isinstance(distance, LpDistance):
+        return 0.5 - 0.5 * of_pairs
+    if not known:
+        inner_products: Tensor = _InnerProducts.apply(normalize(x), None if ref is x else normalize(ref))
+        return 0.5 - 0.5 * inner_products[query, candidate]
+    x_norm = _norms_as_compared(distance, x)
+    ref_norm = (x_norm if ref is x else _norms_as_compared(distance, ref))[candidate]
+    x_norm = x_norm[query]
+    if isinstance(distance, LpDistance):
+        squared = of_pairs ** (2 / distance.power)
+        inner_product = torch.sub((x_norm**2 + ref_norm**2) / 2, squared, alpha=0.5)
+    else:
+        inner_product = of_pairs
+    norms = x_norm * ref_norm
+    defined = norms > 0
+    return 0.5 - torch.where(defined, inner_product * (0.5 / torch.where(defined, norms, 1)), 0)
+
+
+def is_known(distance: BaseDistance) -> bool:
+    """Whether a distance is the Euclidean distance or an inner product, which are computed here."""
+    return type(distance) in (LpDistance, CosineSimilarity, DotProductSimilarity) and distance.p == 2
+
+
+def normalize(x: Tensor) -> Tensor:
+    """``x``, shape (N, dim), with vectors of norm 1. A vector without direction becomes 0 and gets no gradient."""
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    normalized: Tensor = x / norm.masked_fill(norm <= SMALLEST_NORM, torch.inf)
+    return normalized
+
+
+def _norms_as_compared(distance: BaseDistance, x: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(x, dim=1)
+    return (norms.detach() > SMALLEST_NORM).to(x) if distance.normalize_embeddings else norms
+
+
+def _without_gradient_of_zeros(x: Tensor) -> Tensor:
+    # Normalising a zero vector multiplies its gradient by 1e12, which half precision cannot hold.
+    has_direction = torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True) > SMALLEST_NORM
+    return torch.where(has_direction, x, x.detach())
+
+
+class _EuclideanDistances(torch.autograd.Function):
+    """``torch.cdist(x, ref)``. The gradient in x_i is ``sum over j of w_ij (x_i - ref_j)``, w the gradient over the
+    distance. Vectors at distance 0 give each other no gradient. Of a batch with itself, w is ``w + w.T``.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(p=2, **kwargs)
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ref: Tensor | None) -> Tensor:
+        with full_precision(x.device.type):
+            d = torch.cdist(x, x if ref is None else ref)
+        ctx.save_for_backward(x, ref, d)
+        return d
 
-    def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
-        if ref_emb is query_emb and query_emb.dtype in (torch.float32, torch.float64):
-            return functional.self_distances(query_emb)
-        return super().compute_mat(query_emb, ref_emb)  # type: ignore[no-any-return]
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, ref, d = ctx.saved_tensors
+        w = (grad / d).masked_fill_(d == 0, 0)
+        with full_precision(x.device.type):
+            if ref is None:
+                w = w + w.T
+                return torch.addmm(x * w.sum(1, keepdim=True), w, x, alpha=-1), None
+            needs_x, needs_ref = ctx.needs_input_grad
+            grad_x = torch.addmm(x * w.sum(1, keepdim=True), w, ref, alpha=-1) if needs_x else None
+            grad_ref = torch.addmm(ref * w.sum(0)[:, None], w.T, x, alpha=-1) if needs_ref else None
+        return grad_x, grad_ref
+
+
+class _InnerProducts(torch.autograd.Function):
+    """``x @ ref.T``. Of a batch with itself the gradient takes one matrix product, ``(grad + grad.T) @ x``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ref: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, ref)
+        with full_precision(x.device.type):
+            return x @ (x if ref is None else ref).T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, ref = ctx.saved_tensors
+        with full_precision(x.device.type):
+            if ref is None:
+                return (grad + grad.T) @ x, None
+            needs_x, needs_ref = ctx.needs_input_grad
+            return grad @ ref if needs_x else None, grad.T @ x if needs_ref else None

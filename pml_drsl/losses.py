@@ -5,28 +5,35 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pytorch_metric_learning.distances import (
-    BaseDistance,
-    BatchedDistance,
-    CosineSimilarity,
-    DotProductSimilarity,
-    LpDistance,
-)
+from pytorch_metric_learning.distances import BaseDistance, LpDistance
 from pytorch_metric_learning.losses import BaseMetricLossFunction
 from torch import Tensor
-from torch.nn import functional as F
 
-from pml_drsl import functional
-from pml_drsl.checks import InputError, is_real
-from pml_drsl.distances import EuclideanDistance
+from pml_drsl import checks
+from pml_drsl.checks import InputError
+from pml_drsl.distances import angular_dissimilarity, distance_matrix, is_known
+from pml_drsl.fused import count_ahead, retrieval_and_sort_errors
 from pml_drsl.pairs import IndicesTuple, Pairs, pairs_from_indices, pairs_from_labels
+from pml_drsl.precision import full_precision
 from pml_drsl.reducers import PerQueryReducer, check_reducer
 
 # Distances of one chunk of queries, in elements, where `query_chunk_size` does not say: 64 MiB of float32.
 CHUNK_ELEMENTS = 2**24
 
-# Below this norm torch.nn.functional.normalize divides by a constant: the vector has no direction.
-SMALLEST_NORM = 1e-12
+
+class _Statistic:
+    """A statistic that stays on the device until it is read, as a float. Only reading it waits for the device."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __set__(self, instance: Any, value: Tensor | float) -> None:
+        vars(instance)[self.name] = value
+
+    def __get__(self, instance: Any, owner: type) -> float:
+        if self.name not in vars(instance):
+            raise AttributeError(f"{owner.__name__} has no {self.name}; make it with collect_stats=True")
+        return float(vars(instance)[self.name])
 
 
 class DRSLoss(BaseMetricLossFunction):
@@ -44,17 +51,27 @@ class DRSLoss(BaseMetricLossFunction):
         loss         = mean over queries of the mean over i in P of retrieval(i) + sort_weight * sort(i)
 
     ``1 - mean retrieval`` is the smoothed average precision; at temperature 0 it is average precision itself.
-    Queries without a positive or without a negative have no term. Half-precision embeddings and autocast are
-    computed in float32.
+    Queries without a positive or without a negative have no term. Half-precision embeddings are computed in float32,
+    and autocast and TensorFloat-32 are switched off inside the loss. ``pml_drsl.functional.drsl`` is the same
+    definition as one readable function.
 
-    Called as every PML loss: ``loss(embeddings, labels, indices_tuple=None, ref_emb=None, ref_labels=None)``, with
-    embeddings of shape (batch, dim), integer labels of shape (batch,), and the pairs or triplets of a miner.
-    Positives and negatives are then exactly those pairs; ``labels`` may be left out.
+    Example::
+
+        loss_fn = DRSLoss()
+        embeddings, labels = torch.randn(32, 128, requires_grad=True), torch.arange(32) // 4
+        loss_fn(embeddings, labels).backward()
+
+    It is called as every PML loss: ``loss(embeddings, labels, indices_tuple=None, ref_emb=None, ref_labels=None)``,
+    with embeddings of shape (batch, dim), integer labels of shape (batch,), and the pairs or triplets of a miner.
+    Positives and negatives are then exactly the pairs of the miner, and ``labels`` may be left out. Without
+    ``ref_emb``, or if ``ref_emb`` is the same object as ``embeddings``, a query is no candidate of its own. Otherwise
+    every reference is a candidate, even if ``ref_labels`` is the same object as ``labels``, as for two views of a
+    batch. (The losses of PML decide by the object of the labels: give them a copy of the labels for the second view.)
 
     The sub-losses, for a ``MultipleReducers``, are ``"retrieval_loss"`` and ``"sort_loss"`` (``sort_weight``
     included), with one error per (query, positive) pair. With ``collect_stats=True`` the attributes
-    ``retrieval_error`` and ``sort_error`` hold the batch's mean over queries of each, unweighted, and
-    ``num_queries`` the number of queries with a term.
+    ``retrieval_error`` and ``sort_error`` give the mean over the queries of the batch of each error, unweighted, and
+    ``num_queries`` gives the number of queries with a term. The errors stay on the device until they are read.
 
     Args:
         temperature: softness of the ranks, > 0, in units of distance (which is in [0, 2] by default).
@@ -62,19 +79,22 @@ class DRSLoss(BaseMetricLossFunction):
         margin: distance by which negatives must follow positives; any finite number.
         query_chunk_size: queries whose distances are computed at once; bounds memory, changes no value.
             None chooses it so that one chunk of distances takes 64 MiB, or as much as the references.
-        bound: train an upper bound of the retrieval error, which has a gradient where the error itself has none left:
-            where a positive is far behind its negatives, as it is at the beginning, or where negatives are very many.
-            It is ``log(1 + false_pos(i) / rank_pos(i))``, minus the log of the precision at i, with
+        bound: train an upper bound of the retrieval error. It has a gradient where the error itself has none left:
+            where a positive is far behind its negatives, as at the beginning of training, or where negatives are very
+            many. It is ``log(1 + false_pos(i) / rank_pos(i))``, minus the log of the precision at i, with
             ``log2(1 + exp(x / temperature))`` in place of G in ``false_pos`` (the bound of Burges et al., ICML 2005).
-        **kwargs: of ``BaseMetricLossFunction``: ``distance`` (default: ``EuclideanDistance``, between normalised
-            embeddings; a similarity enters with its sign changed; refused are ``BatchedDistance``, and ``p`` or
-            ``power`` below 1, whose gradient is infinite at a distance of 0), ``reducer`` (default:
-            ``PerQueryReducer``), ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``.
+        **kwargs: arguments of ``BaseMetricLossFunction``: ``distance`` (default: ``LpDistance()``, the Euclidean
+            distance between normalised embeddings; a similarity enters with its sign changed; ``BatchedDistance`` and
+            ``p`` or ``power`` below 1, whose gradient is infinite at a distance of 0, are refused), ``reducer``
+            (default: ``PerQueryReducer``), ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``.
 
     Raises:
-        InputError: for a hyper-parameter out of range, at construction; for tensors of wrong shape or type, when
-            called.
+        InputError: a ``ValueError``; for a hyper-parameter out of range, at construction; for tensors of wrong shape or
+            type, when called.
     """
+
+    retrieval_error = _Statistic()
+    sort_error = _Statistic()
 
     def __init__(
         self,
@@ -86,15 +106,15 @@ class DRSLoss(BaseMetricLossFunction):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not (is_real(temperature) and temperature > 0):
-            raise InputError(f"temperature must be a number above 0, got {temperature!r}; try 0.01")
-        if not (is_real(sort_weight) and sort_weight >= 0):
+        if not (checks.is_real(temperature) and temperature > 0):
+            raise InputError(f"temperature must be a number above 0, got {temperature!r}; try 0.05")
+        if not (checks.is_real(sort_weight) and sort_weight >= 0):
             raise InputError(f"sort_weight must be a number of at least 0, got {sort_weight!r}; 0 turns sorting off")
-        if not is_real(margin):
-            raise InputError(f"margin must be a finite number, got {margin!r}; 0 asks for order alone")
+        if not checks.is_real(margin):
+            raise InputError(f"margin must be a finite number, got {margin!r}; 0 asks for the right order and no more")
         if query_chunk_size is not None and not (isinstance(query_chunk_size, int) and query_chunk_size > 0):
             raise InputError(f"query_chunk_size must be None or an integer above 0, got {query_chunk_size!r}")
-        _check_distance(self.distance)
+        checks.check_distance(self.distance)
         self.temperature = temperature
         self.sort_weight = sort_weight
         self.margin = margin
@@ -102,6 +122,12 @@ class DRSLoss(BaseMetricLossFunction):
         self.bound = bool(bound)
         self.add_to_recordable_attributes(list_of_names=["temperature", "sort_weight", "margin"], is_stat=False)
         self.add_to_recordable_attributes(list_of_names=["retrieval_error", "sort_error", "num_queries"], is_stat=True)
+
+    def get_default_distance(self) -> BaseDistance:
+        return LpDistance()
+
+    def get_default_reducer(self) -> PerQueryReducer:
+        return PerQueryReducer()
 
     # The number of pairs depends on the labels, so a compiler would start anew at almost every batch.
     @torch.compiler.disable
@@ -113,25 +139,21 @@ class DRSLoss(BaseMetricLossFunction):
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
     ) -> Tensor:
-        _check_embeddings("embeddings", embeddings)
-        _check_labels("labels", labels, len(embeddings))
-        dtype = torch.promote_types(embeddings.dtype, torch.float32)
+        checks.check_embeddings("embeddings", embeddings)
+        checks.check_labels("labels", labels, len(embeddings))
         if ref_emb is not None:
-            _check_embeddings("ref_emb", ref_emb)
-            if ref_emb.shape[1] != embeddings.shape[1]:
-                raise InputError(
-                    f"ref_emb has {ref_emb.shape[1]} dimensions and embeddings {embeddings.shape[1]}; give both alike"
-                )
-            _check_labels("ref_labels", ref_labels, len(ref_emb))
-            dtype = torch.promote_types(dtype, ref_emb.dtype)
-            ref_emb = self._with_direction(ref_emb.to(dtype))
+            checks.check_embeddings("ref_emb", ref_emb, embeddings.shape[1])
+            checks.check_labels("ref_labels", ref_labels, len(ref_emb))
         if indices_tuple is None and (labels is None or (ref_emb is not None and ref_labels is None)):
             raise InputError("labels (and ref_labels with ref_emb) are required where no indices_tuple is given")
         # At temperature 0.01 a half-precision similarity has no usable ranks.
-        with torch.autocast(embeddings.device.type, enabled=False):
-            return super().forward(  # type: ignore[no-any-return]
-                self._with_direction(embeddings.to(dtype)), labels, indices_tuple, ref_emb, ref_labels
-            )
+        dtype = torch.promote_types(embeddings.dtype, torch.float32)
+        dtype = dtype if ref_emb is None else torch.promote_types(dtype, ref_emb.dtype)
+        x = embeddings.to(dtype)
+        if ref_emb is not None:
+            ref_emb = x if ref_emb is embeddings else ref_emb.to(dtype)
+        with full_precision(x.device.type):
+            return super().forward(x, labels, indices_tuple, ref_emb, ref_labels)  # type: ignore[no-any-return]
 
     def compute_loss(
         self,
@@ -146,15 +168,19 @@ class DRSLoss(BaseMetricLossFunction):
             pairs = pairs_from_indices(indices_tuple, len(embeddings), len(ref_emb), embeddings.device)
         else:
             assert labels is not None and ref_labels is not None
-            pairs = pairs_from_labels(labels, ref_labels)
-        if len(pairs.query) == 0:
+            pairs = pairs_from_labels(labels, ref_labels, same=ref_emb is embeddings)
+        if pairs.num_queries == 0:
             return self.zero_losses()  # type: ignore[no-any-return]
         retrieval, sort = self.compute_errors(embeddings, ref_emb, pairs)
-        self._collect_stats(pairs.query, retrieval, sort)
+        if self.collect_stats:
+            mean, indices = PerQueryReducer(collect_stats=False), pairs.query
+            self.retrieval_error = mean.element_reduction(retrieval.detach(), indices, embeddings, None)
+            self.sort_error = mean.element_reduction(sort.detach(), indices, embeddings, None)
+            self.num_queries = pairs.num_queries
         of_pairs = {
             "indices": (pairs.query, pairs.positive),
             "reduction_type": "pos_pair",
-            "divisor": len(torch.unique_consecutive(pairs.query)),  # for a DivisorReducer
+            "divisor": pairs.num_queries,  # for a DivisorReducer
         }
         return {
             "retrieval_loss": {"losses": retrieval, **of_pairs},
@@ -163,85 +189,38 @@ class DRSLoss(BaseMetricLossFunction):
 
     def compute_errors(self, embeddings: Tensor, ref_emb: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """Retrieval and sort errors of the pairs, both of shape (E,), a chunk of queries at a time."""
-        norms = self._norms(embeddings)
-        ref_norms = norms if ref_emb is embeddings else self._norms(ref_emb)
-        # Every chunk keeps a copy of the references for the backward pass: it is worth their size.
+        # Every chunk keeps a copy of the references for the backward pass: a chunk should not be smaller than they are.
         size = self.query_chunk_size or max(1, embeddings.shape[1], CHUNK_ELEMENTS // max(1, len(ref_emb)))
         if size >= len(embeddings):
-            mat = self.distance(embeddings, None if ref_emb is embeddings else ref_emb)
-            return self._errors_of_chunk(mat, embeddings, ref_emb, norms, ref_norms, pairs)
+            return self._errors_of_chunk(embeddings, ref_emb, pairs)
         chunks = []
-        starts = range(0, len(embeddings), size)
-        for start, x in zip(starts, torch.split(embeddings, size), strict=True):
-            rows = slice(start, start + len(x))
-            of_rows = pairs.rows(rows)
+        for start, x in zip(range(0, len(embeddings), size), torch.split(embeddings, size), strict=True):
+            of_rows = pairs.rows(slice(start, start + len(x)))
             if len(of_rows.query) > 0:
-                mat = self.distance(x, ref_emb)
-                chunks.append(self._errors_of_chunk(mat, x, ref_emb, norms[rows], ref_norms, of_rows))
+                chunks.append(self._errors_of_chunk(x, ref_emb, of_rows))
         retrieval, sort = (torch.cat(parts) for parts in zip(*chunks, strict=True))
         return retrieval, sort
 
-    def _errors_of_chunk(
-        self, mat: Tensor, x: Tensor, y: Tensor, x_norm: Tensor, y_norm: Tensor, pairs: Pairs
-    ) -> tuple[Tensor, Tensor]:
-        """Both errors of the pairs, shape (E,), from what the distance says, shape (Q, M)."""
-        query, positive = pairs.query, pairs.positive
-        if type(self.distance) not in (EuclideanDistance, LpDistance, CosineSimilarity, DotProductSimilarity):
-            _check_distances(mat, self.distance)
-        if self.distance.is_inverted:
-            mat = -mat
-        d, false_pos, _ = functional.count_ahead(
-            mat, query, positive, self.temperature, self.margin, candidates=pairs.negatives, bound=self.bound
+    def _errors_of_chunk(self, x: Tensor, ref: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """Both errors of the pairs, shape (E,), of queries ``x``, shape (Q, dim), and references, shape (M, dim)."""
+        distance, query, positive = self.distance, pairs.query, pairs.positive
+        mat = distance_matrix(distance, x, None if ref is x else ref)
+        if not is_known(distance):
+            checks.check_finite(mat, distance)
+        d, false_pos, _ = count_ahead(
+            -mat if distance.is_inverted else mat,
+            query,
+            positive,
+            self.temperature,
+            self.margin,
+            mask=pairs.negatives,
+            bound=self.bound,
         )
         u = None
         if self.sort_weight > 0:
-            of_pairs = -d if self.distance.is_inverted else d
-            u = self._dissimilarity(of_pairs, x, y, x_norm, y_norm, query, positive)
-        retrieval, sort = functional.retrieval_sort_errors(d, false_pos, query, self.temperature, u, self.bound)
+            u = angular_dissimilarity(distance, -d if distance.is_inverted else d, x, ref, query, positive)
+        retrieval, sort = retrieval_and_sort_errors(d, false_pos, pairs, self.temperature, u, self.bound)
         return retrieval, torch.zeros_like(retrieval) if sort is None else sort
-
-    def _dissimilarity(
-        self, of_pairs: Tensor, x: Tensor, y: Tensor, x_norm: Tensor, y_norm: Tensor, query: Tensor, positive: Tensor
-    ) -> Tensor:
-        """Angular dissimilarity of the pairs, shape (E,), from what the distance says of them where that is enough."""
-        x_norm, y_norm = x_norm[query], y_norm[positive]
-        if type(self.distance) in (EuclideanDistance, LpDistance) and self.distance.p == 2 and self.distance.power <= 2:
-            squared = of_pairs ** (2 / self.distance.power)
-            inner_product = torch.sub((x_norm**2 + y_norm**2) / 2, squared, alpha=0.5)
-        elif type(self.distance) in (CosineSimilarity, DotProductSimilarity) and self.distance.power == 1:
-            inner_product = of_pairs
-        else:
-            inner_product = (F.normalize(x) @ F.normalize(y).T)[query, positive]
-            x_norm, y_norm = ((norm.detach() > 0).to(x) for norm in (x_norm, y_norm))
-        return functional.angular_dissimilarity(inner_product, x_norm, y_norm)
-
-    def _norms(self, x: Tensor) -> Tensor:
-        """Norms, shape (N,), of the embeddings as the distance compares them."""
-        if self.distance.normalize_embeddings:
-            return _has_direction(x).to(x)
-        return torch.linalg.vector_norm(x, dim=1)  # type: ignore[no-any-return]
-
-    def _with_direction(self, x: Tensor) -> Tensor:
-        # Normalising a zero vector multiplies its gradient by 1e12, which half precision cannot hold.
-        if not self.distance.normalize_embeddings:
-            return x
-        has_direction = _has_direction(x)
-        return x if bool(has_direction.all()) else torch.where(has_direction[:, None], x, x.detach())
-
-    def _collect_stats(self, query: Tensor, retrieval: Tensor, sort: Tensor) -> None:
-        if not self.collect_stats:
-            return
-        mean = PerQueryReducer(collect_stats=False)
-        self.retrieval_error, self.sort_error = (
-            float(mean.element_reduction(errors.detach(), query, errors, None)) for errors in (retrieval, sort)
-        )
-        self.num_queries = len(torch.unique_consecutive(query))
-
-    def get_default_reducer(self) -> PerQueryReducer:
-        return PerQueryReducer()
-
-    def get_default_distance(self) -> EuclideanDistance:
-        return EuclideanDistance()
 
     def _sub_loss_names(self) -> list[str]:
         return ["retrieval_loss", "sort_loss"]
@@ -250,53 +229,3 @@ class DRSLoss(BaseMetricLossFunction):
         return (
             f"temperature={self.temperature}, sort_weight={self.sort_weight}, margin={self.margin}, bound={self.bound}"
         )
-
-
-def _has_direction(x: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(x.detach(), dim=1)
-    return norms > SMALLEST_NORM
-
-
-def _check_distance(distance: object) -> None:
-    if isinstance(distance, BatchedDistance):
-        raise InputError(
-            f"distance must return the matrix of distances, and BatchedDistance returns none; give the one inside, "
-            f"{distance.distance!r}, and query_chunk_size to save memory"
-        )
-    if not isinstance(distance, BaseDistance):
-        raise InputError(
-            f"distance must be a distance of pytorch_metric_learning.distances, such as LpDistance() or "
-            f"CosineSimilarity(), got {distance!r}"
-        )
-    if distance.is_inverted and not (distance.power >= 1 and distance.power == int(distance.power)):
-        raise InputError(
-            f"distance has power={distance.power}, and that of a negative similarity is not a number; give power=1"
-        )
-    if distance.power < 1 or (isinstance(distance, LpDistance) and distance.p < 1):
-        raise InputError(
-            f"distance has p={distance.p} and power={distance.power}; below 1 the gradient of a distance of 0, or of "
-            f"one difference of 0, is infinite; give 1 or more"
-        )
-
-
-def _check_distances(mat: Tensor, distance: BaseDistance) -> None:
-    if not bool(torch.isfinite(mat).all()):
-        raise InputError(
-            f"distance {type(distance).__name__} gave infinite or NaN values; SNRDistance does so for an embedding "
-            f"whose values are all alike"
-        )
-
-
-def _check_embeddings(name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor) or x.ndim != 2 or not x.is_floating_point():
-        got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise InputError(f"{name} must be a floating-point tensor of shape (batch, dim), got {got}")
-
-
-def _check_labels(name: str, labels: Tensor | None, size: int) -> None:
-    if labels is None:
-        return
-    is_tensor = isinstance(labels, Tensor)
-    if not is_tensor or labels.is_floating_point() or labels.is_complex() or labels.shape != (size,):
-        got = f"{labels.dtype} of shape {tuple(labels.shape)}" if is_tensor else type(labels).__name__
-        raise InputError(f"{name} must be an integer tensor of shape ({size},), one for each embedding, got {got}")

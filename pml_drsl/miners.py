@@ -10,6 +10,8 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 
 from pml_drsl.checks import InputError, is_real
+from pml_drsl.pairs import IndicesTuple
+from pml_drsl.precision import full_precision
 
 Strategy = Literal["hard", "semihard", "random"]
 FourIndices = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -45,7 +47,7 @@ class RankingMiner(BaseMiner):
             ref_emb, ref_labels = c_f.set_ref_emb(embeddings, labels, ref_emb, ref_labels)
             positives = labels[:, None] == ref_labels
             negatives = ~positives
-            if ref_labels is labels:
+            if ref_emb is embeddings:
                 own = torch.arange(len(labels), device=labels.device)
             if own is not None:
                 positives[torch.arange(len(own), device=own.device), own] = False
@@ -175,6 +177,33 @@ class NegativeBudgetMiner(RankingMiner):
 def _distances(distance: torch.nn.Module, embeddings: Tensor, ref_emb: Tensor) -> Tensor:
     """Distance matrix, shape (Q, M), smaller is nearer; half precision is computed in float32."""
     dtype = torch.promote_types(torch.promote_types(embeddings.dtype, ref_emb.dtype), torch.float32)
-    with torch.autocast(embeddings.device.type, enabled=False):
+    with full_precision(embeddings.device.type):
         mat: Tensor = distance(embeddings.to(dtype), None if ref_emb is embeddings else ref_emb.to(dtype))
     return -mat if distance.is_inverted else mat
+
+
+def mine_without_self(
+    miner: BaseMiner, emb: Tensor, labels: Tensor, refs: Tensor, ref_labels: Tensor | None, own: Tensor | None
+) -> IndicesTuple:
+    """The indices that a miner returns, without the pairs of a query and itself.
+
+    Args:
+        miner: any miner of pytorch-metric-learning.
+        emb: embeddings of the queries, shape (Q, dim).
+        labels: labels of the queries, shape (Q,).
+        refs: embeddings of the candidates, shape (M, dim).
+        ref_labels: labels of the candidates, shape (M,).
+        own: the candidate that is the query itself, shape (Q,), integer; None if no candidate is a query.
+    """
+    if isinstance(miner, RankingMiner):
+        return miner(emb, labels, refs, ref_labels, own)  # type: ignore[no-any-return]
+    return without_self(miner(emb, labels, refs, ref_labels), own)
+
+
+def without_self(indices: IndicesTuple, own: Tensor | None) -> IndicesTuple:
+    """Pairs or triplets without the positives that are their query itself, the candidate ``own[query]``."""
+    if own is None:
+        return indices
+    keep = own[indices[0]] != indices[1]
+    number = 3 if len(indices) == 3 else 2
+    return (*(index[keep] for index in indices[:number]), *indices[number:])  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""Who is a positive and who a negative of each query, from labels or from the indices of a miner."""
+"""The positives and negatives of each query, from labels or from the indices of a miner."""
 
 from __future__ import annotations
 
@@ -9,77 +9,156 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
 from pml_drsl.checks import InputError
-from pml_drsl.functional import Candidates
 
 IndicesTuple = tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """The pairs of a batch.
+class SparseMask:
+    """Sparse (query, candidate) mask. A dense mask would need an extra pass over the distance matrix.
 
     Attributes:
-        query: query of each (query, positive) pair, shape (E,), ascending; only queries that have a negative.
-        positive: candidate of each pair, shape (E,); no pair twice.
+        query: query of each listed pair, shape (L,), integer, ascending.
+        candidate: candidate of each listed pair, shape (L,), integer. No pair occurs twice.
+        included: True if the mask contains the listed pairs, False if it contains all other pairs.
+        own: the candidate that is the query itself, shape (Q,), integer, if there is one. The mask excludes it.
+    """
+
+    query: Tensor
+    candidate: Tensor
+    included: bool
+    own: Tensor | None = None
+
+    def part(self, pairs: slice, rows: slice) -> SparseMask:
+        """The mask of a range of queries, from the range of the listed pairs that belongs to these queries."""
+        own = None if self.own is None else self.own[rows]
+        return SparseMask(self.query[pairs] - rows.start, self.candidate[pairs], self.included, own)
+
+    def mask_excluded(self, y: Tensor) -> Tensor:
+        """Sets excluded candidates of ``y``, shape (Q, M), to +inf, so that they are never ranked ahead.
+
+        May modify ``y`` in place.
+        """
+        if self.included:
+            kept = y[self.query, self.candidate]
+            return torch.full_like(y, torch.inf).index_put_((self.query, self.candidate), kept)
+        if self.own is not None:
+            y.scatter_(1, self.own[:, None], torch.inf)
+        return y.index_put_((self.query, self.candidate), y.new_full((), torch.inf))
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The positives and negatives of a batch. Queries without a negative have no positives listed.
+
+    Attributes:
+        query: query of each (query, positive) pair, shape (E,), integer, ascending.
+        positive: candidate of each pair, shape (E,), integer. No pair occurs twice.
+        column: place of each pair among the pairs of its query, shape (E,), integer, from 0.
+        width: largest number of positives of one query.
+        batch_size: number of queries, Q, including the queries without a pair.
+        num_queries: number of queries that have a positive and a negative.
         negatives: the negatives of each query.
     """
 
     query: Tensor
     positive: Tensor
-    negatives: Candidates
+    column: Tensor
+    width: int
+    batch_size: int
+    num_queries: int
+    negatives: SparseMask
 
     def rows(self, rows: slice) -> Pairs:
-        """Those of a range of queries, which then count from 0."""
-        of_rows = Candidates(self.query, self.positive, True).rows(rows)
-        return Pairs(of_rows.query, of_rows.candidate, self.negatives.rows(rows))
+        """The pairs of a range of queries. The queries of the result are numbered from 0."""
+        range_ = torch.tensor([rows.start, rows.stop], device=self.query.device)
+        bounds = torch.stack([torch.searchsorted(mask, range_) for mask in (self.query, self.negatives.query)])
+        (start, stop), listed = bounds.tolist()
+        query, column = self.query[start:stop], self.column[start:stop]
+        return Pairs(
+            query - rows.start,
+            self.positive[start:stop],
+            column,
+            self.width,
+            rows.stop - rows.start,
+            int((column == 0).sum()),
+            self.negatives.part(slice(*listed), rows),
+        )
 
 
-def pairs_from_labels(labels: Tensor, ref_labels: Tensor) -> Pairs:
+def pairs_from_labels(labels: Tensor, ref_labels: Tensor, same: bool) -> Pairs:
     """The pairs of ``lmu.get_all_pairs_indices(labels, ref_labels)``, without its N^2 indices.
 
     Args:
-        labels: of the queries, shape (Q,), integer.
-        ref_labels: of the candidates, shape (M,); where it is ``labels`` itself, no query is its own candidate.
+        labels: labels of the queries, shape (Q,), integer.
+        ref_labels: labels of the candidates, shape (M,), integer.
+        same: True if the candidates are the queries, in the same order. A query is then no candidate of its own.
     """
-    of_queries, of_refs = labels.long().contiguous(), ref_labels.long()
-    of_refs, order = of_refs.sort(stable=True)
+    of_refs, order = ref_labels.long().sort(stable=True)
+    of_queries = labels.long().contiguous()
     first = torch.searchsorted(of_refs, of_queries)
     counts = torch.searchsorted(of_refs, of_queries, right=True) - first
-    query = torch.repeat_interleave(counts)
-    place = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts - first)[query]
-    same = order[place]
-    is_pair = (counts < len(ref_labels))[query]
-    if ref_labels is labels:
-        is_pair &= query != same
-    return Pairs(query[is_pair], same[is_pair], Candidates(query, same, listed=False))
+    has_negative = counts < len(ref_labels)
+    own = torch.arange(len(labels), device=labels.device) if same else None
+    counts = torch.where(has_negative, counts - 1 if same else counts, 0)
+    total, width, num_queries = _totals(counts)
+    query = torch.repeat_interleave(counts, output_size=total)
+    column = _columns(query, counts)
+    place = first[query] + column
+    if own is not None:
+        # The sorted candidates of an identity contain the query itself, which is left out.
+        own_place = torch.empty_like(order).scatter_(0, order, own)
+        place = place + (place >= own_place[query])
+    positive = order[place]
+    return Pairs(query, positive, column, width, len(labels), num_queries, SparseMask(query, positive, False, own))
 
 
 def pairs_from_indices(indices_tuple: IndicesTuple, num_queries: int, num_refs: int, device: torch.device) -> Pairs:
     """The pairs of a miner: 3 tensors (anchors, positives, negatives) or 4 (anchors, positives, anchors, negatives).
 
     Raises:
-        InputError: for anything else, indices out of range, or a pair that is both positive and negative.
+        InputError: for another number of tensors, for indices out of range, or for a pair that is both positive and
+            negative.
     """
     a1, p, a2, n = _check_indices(indices_tuple, num_queries, num_refs, device)
-    positives, negatives = _ascending(a1.long() * num_refs + p), _ascending(a2.long() * num_refs + n)
+    positives, negatives = _unique_ascending(a1 * num_refs + p, a2 * num_refs + n)
     if len(positives) and len(negatives):
         nearest = negatives[torch.searchsorted(negatives, positives).clamp_(max=len(negatives) - 1)]
-        if bool((nearest == positives).any()):
-            pair = divmod(int(positives[nearest == positives][0]), num_refs)
-            raise InputError(f"indices_tuple has the pair {pair} both as a positive and as a negative")
-    has_negative = torch.zeros(num_queries, dtype=torch.bool, device=device)
-    has_negative[a2] = True
+        both = nearest == positives
+        if bool(both.any()):
+            pair = divmod(int(positives[both][0]), num_refs)
+            raise InputError(
+                f"indices_tuple has the pair {pair} both as a positive and as a negative; give every pair one role"
+            )
+    has_negative = torch.zeros(num_queries, dtype=torch.bool, device=device).index_fill_(0, a2, True)
     query = positives // max(1, num_refs)
-    positives, query = positives[has_negative[query]], query[has_negative[query]]
+    kept = has_negative[query].nonzero().squeeze(1)
+    query, positives = query[kept], positives[kept]
+    counts = torch.zeros(num_queries, dtype=torch.long, device=device).index_add_(0, query, torch.ones_like(query))
+    _, width, number = _totals(counts)
     of_negatives = negatives // max(1, num_refs)
-    return Pairs(
-        query, positives - query * num_refs, Candidates(of_negatives, negatives - of_negatives * num_refs, listed=True)
-    )
+    mask = SparseMask(of_negatives, negatives - of_negatives * num_refs, included=True)
+    positive = positives - query * num_refs
+    return Pairs(query, positive, _columns(query, counts), width, num_queries, number, mask)
 
 
-def _ascending(codes: Tensor) -> Tensor:
-    """Sorted and each once; most miners give them so already."""
-    return codes if bool((codes[1:] > codes[:-1]).all()) else torch.unique(codes)
+def _totals(counts: Tensor) -> list[int]:
+    """The sum, the maximum, and the number of counts above 0. The device is synchronised once for all three."""
+    if len(counts) == 0:
+        return [0, 0, 0]
+    totals: list[int] = torch.stack([counts.sum(), counts.max(), (counts > 0).sum()]).tolist()
+    return totals
+
+
+def _columns(query: Tensor, counts: Tensor) -> Tensor:
+    """Place of each pair among the pairs of its query, shape (E,), from the number of pairs of each query, (Q,)."""
+    return torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
+
+
+def _unique_ascending(*codes: Tensor) -> list[Tensor]:
+    """Each tensor sorted and without duplicates. Most miners return such tensors, so that is checked first."""
+    ascending = torch.stack([(part[1:] > part[:-1]).all() for part in codes]).tolist()
+    return [part if sound else torch.unique(part) for part, sound in zip(codes, ascending, strict=True)]
 
 
 def _check_indices(
@@ -90,17 +169,20 @@ def _check_indices(
             f"indices_tuple must have 3 tensors (anchors, positives, negatives) or 4 (anchors, positives, anchors, "
             f"negatives), got {len(indices_tuple)}"
         )
-    indices = tuple(index.to(device) for index in lmu.convert_to_pairs(indices_tuple, None))
+    indices = tuple(index.to(device).long() for index in lmu.convert_to_pairs(indices_tuple, None))
     for (anchor, other), name in ((indices[:2], "positive"), (indices[2:], "negative")):
         if anchor.shape != other.shape or anchor.ndim != 1:
             raise InputError(
                 f"indices_tuple needs 1-D anchors and {name}s of one length, got shapes {tuple(anchor.shape)} and "
                 f"{tuple(other.shape)}"
             )
-        for index, size, what in ((anchor, num_queries, "anchor"), (other, num_refs, name)):
-            if len(index) and not 0 <= int(index.min()) <= int(index.max()) < size:
-                raise InputError(
-                    f"indices_tuple has {what} indices from {int(index.min())} to {int(index.max())}, outside the "
-                    f"{size} embeddings they point into"
-                )
-    return tuple(index.long() for index in indices)
+    names, sizes = ("anchor", "positive", "anchor", "negative"), (num_queries, num_refs) * 2
+    zero = torch.zeros((), dtype=torch.long, device=device)
+    ends = torch.stack([end for index in indices for end in (index.aminmax() if len(index) else (zero, zero))])
+    values = ends.tolist()
+    for index, size, name, low, high in zip(indices, sizes, names, values[::2], values[1::2], strict=True):
+        if len(index) and not 0 <= low <= high < size:
+            raise InputError(
+                f"indices_tuple has {name} indices from {low} to {high}, outside the {size} embeddings they point into"
+            )
+    return indices

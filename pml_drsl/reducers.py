@@ -1,4 +1,4 @@
-"""How the errors of a batch become one number."""
+"""Reducers that average the losses of a batch by query or by identity."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class PerQueryReducer(_QueryReducer):
         reducer: reduces the queries' averages, one "element" each. Default: their mean.
 
     Raises:
-        InputError: for a reducer that is none.
+        InputError: for a ``reducer`` that is not a reducer.
     """
 
     def __init__(self, reducer: BaseReducer | None = None, **kwargs: Any) -> None:
@@ -46,8 +46,11 @@ class PerQueryReducer(_QueryReducer):
     ) -> Tensor:
         if len(losses) == 0:
             return self.zero_loss(embeddings)  # type: ignore[no-any-return]
-        averages, queries = _means(losses, loss_indices)
-        loss_dict = {"loss": {"losses": averages, "indices": queries, "reduction_type": "element"}}
+        averages, has_loss = _averages(losses, loss_indices, len(embeddings))
+        if type(self.reducer) is MeanReducer:
+            return averages.sum() / has_loss.sum()
+        queries = has_loss.nonzero().squeeze(1)
+        loss_dict = {"loss": {"losses": averages[queries], "indices": queries, "reduction_type": "element"}}
         return self.reducer(loss_dict, embeddings, labels)  # type: ignore[no-any-return]
 
 
@@ -63,18 +66,25 @@ class PerIdentityReducer(_QueryReducer):
             raise InputError("PerIdentityReducer needs labels: call the loss with them, or give a PerQueryReducer")
         if len(losses) == 0:
             return self.zero_loss(embeddings)  # type: ignore[no-any-return]
-        of_queries, queries = _means(losses, loss_indices)
-        _, identity = torch.unique(labels[queries], return_inverse=True)
-        return _means(of_queries, identity)[0].mean()
+        of_queries, has_loss = _averages(losses, loss_indices, len(embeddings))
+        identities, identity = torch.unique(labels, return_inverse=True)
+        of_identities, has_query = _averages(of_queries, identity, len(identities), has_loss)
+        return of_identities.sum() / has_query.sum()
 
 
-def _means(losses: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of each group of losses and the groups' numbers, ascending; groups (one per loss) count from 0."""
-    counts = torch.bincount(group)
-    groups = counts.nonzero().squeeze(1)
-    sums = losses.new_zeros(len(counts)).index_add(0, group, losses)
-    means = sums / counts.clamp(min=1)
-    return (means if len(groups) == len(counts) else means[groups]), groups
+def _averages(losses: Tensor, group: Tensor, number: int, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Average loss of each group, shape (number,), and whether the group has a loss; 0 where it has none.
+
+    Args:
+        losses: shape (L,).
+        group: group of each loss, shape (L,), integer, in [0, number).
+        number: number of groups.
+        counted: whether each loss counts, shape (L,), bool; a loss that does not count must be 0. None counts all.
+    """
+    ones = torch.ones_like(losses) if counted is None else counted.to(losses)
+    counts = losses.new_zeros(number).index_add_(0, group, ones)
+    sums = losses.new_zeros(number).index_add(0, group, losses)
+    return sums / counts.clamp(min=1), counts > 0
 
 
 def check_reducer(reducer: torch.nn.Module, labels: Tensor | None, batch_size: int, num_refs: int) -> None:

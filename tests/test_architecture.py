@@ -30,7 +30,7 @@ FLOORS = (
 )
 
 # The name of a distribution where it differs from the name of the module.
-# torch brings triton where it can use it, and ``pml_drsl.fused`` is imported only there.
+# torch brings triton where it can use it, and ``pml_drsl.kernels`` is imported only there.
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "triton": "torch", "yaml": "pyyaml"}
 
 
@@ -44,8 +44,6 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 
 # Files that do not keep the rules yet. This list only shrinks.
 TOO_LONG = {
-    "pml_drsl.functional",
-    "pml_drsl.losses",
     "torchreid_ext.config.build",
     "torchreid_ext.engine.base",
 }

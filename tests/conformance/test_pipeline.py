@@ -3,16 +3,20 @@
 import numpy as np
 import pytest
 import torch
+from batches import make_loss
 from pytorch_metric_learning import miners, samplers, testers, trainers
 from pytorch_metric_learning.losses import ContrastiveLoss, MultipleLosses, MultiSimilarityLoss
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.common_functions import EmbeddingDataset
 from pytorch_metric_learning.utils.loss_tracker import LossTracker
 
-from pml_drsl.losses import DRSLoss
 from pml_drsl.miners import NegativeBudgetMiner, RankViolationMiner
 
-LOSSES = {"DRSLoss": lambda: DRSLoss(0.05), "ContrastiveLoss": ContrastiveLoss, "MultiSimilarity": MultiSimilarityLoss}
+LOSSES = {
+    "DRSLoss": lambda: make_loss(0.05),
+    "ContrastiveLoss": ContrastiveLoss,
+    "MultiSimilarity": MultiSimilarityLoss,
+}
 
 
 def make_data(size=96):
@@ -31,7 +35,7 @@ def make_networks():
 
 def train(trainer_class, loss, miner=None, **others):
     data, (trunk, classifier) = make_data(), make_networks()
-    before = DRSLoss(0.05)(trunk(data.embeddings), data.labels).item()
+    before = make_loss(0.05)(trunk(data.embeddings), data.labels).item()
     models = {"trunk": trunk, **({"classifier": classifier} if others else {})}
     optimizers = {f"{name}_optimizer": torch.optim.Adam(model.parameters(), 0.02) for name, model in models.items()}
     torch.manual_seed(0)
@@ -49,7 +53,7 @@ def train(trainer_class, loss, miner=None, **others):
         dataloader_num_workers=0,
     )
     trainer.train(num_epochs=1)
-    return trainer, before, DRSLoss(0.05)(trunk(data.embeddings), data.labels).item()
+    return trainer, before, make_loss(0.05)(trunk(data.embeddings), data.labels).item()
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -63,7 +67,7 @@ def test_metric_loss_only_trains(name):
     "miner", [RankViolationMiner(0.1), NegativeBudgetMiner(2), miners.MultiSimilarityMiner(), miners.BatchHardMiner()]
 )
 def test_metric_loss_only_trains_with_a_miner(miner):
-    _, before, after = train(trainers.MetricLossOnly, DRSLoss(0.05), miner)
+    _, before, after = train(trainers.MetricLossOnly, make_loss(0.05), miner)
     assert after < 0.8 * before
 
 
@@ -79,7 +83,7 @@ def test_train_with_classifier_trains(name):
 def test_testers_see_what_was_learned():
     pytest.importorskip("faiss")
     data, (untrained, _) = make_data(), make_networks()
-    trainer, *_ = train(trainers.MetricLossOnly, DRSLoss(0.05))
+    trainer, *_ = train(trainers.MetricLossOnly, make_loss(0.05))
     calculator = AccuracyCalculator(include=("precision_at_1",), k=1)
     tester = testers.GlobalEmbeddingSpaceTester(
         accuracy_calculator=calculator, dataloader_num_workers=0, data_device=torch.device("cpu")
@@ -93,28 +97,28 @@ def test_testers_see_what_was_learned():
 
 def test_multiple_losses_is_the_weighted_sum():
     x, labels = torch.randn(12, 4, requires_grad=True), torch.arange(12) // 3
-    parts = {"ours": DRSLoss(0.1), "theirs": ContrastiveLoss()}
+    parts = {"ours": make_loss(0.1), "theirs": ContrastiveLoss()}
     miner = RankViolationMiner(0.2)
     both = MultipleLosses(parts, miners={"ours": miner}, weights={"ours": 2, "theirs": 0.5})
-    wanted = 2 * DRSLoss(0.1)(x, labels, miner(x, labels)) + 0.5 * ContrastiveLoss()(x, labels)
+    wanted = 2 * make_loss(0.1)(x, labels, miner(x, labels)) + 0.5 * ContrastiveLoss()(x, labels)
     torch.testing.assert_close(both(x, labels), wanted)
-    listed = MultipleLosses([DRSLoss(0.1), DRSLoss(0.2)])
-    torch.testing.assert_close(listed(x, labels), DRSLoss(0.1)(x, labels) + DRSLoss(0.2)(x, labels))
+    listed = MultipleLosses([make_loss(0.1), make_loss(0.2)])
+    torch.testing.assert_close(listed(x, labels), make_loss(0.1)(x, labels) + make_loss(0.2)(x, labels))
 
 
 def test_loss_trackers_hold_its_value():
     x, labels = torch.randn(12, 4, requires_grad=True), torch.arange(12) // 3
     tracker = LossTracker(["metric_loss"])
-    tracker.losses["metric_loss"] = DRSLoss()(x, labels)
+    tracker.losses["metric_loss"] = make_loss()(x, labels)
     tracker.update({"metric_loss": 2})
-    torch.testing.assert_close(tracker.losses["total_loss"], 2 * DRSLoss()(x, labels))
+    torch.testing.assert_close(tracker.losses["total_loss"], 2 * make_loss()(x, labels))
 
 
 def test_records_name_settings_and_stats():
     x, labels = torch.randn(12, 4), torch.arange(12) // 3
-    loss_fn = DRSLoss(0.1, collect_stats=True)
+    loss_fn = make_loss(0.1, collect_stats=True)
     loss_fn(x, labels)
     assert {"temperature", "sort_weight", "margin"} <= set(loss_fn._record_these)
     assert loss_fn._record_these_stats == ["retrieval_error", "sort_error", "num_queries"]
     assert loss_fn.num_queries == 12
-    assert not hasattr(DRSLoss(0.1, collect_stats=False), "_record_these_stats")
+    assert not hasattr(make_loss(0.1, collect_stats=False), "_record_these_stats")

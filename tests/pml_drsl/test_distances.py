@@ -3,7 +3,7 @@
 import pytest
 import reference
 import torch
-from batches import assert_agrees, expected, make_batch
+from batches import assert_agrees, expected, make_batch, make_loss
 from pytorch_metric_learning.distances import (
     BatchedDistance,
     CosineSimilarity,
@@ -12,8 +12,7 @@ from pytorch_metric_learning.distances import (
     SNRDistance,
 )
 
-from pml_drsl.distances import EuclideanDistance
-from pml_drsl.losses import DRSLoss
+from pml_drsl.distances import distance_matrix
 
 
 def lp(p, power=1, normalize=True):
@@ -50,7 +49,7 @@ def test_agrees_with_the_definition(name, with_ref):
     distance, slow = DISTANCES[name]
     x, labels = make_batch(3, size=10)
     ref, ref_labels = make_batch(4, size=12) if with_ref else (None, None)
-    loss = DRSLoss(0.3, 0.5, distance=distance)(x, labels, None, ref, ref_labels)
+    loss = make_loss(0.3, 0.5, distance=distance)(x, labels, None, ref, ref_labels)
     wanted = expected(x, labels, ref, ref_labels, temperature=0.3, sort_weight=0.5, distance=slow)
     assert_agrees(loss, [x] if ref is None else [x, ref], wanted, 1e-8)
 
@@ -58,17 +57,17 @@ def test_agrees_with_the_definition(name, with_ref):
 @pytest.mark.parametrize(
     ("distance", "message"),
     [
-        (BatchedDistance(LpDistance()), r"BatchedDistance returns none; give the one inside, LpDistance\(\)"),
+        (BatchedDistance(LpDistance()), r"BatchedDistance returns none; give the distance inside it, LpDistance\(\)"),
         (LpDistance(power=0.5), "power=0.5; below 1 the gradient"),
         (LpDistance(p=0.5), "p=0.5 .* below 1 the gradient"),
         (LpDistance(p=0), "p=0 .* below 1 the gradient"),
-        (CosineSimilarity(power=0.5), "power=0.5, and that of a negative similarity is not a number"),
+        (CosineSimilarity(power=0.5), "power=0.5, and that power of a negative similarity is not a number"),
         (torch.nn.PairwiseDistance(), "distance must be a distance of pytorch_metric_learning.distances"),
     ],
 )
 def test_what_cannot_work_is_refused(distance, message):
     with pytest.raises(ValueError, match=message):
-        DRSLoss(distance=distance)
+        make_loss(distance=distance)
 
 
 def test_an_embedding_without_variance_has_no_signal_to_noise_ratio():
@@ -76,7 +75,7 @@ def test_an_embedding_without_variance_has_no_signal_to_noise_ratio():
     with torch.no_grad():
         x[4] = 7
     with pytest.raises(ValueError, match="SNRDistance gave infinite or NaN values"):
-        DRSLoss(distance=SNRDistance())(x, labels)
+        make_loss(distance=SNRDistance())(x, labels)
 
 
 # Precision.
@@ -95,7 +94,7 @@ def test_gradients_are_finite_for_identical_zero_and_large_embeddings(name, dtyp
         x[: size // 2] *= 0.5
         x[3], x[5] = 0, x[4]
         x.requires_grad_()
-        loss = DRSLoss(distance=DISTANCES[name][0])(x, labels)
+        loss = make_loss(distance=DISTANCES[name][0])(x, labels)
         loss.backward()
         assert torch.isfinite(loss)
         assert torch.isfinite(x.grad).all()
@@ -109,7 +108,7 @@ def test_cuda_agrees_with_the_cpu(dtype):
     results = []
     for device in ("cpu", "cuda"):
         y = x.detach().to(dtype).to(device).requires_grad_()
-        loss = DRSLoss(0.05)(y, labels.to(device))
+        loss = make_loss(0.05)(y, labels.to(device))
         results.append((loss.cpu(), torch.autograd.grad(loss, y)[0].cpu()))
     torch.testing.assert_close(*results, rtol=1e-2 if dtype.itemsize == 2 else 1e-4, atol=1e-4)
 
@@ -119,21 +118,32 @@ def test_cuda_agrees_with_the_cpu(dtype):
 def test_cuda_autocast_is_left_out():
     x, labels = (t.cuda() for t in make_batch(2, size=24, dtype=torch.float32))
     with torch.autocast("cuda"):
-        loss = DRSLoss()(x, labels)
-    torch.testing.assert_close(loss, DRSLoss()(x, labels), rtol=0, atol=0)
+        loss = make_loss()(x, labels)
+    torch.testing.assert_close(loss, make_loss()(x, labels), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("size", [1, 12, 40])  # torch.cdist takes another path above 25 rows
-@pytest.mark.parametrize("arguments", [{}, {"normalize_embeddings": False}, {"power": 2}])
-def test_euclidean_distance_is_lp_distance(size, arguments):
+@pytest.mark.parametrize(
+    "distance",
+    [
+        LpDistance(),
+        LpDistance(normalize_embeddings=False),
+        LpDistance(power=2),
+        CosineSimilarity(),
+        CosineSimilarity(power=3),
+        DotProductSimilarity(normalize_embeddings=False),
+    ],
+)
+def test_the_distance_matrix_is_that_of_pml(size, distance):
     x = torch.randn(size, 6, dtype=torch.float64)
     x[size // 2] = x[0]
     x.requires_grad_()
     # Between equal vectors a matrix product leaves the root of its rounding, and no direction.
     weight = torch.rand(size, size, dtype=torch.float64) * (torch.cdist(x, x) > 1e-6)
-    for ref in (None, torch.randn(5, 6, dtype=torch.float64)):
-        ours, pml = EuclideanDistance(**arguments)(x, ref), LpDistance(**arguments)(x, ref)
-        assert torch.equal(ours, pml)
+    for ref in (None, torch.randn(5, 6, dtype=torch.float64, requires_grad=True)):
+        ours, pml = distance_matrix(distance, x, ref), distance(x, ref)
+        torch.testing.assert_close(ours, pml, rtol=1e-12, atol=1e-7)
         weights = weight if ref is None else torch.rand(size, 5, dtype=torch.float64)
-        gradients = (torch.autograd.grad((weights * mat).sum(), x)[0] for mat in (ours, pml))
+        inputs = [x] if ref is None else [x, ref]
+        gradients = (torch.autograd.grad((weights * mat).sum(), inputs) for mat in (ours, pml))
         torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)

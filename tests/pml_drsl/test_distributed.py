@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from batches import make_batch
+from batches import make_batch, make_loss
 from pytorch_metric_learning.distances import LpDistance
 from pytorch_metric_learning.losses import ContrastiveLoss, SoftTripleLoss, TripletMarginLoss
 from pytorch_metric_learning.miners import DistanceWeightedMiner, TripletMarginMiner
@@ -10,19 +10,19 @@ from pytorch_metric_learning.reducers import AvgNonZeroReducer, SumReducer
 from pytorch_metric_learning.regularizers import LpRegularizer
 from pytorch_metric_learning.utils import distributed as pml_distributed
 
-from pml_drsl.losses import DRSLoss
+from pml_drsl.distributed import DistributedLossWrapper, DistributedMinerWrapper, gather_batch
 from pml_drsl.miners import NegativeBudgetMiner, RankViolationMiner
 from pml_drsl.reducers import PerIdentityReducer
-from pml_drsl.wrappers import CrossBatchMemory, DistributedLossWrapper, DistributedMinerWrapper, gather_batch
+from pml_drsl.wrappers import CrossBatchMemory
 
 LOSSES = {
-    "default": lambda: DRSLoss(0.1),
-    "bound": lambda: DRSLoss(0.1, bound=True),
-    "raw": lambda: DRSLoss(0.3, distance=LpDistance(normalize_embeddings=False)),
-    "per identity": lambda: DRSLoss(0.1, reducer=PerIdentityReducer()),
-    "sum": lambda: DRSLoss(0.1, reducer=SumReducer(), sort_weight=0),
-    "threshold": lambda: DRSLoss(0.1, reducer=AvgNonZeroReducer()),
-    "regularizer": lambda: DRSLoss(0.1, embedding_regularizer=LpRegularizer(), embedding_reg_weight=0.3),
+    "default": lambda: make_loss(0.1),
+    "bound": lambda: make_loss(0.1, bound=True),
+    "raw": lambda: make_loss(0.3, distance=LpDistance(normalize_embeddings=False)),
+    "per identity": lambda: make_loss(0.1, reducer=PerIdentityReducer()),
+    "sum": lambda: make_loss(0.1, reducer=SumReducer(), sort_weight=0),
+    "threshold": lambda: make_loss(0.1, reducer=AvgNonZeroReducer()),
+    "regularizer": lambda: make_loss(0.1, embedding_regularizer=LpRegularizer(), embedding_reg_weight=0.3),
 }
 MINERS = {
     "none": lambda: None,
@@ -147,8 +147,8 @@ def test_two_processes_agree_with_one(index, found):
 def test_in_one_process_the_wrappers_do_nothing():
     x, labels = make_batch(1)
     with pytest.warns(UserWarning, match="non-distributed"):
-        loss = DistributedLossWrapper(DRSLoss(), efficient=True)(x, labels)
-    assert torch.equal(loss, DRSLoss()(x, labels))
+        loss = DistributedLossWrapper(make_loss(), efficient=True)(x, labels)
+    assert torch.equal(loss, make_loss()(x, labels))
     for index, wanted in zip(
         DistributedMinerWrapper(RankViolationMiner())(x, labels), RankViolationMiner()(x, labels), strict=True
     ):

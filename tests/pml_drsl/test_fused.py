@@ -14,19 +14,19 @@ pytest.importorskip("triton")
 # The interpreter is chosen when the kernels are defined, so it takes a process of its own.
 IN_INTERPRETER = """
 import torch
-from pml_drsl import functional, fused
+from pml_drsl import fused, kernels
 from pml_drsl.losses import DRSLoss
 from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
 from pytorch_metric_learning.miners import PairMarginMiner
 
-eager = functional._fused
+eager = fused._kernels_for
 calls = []
 
 def interpreted(distances, weight):
     calls.append(weight is None)
-    return fused if weight is None else None
+    return kernels if weight is None else None
 
-fused.BLOCK = 8
+kernels.BLOCK = 8
 torch.manual_seed(0)
 for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
     x = torch.randn(10, 5, dtype=dtype, requires_grad=True)
@@ -39,7 +39,7 @@ for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         loss_fn = DRSLoss(0.1, **options)
         for arguments in ((x, labels), (x, labels, None, ref, ref_labels), (x, labels, PairMarginMiner()(x, labels))):
             results = []
-            for functional._fused in (eager, interpreted):
+            for fused._kernels_for in (eager, interpreted):
                 loss = loss_fn(*arguments)
                 inputs = [x] if len(arguments) < 4 else [x, ref]
                 results.append((loss, *torch.autograd.grad(loss, inputs)))
@@ -68,15 +68,15 @@ def test_compiles_for_gpus(name, dtype, bound, capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from pml_drsl import fused
+    from pml_drsl import kernels
 
-    kernel = getattr(fused, name)
+    kernel = getattr(kernels, name)
     if not hasattr(kernel, "arg_names"):
         pytest.skip("TRITON_INTERPRET is set")
     integers = {"query": "*i64", "first": "*i64", "columns": "i32"}
     signature = {argument: integers.get(argument, f"*{dtype}") for argument in kernel.arg_names}
     signature["BLOCK"] = signature["BOUND"] = "constexpr"
-    source = ASTSource(kernel, signature, constexprs={"BLOCK": fused.BLOCK, "BOUND": bound})
+    source = ASTSource(kernel, signature, constexprs={"BLOCK": kernels.BLOCK, "BOUND": bound})
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     assert ".visible .entry" in compiled.asm["ptx"]
     assert len(compiled.asm["cubin"]) > 0
@@ -85,13 +85,13 @@ def test_compiles_for_gpus(name, dtype, bound, capability):
 def test_where_the_kernels_do_not_run_it_says_so_and_goes_on(monkeypatch):
     import torch
 
-    from pml_drsl import functional, fused
+    from pml_drsl import fused, kernels
 
     def fails(*_):
         raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(fused, "count", fails)
+    monkeypatch.setattr(kernels, "count", fails)
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *sizes, device: zeros(*sizes))
     with pytest.warns(UserWarning, match="slower path: Failed to find C compiler"):
-        assert functional._kernels.__wrapped__() is None
+        assert fused._kernels.__wrapped__() is None

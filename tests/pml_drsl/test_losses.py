@@ -6,7 +6,7 @@ import pickle
 import pytest
 import reference
 import torch
-from batches import assert_agrees, expected, make_batch
+from batches import assert_agrees, expected, make_batch, make_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_metric_learning.distances import (
@@ -23,7 +23,6 @@ from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from sklearn.metrics import average_precision_score
 
 from pml_drsl import losses
-from pml_drsl.losses import DRSLoss
 
 DISTANCES = {
     "euclidean": (lambda: LpDistance(p=2), reference.euclidean),
@@ -46,7 +45,7 @@ def test_agrees_with_the_definition(seed, bound, distance, dtype, tolerance):
     make, slow = DISTANCES[distance]
     x, labels = make_batch(seed, dtype=dtype)
     settings = {"temperature": 0.1, "sort_weight": 0.7, "margin": 0.05, "bound": bound}
-    loss = DRSLoss(**settings, distance=make())(x, labels)
+    loss = make_loss(**settings, distance=make())(x, labels)
     assert loss.dtype == dtype
     assert_agrees(loss, [x], expected(x, labels, **settings, distance=slow), tolerance)
 
@@ -69,7 +68,7 @@ def test_agrees_for_any_labels_and_references(labels, ref_labels, temperature, s
         ref = torch.randn(len(ref_labels), 4, generator=generator, dtype=torch.float64, requires_grad=True)
         ref_labels, inputs = torch.tensor(ref_labels), [x, ref]
     settings = {"temperature": temperature, "sort_weight": sort_weight, "bound": bound}
-    loss = DRSLoss(**settings)(x, labels, ref_emb=ref, ref_labels=ref_labels)
+    loss = make_loss(**settings)(x, labels, ref_emb=ref, ref_labels=ref_labels)
     pairs = reference.pairs_from_labels(labels.tolist(), None if ref is None else ref_labels.tolist())
     if reference.drsl(x, *pairs, ref, **settings).isnan():
         assert loss == 0
@@ -97,7 +96,7 @@ def test_agrees_for_the_pairs_of_a_miner(form, with_ref):
     wanted = expected(x, labels, ref, ref_labels, pairs, temperature=0.1, sort_weight=0.3)
     inputs = [x] if ref is None else [x, ref]
     for given_labels in ((labels, ref_labels), (None, None)):
-        loss = DRSLoss(0.1)(x, given_labels[0], duplicated, ref, given_labels[1])
+        loss = make_loss(0.1)(x, given_labels[0], duplicated, ref, given_labels[1])
         assert_agrees(loss, inputs, wanted, 1e-9)
 
 
@@ -106,15 +105,17 @@ def test_a_bound_is_no_less_than_the_error_of_the_true_ranks():
     labels = torch.arange(12) // 2
     for seed in range(20):
         x, _ = make_batch(seed)
-        true = DRSLoss(1e-9, sort_weight=0)(x[:12], labels)
+        true = make_loss(1e-9, sort_weight=0)(x[:12], labels)
         for temperature in (0.01, 0.1, 1.0):
-            assert DRSLoss(temperature, sort_weight=0, bound=True)(x[:12], labels) >= true
+            assert make_loss(temperature, sort_weight=0, bound=True)(x[:12], labels) >= true
 
 
 def test_a_bound_pulls_at_a_positive_far_behind_its_negatives_where_the_error_does_not():
     x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.1], [0.1, 1.0]], dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([0, 0, 1, 2])
-    slopes = [torch.autograd.grad(DRSLoss(0.01, 0, bound=bound)(x, labels), x)[0][1].norm() for bound in (False, True)]
+    slopes = [
+        torch.autograd.grad(make_loss(0.01, 0, bound=bound)(x, labels), x)[0][1].norm() for bound in (False, True)
+    ]
     assert slopes[0] < 0.01 and slopes[1] > 0.1
 
 
@@ -123,7 +124,7 @@ def test_a_bound_pulls_at_a_positive_far_behind_its_negatives_where_the_error_do
 
 def test_fact_1_at_temperature_0_it_is_mean_average_precision():
     x, labels = make_batch(1, size=40)
-    loss = DRSLoss(temperature=1e-9, sort_weight=0)(x, labels)
+    loss = make_loss(temperature=1e-9, sort_weight=0)(x, labels)
     precisions = []
     for q in range(len(x)):
         others = torch.arange(len(x)) != q
@@ -138,7 +139,7 @@ def test_fact_1_at_temperature_0_it_is_mean_average_precision():
 def test_fact_2_smooth_ap_is_a_special_case(temperature):
     x = torch.randn(12, 6, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([3, 0, 1, 2] * 3)
-    loss_fn = DRSLoss(temperature, sort_weight=0, distance=CosineSimilarity())
+    loss_fn = make_loss(temperature, sort_weight=0, distance=CosineSimilarity())
     loss = loss_fn(x, labels, ref_emb=x.clone(), ref_labels=labels.clone())
     wanted = reference.smooth_ap(x, labels.tolist(), temperature)
     torch.testing.assert_close(loss, wanted, rtol=0, atol=1e-9)
@@ -146,7 +147,7 @@ def test_fact_2_smooth_ap_is_a_special_case(temperature):
 
 
 def test_fact_2_pml_agrees_only_where_classes_are_as_many_as_their_items():
-    loss_fn = DRSLoss(0.01, sort_weight=0, distance=CosineSimilarity())
+    loss_fn = make_loss(0.01, sort_weight=0, distance=CosineSimilarity())
 
     def both(x, labels):
         ours = loss_fn(x, labels, ref_emb=x.clone(), ref_labels=labels.clone())
@@ -164,7 +165,7 @@ def test_fact_3_queries_without_a_positive_or_a_negative_have_no_term():
     x, labels = make_batch(2, size=10)
     lonely = torch.cat([x, torch.randn(3, 5, dtype=torch.float64)])
     refs, ref_labels = x.detach().clone(), labels.clone()
-    loss_fn = DRSLoss(0.1)
+    loss_fn = make_loss(0.1)
     only = loss_fn(x, labels, ref_emb=refs, ref_labels=ref_labels)
     more = loss_fn(lonely, torch.cat([labels, torch.tensor([50, 51, 52])]), ref_emb=refs, ref_labels=ref_labels)
     torch.testing.assert_close(only, more)
@@ -173,7 +174,7 @@ def test_fact_3_queries_without_a_positive_or_a_negative_have_no_term():
 @pytest.mark.parametrize("labels", [[7, 7, 7, 7], [1, 2, 3, 4], [], [5]])
 def test_fact_3_without_any_term_the_loss_is_0_and_goes_backward(labels):
     x = torch.randn(len(labels), 3, requires_grad=True)
-    loss = DRSLoss()(x, torch.tensor(labels, dtype=torch.long))
+    loss = make_loss()(x, torch.tensor(labels, dtype=torch.long))
     assert loss.item() == 0
     loss.backward()
     assert x.grad.shape == x.shape
@@ -182,7 +183,7 @@ def test_fact_3_without_any_term_the_loss_is_0_and_goes_backward(labels):
 
 def test_fact_4_order_and_label_values_do_not_matter():
     x, labels = make_batch(3, size=20)
-    loss_fn = DRSLoss(0.05)
+    loss_fn = make_loss(0.05)
     loss = loss_fn(x, labels)
     order = torch.randperm(20, generator=torch.Generator().manual_seed(1))
     renamed = labels * -1000 + 17
@@ -198,9 +199,9 @@ def test_fact_5_chunking_changes_nothing(chunk, form, bound, monkeypatch):
     x, labels = make_batch(4, size=30)
     ref, ref_labels = make_batch(5, size=41) if form == "ref" else (None, None)
     indices = lmu.get_all_pairs_indices(labels) if form == "indices" else None
-    whole = DRSLoss(0.05, bound=bound)(x, labels, indices, ref, ref_labels)
-    monkeypatch.setattr("pml_drsl.functional.CPU_BLOCK", 50)
-    parts = DRSLoss(0.05, query_chunk_size=chunk, bound=bound)(x, labels, indices, ref, ref_labels)
+    whole = make_loss(0.05, bound=bound)(x, labels, indices, ref, ref_labels)
+    monkeypatch.setattr("pml_drsl.fused.CPU_BLOCK", 50)
+    parts = make_loss(0.05, query_chunk_size=chunk, bound=bound)(x, labels, indices, ref, ref_labels)
     inputs = [x] if ref is None else [x, ref]
     torch.testing.assert_close(whole, parts, rtol=0, atol=1e-12)
     torch.testing.assert_close(
@@ -218,13 +219,13 @@ def test_fact_5_the_default_chunk_size_bounds_the_distance_matrix(monkeypatch):
             return super().forward(query_emb, ref_emb)
 
     x, labels = make_batch(4, size=30)
-    DRSLoss(distance=Watched())(x, labels)
+    make_loss(distance=Watched())(x, labels)
     assert max(rows) == 6
 
 
 def test_fact_5_torch_compile_changes_nothing():
     network, labels = torch.nn.Linear(5, 3), torch.arange(12) // 3
-    x, loss_fn = torch.randn(12, 5), DRSLoss(0.1)
+    x, loss_fn = torch.randn(12, 5), make_loss(0.1)
     wanted = torch.autograd.grad(loss_fn(network(x), labels), network.weight)
     compiled = torch.compile(lambda x: loss_fn(network(x), labels))
     torch.testing.assert_close(torch.autograd.grad(compiled(x), network.weight), wanted, rtol=1e-4, atol=1e-5)
@@ -236,7 +237,7 @@ def train_on_shard(rank, world_size, store, results):
     x, labels = make_batch(15, size=16)
     network = torch.nn.parallel.DistributedDataParallel(make_network())
     share = slice(rank * 16 // world_size, (rank + 1) * 16 // world_size)
-    loss = DistributedLossWrapper(DRSLoss(0.1))(network(x.detach()[share]), labels[share])
+    loss = DistributedLossWrapper(make_loss(0.1))(network(x.detach()[share]), labels[share])
     loss.backward()
     if rank == 0:
         torch.save((loss.detach(), network.module.weight.grad), results)
@@ -256,7 +257,7 @@ def test_fact_5_any_split_over_processes(tmp_path):
     loss, gradient = torch.load(results, weights_only=True)
     x, labels = make_batch(15, size=16)
     network = make_network()
-    wanted = DRSLoss(0.1)(network(x.detach()), labels)
+    wanted = make_loss(0.1)(network(x.detach()), labels)
     wanted.backward()
     # PML multiplies by the number of processes, which DistributedDataParallel's mean divides by again.
     torch.testing.assert_close(loss / 2, wanted.detach(), rtol=0, atol=1e-12)
@@ -265,7 +266,7 @@ def test_fact_5_any_split_over_processes(tmp_path):
 
 def test_fact_6_gradcheck_and_float64():
     x, labels = make_batch(6, size=9, dim=3)
-    loss_fn = DRSLoss(0.3, 0.5, 0.1)
+    loss_fn = make_loss(0.3, 0.5, 0.1)
     assert loss_fn(x, labels).dtype == torch.float64
     assert torch.autograd.gradcheck(lambda e: loss_fn(e, labels), x)
     ref = torch.randn(11, 3, dtype=torch.float64, requires_grad=True)
@@ -277,10 +278,10 @@ def test_fact_6_gradcheck_and_float64():
 def test_fact_6_half_precision_is_computed_in_float32(dtype):
     x, labels = make_batch(7, size=24, dtype=torch.float32)
     half = x.detach().to(dtype).requires_grad_()
-    loss = DRSLoss()(half, labels)
+    loss = make_loss()(half, labels)
     assert loss.dtype == torch.float32
     full = half.detach().float().requires_grad_()
-    wanted = DRSLoss()(full, labels)
+    wanted = make_loss()(full, labels)
     torch.testing.assert_close(loss, wanted)
     loss.backward()
     wanted.backward()
@@ -289,9 +290,9 @@ def test_fact_6_half_precision_is_computed_in_float32(dtype):
 
 def test_fact_6_autocast_is_left_out():
     x, labels = make_batch(8, size=24, dtype=torch.float32)
-    wanted = DRSLoss()(x, labels)
+    wanted = make_loss()(x, labels)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = DRSLoss()(x, labels)
+        loss = make_loss()(x, labels)
     torch.testing.assert_close(loss, wanted, rtol=0, atol=0)
 
 
@@ -305,7 +306,7 @@ def test_fact_7_identical_and_zero_embeddings_are_finite(distance, dtype, size):
         x[: size // 2] *= 0.5
         x[3] = 0
         x.requires_grad_()
-        loss = DRSLoss(distance=DISTANCES[distance][0]())(x, labels)
+        loss = make_loss(distance=DISTANCES[distance][0]())(x, labels)
         loss.backward()
         assert torch.isfinite(loss)
         assert torch.isfinite(x.grad).all()
@@ -317,7 +318,9 @@ def test_fact_7_identical_and_zero_embeddings_are_finite(distance, dtype, size):
 def test_sub_losses_can_be_reduced_apart():
     x, labels = make_batch(9)
     query, positive = lmu.get_all_pairs_indices(labels)[:2]
-    loss_fn = DRSLoss(0.1, 0.4, reducer=MultipleReducers({"retrieval_loss": SumReducer(), "sort_loss": MeanReducer()}))
+    loss_fn = make_loss(
+        0.1, 0.4, reducer=MultipleReducers({"retrieval_loss": SumReducer(), "sort_loss": MeanReducer()})
+    )
     assert loss_fn.sub_loss_names() == ["retrieval_loss", "sort_loss"]
     errors = loss_fn.compute_loss(x, labels, None, x, labels)
     assert list(errors) == loss_fn.sub_loss_names()
@@ -330,9 +333,9 @@ def test_sub_losses_can_be_reduced_apart():
 
 def test_collect_stats_shows_each_error():
     x, labels = make_batch(10)
-    loss_fn = DRSLoss(0.1, 0.5, collect_stats=True)
+    loss_fn = make_loss(0.1, 0.5, collect_stats=True)
     loss = loss_fn(x, labels).item()
-    retrieval = DRSLoss(0.1, 0)(x, labels).item()
+    retrieval = make_loss(0.1, 0)(x, labels).item()
     assert loss_fn.retrieval_error == pytest.approx(retrieval)
     assert loss_fn.retrieval_error + 0.5 * loss_fn.sort_error == pytest.approx(loss)
     has_positive = [(labels == label).sum() > 1 for label in labels]
@@ -341,14 +344,14 @@ def test_collect_stats_shows_each_error():
 
 def test_embedding_regularizer_is_added():
     x, labels = make_batch(11)
-    plain = DRSLoss(0.1)(x, labels)
-    regularized = DRSLoss(0.1, embedding_regularizer=LpRegularizer(), embedding_reg_weight=0.5)(x, labels)
+    plain = make_loss(0.1)(x, labels)
+    regularized = make_loss(0.1, embedding_regularizer=LpRegularizer(), embedding_reg_weight=0.5)(x, labels)
     torch.testing.assert_close(regularized, plain + 0.5 * x.norm(dim=1).mean())
 
 
 def test_pickle_deepcopy_state_dict_and_repr():
     x, labels = make_batch(12)
-    loss_fn = DRSLoss(0.1, 0.2, 0.03)
+    loss_fn = make_loss(0.1, 0.2, 0.03)
     for twin in (pickle.loads(pickle.dumps(loss_fn)), copy.deepcopy(loss_fn)):
         twin.load_state_dict(loss_fn.state_dict())
         assert torch.equal(twin(x, labels), loss_fn(x, labels))
@@ -357,9 +360,9 @@ def test_pickle_deepcopy_state_dict_and_repr():
 
 def test_labels_may_be_of_any_integer_type():
     x, labels = make_batch(13)
-    wanted = DRSLoss()(x, labels)
+    wanted = make_loss()(x, labels)
     for dtype in (torch.int8, torch.int32):
-        assert torch.equal(DRSLoss()(x, labels.to(dtype)), wanted)
+        assert torch.equal(make_loss()(x, labels.to(dtype)), wanted)
 
 
 @pytest.mark.parametrize(
@@ -377,7 +380,7 @@ def test_labels_may_be_of_any_integer_type():
 )
 def test_bad_hyper_parameters_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        DRSLoss(**arguments)
+        make_loss(**arguments)
 
 
 X, LABELS = torch.randn(4, 3), torch.tensor([0, 0, 1, 1])
@@ -407,7 +410,7 @@ INDEX = torch.tensor([0, 1])
 )
 def test_bad_input_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        DRSLoss()(*arguments)
+        make_loss()(*arguments)
 
 
 def test_a_distance_of_ones_own_works():
@@ -421,5 +424,5 @@ def test_a_distance_of_ones_own_works():
         return ((x - y).abs() / (x.abs() + y.abs())).sum()
 
     x, labels = make_batch(14)
-    loss = DRSLoss(0.1, distance=Canberra())(x, labels)
+    loss = make_loss(0.1, distance=Canberra())(x, labels)
     assert_agrees(loss, [x], expected(x, labels, temperature=0.1, sort_weight=0.3, distance=slow), 1e-9)

@@ -5,14 +5,13 @@ import pickle
 
 import pytest
 import torch
-from batches import make_batch
+from batches import make_batch, make_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_metric_learning import miners as pml_miners
 from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
 from reference import pairs_from_labels
 
-from pml_drsl.losses import DRSLoss
 from pml_drsl.miners import NegativeBudgetMiner, RankViolationMiner
 
 DISTANCES = {"euclidean": LpDistance(), "cosine": CosineSimilarity()}
@@ -132,7 +131,7 @@ def test_the_query_itself_among_the_references_is_no_candidate(miner):
 def test_batches_of_0_and_1_give_no_pairs(miner, size):
     indices = miner(torch.randn(size, 3), torch.arange(size))
     assert [len(index) for index in indices] == [0] * 4
-    assert DRSLoss()(torch.randn(size, 3), torch.arange(size), indices) == 0
+    assert make_loss()(torch.randn(size, 3), torch.arange(size), indices) == 0
 
 
 def test_half_precision_is_ranked_in_float32():
@@ -209,7 +208,7 @@ def test_every_miner_works_in_front(name, with_ref):
     torch.manual_seed(0)
     indices = MINERS[name]()(x, labels, ref, ref_labels)
     assert len(indices[0]) > 0
-    loss = DRSLoss(0.1)(x, labels, indices, ref, ref_labels)
+    loss = make_loss(0.1)(x, labels, indices, ref, ref_labels)
     loss.backward()
     assert loss > 0
     assert torch.isfinite(x.grad).all()

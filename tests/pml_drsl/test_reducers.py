@@ -2,13 +2,12 @@ import inspect
 
 import pytest
 import torch
-from batches import make_batch
+from batches import make_batch, make_loss
 from pytorch_metric_learning import reducers as pml_reducers
 from pytorch_metric_learning.losses import SupConLoss, TripletMarginLoss
 from pytorch_metric_learning.reducers import AvgNonZeroReducer, PerAnchorReducer, SumReducer
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 
-from pml_drsl.losses import DRSLoss
 from pml_drsl.reducers import PerIdentityReducer, PerQueryReducer
 
 
@@ -79,18 +78,18 @@ def test_every_identity_weighs_the_same(kind):
 
 def test_identities_with_equal_numbers_make_it_the_mean_over_queries():
     x, labels = torch.randn(12, 4), torch.arange(12) % 3
-    torch.testing.assert_close(DRSLoss(reducer=PerIdentityReducer())(x, labels), DRSLoss()(x, labels))
+    torch.testing.assert_close(make_loss(reducer=PerIdentityReducer())(x, labels), make_loss()(x, labels))
 
 
 def test_per_identity_without_labels_is_refused():
     x, labels = make_batch(1)
     with pytest.raises(ValueError, match="PerIdentityReducer needs labels"):
-        DRSLoss(reducer=PerIdentityReducer())(x, None, lmu.get_all_pairs_indices(labels))
+        make_loss(reducer=PerIdentityReducer())(x, None, lmu.get_all_pairs_indices(labels))
 
 
 def test_per_identity_of_no_loss_is_zero():
     x = torch.randn(4, 3, requires_grad=True)
-    loss = DRSLoss(reducer=PerIdentityReducer())(x, torch.arange(4))
+    loss = make_loss(reducer=PerIdentityReducer())(x, torch.arange(4))
     loss.backward()
     assert loss == 0
 
@@ -132,9 +131,9 @@ def test_every_reducer_works_behind_drsl(name):
     reducer, by_hand = REDUCERS[name]
     x = torch.randn(9, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 0, 2])
-    raw = DRSLoss(0.1, reducer=pml_reducers.DoNothingReducer())(x, labels)
+    raw = make_loss(0.1, reducer=pml_reducers.DoNothingReducer())(x, labels)
     assert list(raw) == ["retrieval_loss", "sort_loss"]
-    reduced = DRSLoss(0.1, reducer=reducer)(x, labels)
+    reduced = make_loss(0.1, reducer=reducer)(x, labels)
     if name == "DoNothingReducer":
         return
     if name == "ThresholdReducer":
@@ -163,4 +162,4 @@ def test_what_would_fail_obscurely_is_refused(reducer, labels, message):
     labels = None if labels is None else torch.tensor(labels)
     indices = lmu.get_all_pairs_indices(torch.tensor([0, 0, 1, 1]), torch.arange(6) // 3)
     with pytest.raises(ValueError, match=message):
-        DRSLoss(reducer=reducer)(x, labels, indices, ref, torch.arange(6) // 3)
+        make_loss(reducer=reducer)(x, labels, indices, ref, torch.arange(6) // 3)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from batches import make_batch
+from batches import make_batch, make_loss
 from pytorch_metric_learning import losses as pml
 from pytorch_metric_learning import miners as pml_miners
 from reference import drsl
@@ -25,7 +25,7 @@ def batches(number, size, dtype=torch.float64):
 
 @pytest.mark.parametrize("size", [1, 2, 5, 12])
 def test_memory_is_a_queue_of_references_without_the_query(size):
-    memory = CrossBatchMemory(DRSLoss(**TEMPERATURE), 4, memory_size=12)
+    memory = CrossBatchMemory(make_loss(**TEMPERATURE), 4, memory_size=12)
     queue = []  # (embedding, label), oldest first; the last `size` are the batch itself
     for x, labels in batches(9, size):
         loss = memory(x, labels)
@@ -46,8 +46,8 @@ def test_memory_is_a_queue_of_references_without_the_query(size):
 @pytest.mark.parametrize("miner", [RankViolationMiner(0.4), NegativeBudgetMiner(1, "semihard")])
 def test_memory_of_one_batch_mines_as_the_batch_does(miner):
     x, labels = make_batch(1)
-    memory = CrossBatchMemory(DRSLoss(0.1), 5, memory_size=14, miner=miner)
-    wanted = DRSLoss(0.1)(x, labels, miner(x, labels), x.detach().clone(), labels.clone())
+    memory = CrossBatchMemory(make_loss(0.1), 5, memory_size=14, miner=miner)
+    wanted = make_loss(0.1)(x, labels, miner(x, labels), x.detach().clone(), labels.clone())
     memory.queue_idx = 6  # the batch wraps around the end of the queue
     memory.has_been_filled = True
     torch.testing.assert_close(memory(x, labels), wanted)
@@ -74,16 +74,16 @@ def test_memory_agrees_with_pml_s(loss, miner):
 
 def test_memory_takes_a_mask_of_what_to_keep():
     x, labels = make_batch(3)
-    memory = CrossBatchMemory(DRSLoss(0.1), 5, memory_size=14)
+    memory = CrossBatchMemory(make_loss(0.1), 5, memory_size=14)
     keep = torch.arange(len(x)) < 8
     loss = memory(x, labels, enqueue_mask=keep)
-    wanted = DRSLoss(0.1)(x[~keep], labels[~keep], ref_emb=x[keep].detach(), ref_labels=labels[keep])
+    wanted = make_loss(0.1)(x[~keep], labels[~keep], ref_emb=x[keep].detach(), ref_labels=labels[keep])
     torch.testing.assert_close(loss, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_memory_holds_half_precision(dtype):
-    memory = CrossBatchMemory(DRSLoss(), 4, memory_size=8)
+    memory = CrossBatchMemory(make_loss(), 4, memory_size=8)
     for x, labels in batches(3, 6, dtype):
         loss = memory(x, labels.int())
         loss.backward()
@@ -93,7 +93,7 @@ def test_memory_holds_half_precision(dtype):
 
 
 def test_memory_smaller_than_the_batch_is_refused():
-    memory = CrossBatchMemory(DRSLoss(), 4, memory_size=5)
+    memory = CrossBatchMemory(make_loss(), 4, memory_size=5)
     with pytest.raises(ValueError, match="6 embeddings do not fit in a memory_size of 5"):
         memory(torch.randn(6, 4), torch.arange(6))
     with pytest.raises(ValueError, match="7 embeddings do not fit"):
@@ -101,12 +101,12 @@ def test_memory_smaller_than_the_batch_is_refused():
 
 
 def test_memory_is_copied_and_saved():
-    memory = CrossBatchMemory(DRSLoss(0.1), 4, memory_size=8)
+    memory = CrossBatchMemory(make_loss(0.1), 4, memory_size=8)
     (x, labels), (y, more) = batches(2, 5, torch.float32)
     memory(x, labels)
     copied = copy.deepcopy(memory)
     assert torch.equal(memory(y, more), copied(y, more))
-    fresh = CrossBatchMemory(DRSLoss(0.1), 4, memory_size=8)
+    fresh = CrossBatchMemory(make_loss(0.1), 4, memory_size=8)
     fresh.load_state_dict(memory.state_dict())
     assert torch.equal(fresh.embedding_memory, memory.embedding_memory)
 
@@ -115,7 +115,7 @@ def test_memory_is_copied_and_saved():
 def test_self_supervised_loss_pairs_each_image_with_its_twin(symmetric):
     x, _ = make_batch(4, size=6)
     twins = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
-    loss = SelfSupervisedLoss(DRSLoss(**TEMPERATURE), symmetric=symmetric)(x, twins)
+    loss = SelfSupervisedLoss(make_loss(**TEMPERATURE), symmetric=symmetric)(x, twins)
     number = 12 if symmetric else 6
     same = {(q, (q + 6) % 12 if symmetric else q) for q in range(number)}
     pairs = {(q, c) for q in range(number) for c in range(number) if not symmetric or q != c}

@@ -1,7 +1,10 @@
-"""Small awkward batches, and the oracle's answer for them."""
+"""Small awkward batches, the oracle's answer for them, and the loss by its definition."""
 
 import reference
 import torch
+from pytorch_metric_learning.distances import LpDistance
+
+from pml_drsl.losses import DRSLoss
 
 
 def make_batch(seed: int, size: int = 14, dim: int = 5, classes: int = 4, dtype=torch.float64):
@@ -30,3 +33,8 @@ def assert_agrees(actual, inputs, wanted, tolerance):
         assert torch.isfinite(gradient).all()
         # A gradient is of the order of 1 / temperature.
         torch.testing.assert_close(gradient.double(), want, rtol=tolerance, atol=tolerance * max(1.0, want.abs().max()))
+
+
+def make_loss(temperature=0.01, sort_weight=0.3, margin=0.0, **options):
+    """The definition, whatever the defaults of ``DRSLoss`` are."""
+    return DRSLoss(temperature, sort_weight, margin, **{"bound": False, "distance": LpDistance(), **options})

@@ -8,7 +8,7 @@ import torch
 import torchreid
 from torch import Tensor
 
-from pml_drsl.wrappers import gather_batch
+from pml_drsl.distributed import gather_batch
 from torchreid_ext.data.samplers import warn_if_positives_are_rare
 from torchreid_ext.engine.base import BaseEngine
 from torchreid_ext.engine.batch import Batch

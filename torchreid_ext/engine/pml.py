@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pml_drsl.checks import InputError
+from pml_drsl.distributed import DistributedLossWrapper, draws_of_first, gather_batch
 from pml_drsl.losses import DRSLoss
-from pml_drsl.wrappers import DistributedLossWrapper, draws_of_first, gather_batch
 from torchreid_ext.data.samplers import warn_if_positives_are_rare
 from torchreid_ext.engine.base import BaseEngine
 from torchreid_ext.engine.batch import Batch

@@ -18,7 +18,6 @@ import torch
 from pytorch_metric_learning import losses as pml
 from pytorch_metric_learning.distances import LpDistance
 
-from pml_drsl.distances import EuclideanDistance
 from pml_drsl.losses import DRSLoss
 from pml_drsl.machine import peak_process_bytes
 
@@ -26,7 +25,7 @@ FLOOR = "floor"
 OURS = ("DRSL", "DRSL-definition")
 LOSSES: dict[str, Callable[[], torch.nn.Module]] = {
     "DRSL": DRSLoss,
-    "DRSL-definition": lambda: DRSLoss(temperature=0.01, sort_weight=0.3, bound=False, distance=EuclideanDistance()),
+    "DRSL-definition": lambda: DRSLoss(temperature=0.01, sort_weight=0.3, bound=False, distance=LpDistance()),
     "SmoothAP": pml.SmoothAPLoss,
     "FastAP": pml.FastAPLoss,
     "TripletMargin": pml.TripletMarginLoss,

@@ -25,8 +25,8 @@ from pml_drsl.benchmark.timing import measure
 from pml_drsl.benchmark.timing import table as speed_report
 from pml_drsl.benchmark.timing.measure import LOSSES, PER_IDENTITY
 from pml_drsl.checks import InputError
+from pml_drsl.distributed import DistributedLossWrapper
 from pml_drsl.evaluation.ranking import share
-from pml_drsl.wrappers import DistributedLossWrapper
 
 PASSES = {"allgather_": 1, "allreduce_": 2, "broadcast_": 1}  # round the ring
 

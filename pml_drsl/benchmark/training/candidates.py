@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pytorch_metric_learning import losses, miners
-from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity
+from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity, LpDistance
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pml_drsl.distances import EuclideanDistance
 from pml_drsl.losses import DRSLoss
 from pml_drsl.miners import FourIndices, NegativeBudgetMiner
 from pml_drsl.wrappers import CrossBatchMemory
@@ -55,10 +54,10 @@ def _grid(**values: tuple[Any, ...]) -> tuple[dict[str, Any], ...]:
 
 
 DISTANCES: dict[str, Callable[[], BaseDistance]] = {
-    "euclidean": EuclideanDistance,
-    "squared euclidean": lambda: EuclideanDistance(power=2),
+    "euclidean": LpDistance,
+    "squared euclidean": lambda: LpDistance(power=2),
     "cosine": CosineSimilarity,
-    "raw euclidean": lambda: EuclideanDistance(normalize_embeddings=False),
+    "raw euclidean": lambda: LpDistance(normalize_embeddings=False),
 }
 
 

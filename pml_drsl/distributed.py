@@ -1,0 +1,222 @@
+"""Miners and losses that see the batch of all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pytorch_metric_learning.utils import distributed as pml_distributed
+from torch import Tensor
+from torch import distributed as dist
+from torch.autograd.function import once_differentiable
+
+from pml_drsl.checks import InputError
+from pml_drsl.losses import DRSLoss
+from pml_drsl.miners import mine_without_self
+from pml_drsl.pairs import IndicesTuple, Pairs
+
+
+class DistributedMinerWrapper(pml_distributed.DistributedMinerWrapper):
+    """Mines the batch of all processes, for ``pml_drsl.distributed.DistributedLossWrapper``.
+
+    It returns the same indices on every process. They index the embeddings of all processes in order of rank. With
+    ``efficient=True`` each process mines its own queries only, and the indices are then gathered. Processes may hold
+    different numbers of embeddings.
+    """
+
+    def forward(
+        self, emb: Tensor, labels: Tensor, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
+    ) -> IndicesTuple:
+        if is_single_process():
+            return self.miner(emb, labels, ref_emb, ref_labels)  # type: ignore[no-any-return]
+        sizes, all_emb, all_labels = _gather_batch(emb.detach(), labels)
+        ref_emb = None if ref_emb is emb else ref_emb
+        all_refs = None if ref_emb is None else _gather_batch(ref_emb.detach(), ref_labels)[1:]
+        if not self.efficient:
+            with draws_of_first(emb.device):
+                return self.miner(all_emb, all_labels, *(all_refs or ()))  # type: ignore[no-any-return]
+        first = sum(sizes[: dist.get_rank()])
+        own = None if all_refs else torch.arange(first, first + len(emb), device=emb.device)
+        indices = mine_without_self(self.miner, emb, labels, *(all_refs or (all_emb, all_labels)), own)
+        anchors = (0,) if len(indices) == 3 else (0, 2)
+        gathered = [_gather(index + first if i in anchors else index)[0] for i, index in enumerate(indices)]
+        return tuple(gathered)  # type: ignore[return-value]
+
+
+class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
+    """PML's ``DistributedLossWrapper`` with an efficient mode that is exact for ``DRSLoss``.
+
+    Both modes return the loss of the whole batch. Every process gets the same value (PML's wrapper returns the value
+    times the number of processes). Run ``backward()`` on every process. Under ``DistributedDataParallel`` both modes
+    give the gradient of one process on the whole batch, with any reducer, regularizer or distance, and with any number
+    of embeddings in each process. The whole batch consists of the embeddings of all processes in order of rank. The
+    indices of an ``indices_tuple`` point into it and must be the same on every process, as
+    ``pml_drsl.distributed.DistributedMinerWrapper`` gives them.
+
+    ``efficient=False`` takes any loss, and ``CrossBatchMemory``. Every process computes the whole loss with the random
+    numbers of the first process, and sends the gradient to its own embeddings only. Weights of the loss get the
+    gradient of one process on the whole batch. A memory is the same on every process.
+
+    ``efficient=True`` takes ``DRSLoss`` only. Every process computes the errors of its own queries, and the errors are
+    gathered before they are reduced. (PML's efficient mode gathers embeddings without their gradient. References of
+    other processes then get no gradient, which differs from the gradient of the whole batch.)
+
+    Raises:
+        InputError: for ``efficient=True`` with a loss that is not ``DRSLoss``, or for a memory called with ``ref_emb``.
+    """
+
+    def __init__(self, loss: torch.nn.Module, efficient: bool = False) -> None:
+        super().__init__(loss, efficient)
+        if efficient and not isinstance(loss, DRSLoss):
+            raise InputError(f"efficient=True is for DRSLoss, got {type(loss).__name__}; give efficient=False")
+
+    def forward_regular_loss(
+        self,
+        emb: Tensor,
+        labels: Tensor | None,
+        indices_tuple: IndicesTuple | None,
+        ref_emb: Tensor | None,
+        ref_labels: Tensor | None,
+        world_size: int,
+    ) -> Tensor:
+        if world_size <= 1:
+            return self.loss(emb, labels, indices_tuple, ref_emb, ref_labels)  # type: ignore[no-any-return]
+        sizes, all_emb, all_labels = _gather_batch(emb, labels, share_gradients=self.efficient)
+        all_refs: tuple[Tensor | None, ...] = ()
+        if ref_emb is not None:
+            all_refs = _gather_batch(ref_emb, ref_labels, share_gradients=self.efficient)[1:]
+        if ref_emb is emb:  # the batch itself: the loss decides by the object
+            all_refs = (all_emb, *all_refs[1:])
+        with _sharded_queries(self.loss, sizes) if self.efficient else draws_of_first(emb.device):
+            loss: Tensor = self.loss(all_emb, all_labels, indices_tuple, *all_refs)
+        return loss
+
+    def forward_cross_batch(
+        self,
+        emb: Tensor,
+        labels: Tensor,
+        indices_tuple: IndicesTuple | None,
+        ref_emb: Tensor | None,
+        ref_labels: Tensor | None,
+        world_size: int,
+        enqueue_mask: Tensor | None,
+    ) -> Tensor:
+        if ref_emb is not None or ref_labels is not None:
+            raise InputError("a CrossBatchMemory has its own references; call it without ref_emb and ref_labels")
+        if world_size <= 1:
+            return self.loss(emb, labels, indices_tuple, enqueue_mask)  # type: ignore[no-any-return]
+        # In order of rank, so that every process has the same memory. PML's wrapper puts each process's own part first.
+        _, all_emb, all_labels = _gather_batch(emb, labels)
+        if enqueue_mask is not None:
+            # Not every backend gathers bool tensors.
+            enqueue_mask = _gather(enqueue_mask.to(emb.device, torch.uint8))[0].bool()
+        with draws_of_first(emb.device):
+            return self.loss(all_emb, all_labels, indices_tuple, enqueue_mask)  # type: ignore[no-any-return]
+
+
+def gather_batch(*parts: Tensor) -> tuple[Tensor, ...]:
+    """The parts of a batch, such as embeddings and labels, shapes (N, ...), of all processes in order of rank.
+
+    Every process must compute the same loss of them. Its gradient then goes to the process's own part, times the number
+    of processes, by which ``DistributedDataParallel`` divides again. One process gets its parts back unchanged.
+    """
+    if is_single_process():
+        return parts
+    return tuple(_gather(part)[0] for part in parts)
+
+
+@contextmanager
+def draws_of_first(device: torch.device) -> Iterator[None]:
+    """Inside, every process draws the random numbers of the first process, on the CPU and on ``device``."""
+    if is_single_process():
+        yield
+        return
+    on_device = device.type == "cuda"
+    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if on_device else [])]
+    for state in states:
+        sent = state.to(device)
+        dist.broadcast(sent, 0)
+        state.copy_(sent)
+    if dist.get_rank() == 0:
+        yield
+        return
+    with torch.random.fork_rng([device] if on_device else []):
+        torch.set_rng_state(states[0])
+        if on_device:
+            torch.cuda.set_rng_state(states[1], device)
+        yield
+
+
+def is_single_process() -> bool:
+    return not pml_distributed.is_distributed() or dist.get_world_size() == 1
+
+
+@contextmanager
+def _sharded_queries(loss: DRSLoss, sizes: list[int]) -> Iterator[None]:
+    """Inside, ``loss`` computes the errors of this process's queries and gathers the errors of the other queries."""
+    compute = loss.compute_errors
+    bounds = torch.tensor([0, *sizes]).cumsum(0)
+    rank = dist.get_rank()
+    mine = slice(*bounds[rank : rank + 2].tolist())
+
+    def shared(embeddings: Tensor, ref_emb: Tensor, pairs: Pairs) -> tuple[Tensor, ...]:
+        counts = torch.searchsorted(pairs.query, bounds.to(pairs.query.device)).diff().tolist()
+        # A process without a pair still has to take part in every gathering, forward and backward.
+        nothing = embeddings[:0].sum() + ref_emb[:0].sum()
+        errors = embeddings.new_zeros(0, 2)
+        if counts[rank] > 0:
+            errors = torch.stack(compute(embeddings[mine], ref_emb, pairs.rows(mine)), dim=1)
+        gathered: Tensor = _Gather.apply(errors + nothing, counts, True)
+        return gathered.unbind(1)
+
+    loss.compute_errors = shared  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del loss.compute_errors
+
+
+def _gather_batch(
+    emb: Tensor, labels: Tensor | None, share_gradients: bool = False
+) -> tuple[list[int], Tensor, Tensor | None]:
+    """Number of embeddings of each process, and the embeddings and labels of all processes, in order of rank."""
+    all_emb, sizes = _gather(emb, share_gradients)
+    return sizes, all_emb, None if labels is None else _gather(labels.to(emb.device))[0]
+
+
+def _gather(x: Tensor, share_gradients: bool = False) -> tuple[Tensor, list[int]]:
+    """``x`` of all processes in order of rank, and its length on each. The lengths may differ."""
+    length = torch.tensor([len(x)], device=x.device)
+    lengths = [torch.empty_like(length) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, length)
+    sizes = [int(length) for length in lengths]
+    return _Gather.apply(x, sizes, share_gradients), sizes
+
+
+class _Gather(torch.autograd.Function):
+    """Concatenates the tensors of all processes.
+
+    With ``share_gradients`` the gradient of a process's part is the sum of the gradients of all copies of it. Without,
+    every process computes the same loss, and the gradient is that of the process's own copy, times their number.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int], share_gradients: bool) -> Tensor:
+        rank = dist.get_rank()
+        ctx.mine, ctx.share_gradients = slice(sum(sizes[:rank]), sum(sizes[: rank + 1])), share_gradients
+        padded = x.new_zeros(max(sizes), *x.shape[1:])
+        padded[: len(x)] = x
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.share_gradients:
+            grad = grad.clone(memory_format=torch.contiguous_format)
+            dist.all_reduce(grad)
+            return grad[ctx.mine], None, None
+        return grad[ctx.mine] * dist.get_world_size(), None, None
