@@ -14,7 +14,8 @@ import torchreid
 from pml_drsl.checks import InputError
 from torchreid_ext.config import build
 from torchreid_ext.data.datasets import register_datasets, without_empty_folders
-from torchreid_ext.data.listing import DEFAULT_PATTERN, make_options, read_csv, walk
+from torchreid_ext.data.listing import read_csv, walk
+from torchreid_ext.data.options import DEFAULT_PATTERN, make_options
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
