@@ -18,6 +18,7 @@ from pml_drsl.losses import DRSLoss
 from pml_drsl.miners import RankViolationMiner
 from pml_drsl.wrappers import CrossBatchMemory
 from torchreid_ext.checkpointing import state as states
+from torchreid_ext.engine import native
 from torchreid_ext.engine import pml as engines
 from torchreid_ext.engine.logs import EpochLog
 from torchreid_ext.runtime import distributed
@@ -61,9 +62,9 @@ CASES = {
         "views": 2,
     },
     "channels last": {"run": {"channels_last": True}},
-    "softmax": {"engine": engines.ImageSoftmaxEngine},
-    "triplet": {"engine": engines.ImageTripletEngine, "weight_t": 1, "weight_x": 0.5},
-    "triplet without cross-entropy": {"engine": engines.ImageTripletEngine, "weight_t": 1, "weight_x": 0},
+    "softmax": {"engine": native.ImageSoftmaxEngine},
+    "triplet": {"engine": native.ImageTripletEngine, "weight_t": 1, "weight_x": 0.5},
+    "triplet without cross-entropy": {"engine": native.ImageTripletEngine, "weight_t": 1, "weight_x": 0},
     "tracklets of different lengths": {"engine": engines.VideoDRSLEngine},
 }
 """Arguments of the engine by name."""

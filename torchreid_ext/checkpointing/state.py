@@ -146,14 +146,14 @@ def _of_sampler(batches: Any) -> dict[str, Any]:
     if hasattr(sampler, "state_dict"):
         return {"state_dict": sampler.state_dict()}
     generator = getattr(sampler, "generator", None)
-    return {} if generator is None else {"generator": generator.get_state()}
+    return {"generator": generator.get_state()} if isinstance(generator, torch.Generator) else {}
 
 
 def _restore_sampler(batches: Any, saved: dict[str, Any]) -> None:
     sampler = _innermost(batches)
     if "state_dict" in saved and hasattr(sampler, "load_state_dict"):
         sampler.load_state_dict(saved["state_dict"])
-    elif "generator" in saved and getattr(sampler, "generator", None) is not None:
+    elif "generator" in saved and isinstance(getattr(sampler, "generator", None), torch.Generator):
         sampler.generator.set_state(saved["generator"])
 
 

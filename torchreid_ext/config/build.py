@@ -17,7 +17,7 @@ from torchreid_ext.config.node import Config, flat, get_default_config, plain
 from torchreid_ext.data.datasets import register_datasets, without_empty_folders
 from torchreid_ext.data.loading import rebuilt
 from torchreid_ext.data.samplers import SAMPLERS
-from torchreid_ext.engine import criteria
+from torchreid_ext.engine import criteria, native
 from torchreid_ext.engine import pml as engines
 from torchreid_ext.recipe import neck as network
 from torchreid_ext.recipe.warmup import warmed_up
@@ -273,10 +273,10 @@ def build_engine(
         InputError: for an unknown value, or values that exclude each other.
     """
     table = {
-        ("image", "softmax"): engines.ImageSoftmaxEngine,
-        ("video", "softmax"): engines.VideoSoftmaxEngine,
-        ("image", "triplet"): engines.ImageTripletEngine,
-        ("video", "triplet"): engines.VideoTripletEngine,
+        ("image", "softmax"): native.ImageSoftmaxEngine,
+        ("video", "softmax"): native.VideoSoftmaxEngine,
+        ("image", "triplet"): native.ImageTripletEngine,
+        ("video", "triplet"): native.VideoTripletEngine,
         ("image", "drsl"): engines.ImageDRSLEngine,
         ("video", "drsl"): engines.VideoDRSLEngine,
         ("image", "pml"): engines.ImagePMLEngine,

@@ -16,7 +16,6 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, S
 from pml_drsl.checks import InputError
 from torchreid_ext.data.loading import rebuilt
 from torchreid_ext.runtime import distributed
-from torchreid_ext.runtime import random as generators
 
 
 class IdentitySampler(Sampler[int]):
@@ -127,21 +126,34 @@ def whole_batches(loader: DataLoader[Any]) -> DataLoader[Any]:
 
 
 def check_trains(datamanager: Any) -> None:
-    """Refuses what would train on nothing, as torchreid silently does.
+    """Refuses training data that would train nothing, where torchreid says nothing.
+
+    Nothing is drawn from the sampler: a sampler of the user's own may have a random number generator of its own.
 
     Raises:
-        InputError: for fewer samples than a batch, or one identity alone.
+        InputError: for fewer samples in an epoch than in a batch, for a sampler without a length, or for a single
+            identity.
     """
-    loader = datamanager.train_loader
-    with generators.untouched():
-        drawn = sum(1 for _ in loader.sampler)
-    if drawn < (loader.batch_size or 1):
+    loader = whole_batches(datamanager.train_loader)
+    sampler: Any = loader.sampler
+    dataset: Any = loader.dataset
+    name = type(sampler).__name__
+    try:
+        drawn, batches, samples = len(sampler), len(loader), len(dataset)
+    except TypeError as error:
         raise InputError(
-            f"a batch of {loader.batch_size} cannot be filled: {type(loader.sampler).__name__} draws {drawn} of the "
-            f"{len(loader.dataset)} training samples an epoch; make train.batch_size smaller"
+            f"{name} has no length, which the log and the schedule need: give it a method __len__ that returns the "
+            f"number of samples in an epoch"
+        ) from error
+    if drawn < (loader.batch_size or 1) or batches == 0:
+        raise InputError(
+            f"a batch of {loader.batch_size} cannot be filled: {name} draws {drawn} of the {samples} "
+            f"training samples an epoch; make train.batch_size smaller"
         )
     if datamanager.num_train_pids < 2:
-        raise InputError("the training data hold one identity alone: there is nothing to tell it from")
+        raise InputError(
+            "the training data have a single identity, and a loss needs at least two: add images of other identities"
+        )
 
 
 def warn_if_positives_are_rare(loader: DataLoader[Any], loss: str) -> None:

@@ -191,27 +191,36 @@ class BaseEngine(Tester, torchreid.engine.Engine):
         """Trains one epoch.
 
         Raises:
-            FloatingPointError: for a loss that is not finite; with ``skip_nonfinite``, if that of every batch is not.
-            Interrupted: if the run is asked to stop.
+            FloatingPointError: if a loss is not finite; with ``skip_nonfinite``, if the loss of every batch is not.
+            InputError: if the training loader gives no batch.
+            Interrupted: if a signal asked the run to stop.
         """
         self.set_model_mode("train")
         self.two_stepped_transfer_learning(self.epoch, fixbase_epoch, open_layers)
         self.num_batches = len(self.train_loader)
         log = EpochLog(self.epoch, self.max_epoch, self.num_batches, print_freq, self.writer)
-        skipped_before = self.skipped
+        steps, skipped_before = 0, self.skipped
         for index, data in enumerate(log.batches(self.train_loader)):
             self.batch_idx, skipped = index, self.skipped
-            # All stop after the same batch, or some would wait for ever. What comes meanwhile is told next time.
+            steps += 1
+            # All processes must stop after the same batch, or some would wait for ever. A signal that comes later is
+            # noticed after the next batch.
             summary, signum = distributed.agreed(self.forward_backward(data), self.stop.signum)
             if self.skipped == skipped:
                 log.add(index, summary, self.get_current_lr())
             if signum is not None:
                 self.stop.signum = signum
                 self.stop.check()
-        if self.skipped - skipped_before == self.batch_idx + 1:
+        if steps == 0:
+            raise InputError(
+                f"no batch came in epoch {self.epoch + 1}, where the loader's length is {self.num_batches}: its "
+                f"sampler must draw as many samples as its __len__ says"
+            )
+        if self.skipped - skipped_before == steps:
             raise FloatingPointError(
                 f"the loss of every batch of epoch {self.epoch + 1} is not finite{self._last_good()}"
             )
+        log.finish(self.get_current_lr())
         for model in self._models.values():
             distributed.average_buffers(model)
         self.update_lr()

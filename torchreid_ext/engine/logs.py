@@ -1,84 +1,89 @@
-"""What a training epoch tells people: torchreid's line, a progress bar on a terminal, and TensorBoard's scalars."""
+"""The log of a training epoch: lines of text, a progress bar on a terminal, and the scalars of TensorBoard."""
 
 from __future__ import annotations
 
 import datetime
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torchreid
 from tqdm import tqdm
 
 from torchreid_ext.runtime import distributed
-
-
-class Meter:
-    """The last value of a quantity and its average."""
-
-    def __init__(self) -> None:
-        self.last, self.sum, self.count = 0.0, 0.0, 0
-
-    @property
-    def average(self) -> float:
-        return self.sum / max(1, self.count)
-
-    def update(self, value: float) -> None:
-        self.last, self.sum, self.count = value, self.sum + value, self.count + 1
 
 
 class EpochLog:
     """The log of one epoch.
 
     Args:
-        epoch: from 0.
-        max_epoch: epochs of the run.
-        num_batches: batches of the epoch.
-        print_freq: batches between two lines, >= 1.
+        epoch: number of the epoch, from 0.
+        max_epoch: number of epochs of the run.
+        num_batches: number of batches of the epoch.
+        print_freq: number of batches between two lines, >= 1. The last batch of an epoch always has a line.
         writer: TensorBoard's ``SummaryWriter``, or None.
     """
 
     def __init__(self, epoch: int, max_epoch: int, num_batches: int, print_freq: int, writer: Any) -> None:
         self.epoch, self.max_epoch, self.num_batches = epoch, max_epoch, num_batches
         self.print_freq, self.writer = print_freq, writer
-        self.meters: dict[str, Meter] = defaultdict(Meter)
-        self.time, self.data = Meter(), Meter()
+        self.meters = torchreid.utils.MetricMeter()
+        self.time, self.data = torchreid.utils.AverageMeter(), torchreid.utils.AverageMeter()
+        self._taken = self._printed = 0
 
     def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
-        """The batches of a loader, timed, with a progress bar where stderr is a terminal and none in a file."""
+        """The batches of a loader. Their time is measured, and a terminal shows a progress bar with the time left.
+
+        Only the first process shows a progress bar, and only if stderr is a terminal.
+        """
+        # None lets tqdm look whether stderr is a terminal.
         disable = None if distributed.is_first() else True
-        with tqdm(
-            total=self.num_batches, desc=f"epoch {self.epoch + 1}/{self.max_epoch}", leave=False, disable=disable
-        ) as bar:
+        title = f"epoch {self.epoch + 1}/{self.max_epoch}"
+        with tqdm(total=self.num_batches, desc=title, leave=False, disable=disable) as bar:
             self._started = time.perf_counter()
             for batch in loader:
+                self._taken += 1
                 self.data.update(time.perf_counter() - self._started)
                 yield batch
                 bar.update()
                 self._started = time.perf_counter()
 
     def add(self, batch_index: int, summary: dict[str, float], lr: float) -> None:
-        """Logs the batch that ``batches`` gave last."""
+        """Logs the step on the latest batch of ``batches``.
+
+        Args:
+            batch_index: number of the batch in the epoch, from 0.
+            summary: values by name.
+            lr: the learning rate.
+        """
         self.time.update(time.perf_counter() - self._started)
-        for name, value in summary.items():
-            self.meters[name].update(value)
+        self.meters.update(summary)
         if self.writer is not None:
             step = self.epoch * self.num_batches + batch_index
-            values = {**summary, "lr": lr, "time": self.time.last, "data": self.data.last}
+            values = {**summary, "lr": lr, "time": self.time.val, "data": self.data.val}
             for name, value in values.items():
                 self.writer.add_scalar(f"Train/{name}", value, step)
         if (batch_index + 1) % self.print_freq == 0:
-            with tqdm.external_write_mode():
-                print(self._line(batch_index + 1, lr), flush=True)
+            self._print(lr)
+
+    def finish(self, lr: float) -> None:
+        """Prints the line of the last batch of the epoch, unless it is printed already."""
+        if self._printed < self._taken:
+            self._print(lr)
+
+    def _print(self, lr: float) -> None:
+        self._printed = self._taken
+        with tqdm.external_write_mode():
+            print(self._line(self._taken, lr), flush=True)
 
     def _line(self, done: int, lr: float) -> str:
         left = self.num_batches - done + (self.max_epoch - self.epoch - 1) * self.num_batches
         parts = [
             f"epoch: [{self.epoch + 1}/{self.max_epoch}][{done}/{self.num_batches}]",
-            f"time {self.time.last:.3f} ({self.time.average:.3f})",
-            f"data {self.data.last:.3f} ({self.data.average:.3f})",
-            f"eta {datetime.timedelta(seconds=int(self.time.average * left))}",
-            *(f"{name} {meter.last:.4f} ({meter.average:.4f})" for name, meter in self.meters.items()),
+            f"time {self.time.val:.3f} ({self.time.avg:.3f})",
+            f"data {self.data.val:.3f} ({self.data.avg:.3f})",
+            f"eta {datetime.timedelta(seconds=int(self.time.avg * left))}",
+            str(self.meters),
             f"lr {lr:.6f}",
         ]
         return "\t".join(parts)

@@ -1,4 +1,4 @@
-"""How torchreid's own softmax and triplet losses are computed for a step of ``BaseEngine``."""
+"""torchreid's own softmax and triplet engines, with the checkpoints, the evaluation and the checks of this package."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pml_drsl.distributed import gather_batch
 from torchreid_ext.data.samplers import warn_if_positives_are_rare
 from torchreid_ext.engine.base import BaseEngine
 from torchreid_ext.engine.batch import Batch
+from torchreid_ext.engine.video import Tracklets
 
 
 class SoftmaxStep(BaseEngine):
@@ -36,7 +37,7 @@ class TripletStep(BaseEngine):
         terms: list[Tensor] = []
         summary: dict[str, float] = {}
         if self.weight_t > 0:
-            # The hardest triplets are those of the whole batch, as in one process.
+            # The hardest triplets are chosen from the whole batch, as in one process.
             heads = features if isinstance(features, (list, tuple)) else [features]
             gathered = [gather_batch(head, batch.pids) for head in heads]
             loss_t = self.compute_loss(self.criterion_t, [head for head, _ in gathered], gathered[0][1])
@@ -49,3 +50,19 @@ class TripletStep(BaseEngine):
             accuracy = torchreid.metrics.accuracy(logits, batch.pids)[0].item()
             summary |= {"loss_x": loss_x.item(), "acc": accuracy * scale}
         return torch.stack(terms).sum(), summary
+
+
+class ImageSoftmaxEngine(SoftmaxStep, torchreid.engine.ImageSoftmaxEngine):
+    """torchreid's engine of this name on top of ``BaseEngine``."""
+
+
+class VideoSoftmaxEngine(Tracklets, SoftmaxStep, torchreid.engine.VideoSoftmaxEngine):
+    """torchreid's engine of this name on top of ``BaseEngine``."""
+
+
+class ImageTripletEngine(TripletStep, torchreid.engine.ImageTripletEngine):
+    """torchreid's engine of this name on top of ``BaseEngine``."""
+
+
+class VideoTripletEngine(Tracklets, TripletStep, torchreid.engine.VideoTripletEngine):
+    """torchreid's engine of this name on top of ``BaseEngine``."""

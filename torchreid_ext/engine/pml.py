@@ -1,4 +1,4 @@
-"""torchreid's engines, and those that train with any loss of pytorch-metric-learning, DRSL by default."""
+"""Engines of torchreid that train with any loss of pytorch-metric-learning, with DRSL by default."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torchreid
-from pytorch_metric_learning.losses import BaseLossWrapper, BaseMetricLossFunction
+from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.miners import BaseMiner
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -18,26 +18,10 @@ from torchreid_ext.data.samplers import warn_if_positives_are_rare
 from torchreid_ext.engine.base import BaseEngine
 from torchreid_ext.engine.batch import Batch
 from torchreid_ext.engine.cameras import cross_camera_pairs
-from torchreid_ext.engine.criteria import WITHOUT_PAIRS, PerFeature
-from torchreid_ext.engine.native import SoftmaxStep, TripletStep
+from torchreid_ext.engine.compatibility import check_criterion, check_returns_features, loss_that_compares_images
+from torchreid_ext.engine.criteria import PerFeature
 from torchreid_ext.engine.video import Tracklets
 from torchreid_ext.runtime import distributed
-
-
-class ImageSoftmaxEngine(SoftmaxStep, torchreid.engine.ImageSoftmaxEngine):
-    """torchreid's own, with this package's checkpoints, evaluation and checks."""
-
-
-class VideoSoftmaxEngine(Tracklets, SoftmaxStep, torchreid.engine.VideoSoftmaxEngine):
-    """torchreid's own, with this package's checkpoints, evaluation and checks."""
-
-
-class ImageTripletEngine(TripletStep, torchreid.engine.ImageTripletEngine):
-    """torchreid's own, with this package's checkpoints, evaluation and checks."""
-
-
-class VideoTripletEngine(Tracklets, TripletStep, torchreid.engine.VideoTripletEngine):
-    """torchreid's own, with this package's checkpoints, evaluation and checks."""
 
 
 class ImagePMLEngine(BaseEngine):
@@ -89,12 +73,12 @@ class ImagePMLEngine(BaseEngine):
             raise InputError(f"weight_m and weight_x must be 0 or more and not both 0, got {weight_m} and {weight_x}")
         if miner is not None and not isinstance(miner, BaseMiner):
             raise InputError(f"miner must be a miner of pytorch_metric_learning, got {miner!r}")
-        check_criterion(criterion, optimizer, cross_camera)
+        check_criterion(criterion, optimizer, miner, cross_camera)
         if weight_m > 0:
             check_returns_features(model)
-            # One with weights compares images with those, and needs no other image.
-            if not any(p.requires_grad for p in criterion.parameters()):
-                warn_if_positives_are_rare(datamanager.train_loader, type(criterion).__name__)
+            comparing = loss_that_compares_images(criterion)
+            if comparing is not None:
+                warn_if_positives_are_rare(datamanager.train_loader, comparing)
         self.criterion = criterion
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.register_model("model", model, optimizer, scheduler)
@@ -210,41 +194,3 @@ class ImageDRSLEngine(_DRSLByDefault, ImagePMLEngine):
 
 class VideoDRSLEngine(_DRSLByDefault, VideoPMLEngine):
     """``VideoPMLEngine`` whose criterion is ``DRSLoss()`` where none is given."""
-
-
-def check_criterion(criterion: Any, optimizer: Optimizer, cross_camera: bool) -> None:
-    """Refuses a criterion that an engine could not train with, or would not train.
-
-    Raises:
-        InputError: saying which and why.
-    """
-    parts = list(criterion) if isinstance(criterion, PerFeature) else [criterion]
-    for part in parts:
-        if not (isinstance(part, nn.Module) and callable(getattr(part, "forward", None))):
-            raise InputError(f"criterion must be a loss of pytorch_metric_learning, got {part!r}")
-        name = type(part).__name__
-        if cross_camera and isinstance(part, WITHOUT_PAIRS):
-            why = "does not know the cameras in its memory" if isinstance(part, BaseLossWrapper) else "takes no pairs"
-            raise InputError(f"cross_camera chooses the pairs of the loss, and {name} {why}; turn cross_camera off")
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if any(p.requires_grad and id(p) not in trained for p in part.parameters()):
-            raise InputError(
-                f"{name} has weights that the optimizer does not train; make the optimizer with build_optimizer(cfg, "
-                f"model, criterion), or call optimizer.add_param_group({{'params': criterion.parameters()}})"
-            )
-
-
-def check_returns_features(model: nn.Module) -> None:
-    """Refuses a model of torchreid's zoo that was built for another loss.
-
-    Such a model returns logits alone, or, with two heads, two logits that look like logits and features.
-
-    Raises:
-        InputError: saying how to build it.
-    """
-    built_for = getattr(distributed.unwrapped(model), "loss", "triplet")
-    if built_for != "triplet":
-        raise InputError(
-            f"the model was built with loss={built_for!r} and returns no features in training; build it with "
-            f"torchreid.models.build_model(..., loss='triplet')"
-        )

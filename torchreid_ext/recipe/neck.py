@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,12 @@ class _WithNeck(nn.Module):
 
     loss: str
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is made at run time, so that pickle cannot find it by its name: it is made again when it is read.
+        reduced: Any = super().__reduce_ex__(protocol)
+        _, kind = type(self).__bases__
+        return (_blank, (kind,), *reduced[2:])
+
     def forward(self, images: Tensor) -> Any:
         # Only in training the zoo's networks return what their classifiers gave. Their layers keep their own mode.
         mode, self.training = self.training, True
@@ -60,6 +67,18 @@ class _WithNeck(nn.Module):
             return torch.cat([head.after for head in heads], 1)
         logits = _one_or_all([head.logits for head in heads])
         return logits if self.loss == "softmax" else (logits, _one_or_all([head.before for head in heads]))
+
+
+@functools.cache
+def _class_with_neck(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of networks of ``kind`` with a neck, always the same class for the same ``kind``."""
+    return type(f"{kind.__name__}WithNeck", (_WithNeck, kind), {})
+
+
+def _blank(kind: Any) -> nn.Module:
+    """A network of ``kind`` with a neck that has no attributes yet: pickle and copy add them."""
+    made = _class_with_neck(kind)
+    return made.__new__(made)
 
 
 def _one_or_all(tensors: list[Tensor]) -> Tensor | list[Tensor]:
@@ -87,12 +106,12 @@ def add_neck(model: nn.Module) -> None:
         elif isinstance(child, nn.ModuleList) and all(isinstance(part, nn.Linear) for part in child):
             setattr(model, name, nn.ModuleList(NeckClassifier(part) for part in child))  # type: ignore[arg-type]
             found = True
-    kind = type(model)
+    kind: Any = type(model)
     if not found:
         raise InputError(
             f"model.bnneck: {kind.__name__} has no linear layer named classifier to put a neck before; leave it off"
         )
-    model.__class__ = type(f"{kind.__name__}WithNeck", (_WithNeck, kind), {})
+    model.__class__ = _class_with_neck(kind)
 
 
 def set_last_stride(model: nn.Module, name: str) -> None:

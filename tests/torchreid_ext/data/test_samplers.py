@@ -125,3 +125,57 @@ def test_an_engine_replaces_torchreids_own(tmp_path):
 def test_an_engine_refuses_batches_that_cannot_be_ranked(tmp_path, size, words):
     with pytest.raises(ValueError, match=words):
         engine_for(make_image_manager(tmp_path, batch_size_train=size, num_instances=4))
+
+
+class OwnSampler(torch.utils.data.Sampler):
+    """A user's sampler with random numbers of its own."""
+
+    def __init__(self, number, length):
+        self.generator = np.random.default_rng(0)
+        self.number, self.length = number, length
+
+    def __iter__(self):
+        return iter(self.generator.permutation(self.number).tolist())
+
+    def __len__(self):
+        return self.length
+
+
+class Endless(torch.utils.data.Sampler):
+    def __iter__(self):
+        while True:
+            yield 0
+
+
+def with_sampler(folder, sampler):
+    manager = make_image_manager(folder)
+    manager.train_loader = torch.utils.data.DataLoader(
+        manager.train_loader.dataset, batch_size=8, sampler=sampler, drop_last=True
+    )
+    return manager
+
+
+def test_making_an_engine_does_not_advance_the_samplers_own_generator(tmp_path):
+    sampler = OwnSampler(24, 24)
+    before = sampler.generator.bit_generator.state
+    engine = engine_for(with_sampler(tmp_path, sampler))
+    assert sampler.generator.bit_generator.state == before
+    first = [int(pid) for data in engine.train_loader for pid in data["pid"]]
+    pids = [items[1] for items in engine.train_loader.dataset.train]
+    assert first == [pids[index] for index in np.random.default_rng(0).permutation(24)]
+
+
+def test_a_sampler_that_fills_no_batch_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="a batch of 8 cannot be filled: OwnSampler draws 7 of the 24"):
+        engine_for(with_sampler(tmp_path, OwnSampler(7, 7)))
+
+
+def test_a_sampler_without_a_length_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"Endless has no length.*__len__"):
+        engine_for(with_sampler(tmp_path, Endless()))
+
+
+def test_a_sampler_that_draws_less_than_it_says_stops_the_run(tmp_path):
+    engine = engine_for(with_sampler(tmp_path, OwnSampler(0, 24)))
+    with pytest.raises(ValueError, match="no batch came in epoch 1"):
+        engine.run(str(tmp_path / "log"), max_epoch=1)

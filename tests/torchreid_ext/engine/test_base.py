@@ -1,6 +1,7 @@
 """Training that can be interrupted, resumed and depended on, with small networks and real data managers."""
 
 import io
+import math
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from torchreid_ext.checkpointing import state as states
 from torchreid_ext.engine import pml as engines
 from torchreid_ext.engine.logs import EpochLog
 from torchreid_ext.engine.stepper import Stepper
+from torchreid_ext.runtime import distributed
 from torchreid_ext.runtime.random import seed_everything
 from torchreid_ext.runtime.signals import Interrupted, StopRequest
 
@@ -395,12 +397,13 @@ def test_lines_and_scalars(tmp_path, capsys):
     engine.run(str(tmp_path / "log"), max_epoch=2, print_freq=2, eval_freq=1)
     out, err = capsys.readouterr()
     lines = [line.split("\t") for line in out.splitlines() if line.startswith("epoch: ")]
-    assert [line[0] for line in lines] == ["epoch: [1/2][2/3]", "epoch: [2/2][2/3]"]
+    # Every second batch, and the last one of each epoch.
+    assert [line[0] for line in lines] == [f"epoch: [{epoch}/2][{batch}/3]" for epoch in (1, 2) for batch in (2, 3)]
     assert [part.split()[0] for part in lines[0]] == [
         "epoch:", "time", "data", "eta", "loss_m", "retrieval_error", "sort_error", "num_queries", "loss_x", "acc",
         "lr",
     ]  # fmt: skip
-    assert lines[1][-1] == "lr 0.005000"
+    assert [line[-1] for line in lines] == ["lr 0.010000"] * 2 + ["lr 0.005000"] * 2
     # No progress bar into a file.
     assert "it/s" not in out + err and "%|" not in out + err
     events = EventAccumulator(str(tmp_path / "log")).Reload()
@@ -419,6 +422,28 @@ def test_a_progress_bar_on_a_terminal_alone(monkeypatch, terminal):
     log = EpochLog(epoch=1, max_epoch=4, num_batches=3, print_freq=1, writer=None)
     assert list(log.batches("abc")) == list("abc")
     assert ("epoch 2/4:" in stderr.getvalue()) == terminal == bool(stderr.getvalue())
+    # The time that has passed, and the time that is left.
+    assert ("/3 [00:00<" in stderr.getvalue()) == terminal
+
+
+def test_no_progress_bar_but_on_the_first_process(monkeypatch):
+    stderr = io.StringIO()
+    stderr.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    assert list(EpochLog(epoch=0, max_epoch=1, num_batches=3, print_freq=1, writer=None).batches("abc")) == list("abc")
+    assert not stderr.getvalue()
+
+
+@pytest.mark.parametrize("skipped", [(), (2,), (1, 2)])
+def test_the_last_batch_of_every_epoch_is_printed(tmp_path, capsys, skipped):
+    engine = make_engine(tmp_path)
+    spoil(engine, set(skipped))
+    engine.run(str(tmp_path / "log"), max_epoch=2, print_freq=1000, skip_nonfinite=True)
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines() if line.startswith("epoch: ")]
+    assert [line[0] for line in lines] == ["epoch: [1/2][3/3]", "epoch: [2/2][3/3]"]
+    # The averages are over the steps that were taken.
+    assert all(math.isfinite(float(part.split()[1])) for line in lines for part in line if part.startswith("loss_m"))
 
 
 @pytest.mark.parametrize("name", ["checkpoint_freq", "print_freq"])

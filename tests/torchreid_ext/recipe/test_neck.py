@@ -1,6 +1,8 @@
 """The neck and the last stride, put into networks that know nothing of them."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -150,3 +152,41 @@ def test_a_compiled_network_has_the_same_neck():
         twin.train(mode)
         found, wanted = twin(images()), model(images())
         torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(("name", "size"), [("osnet_x0_25", (64, 32)), ("pcb_p4", (64, 32)), ("resnet18", (64, 32))])
+@pytest.mark.parametrize("how", ["file", "copy"])
+def test_a_whole_network_with_a_neck_is_saved_and_copied(tmp_path, name, size, how):
+    model = build(name)
+    network.add_neck(model)
+    if how == "copy":
+        twin = copy.deepcopy(model)
+    else:
+        torch.save(model, tmp_path / "whole.pth")
+        twin = torch.load(tmp_path / "whole.pth", weights_only=False)
+    assert type(twin) is type(model) and isinstance(twin, type(build(name)))
+    model.train(), twin.train()
+    outputs = []
+    for either in (twin, model):
+        # pcb_p4 has dropout.
+        torch.manual_seed(0)
+        outputs.append(either(images(*size)))
+    torch.testing.assert_close(*outputs)
+    assert not {id(p) for p in model.parameters()} & {id(p) for p in twin.parameters()}
+    assert twin.eval()(images(*size)).shape == model.eval()(images(*size)).shape
+
+
+def test_another_process_loads_a_whole_network_with_a_neck(tmp_path):
+    model = build().eval()
+    network.add_neck(model)
+    torch.save(model, tmp_path / "whole.pth")
+    torch.save((images(), model(images())), tmp_path / "wanted.pth")
+    program = (
+        "import sys, torch\n"
+        "model = torch.load(sys.argv[1] + '/whole.pth', weights_only=False)\n"
+        "images, wanted = torch.load(sys.argv[1] + '/wanted.pth')\n"
+        "torch.testing.assert_close(model(images), wanted)\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

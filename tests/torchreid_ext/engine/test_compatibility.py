@@ -1,0 +1,131 @@
+"""Losses, miners and options that do not fit together are refused before training, at any depth of wrappers."""
+
+import pytest
+import torch
+from pytorch_metric_learning import losses, miners
+from torch import nn
+from toy_data import make_image_manager
+
+from pml_drsl import DRSLoss
+from pml_drsl.wrappers import CrossBatchMemory, DistributedLossWrapper
+from torchreid_ext.engine import pml as engines
+from torchreid_ext.engine.criteria import PerFeature
+
+SIZE = 8
+REFUSED = r"indices of images of the batch, and the CrossBatchMemory .*CrossBatchMemory\(\.\.\., miner=\.\.\.\)"
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, SIZE))
+        self.classifier = nn.Linear(SIZE, 6)
+
+    def forward(self, images):
+        features = self.body(images)
+        return (self.classifier(features), features) if self.training else features
+
+
+class Wrapper(nn.Module):
+    """A user's own loss around another one."""
+
+    def __init__(self, loss):
+        super().__init__()
+        self.inside = nn.ModuleDict({"loss": loss})
+
+    def forward(self, *arguments):
+        return self.inside["loss"](*arguments)
+
+
+def make_engine(folder, criterion, **kwargs):
+    model = Network()
+    optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=0.1)
+    manager = kwargs.pop("manager", None) or make_image_manager(folder)
+    return engines.ImagePMLEngine(manager, model, optimizer, criterion, use_gpu=False, **kwargs)
+
+
+WRAPPERS = {
+    "alone": lambda loss: loss,
+    "several": lambda loss: losses.MultipleLosses([losses.ContrastiveLoss(), loss]),
+    "several by name": lambda loss: losses.MultipleLosses({"one": losses.ContrastiveLoss(), "other": loss}),
+    "each feature": lambda loss: PerFeature([losses.ContrastiveLoss(), loss]),
+    "own": lambda loss: Wrapper(losses.MultipleLosses([loss])),
+}
+MEMORIES = {
+    "ours": lambda: CrossBatchMemory(DRSLoss(), SIZE, 32),
+    "of pytorch-metric-learning": lambda: losses.CrossBatchMemory(losses.ContrastiveLoss(), SIZE, 32),
+    "of all processes": lambda: DistributedLossWrapper(CrossBatchMemory(DRSLoss(), SIZE, 32)),
+}
+
+
+@pytest.mark.parametrize("wrapped", WRAPPERS)
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_miner_beside_a_memory_is_refused(tmp_path, wrapped, memory):
+    criterion = WRAPPERS[wrapped](MEMORIES[memory]())
+    with pytest.raises(ValueError, match=REFUSED):
+        make_engine(tmp_path, criterion, miner=miners.MultiSimilarityMiner())
+
+
+def test_the_drsl_engine_refuses_it_too(tmp_path):
+    model = Network()
+    with pytest.raises(ValueError, match=REFUSED):
+        engines.ImageDRSLEngine(
+            make_image_manager(tmp_path),
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            CrossBatchMemory(DRSLoss(), SIZE, 32),
+            miner=miners.BatchHardMiner(),
+        )
+
+
+def test_a_miner_of_several_losses_for_a_memory_is_refused(tmp_path):
+    parts = [CrossBatchMemory(DRSLoss(), SIZE, 32), losses.ContrastiveLoss()]
+    mined = losses.MultipleLosses(parts, miners=[miners.MultiSimilarityMiner(), None])
+    with pytest.raises(ValueError, match=REFUSED):
+        make_engine(tmp_path, mined)
+    named = losses.MultipleLosses(dict(zip("ab", parts, strict=True)), miners={"a": miners.MultiSimilarityMiner()})
+    with pytest.raises(ValueError, match=REFUSED):
+        make_engine(tmp_path, Wrapper(named))
+    # A miner of the other loss is right.
+    named = losses.MultipleLosses(dict(zip("ab", parts, strict=True)), miners={"b": miners.BatchHardMiner()})
+    make_engine(tmp_path, named)
+
+
+def test_the_memorys_own_miner_is_right(tmp_path):
+    memory = CrossBatchMemory(losses.ContrastiveLoss(), SIZE, 32, miner=miners.MultiSimilarityMiner())
+    engine = make_engine(tmp_path, memory)
+    engine.set_model_mode("train")
+    seen = []
+    memory.loss.register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
+    for data in engine.train_loader:
+        engine.forward_backward(data)
+    for _, labels, (a, p, b, n), _, memory_labels in seen:
+        assert bool((labels[a] == memory_labels[p]).all()) and bool((labels[b] != memory_labels[n]).all())
+
+
+@pytest.mark.parametrize("wrapped", WRAPPERS)
+@pytest.mark.parametrize(
+    ("loss", "reason"),
+    [
+        (losses.FastAPLoss, "FastAPLoss takes no pairs; turn cross_camera off"),
+        (MEMORIES["ours"], "CrossBatchMemory does not know the cameras in its memory"),
+    ],
+)
+def test_cross_camera_with_a_loss_that_takes_no_pairs_is_refused(tmp_path, wrapped, loss, reason):
+    with pytest.raises(ValueError, match=reason):
+        make_engine(tmp_path, WRAPPERS[wrapped](loss()), cross_camera=True)
+
+
+@pytest.mark.parametrize("options", [{"miner": miners.BatchHardMiner()}, {"cross_camera": True}])
+def test_several_losses_with_miners_take_no_other_pairs(tmp_path, options):
+    mined = losses.MultipleLosses([losses.ContrastiveLoss()], miners=[miners.BatchHardMiner()])
+    make_engine(tmp_path, Wrapper(mined))
+    with pytest.raises(ValueError, match="MultipleLosses has miners of its own"):
+        make_engine(tmp_path, Wrapper(mined), **options)
+
+
+def test_rare_positives_matter_to_any_part_that_compares_images(tmp_path):
+    manager = make_image_manager(tmp_path, train_sampler="RandomSampler")
+    arcface = losses.ArcFaceLoss(6, SIZE)
+    with pytest.warns(UserWarning, match="DRSLoss needs several images"):
+        make_engine(tmp_path, losses.MultipleLosses([arcface, DRSLoss()]), manager=manager)

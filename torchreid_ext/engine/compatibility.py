@@ -1,0 +1,111 @@
+"""Refuses losses, miners, optimizers and networks that an engine cannot train together, before training starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pytorch_metric_learning import losses
+from torch import nn
+from torch.optim import Optimizer
+
+from pml_drsl.checks import InputError
+from torchreid_ext.engine.criteria import WITHOUT_PAIRS, PerFeature
+from torchreid_ext.runtime import distributed
+
+
+def check_criterion(criterion: Any, optimizer: Optimizer, miner: nn.Module | None, cross_camera: bool) -> None:
+    """Refuses a criterion that an engine could not train with, or would not train.
+
+    Losses inside ``MultipleLosses``, ``PerFeature`` and any other module are checked too.
+
+    Args:
+        criterion: a loss of pytorch-metric-learning, or a module that contains losses.
+        optimizer: the optimizer, which must have all weights of the criterion.
+        miner: the miner of the engine, which chooses pairs or triplets of the batch; None for none.
+        cross_camera: whether pairs of one identity and one camera are left out.
+
+    Raises:
+        InputError: naming the loss, the reason and the fix.
+    """
+    if not isinstance(criterion, nn.Module):
+        raise InputError(f"criterion must be a loss of pytorch_metric_learning, got {criterion!r}")
+    for part in list(criterion) if isinstance(criterion, PerFeature) else [criterion]:
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if any(p.requires_grad and id(p) not in trained for p in part.parameters()):
+            raise InputError(
+                f"{type(part).__name__} has weights that the optimizer does not train; make the optimizer with "
+                f"build_optimizer(cfg, model, criterion), or call "
+                f"optimizer.add_param_group({{'params': criterion.parameters()}})"
+            )
+    if cross_camera:
+        _check_takes_pairs(criterion)
+    if miner is not None or cross_camera:
+        _check_has_no_miners(criterion)
+    if miner is not None:
+        _check_has_no_memory(criterion)
+    for several in _parts(criterion, losses.MultipleLosses):
+        for name, own_miner in _miners_of(several):
+            if own_miner is not None:
+                _check_has_no_memory(several.losses[name])
+
+
+def check_returns_features(model: nn.Module) -> None:
+    """Refuses a network of torchreid's zoo that was built for another loss.
+
+    Such a network returns logits alone. With two heads it returns two logits, which look like logits and features.
+
+    Raises:
+        InputError: saying how to build the network.
+    """
+    built_for = getattr(distributed.unwrapped(model), "loss", "triplet")
+    if built_for != "triplet":
+        raise InputError(
+            f"the model was built with loss={built_for!r} and returns no features in training; build it with "
+            f"torchreid.models.build_model(..., loss='triplet')"
+        )
+
+
+def loss_that_compares_images(criterion: nn.Module) -> str | None:
+    """The name of a loss in the criterion that compares the images of a batch with each other; None if there is none.
+
+    A loss with weights (ArcFace, proxies) compares the images with its weights instead.
+    """
+    found = _parts(criterion, losses.BaseMetricLossFunction) or [criterion]
+    return next((type(loss).__name__ for loss in found if not any(p.requires_grad for p in loss.parameters())), None)
+
+
+def _parts(criterion: nn.Module, kinds: Any) -> list[Any]:
+    return [part for part in criterion.modules() if isinstance(part, kinds)]
+
+
+def _miners_of(several: losses.MultipleLosses) -> Iterator[tuple[Any, nn.Module | None]]:
+    if several.miners is None:
+        return iter(())
+    return iter(several.miners.items() if several.is_dict else enumerate(several.miners))
+
+
+def _check_takes_pairs(criterion: nn.Module) -> None:
+    for loss in _parts(criterion, WITHOUT_PAIRS):
+        in_memory = isinstance(loss, losses.CrossBatchMemory)
+        why = "does not know the cameras in its memory" if in_memory else "takes no pairs"
+        raise InputError(
+            f"cross_camera chooses the pairs of the loss, and {type(loss).__name__} {why}; turn cross_camera off"
+        )
+
+
+def _check_has_no_miners(criterion: nn.Module) -> None:
+    if any(several.miners for several in _parts(criterion, losses.MultipleLosses)):
+        raise InputError(
+            "MultipleLosses has miners of its own and takes no other pairs: give the engine neither miner nor "
+            "cross_camera, or give MultipleLosses no miners"
+        )
+
+
+def _check_has_no_memory(criterion: nn.Module) -> None:
+    if _parts(criterion, losses.CrossBatchMemory):
+        raise InputError(
+            "a miner gives indices of images of the batch, and the CrossBatchMemory reads them as indices of its "
+            "memory: give the miner to the memory, CrossBatchMemory(..., miner=...), and no miner to the engine or "
+            "to MultipleLosses"
+        )
