@@ -48,7 +48,7 @@ TOO_LONG = {
     "torchreid_ext.engine.base",
 }
 IN_A_CIRCLE = {name for name in FILES if name.startswith("pml_drsl.benchmark.") and ".timing." not in name}
-TWO_SENTENCES = {"pml_drsl.benchmark.training.tuning", "torchreid_ext.config.keys"}
+TWO_SENTENCES = {"pml_drsl.benchmark.training.tuning"}
 
 
 def imports(nodes: ast.AST, deep: bool) -> Iterator[str]:

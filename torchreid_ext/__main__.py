@@ -125,12 +125,12 @@ def train(cfg: config.Config) -> dict[str, Any]:
     if not cfg.test.evaluate and distributed.is_first():
         write_config(cfg)
 
-    columns = {}
+    columns, options = {}, config.run_options(cfg)
     if cfg.test.untrained and not cfg.test.evaluate and not start_epoch:
         print("=> Test before training")
         folder = str(Path(cfg.data.save_dir, "untrained"))
-        columns["untrained"] = engine.test(**config.test_arguments(cfg), save_dir=folder)
-    columns["trained"] = engine.run(**config.run_arguments(cfg) | {"start_epoch": start_epoch})
+        columns["untrained"] = engine.test(**options.test_between() | {"rerank": options.rerank, "save_dir": folder})
+    columns["trained"] = engine.run(**options.arguments() | {"start_epoch": start_epoch})
     if len(columns) > 1:
         evaluation.print_side_by_side(columns, cfg.test.ranks)
     print(f'Checkpoints, TensorBoard log and metrics.json are in "{cfg.data.save_dir}"')

@@ -13,7 +13,9 @@ from torch.optim import Optimizer
 from pml_drsl.checks import InputError
 from pml_drsl.machine import available_cores
 from torchreid_ext.config.checks import check, choose
+from torchreid_ext.config.keys import DRSL_ARGUMENTS
 from torchreid_ext.config.node import Config, flat, get_default_config, plain
+from torchreid_ext.config.options import run_options
 from torchreid_ext.data.datasets import register_datasets, without_empty_folders
 from torchreid_ext.data.loading import rebuilt
 from torchreid_ext.data.samplers import SAMPLERS
@@ -35,8 +37,7 @@ __all__ = [
     "flat",
     "get_default_config",
     "plain",
-    "run_arguments",
-    "test_arguments",
+    "run_options",
 ]
 
 
@@ -181,14 +182,10 @@ def build_criterion(cfg: Config, model: nn.Module, num_classes: int) -> nn.Modul
     Raises:
         InputError: for an unknown class or argument, or a combination that cannot be trained.
     """
-    drsl = cfg.loss.drsl
     described = {
         "drsl": {
             "name": "DRSLoss",
-            "temperature": drsl.temperature,
-            "sort_weight": drsl.sort_weight,
-            "margin": drsl.margin,
-            "bound": drsl.bound,
+            **{entry.name: cfg.loss.drsl[entry.name] for entry in DRSL_ARGUMENTS.values()},
             "collect_stats": True,
         },
         "pml": {"name": cfg.loss.pml.loss, **cfg.loss.pml.kwargs},
@@ -313,40 +310,4 @@ def _metric_arguments(cfg: Config, criterion: nn.Module) -> dict[str, Any]:
         # A memory has the miner, which ranks its features too.
         "miner": None if section.memory_size else criteria.build_miner(f"loss.{cfg.loss.name}", section),
         "cross_camera": cfg.loss.cross_camera,
-    }
-
-
-def run_arguments(cfg: Config) -> dict[str, Any]:
-    """The arguments of ``engine.run``."""
-    return {
-        "save_dir": cfg.data.save_dir,
-        "max_epoch": cfg.train.max_epoch,
-        "start_epoch": cfg.train.start_epoch,
-        "fixbase_epoch": cfg.train.fixbase_epoch,
-        "open_layers": cfg.train.open_layers,
-        "start_eval": cfg.test.start_eval,
-        "eval_freq": cfg.test.eval_freq,
-        "test_only": cfg.test.evaluate,
-        "print_freq": cfg.train.print_freq,
-        "visrank": cfg.test.visrank,
-        "picture": cfg.test.picture,
-        "checkpoint_freq": cfg.train.checkpoint_freq,
-        "keep_checkpoints": cfg.train.keep_checkpoints,
-        "amp": cfg.train.amp,
-        "compiled": cfg.train.compile,
-        "channels_last": cfg.train.channels_last,
-        "skip_nonfinite": cfg.train.skip_nonfinite,
-        **test_arguments(cfg),
-    }
-
-
-def test_arguments(cfg: Config) -> dict[str, Any]:
-    """The arguments of every ``engine.test`` of a run."""
-    return {
-        "dist_metric": cfg.test.dist_metric,
-        "normalize_feature": cfg.test.normalize_feature,
-        "visrank_topk": cfg.test.visrank_topk,
-        "use_metric_cuhk03": cfg.cuhk03.use_metric_cuhk03,
-        "ranks": cfg.test.ranks,
-        "rerank": cfg.test.rerank,
     }

@@ -110,17 +110,18 @@ def _coerce(key: str, value: Any, known: dict[str, Any], source: str) -> Any:
     default = known[key]
     if key in OPTIONS:
         return _options(key, value, default, source)
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+    if (KEYS[key].kind or type(default)) is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(default, list):
         return list(value) if isinstance(value, (list, tuple)) else [value]
-    if value is False and KEYS[key][0] == "off":
+    if value is False and KEYS[key].default == "off":
         # What YAML makes of the word.
         return "off"
-    if type(value) is not type(default):
-        raise InputError(
-            f"config key {key!r} takes a {type(default).__name__} such as {default!r}, got {value!r} in {source}"
-        )
+    kind = KEYS[key].kind or type(default)
+    if value is None and KEYS[key].kind is not None:
+        return None
+    if type(value) is not kind:
+        raise InputError(f"config key {key!r} takes a {kind.__name__} such as {default!r}, got {value!r} in {source}")
     return value
 
 
@@ -152,6 +153,6 @@ def flat(cfg: Config) -> dict[str, Any]:
 def get_default_config() -> Config:
     """Every key of torchreid's ``default_config.py`` with its default, and ours (``torchreid_ext.config.keys``)."""
     cfg = Config()
-    for key, (default, _) in KEYS.items():
-        _set(cfg, key, Config() if default == {} else default)
+    for key, entry in KEYS.items():
+        _set(cfg, key, Config() if entry.default == {} else entry.default)
     return cfg

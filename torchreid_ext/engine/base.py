@@ -13,7 +13,6 @@ import torchreid
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from pml_drsl.checks import InputError
 from pml_drsl.evaluation.accuracy import RetrievalResult
 from torchreid_ext.checkpointing import resume as resuming
 from torchreid_ext.checkpointing import state as states
@@ -24,6 +23,7 @@ from torchreid_ext.data.seeding import repeatable
 from torchreid_ext.engine.batch import Batch, for_each_view, views_as_images
 from torchreid_ext.engine.freezing import Layers
 from torchreid_ext.engine.logs import EpochLog
+from torchreid_ext.engine.options import RunOptions
 from torchreid_ext.engine.stepper import Stepper
 from torchreid_ext.evaluation.tester import Tester
 from torchreid_ext.runtime import distributed
@@ -40,6 +40,7 @@ class BaseEngine(Tester, torchreid.engine.Engine):
         rank1: of the last test, on its last target.
         best: mean mAP over the targets of the best test so far, and the epoch after which it was; -1 before any.
         config: flat configuration of the run (dotted key, plain value), saved with it and compared on resuming.
+        options: options of the present run.
         skipped: steps left out because their loss was not finite.
         stepper: steps the optimizers in the precision asked for.
         stop: whether a signal asked the run to stop.
@@ -57,8 +58,8 @@ class BaseEngine(Tester, torchreid.engine.Engine):
         self.skipped = self.batch_idx = self.max_epoch = 0
         self.stop = StopRequest()
         self.rank1 = 0.0
+        self.options = RunOptions()
         self.stepper = Stepper()
-        self._skip_nonfinite = False
         self._history: History | None = None
         self._start: dict[str, Any] | None = None
         self._resumed: dict[str, Any] = {}
@@ -71,76 +72,33 @@ class BaseEngine(Tester, torchreid.engine.Engine):
             for target, splits in datamanager.test_loader.items()
         }
 
-    def run(
-        self,
-        save_dir: str = "log",
-        max_epoch: int = 0,
-        start_epoch: int = 0,
-        print_freq: int = 10,
-        fixbase_epoch: int = 0,
-        open_layers: str | list[str] | None = None,
-        start_eval: int = 0,
-        eval_freq: int = -1,
-        test_only: bool = False,
-        visrank: bool = False,
-        picture: int = 0,
-        rerank: bool = False,
-        checkpoint_freq: int = 1,
-        keep_checkpoints: int = 3,
-        amp: str = "off",
-        compiled: bool = False,
-        channels_last: bool = False,
-        skip_nonfinite: bool = False,
-        **test_arguments: Any,
-    ) -> dict[str, RetrievalResult]:
+    def run(self, save_dir: str = "log", **options: Any) -> dict[str, RetrievalResult]:
         """Trains, tests and saves, as torchreid's pipeline does; returns the last test's results by target.
 
         On SIGTERM or SIGINT it stops after the batch at hand, with the state in which the epoch began saved: resumed,
         it repeats that epoch, exactly.
 
         Args:
-            save_dir: where checkpoints, the TensorBoard log, metrics and pictures go.
-            max_epoch: epoch to train to.
-            start_epoch: epoch to start from: what ``resume`` returned.
-            print_freq: batches between two lines of the log, >= 1.
-            fixbase_epoch: epochs at the start that train only ``open_layers``.
-            open_layers: names of those layers.
-            start_eval: first epoch to test after.
-            eval_freq: epochs between tests; -1 tests at the end alone.
-            test_only: test, and do not train.
-            visrank: draw the ranking of every query in the last test.
-            picture: queries on the page of rankings drawn in the last test.
-            rerank: re-rank in the last test.
-            checkpoint_freq: epochs between checkpoints, >= 1; one is saved after every test too.
-            keep_checkpoints: how many to keep, besides the last and the best; 0 keeps all.
-            amp: precision of the network in training: ``"off"``, ``"bf16"`` or ``"fp16"``.
-            compiled: compile the network for training.
-            channels_last: train in that memory format.
-            skip_nonfinite: leave out a step whose loss is not finite, instead of stopping the run.
-            **test_arguments: of ``test``.
+            save_dir: folder for checkpoints, the TensorBoard log, metrics and pictures.
+            **options: the other fields of ``RunOptions``; torchreid's arguments keep their names and defaults.
 
         Raises:
-            InputError: for an argument out of its range.
+            InputError: for an unknown option, or a value out of its range.
             FloatingPointError: for a loss, or weights, that are not finite.
             Interrupted: when a signal asked to stop; everything is saved.
         """
+        self.options = chosen = RunOptions.of({"save_dir": save_dir, **options})
         for module in (*self._models.values(), *states.losses_of(self).values()):
             distributed.same_as_first(module)
-        test_arguments["save_dir"] = save_dir
-        last = {**test_arguments, "visrank": visrank, "picture": picture, "rerank": rerank}
-        if test_only:
-            return self.test(**last)
-        for name, value in (("checkpoint_freq", checkpoint_freq), ("print_freq", print_freq)):
-            if value < 1:
-                raise InputError(f"train.{name} must be 1 or more, got {value}")
+        if chosen.test_only:
+            return self.test(**chosen.last_test())
         self._layers = {self.model: Layers(self.model)}
-        if fixbase_epoch > 0:
-            self._layers[self.model].check(_names(open_layers))
-        self._history = History(self._folder(save_dir), keep_checkpoints)
+        if chosen.fixbase_epoch > 0:
+            self._layers[self.model].check(_names(chosen.open_layers))
+        self._history = History(self._folder(save_dir), chosen.keep_checkpoints)
         self._history.newest = self._resumed_from
-        self.stepper = Stepper(amp, compiled, self._device().type, channels_last)
-        self._skip_nonfinite = skip_nonfinite
-        self.start_epoch, self.max_epoch = start_epoch, max_epoch
+        self.stepper = Stepper(chosen.amp, chosen.compiled, self._device().type, chosen.channels_last)
+        self.start_epoch, self.max_epoch = start_epoch, max_epoch = chosen.start_epoch, chosen.max_epoch
         started = time.monotonic()
         # What an interrupted epoch wrote to the TensorBoard log is dropped when the epoch is repeated.
         purge_step = start_epoch * len(self.train_loader) if self._resumed else None
@@ -154,22 +112,22 @@ class BaseEngine(Tester, torchreid.engine.Engine):
                     # What is on the disk need not be kept in memory, nor by a process that does not save.
                     kept = self._history.saved_epoch == self.epoch or not distributed.is_first()
                     self._start = None if kept else states.copied(states.of_engine(self, self.epoch))
-                    self.train(print_freq=print_freq, fixbase_epoch=fixbase_epoch, open_layers=open_layers)
+                    self.train(chosen.print_freq, chosen.fixbase_epoch, chosen.open_layers)
                     done = self.epoch + 1
                     tested, is_best = done == max_epoch, False
                     if tested:
                         print("=> Final test")
-                        is_best = self._test_or_save(last)
-                    elif eval_freq > 0 and done >= start_eval and done % eval_freq == 0:
-                        tested, is_best = True, self._test_or_save(test_arguments)
-                    if tested or done % checkpoint_freq == 0:
+                        is_best = self._test_or_save(chosen.last_test())
+                    elif chosen.tests_after(done):
+                        tested, is_best = True, self._test_or_save(chosen.test_between())
+                    if tested or done % chosen.checkpoint_freq == 0:
                         self._save(is_best)
                 if start_epoch >= max_epoch > 0:
                     if distributed.is_first():
                         # It may have been killed between its last checkpoint and this.
                         self._history.tidy(start_epoch)
                     self.epoch = max_epoch - 1
-                    if self._is_best(self.test(**last)):
+                    if self._is_best(self.test(**chosen.last_test())):
                         self._save(True)
         except (Interrupted, RuntimeError) as error:
             # A worker of the loader may have got the signal too, and died of it; or another process alone got it.
@@ -261,7 +219,7 @@ class BaseEngine(Tester, torchreid.engine.Engine):
 
     def forward(self, images: Tensor) -> Any:
         """What the model returns in training, in ``amp``'s precision inside and in float32 outside."""
-        if self._skip_nonfinite:
+        if self.options.skip_nonfinite:
             self._put_back = states.keep_buffers([self.model, *states.losses_of(self).values()])
         return self.stepper.forward(self.model, images)
 
@@ -272,7 +230,7 @@ class BaseEngine(Tester, torchreid.engine.Engine):
             FloatingPointError: if the loss is not finite, unless such steps are skipped.
         """
         value = distributed.mean(loss)
-        if self._skip_nonfinite and not torch.isfinite(value):
+        if self.options.skip_nonfinite and not torch.isfinite(value):
             self._put_back()
             self.skipped += 1
             print(f"Skipped epoch {self.epoch + 1}, batch {self.batch_idx + 1}: the loss is {value.item()}")

@@ -11,6 +11,7 @@ import numpy as np
 from pml_drsl.evaluation.accuracy import RetrievalResult
 from torchreid_ext.checkpointing import file as checkpoint
 from torchreid_ext.evaluation import search as evaluation
+from torchreid_ext.evaluation.options import EvaluationOptions
 from torchreid_ext.runtime import distributed
 from torchreid_ext.runtime import random as generators
 
@@ -25,18 +26,7 @@ class Tester:
     results: dict[str, RetrievalResult]
     set_model_mode: Any
 
-    def test(
-        self,
-        dist_metric: str = "euclidean",
-        normalize_feature: bool = False,
-        visrank: bool = False,
-        visrank_topk: int = 10,
-        save_dir: str = "",
-        use_metric_cuhk03: bool = False,
-        ranks: tuple[int, ...] | list[int] = (1, 5, 10, 20),
-        rerank: bool = False,
-        picture: int = 0,
-    ) -> dict[str, RetrievalResult]:
+    def test(self, **options: Any) -> dict[str, RetrievalResult]:
         """Tests on every target, prints the results as torchreid does, and writes ``save_dir/metrics.json``.
 
         The random number generators are restored afterwards, so that training does not depend on the number of tests.
@@ -44,19 +34,15 @@ class Tester:
         the first process prints and writes.
 
         Args:
-            dist_metric: ``"euclidean"`` or ``"cosine"``.
-            normalize_feature: scale every feature to unit norm first.
-            visrank: draw the ranking of every query.
-            visrank_topk: number of gallery entries to draw for each query.
-            save_dir: folder for the results. If it is empty, nothing is written.
-            use_metric_cuhk03: use the single-gallery-shot protocol of CUHK03.
-            ranks: CMC ranks to print.
-            rerank: re-rank the results by k-reciprocal neighbours.
-            picture: number of queries to draw on one page, ``save_dir/ranking_TARGET.png``; 0 draws no page.
+            **options: fields of ``EvaluationOptions``.
 
         Returns:
             The result of each target.
+
+        Raises:
+            InputError: for an unknown option, or a value out of its range.
         """
+        chosen = EvaluationOptions.of(options)
         self.set_model_mode("eval")
         self.results = {}
         group, first = distributed.group(), distributed.is_first()
@@ -66,33 +52,32 @@ class Tester:
                 if first:
                     print(f"##### Evaluating {target} ({domain}) #####")
                 query, gallery = (evaluation.extract(self, loaders[split], group) for split in ("query", "gallery"))
-                search = evaluation.Search(query, gallery, dist_metric, normalize_feature, rerank)
-                result = search.evaluate(use_metric_cuhk03, max_rank=max(50, *ranks), group=group)
+                search = evaluation.Search(query, gallery, chosen.dist_metric, chosen.normalize_feature, chosen.rerank)
+                result = search.evaluate(chosen.use_metric_cuhk03, max_rank=max(50, *chosen.ranks), group=group)
                 self.results[target] = result
                 if not first:
                     continue
-                evaluation.print_result(result, ranks)
-                if picture or visrank:
-                    self._draw(target, search, picture, visrank, visrank_topk, save_dir)
+                evaluation.print_result(result, chosen.ranks)
+                if chosen.picture or chosen.visrank:
+                    self._draw(target, search, chosen)
                 if self.writer is not None:
                     self.writer.add_scalar(f"Test/{target}/rank1", result.rank(1), self.epoch)
                     self.writer.add_scalar(f"Test/{target}/mAP", result.mAP, self.epoch)
-        if save_dir and first:
-            write_metrics(self.results, save_dir)
+        if chosen.save_dir and first:
+            write_metrics(self.results, chosen.save_dir)
         return self.results
 
-    def _draw(
-        self, target: str, search: evaluation.Search, picture: int, visrank: bool, topk: int, save_dir: str
-    ) -> None:
+    def _draw(self, target: str, search: evaluation.Search, options: EvaluationOptions) -> None:
         query, gallery = self.datamanager.fetch_test_loaders(target)
         paths = [items[0] for items in query], [items[0] for items in gallery]
-        if picture:
+        topk, save_dir = options.visrank_topk, options.save_dir
+        if options.picture:
             # The queries are spread evenly over the query set, so that the page shows many identities.
-            indices = np.linspace(0, len(query) - 1, min(picture, len(query))).astype(int).tolist()
+            indices = np.linspace(0, len(query) - 1, min(options.picture, len(query))).astype(int).tolist()
             page = Path(save_dir, f"ranking_{target}.png")
             evaluation.draw_page(search, paths, indices, topk, page, f"{target}: ranked gallery")
             print(f'Picture of ranked results saved to "{page}"')
-        if visrank:
+        if options.visrank:
             index = evaluation.draw_all(search, paths, topk, Path(save_dir, f"visrank_{target}"), f"Rankings: {target}")
             print(f'Rankings of {len(query)} queries saved; open "{index}" in a browser')
 

@@ -95,7 +95,6 @@ def test_wrong_words_are_refused():
         (["test.dist_metric", "hamming"], "test.dist_metric must be one of euclidean, cosine, got 'hamming'"),
         (["test.ranks", "[1,0]"], r"test.ranks takes whole numbers of 1 or more, got 0"),
         (["test.batch_size", "0"], r"test.batch_size takes whole numbers of 1 or more, got 0"),
-        (["train.accumulate", "2"], "gradients are not accumulated"),
     ],
 )
 def test_values_that_a_test_would_refuse_are_refused_before_training(words, message):

@@ -1,5 +1,6 @@
 """Training that can be interrupted, resumed and depended on, with small networks and real data managers."""
 
+import inspect
 import io
 import math
 import os
@@ -10,15 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchreid
 from pytorch_metric_learning import losses as pml_losses
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from toy_data import make_image_manager
 
+from pml_drsl.checks import InputError
 from torchreid_ext.checkpointing import file as checkpoint
 from torchreid_ext.checkpointing import state as states
 from torchreid_ext.engine import pml as engines
 from torchreid_ext.engine.logs import EpochLog
+from torchreid_ext.engine.options import RunOptions
 from torchreid_ext.engine.stepper import Stepper
 from torchreid_ext.runtime import distributed
 from torchreid_ext.runtime.random import seed_everything
@@ -448,5 +452,20 @@ def test_the_last_batch_of_every_epoch_is_printed(tmp_path, capsys, skipped):
 
 @pytest.mark.parametrize("name", ["checkpoint_freq", "print_freq"])
 def test_a_frequency_below_one_is_refused(tmp_path, name):
-    with pytest.raises(ValueError, match=f"train.{name} must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match=f"train.{name} takes whole numbers of 1 or more, got 0"):
         make_engine(tmp_path).run(str(tmp_path / "log"), max_epoch=1, **{name: 0})
+
+
+def test_an_unknown_option_of_a_run_is_refused_with_the_nearest(tmp_path):
+    with pytest.raises(InputError, match=r"there is no option 'max_epochs'; did you mean 'max_epoch'\?"):
+        make_engine(tmp_path).run(str(tmp_path / "log"), max_epochs=1)
+    assert not (tmp_path / "log").exists()
+
+
+def test_run_takes_the_arguments_of_torchreid_with_their_defaults():
+    """A script that was written for torchreid's engines must run unchanged."""
+    of_torchreid = inspect.signature(torchreid.engine.Engine.run).parameters
+    ours = RunOptions().arguments()
+    for name, parameter in of_torchreid.items():
+        if name != "self":
+            assert ours[name] == parameter.default, name

@@ -1,0 +1,118 @@
+"""Config keys that are derived from a dataclass of options and from the signature of a loss."""
+
+from dataclasses import dataclass
+
+import pytest
+from pytorch_metric_learning.distances import CosineSimilarity
+
+from pml_drsl import DRSLoss
+from pml_drsl.checks import InputError
+from torchreid_ext import get_default_config
+from torchreid_ext.config import build as config
+from torchreid_ext.config.derived import Key, keys_of_arguments, keys_of_options
+from torchreid_ext.engine.options import RunOptions
+from torchreid_ext.runtime.options import Options, documented, option
+
+
+class Loss:
+    """A loss.
+
+    Args:
+        power: exponent of the error, see ``f(x)``; 1 or 2. More about it here, which no table
+            has room for.
+        label: which label, e.g. of Smith et al. (2020),
+            to use.
+        limit: largest error.
+        distance: an object.
+
+    Raises:
+        InputError: never.
+    """
+
+    def __init__(
+        self, power: float = 2.0, label: str = "angle", limit: int | None = None, distance: object = None, **kwargs: int
+    ) -> None: ...
+
+
+def test_keys_of_a_loss():
+    assert keys_of_arguments("loss.mine", Loss) == {
+        "loss.mine.power": Key(2.0, "exponent of the error, see `f(x)`; 1 or 2", "power"),
+        "loss.mine.label": Key("angle", "which label, e.g. of Smith et al. (2020), to use", "label"),
+        "loss.mine.limit": Key(None, "largest error", "limit", int),
+    }
+
+
+def test_arguments_reach_drsl_and_its_defaults_reach_the_config(monkeypatch):
+    cfg = get_default_config()
+    cfg.merge_from_list(["loss.name", "drsl", "model.pretrained", "False", "use_gpu", "False"])
+    cfg.merge_from_list(["data.height", 64, "data.width", 32, "model.name", "osnet_x0_25"])
+    model = config.build_model(cfg, 3)
+    default = DRSLoss()
+    built = config.build_criterion(cfg, model, 3)
+    assert built.extra_repr() == default.extra_repr()
+    assert type(built.distance) is type(default.distance)
+    cfg.merge_from_list(["loss.drsl.temperature", 1, "loss.drsl.sort_weight", 0.5, "loss.drsl.margin", 0.25])
+    cfg.merge_from_list(["loss.drsl.bound", str(not default.bound), "loss.drsl.query_chunk_size", 7])
+    cfg.merge_from_list(["loss.drsl.distance", "CosineSimilarity"])
+    built = config.build_criterion(cfg, model, 3)
+    assert (built.temperature, built.sort_weight, built.margin) == (1.0, 0.5, 0.25)
+    assert (built.bound, built.query_chunk_size) == (not default.bound, 7)
+    assert isinstance(built.distance, CosineSimilarity)
+    cfg.merge_from_list(["loss.drsl.query_chunk_size", "None"])
+    assert config.build_criterion(cfg, model, 3).query_chunk_size is None
+    with pytest.raises(InputError, match=r"'loss\.drsl\.query_chunk_size' takes a int"):
+        cfg.merge_from_list(["loss.drsl.query_chunk_size", "many"])
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class Cooking(Options):
+    """Options of a meal."""
+
+    minutes: int = option("stove.minutes", 10, "time on the stove", least=1, config_default=20)
+    fuel: str = option("stove.fuel", "gas", "gas or wood", choices=("gas", "wood"))
+    tastings: list[int] = option("", [5], "minutes after which the cook tastes", least=0)
+
+
+def test_options():
+    assert keys_of_options(Cooking) == {
+        "stove.minutes": Key(20, "time on the stove", "minutes"),
+        "stove.fuel": Key("gas", "gas or wood", "fuel"),
+    }
+    assert Cooking().arguments() == {"minutes": 10, "fuel": "gas", "tastings": [5]}
+    assert Cooking().tastings is not Cooking().tastings
+    assert "minutes: time on the stove (``stove.minutes``)" in Cooking.__doc__
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"minutes": 0}, "stove.minutes takes whole numbers of 1 or more, got 0"),
+        ({"minutes": "10"}, "stove.minutes takes whole numbers of 1 or more, got '10'"),
+        ({"minutes": True}, "got True"),
+        ({"tastings": [1, -1]}, "tastings takes whole numbers of 0 or more, got -1"),
+        ({"fuel": "coal"}, "stove.fuel must be one of gas, wood, got 'coal'"),
+        ({"minuets": 3}, "there is no option 'minuets'; did you mean 'minutes'?"),
+    ],
+)
+def test_wrong_options(given, message):
+    with pytest.raises(InputError) as caught:
+        Cooking.of(given)
+    assert message in str(caught.value)
+
+
+def test_every_option_of_a_run_is_taken_from_its_key():
+    cfg = get_default_config()
+    changed = {}
+    for key, entry in keys_of_options(RunOptions).items():
+        value = {"train.amp": "bf16", "test.dist_metric": "cosine", "data.save_dir": "there"}.get(key)
+        if value is None:
+            value = {bool: lambda x: not x, int: lambda x: x + 2, list: lambda x: x * 2}[type(entry.default)](
+                entry.default
+            )
+        cfg.merge_from_list([key, value])
+        changed[entry.name] = value
+    options = config.run_options(cfg)
+    assert options.arguments() == changed
+    assert options.last_test().items() <= changed.items() and options.last_test()["rerank"]
+    assert not options.test_between()["rerank"] and not options.test_between()["picture"]

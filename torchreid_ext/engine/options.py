@@ -1,0 +1,63 @@
+"""The options of a run, the single source of their config keys, defaults, help and documentation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torchreid_ext.engine.stepper import AMP
+from torchreid_ext.evaluation.options import EvaluationOptions
+from torchreid_ext.runtime.options import documented, option
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(EvaluationOptions):
+    """Options of ``engine.run``.
+
+    A field added here is also a config key, a line of ``drsl-train --help`` and a row of the table in
+    docs/torchreid.md (``python -m torchreid_ext.config.table`` writes that table).
+    """
+
+    save_dir: str = option("data.save_dir", "log", "folder for checkpoints, logs and results")
+    max_epoch: int = option("train.max_epoch", 0, "epochs to train", least=0, config_default=60)
+    start_epoch: int = option("train.start_epoch", 0, "epoch to start from", least=0)
+    fixbase_epoch: int = option("train.fixbase_epoch", 0, "epochs at the start that train only open_layers", least=0)
+    open_layers: str | list[str] | None = option(
+        "train.open_layers", None, "layers trained in the first fixbase_epoch epochs", config_default=["classifier"]
+    )
+    print_freq: int = option("train.print_freq", 10, "batches between two lines of the log", least=1, config_default=20)
+    amp: str = option(
+        "train.amp",
+        "off",
+        "precision of the network in training: off, bf16 or fp16 (with scaled gradients)",
+        choices=tuple(AMP),
+    )
+    compiled: bool = option("train.compile", False, "compile the network for training with torch.compile")
+    channels_last: bool = option(
+        "train.channels_last",
+        False,
+        "keep images and weights in channels_last memory format, which is faster on GPUs with amp",
+    )
+    skip_nonfinite: bool = option(
+        "train.skip_nonfinite", False, "skip a step whose loss is NaN or infinite, instead of stopping"
+    )
+    checkpoint_freq: int = option("train.checkpoint_freq", 1, "epochs between checkpoints", least=1)
+    keep_checkpoints: int = option(
+        "train.keep_checkpoints", 3, "checkpoints to keep, besides the last and the best; 0 keeps all", least=0
+    )
+    test_only: bool = option("test.evaluate", False, "only test")
+    eval_freq: int = option("test.eval_freq", -1, "epochs between tests; -1 tests only at the end", least=-1)
+    start_eval: int = option("test.start_eval", 0, "first epoch to test after", least=0)
+
+    def tests_after(self, epoch: int) -> bool:
+        """Whether there is a test after an epoch, counted from 1, that is not the last."""
+        return self.eval_freq > 0 and epoch >= self.start_eval and epoch % self.eval_freq == 0
+
+    def last_test(self) -> dict[str, Any]:
+        """The arguments of the test at the end of the run."""
+        return self.arguments(EvaluationOptions)
+
+    def test_between(self) -> dict[str, Any]:
+        """The arguments of a test during training: it draws nothing and does not re-rank."""
+        return self.last_test() | {"visrank": False, "picture": 0, "rerank": False}
