@@ -1,9 +1,10 @@
-"""Which positives and negatives of each query the loss sees."""
+"""Miners that choose the positives and negatives of each query."""
 
 from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from pytorch_metric_learning.miners import BaseMiner
 from pytorch_metric_learning.utils import common_functions as c_f
@@ -18,9 +19,11 @@ FourIndices = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class RankingMiner(BaseMiner):
-    """A miner that ranks the candidates of each query. Beyond PML's miners it can be told which candidate is the
-    query itself, where that is among the references (cross-batch memory, embeddings gathered from other processes):
-    removed only from what a miner returns, it would still count as its query's nearest positive.
+    """A miner that ranks the candidates of each query.
+
+    Unlike PML's miners it can be told which candidate is the query itself, if the references contain the queries, as in
+    a cross-batch memory or with embeddings gathered from other processes. Otherwise the query would count as its own
+    nearest positive. Distances are computed in full precision, in float32 or float64.
     """
 
     def forward(
@@ -34,11 +37,13 @@ class RankingMiner(BaseMiner):
         """Pairs (a1, p, a2, n).
 
         Args:
-            embeddings: of the queries, shape (Q, dim).
-            labels: shape (Q,), integer.
-            ref_emb: of the candidates, shape (M, dim); None for the queries themselves.
-            ref_labels: shape (M,), integer.
-            own: candidate that is the query itself, shape (Q,), integer; needs ``ref_emb``.
+            embeddings: embeddings of the queries, shape (Q, dim).
+            labels: labels of the queries, shape (Q,), integer.
+            ref_emb: embeddings of the candidates, shape (M, dim). If it is None or the same object as ``embeddings``,
+                the candidates are the queries, and no query is its own candidate. (PML's miners decide by the object
+                of the labels, so that two views of a batch need two label tensors.)
+            ref_labels: labels of the candidates, shape (M,), integer.
+            own: the candidate that is the query itself, shape (Q,), integer; needs ``ref_emb``.
         """
         self.reset_stats()
         with torch.no_grad():
@@ -59,13 +64,13 @@ class RankingMiner(BaseMiner):
         return output
 
     def select(self, embeddings: Tensor, ref_emb: Tensor, positives: Tensor, negatives: Tensor) -> FourIndices:
-        """What to keep of the positives and negatives of each query, both of shape (Q, M), bool."""
+        """The pairs (a1, p, a2, n) to keep of the positives and negatives, both of shape (Q, M), bool."""
         raise NotImplementedError
 
 
 class RankViolationMiner(RankingMiner):
-    """Keeps what a ranking still gets wrong: the positives that some negative of their query precedes, and the
-    negatives that precede some positive.
+    """Keeps the violations of a ranking: the positives that some negative of their query precedes, and the negatives
+    that precede some positive.
 
     A negative n precedes a positive p of the same query where ``d_n - d_p < margin``, in units of distance (for a
     similarity: ``s_p - s_n < margin``). Works with any distance, ``ref_emb``, cross-batch memory and classes of any
@@ -73,7 +78,7 @@ class RankViolationMiner(RankingMiner):
 
     Args:
         margin: distance by which a negative must follow a positive not to count as a violation; any finite number.
-        **kwargs: of ``BaseMiner``: ``distance`` (default: ``LpDistance``), ``collect_stats``.
+        **kwargs: arguments of ``BaseMiner``: ``distance`` (default: ``LpDistance``), ``collect_stats``.
 
     Raises:
         InputError: for a margin that is not a finite number.
@@ -82,7 +87,7 @@ class RankViolationMiner(RankingMiner):
     def __init__(self, margin: float = 0.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not is_real(margin):
-            raise InputError(f"margin must be a finite number, got {margin!r}; 0 keeps the violations of order alone")
+            raise InputError(f"margin must be a finite number, got {margin!r}; 0 keeps violations of the order only")
         self.margin = margin
         self.add_to_recordable_attributes(name="margin", is_stat=False)
 
@@ -99,19 +104,19 @@ class RankViolationMiner(RankingMiner):
 
 
 class NegativeBudgetMiner(RankingMiner):
-    """Holds the imbalance of every query at a chosen value: keeps all its positives and, of its negatives,
-    ``round(negatives_per_positive * number of positives)``, at least one and at most all there are. A query without
-    a positive gets no pair. Works with any distance, ``ref_emb``, cross-batch memory and classes of any size.
+    """Sets the imbalance of every query to a chosen value. It keeps all positives of a query, and
+    ``round(negatives_per_positive * number of positives)`` of its negatives, at least one if there is one. A query
+    without a positive gets no pair. Works with any distance, ``ref_emb``, cross-batch memory and classes of any size.
     Returns pairs (a1, p, a2, n).
 
     Args:
-        negatives_per_positive: negatives kept for each positive, > 0, not necessarily whole.
-        strategy: which negatives. ``"hard"``: the nearest. ``"semihard"``: the nearest of those farther than the
-            query's nearest positive (in the sense of FaceNet, Schroff et al., CVPR 2015, with its nearest positive
-            for the positive), then, if they do not suffice, the nearer ones, those next to that positive first.
-            ``"random"``: any, each as likely.
-        seed: of the random draws; None draws from torch's global generator.
-        **kwargs: of ``BaseMiner``: ``distance`` (default: ``LpDistance``), ``collect_stats``.
+        negatives_per_positive: negatives kept for each positive, > 0, not necessarily a whole number.
+        strategy: which negatives are kept. ``"hard"``: the nearest. ``"semihard"``: first the nearest of the negatives
+            that are farther than the nearest positive of the query, then the farthest of the other negatives (after
+            FaceNet, Schroff et al., CVPR 2015). ``"random"``: any, with equal probability.
+        seed: seed of the random draws, 0 or more; two seeds draw independently. The number of draws is part of the
+            ``state_dict``. None draws from torch's global generator.
+        **kwargs: arguments of ``BaseMiner``: ``distance`` (default: ``LpDistance``), ``collect_stats``.
 
     Raises:
         InputError: for a hyper-parameter out of range.
@@ -129,12 +134,13 @@ class NegativeBudgetMiner(RankingMiner):
             raise InputError(f"negatives_per_positive must be a number above 0, got {negatives_per_positive!r}")
         if strategy not in get_args(Strategy):
             raise InputError(f"strategy must be one of {', '.join(get_args(Strategy))}, got {strategy!r}")
-        if not (seed is None or isinstance(seed, int)):
-            raise InputError(f"seed must be None or an integer, got {seed!r}")
+        if not (seed is None or (isinstance(seed, int) and seed >= 0)):
+            raise InputError(f"seed must be None or an integer of at least 0, got {seed!r}")
         self.negatives_per_positive = negatives_per_positive
         self.strategy = strategy
         self.seed = seed
-        self.num_calls = 0
+        self.num_calls: Tensor
+        self.register_buffer("num_calls", torch.zeros((), dtype=torch.long))
         self.add_to_recordable_attributes(name="negatives_per_positive", is_stat=False)
 
     def select(self, embeddings: Tensor, ref_emb: Tensor, positives: Tensor, negatives: Tensor) -> FourIndices:
@@ -142,7 +148,7 @@ class NegativeBudgetMiner(RankingMiner):
         budget = (self.negatives_per_positive * num_positives).round().long().clamp_(min=1)
         budget = torch.where(num_positives > 0, budget, 0).minimum(negatives.sum(1))
         largest = int(budget.max())
-        # By cost a query's negatives come first, as all else is at infinity.
+        # All other candidates have infinite cost, so that the negatives come first.
         cost = self._cost(embeddings, ref_emb, positives).masked_fill(~negatives, torch.inf)
         chosen = cost.topk(largest, largest=False).indices
         a2, place = (torch.arange(largest, device=chosen.device) < budget[:, None]).nonzero(as_tuple=True)
@@ -150,7 +156,7 @@ class NegativeBudgetMiner(RankingMiner):
         return a1, p, a2, chosen[a2, place]
 
     def _cost(self, embeddings: Tensor, ref_emb: Tensor, positives: Tensor) -> Tensor:
-        """The lower, the sooner a negative is kept, shape (Q, M), finite."""
+        """The cost of keeping each candidate, shape (Q, M), finite. Negatives of low cost are kept first."""
         if self.strategy == "random":
             return self._random(len(embeddings), len(ref_emb), embeddings.device)
         d = _distances(self.distance, embeddings, ref_emb)
@@ -165,8 +171,10 @@ class NegativeBudgetMiner(RankingMiner):
     def _random(self, rows: int, columns: int, device: torch.device) -> Tensor:
         if self.seed is None:
             return torch.rand(rows, columns, device=device)
-        # Drawn on the CPU, from a generator of the call's own: the same on every device, and nothing to pickle.
-        generator = torch.Generator().manual_seed(self.seed + self.num_calls)
+        # Every call draws on the CPU, from a generator of its own. The draws are then the same on every device, and
+        # those of two seeds are independent. The buffer lets a restored run go on with the draws it would have made.
+        (mixed,) = np.random.SeedSequence((self.seed, int(self.num_calls))).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(mixed))
         self.num_calls += 1
         return torch.rand(rows, columns, generator=generator).to(device)
 

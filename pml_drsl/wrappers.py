@@ -5,10 +5,14 @@ PML admits losses to these wrappers by class name. The subclasses here admit one
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from pytorch_metric_learning import losses
+from pytorch_metric_learning.miners import BaseMiner
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
-from torch import Tensor
+from torch import Tensor, nn
 
 from pml_drsl.checks import InputError
 from pml_drsl.distributed import DistributedLossWrapper, DistributedMinerWrapper
@@ -28,14 +32,51 @@ class SelfSupervisedLoss(losses.SelfSupervisedLoss):
 
 
 class CrossBatchMemory(losses.CrossBatchMemory):
-    """PML's ``CrossBatchMemory``, which also accepts ``DRSLoss``.
+    """PML's ``CrossBatchMemory``, which also accepts ``DRSLoss``, with a warm-up.
 
-    No query is its own positive: PML forgets that in a batch of one. ``RankViolationMiner`` and
+    The references of a batch are the embeddings in the memory, which are those of earlier batches and of the batch
+    itself. No query is its own positive: PML forgets that in a batch of one. ``RankViolationMiner`` and
     ``NegativeBudgetMiner`` are told which entry of the memory is the query itself.
 
+    Which pairs the loss gets: the pairs that ``miner`` chooses in the memory, or all pairs with the memory if there is
+    no miner. An ``indices_tuple`` given to a call is added to these pairs, as in PML. Its indices point into the batch,
+    as every miner returns them; positives and negatives are looked up in the memory. (PML takes them for positions in
+    the memory, which hold other images after the first batch.) To have mined pairs only, give the miner to the memory.
+
+    Wang et al. (XBM, CVPR 2020) start the memory after a warm-up, since the features of an untrained network drift:
+    those of earlier batches are then no references for the present ones. During the warm-up the loss is computed on the
+    batch alone, with gradients in both embeddings of a pair, and nothing is stored. The memory is therefore empty when
+    the warm-up ends. The number of finished warm-up calls is a buffer, so that a restored run goes on exactly.
+
+    Args:
+        loss: a loss of PML that supports a memory, or ``DRSLoss``.
+        embedding_size: dimension of the embeddings.
+        memory_size: number of embeddings in the memory, at least a batch.
+        miner: a miner of PML that chooses pairs of the batch and the memory; None for all pairs.
+        warmup: number of calls, 0 or more, before the memory starts.
+        **kwargs: arguments of PML's ``CrossBatchMemory``.
+
     Raises:
-        InputError: for a batch larger than the memory, when called.
+        InputError: for a ``warmup`` that is not an integer of at least 0; for a batch larger than the memory, or for
+            indices outside the batch, when called.
     """
+
+    def __init__(
+        self,
+        loss: nn.Module,
+        embedding_size: int,
+        memory_size: int = 1024,
+        miner: BaseMiner | None = None,
+        warmup: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(loss, embedding_size, memory_size, miner, **kwargs)
+        if not isinstance(warmup, int) or warmup < 0:
+            raise InputError(f"warmup must be an integer of at least 0, got {warmup!r}; 0 starts the memory at once")
+        self.warmup = warmup
+        self.warmup_calls: Tensor
+        # A memory without a warm-up keeps the state_dict of PML's memory.
+        self.register_buffer("warmup_calls", torch.zeros((), dtype=torch.long), persistent=warmup > 0)
 
     @staticmethod
     def supported_losses() -> list[str]:
@@ -48,10 +89,37 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         indices_tuple: IndicesTuple | None = None,
         enqueue_mask: Tensor | None = None,
     ) -> Tensor:
+        """The loss of a batch with the memory, or of the batch alone during the warm-up.
+
+        Args:
+            embeddings: shape (N, embedding_size).
+            labels: shape (N,), integer.
+            indices_tuple: pairs or triplets of the batch, to add; not with ``enqueue_mask``.
+            enqueue_mask: shape (N,), bool: the embeddings to store; the others are the queries. None makes every
+                embedding a query and stores it.
+        """
+        if indices_tuple is not None and enqueue_mask is not None:
+            raise InputError("indices_tuple and enqueue_mask exclude each other; give one of them")
         number = len(embeddings) if enqueue_mask is None else int(enqueue_mask.sum())
         if number > self.memory_size:
             raise InputError(f"{number} embeddings do not fit in a memory_size of {self.memory_size}; make it larger")
+        if self.warmup and int(self.warmup_calls) < self.warmup:
+            self.warmup_calls += 1
+            return self._loss_of_batch(embeddings, labels.to(embeddings.device), indices_tuple, enqueue_mask)
         return super().forward(embeddings, labels, indices_tuple, enqueue_mask)  # type: ignore[no-any-return]
+
+    def _loss_of_batch(
+        self, x: Tensor, labels: Tensor, indices_tuple: IndicesTuple | None, enqueue_mask: Tensor | None
+    ) -> Tensor:
+        """The loss without the memory: the references are what the batch would store."""
+        if enqueue_mask is not None:
+            stored, labels_stored = x[enqueue_mask].detach(), labels[enqueue_mask]
+            x, labels = x[~enqueue_mask], labels[~enqueue_mask]
+            indices = self.create_indices_tuple(x, labels, stored, labels_stored, None, False)
+            return self.loss(x, labels, indices, stored, labels_stored)  # type: ignore[no-any-return]
+        self.curr_batch_idx = torch.arange(len(x), device=x.device)
+        indices = self.create_indices_tuple(x, labels, x, labels, indices_tuple, True)
+        return self.loss(x, labels, indices)  # type: ignore[no-any-return]
 
     def create_indices_tuple(
         self,
@@ -67,11 +135,25 @@ class CrossBatchMemory(losses.CrossBatchMemory):
             indices = mine_without_self(self.miner, embeddings, labels, E_mem, L_mem, own)
         else:
             indices = without_self(lmu.get_all_pairs_indices(labels, L_mem), own)
-        given = input_indices_tuple
-        if given is None:
+        if input_indices_tuple is None:
             return indices
+        given = self._in_memory(input_indices_tuple)
         if len(given) < len(indices):
             given = lmu.convert_to_pairs(given, labels)
         elif len(given) > len(indices):
             given = lmu.convert_to_triplets(given, labels)
         return c_f.concatenate_indices_tuples(indices, given)  # type: ignore[no-any-return]
+
+    def _in_memory(self, indices: IndicesTuple) -> IndicesTuple:
+        """Indices of the batch, with positives and negatives as indices of the memory. Anchors stay."""
+        number = len(self.curr_batch_idx)
+        for index in indices:
+            if len(index) and not 0 <= int(index.min()) <= int(index.max()) < number:
+                raise InputError(
+                    f"indices_tuple has indices from {int(index.min())} to {int(index.max())}, outside the batch of "
+                    f"{number} embeddings; give the pairs of the batch, or give the miner to CrossBatchMemory"
+                )
+        anchors = (0,) if len(indices) == 3 else (0, 2)
+        on_device = [index.to(self.curr_batch_idx.device) for index in indices]
+        mapped = (index if i in anchors else self.curr_batch_idx[index] for i, index in enumerate(on_device))
+        return tuple(mapped)  # type: ignore[return-value]

@@ -30,13 +30,14 @@ MINERS = {
     "budget": lambda: NegativeBudgetMiner(1, "semihard"),
     "triplets": lambda: TripletMarginMiner(0.3),
 }
-# (loss, miner, efficient, whether the references are other embeddings, sizes of the two shares)
+# (loss, miner, efficient, whether there are references: True, False or the batch "itself", sizes of the two shares)
 CASES = [
     *((name, "none", True, False, (8, 8)) for name in LOSSES),
     *(("default", miner, efficient, False, (8, 8)) for miner in MINERS for efficient in (True, False)),
     *(("per identity", "budget", efficient, True, (5, 11)) for efficient in (True, False)),
     *(("default", "none", efficient, False, (15, 1)) for efficient in (True, False)),
     ("default", "none", True, False, "nobody's"),
+    *(("default", miner, efficient, "itself", (8, 8)) for miner in ("none", "budget") for efficient in (True, False)),
 ]
 
 
@@ -55,11 +56,17 @@ def make_case(case):
     """Inputs, labels, other references and their labels of the whole batch, and the sizes of the shares."""
     *_, with_ref, sizes = case
     x, labels = make_batch(15, size=16)
-    ref, ref_labels = make_batch(16, size=16) if with_ref else (None, None)
+    ref, ref_labels = make_batch(16, size=16) if with_ref is True else (None, None)
     if sizes == "nobody's":  # the second process has no query with a positive
         sizes = (8, 8)
         labels[8:] = torch.arange(100, 108)
     return x.detach(), labels, None if ref is None else ref.detach(), ref_labels, sizes
+
+
+def with_references(case, output, labels, ref_labels):
+    """Embeddings, references and their labels; the references may be the embeddings themselves."""
+    embeddings, ref_emb = output
+    return (embeddings, embeddings, labels.clone()) if case[3] == "itself" else (embeddings, ref_emb, ref_labels)
 
 
 def stateful(wrap, wrap_miner, wrap_network, share):
@@ -67,6 +74,7 @@ def stateful(wrap, wrap_miner, wrap_network, share):
     x, labels = make_batch(3, size=16)
     x, labels, found = x.detach(), labels.clamp(0, 3), {}
     losses = {"weights": SoftTripleLoss(4, 4), "memory": CrossBatchMemory(ContrastiveLoss(), 4, 40)}
+    losses |= {"warm-up": CrossBatchMemory(ContrastiveLoss(), 4, 40, RankViolationMiner(0.3), warmup=1)}
     losses |= {"mined": TripletMarginLoss(), "drawn": TripletMarginLoss(triplets_per_anchor=1)}
     for name, loss_fn in losses.items():
         network, loss_fn = wrap_network(Network()), loss_fn.double()
@@ -102,7 +110,7 @@ def train_on_share(rank, world_size, store, results):
         share = slice(0, sizes[0]) if rank == 0 else slice(sizes[0], None)
         x, labels, ref, ref_labels = (None if part is None else part[share] for part in batch)
         network = torch.nn.parallel.DistributedDataParallel(Network())
-        embeddings, ref_emb = network(x, ref)
+        embeddings, ref_emb, ref_labels = with_references(case, network(x, ref), labels, ref_labels)
         indices = None
         if MINERS[miner]() is not None:
             miner_fn = DistributedMinerWrapper(MINERS[miner](), efficient=efficient)
@@ -133,7 +141,7 @@ def test_two_processes_agree_with_one(index, found):
     name, miner, *_ = CASES[index]
     x, labels, ref, ref_labels, _ = make_case(CASES[index])
     network = Network()
-    embeddings, ref_emb = network(x, ref)
+    embeddings, ref_emb, ref_labels = with_references(CASES[index], network(x, ref), labels, ref_labels)
     indices = None if MINERS[miner]() is None else MINERS[miner]()(embeddings, labels, ref_emb, ref_labels)
     loss = LOSSES[name]()(embeddings, labels, indices, ref_emb, ref_labels)
     loss.backward()

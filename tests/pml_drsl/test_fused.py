@@ -95,3 +95,32 @@ def test_where_the_kernels_do_not_run_it_says_so_and_goes_on(monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda *sizes, device: zeros(*sizes))
     with pytest.warns(UserWarning, match="slower path: Failed to find C compiler"):
         assert fused._kernels.__wrapped__() is None
+
+
+def test_kernels_start_on_the_device_of_their_tensors(monkeypatch):
+    import contextlib
+
+    import torch
+
+    from pml_drsl import kernels
+
+    current = []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        current.append(tensor)
+        yield
+        current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda z, *_, **__: started.append(current[-1] is z)
+
+    started = []
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(kernels, "_count", Kernel())
+    monkeypatch.setattr(kernels, "_gradient", Kernel())
+    z, x, query = torch.zeros(2, 3), torch.zeros(4), torch.tensor([0, 0, 1, 1])
+    kernels.count(z, x, query)
+    kernels.gradient(z, x, query, x)
+    assert started == [True, True] and not current

@@ -312,6 +312,23 @@ def test_fact_7_identical_and_zero_embeddings_are_finite(distance, dtype, size):
         assert torch.isfinite(x.grad).all()
 
 
+def test_two_views_may_share_their_labels():
+    x, labels = make_batch(2)
+    view = make_batch(3)[0]
+    loss_fn = make_loss(0.1)
+    loss = loss_fn(x, labels, ref_emb=view, ref_labels=labels)
+    assert_agrees(loss, [x, view], expected(x, labels, view, labels, temperature=0.1, sort_weight=0.3), 1e-9)
+    assert torch.equal(loss, loss_fn(x, labels, ref_emb=view, ref_labels=labels.clone()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_references_that_are_the_embeddings_are_the_batch_itself(dtype, chunk):
+    x, labels = make_batch(2, dtype=dtype)
+    loss_fn = make_loss(0.1, query_chunk_size=chunk)
+    assert torch.equal(loss_fn(x, labels, ref_emb=x, ref_labels=labels.clone()), loss_fn(x, labels))
+
+
 # What PML's users rely on.
 
 

@@ -113,6 +113,35 @@ def test_random_budgets_repeat_by_seed():
     assert draw(NegativeBudgetMiner(1, "random")) == unseeded
 
 
+def draws(miner, number=4):
+    x, labels = make_batch(0, size=24)
+    return [torch.stack(miner(x, labels)[2:]).tolist() for _ in range(number)]
+
+
+def test_a_restored_miner_goes_on_with_its_draws():
+    miner = NegativeBudgetMiner(1, "random", seed=5)
+    draws(miner, 2)
+    restored = NegativeBudgetMiner(1, "random", seed=5)
+    restored.load_state_dict(miner.state_dict())
+    assert draws(miner) == draws(restored)
+
+
+def test_seeds_have_streams_of_their_own():
+    first, second = draws(NegativeBudgetMiner(1, "random", seed=0)), draws(NegativeBudgetMiner(1, "random", seed=1))
+    assert not [draw for draw in first if draw in second]
+    assert len({str(draw) for draw in first}) == len(first)
+
+
+@pytest.mark.parametrize("miner", [RankViolationMiner(0.5), NegativeBudgetMiner(2), NegativeBudgetMiner(2, "semihard")])
+def test_two_views_may_share_their_labels(miner):
+    x, labels = make_batch(2)
+    view = make_batch(3)[0].detach()
+    shared, copied = miner(x, labels, view, labels), miner(x, labels, view, labels.clone())
+    assert [index.tolist() for index in shared] == [index.tolist() for index in copied]
+    itself = miner(x, labels, x, labels.clone())
+    assert [index.tolist() for index in itself] == [index.tolist() for index in miner(x, labels)]
+
+
 @pytest.mark.parametrize("miner", [RankViolationMiner(0.5), NegativeBudgetMiner(2), NegativeBudgetMiner(2, "semihard")])
 def test_the_query_itself_among_the_references_is_no_candidate(miner):
     x, labels = make_batch(2)
@@ -158,7 +187,8 @@ def test_stats_and_repr():
         (lambda: RankViolationMiner("a"), "margin must be a finite number, got 'a'"),
         (lambda: RankViolationMiner(None), "margin must be a finite number, got None"),
         (lambda: NegativeBudgetMiner("2"), "negatives_per_positive must be a number above 0, got '2'"),
-        (lambda: NegativeBudgetMiner(1, seed=0.5), "seed must be None or an integer, got 0.5"),
+        (lambda: NegativeBudgetMiner(1, seed=0.5), "seed must be None or an integer of at least 0, got 0.5"),
+        (lambda: NegativeBudgetMiner(1, seed=-1), "seed must be None or an integer of at least 0, got -1"),
         (lambda: NegativeBudgetMiner(0), "negatives_per_positive must be a number above 0, got 0"),
         (lambda: NegativeBudgetMiner(float("inf")), "negatives_per_positive .* got inf"),
         (lambda: NegativeBudgetMiner(1, "easy"), "strategy must be one of hard, semihard, random, got 'easy'"),

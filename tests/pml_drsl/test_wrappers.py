@@ -7,8 +7,10 @@ import torch
 from batches import make_batch, make_loss
 from pytorch_metric_learning import losses as pml
 from pytorch_metric_learning import miners as pml_miners
+from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from reference import drsl
 
+from pml_drsl.checks import InputError
 from pml_drsl.losses import DRSLoss
 from pml_drsl.miners import NegativeBudgetMiner, RankViolationMiner
 from pml_drsl.wrappers import CrossBatchMemory, SelfSupervisedLoss
@@ -70,6 +72,97 @@ def test_memory_agrees_with_pml_s(loss, miner):
     for given in (pml_miners.PairMarginMiner()(x, labels), pml_miners.TripletMarginMiner()(x, labels)):
         ours, theirs = memories()  # in its first batch the memory is the batch, which the given indices are of
         torch.testing.assert_close(ours(x, labels, given), theirs(x, labels, given))
+
+
+class Watched(pml.ContrastiveLoss):
+    """Remembers the pairs it is given, and their labels."""
+
+    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
+        a1, p, a2, n = indices_tuple
+        self.pairs = [(labels[a1], ref_labels[p], embeddings[a1], ref_emb[p]), (labels[a2], ref_labels[n])]
+        return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+
+
+Watched.__name__ = "ContrastiveLoss"  # PML admits losses by name
+
+
+@pytest.mark.parametrize("miner", [pml_miners.PairMarginMiner(), pml_miners.TripletMarginMiner(), RankViolationMiner()])
+@pytest.mark.parametrize("of_memory", [None, RankViolationMiner(0.2)])
+def test_indices_of_a_batch_are_looked_up_in_the_memory(miner, of_memory):
+    memory = CrossBatchMemory(Watched(), 4, memory_size=20, miner=of_memory)
+    for x, labels in batches(5, 6):
+        indices = miner(x, labels)
+        loss = memory(x, labels, indices)
+        (query, positive, *embeddings), (other_query, negative) = memory.loss.pairs
+        assert (query == positive).all() and (other_query != negative).all()
+        given = lmu.convert_to_pairs(indices, labels)
+        last = len(given[0])  # the given pairs come last
+        torch.testing.assert_close(embeddings[0][len(query) - last :], x[given[0]])
+        torch.testing.assert_close(embeddings[1][len(query) - last :], x[given[1]])
+        assert torch.isfinite(loss)
+        assert torch.isfinite(make_memory_loss(x, labels, indices))
+
+
+def make_memory_loss(x, labels, indices):
+    memory = CrossBatchMemory(make_loss(0.1), 4, memory_size=20)
+    for y, more in batches(3, 6):
+        memory(y, more)
+    return memory(x, labels, indices)
+
+
+def test_indices_outside_the_batch_are_refused():
+    memory = CrossBatchMemory(make_loss(), 4, memory_size=20)
+    memory(*next(batches(1, 6)))
+    index = torch.tensor([0, 1])
+    with pytest.raises(InputError, match="indices from 6 to 7, outside the batch of 6 embeddings"):
+        memory(*next(batches(1, 6)), (index, index + 6, index, index))
+
+
+MINERS = {"none": lambda: None, "violations": lambda: RankViolationMiner(0.2), "pml": pml_miners.TripletMarginMiner}
+
+
+@pytest.mark.parametrize("miner", MINERS)
+@pytest.mark.parametrize("loss", [make_loss, pml.ContrastiveLoss, pml.TripletMarginLoss, pml.SupConLoss, pml.NCALoss])
+def test_during_the_warm_up_the_loss_is_that_of_the_batch(loss, miner):
+    memory = CrossBatchMemory(loss(), 4, memory_size=12, miner=MINERS[miner](), warmup=2)
+    later = CrossBatchMemory(loss(), 4, memory_size=12, miner=MINERS[miner]())
+    for call, (x, labels) in enumerate(batches(5, 6)):
+        value = memory(x, labels)
+        if call < 2:
+            wanted = loss()(x, labels, MINERS[miner]()(x, labels) if MINERS[miner]() else None)
+            assert not memory.embedding_memory.any()
+        else:
+            wanted = later(x, labels)
+        torch.testing.assert_close(value, wanted)
+        gradients = (torch.autograd.grad(part, x, allow_unused=True)[0] for part in (value, wanted))
+        torch.testing.assert_close(*gradients)
+
+
+def test_a_restored_warm_up_goes_on_where_it_was():
+    (x, labels), *rest = batches(4, 6)
+    memory = CrossBatchMemory(make_loss(0.1), 4, memory_size=20, warmup=2).double()
+    memory(x, labels)
+    restored = CrossBatchMemory(make_loss(0.1), 4, memory_size=20, warmup=2).double()
+    restored.load_state_dict(memory.state_dict())
+    for y, more in rest:
+        assert torch.equal(memory(y, more), restored(y, more))
+        assert torch.equal(memory.embedding_memory, restored.embedding_memory)
+    assert "warmup_calls" not in CrossBatchMemory(make_loss(0.1), 4).state_dict()
+
+
+def test_the_warm_up_takes_a_mask_of_what_would_be_kept():
+    x, labels = make_batch(3)
+    keep = torch.arange(len(x)) < 8
+    wanted = CrossBatchMemory(make_loss(0.1), 5, memory_size=14)(x, labels, enqueue_mask=keep)
+    memory = CrossBatchMemory(make_loss(0.1), 5, memory_size=14, warmup=1)
+    torch.testing.assert_close(memory(x, labels, enqueue_mask=keep), wanted)
+    assert not memory.embedding_memory.any()
+
+
+@pytest.mark.parametrize("warmup", [-1, 0.5, None])
+def test_a_bad_warm_up_is_refused(warmup):
+    with pytest.raises(InputError, match="warmup must be an integer of at least 0"):
+        CrossBatchMemory(make_loss(), 4, warmup=warmup)
 
 
 def test_memory_takes_a_mask_of_what_to_keep():
