@@ -13,6 +13,7 @@ from toy_data import write_images
 from torchreid_ext import get_default_config
 from torchreid_ext.__main__ import main
 from torchreid_ext.config import build as config
+from torchreid_ext.engine import native
 from torchreid_ext.engine import pml as engines
 from torchreid_ext.recipe import neck as network
 
@@ -53,7 +54,8 @@ def test_every_config_of_ours_builds_what_needs_no_data(path):
     scheduler = config.build_scheduler(cfg, optimizer)
     engine = config.build_engine(cfg, Manager(), model, optimizer, scheduler, criterion)
     name = {"drsl": "DRSL", "pml": "PML", "softmax": "Softmax", "triplet": "Triplet"}[cfg.loss.name]
-    assert type(engine) is getattr(engines, f"{cfg.data.type.title()}{name}Engine")
+    module = native if cfg.loss.name in ("softmax", "triplet") else engines
+    assert type(engine) is getattr(module, f"{cfg.data.type.title()}{name}Engine")
     with torch.no_grad():
         assert model.eval()(torch.zeros(1, 3, cfg.data.height, cfg.data.width)).shape[0] == 1
 
