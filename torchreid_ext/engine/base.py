@@ -13,6 +13,7 @@ import torchreid
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from pml_drsl.checks import InputError
 from pml_drsl.evaluation.accuracy import RetrievalResult
 from torchreid_ext.checkpointing import resume as resuming
 from torchreid_ext.checkpointing import state as states
