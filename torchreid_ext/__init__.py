@@ -13,6 +13,7 @@ warnings.filterwarnings("ignore", message="Cython evaluation")
 import torchreid  # noqa: E402
 
 from torchreid_ext.config.build import build_engine, get_default_config  # noqa: E402
+from torchreid_ext.deploy.searcher import Searcher  # noqa: E402
 from torchreid_ext.engine.pml import ImageDRSLEngine, ImagePMLEngine, VideoDRSLEngine, VideoPMLEngine  # noqa: E402
 
 for _engine in (ImageDRSLEngine, ImagePMLEngine, VideoDRSLEngine, VideoPMLEngine):
@@ -21,6 +22,7 @@ for _engine in (ImageDRSLEngine, ImagePMLEngine, VideoDRSLEngine, VideoPMLEngine
 __all__ = [
     "ImageDRSLEngine",
     "ImagePMLEngine",
+    "Searcher",
     "VideoDRSLEngine",
     "VideoPMLEngine",
     "build_engine",

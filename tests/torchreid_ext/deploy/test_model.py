@@ -10,7 +10,7 @@ import trained
 from pml_drsl.checks import InputError
 from torchreid_ext.checkpointing import file as checkpoint
 from torchreid_ext.config import build
-from torchreid_ext.deploy.model import load_model
+from torchreid_ext.deploy.model import USED, load_model
 from torchreid_ext.recipe.neck import add_neck
 
 
@@ -128,7 +128,5 @@ def test_torchreids_own_tools_load_a_checkpoint_without_a_neck(plain):
 
 def test_configurations_of_other_options_are_not_needed():
     # Every key that is read from a checkpoint exists.
-    from torchreid_ext.deploy.model import USED
-
     known = build.flat(build.get_default_config())
     assert set(USED) - {"datasets"} <= set(known)
