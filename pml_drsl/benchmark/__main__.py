@@ -17,10 +17,11 @@ COMMANDS = {
     "ablation": "what every part and setting of DRSL does for it",
     "report": "a page of tables and plots, from the results of these three",
     "speed": "time and memory of DRSL and of pytorch-metric-learning's ranking losses, against the distance matrix",
+    "gpu": "everything that needs a GPU: CUDA tests, training, evaluation, and the time of the loss",
     "evaluation": "time and agreement of the re-ID evaluation with other implementations",
 }
 
-TIMING = ("speed", "evaluation")
+TIMING = ("speed", "gpu", "evaluation")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -45,9 +45,24 @@ class Row:
 
 
 def run(
-    network: str, sizes: Sequence[int], losses: Sequence[str], seconds: float, threads: int, device: str
+    network: str,
+    sizes: Sequence[int],
+    losses: Sequence[str],
+    seconds: float,
+    threads: int,
+    device: str,
+    half: bool = False,
 ) -> list[Row]:
     """Measures, and prints a line for each loss and size.
+
+    Args:
+        network: name of a network of torchreid.
+        sizes: numbers of images in a batch.
+        losses: names of losses in ``LOSSES``.
+        seconds: time for the rounds of each size.
+        threads: number of torch's threads, for the heading.
+        device: ``"cpu"`` or ``"cuda"``.
+        half: run the network's forward pass under autocast in float16.
 
     Raises:
         ModuleNotFoundError: where torchreid is not installed.
@@ -65,12 +80,13 @@ def run(
     rows = []
     for size in tqdm(sizes, desc="step", unit="size"):
         images = torch.randn(size, 3, HEIGHT, WIDTH, device=device)
+        forward = partial(_features, model, images, half)
         with torch.no_grad():
-            features = model(images)[1]
+            features = forward()
         steps: dict[str, Callable[[], None]] = {
             name: measure.step_of(LOSSES[name](), features.detach().clone()) for name in losses
         }
-        steps[network] = partial(_step, model, optimizer, images, torch.randn_like(features))
+        steps[network] = partial(_step, forward, optimizer, torch.randn_like(features))
         times = measure.take_turns(steps, seconds, device)
         for name in losses:
             pairs = list(zip(times[name], times[network], strict=True))
@@ -86,10 +102,15 @@ def run(
     return rows
 
 
-def _step(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, gradient: torch.Tensor
-) -> None:
-    """A network's step, given the gradient of a loss of its features."""
+def _features(model: torch.nn.Module, images: torch.Tensor, half: bool) -> torch.Tensor:
+    """The features in float32, which the loss gets; ``half`` runs the network under autocast in float16."""
+    with torch.autocast(images.device.type, torch.float16, enabled=half):
+        features: torch.Tensor = model(images)[1]
+    return features.float()
+
+
+def _step(forward: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer, gradient: torch.Tensor) -> None:
+    """A network's step, given the gradient of a loss with respect to the network's features."""
     optimizer.zero_grad()
-    torch.autograd.backward(model(images)[1], gradient)
+    torch.autograd.backward(forward(), gradient)
     optimizer.step()
