@@ -1,8 +1,8 @@
-"""Time and peak memory of one step, forward and backward, of a loss.
+"""Measures the time and the peak memory of one step, forward and backward, of a loss.
 
-Memory is measured in a process of its own, which also finds out whether the loss fits at all, so that one that does
-not fit takes nothing else with it. Times of different losses are measured in turns, in one process, so that their
-ratios do not depend on what else the machine does.
+Memory is measured in a separate process. That process also finds out whether the loss fits in memory, so that a loss
+that does not fit stops nothing else. Times of different losses are measured in turns in one process, so that other work
+on the machine changes their ratios little.
 """
 
 from __future__ import annotations
@@ -40,7 +40,13 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Probe:
-    """One step in a process of its own: seconds and peak bytes, or why there are none."""
+    """One step in a separate process.
+
+    Attributes:
+        seconds: time of the step, or None where the step failed.
+        peak: bytes of memory that the step added, or None where they are unknown.
+        failure: the reason why the step failed, or None.
+    """
 
     seconds: float | None = None
     peak: int | None = None
@@ -48,7 +54,16 @@ class Probe:
 
 
 def make_step(name: str, size: int, dim: int, device: str) -> Callable[[], None]:
-    """Forward and backward of a loss, or of the floor: the matrix of distances, its gradient given."""
+    """A function that runs forward and backward of a loss, or of the floor.
+
+    The floor is the distance matrix alone, with a given gradient for its backward pass.
+
+    Args:
+        name: a name in ``LOSSES``, or ``FLOOR``.
+        size: number of embeddings, a multiple of 4.
+        dim: number of dimensions.
+        device: ``"cpu"`` or ``"cuda"``.
+    """
     x = torch.randn(size, dim, device=device, requires_grad=True)
     if name == FLOOR:
         distance, gradient = LpDistance(), torch.randn(size, size, device=device)
@@ -57,7 +72,7 @@ def make_step(name: str, size: int, dim: int, device: str) -> Callable[[], None]
 
 
 def step_of(loss_fn: torch.nn.Module, x: torch.Tensor) -> Callable[[], None]:
-    """Forward and backward of a loss on embeddings ``x``, shape (N, D)."""
+    """A function that runs forward and backward of a loss on embeddings of shape (N, D)."""
     x.requires_grad_()
     labels = torch.arange(len(x), device=x.device) // PER_IDENTITY
     return lambda: _discard(torch.autograd.grad(loss_fn(x, labels), x))
@@ -68,7 +83,7 @@ def _discard(gradients: tuple[torch.Tensor, ...]) -> None:
 
 
 def seconds_of(step: Callable[[], None], device: str) -> float:
-    """Wall time of one call."""
+    """Seconds of one call. On a GPU this includes waiting until the GPU has finished."""
     _synchronize(device)
     start = time.perf_counter()
     step()
@@ -77,9 +92,9 @@ def seconds_of(step: Callable[[], None], device: str) -> float:
 
 
 def take_turns(steps: Mapping[str, Callable[[], None]], seconds: float, device: str) -> dict[str, list[float]]:
-    """Times of each step, measured in turns for about ``seconds`` and at least three rounds.
+    """The times of each step, in seconds. The steps take turns for about ``seconds``, and for at least three rounds.
 
-    Each turn is of two calls, of which the second counts: the first finds memory as another loss has left it.
+    Each turn makes two calls and measures the second one. The first call finds the caches filled by another step.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     rounds, end = 0, time.perf_counter() + seconds
@@ -92,7 +107,7 @@ def take_turns(steps: Mapping[str, Callable[[], None]], seconds: float, device: 
 
 
 def probe(name: str, size: int, dim: int, device: str, threads: int, memory: float, time_limit: float | None) -> Probe:
-    """One step in a process of its own that may take ``memory`` GiB and ``time_limit`` seconds."""
+    """Runs one step in a separate process that may take ``memory`` GiB and ``time_limit`` seconds."""
     context = clean_processes()
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_probe, args=(there, name, size, dim, device, threads, memory))
@@ -103,7 +118,7 @@ def probe(name: str, size: int, dim: int, device: str, threads: int, memory: flo
             return Probe(failure=f"skipped: over {time_limit:.0f} s")
         found: Probe = here.recv()
         return found
-    except EOFError:  # killed for memory, most likely
+    except EOFError:  # Most likely the system killed the process because memory was full.
         return Probe(failure=f"does not fit in {memory:g} GiB")
     finally:
         process.kill()
@@ -111,10 +126,14 @@ def probe(name: str, size: int, dim: int, device: str, threads: int, memory: flo
 
 
 def clean_processes(*modules: str) -> Any:
-    """A multiprocessing context whose processes start at once, with torch and ``modules`` imported, and start clean."""
+    """A multiprocessing context whose new processes start fast, because torch and ``modules`` are imported already.
+
+    Args:
+        *modules: names of modules that every process imports.
+    """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
-    # The server imports torch, but never uses it.
+    # The server only imports torch. It never uses CUDA, so its child processes can.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, *modules])
     return context
@@ -123,7 +142,7 @@ def clean_processes(*modules: str) -> Any:
 def _probe(connection: Connection, name: str, size: int, dim: int, device: str, threads: int, memory: float) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    make_step(name, 16, dim, device)()  # libraries allocate at first use
+    make_step(name, 16, dim, device)()  # Libraries allocate memory at their first use.
     step = make_step(name, size, dim, device)
     _limit_memory(memory, device)
     times: list[float] = []
@@ -166,7 +185,10 @@ def cuda_peak_bytes(step: Callable[[], object]) -> int:
 
 
 def _limit_memory(gib: float, device: str) -> None:
-    """Makes an allocation beyond ``gib`` more than now fail, where the system can, instead of the whole machine."""
+    """Lets an allocation fail when this process needs more than ``gib`` above its current memory.
+
+    Some systems have no such limit. There nothing changes.
+    """
     if device != "cpu":
         torch.cuda.set_per_process_memory_fraction(
             min(1.0, gib * GIB / torch.cuda.get_device_properties(device).total_memory)

@@ -1,8 +1,8 @@
-"""``drsl-benchmark speed --processes``: a batch shared by several processes, beside one process that has all of it.
+"""``drsl-benchmark speed --processes``: compares several processes that share a batch with one process.
 
-Each process has its share of the batch and calls ``DistributedLossWrapper``, forward and backward. One process and
-all of them have their turns in the same rounds. The bytes are counted in a step of their own, from the tensors that
-torch.distributed is given there.
+Each process has its part of the batch and runs ``DistributedLossWrapper``, forward and backward. One process with the
+whole batch and all processes together take turns in the same rounds. The bytes are counted in a separate step, from the
+tensors that torch.distributed gets.
 """
 
 from __future__ import annotations
@@ -23,29 +23,31 @@ from tqdm import tqdm
 
 from pml_drsl.benchmark.timing import measure
 from pml_drsl.benchmark.timing import table as speed_report
-from pml_drsl.benchmark.timing.measure import LOSSES, PER_IDENTITY
+from pml_drsl.benchmark.timing.measure import LOSSES, OURS, PER_IDENTITY
 from pml_drsl.checks import InputError
 from pml_drsl.distributed import DistributedLossWrapper
 from pml_drsl.evaluation.ranking import share
 
-PASSES = {"allgather_": 1, "allreduce_": 2, "broadcast_": 1}  # round the ring
+# How often a collective operation sends its data around the ring of processes.
+PASSES = {"allgather_": 1, "allreduce_": 2, "broadcast_": 1}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One loss at one size, by one process or by several.
+    """One loss at one batch size, in one process or in several.
 
     Attributes:
-        loss: name.
-        efficient: whether each process computes the errors of its own queries alone; False for one process.
+        loss: the loss's name in ``LOSSES``.
+        efficient: whether each process computes only the errors of its own queries; False for one process.
         size: number of embeddings of all processes together.
-        dim: their dimension.
-        processes: that share them.
-        seconds: median time of forward and backward, of the slowest process; None where it was not measured.
-        ratio: its time over that of one process, median over the rounds.
-        bytes_moved: that each process receives in a step, and as many it sends; None where it was not measured.
-        rounds: number of times measured.
-        note: why something is missing, or "".
+        dim: number of dimensions of an embedding.
+        processes: number of processes that share the batch.
+        seconds: median time of forward and backward in the slowest process, or None where it was not measured.
+        ratio: the time divided by the time of one process, median over the rounds.
+        bytes_moved: number of bytes that each process receives in a step. It sends as many. None where the number was
+            not measured.
+        rounds: number of measured rounds.
+        note: the reason why a figure is missing, or "".
     """
 
     loss: str
@@ -62,9 +64,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Task:
-    """What every process measures; fields as the command's options, ``threads`` of each process."""
+    """What every process measures.
 
-    points: Sequence[tuple[int, int, tuple[str, ...]]]  # (dimensions, embeddings, losses that fit)
+    Attributes:
+        points: (dimensions, embeddings, names of the losses that fit in memory).
+        missing: the reason why a loss does not fit, by (dimensions, embeddings, name).
+        processes: number of processes.
+        seconds: time for the rounds of one loss.
+        threads: number of torch's threads in each process.
+        device: ``"cpu"`` or ``"cuda"``.
+    """
+
+    points: Sequence[tuple[int, int, tuple[str, ...]]]
     missing: dict[tuple[int, int, str], str]
     processes: int
     seconds: float
@@ -73,13 +84,14 @@ class Task:
 
 
 class CountedBytes(TorchDispatchMode):
-    """Counts, within, what this process receives in collectives, as a ring of all processes moves it.
+    """Counts the bytes that this process receives in collective operations inside the context.
 
-    That is all but this process's share of what ``all_gather`` returns, and twice that of what ``all_reduce`` sums; of
-    what ``broadcast`` sends, the mean over the processes, one of which receives nothing.
+    It assumes that data moves around a ring of all processes. Of an ``all_gather``, a process receives everything but
+    its own part. An ``all_reduce`` moves twice as much. For a ``broadcast``, in which one process receives nothing, the
+    count is the mean over the processes.
 
     Raises:
-        NotImplementedError: for another collective.
+        NotImplementedError: if another collective operation runs.
     """
 
     def __init__(self) -> None:
@@ -109,26 +121,30 @@ def run(
     threads: int,
     device: str,
 ) -> list[Row]:
-    """Measures in processes of its own, which print a table for each of ``points``, (dimensions, embeddings).
+    """Measures in separate processes, and prints a table for each point.
 
     Args:
+        points: (dimensions, embeddings) of each measurement.
+        losses: names of losses in ``LOSSES``.
+        processes: number of processes that share the batch.
+        seconds: time for the rounds of one loss.
         memory: GiB that all processes together may take.
-        threads: of torch, in each process.
+        threads: number of torch's threads in each process.
         device: ``"cpu"`` (gloo) or ``"cuda"`` (NCCL).
 
     Raises:
-        InputError: for more processes than CUDA devices, or than embeddings.
+        InputError: if there are more processes than CUDA devices, or more processes than embeddings.
     """
     if device == "cuda" and processes > torch.cuda.device_count():
         raise InputError(f"--processes {processes}: there are {torch.cuda.device_count()} CUDA devices")
     fewest = min(size for _, size in points)
     if processes > fewest:
-        raise InputError(f"--processes {processes}: more than the {fewest} embeddings of --sizes")
+        raise InputError(f"--processes {processes}: more than the {fewest} embeddings of --sizes; give fewer")
     print(f"{speed_report.machine(device, threads)}; in each process")
     missing = {}
     for dim, size in tqdm(points, desc="what fits", unit="size"):
         for name in losses:
-            limit = None if name == "DRSL" else max(10.0, 4 * seconds)
+            limit = None if name in OURS else max(10.0, 4 * seconds)
             found = measure.probe(name, size, dim, device, threads, memory / processes, limit)
             if found.failure:
                 missing[dim, size, name] = found.failure
@@ -141,7 +157,7 @@ def run(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows of one size as text."""
+    """The rows of one batch size as text."""
     lines = [
         f"\n{rows[0].size} embeddings of {rows[0].dim} dimensions",
         f"  {'':22}{'processes':>10}{'time':>12}{'/ one':>10}{'moved':>12}",
@@ -155,17 +171,16 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _work(rank: int, task: Task, folder: str) -> None:
+    """Measures all points in one process; the first process prints the tables and saves the rows."""
     torch.set_num_threads(task.threads)
-    device = task.device
+    device, backend = task.device, "gloo"
+    options: dict[str, Any] = {}
     if device == "cuda":
-        device = f"cuda:{rank}"
+        device, backend = f"cuda:{rank}", "nccl"
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if task.device == "cuda" else "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=task.processes,
-    )
+        options["device_id"] = torch.device(device)
+    store = f"file://{folder}/store"
+    dist.init_process_group(backend, init_method=store, rank=rank, world_size=task.processes, **options)
     rows: list[Row] = []
     for dim, size, losses in tqdm(task.points, desc="speed", unit="size", disable=rank > 0):
         of_point = [
@@ -184,7 +199,7 @@ def _work(rank: int, task: Task, folder: str) -> None:
 
 
 def _measure(name: str, size: int, dim: int, seconds: float, device: str) -> list[Row]:
-    """One process beside all, of one loss."""
+    """Measures one loss in one process and in all processes."""
     generator = torch.Generator().manual_seed(0)
     x, labels = (
         torch.randn(size, dim, generator=generator).to(device),
@@ -195,7 +210,7 @@ def _measure(name: str, size: int, dim: int, seconds: float, device: str) -> lis
     alone = x.requires_grad_() if dist.get_rank() == 0 else None
     steps: dict[bool | None, Callable[[], None]] = {
         efficient: partial(_step, DistributedLossWrapper(LOSSES[name](), efficient), own, labels[mine])
-        for efficient in ([True, False] if name == "DRSL" else [False])
+        for efficient in ([True, False] if name in OURS else [False])
     }
     steps[None] = partial(_step, LOSSES[name](), alone, labels)
     moved: dict[bool | None, int] = {None: 0}
@@ -210,7 +225,7 @@ def _measure(name: str, size: int, dim: int, seconds: float, device: str) -> lis
         for way, step in steps.items():
             step()
             dist.barrier()
-            # The slowest counts, and all know it, so that all make as many rounds.
+            # Every process knows the time of the slowest process, so that all processes make the same number of rounds.
             took = torch.tensor(measure.seconds_of(step, device.partition(":")[0]), device=device, dtype=torch.float64)
             dist.all_reduce(took, dist.ReduceOp.MAX)
             times[way].append(took.item())
@@ -233,6 +248,6 @@ def _measure(name: str, size: int, dim: int, seconds: float, device: str) -> lis
 
 
 def _step(loss_fn: torch.nn.Module, x: torch.Tensor | None, labels: torch.Tensor) -> None:
-    """Forward and backward; nothing where this process only waits for the one that has ``x``."""
+    """Runs forward and backward, or does nothing in a process without embeddings ``x``."""
     if x is not None:
         torch.autograd.grad(loss_fn(x, labels), x)

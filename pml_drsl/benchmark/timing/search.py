@@ -1,8 +1,8 @@
-"""``drsl-benchmark evaluation --index``: what an approximate search saves, and what it costs in recall and mAP.
+"""``drsl-benchmark evaluation --index``: what approximate search saves in time, and what it costs in recall and mAP.
 
-faiss finds the nearest ``--top`` gallery images of each query, by exact search, by inverted lists (IVF, of which it
-reads ``nprobe``) and by a graph (HNSW, along which it keeps ``efSearch`` candidates). What an index does not find is
-tied at the last place of the ranking.
+faiss finds the nearest ``--top`` gallery images of each query: by exact search, by inverted lists (IVF, which reads
+``nprobe`` lists), and by a graph (HNSW, which keeps ``efSearch`` candidates). Gallery images that an index does not
+find are tied at the last place of the ranking.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from pml_drsl.evaluation.ranking import rank_queries
 
-# Inverted lists are 4 times the root of the gallery, within faiss's guidelines; each needs 39 images to be trained on.
+# The number of inverted lists is 4 times the root of the gallery size, as faiss recommends. faiss wants at least 39
+# training images for each list.
 LISTS_PER_ROOT, IMAGES_PER_LIST = 4, 39
 NPROBE = [8, 32, 128]
 LINKS, EF_SEARCH = 32, [64, 256]
@@ -28,17 +29,17 @@ LINKS, EF_SEARCH = 32, [64, 256]
 
 @dataclass(frozen=True)
 class Row:
-    """One index, at one setting.
+    """One index with one setting.
 
     Attributes:
         index: ``"exact"``, ``"ivf"`` or ``"hnsw"``.
-        setting: nprobe of IVF, efSearch of HNSW, 0 of the exact search.
-        build_seconds: to train and fill the index.
-        seconds: to search it for all queries.
-        index_bytes: of the index, features included.
-        recall: share of the exact ``top`` nearest that it finds.
-        mAP: of the ranking of what it finds.
-        rank_1: likewise.
+        setting: nprobe of IVF, efSearch of HNSW, or 0 for the exact search.
+        build_seconds: time to train and fill the index.
+        seconds: time to search for all queries.
+        index_bytes: size of the index with its features.
+        recall: share of the exact ``top`` nearest images that the index finds, in [0, 1].
+        mAP: mean average precision of the ranking, in (0, 1].
+        rank_1: rank-1 of the ranking, in [0, 1].
     """
 
     index: str
@@ -52,11 +53,11 @@ class Row:
 
 
 class FoundDistances:
-    """``DistanceRows`` of found gallery entries; all others are tied behind them.
+    """``DistanceRows`` of the gallery entries that a search found. All other entries are tied behind them.
 
     Args:
-        entries: [Q, k] found entries of each query, -1 for none.
-        distances: [Q, k] theirs.
+        entries: entries that were found for each query, shape (Q, k); -1 for none.
+        distances: distances of these entries, shape (Q, k).
         num_gallery: size of the gallery.
     """
 
@@ -66,24 +67,25 @@ class FoundDistances:
 
     def rows(self, start: int, stop: int) -> Tensor:
         entries = self.entries[start:stop]
-        # One more column takes what was not found.
+        # An extra column collects the entries -1.
         rows = torch.full((len(entries), self.num_gallery + 1), torch.finfo(torch.float32).max)
         rows.scatter_(1, torch.where(entries < 0, self.num_gallery, entries), self.distances[start:stop])
         return rows[:, :-1].contiguous()
 
 
 def run(search: dict[str, Tensor], indices: Sequence[str], top: int, threads: int) -> list[Row]:
-    """Measures each index, printing a line for each setting.
+    """Measures each index, and prints a line for each setting.
 
     Args:
-        search: features, identities and cameras, arguments of ``pml_drsl.evaluation.accuracy.evaluate``.
-        indices: ``"ivf"`` and ``"hnsw"``, or one of them.
-        top: nearest entries to find, at most the size of the gallery.
+        search: features, identities and cameras, as arguments of ``pml_drsl.evaluation.accuracy.evaluate``.
+        indices: ``"ivf"``, ``"hnsw"`` or both.
+        top: number of nearest entries to find, at most the size of the gallery.
+        threads: number of faiss's threads.
 
     Raises:
-        ModuleNotFoundError: where faiss is not installed.
+        ModuleNotFoundError: if faiss is not installed.
     """
-    faiss = importlib.import_module("faiss")  # an extra of this package
+    faiss = importlib.import_module("faiss")  # faiss belongs to an extra of this package.
     faiss.omp_set_num_threads(threads)
     query, gallery = search["query"].numpy(), search["gallery"].numpy()
     print(f"the nearest {top} of each query")
@@ -138,7 +140,7 @@ def _build(faiss: Any, name: str, gallery: np.ndarray[Any, Any]) -> Any:
 
 
 def _settings(name: str, index: Any) -> Iterator[int]:
-    """Sets an index to each of its settings, and says which."""
+    """Gives an index one setting after the other, and yields each setting."""
     if name == "ivf":
         for nprobe in [nprobe for nprobe in NPROBE if nprobe <= index.nlist] or [index.nlist]:
             index.nprobe = nprobe

@@ -1,15 +1,17 @@
-"""Time and peak memory of DRSL, forward and backward, against the number of embeddings (4 per identity).
+"""``drsl-benchmark speed``: time and peak memory of DRSL and other losses against the number of embeddings.
 
-The floor is what any loss of distances must pay: the matrix of distances alone, forward, and backward from a given
-gradient. DRSL / floor is the price of DRSL. pytorch-metric-learning's ranking losses run beside it, with their own
-defaults, where they fit. Times are medians of rounds in which every loss has one turn; memory is what one step adds
-to the peak of a process of its own.
+The floor is the distance matrix alone, forward, and backward from a given gradient. Every loss that uses distances
+needs it. A loss's time divided by the floor's time is the price of that loss. The ranking losses of
+pytorch-metric-learning run with their own defaults, where they fit in memory. There are 4 embeddings per identity.
+Times are medians over rounds in which every loss has one turn. Memory is what one step adds to the peak memory of a
+separate process. "DRSL" is ``DRSLoss()``. "DRSL-definition" is the definition in docs/loss.md, with Euclidean distances and
+without the bound.
 
 Examples:
   drsl-benchmark speed --sizes 512 --dims 512
   drsl-benchmark speed --json speed.json --csv speed.csv --plot speed.png
   drsl-benchmark speed --losses DRSL SmoothAP --sizes 64 128 256 512
-  drsl-benchmark speed --processes 2 --sizes 1024 4096      the batch shared by two processes: time and bytes moved
+  drsl-benchmark speed --processes 2 --sizes 1024 4096      two processes share the batch: time and bytes moved
   drsl-benchmark speed --step osnet_x1_0 --sizes 16 64      the share of the loss in a network's training step
 """
 
@@ -40,19 +42,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=SIZES, help="numbers of embeddings, multiples of 4 (%(default)s)"
     )
-    parser.add_argument("--dims", type=int, nargs="+", default=DIMS, help="their dimensions (%(default)s)")
+    parser.add_argument("--dims", type=int, nargs="+", default=DIMS, help="numbers of dimensions (%(default)s)")
     parser.add_argument(
-        "--losses", nargs="+", default=list(LOSSES), choices=list(LOSSES), help="losses, beside the floor (all)"
+        "--losses",
+        nargs="+",
+        default=list(LOSSES),
+        choices=list(LOSSES),
+        help="losses to measure besides the floor (all)",
     )
     parser.add_argument(
         "--seconds",
         type=float,
         default=5.0,
-        help="time for the rounds of one size; a loss whose single step takes longer is timed once, and left out "
-        "where it takes four times that, except DRSL and the floor (%(default)s)",
+        help="seconds for the rounds of one size. A loss whose single step takes longer is measured once. A loss that "
+        "takes four times as long is skipped. This does not apply to DRSL and the floor (%(default)s)",
     )
     parser.add_argument("--memory", type=float, default=8.0, help="GiB that one step may take (%(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch, CPU (%(default)s)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=torch.get_num_threads(),
+        help="number of torch's threads on the CPU (%(default)s)",
+    )
     parser.add_argument(
         "--device",
         choices=["cpu", "cuda"],
@@ -63,35 +74,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--processes",
         type=int,
         default=1,
-        help="above 1: share each batch between so many processes, on one device each, and compare with one; "
-        "--threads and --memory are of all together",
+        help="number of processes that share each batch, each with its own device, compared with one process; "
+        "--threads and --memory are divided between them (%(default)s)",
     )
-    parser.add_argument("--step", metavar="NETWORK", help="the share of the losses in the step of torchreid's NETWORK")
-    parser.add_argument("--json", metavar="FILE", help="write the measurements, and the machine they are of, here")
+    parser.add_argument(
+        "--step", metavar="NETWORK", help="measure the share of the losses in a training step of this torchreid network"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the measurements and a description of the machine here")
     parser.add_argument("--csv", metavar="FILE", help="write the measurements here")
     parser.add_argument("--plot", metavar="FILE.png", help="plot time and memory against size (needs matplotlib)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, prints a table per size as it goes, and writes the files asked for."""
-    for name, values in (
-        ("--sizes", args.sizes), ("--dims", args.dims), ("--seconds", [args.seconds]),
-        ("--processes", [args.processes]), ("--threads", [args.threads]),
-    ):  # fmt: skip
-        if min(values) <= 0:
-            print(f"{name} must be above 0, got {min(values)}", file=sys.stderr)
-            return 2
-    for size in args.sizes:
-        if size % PER_IDENTITY or size < 2 * PER_IDENTITY:
-            print(
-                f"--sizes {size}: there are {PER_IDENTITY} embeddings of each identity, and of two at least; give "
-                f"multiples of {PER_IDENTITY} from {2 * PER_IDENTITY} on",
-                file=sys.stderr,
-            )
-            return 2
+    """Measures, prints a table for each size at once, and writes the files.
+
+    Returns:
+        The exit status 0.
+
+    Raises:
+        InputError: if an argument is out of its range, or arguments exclude each other.
+    """
+    _check(args)
     if args.processes > 1 or args.step:
-        return _run_other(args)
-    plot = speed_report.plotter() if args.plot else None  # a missing matplotlib is told before the work, not after
+        _write(args, _run_other(args))
+        return 0
+    plot = speed_report.plotter() if args.plot else None  # A missing matplotlib ends the command before the work.
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     print(speed_report.machine(args.device, args.threads))
@@ -110,27 +117,35 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run_other(args: argparse.Namespace) -> int:
-    """``--processes`` and ``--step``."""
-    if args.plot or (args.processes > 1 and args.step):
-        print("--processes, --step and --plot: choose one", file=sys.stderr)
-        return 2
+def _check(args: argparse.Namespace) -> None:
+    for name, values in (
+        ("--sizes", args.sizes), ("--dims", args.dims), ("--seconds", [args.seconds]),
+        ("--processes", [args.processes]), ("--threads", [args.threads]),
+    ):  # fmt: skip
+        if min(values) <= 0:
+            raise InputError(f"{name} must be above 0, got {min(values)}")
+    for size in args.sizes:
+        if size % PER_IDENTITY or size < 2 * PER_IDENTITY:
+            raise InputError(
+                f"--sizes {size}: there are {PER_IDENTITY} embeddings of each identity, and at least two identities; "
+                f"give multiples of {PER_IDENTITY} from {2 * PER_IDENTITY} on"
+            )
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device cuda: there are 0 CUDA devices; torch {torch.__version__} finds none here")
+    if (args.processes > 1) + bool(args.step) + bool(args.plot) > 1:
+        raise InputError("--processes, --step and --plot: choose one")
+
+
+def _run_other(args: argparse.Namespace) -> Sequence[Any]:
+    """Runs ``--processes`` or ``--step``."""
     args.threads = max(1, args.threads // args.processes)
     torch.set_num_threads(args.threads)
-    rows: Sequence[Any]
-    try:
-        if args.step:
-            rows = speed_step.run(args.step, args.sizes, args.losses, args.seconds, args.threads, args.device)
-        else:
-            points = [(dim, size) for dim in args.dims for size in args.sizes]
-            rows = speed_processes.run(
-                points, args.losses, args.processes, args.seconds, args.memory, args.threads, args.device
-            )
-    except InputError as error:
-        print(f"drsl-benchmark speed: {error}", file=sys.stderr)
-        return 2
-    _write(args, rows)
-    return 0
+    if args.step:
+        return speed_step.run(args.step, args.sizes, args.losses, args.seconds, args.threads, args.device)
+    points = [(dim, size) for dim in args.dims for size in args.sizes]
+    return speed_processes.run(
+        points, args.losses, args.processes, args.seconds, args.memory, args.threads, args.device
+    )
 
 
 def _write(args: argparse.Namespace, rows: Sequence[Any]) -> None:
@@ -141,7 +156,7 @@ def _write(args: argparse.Namespace, rows: Sequence[Any]) -> None:
 
 
 def measure_point(size: int, dim: int, args: argparse.Namespace) -> list[Row]:
-    """Every loss at one size: memory and fit in processes of their own, then time in turns."""
+    """Measures every loss at one size: first memory, in separate processes, then time, in turns."""
     probes, steps = {}, {}
     for name in [FLOOR, *args.losses]:
         unlimited = name in (FLOOR, *OURS)
@@ -160,7 +175,7 @@ def measure_point(size: int, dim: int, args: argparse.Namespace) -> list[Row]:
         )
         if name in times:
             seconds, rounds, note = median(times[name]), len(times[name]), ""
-            # Round by round, so that what else the machine did in a round is on both sides.
+            # A ratio for each round, because other work on the machine slows both times of a round.
             ratio = median(mine / floor for mine, floor in zip(times[name], times[FLOOR], strict=True))
         elif seconds is not None and FLOOR in times:
             ratio = seconds / median(times[FLOOR])

@@ -1,4 +1,4 @@
-"""``drsl-benchmark speed --step``: the share of a training step of a network that its loss takes."""
+"""``drsl-benchmark speed --step``: measures the share of the loss in a training step of a network."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Row:
     """One loss in the step of one network.
 
     Attributes:
-        loss: name.
-        network: of torchreid's zoo.
-        size: images in the batch, 256 x 128 pixels.
-        dim: dimensions of the network's features.
+        loss: the loss's name in ``LOSSES``.
+        network: name of a torchreid network.
+        size: number of images in the batch, each of 256 x 128 pixels.
+        dim: number of dimensions of the network's features.
         seconds: median time of the loss, forward and backward.
-        step_seconds: median time of the network, forward, backward and step of the optimizer.
-        share: of the loss in both together, median over the rounds.
-        rounds: number of times measured.
+        step_seconds: median time of the network, forward, backward and optimizer step.
+        share: the loss's time divided by the time of loss and network together, in [0, 1], median over the rounds.
+        rounds: number of measured rounds.
     """
 
     loss: str
@@ -65,10 +65,10 @@ def run(
         half: run the network's forward pass under autocast in float16.
 
     Raises:
-        ModuleNotFoundError: where torchreid is not installed.
-        InputError: for a network that torchreid does not have.
+        ModuleNotFoundError: if torchreid is not installed.
+        InputError: if torchreid has no such network.
     """
-    models = importlib.import_module("torchreid").models  # nothing else in this package may need torchreid
+    models = importlib.import_module("torchreid").models  # Only this function needs torchreid.
     try:
         model = models.build_model(network, num_classes=PER_IDENTITY, loss="triplet", pretrained=False)
     except KeyError as error:

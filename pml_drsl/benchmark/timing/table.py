@@ -1,4 +1,4 @@
-"""What the speed benchmark found, as text, JSON, CSV and a plot."""
+"""Writes the results of the speed benchmark as text, JSON, CSV and a plot."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pytorch_metric_learning.losses import SmoothAPLoss
 from pml_drsl.benchmark.timing.measure import FLOOR, LOSSES, PER_IDENTITY
 
 NAMES = {FLOOR: "distance matrix alone", "DRSL": "DRSL (default)", "DRSL-definition": "DRSL (definition)"}
-# Okabe and Ito's palette, told apart by the colour-blind; markers say the same once more.
+# The palette of Okabe and Ito is safe for colour-blind readers. Markers distinguish the lines as well.
 COLORS = ["#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#882255"]
 MARKERS = "osDv^P*Xh"
 
@@ -46,13 +46,13 @@ class Row:
 
 
 def machine(device: str, threads: int) -> str:
-    """One line: what was measured on."""
+    """One line that describes the machine."""
     where = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {threads} threads"
     return f"torch {torch.__version__}, {where}, float32, {PER_IDENTITY} embeddings per identity"
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows of one size as text."""
+    """The rows of one batch size as text."""
     lines = [
         f"\n{rows[0].size} embeddings of {rows[0].dim} dimensions",
         f"  {'':22}{'time':>12}{'/ floor':>10}{'/ DRSL':>10}{'memory':>12}",
@@ -68,7 +68,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def growth(rows: Sequence[Row]) -> str:
-    """By how much DRSL's time grows from one size to its double."""
+    """The growth of DRSL's time when the batch size doubles, as text; "" without two such sizes."""
     lines = ["\nDRSL's time when the number of embeddings doubles (4 times is the distance matrix's own growth):"]
     times = {(row.dim, row.size): row.seconds for row in rows if row.loss == "DRSL" and row.seconds is not None}
     for (dim, size), seconds in times.items():
@@ -78,7 +78,7 @@ def growth(rows: Sequence[Row]) -> str:
 
 
 def smooth_ap_note() -> str:
-    """Where PML's SmoothAPLoss is not Smooth-AP, with what shows it, computed now."""
+    """A note on the batches for which PML's SmoothAPLoss is not Smooth-AP, with an example computed now."""
     x, y = torch.eye(8).repeat_interleave(2, 0), torch.arange(8).repeat_interleave(2)
     return (
         f"""
@@ -105,7 +105,11 @@ def write_csv(path: str, rows: Sequence[Any]) -> None:
 
 
 def plotter() -> Callable[[str, Sequence[Row]], None]:
-    """The function that plots, once matplotlib is there. Raises ModuleNotFoundError where it is not."""
+    """The function that draws the plot.
+
+    Raises:
+        ModuleNotFoundError: if matplotlib is not installed.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
 import torch
 
 from pml_drsl.benchmark.__main__ import main
-from pml_drsl.benchmark.timing.evaluation import Task, add_arguments, make_search, run
+from pml_drsl.benchmark.timing.evaluation import Task, make_search
 from pml_drsl.benchmark.timing.search import FoundDistances
 from pml_drsl.evaluation.accuracy import evaluate
 
@@ -19,10 +18,7 @@ SIZE = {"queries": 30, "gallery": 200, "dim": 16, "identities": 10, "cameras": 3
 
 
 def benchmark(*arguments: str) -> int:
-    parser = ArgumentParser()
-    add_arguments(parser)
-    small = [f"--{name}={value}" for name, value in SIZE.items()]
-    return run(parser.parse_args([*small, *arguments]))
+    return main(["evaluation", *(f"--{name}={value}" for name, value in SIZE.items()), *arguments])
 
 
 def test_compares_with_torchreid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,7 +35,7 @@ def test_compares_with_torchreid(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [(["--no-host", "--rerank"], "as asked"), (["--memory", "0"], "over --memory 0")],
+    [(["--no-host", "--rerank"], "--no-host is given"), (["--memory", "0"], "over --memory 0")],
 )
 def test_says_why_torchreid_is_left_out(options: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
     if "--memory" in options:
