@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, and read without running what they hold."""
+"""Writes checkpoint files atomically, and reads them without executing code from the file."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from torch.optim import Optimizer
 from pml_drsl.checks import InputError
 from torchreid_ext.runtime import distributed
 
-# How the name of a file ends that is being written; one that a killed run left is of no use.
+# The suffix of files that are being written. A killed run may leave such a file; it is useless.
 TEMPORARY = ".tmp"
 
-# torchreid stores its rank-1 as a numpy scalar; these are what one is made of, as numpy 1 and 2 name them.
+# torchreid stores its rank-1 as a numpy scalar. These types are needed to read one, by the names of numpy 1 and 2.
 _scalar = np.float64(0).__reduce__()[0]
 _NUMPY_SCALAR: list[Any] = [
     (_scalar, "numpy.core.multiarray.scalar"),
@@ -33,13 +33,13 @@ _NUMPY_SCALAR: list[Any] = [
     np.dtypes.Float64DType,
 ]
 
-# The settings that tell kinds of optimizers apart; versions of torch differ in others.
+# The settings that distinguish the types of optimizers. Other settings differ between versions of torch.
 _TELLING = {"betas", "amsgrad", "momentum", "dampening", "nesterov", "alpha", "centered", "rho", "lambd"}
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A file to write beside ``path``, which takes its place, on the disk itself, once it is whole."""
+    """Context: opens a temporary file, which replaces ``path`` when it is complete and safely on the disk."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}{TEMPORARY}")
@@ -56,11 +56,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 
 def save(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Writes a checkpoint that is never seen half written: what ``path`` held before is there until it is whole.
+    """Writes a checkpoint atomically: ``path`` keeps its old content until the new content is complete.
 
     Raises:
-        InputError: if the state holds something that ``load`` would refuse.
-        OSError: if it cannot be written, because the disk is full, say.
+        InputError: if the state holds an object that ``load`` would refuse.
+        OSError: if the file cannot be written, for example because the disk is full.
     """
     try:
         with replacing(path) as file:
@@ -69,10 +69,10 @@ def save(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
             refused = _refused(file.name)
             if refused:
                 raise InputError(
-                    f"a checkpoint must hold tensors, numbers and containers alone, not {', '.join(refused)}"
+                    f"a checkpoint must hold only tensors, numbers and containers, not {', '.join(refused)}"
                 )
     except (OSError, RuntimeError) as error:
-        # torch hides what a failing write said behind its own surprise.
+        # torch raises its own error, and keeps the error of the failed write as its context.
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise OSError(
             f"cannot write checkpoint {os.fspath(path)!r}: {reason}; what was saved before is kept"
@@ -80,7 +80,10 @@ def save(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
 
 
 def link(path: Path, name: str) -> None:
-    """Gives a file a second name in its folder, in place of whatever had that name; a copy where links are unknown."""
+    """Gives a file a second name in its folder, and replaces the file that had this name.
+
+    It makes a copy where the file system has no hard links.
+    """
     temporary = path.with_name(f".{name}{TEMPORARY}")
     temporary.unlink(missing_ok=True)
     try:
@@ -88,13 +91,13 @@ def link(path: Path, name: str) -> None:
     except OSError:
         shutil.copyfile(path, temporary)
     os.replace(temporary, path.with_name(name))
-    # Of two names of one file, replacing one by the other leaves both.
+    # If both names already belonged to one file, os.replace does nothing and leaves the temporary name.
     temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:
-    # A renamed file survives a power failure only once its folder is on the disk.
+    # A renamed file survives a power failure only when its folder is on the disk too.
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -109,10 +112,10 @@ def _refused(path: Any) -> list[str]:
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a checkpoint, ours or torchreid's, onto the CPU.
+    """Reads a checkpoint of this package or of torchreid onto the CPU.
 
     Raises:
-        InputError: for a missing or damaged file, or one that holds more than tensors, numbers and containers.
+        InputError: if the file is missing or damaged, or holds anything but tensors, numbers and containers.
     """
     if not os.path.isfile(path):
         raise InputError(f"checkpoint {os.fspath(path)!r} does not exist")
@@ -122,17 +125,17 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         refused = []
         with contextlib.suppress(Exception):
-            # A file so damaged that torch does not know it for a checkpoint asks for nothing.
+            # This fails if the file is so damaged that torch does not recognize it as a checkpoint.
             refused = _refused(path)
         what = f"it asks for {', '.join(refused)}" if refused else f"it is damaged ({str(error).splitlines()[0]})"
         raise InputError(f"checkpoint {os.fspath(path)!r} is refused: {what}") from error
     except Exception as error:
-        # Reading pickled data that are damaged may raise anything, as python's manual says.
+        # Damaged pickled data may raise any exception, as python's manual says.
         raise InputError(f"checkpoint {os.fspath(path)!r} is damaged: {error or type(error).__name__}") from error
     if not isinstance(state, dict):
         raise InputError(f"checkpoint {os.fspath(path)!r} holds a {type(state).__name__}, not a dictionary of weights")
     if "training" in state and zipfile.is_zipfile(path):
-        # One of ours. torch takes its tensors as they are, and does not look at the checksums that it writes.
+        # This package wrote the file. torch writes checksums, but does not check them when it reads.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged:
@@ -142,13 +145,13 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What became of the weights of a file in a model; as a string, what to tell the user.
+    """The result of loading weights into a model. Converted to a string, it is a message for the user.
 
     Attributes:
         path: the file.
-        fitting: names of the weights that the model has from the file.
-        unused: names of the file's that the model lacks, or has in another shape.
-        untouched: names of the model's that are as they were.
+        fitting: names of the weights that were loaded.
+        unused: names of the weights of the file that the model does not have, or has in another shape.
+        untouched: names of the weights of the model that were not in the file.
     """
 
     path: str
@@ -159,17 +162,17 @@ class Loaded:
     def __str__(self) -> str:
         lines = [f"Loaded {len(self.fitting)} of the model's {len(self.fitting) + len(self.untouched)} weights from "]
         lines[0] += f"'{self.path}'"
-        for names, what in ((self.untouched, "left as they were"), (self.unused, "of the file, not used")):
+        for names, what in ((self.untouched, "left unchanged"), (self.unused, "of the file, not used")):
             if names:
                 lines.append(f"{len(names)} {what}: {_some(names)}")
         return "; ".join(lines)
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> Loaded:
-    """Loads the weights of a checkpoint that fit the model, and says which did and which did not.
+    """Loads the weights of a checkpoint that fit the model, and returns which did and which did not.
 
     Raises:
-        InputError: if none fits.
+        InputError: if no weight fits.
     """
     state = load(path)
     target = distributed.unwrapped(model)
@@ -190,12 +193,12 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> Loaded:
 
 
 def _some(names: list[str]) -> str:
-    """The first few of names."""
+    """Returns the first few names, for a message."""
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "none"
 
 
 def resume(path: str | os.PathLike[str], model: nn.Module, optimizer: Any, scheduler: Any) -> int:
-    """Loads model, optimizer and scheduler from a checkpoint, ours or torchreid's; returns the epoch to go on from.
+    """Loads model, optimizer and scheduler from a checkpoint, and returns the epoch to continue from.
 
     Raises:
         InputError: if the checkpoint lacks a part or does not fit the model.
@@ -206,10 +209,10 @@ def resume(path: str | os.PathLike[str], model: nn.Module, optimizer: Any, sched
 
 
 def restore(state: dict[str, Any], parts: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Gives each part that is not None its state of that name; ``path`` is for the messages.
+    """Loads the state of each part that is not None. ``path`` is for the messages.
 
     Raises:
-        InputError: if a part has no state, or one that does not fit it.
+        InputError: if the checkpoint has no state for a part, or a state that does not fit.
     """
     for name, part in parts.items():
         if part is None:
@@ -227,10 +230,10 @@ def restore(state: dict[str, Any], parts: dict[str, Any], path: str | os.PathLik
 
 
 def _fitted(state: dict[str, Any], part: Any) -> dict[str, Any]:
-    """A state as ``part`` names its entries.
+    """Returns the state with the names that ``part`` uses.
 
     Raises:
-        InputError: for the state of an optimizer of another kind, which torch would load.
+        InputError: if the state is of another type of optimizer. torch would load such a state.
     """
     if isinstance(part, nn.Module):
         # DataParallel and DistributedDataParallel put this prefix before every name.
@@ -238,5 +241,5 @@ def _fitted(state: dict[str, Any], part: Any) -> dict[str, Any]:
     if isinstance(part, Optimizer):
         given, own = (set(groups[0]) & _TELLING for groups in (state["param_groups"], part.param_groups))
         if given != own:
-            raise InputError(f"it is of an optimizer with {', '.join(sorted(given))}, not {', '.join(sorted(own))}")
+            raise InputError(f"its optimizer has {', '.join(sorted(given))}, not {', '.join(sorted(own))}")
     return state

@@ -1,4 +1,4 @@
-"""The checkpoints of a run in their folder: one for each epoch that was saved, the last, and the best."""
+"""Manages the checkpoints of a run in their folder: the numbered ones, the last and the best."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class History:
     """``FOLDER/model.pth.tar-EPOCH``, as torchreid names them, with ``model-last.pth.tar`` and ``model-best.pth.tar``.
 
     Args:
-        folder: where they are; need not exist.
-        keep: how many numbered ones to keep, >= 0; 0 keeps all. The last and the best are always kept.
+        folder: the folder of the checkpoints. It is created when the first checkpoint is saved.
+        keep: number of numbered checkpoints to keep, >= 0; 0 keeps all. The last and the best are always kept.
 
     Attributes:
-        newest: the checkpoint saved last by this object, or None.
-        saved_epoch: its epoch, or -1.
+        newest: the checkpoint that this object saved last, or None.
+        saved_epoch: the epoch of this checkpoint, or -1.
 
     Raises:
         InputError: for a negative ``keep``.
@@ -35,7 +35,7 @@ class History:
         self.saved_epoch = -1
 
     def save(self, state: dict[str, Any], epoch: int, is_best: bool = False) -> Path:
-        """Saves the state after ``epoch`` epochs and removes those of earlier ones that need not be kept.
+        """Saves the state after ``epoch`` epochs, and removes old checkpoints that are no longer kept.
 
         Raises:
             InputError, OSError: as ``checkpoint.save``.
@@ -50,23 +50,23 @@ class History:
         return path
 
     def tidy(self, epoch: int) -> None:
-        """Removes what was not finished, and those checkpoints up to ``epoch`` that need not be kept."""
+        """Removes unfinished files, and the checkpoints up to ``epoch`` that are no longer kept."""
         for unfinished in self.folder.glob(f".*{checkpoint.TEMPORARY}"):
             unfinished.unlink(missing_ok=True)
-        # Those of later epochs are of another run: not ours to remove.
+        # Checkpoints of later epochs belong to another run, so this run does not remove them.
         numbered = self._numbered()
         earlier = sorted(number for number in numbered if number <= epoch)
         for number in earlier[: -self.keep] if self.keep else []:
             numbered[number].unlink()
 
     def load_newest(self, since: float = 0) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint that can be read and its state; None where there is none at all.
+        """Returns the path and the state of the newest readable checkpoint, or None if there are no checkpoints.
 
         Args:
-            since: leave out those written before this time, in seconds since 1970.
+            since: time in seconds since 1970. Checkpoints that were written before it are ignored.
 
         Raises:
-            InputError: if there are some and none can be read.
+            InputError: if there are checkpoints but none can be read.
         """
         numbered = sorted(self._numbered().values(), key=lambda path: path.stat().st_mtime, reverse=True)
         named = [path for path in (self.folder / LAST, *numbered) if path.is_file()]
@@ -78,13 +78,13 @@ class History:
                 print(f"Skipped: {error}")
                 continue
             if state.get("training", {}).get("best", {}).get("epoch") == state["epoch"]:
-                # The run may have been killed before it said so.
+                # The run may have been killed before it could mark this checkpoint as the best.
                 checkpoint.link(path, BEST)
             return path, state
         if candidates:
             raise InputError(
                 f"model.resume auto: none of the {len(candidates)} checkpoints in '{self.folder}' can be read; remove "
-                f"them to start anew"
+                f"them to start a new run"
             )
         return None
 

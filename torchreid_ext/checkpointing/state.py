@@ -1,4 +1,4 @@
-"""The state of a run: all that decides how training goes on, and how it is put back."""
+"""Collects the state of a run for a checkpoint, and restores it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torchreid_ext.runtime import random as generators
 
 
 def of_engine(engine: Any, epoch: int) -> dict[str, Any]:
-    """The state of an engine after ``epoch`` epochs, under torchreid's names where it has some.
+    """Returns the state of an engine after ``epoch`` epochs. The names are torchreid's where torchreid has names.
 
-    What it holds of tensors is not copied, and changes as training goes on: see ``copied``.
+    The tensors are not copied, so they change when training goes on. ``copied`` makes a copy.
     """
     first, *others = engine.get_model_names()
     return _of_parts(engine, first) | {
@@ -41,9 +41,10 @@ def of_engine(engine: Any, epoch: int) -> dict[str, Any]:
 
 
 def restore_engine(engine: Any, state: dict[str, Any], path: str) -> None:
-    """Puts back what ``of_engine`` returned, but for what ``restore_randomness`` does; ``path`` is for messages.
+    """Restores the state that ``of_engine`` returned, except for the part that ``restore_randomness`` restores.
 
-    A checkpoint of torchreid's own, without ``"training"``, gives what it has.
+    A checkpoint of torchreid has no ``"training"``; then only its weights, optimizer and scheduler are restored.
+    ``path`` is for the messages.
 
     Raises:
         InputError: if a part is missing or does not fit.
@@ -65,7 +66,7 @@ def restore_engine(engine: Any, state: dict[str, Any], path: str) -> None:
 
 
 def restore_randomness(engine: Any, state: dict[str, Any]) -> None:
-    """Puts back the generators, the sampler and the gradient scaler, right before training goes on."""
+    """Restores the generators, the sampler and the gradient scaler. Call it right before training goes on."""
     training = state.get("training")
     if training is None:
         return
@@ -76,16 +77,16 @@ def restore_randomness(engine: Any, state: dict[str, Any]) -> None:
 
 
 def losses_of(engine: Any) -> dict[str, nn.Module]:
-    """The modules of an engine that are not its models."""
+    """Returns the losses of an engine: all its modules except its models."""
     models = {id(model) for model in engine._models.values()}
     return {name: part for name, part in vars(engine).items() if isinstance(part, nn.Module) and id(part) not in models}
 
 
 def keep_buffers(modules: list[nn.Module]) -> Callable[[], None]:
-    """Copies what a forward pass changes: statistics of batch normalisation, cross-batch memories.
+    """Copies the buffers that a forward pass changes: statistics of batch normalisation, cross-batch memories.
 
     Returns:
-        A function that puts it back.
+        A function that restores these buffers.
     """
     buffers = [{name: buffer.clone() for name, buffer in module.named_buffers()} for module in modules]
     fills = [_memory_fills(module) for module in modules]
@@ -102,11 +103,11 @@ def keep_buffers(modules: list[nn.Module]) -> Callable[[], None]:
 
 
 def copied(state: Any) -> Any:
-    """A copy of a state on the CPU, which training does not change."""
+    """Returns a copy of a state on the CPU. Training does not change the copy."""
     if isinstance(state, Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):
-        # Of its own kind: an OrderedDict, or the Counter in which a scheduler keeps its milestones.
+        # The copy has the same type: an OrderedDict, or the Counter that holds the milestones of a scheduler.
         twin = copy.copy(state)
         for key, value in state.items():
             twin[key] = copied(value)
@@ -133,7 +134,7 @@ def _memories(module: nn.Module) -> dict[str, CrossBatchMemory]:
 
 
 def _memory_fills(module: nn.Module) -> dict[str, dict[str, Any]]:
-    # PML keeps these two beside its buffers, and so out of state_dict.
+    # PML does not register these two values as buffers, so they are not in state_dict.
     return {
         name: {"queue_idx": memory.queue_idx, "has_been_filled": memory.has_been_filled}
         for name, memory in _memories(module).items()
@@ -141,7 +142,7 @@ def _memory_fills(module: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def _of_sampler(batches: Any) -> dict[str, Any]:
-    # Most samplers draw from the global generators and remember nothing.
+    # Most samplers draw from the global generators and have no state.
     sampler = _innermost(batches)
     if hasattr(sampler, "state_dict"):
         return {"state_dict": sampler.state_dict()}
@@ -158,5 +159,5 @@ def _restore_sampler(batches: Any, saved: dict[str, Any]) -> None:
 
 
 def _innermost(batches: Any) -> Any:
-    """The sampler below ``SeededBatches`` and torch's ``BatchSampler``."""
+    """Returns the sampler inside ``SeededBatches`` and torch's ``BatchSampler``."""
     return getattr(batches.batches, "sampler", batches.batches)

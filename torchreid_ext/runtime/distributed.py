@@ -1,6 +1,7 @@
-"""A run of several processes, started by torchrun; in a run of one, every function here leaves things as they are.
+"""Helpers for a run of several processes, which torchrun starts.
 
-Each process has a share of every batch. The first one (rank 0) draws the batches, prints, logs and saves.
+In a run of one process every function here changes nothing. Each process gets a share of every batch. The first process
+(rank 0) draws the batches, prints, logs and saves.
 """
 
 from __future__ import annotations
@@ -23,18 +24,19 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def joined(use_gpu: bool = True, timeout: int = 1800) -> Iterator[None]:
-    """Joins the processes that torchrun started, on the GPU of the local rank where there is one; the first one's
-    stdout alone is kept.
+    """Context: connects the processes that torchrun started. Only the first process prints to stdout.
+
+    Each process uses the GPU with the number of its local rank, if there are GPUs.
 
     Args:
-        use_gpu: train on GPUs where there are any.
-        timeout: seconds after which a process that waits for another gives up, with an error.
+        use_gpu: whether to train on GPUs, where there are any.
+        timeout: seconds after which a process that waits for another process stops with an error.
 
     Raises:
-        InputError: for a timeout below 1, more processes than GPUs, or restarts on several machines with a store of
-            torchrun's that outlives them.
-        TimeoutError: on leaving, where gloo waited longer than ``timeout`` for another process.
-        ConnectionError: on leaving, where gloo found that another process had ended.
+        InputError: for a timeout below 1, for more processes than GPUs, or for restarts on several machines with a
+            store of torchrun that keeps the addresses of dead processes.
+        TimeoutError: at the end, if gloo waited longer than ``timeout`` for another process.
+        ConnectionError: at the end, if gloo found that another process had ended.
     """
     if not launched():
         yield
@@ -50,7 +52,7 @@ def joined(use_gpu: bool = True, timeout: int = 1800) -> Iterator[None]:
                 f"as many with torchrun --nproc_per_node gpu, or train on the CPU with use_gpu False"
             )
         torch.cuda.set_device(local)
-        # What is small and on the CPU need not wait for the GPU.
+        # Small tensors on the CPU do not have to wait for the GPU.
         backend = "cpu:gloo,cuda:nccl"
     wait = datetime.timedelta(seconds=timeout)
     dist.init_process_group(backend, **_place(wait), timeout=wait)
@@ -60,31 +62,32 @@ def joined(use_gpu: bool = True, timeout: int = 1800) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
-            # gloo's; nccl ends the process itself, with words of its own.
+            # These are messages of gloo. nccl ends the process itself, with its own message.
             if "Timed out waiting" in str(error):
                 raise TimeoutError(
-                    f"waited {timeout} seconds for another process, which hangs or has much to do alone: if it only "
-                    f"needs longer, make train.timeout larger"
+                    f"waited {timeout} seconds for another process, which hangs or has much work to do alone: if it "
+                    f"only needs more time, increase train.timeout"
                 ) from error
             if "Connection closed by peer" in str(error):
                 raise ConnectionError(
-                    "another process ended, and this one with it; its own message says why"
+                    "another process ended, so this process ends too; the message of the other process says why"
                 ) from error
             raise
-    # Not after an error: it could wait for processes that wait for this one.
+    # This is not done after an error, because it could wait for processes that wait for this one.
     dist.destroy_process_group()
 
 
 def _place(timeout: datetime.timedelta) -> dict[str, Any]:
-    """The store where the processes find each other, and this one's place among them.
+    """Returns the store where the processes find each other, and the rank of this process.
 
-    torchrun may keep one store for all starts of a run, in which the addresses of processes that died stay: each start
-    has names of its own there. Machines count starts each for itself, so of several none has a number that all know.
+    torchrun may keep one store for all starts of a run, with the addresses of processes that died. Therefore each start
+    gets its own prefix in the store. With several machines there is no such prefix, because each machine counts its own
+    starts.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
     if int(os.environ.get("GROUP_WORLD_SIZE", 1)) == 1:
-        # Imported here: not every build of torch has them.
+        # These imports are here because not every build of torch has these modules.
         from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
@@ -118,7 +121,7 @@ def rank() -> int:
 
 
 def group() -> dist.ProcessGroup | None:
-    """All processes of a run of more than one, or None."""
+    """The group of all processes, or None in a run of one process."""
     return dist.group.WORLD if size() > 1 else None
 
 
@@ -133,65 +136,71 @@ def on_this_machine() -> int:
 
 
 def restarts() -> int:
-    """How often torchrun on this machine has started its processes again; another machine may have another number."""
+    """The number of times that torchrun restarted the processes of this machine. It differs between machines."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) if launched() else 0
 
 
 def largest(number: int) -> int:
-    """The largest of the processes' numbers."""
+    """The largest number that any process gave."""
     if size() == 1:
         return number
-    told: list[Any] = [None] * size()
-    dist.all_gather_object(told, number)
-    return max(told)
+    numbers: list[Any] = [None] * size()
+    dist.all_gather_object(numbers, number)
+    return max(numbers)
 
 
 def check_share(batch_size: int, num_instances: int = 1) -> None:
-    """Raises InputError if the processes cannot have equal shares of a batch, in whole groups of ``num_instances``."""
+    """Raises InputError if a batch cannot be divided equally among the processes.
+
+    Each share must consist of complete groups of ``num_instances`` samples.
+    """
     if size() > 1 and batch_size % (size() * num_instances):
-        groups = f" in whole groups of sampler.num_instances {num_instances}" if num_instances > 1 else ""
+        groups = f" in complete groups of sampler.num_instances {num_instances}" if num_instances > 1 else ""
         raise InputError(
-            f"train.batch_size {batch_size} is that of all {size()} processes together, and they cannot share it "
+            f"train.batch_size {batch_size} is the batch of all {size()} processes together, and it cannot be divided "
             f"equally{groups}: make it a multiple of {size() * num_instances}"
         )
 
 
 def share(batch: list[T]) -> list[T]:
-    """This process's part of a batch.
+    """Returns this process's share of a batch.
 
     Raises:
-        InputError: if there are no equal parts.
+        InputError: if the batch cannot be divided equally.
     """
     if len(batch) % size():
         raise InputError(
-            f"a batch of {len(batch)} cannot be shared equally among {size()} processes; if it is the last of an "
-            f"epoch, make the loader with drop_last=True"
+            f"a batch of {len(batch)} cannot be divided equally among {size()} processes; if it is the last batch of "
+            f"an epoch, make the loader with drop_last=True"
         )
     part = len(batch) // size()
     return batch[rank() * part : (rank() + 1) * part]
 
 
 def from_first(function: Callable[[], T]) -> T:
-    """What ``function`` returns on the first process, on every process; an InputError or OSError is raised on all."""
+    """Calls ``function`` on the first process, and returns its result on every process.
+
+    If it raises an InputError or an OSError, every process raises this error.
+    """
     if size() == 1:
         return function()
-    told: list[Any] = [None, None]
+    answer: list[Any] = [None, None]
     if is_first():
         try:
-            told[0] = function()
+            answer[0] = function()
         except (InputError, OSError) as error:
-            # The others would wait for this process.
-            told[1] = error
-    dist.broadcast_object_list(told)
-    if told[1] is not None:
-        raise told[1]
-    result: T = told[0]
+            # Without this answer the other processes would wait.
+            answer[1] = error
+    dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    result: T = answer[0]
     return result
 
 
 @contextlib.contextmanager
 def one_first() -> Iterator[None]:
-    """Lets one process of each machine go through before the others: what it downloads, they find."""
+    """Context: one process of each machine runs the block before the others, which then find what it downloaded."""
     leads = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if size() > 1 and not leads:
         dist.barrier()
@@ -206,7 +215,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def mean(value: Tensor) -> Tensor:
-    """The mean of a scalar over the processes, without gradient; not finite where one of them is not."""
+    """The mean of a scalar over the processes, without gradient. One value that is not finite makes the mean so."""
     if size() == 1:
         return value.detach()
     total = value.detach().clone()
@@ -227,23 +236,23 @@ def local_mean_scale(number: int, device: torch.device) -> float:
 
 
 def agreed(summary: dict[str, float], signum: int | None) -> tuple[dict[str, float], int | None]:
-    """The mean of each value over the processes, and the signal that came to any of them.
+    """Returns the mean of each value over the processes, and the signal that any process received.
 
     Args:
-        summary: values by name, the same names on each process.
-        signum: the signal that came to this process, if any.
+        summary: values by name. Every process has the same names.
+        signum: the signal that this process received, or None.
     """
     if size() == 1:
         return summary, signum
-    told: list[Any] = [None] * size()
-    dist.all_gather_object(told, (summary, signum))
-    means = {name: sum(values[name] for values, _ in told) / size() for name in summary}
-    return means, max((number for _, number in told if number is not None), default=None)
+    gathered: list[Any] = [None] * size()
+    dist.all_gather_object(gathered, (summary, signum))
+    means = {name: sum(values[name] for values, _ in gathered) / size() for name in summary}
+    return means, max((number for _, number in gathered if number is not None), default=None)
 
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Gives every process the mean of the gradients; for what is not in ``DistributedDataParallel``."""
+    """Averages the gradients over the processes, for parameters outside ``DistributedDataParallel``."""
     for parameter in parameters:
         if size() > 1 and parameter.grad is not None:
             dist.all_reduce(parameter.grad)
@@ -252,7 +261,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 @torch.no_grad()
 def average_buffers(model: nn.Module) -> None:
-    """Gives every process the mean of what each gathered in training: statistics of batch normalisation."""
+    """Averages the buffers over the processes, such as the statistics of batch normalisation."""
     for buffer in model.buffers():
         if size() > 1 and buffer.is_floating_point():
             dist.all_reduce(buffer)
@@ -261,10 +270,10 @@ def average_buffers(model: nn.Module) -> None:
 
 @torch.no_grad()
 def same_as_first(module: nn.Module) -> None:
-    """Gives every process the first one's parameters and buffers."""
+    """Copies the parameters and buffers of the first process to every process."""
     for tensor in (*module.parameters(), *module.buffers()):
         if size() > 1:
-            # Weights in another memory format are not sent as they lie.
+            # A broadcast needs contiguous tensors. Weights in another memory format are not contiguous.
             sent = tensor.contiguous()
             dist.broadcast(sent, 0)
             tensor.copy_(sent)

@@ -128,7 +128,7 @@ def test_load_weights_says_what_does_not_fit(tmp_path):
     loaded = checkpoint.load_weights(model, tmp_path / "w.pth")
     assert (loaded.fitting, loaded.unused) == (["0.weight", "0.bias"], ["1.bias", "1.weight"])
     assert str(loaded) == (
-        f"Loaded 2 of the model's 5 weights from '{tmp_path / 'w.pth'}'; 3 left as they were: 1.bias, 1.weight, "
+        f"Loaded 2 of the model's 5 weights from '{tmp_path / 'w.pth'}'; 3 left unchanged: 1.bias, 1.weight, "
         f"2.weight; 2 of the file, not used: 1.bias, 1.weight"
     )
     assert torch.equal(model[0].weight, saved[0].weight)
@@ -176,7 +176,7 @@ def test_weights_fit_with_and_without_data_parallel(tmp_path):
 
 def test_what_could_not_be_loaded_is_not_saved(tmp_path):
     checkpoint.save({"epoch": 1}, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=r"tensors, numbers and containers alone, not .*Bomb|system"):
+    with pytest.raises(ValueError, match=r"only tensors, numbers and containers, not .*Bomb|system"):
         checkpoint.save({"state_dict": Bomb()}, tmp_path / "a.pth")
     assert checkpoint.load(tmp_path / "a.pth") == {"epoch": 1}
     assert os.listdir(tmp_path) == ["a.pth"]

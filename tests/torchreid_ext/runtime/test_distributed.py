@@ -149,7 +149,7 @@ def test_a_killed_process_is_started_again_and_a_signal_stops_all(data, whole, c
     assert last(data, "stopped")["epoch"] == 1
     resume = words(data, "stopped", **{"model.resume": "auto"})
     assert main(resume) == 2
-    assert "was trained by 2 processes, and this run has 1: start it with as many" in capsys.readouterr().err
+    assert "was trained by 2 processes, and this run has 1: start it with the same number" in capsys.readouterr().err
     assert main([*resume, "test.evaluate", "True"]) == 0
     resumed = torchrun("--nproc_per_node", 2, "-m", "torchreid_ext", *resume)
     assert resumed.returncode == 0, resumed.stderr
@@ -202,15 +202,15 @@ def test_a_batch_that_cannot_be_shared(monkeypatch):
     distributed.check_share(12, 4)
     with pytest.raises(ValueError, match=r"train.batch_size 8 .* all 3 processes together.*make it a multiple of 3"):
         distributed.check_share(8)
-    with pytest.raises(ValueError, match=r"whole groups of sampler.num_instances 4: make it a multiple of 12"):
+    with pytest.raises(ValueError, match=r"complete groups of sampler.num_instances 4: make it a multiple of 12"):
         distributed.check_share(18, 4)
     with pytest.raises(ValueError, match=r"a batch of 5 .* drop_last=True"):
         distributed.share([0] * 5)
     cfg = get_default_config()
-    with pytest.raises(ValueError, match=r"train.batch_size 32 is that of all 3 processes"):
+    with pytest.raises(ValueError, match=r"train.batch_size 32 is the batch of all 3 processes"):
         config.check(cfg)
     cfg.sampler.train_sampler, cfg.train.batch_size = "RandomIdentitySampler", 30
-    with pytest.raises(ValueError, match=r"whole groups of sampler.num_instances 4: make it a multiple of 12"):
+    with pytest.raises(ValueError, match=r"complete groups of sampler.num_instances 4: make it a multiple of 12"):
         config.check(cfg)
     cfg.test.evaluate = True
     config.check(cfg)
