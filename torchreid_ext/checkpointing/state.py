@@ -92,14 +92,14 @@ def keep_buffers(modules: list[nn.Module]) -> Callable[[], None]:
     fills = [_memory_fills(module) for module in modules]
 
     @torch.no_grad()
-    def put_back() -> None:
+    def restore() -> None:
         for module, copies, fill in zip(modules, buffers, fills, strict=True):
             for name, buffer in module.named_buffers():
                 buffer.copy_(copies[name])
             for name, memory in _memories(module).items():
                 vars(memory).update(fill[name])
 
-    return put_back
+    return restore
 
 
 def copied(state: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Your own images as a torchreid data set, by configuration alone: a folder of images, or a CSV that lists them.
+"""Makes torchreid data sets from folders of images or CSVs that a configuration describes.
 
-Importing this module registers ``synthetic_pedestrians`` and, for video, ``synthetic_tracklets``;
-:func:`register_datasets` registers the sets a configuration describes. A data set of either kind is a
-:class:`ConfiguredDataset`, read by :mod:`torchreid_ext.data.listing`.
+The import of this module registers ``synthetic_pedestrians`` (images) and ``synthetic_tracklets`` (video).
+:func:`register_datasets` registers the data sets of a configuration. Each of them is a :class:`ConfiguredDataset`, and
+:mod:`torchreid_ext.data.listing` reads it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 Item = tuple[str, int, int]
-"""A path, an identity's and a camera's number, as torchreid's data sets hold them."""
+"""A path, the number of an identity and the number of a camera, as in torchreid's data sets."""
 
 
 def _numbers(names: Iterable[str]) -> dict[str, int]:
@@ -39,10 +39,10 @@ def _numbers(names: Iterable[str]) -> dict[str, int]:
 
 
 def _numbered(splits: Splits) -> list[list[Item]]:
-    """Replaces names by numbers from 0, in the names' order; returns train, query and gallery.
+    """Replaces names by numbers from 0, in the order of the names, and returns train, query and gallery.
 
-    Identities of training are numbered by themselves. A camera has one number everywhere; training's come first, so
-    that they have no gaps, on which torchreid counts when it joins data sets.
+    The identities for training have their own numbers. A camera has the same number in every split. The cameras of the
+    training images come first, so that their numbers have no gaps: torchreid relies on that when it joins data sets.
     """
     trained = _numbers(row.pid for row in splits.train)
     tested = _numbers(row.pid for row in (*splits.query, *splits.gallery))
@@ -56,18 +56,18 @@ def _numbered(splits: Splits) -> list[list[Item]]:
 class ConfiguredDataset(torchreid.data.ImageDataset):
     """A torchreid image data set described by options instead of code.
 
-    Identities and cameras may have any names. Training's identities are numbered 0..n-1 by themselves, as classifiers
-    need it; those of query and gallery together.
+    Identities and cameras may have any names. The identities for training are numbered 0..n-1, as classifiers need
+    them. The identities of query and gallery are numbered together, also from 0.
 
     Args:
-        name: what the data set is called in messages.
+        name: name of the data set, for messages.
         options: from :func:`torchreid_ext.data.options.make_options`.
-        root: the folder that ``folder`` or ``csv`` of the options are below.
-        kwargs: what torchreid's data managers pass (transform, k_tfm, mode, combineall, verbose, ...). Those that
-            speak of other data sets (split_id, cuhk03_labeled, ...) are ignored.
+        root: the folder that contains the ``folder`` or the ``csv`` of the options.
+        kwargs: the arguments that torchreid's data managers pass (transform, k_tfm, mode, combineall, verbose, ...).
+            Arguments for other data sets (split_id, cuhk03_labeled, ...) are ignored.
 
     Raises:
-        InputError: for whatever is wrong with the data, naming the data set, the file or value and the fix.
+        InputError: if the data cannot be used. The message names the data set, the file or value, and the fix.
     """
 
     def __init__(self, name: str, options: Options, root: str = "", **kwargs: Any) -> None:
@@ -82,9 +82,10 @@ class ConfiguredDataset(torchreid.data.ImageDataset):
         super().show_summary()
 
     def combine_all(self) -> None:
-        """Adds the test images to the training set, each once, its identities numbered after training's.
+        """Adds each test image to the training set once. The new identities get the numbers after the old ones.
 
-        torchreid's own fails where a query's identity is not in the gallery, and repeats images that are in both.
+        torchreid's own method fails if the identity of a query is not in the gallery, and it repeats images that are
+        both in query and in gallery.
         """
         tested = sorted({*self.query, *self.gallery})
         first = self.get_num_pids(self.train)
@@ -95,9 +96,10 @@ class ConfiguredDataset(torchreid.data.ImageDataset):
 
 
 class _Entry:
-    """What torchreid's registry holds for a configured data set: makes it from the options of the moment.
+    """The entry of a configured data set in torchreid's registry. When called, it makes the data set.
 
-    torchreid refuses to register a name twice, so a second configuration in the same process replaces the options.
+    torchreid refuses to register a name twice. A second configuration in the same process therefore replaces the
+    options of this entry.
     """
 
     def __init__(self, name: str, options: Options) -> None:
@@ -111,35 +113,37 @@ _entries: dict[str, _Entry] = {}
 
 
 def register_datasets(datasets: Mapping[str, Mapping[str, Any]]) -> None:
-    """Makes each configured data set available to torchreid's data managers by its name.
+    """Registers each configured data set with torchreid's data managers, under its name.
 
-    Nothing is read from disk before a data manager asks for the data set. A name registered here before takes its new
-    options. Options are checked before any name is registered.
+    All options are checked before any name is registered. Files are read only when a data manager makes the data set.
+    A name that this function registered before gets the new options.
 
     Options of a folder of images:
-        folder: below ``data.root``; '' (default) is the root itself.
+        folder: folder below ``data.root``. Default: '', which is the root itself.
         pattern: regular expression, matched against the whole POSIX path relative to ``folder``, with named groups
             ``identity`` and ``camera``. Default: ``[ANYTHING/]IDENTITY/CAMERA_ANYTHING.png`` (or another image suffix).
-            Files that do not match are not part of the set.
-        train, test: lists that select files by split, each entry a path relative to ``folder`` that names a file or a
-            folder with all below it; ``*``, ``?`` and ``[]`` stand for characters of one name, ``**`` for any folders.
-            Files in neither are left out. Without both, identities are split at random, see the next two.
-        test_fraction: share of the identities to test on, between 0 and 1; default 0.5.
-        seed: of that split; default 0.
-        query_cameras: cameras whose test images are queries, all other test images being gallery. Without it, the
-            first image of each test identity and camera is a query and every test image is in the gallery, which is
-            safe because evaluation leaves out gallery images of the query's identity and camera.
-        min_images: identities with fewer images are left out; default 1.
+            Files that do not match are left out.
+        train, test: lists of the files for training and for test. Each entry is a path relative to ``folder``. It names
+            a file, or a folder with all files below it. ``*``, ``?`` and ``[]`` match characters of one name, ``**``
+            matches any number of folders. Files that no entry selects are left out. If both lists are missing, the
+            identities are split at random.
+        test_fraction: share of the identities to test on, between 0 and 1. Default: 0.5.
+        seed: seed of the random split. Default: 0.
+        query_cameras: cameras whose test images are queries. All other test images are in the gallery. By default, the
+            first image of each test identity and camera is a query, and every test image is in the gallery. This is
+            safe because evaluation ignores gallery images that have the identity and the camera of the query.
+        min_images: identities with fewer images are left out. Default: 1.
 
     Options of a CSV:
-        csv: path below ``data.root`` to a file with the columns path, pid, camid and split (train, query or gallery);
-            paths relative to the CSV's folder. A path may stand in it once, or once as query and once as gallery.
+        csv: path below ``data.root`` of a file with the columns path, pid, camid and split (train, query or gallery).
+            Paths are relative to the folder of the CSV. A path may be in the CSV once, or once as query and once as
+            gallery.
 
     Args:
-        datasets: name -> options.
+        datasets: the options of each data set, by its name.
 
     Raises:
-        InputError: for an unknown option, a value that cannot be, or a name that torchreid uses already.
+        InputError: for an unknown option, for a value out of range, or for a name that torchreid already uses.
     """
     entries = {name: _Entry(name, make_options(name, options)) for name, options in datasets.items()}
     for name, entry in entries.items():
@@ -154,7 +158,7 @@ def register_datasets(datasets: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _register(register: Callable[[str, type], None], name: str, dataset: type) -> None:
-    # Where this module is reloaded, it is registered already.
+    # If this module is reloaded, the data set is already registered.
     with contextlib.suppress(ValueError):
         register(name, dataset)
 
@@ -169,7 +173,7 @@ _register_synthetic()
 
 @contextlib.contextmanager
 def without_empty_folders(root: Path) -> Iterator[None]:
-    """Removes, after an error, the empty folders that torchreid makes before it tries to download a data set."""
+    """Context: after an error, removes the empty folders that torchreid makes before it downloads a data set."""
     root_was_there = root.is_dir()
     there = set(root.glob("*"))
     try:

@@ -1,7 +1,7 @@
-"""Refuses an unreadable image, where torchreid's ``read_image`` would try again for ever.
+"""Wraps data loaders so that an unreadable image is an error; torchreid's ``read_image`` would try again for ever.
 
-The wrapper decodes each image completely before the wrapped data set reads it for the first time, once per run: its
-record of what has been decoded is shared with the loader's workers and outlives them.
+The wrapper decodes each image completely before the data set reads it for the first time. It does so once in a run,
+because the workers of the loader share the record of the images that were decoded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from pml_drsl.checks import InputError
 
-# What Pillow's decoders raise on damaged files. DecompressionBombError: an image too large to be meant.
+# The errors that Pillow raises for damaged files. DecompressionBombError means that the image is suspiciously large.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
@@ -28,7 +28,7 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         The image in RGB.
 
     Raises:
-        InputError: if the file is missing, empty, truncated, damaged, too large or no image; the message names it.
+        InputError: if the file is missing, empty, damaged, too large, or not an image. The message names the file.
     """
     if not os.path.isfile(path):
         raise InputError(f"cannot read image {os.fspath(path)!r}: there is no such file")
@@ -47,15 +47,16 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
 
 
 class ReadableDataset(Dataset[Any]):
-    """A torchreid data set that checks an entry's images before it reads them for the first time.
+    """A torchreid data set that checks the images of an entry before it reads the entry for the first time.
 
-    Every attribute of the wrapped data set (``data``, ``train``, ``num_train_pids``, ...) can be read here too.
+    Every attribute of the wrapped data set (``data``, ``train``, ``num_train_pids``, ...) can be read from this
+    data set too.
 
     Args:
-        dataset: torchreid's image or video data set: ``dataset.data[i][0]`` is a path or a sequence of paths.
+        dataset: an image or video data set of torchreid. ``dataset.data[i][0]`` is a path or a sequence of paths.
 
     Raises:
-        InputError: on reading an entry one of whose images cannot be read; the message names the image.
+        InputError: when an entry is read that has an unreadable image. The message names the image.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -75,35 +76,38 @@ class ReadableDataset(Dataset[Any]):
         return self.dataset[index]
 
     def __getattr__(self, name: str) -> Any:
-        # Copying and unpickling ask for attributes before there is a data set to ask.
+        # copy and pickle read attributes before the wrapped data set is there.
         if name.startswith("__") or "dataset" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.dataset, name)
 
 
 def readable(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """Returns a loader like ``loader`` that raises on an unreadable image instead of trying again for ever.
+    """Returns a loader like ``loader`` that raises InputError for an unreadable image.
 
-    The sampler (or batch sampler), generator and functions are the same objects, so the order of batches and the
-    random numbers drawn are the same. A loader that this function returned is returned unchanged.
+    Both loaders share the sampler (or batch sampler), the generator and the functions, so that they give the same
+    batches. A loader that this function returned before is returned unchanged.
 
     Args:
-        loader: over one of torchreid's data sets.
+        loader: a loader of a torchreid data set.
 
     Raises:
-        InputError: if the data set is iterable-style, or has no ``data`` to take paths from.
+        InputError: if the data set is iterable-style, or has no ``data`` with the paths.
     """
     dataset: Any = loader.dataset
     if isinstance(dataset, ReadableDataset):
         return loader
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "data"):
         kind = type(dataset).__name__
-        raise InputError(f"{kind} is not a torchreid data set: it lacks `data`, a list of (path, pid, ...)")
+        raise InputError(f"{kind} is not a torchreid data set: it has no `data`, a list of (path, pid, ...)")
     return rebuilt(loader, ReadableDataset(dataset))
 
 
 def rebuilt(loader: DataLoader[Any], dataset: Any, **changes: Any) -> DataLoader[Any]:
-    """A loader with the settings of ``loader`` over another data set; ``changes`` are arguments of ``DataLoader``."""
+    """Returns a loader with the settings of ``loader`` for another data set.
+
+    ``changes`` are arguments of ``DataLoader`` that replace the settings.
+    """
     options: dict[str, Any] = {
         name: getattr(loader, name)
         for name in (
@@ -112,7 +116,7 @@ def rebuilt(loader: DataLoader[Any], dataset: Any, **changes: Any) -> DataLoader
         )
     }  # fmt: skip
     if hasattr(loader, "in_order"):
-        # Since torch 2.6.
+        # Versions of torch before 2.6 do not have this setting.
         options["in_order"] = loader.in_order
     if "batch_sampler" not in changes:
         if loader.batch_size is None and loader.batch_sampler is not None:

@@ -1,8 +1,8 @@
-"""Training batches whose randomness travels with them, so that a resumed epoch is the epoch it would have been.
+"""Deterministic loading: every sample of a training batch carries its own seed.
 
-torchreid's augmentations draw from the global generators of whichever process reads an image. Here every draw of an
-image carries a seed of its own: what becomes of it does not depend on the number of workers, on how long they have
-lived, or on what they read before.
+torchreid's augmentations draw from the global generators of the process that reads an image. With a seed for every
+sample, the result does not depend on the number of workers, or on what they read before. A resumed epoch is therefore
+equal to the epoch of a run that was never interrupted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torchreid_ext.runtime import random as generators
 
 
 class Draw(NamedTuple):
-    """One entry of a batch: a sample's index, the seed of its epoch, and its position in the epoch."""
+    """One entry of a batch: the index of a sample, the seed of the epoch, and the position in the epoch."""
 
     sample: int
     epoch_seed: int
@@ -28,11 +28,12 @@ class Draw(NamedTuple):
 
 
 class SeededBatches(Sampler[list[Draw]]):
-    """The batches of a batch sampler, each index with its seed; of several processes, each has its share of every one.
+    """The batches of a batch sampler, with a seed for every index. Each process gets its share of every batch.
 
-    An epoch draws from the global generators when its first batch is asked for, and then no more: how far a loader
-    reads ahead changes nothing. The first process draws for all, the batches that it would draw alone. The other ones'
-    generators start every epoch from a seed of their own, so that two processes do not drop out the same features.
+    All batches of an epoch are drawn from the global generators when the epoch begins. It therefore does not matter how
+    far a loader reads ahead. The first process draws the batches for all processes, and draws the same batches in a run
+    of one process. At the start of every epoch each other process seeds its generators with its own seed, so that
+    dropout differs between processes.
     """
 
     def __init__(self, batches: Any) -> None:
@@ -55,10 +56,10 @@ class SeededBatches(Sampler[list[Draw]]):
 
 
 class SeededDataset(Dataset[Any]):
-    """Reads a ``Draw`` of a data set under its seed.
+    """Reads each sample of a data set with the seed of its ``Draw``.
 
-    The patches that torchreid's ``random_patch`` cut from earlier images are forgotten at the start of each epoch.
-    Every attribute of the wrapped data set can be read here too.
+    At the start of each epoch, the patches that torchreid's ``random_patch`` cut from earlier images are removed.
+    Every attribute of the wrapped data set can be read from this data set too.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -78,18 +79,19 @@ class SeededDataset(Dataset[Any]):
             return self.dataset[draw.sample]
 
     def __getattr__(self, name: str) -> Any:
-        # Copying and unpickling ask for attributes before there is a data set to ask.
+        # copy and pickle read attributes before the wrapped data set is there.
         if name.startswith("_") or "dataset" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.dataset, name)
 
 
 def repeatable(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """A loader like ``loader`` whose epochs depend on the state of the global generators at their start, and on
-    nothing else; its workers live on from epoch to epoch.
+    """Returns a loader like ``loader``, whose epochs depend only on the state of the global generators at their start.
+
+    The workers of the loader stay alive from epoch to epoch.
 
     Raises:
-        InputError: for a loader without batches.
+        InputError: if the loader does not make batches.
     """
     if isinstance(loader.dataset, SeededDataset):
         return loader
@@ -100,7 +102,7 @@ def repeatable(loader: DataLoader[Any]) -> DataLoader[Any]:
         SeededDataset(loader.dataset),
         batch_sampler=SeededBatches(loader.batch_sampler),
         persistent_workers=loader.num_workers > 0,
-        # From its generator a loader seeds its workers, once in their life. Were it the global one, a resumed run
-        # would draw from that where an uninterrupted one does not.
+        # A loader draws the seeds of its workers from its generator, once in their life. With the global generator, a
+        # resumed run would make one more draw than a run that was not interrupted.
         generator=torch.Generator(),
     )

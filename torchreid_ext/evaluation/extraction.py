@@ -1,11 +1,11 @@
-"""Features extracted by several processes together, those of one process bit for bit."""
+"""Divides the extraction of features among several processes, with the result of one process."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torchreid_ext.runtime.signals import Interrupted
 
 @dataclass(frozen=True)
 class Samples:
-    """Features, shape (N, D), identities and cameras, shape (N,), of a query set or a gallery."""
+    """A query set or a gallery: features of shape (N, D), identities and cameras of shape (N,)."""
 
     features: Tensor
     pids: np.ndarray[Any, Any]
@@ -31,34 +31,36 @@ class Samples:
 
 
 @contextmanager
-def model_of_first(engine: Any, group: dist.ProcessGroup) -> Iterator[None]:
-    """Within, every process has the model of the first, out of its ``DistributedDataParallel``.
+def first_process_model(engine: Any, group: dist.ProcessGroup) -> Iterator[None]:
+    """Context: every process uses the model of the first process, without its ``DistributedDataParallel``.
 
-    In training each process gathers its own statistics of batch normalisation; they are put back on leaving.
+    The models differ in their buffers, because each process collects its own statistics of batch normalisation in
+    training. At the end of the block each process gets its own buffers back.
     """
     model = engine.model
     # The forward pass of DistributedDataParallel waits for the other processes, which may have fewer batches.
     engine.model = distributed.unwrapped(model)
-    put_back = states.keep_buffers([engine.model])
+    restore_buffers = states.keep_buffers([engine.model])
     try:
         for buffer in engine.model.buffers():
             dist.broadcast(buffer, src=dist.get_global_rank(group, 0), group=group)
         yield
     finally:
-        put_back()
+        restore_buffers()
         engine.model = model
 
 
-def batches_of(loader: DataLoader[Any], group: dist.ProcessGroup) -> DataLoader[Any]:
-    """A loader of this process's share of the batches of ``loader``, whole and in order.
+def shard_of_loader(loader: DataLoader[Any], group: dist.ProcessGroup) -> DataLoader[Any]:
+    """Returns a loader with this process's share of the batches of ``loader``, in their order.
 
-    Frames that ``video.sample_method: random`` draws would differ from process to process: they are left to the first.
+    With ``video.sample_method: random`` the first process gets all batches, because each process would draw other
+    frames.
 
     Raises:
-        InputError: for a loader that does not make batches.
+        InputError: if the loader does not make batches.
     """
     if loader.batch_sampler is None:
-        raise InputError("the test loader must make batches to be shared: give it a batch_size or a batch_sampler")
+        raise InputError("the test loader must make batches, to be shared: give it a batch_size or a batch_sampler")
     batches = list(loader.batch_sampler)
     if getattr(loader.dataset, "sample_method", None) == "random":
         batches = batches if dist.get_rank(group) == 0 else []
@@ -67,51 +69,80 @@ def batches_of(loader: DataLoader[Any], group: dist.ProcessGroup) -> DataLoader[
     return rebuilt(loader, loader.dataset, batch_sampler=batches)
 
 
-def together(extract: Callable[[], Samples | None], device: torch.device, group: dist.ProcessGroup) -> Samples:
-    """What ``extract`` gives on each process (None for nothing), in order of rank; the same on every process.
+class _Report(NamedTuple):
+    """What a process tells the others after its part of the extraction.
+
+    Attributes:
+        failed: whether the extraction failed or was interrupted.
+        signum: the signal that interrupted it, or None.
+        is_of_input: whether the failure is an InputError or an OSError.
+        message: the message of the error.
+        shape: shape of the features, or None if this process had no images.
+        dtype: type of the features.
+        pids: identities, shape (N,).
+        camids: cameras, shape (N,).
+    """
+
+    failed: bool = False
+    signum: int | None = None
+    is_of_input: bool = False
+    message: str = ""
+    shape: torch.Size | None = None
+    dtype: torch.dtype = torch.float32
+    pids: Any = None
+    camids: Any = None
+
+
+def gather_samples(extract: Callable[[], Samples | None], device: torch.device, group: dist.ProcessGroup) -> Samples:
+    """Calls ``extract`` on each process, and returns the samples of all processes, in the order of their ranks.
+
+    ``extract`` returns None if the process has no images. Every process gets the same result.
 
     Args:
-        device: that the group's backend can send from: the model's.
+        extract: extracts this process's share.
+        device: the device of the model, from which the group's backend can send.
+        group: the processes.
 
     Raises:
-        Interrupted: if any process was asked to stop.
-        InputError, RuntimeError: where ``extract`` failed on another process, by InputError or OSError or otherwise.
+        Interrupted: if any process received a signal to stop.
+        InputError: if ``extract`` raised an InputError or an OSError on another process, or no process has an image.
+        RuntimeError: if ``extract`` raised any other error on another process.
     """
-    mine, error = None, None
+    own, error = None, None
     try:
-        mine = extract()
-    except (Exception, Interrupted) as caught:  # to be told to the others, who would wait for this process
+        own = extract()
+    except (Exception, Interrupted) as caught:  # the other processes must be told, because they would wait
         error = caught
-    told: Any = None
+    report = _Report()
     if error is not None:
-        told = getattr(error, "signal", None), isinstance(error, (InputError, OSError)), str(error)
-    elif mine is not None:
-        told = mine.features.shape, mine.features.dtype, mine.pids, mine.camids
+        signum, is_of_input = getattr(error, "signal", None), isinstance(error, (InputError, OSError))
+        report = _Report(failed=True, signum=signum, is_of_input=is_of_input, message=str(error))
+    elif own is not None:
+        report = _Report(shape=own.features.shape, dtype=own.features.dtype, pids=own.pids, camids=own.camids)
     reports: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(reports, (error is not None, told), group)
+    dist.all_gather_object(reports, report, group)
     if error is not None:
         raise error
-    for rank, (failed, what) in enumerate(reports):
-        if failed:
-            signum, is_of_input, message = what
-            if signum is not None:
-                raise Interrupted(signum, message)
-            raise (InputError if is_of_input else RuntimeError)(f"process {rank} could not test: {message}")
+    for rank, other in enumerate(reports):
+        if other.failed and other.signum is not None:
+            raise Interrupted(other.signum, other.message)
+        if other.failed:
+            kind = InputError if other.is_of_input else RuntimeError
+            raise kind(f"process {rank} could not test: {other.message}")
 
     features, pids, camids = [], [], []
-    for rank, (_, what) in enumerate(reports):
-        if what is None:
+    for rank, other in enumerate(reports):
+        if other.shape is None:
             continue
-        shape, dtype, rank_pids, rank_camids = what
-        if mine is not None and rank == dist.get_rank(group):
-            part = mine.features.to(device)
+        if own is not None and rank == dist.get_rank(group):
+            part = own.features.to(device)
         else:
-            part = torch.empty(shape, dtype=dtype, device=device)
-        # One broadcast for each: shares differ in size, and all_gather would pad every one to the largest.
+            part = torch.empty(other.shape, dtype=other.dtype, device=device)
+        # Shares differ in size, and all_gather would pad every share to the largest. So there is a broadcast for each.
         dist.broadcast(part, src=dist.get_global_rank(group, rank), group=group)
         features.append(part.cpu())
-        pids.append(rank_pids)
-        camids.append(rank_camids)
+        pids.append(other.pids)
+        camids.append(other.camids)
     if not features:
         raise InputError("none of the processes has an image whose features it could extract")
     return Samples(torch.cat(features), np.concatenate(pids), np.concatenate(camids))

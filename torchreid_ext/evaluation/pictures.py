@@ -1,4 +1,4 @@
-"""Ranked results for people to look at: each query with its gallery in order, right and wrong marked."""
+"""Draws pictures of search results: each query with its nearest gallery entries, and a mark for right or wrong."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pml_drsl.checks import InputError
 Colour = tuple[int, int, int]
 Entry = str | Sequence[str]
 
-# Not everybody can tell these two apart, which is why each image also carries a tick or a cross.
+# Some people cannot distinguish these two colours, so each image also has a tick or a cross.
 RIGHT: Colour = (0, 148, 104)
 WRONG: Colour = (206, 32, 48)
 INK: Colour = (34, 34, 34)
@@ -27,21 +27,22 @@ _IMAGE = (96, 192)
 _FRAME, _GAP, _MARGIN, _CAPTION, _HEADER = 5, 12, 24, 24, 64
 _QUERY_GAP = 40
 _MARK = 13
-_TRACKLET_IMAGES = 4  # in the four quarters of a cell
+_TRACKLET_IMAGES = 4  # one in each quarter of a cell
 
 
 @dataclass(frozen=True)
 class RankedQuery:
-    """A query and the gallery entries nearest to it, nearest first.
+    """A query and its nearest gallery entries, in the order of distance.
 
-    An entry is an image, by its path, or a tracklet, by the paths of its images.
+    An entry is the path of an image, or the paths of the images of a tracklet.
 
     Attributes:
         query: the query entry.
         gallery: K gallery entries, in rank order.
-        correct: K truth values: whether the entry shows the query's identity.
+        correct: K truth values. True: the entry shows the identity of the query.
         distances: K distances from the query.
-        junk: K truth values: entries that evaluation leaves out (the query's identity and camera); none if empty.
+        junk: K truth values. True: evaluation ignores the entry, which has the identity and the camera of the query.
+            An empty sequence means that there is no junk.
 
     Raises:
         InputError: if the sequences differ in length.
@@ -66,7 +67,7 @@ class RankedQuery:
 
 
 def _paste(page: Image.Image, entry: Entry, left: int, top: int, frame: Colour, grey: bool = False) -> None:
-    """Pastes an entry, fitted to the cell and framed, with the cell's top left corner (frame included) given."""
+    """Pastes an entry with a frame into a cell. ``left`` and ``top`` are the corner of the frame."""
     paths = [entry] if isinstance(entry, str) else _spread(entry, _TRACKLET_IMAGES)
     columns = 2 if len(paths) > 1 else 1
     size = _IMAGE[0] // columns, _IMAGE[1] // columns
@@ -81,13 +82,13 @@ def _paste(page: Image.Image, entry: Entry, left: int, top: int, frame: Colour, 
 
 
 def _spread(paths: Sequence[str], most: int) -> list[str]:
-    """At most ``most`` of the paths, evenly over all."""
+    """Returns at most ``most`` of the paths, evenly spread."""
     count = min(most, len(paths))
     return [paths[number * len(paths) // count] for number in range(count)]
 
 
 def _mark(draw: ImageDraw.ImageDraw, right: int, top: int, correct: bool) -> None:
-    """Draws a tick or a cross on a disc, its box ending at ``right`` and beginning at ``top``."""
+    """Draws a tick or a cross on a disc. ``right`` and ``top`` are edges of the disc."""
     x, y = right - _MARK, top + _MARK
     draw.ellipse((x - _MARK, y - _MARK, x + _MARK, y + _MARK), fill=RIGHT if correct else WRONG, outline=PAPER, width=2)
     if correct:
@@ -98,14 +99,14 @@ def _mark(draw: ImageDraw.ImageDraw, right: int, top: int, correct: bool) -> Non
 
 
 def ranking_picture(rows: Sequence[RankedQuery], title: str) -> Image.Image:
-    """Draws one page: a row per query, the query at left, then its gallery in rank order.
+    """Draws one page with a row for each query: the query at the left, then its gallery entries in rank order.
 
-    A right match has a green frame and a tick, a wrong one a red frame and a cross; below stand rank and distance.
-    Junk is greyed, and has no mark and no rank.
+    A right match has a green frame and a tick, a wrong match has a red frame and a cross. Rank and distance are below
+    each image. Junk is grey, and has no mark and no rank.
 
     Args:
-        rows: one or more ranked queries; their galleries may differ in length.
-        title: the page's first line; a longer one than the page is wide is shortened.
+        rows: one or more ranked queries. Their galleries may differ in length.
+        title: the first line of the page. It is shortened if it is wider than the page.
 
     Returns:
         An RGB image.
@@ -147,12 +148,12 @@ def ranking_picture(rows: Sequence[RankedQuery], title: str) -> Image.Image:
 
 
 def save_ranking_picture(path: str | os.PathLike[str], rows: Sequence[RankedQuery], title: str) -> Path:
-    """Draws :func:`ranking_picture` and saves it as PNG; a reader finds the old file or the new one, never half of it.
+    """Draws a page with :func:`ranking_picture`, and saves it atomically as a PNG.
 
     Args:
-        path: the PNG to write; its folder is created where it is missing.
-        rows: as for :func:`ranking_picture`.
-        title: likewise.
+        path: the PNG to write. Its folder is created if it is missing.
+        rows: the rows of :func:`ranking_picture`.
+        title: the title of :func:`ranking_picture`.
 
     Returns:
         ``path``.

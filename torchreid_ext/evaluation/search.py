@@ -1,4 +1,4 @@
-"""Testing a network on a target: features, scores and pictures of the rankings."""
+"""Searches the gallery for every query: features, scores and pictures of the rankings."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from tqdm import tqdm
 
 from pml_drsl.evaluation import reranking
 from pml_drsl.evaluation.accuracy import FeatureDistances, RankedQueries, RetrievalResult, rank_queries, summarize
-from torchreid_ext.evaluation import extraction as sharding
-from torchreid_ext.evaluation.extraction import Samples
+from torchreid_ext.evaluation.extraction import Samples, first_process_model, gather_samples, shard_of_loader
 from torchreid_ext.evaluation.pictures import RankedQuery, save_ranking_picture
 from torchreid_ext.runtime.signals import Interrupted
 
@@ -24,23 +23,23 @@ Paths = tuple[Sequence[Any], Sequence[Any]]
 
 
 def extract(engine: Any, loader: Any, group: dist.ProcessGroup | None = None) -> Samples:
-    """The features that the engine's model gives to the images of a loader, on the CPU.
+    """Extracts the features of all images of a loader with the model of the engine. The features are on the CPU.
 
-    With a ``group``, each of its processes extracts its share, and all have all features: bit for bit those of one
-    process, with the same number of threads.
+    With a ``group``, each process of the group extracts its share, and every process gets all features. They are equal,
+    bit for bit, to the features that one process extracts with the same number of threads.
 
     Raises:
-        Interrupted: if the run is asked to stop.
-        InputError, RuntimeError: with a group, on every process, if one of them fails.
+        Interrupted: if a signal asks the run to stop.
+        InputError, RuntimeError: on every process of a group, if one of them fails.
     """
     if group is None:
         return _extract(engine, loader)
-    mine = sharding.batches_of(loader, group)
+    shard = shard_of_loader(loader, group)
     device = next(engine.model.parameters()).device
     try:
-        with sharding.model_of_first(engine, group):
-            return sharding.together(lambda: _extract(engine, mine) if len(mine) else None, device, group)
-    except Interrupted as stop:  # the signal may have come to another process alone
+        with first_process_model(engine, group):
+            return gather_samples(lambda: _extract(engine, shard) if len(shard) else None, device, group)
+    except Interrupted as stop:  # perhaps only another process received the signal
         engine.stop.signum = stop.signal
         raise
 
@@ -49,7 +48,7 @@ def extract(engine: Any, loader: Any, group: dist.ProcessGroup | None = None) ->
 def _extract(engine: Any, loader: Any) -> Samples:
     device = next(engine.model.parameters()).device
     features, pids, camids = [], [], []
-    # tqdm's own check for a terminal: nothing is drawn into a file.
+    # disable=None shows the bar only on a terminal.
     for data in tqdm(loader, desc="features", leave=False, disable=None):
         images, batch_pids, batch_camids = engine.parse_data_for_eval(data)
         features.append(engine.extract_features(images.to(device)).cpu())
@@ -60,17 +59,17 @@ def _extract(engine: Any, loader: Any) -> Samples:
 
 
 class Search:
-    """A gallery ranked for every query.
+    """The ranking of a gallery for every query.
 
     Args:
         query: the query samples.
         gallery: the gallery samples.
         metric: ``"euclidean"`` or ``"cosine"``.
-        normalize: give features unit norm first.
-        rerank: re-rank by k-reciprocal neighbours.
+        normalize: whether to scale every feature to unit norm first.
+        rerank: whether to re-rank by k-reciprocal neighbours.
 
     Raises:
-        InputError: for an unknown metric, or features that are not finite.
+        InputError: if the metric is unknown, or features are not finite.
     """
 
     def __init__(
@@ -86,14 +85,14 @@ class Search:
     def evaluate(
         self, single_gallery_shot: bool = False, max_rank: int = 50, group: dist.ProcessGroup | None = None
     ) -> RetrievalResult:
-        """CMC to ``max_rank``, mAP and mINP by Market-1501's protocol, or CUHK03's single-gallery-shot.
+        """Returns CMC up to ``max_rank``, mAP and mINP, by the protocol of Market-1501 or CUHK03 (single-gallery-shot).
 
-        The processes of ``group`` share the queries; all of them must call this.
+        The processes of ``group`` share the queries. Every one of them must call this method.
         """
         return summarize(self.ranked(single_gallery_shot, group), max_rank)
 
     def ranked(self, single_gallery_shot: bool = False, group: dist.ProcessGroup | None = None) -> RankedQueries:
-        """The same for each query."""
+        """Returns the scores of each query. The arguments are those of ``evaluate``."""
         query, gallery = self.query, self.gallery
         return rank_queries(
             self.distances,
@@ -106,12 +105,12 @@ class Search:
         )
 
     def ranking(self, index: int, topk: int, query_paths: Sequence[Any], gallery_paths: Sequence[Any]) -> RankedQuery:
-        """The nearest gallery entries of one query: ``topk`` that count, and the junk among them."""
+        """Returns the nearest gallery entries of one query: ``topk`` valid entries, and the junk between them."""
         pid, camid = self.query.pids[index], self.query.camids[index]
         junk = (self.gallery.pids == pid) & (self.gallery.camids == camid)
         distances = self.distances.distances(index, index + 1)[0].cpu().numpy()
         order = distances.argsort(kind="stable")
-        # An entry belongs to the page while fewer than topk entries that count stand before it.
+        # An entry is shown if fewer than topk valid entries precede it.
         shown = order[np.cumsum(~junk[order]) - ~junk[order] < topk]
         return RankedQuery(
             query_paths[index],
@@ -123,11 +122,11 @@ class Search:
 
 
 def print_result(result: RetrievalResult, ranks: Iterable[int]) -> None:
-    """Prints a result in torchreid's words."""
+    """Prints a result in the format of torchreid."""
     print("** Results **")
     print(
-        f"{result.num_query} queries, {result.num_unmatched} of them left out for want of a match; "
-        f"{result.num_gallery} gallery entries, {result.num_junk / result.num_query:.1f} junk a query"
+        f"{result.num_query} queries, {result.num_unmatched} of them left out because they have no match; "
+        f"{result.num_gallery} gallery entries, {result.num_junk / result.num_query:.1f} junk entries per query"
     )
     print(f"mAP: {result.mAP:.1%}\nmINP: {result.mINP:.1%}\nCMC curve")
     for rank in ranks:
@@ -135,7 +134,7 @@ def print_result(result: RetrievalResult, ranks: Iterable[int]) -> None:
 
 
 def print_side_by_side(columns: dict[str, dict[str, RetrievalResult]], ranks: Sequence[int]) -> None:
-    """Prints the results of several tests, one column each, target by target."""
+    """Prints a table for each target, with one column for each test."""
     for target in next(iter(columns.values())):
         results = {name: results[target] for name, results in columns.items()}
         print(f"\n{target:<12}" + "".join(f"{name:>12}" for name in results))
@@ -146,14 +145,14 @@ def print_side_by_side(columns: dict[str, dict[str, RetrievalResult]], ranks: Se
 
 
 def draw_page(search: Search, paths: Paths, indices: Sequence[int], topk: int, path: Path, title: str) -> Path:
-    """Draws the rankings of some queries on one page, right and wrong marked; ``paths`` of query and gallery."""
+    """Draws the rankings of some queries on one page. ``paths`` holds the image paths of queries and of the gallery."""
     return save_ranking_picture(path, [search.ranking(index, topk, *paths) for index in indices], title)
 
 
 def draw_all(search: Search, paths: Paths, topk: int, folder: Path, title: str) -> Path:
-    """Draws a page for every query and ``index.html`` to browse them, hardest first; returns the index.
+    """Draws a page for every query, and writes ``index.html``, which shows all pages. Returns the path of the index.
 
-    Hardest is the lowest average precision. Queries without a match come last.
+    The query with the lowest average precision comes first. Queries without a match come last.
     """
     precision = search.ranked().average_precision.nan_to_num(torch.inf).tolist()
     order = sorted(range(len(precision)), key=precision.__getitem__)

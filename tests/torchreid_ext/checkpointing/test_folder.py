@@ -63,9 +63,7 @@ def test_damaged_ones_are_skipped_and_named(tmp_path, capsys):
     assert capsys.readouterr().out.count("is damaged") == 2
     for epoch in (1, 2):
         (tmp_path / f"model.pth.tar-{epoch}").write_bytes(b"")
-    with pytest.raises(
-        ValueError, match=r"none of the 4 checkpoints in .* can be read; remove them"
-    ):
+    with pytest.raises(ValueError, match=r"none of the 4 checkpoints in .* can be read; remove them"):
         history.load_newest()
 
 

@@ -17,7 +17,7 @@ from toy_data import make_image_manager, make_video_manager
 from pml_drsl.evaluation import distances as distance_rows
 from pml_drsl.evaluation.ranking import rank_queries
 from torchreid_ext.engine.pml import ImageDRSLEngine, VideoDRSLEngine
-from torchreid_ext.evaluation import extraction as sharding
+from torchreid_ext.evaluation import extraction
 from torchreid_ext.evaluation import search as evaluation
 from torchreid_ext.runtime.signals import Interrupted
 
@@ -211,6 +211,6 @@ def test_shares_are_whole_and_even(monkeypatch):
             parts = []
             for rank_ in range(world_size):
                 monkeypatch.setattr(dist, "get_rank", lambda group, rank_=rank_: rank_)
-                parts.append(list(range(number))[sharding.share(number, None)])
+                parts.append(list(range(number))[extraction.share(number, None)])
             assert [thing for part in parts for thing in part] == list(range(number))
             assert max(map(len, parts)) - min(map(len, parts)) <= 1

@@ -1,4 +1,4 @@
-"""A data set that is drawn on first use: whole or not at all, and never mistaken for another."""
+"""Draws the folder of a data set on first use, and checks which recipe an existing folder was drawn from."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ RECIPE_FILE = "recipe.json"
 
 
 def draw_folder(folder: str | os.PathLike[str], recipe: Mapping[str, Any], fill: Callable[[Path], None]) -> None:
-    """Makes ``folder``, all of it or, when interrupted, nothing.
+    """Creates ``folder`` with all its files. If the drawing is interrupted, no folder is left.
 
-    The drawing happens in a temporary folder beside ``folder``, which is renamed when it is complete. Where another
-    process was faster, its folder stays and this one's is dropped.
+    The files are drawn in a temporary folder beside ``folder``, which is renamed when it is complete. If another
+    process was faster, its folder is kept and the folder of this process is removed.
 
     Args:
         folder: the folder to create; its parent is created where it is missing.
-        recipe: what it is drawn from, written into it for :func:`check_recipe`.
-        fill: draws into an empty folder.
+        recipe: the parameters of the drawing. They are written into the folder for :func:`check_recipe`.
+        fill: function that draws the files into an empty folder.
 
     Raises:
         OSError: if the folder cannot be written.
@@ -32,7 +32,7 @@ def draw_folder(folder: str | os.PathLike[str], recipe: Mapping[str, Any], fill:
     destination = Path(folder)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as temporary:
-        # A folder inside the temporary one, since that is private to its owner and would stay so.
+        # The permissions of a temporary folder exclude other users. A folder inside it has the usual permissions.
         drawing = Path(temporary, destination.name)
         drawing.mkdir()
         fill(drawing)
@@ -47,18 +47,18 @@ def draw_folder(folder: str | os.PathLike[str], recipe: Mapping[str, Any], fill:
 def check_recipe(folder: str | os.PathLike[str], recipe: Mapping[str, Any], own: Mapping[str, str]) -> None:
     """Checks that a folder was drawn from a recipe.
 
-    A folder without a recipe was not drawn here (a drawing appears whole, with its recipe): somebody put their own
-    data there. They are used, with a warning. A folder drawn otherwise is refused instead of drawn again, because
-    another process may be reading it.
+    A folder without a recipe was not drawn by this package, because a drawn folder always has a recipe. It contains the
+    user's own data. They are used, with a warning. A folder with another recipe is refused. It is not drawn again,
+    because another process may be reading it.
 
     Args:
         folder: the folder.
-        recipe: what it should be drawn from.
-        own: subfolders that tell somebody's own data, and what layout each is of.
+        recipe: the expected parameters.
+        own: names of subfolders that identify the user's own data, with the layout that each of them belongs to.
 
     Raises:
-        InputError: if the recipe is another, or cannot be read, or if the folder holds neither a recipe nor one of
-            ``own``.
+        InputError: if the recipe differs or cannot be read, or if the folder contains neither a recipe nor a subfolder
+            of ``own``.
     """
     file = Path(folder, RECIPE_FILE)
     if not file.exists():

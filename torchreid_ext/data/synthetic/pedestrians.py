@@ -1,6 +1,6 @@
-"""The embedded data set ``synthetic_pedestrians``: drawn on first use, without any network, and read as Market-1501 is.
+"""The data set ``synthetic_pedestrians``, which is drawn on first use and has the layout of Market-1501.
 
-The folder has Market-1501's structure and file naming, so a real Market-1501 can take its place.
+The drawing needs no internet. The names of folders and files are those of Market-1501, so a real copy can replace it.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ SHOTS_PER_CAMERA = 2
 QUERIES_PER_PERSON = 3
 DISTRACTORS = 60
 
-# Random streams are seeded by (seed, stream, ...); identities use their pid, so these lie far away.
+# Random streams are seeded by (seed, stream, ...). The stream of an identity is its pid, so these numbers are far away.
 _SCENES, _DISTRACTORS = 1_000_000, 2_000_000
 _FILE_NAME = re.compile(r"(?P<pid>-1|\d+)_c(?P<camid>\d)")
 
 
 def _pictures(seed: int) -> Iterator[tuple[str, Image.Image]]:
-    """Yields every picture as (``FOLDER/NAME.jpg``, image), each from a random stream of its own."""
+    """Yields the name (``FOLDER/NAME.jpg``) and the image of every picture. Each has its own random stream."""
     scenes = [draw_scene(np.random.default_rng([seed, _SCENES, c]), camera) for c, camera in enumerate(CAMERAS)]
     for pid in (*TRAIN_PIDS, *TEST_PIDS):
         rng = np.random.default_rng([seed, pid])
@@ -55,18 +55,18 @@ def _pictures(seed: int) -> Iterator[tuple[str, Image.Image]]:
     for number in range(DISTRACTORS):
         rng = np.random.default_rng([seed, _DISTRACTORS, number])
         camera = number % len(CAMERAS)
-        # Half are passers-by nobody looks for, half are the detector's mistakes.
+        # Half of the distractors are people who are in no query; the other half are false detections.
         somebody = make_person(rng) if number < DISTRACTORS // 2 else None
         name = f"0000_c{camera + 1}s1_{number:06d}_01.jpg"
         yield f"bounding_box_test/{name}", draw_image(rng, somebody, CAMERAS[camera], scenes[camera])
 
 
 def draw_pedestrians(folder: str | os.PathLike[str], seed: int = 0) -> None:
-    """Draws the data set as ``folder``, all of it or, when interrupted, nothing.
+    """Draws the data set into a new ``folder``. If the drawing is interrupted, no folder is left.
 
     Args:
         folder: the folder to create; its parent is created where it is missing.
-        seed: the people, cameras' scenes and images depend on it, and on nothing else.
+        seed: the people, the backgrounds and the images depend only on this seed.
 
     Raises:
         InputError: if ``seed`` is negative.
@@ -91,18 +91,19 @@ def _recipe(seed: int) -> dict[str, Any]:
 
 
 class SyntheticPedestrians(torchreid.data.datasets.Market1501):
-    """torchreid's Market-1501 reader over a folder that draws itself.
+    """torchreid's reader of Market-1501, for a folder that is drawn when it does not exist.
 
-    100 identities for training and 60 others for testing, each seen by 5 of 6 cameras, twice by each; three queries
-    per test identity; 60 distractors (pid 0) in the gallery. 1660 images of 64 x 128 pixels.
+    There are 100 identities for training and 60 others for testing. Each identity is seen by 5 of 6 cameras, twice by
+    each camera. Each test identity has three queries. The gallery contains 60 distractors (pid 0). The 1660 images are
+    64 pixels wide and 128 high.
 
     Args:
         root: the folder above ``synthetic_pedestrians``; created where it is missing.
-        seed: which people, scenes and images.
-        kwargs: as for any torchreid image data set.
+        seed: seed of the people, the backgrounds and the images.
+        kwargs: the arguments of any torchreid image data set.
 
     Raises:
-        InputError: if the folder was drawn by another recipe or seed, or a file's name is not in Market-1501's form.
+        InputError: if the folder was drawn by another recipe or seed, or if a file is not named as in Market-1501.
         RuntimeError: if a folder of Market-1501's layout is missing (from torchreid).
     """
 
@@ -118,8 +119,8 @@ class SyntheticPedestrians(torchreid.data.datasets.Market1501):
     def process_dir(self, dir_path: str, relabel: bool = False) -> list[tuple[str, int, int]]:
         """Lists a folder's images as (path, pid, camid from 0), sorted by name; ``relabel`` makes pids 0..n-1.
 
-        torchreid's own leaves the order to the file system and looks for the pid in the whole path, so that a parent
-        folder named ``3_c1`` would name the identity.
+        torchreid's own method takes the files in the order of the file system. It also searches for the pid in the
+        whole path, so that a parent folder named ``3_c1`` would give the identity.
         """
         rows = []
         for path in sorted(Path(dir_path).glob("*.jpg")):

@@ -1,6 +1,6 @@
-"""The embedded video data set ``synthetic_tracklets``: drawn on first use, without any network, and read as MARS is.
+"""The video data set ``synthetic_tracklets``, which is drawn on first use and has the layout of MARS.
 
-The folder has MARS's structure and file naming, so a real MARS can take its place.
+The drawing needs no internet. The names of folders and files are those of MARS, so a real copy can replace it.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ TEST_PIDS = range(41, 65)
 CAMERAS_PER_PERSON = 3
 TRACKLETS_PER_CAMERA = 2
 FRAMES = range(3, 7)
-"""How many frames a tracklet may have."""
+"""The possible numbers of frames of a tracklet."""
 
-# Random streams are seeded by (seed, stream, ...); identities use their pid, so these lie far away. Not those of
-# synthetic_pedestrians: nobody is in both.
+# Random streams are seeded by (seed, stream, ...). These numbers differ from the streams of synthetic_pedestrians, so
+# that no person is in both data sets.
 _SCENES, _PEOPLE = 3_000_000, 4_000_000
 
 Tracklet = tuple[int, int, list[str]]
-"""An identity, a camera from 1 and the names of the frames."""
+"""An identity, a camera (counted from 1) and the names of the frames."""
 
 
 def _tracklets(seed: int, pids: range) -> Iterator[tuple[Tracklet, list[Image.Image]]]:
-    """Yields every tracklet with its frames, each from a random stream of its own."""
+    """Yields every tracklet with its frames. Each has its own random stream."""
     scenes = [draw_scene(np.random.default_rng([seed, _SCENES, c]), camera) for c, camera in enumerate(CAMERAS)]
     for pid in pids:
         rng = np.random.default_rng([seed, _PEOPLE + pid])
@@ -54,7 +54,7 @@ def _tracklets(seed: int, pids: range) -> Iterator[tuple[Tracklet, list[Image.Im
 
 
 def _write(folder: Path, part: str, pids: range, seed: int) -> None:
-    """Writes the frames and the lists of a part, ``train`` or ``test``, as MARS has them."""
+    """Writes the frames and the lists of a part (``train`` or ``test``) in the layout of MARS."""
     names: list[str] = []
     rows = []
     for (pid, camera, frames), images in _tracklets(seed, pids):
@@ -75,11 +75,11 @@ def _write(folder: Path, part: str, pids: range, seed: int) -> None:
 
 
 def draw_tracklets(folder: str | os.PathLike[str], seed: int = 0) -> None:
-    """Draws the data set as ``folder``, all of it or, when interrupted, nothing.
+    """Draws the data set into a new ``folder``. If the drawing is interrupted, no folder is left.
 
     Args:
         folder: the folder to create; its parent is created where it is missing.
-        seed: the people, cameras' scenes and images depend on it, and on nothing else.
+        seed: the people, the backgrounds and the images depend only on this seed.
 
     Raises:
         InputError: if ``seed`` is negative.
@@ -101,15 +101,16 @@ def _recipe(seed: int) -> dict[str, Any]:
 
 
 class SyntheticTracklets(torchreid.data.datasets.Mars):
-    """torchreid's MARS reader over a folder that draws itself.
+    """torchreid's reader of MARS, for a folder that is drawn when it does not exist.
 
-    40 identities for training and 24 others for testing, each seen by 3 of 6 cameras, in two tracklets by each, of
-    3 to 6 frames of 64 x 128 pixels. The first tracklet of each test identity and camera is a query.
+    There are 40 identities for training and 24 others for testing. Each identity is seen by 3 of 6 cameras, and has two
+    tracklets for each of them. A tracklet has 3 to 6 frames, 64 pixels wide and 128 high. The first tracklet of each
+    test identity and camera is a query.
 
     Args:
         root: the folder above ``synthetic_tracklets``; created where it is missing.
-        seed: which people, scenes and images.
-        kwargs: as for any torchreid video data set.
+        seed: seed of the people, the backgrounds and the images.
+        kwargs: the arguments of any torchreid video data set.
 
     Raises:
         InputError: if the folder was drawn by another recipe or seed.
