@@ -197,7 +197,7 @@ def test_the_first_alone_prints(outcome):
 def test_what_fails_on_one_process_ends_the_test_on_all(outcome):
     _, found = outcome
     damage, stop = zip(*(of_process["raised"] for of_process in found), strict=True)
-    assert [name for name, _ in damage] == ["ValueError", "ValueError", "OSError"]
+    assert [name for name, _ in damage] == ["InputError", "InputError", "OSError"]
     assert damage[2][1].endswith('.png" does not exist')
     assert damage[0][1] == damage[1][1] == f"process 2 could not test: {damage[2][1]}"
     assert [name for name, _ in stop] == ["Interrupted"] * 3
