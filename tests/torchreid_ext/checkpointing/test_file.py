@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, safe to read, and honest about what fits."""
+"""Checkpoint files are written atomically, are safe to read, and say which weights fit."""
 
 import os
 
@@ -28,7 +28,7 @@ def state_of(model, optimizer, scheduler):
     return {"epoch": 3, "rank1": 0.5, **{name: part.state_dict() for name, part in parts.items()}}
 
 
-def test_what_is_saved_is_resumed(tmp_path):
+def test_a_saved_checkpoint_resumes(tmp_path):
     parts = trained()
     checkpoint.save(state_of(*parts), tmp_path / "new" / "a.pth")
     twin = trained(seed=1)
@@ -45,7 +45,7 @@ def test_torchreids_own_checkpoint_loads(tmp_path):
     assert checkpoint.load(tmp_path / "model.pth.tar-3")["rank1"] == 0.25
 
 
-def test_a_failing_write_leaves_what_was_there(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.pth"
     checkpoint.save({"epoch": 1}, path)
 
@@ -88,14 +88,14 @@ def test_a_file_of_another_kind_is_refused(tmp_path, content):
         checkpoint.load(tmp_path / "a.pth")
 
 
-def test_any_changed_byte_of_ours_is_noticed(tmp_path):
+def test_any_changed_byte_in_our_checkpoints_is_detected(tmp_path):
     path = tmp_path / "a.pth"
     state = state_of(*trained()) | {"training": {}}
     checkpoint.save(state, path)
     whole = path.read_bytes()
     weights = state["state_dict"]["weight"].numpy().tobytes()
     rng = np.random.default_rng(0)
-    # Those of the weights, which torch does not check, and some of all.
+    # Bytes of the weights, which torch does not check, and a sample of all bytes.
     for place in [whole.index(weights) + 5, *rng.integers(len(whole), size=60)]:
         changed = bytearray(whole)
         changed[place] ^= 0x55
@@ -105,7 +105,7 @@ def test_any_changed_byte_of_ours_is_noticed(tmp_path):
         except ValueError as error:
             assert "a.pth' is" in str(error)
             continue
-        # It was padding.
+        # The changed byte was padding.
         torch.testing.assert_close(loaded["state_dict"], state["state_dict"], rtol=0, atol=0)
         torch.testing.assert_close(loaded["optimizer"], state["optimizer"], rtol=0, atol=0)
         assert place != whole.index(weights) + 5
@@ -121,7 +121,7 @@ def test_missing_and_wrong_files_are_refused(tmp_path):
 
 def test_load_weights_says_what_does_not_fit(tmp_path):
     saved = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 7))
-    # As torch.nn.DataParallel names them.
+    # torch.nn.DataParallel adds this prefix to the names.
     torch.save({f"module.{name}": value for name, value in saved.state_dict().items()}, tmp_path / "w.pth")
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 5), nn.Linear(5, 1, bias=False))
     head = model[1].weight.clone()
@@ -154,13 +154,13 @@ def test_resuming_another_run_is_refused(tmp_path):
         checkpoint.resume(tmp_path / "w.pth", nn.Linear(9, 9), None, None)
 
 
-def test_the_state_of_another_kind_of_optimizer_is_refused(tmp_path):
+def test_the_state_of_another_type_of_optimizer_is_refused(tmp_path):
     model, adam, _ = trained()
     sgd = torch.optim.SGD(model.parameters(), lr=1)
     checkpoint.save({"state_dict": model.state_dict(), "optimizer": adam.state_dict(), "epoch": 1}, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=r"a.pth' does not fit this run's optimizer: .*amsgrad, betas, not dampening"):
         checkpoint.resume(tmp_path / "a.pth", model, sgd, None)
-    # An older torch's Adam had fewer settings, and says so.
+    # The Adam of an older torch had fewer settings, and its state has fewer too.
     state = adam.state_dict()
     for setting in ("foreach", "fused", "capturable"):
         state["param_groups"][0].pop(setting, None)
@@ -174,7 +174,7 @@ def test_weights_fit_with_and_without_data_parallel(tmp_path):
         assert torch.equal(next(other.parameters()), model.weight)
 
 
-def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+def test_a_state_that_could_not_be_loaded_is_not_saved(tmp_path):
     checkpoint.save({"epoch": 1}, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=r"only tensors, numbers and containers, not .*Bomb|system"):
         checkpoint.save({"state_dict": Bomb()}, tmp_path / "a.pth")
@@ -198,7 +198,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["a.pth"]
 
 
-def test_files_can_be_read_by_whom_the_user_lets(tmp_path):
+def test_files_have_the_usual_permissions(tmp_path):
     umask = os.umask(0o022)
     try:
         checkpoint.save({"epoch": 1}, tmp_path / "a.pth")

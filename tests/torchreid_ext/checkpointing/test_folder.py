@@ -1,4 +1,4 @@
-"""The folder of checkpoints: which are kept, which is the last, the best, and the newest that can be read."""
+"""The folder of checkpoints: which are kept, and which is the last, the best and the newest readable one."""
 
 import os
 
@@ -31,16 +31,16 @@ def test_the_latest_are_kept(tmp_path, keep, kept):
     assert (history.newest, history.saved_epoch) == (tmp_path / "model.pth.tar-12", 12)
 
 
-def test_those_of_another_run_are_not_removed(tmp_path):
+def test_checkpoints_of_another_run_are_not_removed(tmp_path):
     save(History(tmp_path), [50, 60])
     history = History(tmp_path, keep=1)
     save(history, [1, 2])
     assert names(tmp_path) == sorted([LAST, *numbered(2, 50, 60)])
-    # And the newest is of this run, whatever its number.
+    # The newest checkpoint belongs to this run, whatever its number is.
     assert history.load_newest()[1] == {"epoch": 2}
 
 
-def test_a_folder_without_links(tmp_path, monkeypatch):
+def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
     def refuse(*args):
         raise OSError(95, "Operation not supported")
 
@@ -49,12 +49,12 @@ def test_a_folder_without_links(tmp_path, monkeypatch):
     assert [checkpoint.load(tmp_path / name)["epoch"] for name in (LAST, BEST)] == [2, 1]
 
 
-def test_damaged_ones_are_skipped_and_named(tmp_path, capsys):
+def test_damaged_checkpoints_are_skipped_and_named(tmp_path, capsys):
     history = History(tmp_path)
     assert History(tmp_path / "nowhere").load_newest() is None
     save(history, [1, 2, 3])
     for epoch in (1, 2, 3):
-        # The order of their making, where a clock may be too coarse to tell.
+        # The order in which they were written, because the clock may be too coarse.
         os.utime(tmp_path / f"model.pth.tar-{epoch}", (epoch, epoch))
     # The last checkpoint has two names.
     (tmp_path / "model.pth.tar-3").write_bytes(b"PK")
@@ -67,17 +67,17 @@ def test_damaged_ones_are_skipped_and_named(tmp_path, capsys):
         history.load_newest()
 
 
-def test_a_best_that_was_not_named_in_time_is_named(tmp_path):
+def test_a_best_checkpoint_is_marked_after_a_kill(tmp_path):
     history = History(tmp_path)
     for epoch in (1, 2):
         history.save({"epoch": epoch, "training": {"best": {"epoch": epoch}}}, epoch, is_best=epoch == 1)
-    # Killed between the save and the naming.
+    # The run was killed after it saved the checkpoint, and before it marked it as the best.
     assert checkpoint.load(tmp_path / BEST)["epoch"] == 1
     History(tmp_path).load_newest()
     assert checkpoint.load(tmp_path / BEST)["epoch"] == 2
 
 
-def test_a_best_that_was_named_in_time_is_left_as_it_is(tmp_path):
+def test_an_older_best_checkpoint_stays_the_best(tmp_path):
     checkpoint.save({"epoch": 1, "training": {"best": {"epoch": 1}}}, tmp_path / "model.pth.tar-1")
     for name in (LAST, BEST):
         checkpoint.link(tmp_path / "model.pth.tar-1", name)
@@ -85,12 +85,12 @@ def test_a_best_that_was_named_in_time_is_left_as_it_is(tmp_path):
     assert names(tmp_path) == sorted([LAST, BEST, *numbered(1)])
 
 
-def test_what_a_killed_save_left_is_removed(tmp_path):
+def test_unfinished_files_of_a_killed_run_are_removed(tmp_path):
     (tmp_path / f".model.pth.tar-1{checkpoint.TEMPORARY}").write_bytes(b"half")
     save(History(tmp_path), [1])
     assert names(tmp_path) == sorted([LAST, *numbered(1)])
 
 
-def test_a_negative_number_is_refused(tmp_path):
+def test_a_negative_number_to_keep_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"keep_checkpoints must be 0 .* got -1"):
         History(tmp_path, -1)

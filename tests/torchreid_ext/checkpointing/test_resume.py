@@ -1,4 +1,4 @@
-"""A changed configuration: said where it can change, refused where it cannot."""
+"""A resumed run prints the configuration keys that changed, and refuses changes that cannot be."""
 
 import pytest
 
@@ -12,18 +12,18 @@ def changed(**values):
     return flat(get_default_config()) | {key.replace("__", "."): value for key, value in values.items()}
 
 
-def test_nothing_to_say():
+def test_equal_configurations_have_no_differences():
     assert compare(changed(), changed(model__resume="auto", data__save_dir="elsewhere")) == []
 
 
-def test_differences_are_said():
+def test_differences_are_listed():
     now = changed(train__lr=0.1, train__max_epoch=99, test__ranks=[1])
     assert compare(changed(), now) == [
         "test.ranks: [1, 5, 10, 20] -> [1]",
         "train.lr: 0.0003 -> 0.1 (the checkpoint's is kept)",
         "train.max_epoch: 60 -> 99",
     ]
-    # A key that one of the two versions of this package does not have.
+    # One of the two versions of this package does not have this key.
     assert compare({}, {"new.key": 1}) == ["new.key: None -> 1"]
 
 
@@ -41,7 +41,7 @@ def test_differences_are_said():
         ({"datasets__market1501": {"a": 1}}, {"datasets__market1501": {"a": 2}}, "datasets.market1501"),
     ],
 )
-def test_what_cannot_change_is_refused(before, now, message):
+def test_a_change_of_a_fixed_key_is_refused(before, now, message):
     with pytest.raises(ValueError, match=f"cannot resume with another {message}.*Set it back"):
         compare(changed(**before), changed(**now))
 

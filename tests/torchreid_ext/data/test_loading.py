@@ -1,4 +1,4 @@
-"""Unreadable images end in a ValueError that names them, with workers and without, and good ones read as before."""
+"""An unreadable image raises an InputError that names it, with and without workers, and others are read as before."""
 
 from __future__ import annotations
 
@@ -63,11 +63,11 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
 
 
 def failure(loader: DataLoader[Any]) -> str:
-    """The message of the ValueError that reading everything ends in."""
+    """Reads everything, which must raise a ValueError, and returns its message."""
     with pytest.raises(ValueError) as caught:
         list(loader)
-    # torch ties the exception and the loader's iterator into a cycle, whose collection, at any later time, waits five
-    # seconds for each worker; untied, the workers end at once.
+    # torch makes a reference cycle of the exception and the iterator of the loader. Its collection waits five seconds
+    # for each worker. Without the cycle the workers end at once.
     traceback.clear_frames(caught.value.__traceback__)
     return str(caught.value)
 
@@ -83,7 +83,7 @@ def test_a_damaged_image_is_named(tmp_path: Path, kind: str, workers: int) -> No
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_any_frame_of_a_video(tmp_path: Path, workers: int) -> None:
+def test_any_damaged_frame_of_a_video_is_named(tmp_path: Path, workers: int) -> None:
     dataset = video_set(tmp_path)
     batches = list(readable(DataLoader(dataset, batch_size=2, num_workers=workers)))
     assert batches[0]["img"].shape == (2, 2, 32, 16, 3)
@@ -92,7 +92,7 @@ def test_any_frame_of_a_video(tmp_path: Path, workers: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_good_images_come_as_from_the_loader_itself(tmp_path: Path, workers: int) -> None:
+def test_good_images_are_equal_to_those_of_the_original_loader(tmp_path: Path, workers: int) -> None:
     dataset = image_set(tmp_path)
 
     def loader() -> DataLoader[Any]:
@@ -131,7 +131,7 @@ def test_each_image_is_decoded_once_over_all_epochs_and_workers(tmp_path: Path) 
     assert int(loader.dataset._checked.sum()) == 6  # type: ignore[attr-defined]
 
 
-def test_the_data_set_behind_stays_reachable(tmp_path: Path) -> None:
+def test_attributes_of_the_wrapped_data_set_can_be_read(tmp_path: Path) -> None:
     dataset = image_set(tmp_path)
     wrapped = ReadableDataset(dataset)
     assert len(wrapped) == 6 and wrapped.num_train_pids == 3 and wrapped.train is dataset.train

@@ -1,4 +1,4 @@
-"""Training batches depend on the state of the generators at the start of their epoch, and on nothing else."""
+"""Training batches depend only on the state of the generators at the start of their epoch."""
 
 import random
 
@@ -21,7 +21,7 @@ def images(loader):
 def augmented_loader(folder, workers):
     loader = make_image_manager(folder, transforms=AUGMENTED, workers=workers).train_loader
     (patch,) = (step for step in loader.dataset.transform.transforms if hasattr(step, "patchpool"))
-    # It pastes once it has cut a hundred patches, of which there are never so many here.
+    # It pastes patches only after it has cut a hundred, which the toy data are too small for.
     patch.min_sample_size, patch.prob_happen = 1, 1.0
     return repeatable(loader)
 
@@ -40,7 +40,7 @@ def test_the_second_epoch_is_the_first_of_a_resumed_run(tmp_path, workers):
 
 
 def test_the_number_of_workers_changes_nothing(tmp_path):
-    # But for random_patch, each worker of which has its own pool of patches.
+    # This is not true of random_patch, because each worker has its own pool of patches.
     augmented = [name for name in AUGMENTED if name != "random_patch"]
     epochs = []
     for workers in (0, 2):
@@ -50,7 +50,7 @@ def test_the_number_of_workers_changes_nothing(tmp_path):
     assert torch.equal(epochs[0][0], epochs[1][0]) and torch.equal(epochs[0][1], epochs[1][1])
 
 
-def test_random_frames_of_a_tracklet_too(tmp_path):
+def test_random_frames_of_a_tracklet_repeat(tmp_path):
     loader = repeatable(make_video_manager(tmp_path, sample_method="random", seq_len=1, workers=1).train_loader)
     seed_everything(0)
     first = images(loader)
@@ -73,7 +73,7 @@ def test_reading_draws_once_an_epoch_from_the_global_generators(tmp_path):
 
 
 class Numbers(Dataset):
-    """What its transform makes of nothing."""
+    """A data set whose samples are whatever its transform draws."""
 
     def __init__(self, transform):
         self.transform = transform
@@ -96,7 +96,7 @@ def test_every_image_has_random_numbers_of_its_own(draw):
     assert len({*values(loader), *values(loader)}) == 12
 
 
-def test_workers_live_on(tmp_path):
+def test_workers_stay_alive_between_epochs(tmp_path):
     loader = repeatable(make_image_manager(tmp_path, workers=1).train_loader)
     processes = []
     for _ in range(2):

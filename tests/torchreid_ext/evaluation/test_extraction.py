@@ -1,4 +1,4 @@
-"""Processes that share a test must all have the result of one process that does it alone, bit for bit."""
+"""A test that several processes share gives, bit for bit, the result of one process."""
 
 import contextlib
 import io
@@ -21,8 +21,8 @@ from torchreid_ext.evaluation import extraction
 from torchreid_ext.evaluation import search as evaluation
 from torchreid_ext.runtime.signals import Interrupted
 
-# What to test with: arguments of the data manager, and of `test`. Of 12 queries and 12 gallery images (6 tracklets
-# each), 5 a batch are three batches each; 100 are one, so that most processes have none.
+# Each case has arguments of the data manager and of `test`. There are 12 queries and 12 gallery images (6 tracklets
+# each). Batches of 5 give three batches each. Batches of 100 give one, so that most processes have no batch.
 CASES = {
     "three batches": ({"batch_size_test": 5}, {}),
     "one batch": ({"batch_size_test": 100}, {"dist_metric": "cosine", "normalize_feature": True}),
@@ -56,7 +56,7 @@ def make_engine(case, folder, rank=0):
     engine = (VideoDRSLEngine if video else ImageDRSLEngine)(
         manager, model, torch.optim.SGD(model.parameters(), lr=0.1), use_gpu=False
     )
-    # Two persons to each identity, so that the search makes mistakes: one colour a person finds them all.
+    # Each identity has the colours of two persons, so that the search makes mistakes.
     engine.parse_data_for_eval = lambda data: (data["img"], data["pid"] % 3, data["camid"])
     seed(3 + rank)
     return engine
@@ -149,7 +149,7 @@ def one_thread(monkeypatch):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_test_has_the_result_of_one_process(case, outcome, one_thread, tmp_path):
+def test_a_shared_test_has_the_result_of_one_process(case, outcome, one_thread, tmp_path):
     folder, found = outcome
     engine = make_engine(case, tmp_path)
     wanted = run_test(engine, case)
@@ -163,7 +163,7 @@ def test_a_test_has_the_result_of_one_process(case, outcome, one_thread, tmp_pat
 
 
 @pytest.mark.parametrize("index", range(len(RANKINGS)), ids=str)
-def test_a_ranking_is_that_of_one_process(index, outcome):
+def test_a_shared_ranking_is_equal_to_the_ranking_of_one_process(index, outcome):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     wanted = rank(RANKINGS[index])
@@ -178,7 +178,7 @@ def test_a_ranking_is_that_of_one_process(index, outcome):
             np.testing.assert_array_equal(column.numpy(), of_one.numpy())
 
 
-def test_the_model_may_be_in_ddp_and_two_share_as_well_as_three(outcome, one_thread, tmp_path):
+def test_the_model_may_be_wrapped_in_ddp_and_two_processes_may_share(outcome, one_thread, tmp_path):
     _, found = outcome
     engine = make_engine("three batches", tmp_path)
     engine.model.eval()
@@ -187,14 +187,14 @@ def test_the_model_may_be_in_ddp_and_two_share_as_well_as_three(outcome, one_thr
     assert all(torch.equal(of_process["features of two"], features) for of_process in found[:2])
 
 
-def test_the_first_alone_prints(outcome):
+def test_only_the_first_process_prints(outcome):
     _, found = outcome
     assert found[0]["printed"].count("mAP:") == len(CASES)
     assert "Evaluating" not in found[1]["printed"] + found[2]["printed"]
     assert "mAP" not in found[1]["printed"] + found[2]["printed"]
 
 
-def test_what_fails_on_one_process_ends_the_test_on_all(outcome):
+def test_a_failure_on_one_process_ends_the_test_on_all(outcome):
     _, found = outcome
     damage, stop = zip(*(of_process["raised"] for of_process in found), strict=True)
     assert [name for name, _ in damage] == ["InputError", "InputError", "OSError"]
@@ -204,7 +204,7 @@ def test_what_fails_on_one_process_ends_the_test_on_all(outcome):
     assert [of_process["asked to stop"] for of_process in found] == [15] * 3
 
 
-def test_shares_are_whole_and_even(monkeypatch):
+def test_shares_are_complete_and_even(monkeypatch):
     for world_size in (1, 2, 3, 7):
         monkeypatch.setattr(dist, "get_world_size", lambda group, size=world_size: size)
         for number in (0, 1, 5, 14):

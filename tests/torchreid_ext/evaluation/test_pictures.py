@@ -1,4 +1,4 @@
-"""The page of ranked results: what stands where, in which colours."""
+"""The page of ranked results shows the right images at the right places, in the right colours."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 from torchreid_ext.evaluation.pictures import RIGHT, WRONG, RankedQuery, ranking_picture, save_ranking_picture
 
-# Colours that smoothed grey text cannot have.
+# Smoothed grey text does not contain these colours.
 BLUE, OLIVE, PINK = (20, 40, 220), (120, 120, 20), (250, 120, 200)
 
 
@@ -23,7 +23,7 @@ def images(tmp_path: Path) -> dict[tuple[int, int, int], str]:
 
 
 def columns(page: Image.Image, colour: tuple[int, int, int]) -> list[int]:
-    """x of all pixels of exactly this colour."""
+    """The x coordinates of all pixels of this colour."""
     pixels = page.load()
     assert pixels is not None
     return [x for x in range(page.width) for y in range(page.height) if pixels[x, y] == colour]
@@ -33,14 +33,14 @@ def test_query_stands_left_of_the_gallery_in_order(images: dict[tuple[int, int, 
     row = RankedQuery(images[BLUE], [images[OLIVE], images[PINK]], [True, False], [0.25, 1.5])
     page = ranking_picture([row], "title")
     assert max(columns(page, BLUE)) < min(columns(page, OLIVE)) <= max(columns(page, OLIVE)) < min(columns(page, PINK))
-    # Each frame and its mark lie about its own image.
+    # Each frame and its mark surround their own image.
     assert min(columns(page, RIGHT)) < min(columns(page, OLIVE))
     assert max(columns(page, RIGHT)) < min(columns(page, PINK))
     assert max(columns(page, OLIVE)) < min(columns(page, WRONG)) < min(columns(page, PINK))
     assert max(columns(page, WRONG)) > max(columns(page, PINK))
 
 
-def test_right_and_wrong_differ_without_colour(images: dict[tuple[int, int, int], str]) -> None:
+def test_right_and_wrong_differ_even_without_colour(images: dict[tuple[int, int, int], str]) -> None:
     shapes = []
     for correct, colour in ((True, RIGHT), (False, WRONG)):
         page = ranking_picture([RankedQuery(images[BLUE], [images[OLIVE]], [correct], [0.5])], "title")
@@ -67,14 +67,14 @@ def test_a_row_per_query_and_unequal_galleries(images: dict[tuple[int, int, int]
     assert columns(two, PINK)
 
 
-def test_wrong_arguments(images: dict[tuple[int, int, int], str]) -> None:
+def test_wrong_arguments_are_refused(images: dict[tuple[int, int, int], str]) -> None:
     with pytest.raises(ValueError, match="rows is empty"):
         ranking_picture([], "title")
     with pytest.raises(ValueError, match=r"\(2, 1, 2\)"):
         RankedQuery(images[BLUE], [images[OLIVE]] * 2, [True], [0.1, 0.2])
 
 
-def test_saving_is_whole_or_nothing(images: dict[tuple[int, int, int], str], tmp_path: Path) -> None:
+def test_saving_is_atomic(images: dict[tuple[int, int, int], str], tmp_path: Path) -> None:
     target = tmp_path / "new" / "page.png"
     row = RankedQuery(images[BLUE], [images[OLIVE]], [True], [0.1])
     assert save_ranking_picture(target, [row], "first") == target
@@ -96,7 +96,7 @@ def test_junk_has_neither_mark_nor_colour(images: dict[tuple[int, int, int], str
     assert min(columns(page, WRONG)) < min(columns(page, PINK))
 
 
-def test_a_tracklet_shows_images_from_all_of_it(images: dict[tuple[int, int, int], str]) -> None:
+def test_a_tracklet_shows_images_from_its_whole_length(images: dict[tuple[int, int, int], str]) -> None:
     tracklet = [images[BLUE]] * 5 + [images[OLIVE]] * 5 + [images[PINK]] * 10
     page = ranking_picture([RankedQuery(images[BLUE], [tracklet], [True], [0.1])], "title")
     quarter = len(columns(page, PINK)) / 2

@@ -1,4 +1,4 @@
-"""Rankings of a target: scores against torchreid's own functions, and pictures of them."""
+"""Rankings of a target: the scores are equal to torchreid's own, and the pictures are right."""
 
 import re
 
@@ -26,7 +26,7 @@ def host_scores(query, gallery, distances, **kwargs):
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("rerank", [False, True])
-def test_scores_are_torchreids(metric, normalize, rerank):
+def test_scores_are_equal_to_torchreids(metric, normalize, rerank):
     query, gallery = samples(0, 20), samples(1, 60)
     result = Search(query, gallery, metric, normalize, rerank).evaluate()
 
@@ -40,13 +40,13 @@ def test_scores_are_torchreids(metric, normalize, rerank):
     if rerank:
         distances = torchreid.utils.re_ranking(distances, host_distances(q, q), host_distances(g, g))
     cmc, mean_ap = host_scores(query, gallery, distances)
-    # Re-ranked distances tie often, and the host leaves ties to the sort.
+    # Re-ranked distances have many ties, whose order torchreid leaves to the sort.
     tolerance = 1e-2 if rerank else 1e-6
     assert result.mAP == pytest.approx(mean_ap, abs=tolerance)
     assert result.rank(1) == pytest.approx(cmc[0], abs=5 * tolerance)
 
 
-def test_the_curve_is_as_long_as_the_ranks_asked_for(tmp_path, monkeypatch):
+def test_the_curve_reaches_the_largest_rank(tmp_path, monkeypatch):
     assert len(Search(samples(0, 20), samples(1, 120)).evaluate(max_rank=100).cmc) == 100
     manager = make_image_manager(tmp_path)
     model = torchreid.models.build_model("osnet_x0_25", manager.num_train_pids, loss="triplet", pretrained=False)
@@ -58,7 +58,7 @@ def test_the_curve_is_as_long_as_the_ranks_asked_for(tmp_path, monkeypatch):
     assert asked == [{"max_rank": 100, "group": None}]
 
 
-def test_a_ranking_shows_junk_apart_and_topk_others():
+def test_a_ranking_marks_junk_and_shows_topk_other_entries():
     query, gallery = samples(0, 5), samples(1, 40)
     search = Search(query, gallery)
     paths = [f"q{i}" for i in range(5)], [f"g{i}" for i in range(40)]
@@ -79,7 +79,7 @@ def test_a_ranking_shows_junk_apart_and_topk_others():
     ("make", "engine", "target"),
     [(make_image_manager, ImageDRSLEngine, "toy"), (make_video_manager, VideoDRSLEngine, "toy_video")],
 )
-def test_every_query_has_a_picture_of_its_own_hardest_first(tmp_path, make, engine, target):
+def test_every_query_has_its_own_picture_and_the_hardest_comes_first(tmp_path, make, engine, target):
     manager = make(tmp_path)
     torch.manual_seed(0)
     model = torchreid.models.build_model(
@@ -99,7 +99,7 @@ def test_every_query_has_a_picture_of_its_own_hardest_first(tmp_path, make, engi
     assert sorted(re.findall(r'src="([^"]+)"', index)) == [path.name for path in pictures]
 
 
-def test_results_are_printed_in_torchreids_words(capsys):
+def test_results_are_printed_in_torchreids_format(capsys):
     query, gallery = samples(0, 20), samples(1, 60)
     query.pids[3] = 99
     result = Search(query, gallery).evaluate()

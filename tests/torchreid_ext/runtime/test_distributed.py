@@ -1,4 +1,4 @@
-"""Several processes train what one process trains, and one that dies ends the job or has it started again."""
+"""Several processes train as one process does, and a process that dies ends or restarts the job."""
 
 import os
 import signal
@@ -55,7 +55,7 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    """What each of three processes found."""
+    """The findings of each of three processes."""
     folder = tmp_path_factory.mktemp("together")
     done = torchrun("--nproc_per_node", 3, SUPPORT / "shared_training.py", folder)
     assert done.returncode == 0, done.stderr
@@ -79,20 +79,20 @@ def test_several_processes_train_as_one_does(alone, together, name):
             torch.testing.assert_close(found["state"], wanted["state"], **tolerance)
 
 
-def test_a_resumed_run_of_several_ends_as_a_whole_one_bit_for_bit(together):
+def test_a_resumed_run_of_several_processes_is_equal_to_a_run_without_a_stop(together):
     for of_process in together:
         whole, resumed = of_process["resumed"]["ends"]
         assert whole["training"]["processes"] == len(together)
         assert differing(whole, resumed) == 0
     weights = [of_process["resumed"]["ends"][0]["state_dict"] for of_process in together]
     assert differing(weights[0], weights[-1]) == 0
-    # What the network drops out differs from process to process, and not from run to run.
+    # Dropout differs between processes, and is the same in every run.
     drawn = [torch.stack(of_process["resumed"]["drawn"]) for of_process in together]
     assert all(torch.equal(one[0], one[1]) for one in drawn)
     assert not torch.equal(drawn[0], drawn[1])
 
 
-# From the command line.
+# The command line.
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def words(data, log, **options):
 
 @pytest.fixture(scope="module")
 def whole(data):
-    """A run that nothing happened to."""
+    """A run without any interruption."""
     done = torchrun("--nproc_per_node", 2, "-m", "torchreid_ext", *words(data, "whole"))
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -124,7 +124,7 @@ def last(data, log):
     return checkpoint.load(data / log / "model" / "model-last.pth.tar")
 
 
-def test_the_first_process_alone_prints_and_saves(data, whole):
+def test_only_the_first_process_prints_and_saves(data, whole):
     assert [line.split("\t")[0] for line in whole.splitlines() if line.startswith("epoch: ")] == [
         f"epoch: [{epoch}/3][{batch}/3]" for epoch in (1, 2, 3) for batch in (1, 2, 3)
     ]
@@ -133,8 +133,8 @@ def test_the_first_process_alone_prints_and_saves(data, whole):
         assert len(list((data / "whole").glob(names))) == 1, names
 
 
-def test_a_killed_process_is_started_again_and_a_signal_stops_all(data, whole, capsys):
-    # An earlier run's, which is not gone on from.
+def test_a_killed_process_is_restarted_and_a_signal_stops_all(data, whole, capsys):
+    # This checkpoint belongs to an earlier run, so the restart must not use it.
     folder = data / "stopped" / "model"
     folder.mkdir(parents=True)
     (folder / "model-last.pth.tar").write_bytes((data / "whole" / "model" / "model-last.pth.tar").read_bytes())
@@ -144,7 +144,7 @@ def test_a_killed_process_is_started_again_and_a_signal_stops_all(data, whole, c
     assert stopped.stdout.count("Resuming from") == 1 and "after epoch 1" in stopped.stdout
     assert stopped.returncode != 0
     assert stopped.stderr.count("stopped by SIGTERM in epoch 2; model.resume auto begins it again") == 1, stopped.stderr
-    # After the batch in which the signal came.
+    # The run stops after the batch in which the signal was received.
     assert "epoch: [2/3][2/3]" in stopped.stdout and "epoch: [2/3][3/3]" not in stopped.stdout
     assert last(data, "stopped")["epoch"] == 1
     resume = words(data, "stopped", **{"model.resume": "auto"})
@@ -157,15 +157,15 @@ def test_a_killed_process_is_started_again_and_a_signal_stops_all(data, whole, c
     assert differing(last(data, "whole"), last(data, "stopped")) == 0
 
 
-def test_a_signal_that_comes_while_processes_agree_is_not_lost(tmp_path, monkeypatch):
+def test_a_signal_during_the_exchange_between_processes_is_not_lost(tmp_path, monkeypatch):
     engine = shared_training.make_engine(tmp_path, "drsl")
     agreed = distributed.agreed
 
     def agreed_and_then(summary, signum):
-        told = agreed(summary, signum)
+        result = agreed(summary, signum)
         if (engine.epoch, engine.batch_idx) == (1, 0):
             os.kill(os.getpid(), signal.SIGTERM)
-        return told
+        return result
 
     monkeypatch.setattr(distributed, "agreed", agreed_and_then)
     with pytest.raises(Interrupted, match="stopped by SIGTERM in epoch 2"):
@@ -173,10 +173,10 @@ def test_a_signal_that_comes_while_processes_agree_is_not_lost(tmp_path, monkeyp
     assert engine.batch_idx == 1
 
 
-# What cannot be done is told at once.
+# Impossible settings are refused at the start.
 
 
-def test_a_start_finds_nothing_of_an_earlier_one_in_the_store_of_torchrun(monkeypatch):
+def test_a_restart_does_not_see_the_addresses_of_the_start_before(monkeypatch):
     store = dist.TCPStore("localhost", 0, is_master=True)
     torchruns = {"MASTER_ADDR": "localhost", "MASTER_PORT": store.port, "RANK": 0, "WORLD_SIZE": 1,
                  "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_MAX_RESTARTS": 3,
@@ -197,7 +197,7 @@ def test_a_start_finds_nothing_of_an_earlier_one_in_the_store_of_torchrun(monkey
         pass
 
 
-def test_a_batch_that_cannot_be_shared(monkeypatch):
+def test_a_batch_that_cannot_be_divided_is_refused(monkeypatch):
     monkeypatch.setattr(distributed, "size", lambda: 3)
     distributed.check_share(12, 4)
     with pytest.raises(ValueError, match=r"train.batch_size 8 .* all 3 processes together.*make it a multiple of 3"):
@@ -226,14 +226,14 @@ def test_synchronised_batch_normalisation_on_the_cpu(monkeypatch):
         config.build_model(cfg, 6)
 
 
-def test_a_timeout_below_a_second(monkeypatch):
+def test_a_timeout_below_a_second_is_refused(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     with pytest.raises(ValueError, match=r"train.timeout must be 1 second or more, got 0"), distributed.joined(True, 0):
         pass
 
 
 def two_of_gloo():
-    """What two processes would have, here in two threads."""
+    """Connects two threads as torchrun would connect two processes."""
     store, wait = dist.HashStore(), timedelta(seconds=1)
     with ThreadPoolExecutor() as pool:
         return list(pool.map(lambda rank: dist.ProcessGroupGloo(store, rank, 2, wait), range(2)))
@@ -243,7 +243,7 @@ def two_of_gloo():
     "ends, error, message",
     [(False, TimeoutError, "waited 1 seconds .* make train.timeout larger"), (True, ConnectionError, "process ended")],
 )
-def test_a_process_that_hangs_or_ends_is_told_to_those_that_wait_for_it(monkeypatch, ends, error, message):
+def test_waiting_processes_get_an_error_when_another_hangs_or_ends(monkeypatch, ends, error, message):
     monkeypatch.setattr(distributed, "launched", lambda: True)
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
     groups = two_of_gloo()
@@ -260,7 +260,7 @@ def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch, capsys):
     assert "there are 2 cores for each training process" in capsys.readouterr().out
 
 
-def test_a_restart_goes_on_from_its_own_checkpoints(tmp_path, monkeypatch):
+def test_a_restart_resumes_from_the_checkpoints_of_its_own_run(tmp_path, monkeypatch):
     assert resuming.first_start(tmp_path) is None and not list(tmp_path.iterdir())
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
@@ -270,7 +270,7 @@ def test_a_restart_goes_on_from_its_own_checkpoints(tmp_path, monkeypatch):
         os.utime(path, (1e9, 1e9))
     assert resuming.first_start(tmp_path) is None
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    # Of one that noted nothing before it died, there is none to go on from.
+    # A run that died before it wrote its note has no checkpoint to resume from.
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
     assert resuming.first_start(tmp_path) is None
     since = resuming.first_start(tmp_path)

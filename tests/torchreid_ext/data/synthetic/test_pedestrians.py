@@ -1,4 +1,4 @@
-"""The drawn data set: Market-1501's form, disjoint identities, the same pixels each time, whole or not at all."""
+"""The drawn data set has the layout of Market-1501, disjoint identities and reproducible pixels, and is complete."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SPLITS = ("bounding_box_train", "query", "bounding_box_test")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root below which the whole set has been drawn."""
+    """A root folder with the complete drawn data set."""
     folder = tmp_path_factory.mktemp("3_c1")
     draw_pedestrians(folder / "synthetic_pedestrians")
     return folder
@@ -36,7 +36,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Six identities and two distractors: enough where only the procedure matters."""
+    """Draws only six identities and two distractors, for tests of the procedure."""
     monkeypatch.setattr(pedestrians, "TRAIN_PIDS", range(1, 4))
     monkeypatch.setattr(pedestrians, "TEST_PIDS", range(4, 7))
     monkeypatch.setattr(pedestrians, "DISTRACTORS", 2)
@@ -74,7 +74,7 @@ class TestSet:
 
     def test_torchreids_own_reader_finds_the_same(self, root: Path) -> None:
         (root / "market1501").symlink_to(root / "synthetic_pedestrians")
-        # From a parent without "3_c1" in its name, which torchreid would take for an identity.
+        # The parent folder must not have "3_c1" in its name, because torchreid would take it for an identity.
         link = root.parent / "plain"
         link.symlink_to(root)
         theirs = torchreid.data.datasets.init_image_dataset("market1501", root=str(link), verbose=False)
@@ -86,7 +86,7 @@ class TestSet:
         assert sorted({item[1] for item in ours.train}) == list(range(100))
         assert [item[0] for item in ours.train] == sorted(item[0] for item in ours.train)
 
-    def test_pixels_find_the_camera_before_the_identity(self, root: Path) -> None:
+    def test_raw_pixels_retrieve_the_camera_and_not_the_identity(self, root: Path) -> None:
         data = SyntheticPedestrians(str(root), verbose=False)
         rows = [item for item in data.gallery if item[1] != 0][:200]
         pixels = np.stack([np.asarray(Image.open(item[0]).resize((16, 32)), dtype=np.float64).ravel() for item in rows])
@@ -98,7 +98,7 @@ class TestSet:
 
 
 class TestDrawing:
-    def test_the_seed_decides_and_nothing_else(self, tmp_path: Path, few: None) -> None:
+    def test_the_images_depend_only_on_the_seed(self, tmp_path: Path, few: None) -> None:
         for name, seed in (("a", 0), ("b", 0), ("c", 1)):
             draw_pedestrians(tmp_path / name, seed)
             random.random()
@@ -140,7 +140,7 @@ class TestDrawing:
             SyntheticPedestrians(str(tmp_path), verbose=False)
         assert next(calls) > 20 and list(tmp_path.iterdir()) == []
 
-    def test_processes_that_draw_at_once_agree(self, tmp_path: Path, few: None) -> None:
+    def test_processes_that_draw_at_the_same_time_agree(self, tmp_path: Path, few: None) -> None:
         target = tmp_path / "synthetic_pedestrians"
         context = multiprocessing.get_context("fork")
         processes = [context.Process(target=draw_pedestrians, args=(target,)) for _ in range(3)]
@@ -170,7 +170,7 @@ class TestRecipe:
             SyntheticPedestrians(str(root), verbose=False)
         assert contents(root) == before
 
-    def test_a_folder_of_something_else(self, tmp_path: Path) -> None:
+    def test_a_folder_of_other_files_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "synthetic_pedestrians").mkdir()
         with pytest.raises(ValueError, match=r"neither recipe\.json nor .*delete it"):
             SyntheticPedestrians(str(tmp_path), verbose=False)
@@ -183,7 +183,7 @@ class TestRecipe:
         with pytest.raises(ValueError, match=r"recipe\.json is damaged"):
             SyntheticPedestrians(str(tmp_path), verbose=False)
 
-    def test_a_real_market1501_may_stand_in_its_place(self, tmp_path: Path) -> None:
+    def test_a_real_market1501_can_replace_it(self, tmp_path: Path) -> None:
         market = tmp_path / "synthetic_pedestrians" / LAYOUT
         names = {
             "bounding_box_train": ["0002_c1s1_000451_03.jpg", "0007_c2s3_070952_01.jpg"],
