@@ -4,8 +4,8 @@ The floor is the distance matrix alone, forward, and backward from a given gradi
 needs it. A loss's time divided by the floor's time is the price of that loss. The ranking losses of
 pytorch-metric-learning run with their own defaults, where they fit in memory. There are 4 embeddings per identity.
 Times are medians over rounds in which every loss has one turn. Memory is what one step adds to the peak memory of a
-separate process. "DRSL" is ``DRSLoss()``. "DRSL-definition" is the definition in docs/loss.md, with Euclidean distances and
-without the bound.
+separate process. "DRSL" is ``DRSLoss()``. "DRSL-definition" is the definition in docs/loss.md, with Euclidean distances
+and without the bound.
 
 Examples:
   drsl-benchmark speed --sizes 512 --dims 512
