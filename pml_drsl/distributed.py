@@ -165,13 +165,13 @@ def _sharded_queries(loss: DRSLoss, sizes: list[int]) -> Iterator[None]:
         counts = torch.searchsorted(pairs.query, bounds.to(pairs.query.device)).diff().tolist()
         # A process without a pair still has to take part in every gathering, forward and backward.
         nothing = embeddings[:0].sum() + ref_emb[:0].sum()
-        errors = embeddings.new_zeros(0, 2)
+        errors = embeddings.new_zeros(0, 2 if loss.sort_weight > 0 else 1)
         if counts[rank] > 0:
             errors = torch.stack(compute(embeddings[mine], ref_emb, pairs.rows(mine)), dim=1)
         gathered: Tensor = _Gather.apply(errors + nothing, counts, True)
         return gathered.unbind(1)
 
-    loss.compute_errors = shared  # type: ignore[method-assign, assignment]
+    loss.compute_errors = shared  # type: ignore[method-assign]
     try:
         yield
     finally:

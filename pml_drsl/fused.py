@@ -53,7 +53,9 @@ def count_ahead(
         distances: distances of the candidates of each query, shape (Q, C); an infinite one precedes nothing.
         query: query of each pair, shape (E,), integer, ascending.
         own: candidate of each pair, shape (E,), integer. No pair occurs twice.
-        temperature: softness of the comparison, > 0, in units of distance.
+        temperature: softness of the comparison, in units of distance. It is > 0 for distances. With -temperature and
+            -margin, ``distances`` may be similarities: nearer candidates then have larger values. This saves two passes
+            over the matrix that its negative would take.
         margin: a candidate counts unless it follows by at least this distance.
         mask: the candidates that count; None for all candidates.
         weight: weight of each candidate, shape (Q, C). Without it, ``weighted`` is ``count``.
@@ -75,10 +77,10 @@ def retrieval_and_sort_errors(
     """The two errors of each (query, positive) pair, as ``functional.drsl`` defines them.
 
     Args:
-        d: distance of each pair's positive from its query, shape (E,).
+        d: distance of each pair's positive from its query, shape (E,); a similarity with ``-temperature``.
         false_pos: smoothed number of negatives ahead of each positive, shape (E,).
         pairs: the pairs.
-        temperature: softness of the ranks, > 0, in units of distance.
+        temperature: softness of the ranks, in units of distance, as in ``count_ahead``.
         dissimilarity: angular dissimilarity ``u = (1 - cos) / 2`` of each pair, shape (E,), in [0, 1]; None leaves the
             sort error out.
         bound: return the upper bound of the retrieval error, ``log(1 + false_pos(i) / rank_pos(i))``.
@@ -87,8 +89,8 @@ def retrieval_and_sort_errors(
         ``(retrieval, sort)``, both of shape (E,). Both are in [0, 1], but the bound has no upper limit. ``sort`` is
         None if ``dissimilarity`` is.
     """
-    cells, shape = (pairs.query, pairs.column), (pairs.batch_size, pairs.width)
-    peers = d.new_full(shape, torch.inf).index_put(cells, d)
+    cells, shape = (pairs.query, pairs.column), (len(pairs.counts), pairs.width)
+    peers = d.new_full(shape, math.copysign(math.inf, temperature)).index_put(cells, d)
     u = None if dissimilarity is None else d.new_zeros(shape).index_put(cells, dissimilarity)
     _, ahead, u_ahead = count_ahead(peers, *cells, temperature, weight=u)
     # A positive is level with itself, G(0) = 1/2: the "1 +" and "j != i" of the definition together add 1/2.
@@ -106,7 +108,10 @@ class _Settings(NamedTuple):
     def scaled(self, distances: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         """Distances, infinite for excluded candidates, and thresholds, both in units of the temperature."""
         y = distances.contiguous() / self.temperature
-        return y if self.mask is None else self.mask.mask_excluded(y), (d + self.margin) / self.temperature
+        return y if self.mask is None else self.mask.mask_excluded(y), self.thresholds(d)
+
+    def thresholds(self, d: Tensor) -> Tensor:
+        return (d + self.margin if self.margin else d) / self.temperature
 
 
 class _Block(NamedTuple):
@@ -144,12 +149,14 @@ class _CountAhead(torch.autograd.Function):
         count = torch.empty_like(d)
         weighted = None if weight is None else torch.empty_like(d)
         for block in _blocks(distances, d, query, settings):
-            ahead = _log2_of_1_plus_exp(block.x) if settings.bound else block.x.sigmoid_()
+            ahead = F.softplus(block.x) if settings.bound else block.x.sigmoid_()
             torch.sum(ahead, 1, out=count[block.pairs])
             if weight is not None and weighted is not None:
                 torch.sum(ahead * weight[block.rows][block.row], 1, out=weighted[block.pairs])
             if len(block.row) == len(query) and distances.device.type == "cpu":
                 ctx.kept = block
+        if settings.bound:
+            count.div_(math.log(2))
         return (d, count) if weighted is None else (d, count, weighted)
 
     @staticmethod
@@ -185,15 +192,11 @@ class _CountAhead(torch.autograd.Function):
         return grad_distances, grad_weight, None, None, None
 
 
-def _log2_of_1_plus_exp(x: Tensor) -> Tensor:
-    return F.softplus(x).div_(math.log(2))
-
-
 def _blocks(distances: Tensor, d: Tensor, query: Tensor, settings: _Settings) -> Iterator[_Block]:
     """The blocks of the pairs, in order. They share one buffer."""
     size = CPU_BLOCK if distances.device.type == "cpu" else DEVICE_BLOCK
     step = min(len(query), max(1, size // max(1, distances.shape[1])))
-    x = ((d + settings.margin) / settings.temperature)[:, None]
+    x = settings.thresholds(d)[:, None]
     buffer = distances.new_empty(step, distances.shape[1])
     for pairs, rows, mask in _ranges(query, step, len(distances), settings.mask):
         row = query[pairs] - rows.start if rows.start else query[pairs]

@@ -171,24 +171,26 @@ class DRSLoss(BaseMetricLossFunction):
             pairs = pairs_from_labels(labels, ref_labels, same=ref_emb is embeddings)
         if pairs.num_queries == 0:
             return self.zero_losses()  # type: ignore[no-any-return]
-        retrieval, sort = self.compute_errors(embeddings, ref_emb, pairs)
+        retrieval, *sort = self.compute_errors(embeddings, ref_emb, pairs)
         if self.collect_stats:
-            mean, indices = PerQueryReducer(collect_stats=False), pairs.query
-            self.retrieval_error = mean.element_reduction(retrieval.detach(), indices, embeddings, None)
-            self.sort_error = mean.element_reduction(sort.detach(), indices, embeddings, None)
-            self.num_queries = pairs.num_queries
+            self._collect_stats(pairs, retrieval, *sort)
         of_pairs = {
             "indices": (pairs.query, pairs.positive),
             "reduction_type": "pos_pair",
             "divisor": pairs.num_queries,  # for a DivisorReducer
         }
+        # Unlike PML's zero_loss, this needs no pass over the embeddings.
+        no_loss = {"losses": retrieval.new_zeros(()), "indices": None, "reduction_type": "already_reduced"}
         return {
             "retrieval_loss": {"losses": retrieval, **of_pairs},
-            "sort_loss": {"losses": self.sort_weight * sort, **of_pairs},
+            "sort_loss": {"losses": self.sort_weight * sort[0], **of_pairs} if sort else no_loss,
         }
 
-    def compute_errors(self, embeddings: Tensor, ref_emb: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """Retrieval and sort errors of the pairs, both of shape (E,), a chunk of queries at a time."""
+    def compute_errors(self, embeddings: Tensor, ref_emb: Tensor, pairs: Pairs) -> tuple[Tensor, ...]:
+        """Retrieval errors of the pairs, and their sort errors if ``sort_weight`` is above 0, both of shape (E,).
+
+        They are computed a chunk of queries at a time.
+        """
         # Every chunk keeps a copy of the references for the backward pass: a chunk should not be smaller than they are.
         size = self.query_chunk_size or max(1, embeddings.shape[1], CHUNK_ELEMENTS // max(1, len(ref_emb)))
         if size >= len(embeddings):
@@ -198,29 +200,29 @@ class DRSLoss(BaseMetricLossFunction):
             of_rows = pairs.rows(slice(start, start + len(x)))
             if len(of_rows.query) > 0:
                 chunks.append(self._errors_of_chunk(x, ref_emb, of_rows))
-        retrieval, sort = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-        return retrieval, sort
+        return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
 
-    def _errors_of_chunk(self, x: Tensor, ref: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """Both errors of the pairs, shape (E,), of queries ``x``, shape (Q, dim), and references, shape (M, dim)."""
+    def _errors_of_chunk(self, x: Tensor, ref: Tensor, pairs: Pairs) -> tuple[Tensor, ...]:
+        """The errors of queries ``x``, shape (Q, dim), and references, shape (M, dim)."""
         distance, query, positive = self.distance, pairs.query, pairs.positive
         mat = distance_matrix(distance, x, None if ref is x else ref)
         if not is_known(distance):
             checks.check_finite(mat, distance)
-        d, false_pos, _ = count_ahead(
-            -mat if distance.is_inverted else mat,
-            query,
-            positive,
-            self.temperature,
-            self.margin,
-            mask=pairs.negatives,
-            bound=self.bound,
-        )
+        sign = -1 if distance.is_inverted else 1
+        temperature, margin = sign * self.temperature, sign * self.margin
+        d, false_pos, _ = count_ahead(mat, query, positive, temperature, margin, pairs.negatives, bound=self.bound)
         u = None
         if self.sort_weight > 0:
-            u = angular_dissimilarity(distance, -d if distance.is_inverted else d, x, ref, query, positive)
-        retrieval, sort = retrieval_and_sort_errors(d, false_pos, pairs, self.temperature, u, self.bound)
-        return retrieval, torch.zeros_like(retrieval) if sort is None else sort
+            u = angular_dissimilarity(distance, d, x, ref, query, positive)
+        retrieval, sort = retrieval_and_sort_errors(d, false_pos, pairs, temperature, u, self.bound)
+        return (retrieval,) if sort is None else (retrieval, sort)
+
+    def _collect_stats(self, pairs: Pairs, retrieval: Tensor, sort: Tensor | None = None) -> None:
+        """Keeps the mean over queries of each error, on the device."""
+        weight = pairs.weights(retrieval.dtype)
+        self.retrieval_error = torch.dot(retrieval.detach(), weight)
+        self.sort_error = 0.0 if sort is None else torch.dot(sort.detach(), weight)
+        self.num_queries = pairs.num_queries
 
     def _sub_loss_names(self) -> list[str]:
         return ["retrieval_loss", "sort_loss"]

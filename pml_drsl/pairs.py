@@ -55,8 +55,8 @@ class Pairs:
         query: query of each (query, positive) pair, shape (E,), integer, ascending.
         positive: candidate of each pair, shape (E,), integer. No pair occurs twice.
         column: place of each pair among the pairs of its query, shape (E,), integer, from 0.
+        counts: number of listed positives of each query, shape (Q,).
         width: largest number of positives of one query.
-        batch_size: number of queries, Q, including the queries without a pair.
         num_queries: number of queries that have a positive and a negative.
         negatives: the negatives of each query.
     """
@@ -64,10 +64,14 @@ class Pairs:
     query: Tensor
     positive: Tensor
     column: Tensor
+    counts: Tensor
     width: int
-    batch_size: int
     num_queries: int
     negatives: SparseMask
+
+    def weights(self, dtype: torch.dtype) -> Tensor:
+        """Weight of each pair in the mean over queries of the mean over their positives, shape (E,)."""
+        return 1 / (self.counts[self.query] * self.num_queries).to(dtype)
 
     def rows(self, rows: slice) -> Pairs:
         """The pairs of a range of queries. The queries of the result are numbered from 0."""
@@ -79,8 +83,8 @@ class Pairs:
             query - rows.start,
             self.positive[start:stop],
             column,
+            self.counts[rows],
             self.width,
-            rows.stop - rows.start,
             int((column == 0).sum()),
             self.negatives.part(slice(*listed), rows),
         )
@@ -100,7 +104,7 @@ def pairs_from_labels(labels: Tensor, ref_labels: Tensor, same: bool) -> Pairs:
     counts = torch.searchsorted(of_refs, of_queries, right=True) - first
     has_negative = counts < len(ref_labels)
     own = torch.arange(len(labels), device=labels.device) if same else None
-    counts = torch.where(has_negative, counts - 1 if same else counts, 0)
+    counts = (counts - 1 if same else counts) * has_negative
     total, width, num_queries = _totals(counts)
     query = torch.repeat_interleave(counts, output_size=total)
     column = _columns(query, counts)
@@ -110,7 +114,7 @@ def pairs_from_labels(labels: Tensor, ref_labels: Tensor, same: bool) -> Pairs:
         own_place = torch.empty_like(order).scatter_(0, order, own)
         place = place + (place >= own_place[query])
     positive = order[place]
-    return Pairs(query, positive, column, width, len(labels), num_queries, SparseMask(query, positive, False, own))
+    return Pairs(query, positive, column, counts, width, num_queries, SparseMask(query, positive, False, own))
 
 
 def pairs_from_indices(indices_tuple: IndicesTuple, num_queries: int, num_refs: int, device: torch.device) -> Pairs:
@@ -139,7 +143,7 @@ def pairs_from_indices(indices_tuple: IndicesTuple, num_queries: int, num_refs: 
     of_negatives = negatives // max(1, num_refs)
     mask = SparseMask(of_negatives, negatives - of_negatives * num_refs, included=True)
     positive = positives - query * num_refs
-    return Pairs(query, positive, _columns(query, counts), width, num_queries, number, mask)
+    return Pairs(query, positive, _columns(query, counts), counts, width, number, mask)
 
 
 def _totals(counts: Tensor) -> list[int]:

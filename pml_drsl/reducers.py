@@ -46,9 +46,10 @@ class PerQueryReducer(_QueryReducer):
     ) -> Tensor:
         if len(losses) == 0:
             return self.zero_loss(embeddings)  # type: ignore[no-any-return]
-        averages, has_loss = _averages(losses, loss_indices, len(embeddings))
         if type(self.reducer) is MeanReducer:
-            return averages.sum() / has_loss.sum()
+            counts = losses.new_zeros(len(embeddings)).index_add_(0, loss_indices, torch.ones_like(losses))
+            return (losses / counts[loss_indices]).sum() / (counts > 0).sum()
+        averages, has_loss = _averages(losses, loss_indices, len(embeddings))
         queries = has_loss.nonzero().squeeze(1)
         loss_dict = {"loss": {"losses": averages[queries], "indices": queries, "reduction_type": "element"}}
         return self.reducer(loss_dict, embeddings, labels)  # type: ignore[no-any-return]
