@@ -1,4 +1,4 @@
-"""The configuration itself: keys merged from files and the command line, and what is said of a wrong one."""
+"""The configuration object, which merges keys from files and from the command line and refuses wrong ones."""
 
 from __future__ import annotations
 
@@ -13,18 +13,25 @@ from yacs.config import CfgNode
 
 from pml_drsl.checks import InputError
 from torchreid_ext.config.keys import KEYS, OPTIONS
+from torchreid_ext.config.values import converted
 
 
 class Config(CfgNode):
-    """A yacs node whose unknown keys are answered with the nearest known one.
+    """A yacs node that refuses an unknown key and names the nearest known key.
 
-    A YAML file may name another with ``base: FILE`` (relative to itself), whose values it then overrides.
-    Keys below ``datasets`` and ``keys.OPTIONS`` are free; such a value adds to the options there are, unless it names
-    a class, which then has these options alone.
+    A YAML file may name a base file with ``base: FILE``, a path relative to the YAML file. The values of the YAML file
+    override the values of the base file.
+
+    Keys below ``datasets`` and below ``keys.OPTIONS`` have any names. Values there are added to the values that are
+    set already. A value that names a class replaces them.
     """
 
     def merge_from_file(self, cfg_filename: str | Path) -> None:
-        """Raises InputError for a file that is missing, is no YAML mapping, or has an unknown key or wrong type."""
+        """Merges a YAML file.
+
+        Raises:
+            InputError: for a file that is missing or is not a YAML mapping, an unknown key, or a wrong type of value.
+        """
         values = _read_yaml(Path(cfg_filename))
         base = values.pop("base", None)
         if base:
@@ -32,12 +39,13 @@ class Config(CfgNode):
         self._merge(values, str(cfg_filename))
 
     def merge_from_list(self, cfg_list: list[Any]) -> None:
-        """Merges ``[key, value, key, value, ...]``, values as objects or as strings of python or YAML.
+        """Merges ``[key, value, key, value, ...]``. A value is an object, or a string in the syntax of Python or YAML.
+
+        A lone ``--`` is ignored: with many commands it separates the options from the other words.
 
         Raises:
-            InputError: for an odd number of words, an unknown key, or a value of the wrong type.
+            InputError: for an odd number of words, an unknown key, or a wrong type of value.
         """
-        # A lone "--" is how many commands separate options from the rest.
         cfg_list = [word for word in cfg_list if word != "--"]
         if len(cfg_list) % 2:
             raise InputError(
@@ -49,11 +57,13 @@ class Config(CfgNode):
         for key, value in zip(cfg_list[::2], cfg_list[1::2], strict=True):
             self._merge(_nested(key, self._decoded(key, value)), "the command line")
 
-    def _decoded(self, key: str, value: Any) -> Any:
-        value = self._decode_cfg_value(value)
+    def _decoded(self, key: str, word: Any) -> Any:
+        value = self._decode_cfg_value(word)
+        if _is_text(key, word, value):
+            return word
         if not isinstance(value, str) or value[:1] not in ("{", "["):
             return value
-        # A mapping or a list as a YAML file has it, names without quotes.
+        # YAML allows names without quotes in a mapping or a list. Python does not.
         try:
             return yaml.safe_load(value)
         except yaml.YAMLError as error:
@@ -63,6 +73,16 @@ class Config(CfgNode):
         known = dict(_flatten(self))
         for key, value in _flatten(values):
             _set(self, key, _coerce(key, value, known, source))
+
+
+def _is_text(key: str, word: Any, value: Any) -> bool:
+    """Whether a word is a string as it stands, although Python reads something else: the folder 2024_01, say."""
+    if key not in KEYS or not isinstance(word, str) or isinstance(value, str):
+        return False
+    default = KEYS[key].default
+    if isinstance(default, list):
+        return isinstance(default[0], str) and not isinstance(value, (list, tuple))
+    return isinstance(default, str)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -78,7 +98,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Pairs of dotted key and value; options, and a data set of one's own (``datasets.NAME``), are one value."""
+    """Pairs of dotted key and value. The options of a class or of a data set (``datasets.NAME``) are one value."""
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and prefix != "datasets." and name not in OPTIONS:
@@ -107,22 +127,9 @@ def _coerce(key: str, value: Any, known: dict[str, Any], source: str) -> Any:
     if key not in known:
         nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)
         raise InputError(f"unknown config key {key!r} in {source}; did you mean {nearest[0]!r}?")
-    default = known[key]
     if key in OPTIONS:
-        return _options(key, value, default, source)
-    if (KEYS[key].kind or type(default)) is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(default, list):
-        return list(value) if isinstance(value, (list, tuple)) else [value]
-    if value is False and KEYS[key].default == "off":
-        # What YAML makes of the word.
-        return "off"
-    kind = KEYS[key].kind or type(default)
-    if value is None and KEYS[key].kind is not None:
-        return None
-    if type(value) is not kind:
-        raise InputError(f"config key {key!r} takes a {kind.__name__} such as {default!r}, got {value!r} in {source}")
-    return value
+        return _options(key, value, known[key], source)
+    return converted(key, KEYS[key], value, source)
 
 
 def _options(key: str, value: Any, known: Config, source: str) -> Config:
@@ -139,7 +146,7 @@ def _options(key: str, value: Any, known: Config, source: str) -> Config:
 
 
 def plain(value: Any) -> Any:
-    """A configuration, or a part of one, in dictionaries and lists, as YAML and checkpoints hold it."""
+    """A configuration, or a part of it, as plain dictionaries and lists, for YAML and checkpoints."""
     if isinstance(value, Mapping):
         return {key: plain(entry) for key, entry in value.items()}
     return [plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
@@ -151,7 +158,7 @@ def flat(cfg: Config) -> dict[str, Any]:
 
 
 def get_default_config() -> Config:
-    """Every key of torchreid's ``default_config.py`` with its default, and ours (``torchreid_ext.config.keys``)."""
+    """A configuration with all keys (``torchreid_ext.config.keys``) at their defaults."""
     cfg = Config()
     for key, entry in KEYS.items():
         _set(cfg, key, Config() if entry.default == {} else entry.default)

@@ -61,9 +61,17 @@ def test_data_sets_of_ones_own_are_free_keys(tmp_path):
     [
         ("loss: {drsl: {temprature: 1}}", "unknown config key 'loss.drsl.temprature'.*'loss.drsl.temperature'"),
         ("optim: adam", "unknown config key 'optim'.*did you mean"),
-        ("train: {lr: fast}", "'train.lr' takes a float such as 0.0003, got 'fast'"),
-        ("train: {max_epoch: 1.5}", "'train.max_epoch' takes a int"),
-        ("test: {evaluate: 1}", "'test.evaluate' takes a bool"),
+        ("train: {lr: fast}", "'train.lr' takes a number, such as 0.0003, got 'fast'"),
+        ("train: {lr: .inf}", "'train.lr' takes a number, such as 0.0003, got inf"),
+        ("train: {max_epoch: 1.5}", "'train.max_epoch' takes a whole number, such as 60, got 1.5"),
+        ("train: {max_epoch: true}", "'train.max_epoch' takes a whole number, such as 60, got True"),
+        ("test: {evaluate: 1}", "'test.evaluate' takes True or False"),
+        ("data: {save_dir: [a]}", r"'data.save_dir' takes a string, such as 'log', got \['a'\]"),
+        ("data: {save_dir: true}", "'data.save_dir' takes a string, such as 'log', got True"),
+        ("data: {save_dir: null}", "'data.save_dir' takes a string, such as 'log', got None"),
+        ("test: {ranks: [1, five]}", "'test.ranks' takes a list in which every entry is a whole number, .*got 'five'"),
+        ("data: {sources: [market1501, {a: 1}]}", "every entry is a string, .*got {'a': 1}"),
+        ("data: {sources: null}", "every entry is a string, .*got None"),
         ("datasets: {mine: 3}", "'datasets.mine' takes the options of a data set, got 3"),
         ("- 1", "must hold keys and values"),
         ("a: [", "is not YAML"),
@@ -73,6 +81,52 @@ def test_data_sets_of_ones_own_are_free_keys(tmp_path):
 def test_a_wrong_file_is_refused(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         get_default_config().merge_from_file(write(tmp_path / "wrong.yaml", text))
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("data: {save_dir: 2024}", "data.save_dir", "2024"),
+        ("data: {save_dir: 2024-01-05}", "data.save_dir", "2024-01-05"),
+        ("data: {sources: [1, market1501]}", "data.sources", ["1", "market1501"]),
+        ("data: {sources: 7}", "data.sources", ["7"]),
+        ("data: {norm_mean: [0, 1, 0.5]}", "data.norm_mean", [0.0, 1.0, 0.5]),
+        ("train: {lr: 1e-3}", "train.lr", 0.001),
+        ("train: {lr: 1}", "train.lr", 1.0),
+        ("train: {max_epoch: 60.0}", "train.max_epoch", 60),
+        ("train: {stepsize: ['20', 40]}", "train.stepsize", [20, 40]),
+        ("train: {amp: off}", "train.amp", "off"),
+        ("test: {evaluate: yes}", "test.evaluate", True),
+    ],
+)
+def test_a_value_is_converted_where_its_meaning_is_plain(tmp_path, text, key, value):
+    cfg = get_default_config()
+    cfg.merge_from_file(write(tmp_path / "plain.yaml", text))
+    found = config.flat(cfg)[key]
+    assert found == value and repr(found) == repr(value)
+
+
+@pytest.mark.parametrize(
+    ("key", "word", "value"),
+    [
+        ("data.save_dir", "2024", "2024"),
+        ("data.save_dir", "2024_01", "2024_01"),
+        ("data.save_dir", "1e3", "1e3"),
+        ("data.save_dir", "'log'", "log"),
+        ("data.sources", "2024_01", ["2024_01"]),
+        ("data.sources", "[1]", ["1"]),
+        ("data.sources", "('a', 'b')", ["a", "b"]),
+        ("train.lr", "1e-3", 0.001),
+        ("test.evaluate", "true", True),
+        ("test.evaluate", "off", False),
+        ("loss.drsl.query_chunk_size", "64.0", 64),
+    ],
+)
+def test_a_word_is_converted_where_its_meaning_is_plain(key, word, value):
+    cfg = get_default_config()
+    cfg.merge_from_list([key, word])
+    found = config.flat(cfg)[key]
+    assert found == value and repr(found) == repr(value)
 
 
 def test_wrong_words_are_refused():
@@ -95,6 +149,9 @@ def test_wrong_words_are_refused():
         (["train.amp", "fp8"], "train.amp must be one of off, bf16, fp16, got 'fp8'"),
         (["test.dist_metric", "hamming"], "test.dist_metric must be one of euclidean, cosine, got 'hamming'"),
         (["test.ranks", "[1,0]"], r"test.ranks takes whole numbers of 1 or more, got 0"),
+        (["data.height", "0"], r"data.height takes whole numbers of 1 or more, got 0"),
+        (["train.stepsize", "[20, 0]"], r"train.stepsize takes whole numbers of 1 or more, got 0"),
+        (["data.norm_mean", "[0.5]"], r"data.norm_mean takes a number for each of the 3 channels, got \[0.5\]"),
         (["test.batch_size", "0"], r"test.batch_size takes whole numbers of 1 or more, got 0"),
     ],
 )
