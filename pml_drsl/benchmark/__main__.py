@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         command.add_arguments(options)
         chosen = options.parse_args(arguments[1:])
-        for flag in ("json", "csv", "plot"):  # known before the work, not after
+        for flag in ("json", "csv", "markdown", "plot"):  # known before the work, not after
             path = getattr(chosen, flag, None)
             if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
                 options.error(f"--{flag} {path}: not a file in a folder that exists")

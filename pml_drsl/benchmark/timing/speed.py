@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -82,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="write the measurements and a description of the machine here")
     parser.add_argument("--csv", metavar="FILE", help="write the measurements here")
+    parser.add_argument("--markdown", metavar="FILE", help="write the times as tables for docs/performance.md here")
     parser.add_argument("--plot", metavar="FILE.png", help="plot time and memory against size (needs matplotlib)")
 
 
@@ -112,6 +114,8 @@ def run(args: argparse.Namespace) -> int:
     if "SmoothAP" in args.losses:
         print(speed_report.smooth_ap_note())
     _write(args, rows)
+    if args.markdown:
+        Path(args.markdown).write_text(speed_report.markdown(rows), encoding="utf-8")
     if plot is not None:
         plot(args.plot, rows)
     return 0
@@ -132,8 +136,8 @@ def _check(args: argparse.Namespace) -> None:
             )
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device cuda: there are 0 CUDA devices; torch {torch.__version__} finds none here")
-    if (args.processes > 1) + bool(args.step) + bool(args.plot) > 1:
-        raise InputError("--processes, --step and --plot: choose one")
+    if (args.processes > 1) + bool(args.step) + bool(args.plot or args.markdown) > 1:
+        raise InputError("--processes, --step, and --plot or --markdown: choose one")
 
 
 def _run_other(args: argparse.Namespace) -> Sequence[Any]:

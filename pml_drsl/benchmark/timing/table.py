@@ -1,4 +1,4 @@
-"""Writes the results of the speed benchmark as text, JSON, CSV and a plot."""
+"""Writes the results of the speed benchmark as text, Markdown, JSON, CSV and a plot."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from pytorch_metric_learning.losses import SmoothAPLoss
+from tabulate import tabulate
 
 from pml_drsl.benchmark.timing.measure import FLOOR, LOSSES, PER_IDENTITY
 
@@ -65,6 +66,26 @@ def table(rows: Sequence[Row]) -> str:
             f"{ratio_text(against_drsl):>10}{bytes_text(row.peak_bytes):>12}  {row.note}".rstrip()
         )
     return "\n".join(lines)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A Markdown table for each number of dimensions: times in multiples of the time of the distance matrix."""
+    parts = []
+    for dim in dict.fromkeys(row.dim for row in rows):
+        losses = list(dict.fromkeys(row.loss for row in rows if row.dim == dim and row.loss != FLOOR))
+        cells = {(row.size, row.loss): row for row in rows if row.dim == dim}
+        sizes = list(dict.fromkeys(size for size, _ in cells))
+        lines = [[f"{size:,}", *(_multiple(cells[size, loss]) for loss in losses)] for size in sizes]
+        headers = ["embeddings", *(NAMES.get(loss, loss) for loss in losses)]
+        text = tabulate(lines, headers, tablefmt="pipe", colalign=["right"] * len(headers), disable_numparse=True)
+        parts.append(f"{dim:,} dimensions, times of the distance matrix alone:\n\n{text}\n")
+    return "\n".join(parts)
+
+
+def _multiple(row: Row) -> str:
+    if row.ratio is None:
+        return row.note.partition(" in ")[0].partition(":")[0] or "-"
+    return f"{row.ratio:.2f}" if row.ratio < 10 else f"{row.ratio:,.0f}"
 
 
 def growth(rows: Sequence[Row]) -> str:

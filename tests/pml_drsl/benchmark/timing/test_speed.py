@@ -17,12 +17,13 @@ def outcome(tmp_path_factory):
     folder = tmp_path_factory.mktemp("speed")
     losses = ["DRSL", "SmoothAP", "SupCon"]
     arguments = ["speed", "--sizes", "16", "32", "--dims", "8", "--seconds", "0.05", "--losses", *losses]
-    files = {kind: folder / f"speed.{kind}" for kind in ("json", "csv", "png")}
-    status = main([*arguments, "--json", str(files["json"]), "--csv", str(files["csv"]), "--plot", str(files["png"])])
+    files = {kind: folder / f"speed.{kind}" for kind in ("json", "csv", "md", "png")}
+    options = {"--json": "json", "--csv": "csv", "--markdown": "md", "--plot": "png"}
+    status = main([*arguments, *(word for flag, kind in options.items() for word in (flag, str(files[kind])))])
     return status, files, ["floor", *losses]
 
 
-def test_writes_the_same_rows_as_json_and_csv_and_a_plot(outcome):
+def test_writes_the_same_rows_to_every_file(outcome):
     status, files, losses = outcome
     assert status == 0
     rows = json.loads(files["json"].read_text())["rows"]
@@ -30,10 +31,33 @@ def test_writes_the_same_rows_as_json_and_csv_and_a_plot(outcome):
     with open(files["csv"], newline="") as file:
         assert [row["loss"] for row in csv.DictReader(file)] == losses * 2
     assert files["png"].read_bytes()[:4] == b"\x89PNG"
+    assert files["md"].read_text().startswith("8 dimensions")
     for row in rows:
         assert row["seconds"] > 0
         assert row["rounds"] >= 1
         assert row["ratio"] == 1 if row["loss"] == "floor" else row["ratio"] > 0
+
+
+def test_markdown_has_a_table_for_each_dimension():
+    def row(loss, size, dim, ratio, note=""):
+        return speed_report.Row(loss, size, dim, 1.0, ratio, 1, 3, note)
+
+    rows = [
+        row("floor", 16, 8, 1.0),
+        row("DRSL", 16, 8, 1.234),
+        row("SmoothAP", 16, 8, 1234.5),
+        row("floor", 32, 8, 1.0),
+        row("DRSL", 32, 8, 2.0),
+        row("SmoothAP", 32, 8, None, "does not fit in 8 GiB"),
+        row("floor", 16, 2048, 1.0),
+        row("DRSL", 16, 2048, 3.0),
+    ]
+    first, second = speed_report.markdown(rows).split("\n2,048 dimensions")
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in first.splitlines() if "|" in line]
+    assert lines[0] == ["embeddings", "DRSL (default)", "SmoothAP"]
+    assert lines[2:] == [["16", "1.23", "1,234"], ["32", "2.00", "does not fit"]]
+    assert all(cell.endswith("-:") for cell in lines[1])
+    assert "3.00 |" in second and "SmoothAP" not in second
 
 
 def test_ratios_are_taken_round_by_round(monkeypatch, capsys):
@@ -129,7 +153,7 @@ def test_step_without_torchreid_is_told(monkeypatch, capsys):
         (["--sizes", "4"], "give multiples of 4 from 8 on"),
         (["--processes", "9", "--sizes", "8"], "--processes 9: more than the 8 embeddings of --sizes"),
         (["--processes", "2", "--step", "osnet_x0_25"], "choose one"),
-        (["--processes", "2", "--plot", "x.png"], "choose one"),
+        (["--processes", "2", "--markdown", "x.md"], "choose one"),
         pytest.param(
             ["--processes", "2", "--device", "cuda"],
             "there are 0 CUDA devices",
