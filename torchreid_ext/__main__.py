@@ -19,6 +19,7 @@ from torchreid_ext.checkpointing import file as checkpoint
 from torchreid_ext.checkpointing import resume as resuming
 from torchreid_ext.config import build as config
 from torchreid_ext.config.keys import describe
+from torchreid_ext.data.samplers import steps_per_epoch
 from torchreid_ext.evaluation import search as evaluation
 from torchreid_ext.runtime import distributed
 from torchreid_ext.runtime import random as generators
@@ -109,7 +110,7 @@ def train(cfg: config.Config) -> dict[str, Any]:
     print(f"Model {cfg.model.name}: {sum(p.numel() for p in model.parameters()):,} parameters")
     if cfg.model.load_weights:
         print(checkpoint.load_weights(model, cfg.model.load_weights))
-    criterion = config.build_criterion(cfg, model, datamanager.num_train_pids)
+    criterion = config.build_criterion(cfg, model, datamanager.num_train_pids, steps_per_epoch(datamanager))
     optimizer = config.build_optimizer(cfg, model, criterion)
     scheduler = config.build_scheduler(cfg, optimizer)
     engine = config.build_engine(cfg, datamanager, model, optimizer, scheduler, criterion)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from pytorch_metric_learning import losses, miners
+from pytorch_metric_learning.distances import CosineSimilarity
 from torch import nn
 from toy_data import make_image_manager, make_video_manager
 
@@ -54,11 +55,13 @@ CASES = {
     "weights": {"criterion": lambda: losses.ArcFaceLoss(CLASSES, FEATURES)},
     "proxies": {"criterion": lambda: losses.ProxyAnchorLoss(CLASSES, FEATURES), "weight_x": 0},
     "memory": {"criterion": lambda: CrossBatchMemory(DRSLoss(), FEATURES, 20)},
+    "memory that starts later": {"criterion": lambda: CrossBatchMemory(DRSLoss(), FEATURES, 20, warmup=3)},
     "several losses": {"criterion": lambda: losses.MultipleLosses([losses.SupConLoss(), losses.ContrastiveLoss()])},
     "fixed base": {"run": {"fixbase_epoch": 1, "open_layers": "classifier"}},
     "a loss that is not finite": {"run": {"skip_nonfinite": True}},
     "two views of each image": {
-        "criterion": lambda: CrossBatchMemory(DRSLoss(), FEATURES, 40),
+        # Two equal views have a Euclidean distance of 0, which rounding makes 1e-8.
+        "criterion": lambda: CrossBatchMemory(DRSLoss(distance=CosineSimilarity()), FEATURES, 40),
         "views": 2,
     },
     "channels last": {"run": {"channels_last": True}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torchreid_ext.config.data import build_datamanager
 from torchreid_ext.config.keys import DRSL_ARGUMENTS
 from torchreid_ext.config.node import Config, flat, get_default_config, plain
 from torchreid_ext.config.options import run_options
+from torchreid_ext.data.samplers import steps_per_epoch
 from torchreid_ext.engine import criteria, native
 from torchreid_ext.engine import pml as engines
 from torchreid_ext.recipe import neck as network
@@ -78,10 +80,15 @@ def build_model(cfg: Config, num_classes: int) -> nn.Module:
     return model
 
 
-def build_criterion(cfg: Config, model: nn.Module, num_classes: int) -> nn.Module | None:
+def build_criterion(cfg: Config, model: nn.Module, num_classes: int, steps: int | None = None) -> nn.Module | None:
     """The metric loss of ``loss.drsl`` or ``loss.pml``, on the model's device; None for torchreid's own losses.
 
     Give the loss to ``build_optimizer`` and to ``build_engine``, because it may have weights.
+
+    Args:
+        num_classes: number of training identities.
+        steps: number of training steps in an epoch, ``samplers.steps_per_epoch(datamanager)``. Only a
+            cross-batch memory needs it, unless the memory starts at once.
 
     Raises:
         InputError: for an unknown class or argument, or a combination that cannot be trained.
@@ -100,7 +107,16 @@ def build_criterion(cfg: Config, model: nn.Module, num_classes: int) -> nn.Modul
             raise InputError(f"loss.cross_camera is for loss.name drsl and pml, got {name!r}")
         return None
     sizes = network.feature_sizes(model, cfg.data.height, cfg.data.width)
-    criterion = criteria.build_criterion(f"loss.{name}", cfg.loss[name], described[name], num_classes, sizes)
+    memory_warmup = criteria.memory_warmup(f"loss.{name}", cfg.loss[name], cfg.train.warmup_epoch, steps)
+    if memory_warmup and steps and memory_warmup >= steps * cfg.train.max_epoch and distributed.is_first():
+        warnings.warn(
+            f"the cross-batch memory would start after {memory_warmup // steps} epochs, and train.max_epoch is "
+            f"{cfg.train.max_epoch}: it is never used; set loss.{name}.memory_start_epoch",
+            stacklevel=2,
+        )
+    criterion = criteria.build_criterion(
+        f"loss.{name}", cfg.loss[name], described[name], num_classes, sizes, memory_warmup
+    )
     return criterion.to(next(model.parameters()).device)
 
 
@@ -188,7 +204,7 @@ def build_engine(
     if cfg.loss[loss].get("weight_x", 1) == 0 and cfg.train.fixbase_epoch > 0:
         raise InputError(f"train.fixbase_epoch trains the classifier alone, which loss.{loss}.weight_x 0 leaves out")
     if criterion is None:
-        criterion = build_criterion(cfg, model, datamanager.num_train_pids)
+        criterion = build_criterion(cfg, model, datamanager.num_train_pids, steps_per_epoch(datamanager))
     arguments = dict(cfg.loss.triplet) if loss == "triplet" else {}
     if criterion is not None:
         arguments = _metric_arguments(cfg, criterion)

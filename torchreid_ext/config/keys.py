@@ -34,6 +34,10 @@ def _metric_loss(section: str, name: str) -> dict[str, Entry]:
             0,
             "number of features of past batches to compare with (cross-batch memory), for losses that can",
         ),
+        f"loss.{section}.memory_start_epoch": (
+            -1,
+            "epochs at the start without the memory; -1: as many as train.warmup_epoch, and at least one",
+        ),
         f"loss.{section}.weight_m": (1.0, f"weight of {name}"),
         f"loss.{section}.weight_x": (1.0, "weight of the identity cross-entropy"),
     }

@@ -125,6 +125,11 @@ def whole_batches(loader: DataLoader[Any]) -> DataLoader[Any]:
     return rebuilt(loader, loader.dataset, sampler=IdentitySampler(pids, loader.batch_size or 1, host.num_instances))
 
 
+def steps_per_epoch(datamanager: Any) -> int:
+    """The number of training steps that an engine takes in an epoch; each process of a run takes the same steps."""
+    return len(whole_batches(datamanager.train_loader))
+
+
 def check_trains(datamanager: Any) -> None:
     """Refuses training data that would train nothing, where torchreid says nothing.
 

@@ -163,7 +163,12 @@ class PerFeature(nn.ModuleList):
 
 
 def build_criterion(
-    key: str, section: Mapping[str, Any], loss: Mapping[str, Any], num_classes: int, sizes: Sequence[int]
+    key: str,
+    section: Mapping[str, Any],
+    loss: Mapping[str, Any],
+    num_classes: int,
+    sizes: Sequence[int],
+    memory_warmup: int = 0,
 ) -> nn.Module:
     """The metric loss of a config's section, with its distance, reducer and memory.
 
@@ -173,6 +178,7 @@ def build_criterion(
         loss: description of the loss, ``{"name": CLASS, ARGUMENT: VALUE, ...}``.
         num_classes: number of training identities.
         sizes: dimensions of each of the network's features.
+        memory_warmup: number of training steps before the memory starts.
 
     Raises:
         InputError: as :func:`build`, for a ``memory_size`` below 0, or for a loss that cannot have a memory.
@@ -187,12 +193,40 @@ def build_criterion(
         criterion = build(
             f"{key}.loss" if "loss" in section else key, {**described, **loss}, TABLES["loss"], from_the_data
         )
-        criteria.append(_with_memory(key, criterion, section, size))
+        criteria.append(_with_memory(key, criterion, section, size, memory_warmup))
     has_state = next(iter(criteria[0].parameters()), None) is not None or section["memory_size"]
     return PerFeature(criteria) if has_state and len(criteria) > 1 else criteria[0]
 
 
-def _with_memory(key: str, criterion: nn.Module, section: Mapping[str, Any], size: int) -> nn.Module:
+def memory_warmup(key: str, section: Mapping[str, Any], warmup_epoch: int, steps_per_epoch: int | None) -> int:
+    """The number of training steps before the cross-batch memory of a config's section starts.
+
+    Args:
+        key: the section's name, for messages.
+        section: ``memory_size`` and ``memory_start_epoch``, the number of epochs without the memory. -1 stands for the
+            epochs in which the learning rate rises, and for at least one epoch.
+        warmup_epoch: number of epochs in which the learning rate rises.
+        steps_per_epoch: number of training steps in an epoch; None if it is not known.
+
+    Raises:
+        InputError: for a ``memory_start_epoch`` below -1, or if the steps of an epoch are needed and not known.
+    """
+    start = section["memory_start_epoch"]
+    if start < -1:
+        raise InputError(f"{key}.memory_start_epoch must be 0 or more epochs, or -1 for the default, got {start}")
+    if start == -1:
+        start = max(1, warmup_epoch)
+    if not section["memory_size"] or not start:
+        return 0
+    if steps_per_epoch is None:
+        raise InputError(
+            f"{key}.memory_start_epoch: the number of steps in an epoch is needed to start the memory after {start} "
+            f"epochs; give it to build_criterion, or start the memory at once with memory_start_epoch 0"
+        )
+    return start * steps_per_epoch
+
+
+def _with_memory(key: str, criterion: nn.Module, section: Mapping[str, Any], size: int, warmup: int) -> nn.Module:
     memory_size, name = section["memory_size"], type(criterion).__name__
     if memory_size < 0:
         raise InputError(f"{key}.memory_size must be 0 (no memory) or more, got {memory_size}")
@@ -204,7 +238,7 @@ def _with_memory(key: str, criterion: nn.Module, section: Mapping[str, Any], siz
             f"{key}.memory_size is {memory_size}, but {name} cannot rank a memory; set it to 0, or take one of "
             f"{', '.join(supported)}"
         )
-    return CrossBatchMemory(criterion, size, memory_size, build_miner(key, section))
+    return CrossBatchMemory(criterion, size, memory_size, build_miner(key, section), warmup=warmup)
 
 
 def build_miner(key: str, section: Mapping[str, Any]) -> Any:

@@ -17,7 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from toy_data import make_image_manager
 
+from pml_drsl import DRSLoss
 from pml_drsl.checks import InputError
+from pml_drsl.wrappers import CrossBatchMemory
 from torchreid_ext.checkpointing import file as checkpoint
 from torchreid_ext.checkpointing import state as states
 from torchreid_ext.engine import pml as engines
@@ -127,6 +129,30 @@ def test_a_signal_saves_and_the_run_goes_on_as_it_would_have(tmp_path, signum, w
     resumed.run(str(tmp_path / "cut"), max_epoch=4, start_epoch=start, checkpoint_freq=10)
     assert same(final_state(whole, 4), final_state(resumed, 4))
     assert not same(final_state(whole, 4), final_state(stopped, 4))
+
+
+@pytest.mark.parametrize("warmup", [6, 7])
+@pytest.mark.parametrize(("epoch", "batch"), [(1, 2), (2, 0), (2, 1), (3, 0)])
+def test_a_memory_that_starts_later_is_resumed_as_it_would_have_been(tmp_path, warmup, epoch, batch):
+    """Three steps in an epoch: interrupted before, at and after the start of the memory."""
+
+    def fresh():
+        seed_everything(3)
+        return make_engine(tmp_path, criterion=CrossBatchMemory(DRSLoss(), 32, 20, warmup=warmup))
+
+    whole = fresh()
+    whole.run(str(tmp_path / "whole"), max_epoch=4, checkpoint_freq=10)
+    stopped = fresh()
+    signal_in(stopped, epoch, batch)
+    with pytest.raises(Interrupted):
+        stopped.run(str(tmp_path / "cut"), max_epoch=4, checkpoint_freq=10)
+    resumed = fresh()
+    seed_everything(99)
+    start = resumed.resume("auto", str(tmp_path / "cut"))
+    assert start == epoch and int(resumed.criterion.warmup_calls) == min(3 * epoch, warmup)
+    resumed.run(str(tmp_path / "cut"), max_epoch=4, start_epoch=start, checkpoint_freq=10)
+    assert same(final_state(whole, 4), final_state(resumed, 4))
+    assert int(resumed.criterion.warmup_calls) == warmup and resumed.criterion.queue_idx == (12 - warmup) * 8 % 20
 
 
 def test_a_signal_in_a_test(tmp_path):

@@ -16,6 +16,7 @@ from pml_drsl.wrappers import CrossBatchMemory
 from torchreid_ext import get_default_config
 from torchreid_ext.checkpointing import file as checkpoint
 from torchreid_ext.config import build as config
+from torchreid_ext.data.samplers import steps_per_epoch
 from torchreid_ext.engine import criteria
 from torchreid_ext.engine import pml as engines
 
@@ -46,7 +47,7 @@ def configured(tmp_path, loss, model="osnet_x0_25", data=None):
 def built(cfg, manager):
     torch.manual_seed(0)
     model = config.build_model(cfg, manager.num_train_pids)
-    criterion = config.build_criterion(cfg, model, manager.num_train_pids)
+    criterion = config.build_criterion(cfg, model, manager.num_train_pids, steps_per_epoch(manager))
     optimizer = config.build_optimizer(cfg, model, criterion)
     scheduler = config.build_scheduler(cfg, optimizer)
     return config.build_engine(cfg, manager, model, optimizer, scheduler, criterion)
@@ -167,7 +168,8 @@ def test_objects_inside_objects(tmp_path):
 
 @pytest.mark.parametrize("section", ["drsl", "pml"])
 def test_memory_keeps_past_batches_and_has_the_miner(tmp_path, section):
-    parts = {"memory_size": 20, "miner": {"name": "NegativeBudgetMiner", "negatives_per_positive": 2}}
+    parts = {"memory_size": 20, "memory_start_epoch": 0}
+    parts |= {"miner": {"name": "NegativeBudgetMiner", "negatives_per_positive": 2}}
     parts |= {"loss": "TripletMarginLoss"} if section == "pml" else {}
     engine = built(configured(tmp_path, {"name": section, section: parts}), make_image_manager(tmp_path))
     memory = engine.criterion
@@ -179,7 +181,57 @@ def test_memory_keeps_past_batches_and_has_the_miner(tmp_path, section):
     assert (memory.embedding_memory.norm(dim=1) > 0).all()
 
 
-@pytest.mark.parametrize("pml", [{"loss": "ProxyAnchorLoss"}, {"loss": "ContrastiveLoss", "memory_size": 16}])
+def with_memory(tmp_path, section, start, sampler="RandomIdentitySampler", warmup_epoch=0):
+    cfg = configured(tmp_path, {"name": section, section: {"memory_size": 64, "memory_start_epoch": start}})
+    cfg.train.warmup_epoch = warmup_epoch
+    return built(cfg, make_image_manager(tmp_path, train_sampler=sampler, num_instances=2, batch_size_train=10))
+
+
+@pytest.mark.parametrize(
+    ("start", "warmup_epoch", "epochs"), [(0, 5, 0), (2, 0, 2), (-1, 0, 1), (-1, 1, 1), (-1, 3, 3)]
+)
+def test_epochs_without_the_memory_are_so_many_steps(tmp_path, start, warmup_epoch, epochs):
+    for section, sampler in (("drsl", "RandomIdentitySampler"), ("pml", "RandomSampler")):
+        engine = with_memory(tmp_path, section, start, sampler, warmup_epoch)
+        # The length of torchreid's own RandomIdentitySampler would be another one.
+        assert engine.criterion.warmup == epochs * len(engine.train_loader)
+
+
+def test_a_memory_that_would_never_start_is_told(tmp_path):
+    with pytest.warns(UserWarning, match=r"would start after 1 epochs, and train.max_epoch is 1: .*memory_start_epoch"):
+        with_memory(tmp_path, "drsl", -1)
+
+
+def test_a_memory_starts_after_an_epoch(tmp_path):
+    engine = with_memory(tmp_path, "drsl", 1)
+    memory, stored = engine.criterion, []
+    engine.test = lambda **_: {}
+    step = engine.step
+
+    def step_and_look(loss):
+        step(loss)
+        stored.append(int((memory.embedding_memory != 0).any(1).sum()))
+
+    engine.step = step_and_look
+    engine.run(str(tmp_path / "log"), max_epoch=2)
+    steps = len(engine.train_loader)
+    assert stored == [0] * steps + [10 * (1 + step) for step in range(steps)]
+
+
+def test_what_a_memory_needs_to_know_to_start(tmp_path):
+    cfg = configured(tmp_path, {"name": "drsl", "drsl": {"memory_size": 64}})
+    with pytest.raises(ValueError, match=r"loss\.drsl\.memory_start_epoch: the number of steps in an epoch is needed"):
+        criterion_of(cfg)
+    cfg.loss.drsl.memory_start_epoch = 0
+    assert criterion_of(cfg).warmup == 0
+    cfg.loss.drsl.memory_start_epoch = -2
+    with pytest.raises(ValueError, match=r"memory_start_epoch must be 0 or more epochs, or -1 .* got -2"):
+        criterion_of(cfg)
+
+
+@pytest.mark.parametrize(
+    "pml", [{"loss": "ProxyAnchorLoss"}, {"loss": "ContrastiveLoss", "memory_size": 16, "memory_start_epoch": 0}]
+)
 def test_each_feature_of_a_network_has_weights_and_memory_of_its_own(tmp_path, pml):
     cfg = configured(tmp_path, {"name": "pml", "pml": pml}, model="hacnn")
     engine = built(cfg, make_image_manager(tmp_path, height=160, width=64))
