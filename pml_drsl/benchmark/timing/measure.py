@@ -82,26 +82,36 @@ def _discard(gradients: tuple[torch.Tensor, ...]) -> None:
     pass
 
 
-def seconds_of(step: Callable[[], None], device: str) -> float:
-    """Seconds of one call. On a GPU this includes waiting until the GPU has finished."""
+def seconds_of(step: Callable[[], None], device: str, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of one call by a clock. On a GPU this includes waiting until the GPU has finished."""
     _synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     step()
     _synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
+
+
+def clock_for(device: str) -> Callable[[], float]:
+    """The clock for steps on a device: processor time with one thread on the CPU, and elapsed time otherwise.
+
+    On a quiet machine both are equal. On a busy machine, processor time leaves out the time of other programs.
+    """
+    return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
 def take_turns(steps: Mapping[str, Callable[[], None]], seconds: float, device: str) -> dict[str, list[float]]:
     """The times of each step, in seconds. The steps take turns for about ``seconds``, and for at least three rounds.
 
-    Each turn makes two calls and measures the second one. The first call finds the caches filled by another step.
+    Each turn makes two calls and measures the second one. The first call finds the caches filled by another step. The
+    clock is that of ``clock_for``.
     """
+    clock = clock_for(device)
     times: dict[str, list[float]] = {name: [] for name in steps}
     rounds, end = 0, time.perf_counter() + seconds
     while rounds < FEWEST_ROUNDS or time.perf_counter() < end:
         for name, step in steps.items():
             step()
-            times[name].append(seconds_of(step, device))
+            times[name].append(seconds_of(step, device, clock))
         rounds += 1
     return times
 
@@ -148,7 +158,7 @@ def _probe(connection: Connection, name: str, size: int, dim: int, device: str, 
     times: list[float] = []
 
     def timed() -> None:
-        times.append(seconds_of(step, device))
+        times.append(seconds_of(step, device, clock_for(device)))
 
     try:
         peak = peak_bytes(timed, device)

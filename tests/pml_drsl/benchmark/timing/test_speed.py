@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+import time
 
 import pytest
 import torch
@@ -67,6 +68,18 @@ def test_ratios_are_taken_round_by_round(monkeypatch, capsys):
     assert main(["speed", "--sizes", "16", "--dims", "4", "--losses", "DRSL"]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  DRSL (default)"))
     assert line.split()[2:5] == ["6.00", "s", "2.00"]
+
+
+@pytest.mark.parametrize(("threads", "counts"), [(1, False), (2, True)])
+def test_waiting_does_not_count_with_one_thread(threads, counts):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        times = measure.take_turns({"wait": lambda: time.sleep(0.05)}, 0.01, "cpu")["wait"]
+    finally:
+        torch.set_num_threads(before)
+    assert len(times) == measure.FEWEST_ROUNDS
+    assert min(times) >= 0.05 if counts else max(times) < 0.05
 
 
 def test_what_needs_too_much_memory_or_time_is_said_so():
