@@ -36,12 +36,12 @@ config keys, with their defaults:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line.
 
-    Any other error than bad input, a loss that is not finite or a failure of the file system is a defect of the
-    program: it is raised, so that its traceback is printed.
+    Bad input, a loss that is not finite and an error of the file system are explained on stderr in one line. Any other
+    error is a defect of the program: it is raised, so that its traceback is printed.
 
     Returns:
-        The exit status: 0; 2 for bad input, explained on stderr in one line; 128 and the signal's number for a run
-        that SIGTERM or SIGINT stopped.
+        The exit status: 0 for success, 2 for an error that is explained in one line, or 128 plus the number of the
+        signal for a run that SIGTERM or SIGINT stopped.
     """
     args = _parser().parse_args(arguments)
     try:
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def read_config(args: argparse.Namespace) -> config.Config:
-    """Defaults, overridden by the file, then the flags, then the KEY VALUE pairs."""
+    """The configuration: the defaults, overridden by the file, then by the flags, then by the KEY VALUE pairs."""
     cfg = config.get_default_config()
     if args.config_file:
         cfg.merge_from_file(args.config_file)
@@ -100,7 +100,7 @@ def read_config(args: argparse.Namespace) -> config.Config:
 
 
 def train(cfg: config.Config) -> dict[str, Any]:
-    """Trains and tests as configured; returns the last test's results by target."""
+    """Trains and tests as configured; returns the results of the last test by target."""
     print(f"Configuration\n{cfg}\n")
     since = resuming.first_start(Path(cfg.data.save_dir))
     generators.seed_everything(cfg.train.seed)
@@ -115,7 +115,7 @@ def train(cfg: config.Config) -> dict[str, Any]:
     scheduler = config.build_scheduler(cfg, optimizer)
     engine = config.build_engine(cfg, datamanager, model, optimizer, scheduler, criterion)
     engine.config = config.flat(cfg)
-    # Not written to the configuration, which is to start the same run anew.
+    # The configuration keeps its own start_epoch, so that config.yaml starts the whole run again.
     start_epoch = cfg.train.start_epoch
     if since is not None and (done := engine.resume("auto", cfg.data.save_dir, since)):
         start_epoch = done
@@ -139,14 +139,14 @@ def train(cfg: config.Config) -> dict[str, Any]:
 
 
 def write_config(cfg: config.Config) -> None:
-    """Writes the whole configuration to ``config.yaml`` beside the results, for --config-file."""
+    """Writes the whole configuration to ``config.yaml`` beside the results. ``--config-file`` reads it again."""
     with checkpoint.replacing(Path(cfg.data.save_dir, "config.yaml")) as file:
         file.write(yaml.safe_dump(config.plain(cfg), sort_keys=False).encode())
 
 
 @contextlib.contextmanager
 def logged(folder: Path, name: str) -> Iterator[None]:
-    """Copies what the first process prints to ``folder/NAME.log-TIME``, and what ends the run before its end."""
+    """Copies the output of the first process to ``folder/NAME.log-TIME``, and the error that ends the run, if any."""
     if not distributed.is_first():
         yield
         return
