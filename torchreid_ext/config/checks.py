@@ -38,6 +38,12 @@ def check(cfg: Config) -> None:
         if len(cfg.data[key]) != 3:
             raise InputError(f"data.{key} takes a number for each of the 3 channels, got {cfg.data[key]}")
     run_options(cfg)
+    tracklets_differ = cfg.data.type == "video" and cfg.video.sample_method == "all"
+    if cfg.train.chunk_size and cfg.train.sync_batchnorm and tracklets_differ:
+        raise InputError(
+            "train.sync_batchnorm needs as many chunks in every process, but with video.sample_method all the numbers "
+            "of images differ; set train.sync_batchnorm to False, or train.chunk_size to 0"
+        )
     if not cfg.test.evaluate:
         in_groups = cfg.sampler.train_sampler in SAMPLERS
         distributed.check_share(cfg.train.batch_size, cfg.sampler.num_instances if in_groups else 1)

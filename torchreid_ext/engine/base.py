@@ -122,7 +122,7 @@ class BaseEngine(Tester, TrainingStep):
         self._checkpoints = RunCheckpoints(
             self, self._folder(chosen.save_dir), chosen.keep_checkpoints, self._resumed_from
         )
-        self.stepper = Stepper(chosen.amp, chosen.compiled, self.device.type, chosen.channels_last)
+        self.stepper = Stepper(chosen.amp, chosen.compiled, self.device.type, chosen.channels_last, chosen.chunk_size)
         self.start_epoch, self.max_epoch = chosen.start_epoch, chosen.max_epoch
         self.writer = None
         if distributed.is_first():

@@ -39,6 +39,13 @@ class RunOptions(EvaluationOptions):
         False,
         "keep images and weights in channels_last memory format, which is faster on GPUs with amp",
     )
+    chunk_size: int = option(
+        "train.chunk_size",
+        0,
+        "images that the network takes at a time in each process; memory then allows a larger train.batch_size, the "
+        "gradients are those of the whole batch, and there is a second forward pass; 0: all at once",
+        least=0,
+    )
     skip_nonfinite: bool = option(
         "train.skip_nonfinite", False, "skip a step whose loss is NaN or infinite, instead of stopping"
     )

@@ -1,9 +1,10 @@
-"""One step of the optimizers: mixed precision, compilation, memory format, and gradients of several processes."""
+"""One step of the optimizers: precision, compilation, memory format, chunks, and gradients of several processes."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from pml_drsl.checks import InputError
+from pml_drsl.chunks import forward_in_chunks
 from torchreid_ext.runtime import distributed
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,6 +30,8 @@ class Stepper:
         compiled: compile the network for training, with ``torch.compile``.
         device_type: of the network, ``"cpu"`` or ``"cuda"``.
         channels_last: keep the network's weights and images in the memory format of that name.
+        chunk_size: largest number of images that the network takes at a time, with the gradients of the whole batch, as
+            ``pml_drsl.LargeBatch`` explains; 0 gives the network the whole batch.
 
     Attributes:
         scaler: of the gradients; it does nothing but for ``"fp16"``.
@@ -37,13 +41,18 @@ class Stepper:
     """
 
     def __init__(
-        self, amp: str = "off", compiled: bool = False, device_type: str = "cpu", channels_last: bool = False
+        self,
+        amp: str = "off",
+        compiled: bool = False,
+        device_type: str = "cpu",
+        channels_last: bool = False,
+        chunk_size: int = 0,
     ) -> None:
         if amp not in AMP:
             raise InputError(f"train.amp must be one of {', '.join(AMP)}, got {amp!r}")
         self.dtype = AMP[amp]
         self.scaler = torch.amp.GradScaler(device_type, enabled=amp == "fp16")
-        self._compiled = compiled
+        self._compiled, self._chunk_size = compiled, chunk_size
         self._memory_format = torch.channels_last if channels_last else torch.preserve_format
         # Each with which of its parameters trained when it was made.
         self._networks: dict[nn.Module, tuple[list[bool], Any]] = {}
@@ -52,11 +61,10 @@ class Stepper:
         """The network's training output, tensors or nested tuples, lists and dictionaries of them."""
         network = self._network(model)
         images = images.to(memory_format=self._memory_format)
-        if self.dtype is None:
-            return network(images)
-        with torch.autocast(images.device.type, self.dtype):
-            output = network(images)
-        return _in_float32(output)
+        precision = nullcontext() if self.dtype is None else torch.autocast(images.device.type, self.dtype)
+        with precision:
+            output = forward_in_chunks(network, images, self._chunk_size) if self._chunk_size else network(images)
+        return output if self.dtype is None else _in_float32(output)
 
     def _network(self, model: nn.Module) -> Any:
         # The module itself stays as it is: evaluation, with batches of other sizes, would be compiled time and again,

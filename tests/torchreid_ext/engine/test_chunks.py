@@ -1,0 +1,145 @@
+"""``train.chunk_size``: the network takes a batch in chunks, and is trained as by the whole batch."""
+
+import pytest
+import shared_training
+import torch
+from killing import differing
+from torch import nn
+from toy_data import make_image_manager
+
+from pml_drsl.checks import InputError
+from torchreid_ext import get_default_config
+from torchreid_ext.checkpointing import state as states
+from torchreid_ext.config import checks
+from torchreid_ext.engine.pml import ImageDRSLEngine
+from torchreid_ext.engine.stepper import Stepper
+from torchreid_ext.recipe.neck import add_neck
+from torchreid_ext.runtime.random import seed_everything
+
+PLAIN = {name: case for name, case in shared_training.CASES.items() if "chunk_size" not in case.get("run", {})}
+
+
+def trained(folder, name, chunk_size, epochs=2, **changed):
+    """The engine after some epochs, with a batch of 12 images."""
+    case = PLAIN[name] | changed
+    engine = shared_training.make_engine(folder, name, **case)
+    seed_everything(7)
+    run = {"max_epoch": epochs, "start_eval": 9} | case.get("run", {})
+    engine.run(str(folder / f"log {chunk_size}"), chunk_size=chunk_size, **run)
+    return engine
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_every_engine_trains_as_on_the_whole_batch(tmp_path, name):
+    plain, *chunked = (states.copied(states.of_engine(trained(tmp_path, name, size), 2)) for size in (0, 5))
+    tolerance = 1e-5 if name == "float32" else 1e-9
+    for state in chunked:
+        assert state["training"]["skipped"] == (name == "a loss that is not finite")
+        for part in ("losses", "memories"):
+            torch.testing.assert_close(state["training"][part], plain["training"][part], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(state["state_dict"], plain["state_dict"], rtol=tolerance, atol=tolerance)
+
+
+def sizes_seen(engine):
+    """How many images the network saw in training, in each forward pass, and whether with a graph."""
+    seen = []
+
+    def note(stem, given):
+        if engine.model.training:
+            seen.append((len(given[0]), torch.is_grad_enabled()))
+
+    engine.model.stem.register_forward_pre_hook(note)
+    return seen
+
+
+def test_no_graph_is_larger_than_a_chunk(tmp_path):
+    engine = shared_training.make_engine(tmp_path, "drsl")
+    seen = sizes_seen(engine)
+    engine.run(str(tmp_path / "log"), max_epoch=1, chunk_size=5)
+    batches = len(engine.train_loader)
+    assert seen == ([(4, False)] * 3 + [(4, True)] * 3) * batches
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_a_resumed_run_ends_as_a_whole_one_bit_for_bit(tmp_path, amp):
+    ends, drawn = [], []
+    for stops in ((4,), (2, 4)):
+        for stop in stops:
+            engine = shared_training.make_engine(
+                tmp_path, "resumed", dropout=0.5, **PLAIN["weights"] | {"dtype": torch.float32}
+            )
+            log = str(tmp_path / str(stops))
+            start = engine.resume("auto", log) if stop > stops[0] else 0
+            engine.run(log, max_epoch=stop, start_epoch=start, eval_freq=2, chunk_size=5, amp=amp)
+        ends.append(states.copied(states.of_engine(engine, 4)))
+        drawn.append(torch.rand(5))
+    assert differing(*ends) == 0
+    assert torch.equal(*drawn)
+    assert ends[0]["state_dict"]["norm.num_batches_tracked"] == 4 * 3 * len(engine.train_loader)
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_half_precision_in_both_passes(amp):
+    found = []
+    for chunk_size in (0, 5):
+        torch.manual_seed(0)
+        model, precisions = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 4)), []
+        model[0].register_forward_hook(lambda layer, given, output, into=precisions: into.append(output.dtype))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        stepper = Stepper(amp, chunk_size=chunk_size)
+        output = stepper.forward(model, torch.linspace(-1, 1, 36).view(12, 3))
+        assert output.dtype == torch.float32
+        # So small that the scaled gradients are within half precision.
+        stepper.step(0.1 * output.square().mean(), [optimizer])
+        assert set(precisions) == {stepper.dtype} and len(precisions) == (6 if chunk_size else 1)
+        found.append([parameter.grad for parameter in model.parameters()])
+        found[-1] += [parameter.detach() for parameter in model.parameters()]
+    torch.testing.assert_close(*found, rtol=2**-6, atol=2**-12)
+
+
+class Small(nn.Module):
+    loss = "triplet"
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 3, 5, stride=4)
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        self.classifier = nn.Linear(12, 6)
+
+    def forward(self, images):
+        features = self.pool(self.stem(images))
+        return (self.classifier(features), features) if self.training else features
+
+
+def test_the_neck_s_batch_normalisation_sees_chunks_and_counts_every_image_once(tmp_path):
+    model = Small()
+    add_neck(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = ImageDRSLEngine(make_image_manager(tmp_path), model, optimizer=optimizer, use_gpu=False)
+    engine.run(str(tmp_path / "log"), max_epoch=2, chunk_size=5)
+    (norm,) = (layer for layer in model.modules() if isinstance(layer, nn.BatchNorm1d))
+    # Eight images are two chunks of four.
+    assert norm.num_batches_tracked == 2 * 2 * len(engine.train_loader)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_in_chunks_trains_as_the_plain_one(tmp_path):
+    found = [
+        trained(tmp_path, "drsl", 5, 1, dtype=torch.float32, run={"compiled": compiled}).model.state_dict()
+        for compiled in (False, True)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_bad_values_are_refused(tmp_path):
+    engine = shared_training.make_engine(tmp_path, "drsl")
+    for chunk_size in (-1, 2.5):
+        with pytest.raises(InputError, match=f"train.chunk_size.*got {chunk_size}"):
+            engine.run(str(tmp_path / "log"), max_epoch=1, chunk_size=chunk_size)
+    cfg = get_default_config()
+    cfg.train.chunk_size, cfg.train.sync_batchnorm = 8, True
+    cfg.data.type, cfg.video.sample_method = "video", "evenly"
+    checks.check(cfg)
+    cfg.video.sample_method = "all"
+    with pytest.raises(InputError, match="needs as many chunks in every process"):
+        checks.check(cfg)
