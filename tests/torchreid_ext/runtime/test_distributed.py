@@ -21,6 +21,7 @@ from torchreid_ext.checkpointing import file as checkpoint
 from torchreid_ext.checkpointing import resume as resuming
 from torchreid_ext.checkpointing.folder import History
 from torchreid_ext.config import build as config
+from torchreid_ext.config import data as data_config
 from torchreid_ext.runtime import distributed
 from torchreid_ext.runtime.signals import Interrupted
 
@@ -222,7 +223,7 @@ def test_synchronised_batch_normalisation_on_the_cpu(monkeypatch):
     cfg.train.sync_batchnorm = True
     config.build_model(cfg, 6)
     monkeypatch.setattr(distributed, "size", lambda: 2)
-    with pytest.raises(ValueError, match=r"train.sync_batchnorm: torch has it on GPUs alone"):
+    with pytest.raises(ValueError, match=r"train.sync_batchnorm: torch has it only on GPUs"):
         config.build_model(cfg, 6)
 
 
@@ -241,7 +242,7 @@ def two_of_gloo():
 
 @pytest.mark.parametrize(
     "ends, error, message",
-    [(False, TimeoutError, "waited 1 seconds .* make train.timeout larger"), (True, ConnectionError, "process ended")],
+    [(False, TimeoutError, "waited 1 seconds .* increase train.timeout"), (True, ConnectionError, "process ended")],
 )
 def test_waiting_processes_get_an_error_when_another_hangs_or_ends(monkeypatch, ends, error, message):
     monkeypatch.setattr(distributed, "launched", lambda: True)
@@ -256,7 +257,7 @@ def test_waiting_processes_get_an_error_when_another_hangs_or_ends(monkeypatch, 
 def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch, capsys):
     monkeypatch.setattr(distributed, "on_this_machine", lambda: 3)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
-    assert config._workers(4) == config._workers(-1) == 2
+    assert data_config._workers(4) == data_config._workers(-1) == 2
     assert "there are 2 cores for each training process" in capsys.readouterr().out
 
 
