@@ -94,6 +94,11 @@ def _without_gradient_of_zeros(x: Tensor) -> Tensor:
     return torch.where(has_direction, x, x.detach())
 
 
+def _plus_transposed(w: Tensor) -> Tensor:
+    # A copy of the transposed matrix goes by blocks. ``w + w.T`` does not, and takes five times as long on a CPU.
+    return w.T.clone(memory_format=torch.contiguous_format).add_(w)
+
+
 class _Normalized(torch.autograd.Function):
     """``y = x / norm``. Its gradient, ``(grad - y (y . grad)) / norm``, takes a third of the passes of autograd's."""
 
@@ -132,7 +137,7 @@ class _EuclideanDistances(torch.autograd.Function):
         w = (grad / d).masked_fill_(d == 0, 0)
         with full_precision(x.device.type):
             if ref is None:
-                w = w + w.T
+                w = _plus_transposed(w)
                 return torch.addmm(x * w.sum(1, keepdim=True), w, x, alpha=-1), None
             needs_x, needs_ref = ctx.needs_input_grad
             grad_x = torch.addmm(x * w.sum(1, keepdim=True), w, ref, alpha=-1) if needs_x else None
@@ -155,6 +160,6 @@ class _InnerProducts(torch.autograd.Function):
         x, ref = ctx.saved_tensors
         with full_precision(x.device.type):
             if ref is None:
-                return (grad + grad.T) @ x, None
+                return _plus_transposed(grad) @ x, None
             needs_x, needs_ref = ctx.needs_input_grad
             return grad @ ref if needs_x else None, grad.T @ x if needs_ref else None

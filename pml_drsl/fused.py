@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from pml_drsl.pairs import Pairs, SparseMask
 
@@ -149,12 +148,15 @@ class _CountAhead(torch.autograd.Function):
         count = torch.empty_like(d)
         weighted = None if weight is None else torch.empty_like(d)
         for block in _blocks(distances, d, query, settings):
-            ahead = F.softplus(block.x) if settings.bound else block.x.sigmoid_()
+            if distances.device.type == "cpu" and len(block.row) == len(query):
+                ctx.kept = block
+            if settings.bound:
+                ahead = torch.ops.aten.softplus.out(block.x, out=torch.empty_like(block.x) if ctx.kept else block.x)
+            else:
+                ahead = block.x.sigmoid_()
             torch.sum(ahead, 1, out=count[block.pairs])
             if weight is not None and weighted is not None:
                 torch.sum(ahead * weight[block.rows][block.row], 1, out=weighted[block.pairs])
-            if len(block.row) == len(query) and distances.device.type == "cpu":
-                ctx.kept = block
         if settings.bound:
             count.div_(math.log(2))
         return (d, count) if weighted is None else (d, count, weighted)
@@ -175,7 +177,13 @@ class _CountAhead(torch.autograd.Function):
             grad_own, grad_distances = torch.empty_like(grad_d), torch.zeros_like(distances)
             blocks = [ctx.kept] if ctx.kept else _blocks(distances, distances[query, own], query, settings)
             for block in blocks:
-                ahead = block.x if ctx.kept and not settings.bound else block.x.sigmoid()
+                # The kept block is G, or for the bound the argument of G. A second backward pass needs it unchanged.
+                if ctx.kept is None:
+                    ahead = slope = block.x.sigmoid_()
+                elif settings.bound:
+                    ahead = slope = block.x.sigmoid()
+                else:
+                    ahead, slope = block.x, torch.empty_like(block.x)
                 grad = grad_count[block.pairs, None]
                 if weight is not None and grad_weight is not None:
                     of_weighted = grad_weighted[0][block.pairs, None]
@@ -185,7 +193,7 @@ class _CountAhead(torch.autograd.Function):
                 if settings.bound:
                     slope = ahead.mul_(grad / math.log(2))
                 else:
-                    slope = torch.ops.aten.sigmoid_backward(grad.expand_as(ahead), ahead)
+                    torch.ops.aten.sigmoid_backward.grad_input(grad.expand_as(ahead), ahead, grad_input=slope)
                 torch.sum(slope, 1, out=grad_own[block.pairs])
                 grad_distances[block.rows].index_add_(0, block.row, slope, alpha=-1)
         grad_distances.index_put_((query, own), grad_d + grad_own, accumulate=True)

@@ -147,3 +147,13 @@ def test_the_distance_matrix_is_that_of_pml(size, distance):
         inputs = [x] if ref is None else [x, ref]
         gradients = (torch.autograd.grad((weights * mat).sum(), inputs) for mat in (ours, pml))
         torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("distance", [LpDistance(), CosineSimilarity()])
+def test_the_given_gradient_is_not_changed_whatever_its_layout(distance):
+    x = torch.randn(30, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(30, 30, dtype=torch.float64).fill_diagonal_(0)
+    before = weight.clone()
+    gradients = [torch.autograd.grad(distance_matrix(distance, x), x, w)[0] for w in (weight.T, weight.T.contiguous())]
+    torch.testing.assert_close(*gradients)
+    assert torch.equal(weight, before)

@@ -312,6 +312,14 @@ def test_fact_7_identical_and_zero_embeddings_are_finite(distance, dtype, size):
         assert torch.isfinite(x.grad).all()
 
 
+@pytest.mark.parametrize("bound", [False, True])
+def test_a_second_backward_pass_gives_the_same_gradient(bound):
+    x, labels = make_batch(2)
+    loss = make_loss(0.1, bound=bound)(x, labels)
+    first, second = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
 def test_two_views_may_share_their_labels():
     x, labels = make_batch(2)
     view = make_batch(3)[0]
