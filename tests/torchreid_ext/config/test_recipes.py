@@ -4,10 +4,12 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchreid
 import yaml
+from PIL import Image
 from toy_data import write_images
 
 from torchreid_ext import get_default_config
@@ -84,6 +86,24 @@ def test_twins_on_viper_differ_in_their_loss_alone(loss):
     for cfg in (drsl, twin):
         cfg.loss.name = cfg.data.save_dir = cfg.loss.pml.loss = ""
     assert drsl == twin
+
+
+def test_viper_trains_once_its_images_are_in_place(tmp_path):
+    """torchreid reads VIPeR by its name from the folders that the configuration describes, and downloads nothing."""
+    generator = np.random.default_rng(0)
+    for camera in ("cam_a", "cam_b"):
+        folder = tmp_path / "viper" / "VIPeR" / camera
+        folder.mkdir(parents=True)
+        for person in range(16):
+            pixels = generator.integers(0, 256, (12, 6, 3), dtype=np.uint8)
+            # A PNG whose name ends in .bmp.
+            Image.fromarray(pixels).save(folder / f"{person:03}.bmp", format="png")
+    log = tmp_path / "log"
+    words = ["train.max_epoch", "1", "train.batch_size", "8", "data.workers", "0", "data.split_id", "2"]
+    config_file = str(CONFIGS[0].parent / "viper_mobilenetv2_drsl.yaml")
+    assert main(["--config-file", config_file, "--root", str(tmp_path), *words, "data.save_dir", str(log)]) == 0
+    assert json.loads((log / "metrics.json").read_text())["viper"]["num_query"] == 8
+    assert len(json.loads((tmp_path / "viper" / "splits.json").read_text())) == 20
 
 
 def test_the_strong_baseline_is_what_its_paper_says():
