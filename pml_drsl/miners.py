@@ -172,7 +172,7 @@ class NegativeBudgetMiner(RankingMiner):
         if self.seed is None:
             return torch.rand(rows, columns, device=device)
         # Every call draws on the CPU, from a generator of its own. The draws are then the same on every device, and
-        # those of two seeds are independent. The buffer lets a restored run go on with the draws it would have made.
+        # two seeds draw independently. The buffer lets a restored run go on with the draws it would have made.
         (mixed,) = np.random.SeedSequence((self.seed, int(self.num_calls))).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(mixed))
         self.num_calls += 1

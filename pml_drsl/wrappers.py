@@ -34,7 +34,7 @@ class SelfSupervisedLoss(losses.SelfSupervisedLoss):
 class CrossBatchMemory(losses.CrossBatchMemory):
     """PML's ``CrossBatchMemory``, which also accepts ``DRSLoss``, with a warm-up.
 
-    The references of a batch are the embeddings in the memory, which are those of earlier batches and of the batch
+    The references of a batch are the embeddings in the memory: the embeddings of earlier batches and of the batch
     itself. No query is its own positive: PML forgets that in a batch of one. ``RankViolationMiner`` and
     ``NegativeBudgetMiner`` are told which entry of the memory is the query itself.
 
@@ -43,10 +43,11 @@ class CrossBatchMemory(losses.CrossBatchMemory):
     as every miner returns them; positives and negatives are looked up in the memory. (PML takes them for positions in
     the memory, which hold other images after the first batch.) To have mined pairs only, give the miner to the memory.
 
-    Wang et al. (XBM, CVPR 2020) start the memory after a warm-up, since the features of an untrained network drift:
-    those of earlier batches are then no references for the present ones. During the warm-up the loss is computed on the
-    batch alone, with gradients in both embeddings of a pair, and nothing is stored. The memory is therefore empty when
-    the warm-up ends. The number of finished warm-up calls is a buffer, so that a restored run goes on exactly.
+    Wang et al. (XBM, CVPR 2020) start the memory after a warm-up. The features of an untrained network drift, so the
+    features of earlier batches cannot be compared with the features of the present batch. During the warm-up the loss
+    is computed on the batch alone, with gradients in both embeddings of a pair, and nothing is stored. The memory is
+    therefore empty when the warm-up ends. The number of finished warm-up calls is a buffer, so that a restored run
+    goes on exactly.
 
     Args:
         loss: a loss of PML that supports a memory, or ``DRSLoss``.
