@@ -28,11 +28,11 @@ class Part:
 
 
 PARTS = {
-    "tests": Part("CUDA tests", gpu_checks.tests, 150),
-    "fp16": Part("fp16 training", gpu_checks.fp16, 60),
-    "evaluation": Part("evaluation", gpu_checks.evaluation, 45),
-    "neck": Part("neck", gpu_checks.neck, 55),
-    "nccl": Part("NCCL, one process", gpu_checks.nccl, 45),
+    "tests": Part("CUDA tests", gpu_checks.tests, 180),
+    "fp16": Part("fp16 training", gpu_checks.fp16, 55),
+    "evaluation": Part("evaluation", gpu_checks.evaluation, 40),
+    "neck": Part("neck", gpu_checks.neck, 45),
+    "nccl": Part("NCCL, one process", gpu_checks.nccl, 40),
     "loss": Part("loss alone", gpu_speed.loss, 55),
     "step": Part("training step", gpu_speed.step, 60),
 }

@@ -154,9 +154,10 @@ def test_one_process_goes_through_the_exchange(tmp_path: Path, monkeypatch: pyte
     assert gathered and not dist.is_initialized()
 
 
-def test_a_wrong_result_fails() -> None:
-    assert gpu_checks._agreement("same", [torch.ones(2)], [torch.ones(2)]).passed
-    assert not gpu_checks._agreement("other", [torch.ones(2)], [torch.tensor([1.0, 1.1])]).passed
+@pytest.mark.parametrize(("found", "passed"), [([1.0, 0.0], True), ([1.0, 0.1], False), ([float("nan"), 0.0], False)])
+def test_a_wrong_result_fails(found: list[float], passed: bool) -> None:
+    same, wanted = torch.ones(2), torch.tensor([1.0, 0.0])
+    assert gpu_checks._agreement("name", [torch.tensor(found), same], [wanted, same]).passed == passed
 
 
 @pytest.mark.slow
