@@ -21,10 +21,9 @@ from torchreid_ext.runtime import distributed
 class IdentitySampler(Sampler[int]):
     """Batches of ``batch_size / num_instances`` identities with ``num_instances`` images each.
 
-    An epoch shows every image at most once, but for identities with fewer than ``num_instances`` images, which it
-    shows once each, filled up with repetitions. It makes as many batches as that allows: with ``g_i`` groups of
-    ``num_instances`` images of identity i and P identities in a batch, the largest B with
-    ``sum over i of min(g_i, B) >= P * B``.
+    An epoch shows every image at most once. Only an identity with fewer than ``num_instances`` images shows images more
+    than once, to fill its group. An epoch has as many batches as this allows: with ``g_i`` groups of ``num_instances``
+    images of identity i and P identities in a batch, the largest B with ``sum over i of min(g_i, B) >= P * B``.
 
     Args:
         pids: identity of each training sample.
@@ -32,7 +31,7 @@ class IdentitySampler(Sampler[int]):
         num_instances: samples of an identity in a batch, >= 1.
 
     Raises:
-        InputError: if the numbers do not fit, or there are too few identities to fill a batch.
+        InputError: if the numbers do not fit together, or if there are too few identities to fill a batch.
     """
 
     def __init__(self, pids: Sequence[int], batch_size: int, num_instances: int) -> None:
@@ -43,7 +42,7 @@ class IdentitySampler(Sampler[int]):
             members[pid].append(index)
         self._members = [np.array(indices) for indices in members.values()]
         groups = np.array([max(1, len(indices) // num_instances) for indices in self._members])
-        # sum(min(g, B)) - P * B is concave in B and 0 at B = 0: the allowed B are all those up to the largest.
+        # sum(min(g, B)) - P * B is concave in B and 0 at B = 0, so that every B up to the largest is allowed.
         low, high = 0, int(groups.sum()) // self.identities
         while low < high:
             middle = (low + high + 1) // 2
@@ -62,8 +61,8 @@ class IdentitySampler(Sampler[int]):
         surplus = int(left.sum()) - self.num_batches * self.identities
         np.subtract.at(left, rng.choice(np.repeat(np.arange(len(left)), left), surplus, replace=False), 1)
         for batches_left in range(self.num_batches, 0, -1):
-            # An identity with as many groups as batches are left must be in all of them; the others are drawn in
-            # proportion to what they have left, so that no few of them remain at the end.
+            # An identity that has as many groups left as there are batches left must be in each of them. The other
+            # identities are drawn in proportion to their groups left, so that many identities are left at the end.
             chosen = np.flatnonzero(left == batches_left)
             weights = np.where(left < batches_left, left, 0)
             missing = self.identities - len(chosen)
@@ -75,7 +74,7 @@ class IdentitySampler(Sampler[int]):
                 yield from groups[identity].pop()
 
     def _grouped(self, indices: Any, rng: np.random.Generator) -> list[list[int]]:
-        """The indices in random groups of ``num_instances``, the odd ones left out."""
+        """The indices in random groups of ``num_instances``; an incomplete group is left out."""
         size = self.num_instances
         if len(indices) < size:
             indices = np.concatenate([indices, rng.choice(indices, size - len(indices))])
@@ -84,7 +83,7 @@ class IdentitySampler(Sampler[int]):
 
 
 class PerClassSampler(MPerClassSampler):
-    """pytorch-metric-learning's ``MPerClassSampler``, without its memory of the last epoch's order.
+    """pytorch-metric-learning's ``MPerClassSampler``, whose order does not depend on earlier epochs.
 
     Args:
         pids: identity of each training sample.
@@ -102,7 +101,7 @@ class PerClassSampler(MPerClassSampler):
         self._ordered = list(self.labels)
 
     def __iter__(self) -> Iterator[int]:
-        # The epochs after a resumption would otherwise shuffle another order.
+        # MPerClassSampler shuffles its labels in place. A resumed run would otherwise shuffle another order.
         self.labels = list(self._ordered)
         return map(int, super().__iter__())
 
@@ -111,9 +110,10 @@ SAMPLERS = {"RandomIdentitySampler": IdentitySampler, "MPerClassSampler": PerCla
 
 
 def whole_batches(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """A loader like ``loader``, but with ``IdentitySampler`` in the place of torchreid's ``RandomIdentitySampler``.
+    """A loader like ``loader``, with ``IdentitySampler`` in the place of torchreid's ``RandomIdentitySampler``.
 
-    That one has another length than it says, and lets an identity straddle two batches, or fill one alone.
+    torchreid's sampler draws fewer images than its length says. It also splits the images of an identity between two
+    batches, and fills a batch with a single identity.
 
     Raises:
         InputError: as ``IdentitySampler``.
@@ -185,6 +185,11 @@ def warn_if_positives_are_rare(loader: DataLoader[Any], loss: str) -> None:
 
 def check_batch(pids: Sequence[int], batch_size: int, num_instances: int) -> int:
     """The number of identities in a batch.
+
+    Args:
+        pids: identity of each training sample.
+        batch_size: samples in a batch.
+        num_instances: samples of an identity in a batch.
 
     Raises:
         InputError: if a batch cannot be filled with whole groups of at least two identities.

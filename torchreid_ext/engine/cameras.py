@@ -1,4 +1,4 @@
-"""Ranking across cameras: which pairs of a batch evaluation would count."""
+"""Leaves pairs of one identity and one camera out of the training, as evaluation leaves them out of the gallery."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import Tensor
 
 
 def cross_camera_pairs(pids: Tensor, camids: Tensor, mined: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
-    """Pairs of a batch without those of one identity and one camera, which evaluation leaves out of the gallery.
+    """The pairs of a batch, without the pairs of one identity and one camera.
 
     Args:
         pids: identities, shape (N,), integer.
         camids: cameras, shape (N,), integer.
-        mined: what a miner chose: pairs (a1, p, a2, n) or triplets (a, p, n), as indices below N; None for all pairs.
+        mined: the choice of a miner, pairs (a1, p, a2, n) or triplets (a, p, n) of indices below N; None for all pairs.
 
     Returns:
-        Pairs (a1, p, a2, n), or triplets if those were mined. Each positive is of another camera than its anchor. No
-        negative is of its anchor's identity, so these stay.
+        Pairs (a1, p, a2, n), or triplets if the miner chose triplets. Each positive has another camera than its anchor.
+        All negatives stay, because a negative has another identity than its anchor.
     """
     if mined is None:
         same = pids[:, None] == pids

@@ -1,4 +1,4 @@
-"""Metric losses by name: what ``loss.pml`` and ``loss.drsl`` of a config describe, as objects."""
+"""Builds the losses, miners, reducers and distances that a config describes by name."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ NOT_TRAINED = {
     "DynamicSoftMarginLoss": "in pytorch-metric-learning 2.9 its second batch fails, as its histogram keeps the first",
     "ManifoldLoss": "it makes up its own classes and takes no identities",
 }
-"""Names of ``pytorch_metric_learning.losses`` that ``loss.pml.loss`` does not take, and why."""
+"""Names of ``pytorch_metric_learning.losses`` that ``loss.pml.loss`` refuses, with the reason."""
 
 FROM_THE_DATA = {
     "num_classes": "classes",
     "embedding_size": "size",
-    # P2SGradLoss's name for it.
+    # P2SGradLoss calls its embedding size so.
     "descriptors_dim": "size",
 }
-"""Required arguments of losses that nobody has to give: the number of training identities, the features' size."""
+"""Required arguments of losses that are filled in: the number of training identities and the size of the features."""
 
 WITHOUT_PAIRS = (
     losses.CrossBatchMemory,
@@ -56,12 +56,12 @@ WITHOUT_PAIRS = (
     losses.SmoothAPLoss,
     losses.SoftTripleLoss,
 )
-"""Losses that an ``indices_tuple`` does not tell which pairs to leave out: they refuse it, take it for weights, or
-(the memory) ask about embeddings whose cameras nobody knows."""
+"""Losses that cannot leave out the pairs that an ``indices_tuple`` leaves out. They refuse it, or take it for weights.
+The memory would need the cameras of its embeddings, which it does not store."""
 
 
 def _classes(base: type, *modules: ModuleType) -> dict[str, type]:
-    """The subclasses of ``base`` in modules, by name."""
+    """The subclasses of ``base`` in some modules, by name."""
     return {
         name: found
         for module in modules
@@ -81,9 +81,9 @@ TABLES: dict[str, dict[str, type]] = {
 
 
 def parameters(kind: type) -> dict[str, inspect.Parameter]:
-    """The named arguments a class is made with, those that it passes on as ``**kwargs`` included.
+    """The named arguments of a class, including the arguments that it passes to its base class as ``**kwargs``.
 
-    What an abstract class requires, its subclasses give it themselves: those are left out.
+    Required arguments of an abstract base class are left out, because its subclasses give them.
     """
     found: dict[str, inspect.Parameter] = {}
     for part in kind.__mro__:
@@ -110,19 +110,19 @@ def _signature(kind: type) -> str:
 def build(
     key: str, spec: Mapping[str, Any], table: Mapping[str, type], from_the_data: Mapping[str, int] | None = None
 ) -> Any:
-    """The object that ``{"name": CLASS, ARGUMENT: VALUE, ...}`` describes.
+    """Builds the object that ``{"name": CLASS, ARGUMENT: VALUE, ...}`` describes.
 
-    A value that is itself such a mapping becomes an object too, at any depth.
+    A value that is such a description itself becomes an object too, at any depth.
 
     Args:
         key: config key, for messages.
         spec: the description.
-        table: classes by name.
-        from_the_data: values of required arguments that the description leaves out.
+        table: the known classes by name.
+        from_the_data: values of required arguments, used if the description has none.
 
     Raises:
-        InputError: for an unknown name (with the nearest), an unknown or missing argument (with the signature), or a
-            value that the class refuses.
+        InputError: for an unknown name (the message gives the nearest name), for an unknown or missing argument (the
+            message gives the signature), or for a value that the class refuses.
     """
     arguments = dict(spec)
     name = arguments.pop("name", None)
@@ -159,7 +159,7 @@ def _objects(key: str, value: Any) -> Any:
 
 
 class PerFeature(nn.ModuleList):
-    """A loss of its own for each feature of a network that has several; for losses that have weights or a memory."""
+    """One loss for each feature of a network with several features, for losses that have weights or a memory."""
 
 
 def build_criterion(
@@ -170,7 +170,7 @@ def build_criterion(
     sizes: Sequence[int],
     memory_warmup: int = 0,
 ) -> nn.Module:
-    """The metric loss of a config's section, with its distance, reducer and memory.
+    """Builds the metric loss of a config's section, with its distance, its reducer and its memory.
 
     Args:
         key: the section's name, for messages.
@@ -181,11 +181,12 @@ def build_criterion(
         memory_warmup: number of training steps before the memory starts.
 
     Raises:
-        InputError: as :func:`build`, for a ``memory_size`` below 0, or for a loss that cannot have a memory.
+        InputError: as ``build``, for a ``memory_size`` below 0, or for a loss that does not support a memory.
     """
     described = {part: section[part] for part in ("distance", "reducer") if section[part]}
     for part, spec in described.items():
-        # Built to be checked under its own name; the loss gets another, since each has its own statistics.
+        # This object is built only to check the description under its own key. Each loss gets an object of its own,
+        # because the object keeps statistics.
         build(f"{key}.{part}", spec, TABLES[part])
     criteria: list[nn.Module] = []
     for size in sizes:
@@ -235,12 +236,12 @@ def _with_memory(key: str, criterion: nn.Module, section: Mapping[str, Any], siz
     supported = CrossBatchMemory.supported_losses()
     if name not in supported:
         raise InputError(
-            f"{key}.memory_size is {memory_size}, but {name} cannot rank a memory; set it to 0, or take one of "
+            f"{key}.memory_size is {memory_size}, but {name} does not support a memory; set it to 0, or take one of "
             f"{', '.join(supported)}"
         )
     return CrossBatchMemory(criterion, size, memory_size, build_miner(key, section), warmup=warmup)
 
 
 def build_miner(key: str, section: Mapping[str, Any]) -> Any:
-    """The miner of a config's section, or None; raises InputError as :func:`build`."""
+    """Builds the miner of a config's section; None if it has no miner. Raises InputError as ``build``."""
     return build(f"{key}.miner", section["miner"], TABLES["miner"]) if section["miner"] else None

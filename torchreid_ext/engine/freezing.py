@@ -1,4 +1,4 @@
-"""Which layers of a model train."""
+"""Chooses which layers of a network train, and which are frozen."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torchreid_ext.runtime import distributed
 
 
 class Layers:
-    """Opens and closes the children of a model; parameters that were frozen at construction stay frozen.
+    """Freezes and unfreezes the children of a network; parameters that the user froze before stay frozen.
 
     Args:
-        model: a network, in ``DataParallel`` or not.
+        model: a network, which may be inside ``DataParallel``.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -23,19 +23,20 @@ class Layers:
         self._frozen = {id(p) for p in model.parameters() if not p.requires_grad}
 
     def check(self, names: Iterable[str]) -> None:
-        """Raises InputError for a name that no child has."""
+        """Raises InputError if one of the names is not the name of a child."""
         unknown = [name for name in names if name not in self._children]
         if unknown:
             raise InputError(
-                f"train.open_layers: the model has no {', '.join(unknown)}, but {', '.join(self._children)}"
+                f"train.open_layers: the model has no layer {', '.join(unknown)}; its layers are "
+                f"{', '.join(self._children)}"
             )
 
     def open_all(self) -> None:
-        """All children train, their parameters as far as they were not frozen."""
+        """Lets all children train, except for the parameters that the user froze."""
         self.open_only(self._children)
 
     def open_only(self, names: Iterable[str]) -> None:
-        """The named children train; the others are in evaluation mode and without gradients."""
+        """Lets only the named children train; the others get no gradients and are in evaluation mode."""
         names = set(names)
         for name, child in self._children.items():
             child.train(name in names)

@@ -25,33 +25,47 @@ from torchreid_ext.runtime import distributed
 
 
 class ImagePMLEngine(BaseEngine):
-    """Trains with a loss of pytorch-metric-learning on the features and cross-entropy on the identity logits.
+    """Trains with a loss of pytorch-metric-learning (PML) on the features and cross-entropy on the identity logits.
 
-    Of several processes, each has its share of the batch; criterion and miner see the whole batch.
+    In a run of several processes, each process has its share of the batch. The criterion and the miner see the whole
+    batch.
 
     A model that returns several features or logits in training (``pcb_p6``, ``hacnn``) is trained on the mean of
-    their losses. What is logged: ``loss_m``, ``loss_x``, ``acc`` (of the first logits, in percent), and the
+    their losses. The log shows ``loss_m``, ``loss_x``, ``acc`` (accuracy of the first logits in percent), and the
     statistics of a criterion that has ``collect_stats``.
+
+    Example::
+
+        import torchreid
+        import torchreid_ext
+        from pytorch_metric_learning.losses import MultiSimilarityLoss
+
+        datamanager = torchreid.data.ImageDataManager(
+            root="reid-data", sources="market1501", train_sampler="RandomIdentitySampler", batch_size_train=64
+        )
+        model = torchreid.models.build_model("osnet_x1_0", datamanager.num_train_pids, loss="triplet")
+        optimizer = torchreid.optim.build_optimizer(model, lr=0.0015)
+        engine = torchreid_ext.ImagePMLEngine(datamanager, model, optimizer, MultiSimilarityLoss())
+        results = engine.run(max_epoch=60, save_dir="log/osnet")
 
     Args:
         datamanager: a data manager of torchreid.
-        model: a network of torchreid built with ``loss="triplet"``, or any that returns ``(logits, features)`` in
-            training and features otherwise.
-        optimizer: of the model's parameters, and of the criterion's if it has any.
-        criterion: a loss of pytorch-metric-learning, or a ``PerFeature`` of one for each of the model's features.
+        model: a network of torchreid built with ``loss="triplet"``, or any network that returns
+            ``(logits, features)`` in training and features otherwise.
+        optimizer: an optimizer of the parameters of the model, and of the criterion if the criterion has parameters.
+        criterion: a loss of PML, or a ``PerFeature`` with one loss for each of the model's features.
         weight_m: weight of the criterion, >= 0.
-        weight_x: weight of the cross-entropy, >= 0; not both 0.
-        miner: a miner of pytorch-metric-learning, applied to the features.
-        scheduler: a learning rate scheduler, stepped each epoch; None keeps the rate.
-        use_gpu: evaluate on CUDA where there is a device. Training is where the model is.
+        weight_x: weight of the cross-entropy, >= 0; one of the two weights is above 0.
+        miner: a miner of PML, applied to the features. A ``CrossBatchMemory`` takes its miner itself.
+        scheduler: a learning rate scheduler, stepped after each epoch; None keeps the rate.
+        use_gpu: evaluate on CUDA if there is a device. Training takes place on the device of the model.
         label_smooth: smooth the labels of the cross-entropy by 0.1.
-        cross_camera: leave pairs of one identity and one camera out of the criterion's positives and negatives, as
-            evaluation does; what a miner chose is filtered.
+        cross_camera: leave pairs of one identity and one camera out of the positives and negatives of the criterion,
+            as evaluation does. The choice of a miner is filtered in the same way.
 
     Raises:
-        InputError: for a weight below 0, a criterion or miner that is not PML's, a criterion whose parameters the
-            optimizer does not have, a criterion that takes no pairs with ``cross_camera``, or a model that does not
-            return what the weights need.
+        InputError: for a weight below 0, for a criterion, miner and optimizer that do not fit together (see
+            ``check_criterion``), or for a model that does not return what the weights need.
     """
 
     def __init__(
@@ -103,7 +117,7 @@ class ImagePMLEngine(BaseEngine):
         return torch.stack(terms).sum(), summary
 
     def _split(self, output: Any) -> tuple[list[Tensor], list[Tensor]]:
-        """The logits and the features of a training output."""
+        """The logits and the features of each head in the model's output."""
         if self.weight_m == 0 and isinstance(output, Tensor):
             return [output], []
         if not isinstance(output, (tuple, list)) or len(output) != 2:
@@ -144,7 +158,7 @@ class ImagePMLEngine(BaseEngine):
         return torch.stack(losses).mean()
 
     def _pairs(self, features: Tensor, pids: Tensor, camids: Tensor | None) -> Any:
-        """Pairs or triplets of the whole batch; None for all."""
+        """The chosen pairs or triplets of the whole batch; None for all pairs."""
         if self.miner is None and camids is None:
             return None
         features, pids = gather_batch(features.detach(), pids)
@@ -165,15 +179,22 @@ class ImagePMLEngine(BaseEngine):
 
 
 class VideoPMLEngine(Tracklets, ImagePMLEngine):
-    """``ImagePMLEngine`` for tracklets: trained on their frames, tested on their pooled features.
+    """``ImagePMLEngine`` for tracklets: it trains on their frames and tests on their pooled features.
+
+    Example::
+
+        datamanager = torchreid.data.VideoDataManager(
+            root="reid-data", sources="mars", train_sampler="RandomIdentitySampler", batch_size_train=8, seq_len=8
+        )
+        engine = torchreid_ext.VideoPMLEngine(datamanager, model, optimizer, criterion, pooling_method="avg")
 
     Args:
-        pooling_method: ``"avg"`` or ``"max"``.
+        pooling_method: ``"avg"`` or ``"max"``; the other arguments are the arguments of ``ImagePMLEngine``.
     """
 
 
 class _DRSLByDefault:
-    """Mixed into an engine, makes its ``criterion`` optional: ``DRSLoss()``."""
+    """Mixed into an engine: its ``criterion`` is ``DRSLoss()`` by default."""
 
     def __init__(
         self,
@@ -189,8 +210,20 @@ class _DRSLByDefault:
 
 
 class ImageDRSLEngine(_DRSLByDefault, ImagePMLEngine):
-    """``ImagePMLEngine`` whose criterion is ``DRSLoss()`` where none is given."""
+    """``ImagePMLEngine`` whose criterion is ``DRSLoss()`` by default.
+
+    Example::
+
+        engine = torchreid_ext.ImageDRSLEngine(datamanager, model, optimizer)
+        results = engine.run(max_epoch=60, save_dir="log/osnet", dist_metric="cosine")
+    """
 
 
 class VideoDRSLEngine(_DRSLByDefault, VideoPMLEngine):
-    """``VideoPMLEngine`` whose criterion is ``DRSLoss()`` where none is given."""
+    """``VideoPMLEngine`` whose criterion is ``DRSLoss()`` by default.
+
+    Example::
+
+        engine = torchreid_ext.VideoDRSLEngine(datamanager, model, optimizer, pooling_method="avg")
+        results = engine.run(max_epoch=60, save_dir="log/mars")
+    """

@@ -1,4 +1,4 @@
-"""Tracklets in a batch: frames side by side for the network, pooled for retrieval."""
+"""Training on the frames of tracklets, and retrieval with their pooled features."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ POOLING: dict[str, Callable[[Tensor], Tensor]] = {"avg": lambda frames: frames.m
 
 
 def collate_tracklets(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of tracklets whose lengths may differ (``video.sample_method: all``), shape (N, longest, C, H, W).
+    """A batch of tracklets, shape (N, longest, C, H, W); their lengths may differ (``video.sample_method: all``).
 
-    Frames that a tracklet lacks are NaN.
+    Shorter tracklets are filled up with frames of NaN.
     """
     longest = max(len(item["img"]) for item in items)
     return default_collate([{**item, "img": _padded(item["img"], longest)} for item in items])
@@ -29,21 +29,21 @@ def _padded(images: Tensor, length: int) -> Tensor:
 
 
 def _frames(images: Tensor) -> tuple[Tensor, Tensor]:
-    """All frames that there are, shape (M, C, H, W), and how many of them each tracklet has, shape (N,)."""
+    """The frames of all tracklets without the filling, shape (M, C, H, W), and the length of each, shape (N,)."""
     there = ~images[:, :, 0, 0, 0].isnan()
     return images[there], there.sum(1)
 
 
 class Tracklets:
-    """Mixed into an engine: trains on the frames of tracklets and tests on their pooled features, as torchreid's.
+    """Mixed into an engine: trains on the frames of tracklets and tests on their pooled features.
 
-    Unlike torchreid's, it takes tracklets of different lengths in a batch.
+    torchreid's video engines do the same, but take no tracklets of different lengths in a batch.
 
     Args:
-        pooling_method: ``"avg"`` or ``"max"``.
+        pooling_method: how the features of the frames become one feature, ``"avg"`` or ``"max"``.
 
     Raises:
-        InputError: for another.
+        InputError: for another ``pooling_method``.
     """
 
     model: Any

@@ -1,4 +1,4 @@
-"""What a recipe changes in a network of the zoo, without touching its code: the neck, the last stride."""
+"""Changes networks of torchreid's zoo in place: the batch normalisation neck and the last stride."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torchreid_ext.runtime import distributed
 
 @dataclass(frozen=True)
 class Head:
-    """What a neck sees and gives: features before it and after it, shape (N, D), and logits, shape (N, classes)."""
+    """Features before and after a neck, each of shape (N, D), and the logits, shape (N, classes)."""
 
     before: Tensor
     after: Tensor
@@ -23,19 +23,20 @@ class Head:
 
 
 class NeckClassifier(nn.Linear):
-    """A classifier without bias behind a batch normalisation without shift (Luo et al., "A strong baseline and batch
-    normalization neck", TMM 2019): the metric loss sees the features before it, cross-entropy and retrieval those
-    after it.
+    """A classifier without bias behind a batch normalisation without shift, the neck.
+
+    The metric loss gets the features before the neck; cross-entropy and retrieval get the features after the neck (Luo
+    et al., "A strong baseline and batch normalization neck", TMM 2019).
 
     Args:
-        classifier: the layer whose place it takes.
+        classifier: the linear layer that this layer replaces.
     """
 
     def __init__(self, classifier: nn.Linear) -> None:
         super().__init__(classifier.in_features, classifier.out_features, bias=False)
         nn.init.normal_(self.weight, std=0.001)
         self.neck = nn.BatchNorm1d(classifier.in_features)
-        # Not a frozen zero: an engine that opens all layers again would train it.
+        # A bias that is frozen at zero would be trained by an engine that unfreezes all layers.
         self.neck.register_parameter("bias", None)
 
     def forward(self, features: Tensor) -> Head:  # type: ignore[override]
@@ -44,7 +45,7 @@ class NeckClassifier(nn.Linear):
 
 
 class _WithNeck(nn.Module):
-    """Mixed into the class of a network whose classifiers are ``NeckClassifier``, which it hands through as logits."""
+    """Mixed into the class of a network whose classifiers are ``NeckClassifier``."""
 
     loss: str
 
@@ -55,7 +56,8 @@ class _WithNeck(nn.Module):
         return (_blank, (kind,), *reduced[2:])
 
     def forward(self, images: Tensor) -> Any:
-        # Only in training the zoo's networks return what their classifiers gave. Their layers keep their own mode.
+        # The networks of the zoo return the output of their classifiers only in training. This switches the mode of
+        # the network alone: its layers keep their mode.
         mode, self.training = self.training, True
         try:
             output = super().forward(images)
@@ -86,12 +88,13 @@ def _one_or_all(tensors: list[Tensor]) -> Tensor | list[Tensor]:
 
 
 def add_neck(model: nn.Module) -> None:
-    """Gives a network of the zoo a neck before each of its classifiers, in place.
+    """Puts a neck before each classifier of a network of the zoo, in place.
 
-    In training it returns its logits, and the features before the necks where it was built with ``loss="triplet"``;
-    otherwise the features after the necks, side by side. A network with several classifiers (``pcb_p6``: one for each
-    part; ``hacnn``: global and local) has as many features. Its layers keep their names, so that its weights load as
-    before, but for the classifiers' biases.
+    In training the network returns its logits, and also the features before the necks if it was built with
+    ``loss="triplet"``. In evaluation it returns the features after the necks, concatenated. A network with several
+    classifiers (``pcb_p6``: one for each part; ``hacnn``: global and local) has one feature for each classifier. The
+    layers keep their names, so that weights of the network without a neck load; only the biases of the classifiers are
+    gone.
 
     Raises:
         InputError: for a network without a linear layer named ``classifier...``.
@@ -109,20 +112,20 @@ def add_neck(model: nn.Module) -> None:
     kind: Any = type(model)
     if not found:
         raise InputError(
-            f"model.bnneck: {kind.__name__} has no linear layer named classifier to put a neck before; leave it off"
+            f"model.bnneck: {kind.__name__} has no linear layer named classifier to put a neck before; set it to False"
         )
     model.__class__ = _class_with_neck(kind)
 
 
 def set_last_stride(model: nn.Module, name: str) -> None:
-    """Makes the last stage of a network keep the resolution of its input (its stride 1), in place.
+    """Sets the stride of the last stage of a network to 1, in place, so that the stage keeps its resolution.
 
     Args:
         model: a network whose last stage is named ``layer4``, as in every kind of ResNet.
-        name: its name in messages.
+        name: name of the network for messages.
 
     Raises:
-        InputError: for a network without such a stage.
+        InputError: for a network without a ``layer4``.
     """
     stage = getattr(model, "layer4", None)
     if not isinstance(stage, nn.Module):
@@ -137,18 +140,20 @@ def set_last_stride(model: nn.Module, name: str) -> None:
 
 @torch.no_grad()
 def feature_sizes(model: nn.Module, height: int, width: int) -> list[int]:
-    """Dimensions of each of the features that a network built with ``loss="triplet"`` returns in training.
+    """The dimension of each feature that a network built with ``loss="triplet"`` returns in training.
 
-    One black image is passed through it; it is left as it was.
+    One black image is passed through the network. The state of the network does not change.
 
     Args:
         model: the network.
-        height, width: of its images in pixels.
+        height: height of its images in pixels.
+        width: width of its images in pixels.
     """
     network = distributed.unwrapped(model)
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
-    # The network alone: in training it returns its features, and its layers still gather no statistics.
+    # Only the network itself is in training mode, so that it returns its features. Its layers stay in evaluation mode
+    # and gather no statistics.
     network.training = True
     try:
         parameter = next(network.parameters())

@@ -1,4 +1,4 @@
-"""Learning rates that rise before they fall."""
+"""Warm-up of the learning rate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from pml_drsl.checks import InputError
 
 
 def warmed_up(optimizer: Optimizer, scheduler: Any, epochs: int) -> Any:
-    """A scheduler that multiplies another's rate (or a constant one) by 1/N, 2/N, ..., 1 in the first N epochs.
+    """Adds a linear warm-up to a scheduler: the learning rate is multiplied by 1/N, 2/N, ..., 1 in the first N epochs.
+
+    Args:
+        optimizer: the optimizer.
+        scheduler: a scheduler of the optimizer; None for a constant learning rate.
+        epochs: number N of epochs of the warm-up; 0 and 1 change nothing.
 
     Raises:
         InputError: for a negative number of epochs.

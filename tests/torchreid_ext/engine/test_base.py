@@ -415,7 +415,7 @@ def test_fixed_base_then_all_but_what_was_frozen(tmp_path, capsys):
     assert torch.equal(before["stem.bias"], engine.model.stem.bias)
     assert not torch.equal(before["stem.weight"], engine.model.stem.weight)
     assert "Only train classifier (epoch: 1/1)" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="the model has no head, but stem, body, classifier"):
+    with pytest.raises(ValueError, match="the model has no layer head; its layers are stem, body, classifier"):
         engine.run(str(tmp_path / "log"), max_epoch=1, fixbase_epoch=1, open_layers=["head"])
 
 

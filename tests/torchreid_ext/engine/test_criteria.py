@@ -263,7 +263,10 @@ def test_each_feature_of_a_network_has_weights_and_memory_of_its_own(tmp_path, p
             r"loss\.pml\.loss: delta and n_bins must satisfy[^;]*; HistogramLoss is HistogramLoss\(n_bins=None",
         ),
         ({"drsl": {"memory_size": -1}}, r"loss\.drsl\.memory_size must be 0 \(no memory\) or more, got -1"),
-        ({"pml": {"loss": "ArcFaceLoss", "memory_size": 8}}, "memory_size is 8, but ArcFaceLoss cannot rank a memory"),
+        (
+            {"pml": {"loss": "ArcFaceLoss", "memory_size": 8}},
+            "memory_size is 8, but ArcFaceLoss does not support a memory",
+        ),
         ({"softmax": {}, "cross_camera": True}, "loss.cross_camera is for loss.name drsl and pml, got 'softmax'"),
     ],
 )

@@ -35,5 +35,5 @@ def test_open_and_close(wrap):
 def test_unknown_layers_are_refused():
     layers = Layers(network())
     layers.check(["body", "stem"])
-    with pytest.raises(ValueError, match="the model has no clasifier, but stem, body, classifier"):
+    with pytest.raises(ValueError, match="the model has no layer clasifier; its layers are stem, body, classifier"):
         layers.check(["clasifier", "body"])
