@@ -270,7 +270,7 @@ def test_torchreids_checkpoint_is_resumed_from(tmp_path, capsys):
     state |= {"optimizer": engine.optimizer.state_dict(), "scheduler": engine.scheduler.state_dict()}
     torch.save(state, tmp_path / "host.pth")
     assert make_engine(tmp_path).resume(str(tmp_path / "host.pth")) == 3
-    assert "holds no random state" in capsys.readouterr().out
+    assert "has no random state" in capsys.readouterr().out
 
 
 # Steps.
