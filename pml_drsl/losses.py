@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pytorch_metric_learning.distances import BaseDistance, LpDistance
+from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity
 from pytorch_metric_learning.losses import BaseMetricLossFunction
 from torch import Tensor
 
@@ -32,7 +32,9 @@ class _Statistic:
 
     def __get__(self, instance: Any, owner: type) -> float:
         if self.name not in vars(instance):
-            raise AttributeError(f"{owner.__name__} has no {self.name}; make it with collect_stats=True")
+            raise AttributeError(
+                f"{owner.__name__} has no {self.name}; it needs collect_stats=True (sort_error: and sort_weight > 0)"
+            )
         return float(vars(instance)[self.name])
 
 
@@ -71,21 +73,25 @@ class DRSLoss(BaseMetricLossFunction):
     The sub-losses, for a ``MultipleReducers``, are ``"retrieval_loss"`` and ``"sort_loss"`` (``sort_weight``
     included), with one error per (query, positive) pair. With ``collect_stats=True`` the attributes
     ``retrieval_error`` and ``sort_error`` give the mean over the queries of the batch of each error, unweighted, and
-    ``num_queries`` gives the number of queries with a term. The errors stay on the device until they are read.
+    ``num_queries`` gives the number of queries with a term. With a ``sort_weight`` of 0 there is no ``sort_error``.
+    The errors stay on the device until they are read.
 
     Args:
-        temperature: softness of the ranks, > 0, in units of distance (which is in [0, 2] by default).
-        sort_weight: weight of the sort error, >= 0.
+        temperature: softness of the ranks, > 0, in units of distance. (By default the distance is the cosine similarity
+            with its sign changed, in [-1, 1].)
+        sort_weight: weight of the sort error, >= 0. The default is 0, which ranks by distance alone: docs/benchmark.md
+            has the measurements behind it. Give 0.3, say, to sort by angle too.
         margin: distance by which negatives must follow positives; any finite number.
         query_chunk_size: queries whose distances are computed at once; bounds memory, changes no value.
             None chooses it so that one chunk of distances takes 64 MiB, or as much as the references.
-        bound: train an upper bound of the retrieval error. It has a gradient where the error itself has none left:
-            where a positive is far behind its negatives, as at the beginning of training, or where negatives are very
-            many. It is ``log(1 + false_pos(i) / rank_pos(i))``, minus the log of the precision at i, with
-            ``log2(1 + exp(x / temperature))`` in place of G in ``false_pos`` (the bound of Burges et al., ICML 2005).
-        **kwargs: arguments of ``BaseMetricLossFunction``: ``distance`` (default: ``LpDistance()``, the Euclidean
-            distance between normalised embeddings; a similarity enters with its sign changed; ``BatchedDistance`` and
-            ``p`` or ``power`` below 1, whose gradient is infinite at a distance of 0, are refused), ``reducer``
+        bound: train an upper bound of the retrieval error (True, the default), or the error itself (False). The bound
+            has a gradient where the error itself has none left: where a positive is far behind its negatives, as at
+            the beginning of training, or where negatives are very many. It is ``log(1 + false_pos(i) / rank_pos(i))``,
+            minus the log of the precision at i, with ``log2(1 + exp(x / temperature))`` in place of G in ``false_pos``
+            (the bound of Burges et al., ICML 2005).
+        **kwargs: arguments of ``BaseMetricLossFunction``: ``distance`` (default: ``CosineSimilarity()``; a
+            similarity enters with its sign changed; ``BatchedDistance`` and ``p`` or ``power`` below 1, whose gradient
+            is infinite at a distance of 0, are refused), ``reducer``
             (default: ``PerQueryReducer``), ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``.
 
     Raises:
@@ -98,11 +104,11 @@ class DRSLoss(BaseMetricLossFunction):
 
     def __init__(
         self,
-        temperature: float = 0.01,
-        sort_weight: float = 0.3,
+        temperature: float = 0.1,
+        sort_weight: float = 0.0,
         margin: float = 0.0,
         query_chunk_size: int | None = None,
-        bound: bool = False,
+        bound: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -121,10 +127,11 @@ class DRSLoss(BaseMetricLossFunction):
         self.query_chunk_size = query_chunk_size
         self.bound = bool(bound)
         self.add_to_recordable_attributes(list_of_names=["temperature", "sort_weight", "margin"], is_stat=False)
-        self.add_to_recordable_attributes(list_of_names=["retrieval_error", "sort_error", "num_queries"], is_stat=True)
+        stats = ["retrieval_error", *(["sort_error"] if sort_weight > 0 else []), "num_queries"]
+        self.add_to_recordable_attributes(list_of_names=stats, is_stat=True)
 
     def get_default_distance(self) -> BaseDistance:
-        return LpDistance()
+        return CosineSimilarity()
 
     def get_default_reducer(self) -> PerQueryReducer:
         return PerQueryReducer()
@@ -221,7 +228,8 @@ class DRSLoss(BaseMetricLossFunction):
         """Keeps the mean over queries of each error, on the device."""
         weight = pairs.weights(retrieval.dtype)
         self.retrieval_error = torch.dot(retrieval.detach(), weight)
-        self.sort_error = 0.0 if sort is None else torch.dot(sort.detach(), weight)
+        if sort is not None:
+            self.sort_error = torch.dot(sort.detach(), weight)
         self.num_queries = pairs.num_queries
 
     def _sub_loss_names(self) -> list[str]:
