@@ -430,15 +430,14 @@ def test_lines_and_scalars(tmp_path, capsys):
     # Every second batch, and the last one of each epoch.
     assert [line[0] for line in lines] == [f"epoch: [{epoch}/2][{batch}/3]" for epoch in (1, 2) for batch in (2, 3)]
     assert [part.split()[0] for part in lines[0]] == [
-        "epoch:", "time", "data", "eta", "loss_m", "retrieval_error", "sort_error", "num_queries", "loss_x", "acc",
-        "lr",
+        "epoch:", "time", "data", "eta", "loss_m", "retrieval_error", "num_queries", "loss_x", "acc", "lr",
     ]  # fmt: skip
     assert [line[-1] for line in lines] == ["lr 0.010000"] * 2 + ["lr 0.005000"] * 2
     # No progress bar into a file.
     assert "it/s" not in out + err and "%|" not in out + err
     events = EventAccumulator(str(tmp_path / "log")).Reload()
     tags = set(events.Tags()["scalars"])
-    assert tags >= {"Train/loss_m", "Train/loss_x", "Train/retrieval_error", "Train/sort_error", "Train/lr"}
+    assert tags >= {"Train/loss_m", "Train/loss_x", "Train/retrieval_error", "Train/lr"}
     assert tags >= {"Test/toy/mAP", "Test/toy/rank1"}
     assert [event.step for event in events.Scalars("Train/lr")] == list(range(6))
     assert [event.value for event in events.Scalars("Train/lr")] == pytest.approx([0.01] * 3 + [0.005] * 3)
