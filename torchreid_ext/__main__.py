@@ -17,6 +17,7 @@ import yaml
 from pml_drsl.checks import InputError
 from torchreid_ext.checkpointing import file as checkpoint
 from torchreid_ext.checkpointing import resume as resuming
+from torchreid_ext.commands.next_commands import next_commands
 from torchreid_ext.config import build as config
 from torchreid_ext.config.keys import describe
 from torchreid_ext.data.samplers import steps_per_epoch
@@ -135,6 +136,9 @@ def train(cfg: config.Config) -> dict[str, Any]:
     if len(columns) > 1:
         evaluation.print_side_by_side(columns, cfg.test.ranks)
     print(f'Checkpoints, TensorBoard log and metrics.json are in "{cfg.data.save_dir}"')
+    if cfg.data.type == "image" and not cfg.test.evaluate:
+        query, gallery = ([item[0] for item in split] for split in datamanager.fetch_test_loaders(cfg.data.targets[0]))
+        print(next_commands(cfg.data.save_dir, query, gallery))
     return columns["trained"]
 
 

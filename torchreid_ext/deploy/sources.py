@@ -134,6 +134,8 @@ def _listed(source: str) -> Images:
 def list_folder(folder: str) -> Images:
     """All images below a folder, in the order of their names, as gallery images.
 
+    The name of the folder itself is no identity: it is the folder of a whole collection.
+
     Raises:
         InputError: if the folder is missing or has no image.
     """
@@ -142,7 +144,7 @@ def list_folder(folder: str) -> Images:
     images = Images()
     for name in walk(Path(folder)):
         if name.lower().endswith(SUFFIXES):
-            entry = named(str(Path(folder, name)), f"{Path(folder).absolute().name}/{name}")
+            entry = named(str(Path(folder, name)), name)
             if entry.identity != _LEFT_OUT:
                 images.gallery.append(entry)
         else:

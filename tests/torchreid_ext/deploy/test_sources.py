@@ -62,8 +62,8 @@ def test_folders_of_identities(tmp_path):
 
 
 def test_images_without_names_are_a_gallery(tmp_path):
-    images = list_images([draw(tmp_path / "x", "one.png", "deep/er/two.JPG")])
-    assert short(images.gallery) == [("two.JPG", "", ""), ("one.png", "", "")]
+    images = list_images([draw(tmp_path / "x", "IMG_1.png", "deep/er/two.JPG")])
+    assert short(images.gallery) == [("IMG_1.png", "", ""), ("two.JPG", "", "")]
     assert not images.query and not images.labelled
 
 
