@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable
 
 from pml_drsl.checks import InputError
-from torchreid_ext.deploy.extraction import cores
+from pml_drsl.machine import available_cores
 from torchreid_ext.runtime import distributed
 
 
@@ -42,7 +42,11 @@ def add_device(made: argparse.ArgumentParser) -> None:
         "--batch-size", type=int, metavar="N", help="images in a batch (test.batch_size of the configuration)"
     )
     made.add_argument(
-        "--workers", type=int, metavar="N", default=min(4, cores()), help="processes that read images (%(default)s)"
+        "--workers",
+        type=int,
+        metavar="N",
+        default=min(4, available_cores()),
+        help="processes that read images (%(default)s)",
     )
     made.add_argument(
         "--skip-damaged", action="store_true", help="leave out images that cannot be read, and list them at the end"

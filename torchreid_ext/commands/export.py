@@ -1,4 +1,4 @@
-"""Writes a trained network to a file that other programs load: ONNX, TorchScript or torch.export.
+"""Writes a trained network to a file in ONNX, TorchScript or torch.export, which other programs load.
 
 The file takes a batch of any size, [N, 3, height, width] in RGB order with values in [0, 1], and gives [N, D] features.
 The normalisation is part of the file, so do not normalise before it; with --without-normalisation, do. Before the file

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from pml_drsl.checks import InputError
 from pml_drsl.evaluation.ranking import share
 from torchreid_ext.deploy.images import Preprocessing
 from torchreid_ext.deploy.model import TrainedModel
-from torchreid_ext.evaluation.extraction import Samples, gather_samples
+from torchreid_ext.evaluation.extraction import Samples, together
 from torchreid_ext.runtime import distributed
 
 
@@ -89,24 +88,12 @@ def extract_files(
     damaged: list[str] = []
 
     def extract() -> Samples | None:
-        parts, kept = [], list[int]()
-        for batch in tqdm(loader, desc=description, leave=False, disable=None):
-            read = [(index, image) for index, image in batch if isinstance(image, Tensor)]
-            reasons = [image for _, image in batch if isinstance(image, str)]
-            if reasons and not skip_damaged:
-                raise InputError(f"{reasons[0]}, or leave such images out with --skip-damaged")
-            damaged.extend(reasons)
-            if read:
-                parts.append(model.features(torch.stack([image for _, image in read])))
-                kept += [index for index, _ in read]
-        if not parts:
-            return None
-        return Samples(torch.cat(parts), np.array(kept), np.array(kept))
+        return _extract(model, tqdm(loader, desc=description, leave=False, disable=None), skip_damaged, damaged)
 
     if group is None:
         found = extract()
     else:
-        found = gather_samples(extract, model.device, group)
+        found = together(extract, model.device, group)
         told: list[Any] = [None] * distributed.size()
         torch.distributed.all_gather_object(told, damaged, group)
         damaged = [reason for reasons in told for reason in reasons]
@@ -115,6 +102,20 @@ def extract_files(
     return Features(found.features, found.pids.tolist(), damaged)
 
 
-def cores() -> int:
-    """The number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _extract(
+    model: TrainedModel, batches: Iterable[list[tuple[int, Tensor | str]]], skip_damaged: bool, damaged: list[str]
+) -> Samples | None:
+    """The features of the images of some batches, with their positions in place of identities and cameras."""
+    parts, kept = [], list[int]()
+    for batch in batches:
+        read = [(index, image) for index, image in batch if isinstance(image, Tensor)]
+        reasons = [image for _, image in batch if isinstance(image, str)]
+        if reasons and not skip_damaged:
+            raise InputError(f"{reasons[0]}, or leave such images out with --skip-damaged")
+        damaged.extend(reasons)
+        if read:
+            parts.append(model.features(torch.stack([image for _, image in read])))
+            kept += [index for index, _ in read]
+    if not parts:
+        return None
+    return Samples(torch.cat(parts), np.array(kept), np.array(kept))

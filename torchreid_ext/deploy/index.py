@@ -153,24 +153,30 @@ class FeatureIndex:
         self._index = index
 
     def _measure(self) -> None:
-        """Reads twice as many lists until the recall is high enough, and notes the recall."""
+        """Finds how many lists to read for the recall to be high enough, within a sixteenth, and notes the recall."""
         index, held = self._index, self._sampled()
         queries = index.reconstruct_batch(held)
         index.nprobe = index.nlist  # all lists: exact
         _, truth = index.search(queries, NEAREST + 1)
-        read = 1
-        while True:
-            index.nprobe = min(read, index.nlist)
+        others = max(1, int((truth != held[:, None]).sum()))
+
+        def share(read: int) -> float:
+            index.nprobe = read
             _, found = index.search(queries, NEAREST + 1)
-            shared = [
-                len(np.intersect1d(mine, exact[exact != own]))
-                for mine, exact, own in zip(found, truth, held, strict=True)
-            ]
-            share = float(np.sum(shared)) / max(1, int((truth != held[:, None]).sum()))
-            if share >= TARGET_RECALL or index.nprobe == index.nlist:
-                break
-            read *= 2
-        self.recall = Recall(share, index.nprobe, index.nlist)
+            rows = zip(found, truth, held, strict=True)
+            return sum(len(np.intersect1d(mine, exact[exact != own])) for mine, exact, own in rows) / others
+
+        enough, few = 1, 0
+        while (found := share(enough)) < TARGET_RECALL and enough < index.nlist:
+            few, enough = enough, min(2 * enough, index.nlist)
+        while enough - few > max(1, enough // 16):
+            middle = (few + enough) // 2
+            if (more := share(middle)) < TARGET_RECALL:
+                few = middle
+            else:
+                found, enough = more, middle
+        index.nprobe = enough
+        self.recall = Recall(found, enough, index.nlist)
 
     def _sampled(self) -> Array:
         """The numbers of some features, the same whenever the index is the same."""
