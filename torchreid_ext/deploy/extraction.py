@@ -16,7 +16,7 @@ from pml_drsl.checks import InputError
 from pml_drsl.evaluation.ranking import share
 from torchreid_ext.deploy.images import Preprocessing
 from torchreid_ext.deploy.model import TrainedModel
-from torchreid_ext.evaluation.extraction import Samples, together
+from torchreid_ext.evaluation.extraction import Samples, gather_samples
 from torchreid_ext.runtime import distributed
 
 
@@ -93,7 +93,7 @@ def extract_files(
     if group is None:
         found = extract()
     else:
-        found = together(extract, model.device, group)
+        found = gather_samples(extract, model.device, group)
         told: list[Any] = [None] * distributed.size()
         torch.distributed.all_gather_object(told, damaged, group)
         damaged = [reason for reasons in told for reason in reasons]
