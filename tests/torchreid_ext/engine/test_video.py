@@ -10,6 +10,7 @@ import torchreid
 import torchreid_ext
 from torchreid_ext import build_engine, get_default_config
 from torchreid_ext.config import build as config
+from torchreid_ext.data.samplers import steps_per_epoch
 from torchreid_ext.data.synthetic import tracklets as synthetic_tracklets
 from torchreid_ext.data.synthetic.tracklets import SyntheticTracklets, draw_tracklets
 from torchreid_ext.engine.video import collate_tracklets
@@ -92,7 +93,7 @@ def built(root, loss, sample_method, pooling="avg", **changes):
     torchreid.utils.set_random_seed(0)
     manager = config.build_datamanager(cfg)
     model = config.build_model(cfg, manager.num_train_pids)
-    criterion = config.build_criterion(cfg, model, manager.num_train_pids)
+    criterion = config.build_criterion(cfg, model, manager.num_train_pids, steps_per_epoch(manager))
     return build_engine(cfg, manager, model, config.build_optimizer(cfg, model, criterion), None, criterion)
 
 
