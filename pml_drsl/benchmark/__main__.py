@@ -12,6 +12,7 @@ from pml_drsl.checks import InputError
 
 # Each is a module of this package with `add_arguments(parser)` and `run(args) -> int`, imported only when asked for.
 COMMANDS = {
+    "defaults": "every loss out of the box, on one data set or several",
     "quality": "retrieval quality, trained with each loss under one protocol",
     "imbalance": "retrieval quality against the number of negatives per positive",
     "ablation": "what every part and setting of DRSL does for it",

@@ -1,26 +1,30 @@
-"""A page of tables and plots, from the results that quality, imbalance and ablation have left in a file.
+"""A page of tables and plots, from the results that the experiments have left in a file.
 
-What stands in the page above the line "<!-- generated -->" is kept: it is the place for a conclusion in words.
+The text of the page above the line "<!-- generated -->" is kept: it is the place for a conclusion in words. With
+--readme, a small table also replaces what stands between "<!-- benchmark: begin -->" and "<!-- benchmark: end -->".
 
 Example:
-  drsl-benchmark report docs/benchmark.jsonl --output docs/benchmark.md
+  drsl-benchmark report docs/benchmark.jsonl --output docs/benchmark.md --readme README.md
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
-from pml_drsl.benchmark import ablation, imbalance, plots, quality, tables
-from pml_drsl.benchmark.training.candidates import CANDIDATES, DRSL
-from pml_drsl.benchmark.training.results import Protocol, Results
-from pml_drsl.benchmark.training.tuning import BEST, settings
+from pml_drsl.benchmark import plots, tables
+from pml_drsl.benchmark.training.candidates import CROSS_ENTROPY, DRSL
+from pml_drsl.benchmark.training.protocol import ALONE, BESIDE
+from pml_drsl.benchmark.training.results import Results
+from pml_drsl.benchmark.training.trial import Trial
 from pml_drsl.checks import InputError
 
 MARK = "<!-- generated -->"
+BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
+IN_README = 8
+"""Losses in the table of the README, DRSL and cross-entropy among them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,96 +32,156 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("benchmark.md"), help="page to write, its plots beside it (%(default)s)"
     )
+    parser.add_argument(
+        "--readme", type=Path, metavar="FILE", help="page with the two marks to insert a small table at"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     if not args.results.exists():
         raise InputError(f"{args.results} is not there: run drsl-benchmark quality --results {args.results} first")
     results = Results(args.results)
-    if results.protocol is None or not results.found:
+    if not results.found:
         raise InputError(f"{args.results} holds no results: run drsl-benchmark quality --results {args.results} first")
     page = args.output
     if page.is_dir() or not page.absolute().parent.is_dir():
         raise InputError(f"--output {page}: not a file in a folder that exists")
+    readme = None if args.readme is None else with_table(args.readme, results)
     kept = page.read_text(encoding="utf-8").partition(MARK)[0] if page.is_file() else "# Benchmark\n\n"
-    pictures = plots.draw(results, results.protocol, page.with_suffix(""))
-    text = "\n\n".join(_sections(results, results.protocol, {name: path.name for name, path in pictures.items()}))
+    pictures = plots.draw(results, page.with_suffix(""))
+    text = "\n\n".join(_sections(results, {name: path.name for name, path in pictures.items()}))
     page.write_text(f"{kept}{MARK}\n\n{text}\n", encoding="utf-8")
+    if readme is not None:
+        args.readme.write_text(readme, encoding="utf-8")
     print(", ".join(map(str, [page, *pictures.values()])), file=sys.stderr)
     return 0
 
 
-def _sections(results: Results, protocol: Protocol, pictures: dict[str, str]) -> Sequence[str]:
-    base = protocol.base
-    machines = sorted({row["machine"] for row in results.found.values()})
-    sections = []
-    if "quality" in pictures:
-        sections += [
-            "## Quality",
-            _standing(results, protocol),
-            f"![MAP@R of every loss]({pictures['quality']})",
-            "Scores in percent on the test identities, mean ± standard deviation over the seeds, the best loss first: "
-            "by MAP@R of its best recipe, which validation chose. Step time is relative to the cheapest; step memory "
-            "is the most that the tensors of a training step take beyond what is there before it.",
-            quality.table(results, protocol),
-            f"Settings that validation chose; the learning rate is {base.lr:g} where none is named:",
-            quality.settings_table(results, protocol),
-        ]
-    sections += [
-        "## Protocol",
-        f"Data {base.data}; network {base.network}; batches of {base.identities} x {base.instances}; {base.epochs} "
-        f"epochs, Adam {base.lr:g} with cosine decay; {base.precision} network, float32 loss. Settings and recipes "
-        f"were tried on validation identities cut from the training set, with one run each and "
-        f"{protocol.tuning_seeds} of the best three of every loss."
-        + _failures(results)
-        + ' The grids ("x": all combinations):',
-        tables.markdown(
-            ["loss", "tried"],
-            [
-                [loss, tables.grid([trial.parameters for trial in tried])]
-                for loss in CANDIDATES
-                if (tried := [trial for trial in settings(protocol, loss) if trial in results])
-            ],
-        ),
+def with_table(page: Path, results: Results) -> str:
+    """The text of a page with the small table between its two marks. Raises InputError for a page without them."""
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise InputError(f"--readme {page}: it must have the lines {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{small_table(results)}\n{END}{after}"
+
+
+def small_table(results: Results) -> str:
+    """Scores out of the box, "alone / beside cross-entropy", of DRSL, cross-entropy, and the losses with the best mean
+    ranks."""
+    found = {
+        where: tables.scores_of(results, tables.trials_out_of_the_box(results, where)) for where in (ALONE, BESIDE)
+    }
+    ranks = {where: tables.ranks_of(scores) for where, scores in found.items()}
+    losses = [loss for loss in found[BESIDE] if all(loss in ranks[where] for where in (ALONE, BESIDE))]
+    losses.sort(key=lambda loss: sum(ranks[where][loss] for where in (ALONE, BESIDE)))
+    fixed = [loss for loss in (DRSL, CROSS_ENTROPY) if loss in losses]
+    best = [loss for loss in losses if loss not in fixed][: IN_README - len(fixed)]
+    rows = []
+    for loss in losses:
+        if loss in (*fixed, *best):
+            cells = [_pair(found[ALONE][loss][one], found[BESIDE][loss][one]) for one in range(len(results.sets))]
+            both = f"{ranks[ALONE][loss]:.1f} / {ranks[BESIDE][loss]:.1f}"
+            rows.append([f"**{loss}**" if loss == DRSL else loss, *cells, both])
+    header = ["loss", *(f"{name}, {of_set['score']}" for name, of_set in results.sets.items()), "mean rank"]
+    return tables.markdown(header, rows)
+
+
+def _pair(alone: list[float], beside: list[float]) -> str:
+    return f"{100 * fmean(alone):.1f} / {100 * fmean(beside):.1f}"
+
+
+def _sections(results: Results, pictures: dict[str, str]) -> list[str]:
+    return [
+        "## Data sets and recipes",
+        _sets(results),
+        "## Out of the box",
+        "Every loss with its library's defaults. Scores in percent on the test identities, mean ± standard deviation "
+        "over the seeds; mean rank over the sets, 1 being the best of the losses in the table.",
+        *([f"![Scores of every loss]({pictures['quality']})"] if "quality" in pictures else []),
+        tables.out_of_the_box(results),
+        *_differences(results, "alone", tables.trials_out_of_the_box(results, ALONE)),
+        *_differences(results, "beside cross-entropy", tables.trials_out_of_the_box(results, BESIDE)),
+        "## Tuned",
+        "Every loss by the trial that had the best mean over the folds of validation.",
+        tables.tuned(results),
+        *_differences(results, "tuned", tables.trials_tuned(results)),
+        *_tuning(results),
+        *_few_positives(results, pictures),
+        *_ablation(results),
+        "## Costs",
+        tables.costs(results),
+        "## Machine",
+        *sorted({row["machine"] for row in results.found.values()}),
+        *_failures(results),
     ]
-    if "imbalance" in pictures:
-        sections += [
-            "## Imbalance",
-            "Test MAP@R in percent against negatives per positive, one positive per query, behind a memory of "
-            f"{imbalance.MEMORY_SIZE}.",
-            f"![MAP@R against the ratio]({pictures['imbalance']})",
-            imbalance.table(results, protocol),
-        ]
-    if "ablation" in pictures:
-        sections += [
-            "## Ablation",
-            "MAP@R in percent on the validation identities, one change at a time to DRSL by its best recipe.",
-            f"![MAP@R with each change]({pictures['ablation']})",
-            ablation.table(results, protocol),
-        ]
-    return [*sections, "## Machine", *machines]
 
 
-def _failures(results: Results) -> str:
+def _sets(results: Results) -> str:
+    rows = []
+    for name, of_set in results.sets.items():
+        recipe = of_set["recipe"]
+        network = recipe["network"] + (" with starting weights" if recipe["weights"] else "")
+        rows.append(
+            [
+                name,
+                " in ".join(map(str, reversed(of_set["training"]))),
+                " in ".join(map(str, reversed(of_set["test"]))) + (", drawn by the seed" if of_set["drawn"] else ""),
+                " x ".join(map(str, of_set["size"])),
+                network,
+                f"{recipe['identities']} x {recipe['instances']}",
+                f"{recipe['epochs']}, Adam {recipe['lr']:g}",
+                str(of_set["folds"]),
+            ]
+        )
+    header = ["set", "training images in identities", "test images in identities", "image", "network", "batch"]
+    return tables.markdown([*header, "epochs", "folds"], rows)
+
+
+def _differences(results: Results, title: str, trials: dict[str, list[Trial | None]]) -> list[str]:
+    table = tables.differences(results, trials)
+    if table == tables.NOTHING:
+        return []
+    return [
+        f"DRSL less each other loss, {title}, in points, with the 95 % interval of a paired bootstrap over the test "
+        "identities; an asterisk stands where the interval leaves out 0:",
+        table,
+    ]
+
+
+def _tuning(results: Results) -> list[str]:
+    chosen = tables.chosen(results)
+    if chosen == tables.NOTHING:
+        return []
+    return ["What validation chose:", chosen, "The settings that were tried:", tables.grid()]
+
+
+def _few_positives(results: Results, pictures: dict[str, str]) -> list[str]:
+    found = tables.few_positives(results)
+    if not found:
+        return []
+    return [
+        "## Few positives",
+        "Test score in percent with one positive and so many negatives for every query, drawn at random from the batch "
+        "and a memory. Every loss has its library's defaults, and stands alone.",
+        f"![Score against the number of negatives]({pictures['imbalance']})",
+        *(part for name, table in found.items() for part in (f"{name}:", table)),
+    ]
+
+
+def _ablation(results: Results) -> list[str]:
+    table = tables.ablation(results)
+    if table == tables.NOTHING:
+        return []
+    return [
+        "## Ablation",
+        "Validation score in percent, mean over the folds, with one change at a time to `DRSLoss()` beside "
+        "cross-entropy of weight 1.",
+        table,
+    ]
+
+
+def _failures(results: Results) -> list[str]:
     number = sum("failure" in row for row in results.found.values())
-    return f" {number} run(s) ended with a loss that was not finite, and count as a score of 0." if number else ""
-
-
-def _standing(results: Results, protocol: Protocol) -> str:
-    """Where DRSL stands among the losses, each by its best recipe, in one sentence of the numbers."""
-    ranked = quality.ranked(results, protocol)
-    found = {loss: tables.values(results, of_loss[BEST]) for loss, of_loss in ranked.items() if BEST in of_loss}
-    if DRSL not in found or len(found) < 2:
-        return "Not enough has run to compare DRSL with another loss."
-    other = next(loss for loss in found if loss != DRSL)
-    gap = 100 * (fmean(found[DRSL]) - fmean(found[other]))
-    if min(len(found[DRSL]), len(found[other])) > 1:
-        widest = 100 * max(stdev(found[DRSL]), stdev(found[other]))
-        certainty = f"the larger standard deviation of the two is {widest:.1f}."
-    else:
-        certainty = "with fewer than two seeds of one of them, there is nothing to judge the difference by."
-    return (
-        f"Each by its best recipe, DRSL is number {list(found).index(DRSL) + 1} of {len(found)} by test MAP@R: "
-        f"{tables.spread(found[DRSL])}, against {tables.spread(found[other])} of {other}, the best of the others: "
-        f"{gap:+.1f} points; {certainty}"
-    )
+    return [f"{number} run(s) ended with a loss that was not finite, and count as a score of 0."] if number else []

@@ -1,4 +1,4 @@
-"""What the experiments found as tables, in Markdown that reads as text too."""
+"""The results of experiments as Markdown tables."""
 
 from __future__ import annotations
 
@@ -7,24 +7,28 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from tabulate import tabulate
+
+from pml_drsl.benchmark.training import protocol
+from pml_drsl.benchmark.training.candidates import CANDIDATES, DRSL
+from pml_drsl.benchmark.training.protocol import ALONE, BESIDE
 from pml_drsl.benchmark.training.results import Results
+from pml_drsl.benchmark.training.statistics import Difference, mean_ranks, paired_bootstrap
 from pml_drsl.benchmark.training.trial import Trial
 
-SCORES = ("MAP@R", "P@1", "mAP", "rank-1", "rank-5", "rank-10")
+Scores = dict[str, list[list[float]]]
+"""Of each row: for each set, the score of every seed, in [0, 1]."""
+NOTHING = "Nothing has run yet."
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table whose columns are aligned in plain text too."""
-    table = [list(header), *map(list, rows)]
-    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
-    lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in table]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return str(tabulate(rows, header, "github", disable_numparse=True)) if rows else NOTHING
 
 
-def values(results: Results, trial: Trial, score: str = "MAP@R") -> list[float]:
-    """A score of the trial with every seed that there is a result of, in [0, 1]."""
-    return [results.score(one, score) for one in results.trials() if one.but(seed=trial.seed) == trial]
+def values(results: Results, trial: Trial | None, name: str = "") -> list[float]:
+    """A score of the trial with every seed that there is a result of, in [0, 1]; by default the score of its set."""
+    return [] if trial is None else [results.score(one, name) for one in results.seeds(trial)]
 
 
 def spread(numbers: Sequence[float]) -> str:
@@ -34,26 +38,155 @@ def spread(numbers: Sequence[float]) -> str:
     return f"{100 * fmean(numbers):.1f}" + (f" ± {100 * stdev(numbers):.1f}" if len(numbers) > 1 else "")
 
 
-def parameters(trial: Trial) -> str:
-    """Those of the loss, in a few words."""
-    return ", ".join(f"{name} {value}" for name, value in trial.parameters.items())
+def trials_out_of_the_box(results: Results, where: str) -> dict[str, list[Trial | None]]:
+    """Of each loss: for each set, its trial ``"alone"`` or ``"beside cross-entropy"``."""
+    return {loss: [protocol.out_of_the_box(name, loss)[where] for name in results.sets] for loss in CANDIDATES}
 
 
-def described(trial: Trial, base: Trial) -> str:
-    """Settings of a trial and what it has besides its loss, in a few words."""
-    words = [parameters(trial)]
-    if trial.cross_entropy:
-        words.append(f"cross-entropy * {trial.cross_entropy:g}")
-    if trial.memory:
-        words.append(f"memory {trial.memory}")
-    if trial.lr != base.lr:
-        words.append(f"learning rate {trial.lr:g}")
-    return ", ".join(words)
+def trials_tuned(results: Results) -> dict[str, list[Trial | None]]:
+    """Of each loss: for each set, the trial that validation chose."""
+    return {loss: [protocol.tuned(results, name, loss) for name in results.sets] for loss in CANDIDATES}
 
 
-def grid(points: Sequence[Mapping[str, Any]]) -> str:
-    """What was tried: the values of every parameter where all their combinations were, or else every point."""
-    of = {name: list(dict.fromkeys(point.get(name) for point in points)) for name in points[0]}
-    if len(points) == math.prod(map(len, of.values())):
-        return " x ".join(f"{name} {', '.join(map(str, values))}" for name, values in of.items())
-    return "; ".join(" ".join(f"{name} {value}" for name, value in point.items()) for point in points)
+def scores_of(results: Results, trials: Mapping[str, Sequence[Trial | None]]) -> Scores:
+    """Scores of the losses that have a result on some set."""
+    found = {loss: [values(results, trial) for trial in of_loss] for loss, of_loss in trials.items()}
+    return {loss: scores for loss, scores in found.items() if any(scores)}
+
+
+def ranks_of(scores: Scores) -> dict[str, float]:
+    """Mean rank over the sets of each loss that has a result on every set."""
+    return mean_ranks({loss: [fmean(one) for one in of_loss] for loss, of_loss in scores.items() if all(of_loss)})
+
+
+def out_of_the_box(results: Results) -> str:
+    """Both tables of the losses with their defaults."""
+    return "\n\n".join(over_sets(results, trials_out_of_the_box(results, where), where) for where in (ALONE, BESIDE))
+
+
+def tuned(results: Results) -> str:
+    """The table of the losses that validation tuned."""
+    return over_sets(results, trials_tuned(results), "tuned")
+
+
+def over_sets(results: Results, trials: Mapping[str, Sequence[Trial | None]], title: str) -> str:
+    """Scores of each loss on each set, in percent, and its mean rank; the best mean rank comes first.
+
+    A loss without a result on some set has no mean rank, and comes last.
+    """
+    scores = scores_of(results, trials)
+    ranks = ranks_of(scores)
+    order = sorted(scores, key=lambda loss: ranks.get(loss, math.inf))
+    header = [title, *(f"{name}, {of_set['score']}" for name, of_set in results.sets.items()), "mean rank"]
+    return markdown(
+        header, [[loss, *map(spread, scores[loss]), f"{ranks[loss]:.1f}" if loss in ranks else "-"] for loss in order]
+    )
+
+
+def ahead(results: Results, ours: Trial | None, theirs: Trial | None) -> Difference | None:
+    """How far a trial is ahead of another one by the scores of test identities, over the seeds that both have."""
+    if ours is None or theirs is None:
+        return None
+    mine, others = (
+        {one.seed: row["identities"] for one in results.seeds(trial) if "identities" in (row := results.found[one.key])}
+        for trial in (ours, theirs)
+    )
+    seeds = sorted(set(mine) & set(others))
+    if not seeds:
+        return None
+    longest = max(len(mine[seed]) for seed in seeds)
+    rows = ([_filled(of[seed], longest) for seed in seeds] for of in (mine, others))
+    return paired_bootstrap(next(rows), next(rows))
+
+
+def _filled(scores: list[float | None], length: int) -> list[float | None]:
+    return scores + [None] * (length - len(scores))
+
+
+def differences(results: Results, trials: Mapping[str, Sequence[Trial | None]]) -> str:
+    """DRSL less every other loss on each set, in points, with 95 % intervals; an asterisk where 0 is outside."""
+    rows = []
+    for loss, of_loss in trials.items():
+        found = [ahead(results, ours, theirs) for ours, theirs in zip(trials[DRSL], of_loss, strict=True)]
+        if loss != DRSL and any(found):
+            rows.append([loss, *map(_difference, found)])
+    return markdown(["DRSL less", *results.sets], rows)
+
+
+def _difference(found: Difference | None) -> str:
+    if found is None:
+        return "-"
+    mean, low, high = (number / 100 for number in (found.mean, found.low, found.high))
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" + ("*" if found.significant else "")
+
+
+def chosen(results: Results) -> str:
+    """What validation chose for each loss on each set."""
+    trials = trials_tuned(results)
+    rows = [[loss, *(described(trial) if trial else "-" for trial in one)] for loss, one in trials.items() if any(one)]
+    return markdown(["loss", *results.sets], rows)
+
+
+def costs(results: Results) -> str:
+    """Time of a training step, relative to the cheapest loss, and the memory that it adds."""
+    if not results.costs:
+        return "No costs have been measured."
+    cheapest = min(cost["seconds"] for cost in results.costs.values())
+    rows = [
+        [loss, f"{cost['seconds'] / cheapest:.2f}", f"{cost['peak_bytes'] / 2**20:.1f} MiB"]
+        for loss, cost in results.costs.items()
+    ]
+    return markdown(["loss", "step time", "step memory"], rows)
+
+
+def scores_few_positives(results: Results, name: str) -> dict[str, dict[int, list[float]]]:
+    """Of each loss that ran with few positives: the scores at each number of negatives."""
+    found = {
+        loss: {number: values(results, trial) for number, trial in protocol.few_positives(name, loss).items()}
+        for loss in protocol.FEW_POSITIVES
+    }
+    return {loss: of_number for loss, of_number in found.items() if any(of_number.values())}
+
+
+def few_positives(results: Results) -> dict[str, str]:
+    """For each set: the score of each loss against the number of negatives, and what it loses from its best."""
+    found = {}
+    for name, of_set in results.sets.items():
+        rows = []
+        for loss, of_number in scores_few_positives(results, name).items():
+            means = [fmean(scores) for scores in of_number.values() if scores]
+            lost = f"{100 * (means[-1] - max(means)):+.1f}" if all(of_number.values()) else "-"
+            rows.append([loss, *map(spread, of_number.values()), lost])
+        if rows:
+            numbers = [f"1:{number}" for number in protocol.NEGATIVES]
+            found[name] = markdown([of_set["score"], *numbers, f"{numbers[-1]} less the best"], rows)
+    return found
+
+
+def ablation(results: Results) -> str:
+    """Validation score of DRSL with each change on each set, in percent."""
+    columns = {name: protocol.ablation(name) for name in results.sets}
+    rows = []
+    for index, change in enumerate(protocol.CHANGES):
+        scores = [protocol.validation_score(results, trials[index][1]) for trials in columns.values()]
+        if any(score is not None for score in scores):
+            cells = ["-" if score is None else f"{100 * score:.1f}" for score in scores]
+            rows.append([change.group, change.label, *cells])
+    return markdown(["what", "value", *results.sets], rows)
+
+
+def parameters(point: Mapping[str, Any]) -> str:
+    """Parameters of a loss, in a few words."""
+    return ", ".join(f"{name} {value}" for name, value in point.items()) or "defaults"
+
+
+def described(trial: Trial) -> str:
+    """Parameters of a trial, and what it has beside its loss, in a few words."""
+    beside = [f"cross-entropy * {trial.cross_entropy:g}"] if trial.cross_entropy else []
+    return ", ".join([parameters(trial.parameters), *beside])
+
+
+def grid() -> str:
+    """The settings of every loss that tuning tries."""
+    rows = [[loss, "; ".join(map(parameters, candidate.grid))] for loss, candidate in CANDIDATES.items()]
+    return markdown(["loss", "tried"], rows)

@@ -1,32 +1,25 @@
-"""The losses that the quality benchmark compares, and the hyper-parameters tried for each.
-
-Every loss has six trials, on the validation identities alone. Where a loss has a default or a published setting, it is
-among them.
-"""
+"""The losses that the benchmark compares, their defaults, and the hyper-parameters tried for each."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from pytorch_metric_learning import losses, miners
+from pytorch_metric_learning import losses, miners, reducers
 from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity, LpDistance
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pml_drsl.losses import DRSLoss
-from pml_drsl.miners import FourIndices, NegativeBudgetMiner
-from pml_drsl.wrappers import CrossBatchMemory
 
-if TYPE_CHECKING:
-    from pml_drsl.benchmark.training.trial import Trial
-
-TRIALS = 6
+SETTINGS = 6
 DRSL = "DRSL"
 CROSS_ENTROPY = "cross-entropy"
+WEIGHTS_LR = 1e-2
+"""Learning rate of a loss's own weights, in Adam: the one in pytorch-metric-learning's documentation."""
 
 
 @dataclass(frozen=True)
@@ -34,23 +27,22 @@ class Candidate:
     """A loss, and what to try.
 
     Attributes:
-        make: the loss, from its parameters; those with weights take ``num_classes`` and ``embedding_size`` too.
-        grid: the parameters of each trial.
-        miner: what mines for it, from the parameter ``epsilon`` where it takes one.
-        has_weights: whether it has weights of its own, per identity; their learning rate is the parameter ``lr``.
-        in_memory: whether it can stand behind a cross-batch memory, at about the cost of a step without: the triplets
-            of a memory are millions, and NTXent makes as many comparisons.
+        make: the loss, from its parameters; a loss with weights takes ``num_classes`` and ``embedding_size`` too.
+        grid: the parameters of each setting, the default first; the others are spread around the default and around
+            published settings.
+        miner: makes the miner of the loss, from the parameter ``epsilon`` where it takes one.
+        has_weights: whether the loss has weights of its own, per identity.
+        lr: learning rate of these weights where the parameters have none; None for that of the network.
+        in_memory: whether the loss can stand behind a cross-batch memory, at about the cost of a step without: the
+            triplets of a memory are millions, and NTXent makes as many comparisons.
     """
 
     make: Callable[..., nn.Module]
     grid: tuple[dict[str, Any], ...]
     miner: Callable[..., nn.Module] | None = None
     has_weights: bool = False
+    lr: float | None = None
     in_memory: bool = False
-
-
-def _grid(**values: tuple[Any, ...]) -> tuple[dict[str, Any], ...]:
-    return tuple(dict(zip(values, chosen, strict=True)) for chosen in product(*values.values()))
 
 
 DISTANCES: dict[str, Callable[[], BaseDistance]] = {
@@ -61,114 +53,54 @@ DISTANCES: dict[str, Callable[[], BaseDistance]] = {
 }
 
 
-def _drsl(distance: str = "euclidean", **parameters: Any) -> nn.Module:
+def _drsl(distance: str, **parameters: Any) -> nn.Module:
     return DRSLoss(distance=DISTANCES[distance](), **parameters)
 
 
-def _smooth_ap(temperature: float) -> nn.Module:
-    return _AmongItself(DRSLoss(temperature, sort_weight=0, distance=CosineSimilarity()))
+def drsl_defaults() -> dict[str, Any]:
+    """The parameters of ``DRSLoss()``, spelled out: results made before a default changes are not taken for its own."""
+    loss = DRSLoss()
+    names = [name for name in inspect.signature(DRSLoss.__init__).parameters if name not in _NOT_SETTINGS]
+    return {"distance": _name_of(loss.distance), **{name: getattr(loss, name) for name in names}}
 
 
-TEMPERATURES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
-MARGINS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
-
-CANDIDATES: dict[str, Candidate] = {
-    DRSL: Candidate(
-        _drsl,
-        (
-            *_grid(distance=("cosine",), temperature=(0.05, 0.1), margin=(0.1,), sort_weight=(0.0,)),
-            *_grid(distance=("cosine",), temperature=(0.02, 0.05), margin=(0.0,), sort_weight=(0.0,), bound=(True,)),
-            {"distance": "cosine", "temperature": 0.02, "margin": 0.0, "sort_weight": 0.1, "bound": True},
-            {"distance": "euclidean", "temperature": 0.01, "margin": 0.0, "sort_weight": 0.3},
-        ),
-        in_memory=True,
-    ),
-    "SmoothAP": Candidate(_smooth_ap, _grid(temperature=TEMPERATURES)),
-    "SmoothAP (PML)": Candidate(losses.SmoothAPLoss, _grid(temperature=TEMPERATURES)),
-    "FastAP": Candidate(losses.FastAPLoss, _grid(num_bins=(5, 10, 20, 30, 50, 100))),
-    "RankedList": Candidate(losses.RankedListLoss, _grid(margin=(0.2, 0.4, 0.6), Tn=(0, 10))),
-    "TripletMargin": Candidate(losses.TripletMarginLoss, _grid(margin=MARGINS)),
-    "TripletMargin, batch-hard": Candidate(
-        losses.TripletMarginLoss, _grid(margin=MARGINS), miners.BatchHardMiner, in_memory=True
-    ),
-    "TripletMargin, MS miner": Candidate(
-        losses.TripletMarginLoss,
-        _grid(margin=(0.1, 0.2, 0.4), epsilon=(0.1, 0.3)),
-        miners.MultiSimilarityMiner,
-    ),
-    "MultiSimilarity": Candidate(
-        losses.MultiSimilarityLoss, _grid(beta=(20, 50), base=(0.3, 0.5, 0.7)), in_memory=True
-    ),
-    "Circle": Candidate(losses.CircleLoss, _grid(m=(0.25, 0.4, 0.5), gamma=(40, 80)), in_memory=True),
-    "Contrastive": Candidate(
-        losses.ContrastiveLoss, _grid(pos_margin=(0.0, 0.3), neg_margin=(0.6, 0.8, 1.0)), in_memory=True
-    ),
-    "SupCon": Candidate(losses.SupConLoss, _grid(temperature=(0.03, 0.05, 0.1, 0.2, 0.3, 0.5)), in_memory=True),
-    "NTXent": Candidate(losses.NTXentLoss, _grid(temperature=(0.03, 0.05, 0.07, 0.1, 0.2, 0.5))),
-    "ProxyAnchor": Candidate(
-        losses.ProxyAnchorLoss, _grid(margin=(0.1, 0.3), alpha=(16, 32, 64), lr=(1e-2,)), has_weights=True
-    ),
-    "ArcFace": Candidate(
-        losses.ArcFaceLoss, _grid(margin=(11.5, 28.6), scale=(16, 32, 64), lr=(1e-2,)), has_weights=True
-    ),
-    "NormalizedSoftmax": Candidate(
-        losses.NormalizedSoftmaxLoss, _grid(temperature=(0.05, 0.1, 0.2), lr=(1e-3, 1e-2)), has_weights=True
-    ),
-    CROSS_ENTROPY: Candidate(
-        lambda **parameters: _Classifier(**parameters),
-        _grid(label_smoothing=(0.0, 0.1), lr=(1e-3, 3e-3, 1e-2)),
-        has_weights=True,
-    ),
-}
-"""Every loss by the name the tables have. SmoothAP is as its authors define it: DRSL's own special case."""
+_NOT_SETTINGS = ("self", "query_chunk_size", "kwargs")
 
 
-class Criterion(nn.Module):
-    """A candidate with what the trial puts around it.
+def _name_of(distance: BaseDistance) -> str:
+    def traits(one: BaseDistance) -> tuple[Any, ...]:
+        return one.is_inverted, one.p, one.power, one.normalize_embeddings
 
-    Attributes:
-        lr: learning rate of its weights; None for that of the network.
-    """
-
-    def __init__(self, trial: Trial, identities: int, dim: int) -> None:
-        super().__init__()
-        candidate = CANDIDATES[trial.loss]
-        parameters = dict(trial.parameters)
-        self.lr = parameters.pop("lr", None)
-        mining = {"epsilon": parameters.pop("epsilon")} if "epsilon" in parameters else {}
-        if candidate.has_weights:
-            parameters.update(num_classes=identities, embedding_size=dim)
-        self.loss = candidate.make(**parameters)
-        self.miner = None if candidate.miner is None else candidate.miner(**mining)
-        if trial.negatives_per_positive:
-            self.miner = _OnePositive(trial.negatives_per_positive, "random", seed=trial.seed)
-        self.in_memory = trial.memory > 0
-        if self.in_memory:
-            self.loss = CrossBatchMemory(self.loss, dim, trial.memory, self.miner)
-        self.weight = trial.cross_entropy
-        self.cross_entropy = _Classifier(identities, dim) if self.weight else None
-
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        if self.in_memory or self.miner is None:
-            loss: Tensor = self.loss(embeddings, labels)
-        else:
-            loss = self.loss(embeddings, labels, self.miner(embeddings, labels))
-        if self.cross_entropy is not None:
-            loss = loss + self.weight * self.cross_entropy(embeddings, labels)
-        return loss
+    return next(name for name, make in DISTANCES.items() if traits(make()) == traits(distance))
 
 
-class _OnePositive(NegativeBudgetMiner):
-    """``NegativeBudgetMiner`` of queries with one positive each, drawn at random: with more, and a memory that holds
-    all identities alike, no ratio could exceed their number."""
+def _drsl_grid() -> tuple[dict[str, Any], ...]:
+    default = drsl_defaults()
+    changes: list[dict[str, Any]] = [
+        {"temperature": 0.02},
+        {"temperature": 0.05},
+        {"temperature": 0.1},
+        {"temperature": 0.2},
+        {"sort_weight": 0.0},
+        {"sort_weight": 1.0},
+        {"sort_weight": 0.5},
+    ]
+    points = [default]
+    points += [point for change in changes if (point := {**default, **change}) not in points]
+    return tuple(points[:SETTINGS])
 
-    def select(self, embeddings: Tensor, ref_emb: Tensor, positives: Tensor, negatives: Tensor) -> FourIndices:
-        cost = self._random(len(embeddings), len(ref_emb), embeddings.device).masked_fill(~positives, torch.inf)
-        one = torch.zeros_like(positives).scatter_(1, cost.argmin(1, keepdim=True), True)
-        return super().select(embeddings, ref_emb, positives & one, negatives)
+
+def _around(default: dict[str, Any], **values: tuple[Any, ...]) -> tuple[dict[str, Any], ...]:
+    """The default, then as many other combinations of the values as there is room for."""
+    points = [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
+    return ({}, *[point for point in points if point != default][: SETTINGS - 1])
 
 
-class _AmongItself(nn.Module):
+def _smooth_ap(temperature: float = 0.01) -> nn.Module:
+    return AmongItself(DRSLoss(temperature, sort_weight=0, bound=False, distance=CosineSimilarity()))
+
+
+class AmongItself(nn.Module):
     """A loss whose queries are among their own candidates."""
 
     def __init__(self, loss: nn.Module) -> None:
@@ -179,9 +111,19 @@ class _AmongItself(nn.Module):
         return self.loss(x, labels, indices, x.clone(), labels.clone())  # type: ignore[no-any-return]
 
 
-class _Classifier(nn.Module):
-    """Cross-entropy of a linear layer on normalised features, which are not what is searched by (the neck of Luo et
-    al., "Bag of Tricks and a Strong Baseline for Deep Person Re-identification", CVPRW 2019)."""
+def _raw() -> BaseDistance:
+    return LpDistance(normalize_embeddings=False)
+
+
+def _triplet_of_torchreid(margin: float = 0.3) -> nn.Module:
+    """torchreid's triplet loss: hardest positive and negative by Euclidean distance of raw features, mean of all."""
+    loss: nn.Module = losses.TripletMarginLoss(margin, distance=_raw(), reducer=reducers.MeanReducer())
+    return loss
+
+
+class Classifier(nn.Module):
+    """Cross-entropy of a linear layer on normalised features; features before this layer are searched by (the neck of
+    Luo et al., "Bag of Tricks and a Strong Baseline for Deep Person Re-identification", CVPRW 2019)."""
 
     def __init__(self, num_classes: int, embedding_size: int, label_smoothing: float = 0.0) -> None:
         super().__init__()
@@ -191,3 +133,67 @@ class _Classifier(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(self.layers(x), labels, label_smoothing=self.label_smoothing)
+
+
+def _weighted(make: Callable[..., nn.Module], grid: tuple[dict[str, Any], ...]) -> Candidate:
+    return Candidate(make, grid, has_weights=True, lr=WEIGHTS_LR)
+
+
+CANDIDATES: dict[str, Candidate] = {
+    DRSL: Candidate(_drsl, _drsl_grid(), in_memory=True),
+    "SmoothAP": Candidate(_smooth_ap, _around({"temperature": 0.01}, temperature=(0.005, 0.02, 0.05, 0.1, 0.2))),
+    "SmoothAP (PML)": Candidate(
+        losses.SmoothAPLoss, _around({"temperature": 0.01}, temperature=(0.005, 0.02, 0.05, 0.1, 0.2))
+    ),
+    "FastAP": Candidate(losses.FastAPLoss, _around({"num_bins": 10}, num_bins=(5, 20, 30, 50, 100))),
+    "RankedList": Candidate(
+        lambda margin=0.4, Tn=10: losses.RankedListLoss(margin, Tn),
+        _around({"margin": 0.4, "Tn": 10}, margin=(0.4, 0.2, 0.6), Tn=(0, 10)),
+    ),
+    "TripletMargin": Candidate(losses.TripletMarginLoss, _around({"margin": 0.05}, margin=(0.1, 0.2, 0.3, 0.5, 0.7))),
+    "Triplet (torchreid)": Candidate(
+        _triplet_of_torchreid,
+        _around({"margin": 0.3}, margin=(0.05, 0.1, 0.5, 1.0, 2.0)),
+        miner=lambda: miners.BatchHardMiner(distance=_raw()),
+        in_memory=True,
+    ),
+    "MultiSimilarity": Candidate(
+        losses.MultiSimilarityLoss,
+        _around({"beta": 50, "base": 0.5}, beta=(50, 20), base=(0.5, 0.3, 0.7)),
+        in_memory=True,
+    ),
+    "Circle": Candidate(
+        losses.CircleLoss, _around({"m": 0.4, "gamma": 80}, m=(0.4, 0.25, 0.5), gamma=(80, 40)), in_memory=True
+    ),
+    "Contrastive": Candidate(
+        losses.ContrastiveLoss,
+        _around({"pos_margin": 0.0, "neg_margin": 1.0}, pos_margin=(0.0, 0.3), neg_margin=(0.6, 0.8, 1.0)),
+        in_memory=True,
+    ),
+    "SupCon": Candidate(
+        losses.SupConLoss, _around({"temperature": 0.1}, temperature=(0.03, 0.05, 0.2, 0.3, 0.5)), in_memory=True
+    ),
+    "NTXent": Candidate(losses.NTXentLoss, _around({"temperature": 0.07}, temperature=(0.03, 0.05, 0.1, 0.2, 0.5))),
+    "ProxyAnchor": _weighted(
+        losses.ProxyAnchorLoss, _around({"margin": 0.1, "alpha": 32}, margin=(0.1, 0.3), alpha=(32, 16, 64))
+    ),
+    "ArcFace": _weighted(
+        losses.ArcFaceLoss, _around({"margin": 28.6, "scale": 64}, margin=(28.6, 11.5), scale=(64, 16, 32))
+    ),
+    "NormalizedSoftmax": _weighted(
+        losses.NormalizedSoftmaxLoss,
+        _around({"temperature": 0.05, "lr": 1e-2}, temperature=(0.05, 0.1, 0.2), lr=(1e-2, 1e-3)),
+    ),
+    CROSS_ENTROPY: Candidate(
+        Classifier,
+        # As many settings as other losses have settings and weights of cross-entropy beside them.
+        ({}, *({"label_smoothing": s, "lr": lr} for s in (0.0, 0.1) for lr in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2))),
+        has_weights=True,
+    ),
+}
+"""Every loss by its name in the tables. SmoothAP is as its authors define it: DRSL's own special case."""
+
+
+def defaults(loss: str) -> dict[str, Any]:
+    """The parameters with which a loss is used out of the box; empty for the defaults of its library."""
+    return CANDIDATES[loss].grid[0]

@@ -1,4 +1,4 @@
-"""One training run of the quality benchmark: everything that decides its result, and the run itself."""
+"""One training run of the benchmark: everything that decides its result, and the run itself."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 from pytorch_metric_learning.samplers import MPerClassSampler
-from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from pml_drsl.benchmark.training.candidates import Criterion
-from pml_drsl.benchmark.training.images import Data, Images
-from pml_drsl.evaluation.accuracy import evaluate
+from pml_drsl.benchmark.training.criterion import Criterion
+from pml_drsl.benchmark.training.images import TEST, Images
+from pml_drsl.benchmark.training.networks import Recipe, augmented, embedding_size, make_network
+from pml_drsl.benchmark.training.scoring import score
+from pml_drsl.benchmark.training.sets import BenchmarkSet
 
-PRECISIONS = ("float32", "bfloat16")
-CMC_RANKS = (1, 5, 10)
 TEST_BATCH = 256
+# Of ImageNet's images, in units of a pixel: what starting weights were trained with.
+IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
 @dataclass(frozen=True)
@@ -30,40 +30,26 @@ class Trial:
     """What decides the result of a run; two runs of equal trials on one machine give equal numbers.
 
     Attributes:
-        data: ``Data.name``.
-        split: ``"validation"`` or ``"test"``.
-        loss: name in ``candidates.CANDIDATES``.
-        parameters: of the loss.
-        cross_entropy: weight of cross-entropy of a linear classifier added to the loss; 0 leaves it out.
-        memory: size of a cross-batch memory around the loss; 0 for none.
-        negatives_per_positive: budget of a ``NegativeBudgetMiner`` (random) around the loss; 0 for none.
-        identities: identities in a batch, or as many as there are.
-        instances: images of each; with fewer of them, some are drawn twice.
-        epochs: times the training set is shown.
-        lr: learning rate of the network; Adam, falling to 0 along a cosine.
-        seed: of the network, the order of the data, and the augmentation.
-        network: ``"conv4"``, or the name of a torchreid model.
-        dim: size of conv4's embedding.
-        mirror: mirror half of the images.
-        precision: of the convolutions: ``"float32"`` or ``"bfloat16"``; embeddings and loss are float32.
+        set: name of the data set, whose recipe is in the results file.
+        split: ``"test"``, or a fold of validation; see ``Data.split``.
+        loss: name of a loss in ``candidates.CANDIDATES``.
+        parameters: of the loss; see ``Criterion``, also for the next three.
+        cross_entropy: weight of cross-entropy beside the loss.
+        memory: size of a cross-batch memory, which starts after the warm-up of the learning rate, and after one epoch.
+        negatives_per_positive: negatives of each query, with one positive; 0 for all of both.
+        changes: fields of the set's recipe that differ.
+        seed: of the network, the order of the data, the augmentation, and the draw of the test identities.
     """
 
-    data: str
+    set: str
     split: str
     loss: str
     parameters: dict[str, Any] = field(default_factory=dict)
     cross_entropy: float = 0.0
     memory: int = 0
     negatives_per_positive: float = 0.0
-    identities: int = 16
-    instances: int = 4
-    epochs: int = 40
-    lr: float = 2e-3
+    changes: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
-    network: str = "conv4"
-    dim: int = 128
-    mirror: bool = False
-    precision: str = "float32"
 
     @property
     def key(self) -> str:
@@ -73,45 +59,61 @@ class Trial:
     def but(self, **changes: Any) -> Trial:
         return dataclasses.replace(self, **changes)
 
+    @property
+    def any_seed(self) -> Trial:
+        """The trial that stands for all seeds of this one."""
+        return self.but(seed=0)
 
-def run(trial: Trial, data: Data, device: str, advance: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Trains and tests; returns the scores in [0, 1]. Calls ``advance`` after every epoch.
+
+def run(trial: Trial, of_set: BenchmarkSet, device: str, advance: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Trains and tests. Calls ``advance`` after every epoch.
+
+    Returns:
+        ``scores``, in [0, 1]; on the test also ``identities``, the set's score of each test identity.
 
     Raises:
         FloatingPointError: for a loss that is not finite.
     """
-    train, test = data.split(trial.split)
-    trainer = Trainer(trial, train, device)
-    for epoch in range(trial.epochs):
+    train, test = of_set.data.split(trial.split, trial.seed)
+    trainer = Trainer(trial, of_set, train, device)
+    for epoch in range(trainer.recipe.epochs):
         trainer.epoch(epoch)
         advance()
-    return scores(trainer.embed(test), test)
+    scores, of_identities = score(trainer.embed(test), test)
+    return {"scores": scores, "identities": of_identities} if trial.split == TEST else {"scores": scores}
 
 
 class Trainer:
     """A network, its criterion and the optimizer of both."""
 
-    def __init__(self, trial: Trial, train: Images, device: str) -> None:
-        self.trial, self.device = trial, device
+    def __init__(self, trial: Trial, of_set: BenchmarkSet, train: Images, device: str) -> None:
+        self.recipe = recipe = of_set.recipe.but(**trial.changes)
+        self.device = device
         # Drawn before anything else and to the end, so that no loss has a part in the order of the data.
-        self.batches = _batches(trial, train.labels)
+        self.batches = _batches(recipe, trial.seed, train.labels)
         self.augmentation = torch.Generator().manual_seed(trial.seed)
         torch.manual_seed(trial.seed)
-        channels, height, width = train.pixels.shape[1:]
-        self.network = make_network(trial, channels, height, width, train.identities).to(device)
-        with torch.no_grad():
-            dim = self.network.eval()(torch.zeros(1, channels, height, width, device=device)).shape[1]
-        self.criterion = Criterion(trial, train.identities, dim).to(device)
-        groups = [
-            {"params": list(self.network.parameters()), "lr": trial.lr},
-            {"params": list(self.criterion.parameters()), "lr": self.criterion.lr or trial.lr},
-        ]
-        self.optimizer = torch.optim.Adam([group for group in groups if group["params"]], fused=True)
-        steps = sum(map(len, self.batches))
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, max(1, steps))
+        channels, height, width = shape = train.pixels.shape[1:]
+        self.network = make_network(recipe, (channels, height, width), train.identities, of_set.weights).to(device)
+        dim = embedding_size(self.network, (channels, height, width), device)
+        self.criterion = Criterion(
+            trial.loss,
+            trial.parameters,
+            train.identities,
+            dim,
+            cross_entropy=trial.cross_entropy,
+            memory=trial.memory,
+            warmup=sum(map(len, self.batches[: max(1, recipe.warmup)])),
+            negatives_per_positive=trial.negatives_per_positive,
+            seed=trial.seed,
+        ).to(device)
+        # A classifier of the zoo has no part in the loss, and would only be decayed.
+        own = [weight for name, weight in self.network.named_parameters() if not name.startswith("model.classifier.")]
+        network = {"params": own, "lr": recipe.lr, "weight_decay": recipe.weight_decay}
+        self.optimizer = torch.optim.Adam([network, *self.criterion.groups(recipe.lr, recipe.weight_decay)], fused=True)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, _rate(recipe, list(map(len, self.batches))))
         self.pixels, self.labels = train.pixels, train.labels
-        pixels = train.pixels.float()
-        self.mean, self.std = pixels.mean((0, 2, 3))[:, None, None], pixels.std((0, 2, 3))[:, None, None]
+        self.mean, self.std = _statistics(train.pixels, from_imagenet=bool(recipe.weights) and shape[0] == 3)
 
     def epoch(self, epoch: int, steps: int | None = None) -> None:
         """All steps of an epoch, or the first ``steps``."""
@@ -120,7 +122,9 @@ class Trainer:
             self.step(indices)
 
     def step(self, indices: Tensor) -> None:
-        x = augmented(self._scaled(self.pixels[indices]), self.trial.mirror, self.augmentation)
+        indices = indices.repeat_interleave(self.recipe.views)
+        scaled = self._scaled(self.pixels[indices])
+        x = augmented(scaled, self.recipe.augmentation, self.recipe.mirror, self.augmentation)
         loss = self.criterion(self._embeddings(x.to(self.device)), self.labels[indices].to(self.device))
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"the loss is {loss.item()}")
@@ -143,108 +147,31 @@ class Trainer:
         return torch.cat([self._embeddings(self._scaled(part).to(self.device)).float().cpu() for part in parts])
 
 
-def _batches(trial: Trial, labels: Tensor) -> list[list[Tensor]]:
+def _statistics(pixels: Tensor, from_imagenet: bool) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel, both of shape (channels, 1, 1)."""
+    if from_imagenet:
+        return torch.tensor(IMAGENET_MEAN)[:, None, None], torch.tensor(IMAGENET_STD)[:, None, None]
+    pixels = pixels.float()
+    return pixels.mean((0, 2, 3))[:, None, None], pixels.std((0, 2, 3))[:, None, None]
+
+
+def _rate(recipe: Recipe, steps_of_epochs: list[int]) -> Callable[[int], float]:
+    """Share of the learning rate at each step: a linear rise, then a cosine that ends at 0."""
+    rise, total = sum(steps_of_epochs[: recipe.warmup]), sum(steps_of_epochs)
+
+    def rate(step: int) -> float:
+        if step < rise:
+            return (step + 1) / rise
+        return (1 + math.cos(math.pi * (step - rise) / max(1, total - rise))) / 2
+
+    return rate
+
+
+def _batches(recipe: Recipe, seed: int, labels: Tensor) -> list[list[Tensor]]:
     """Indices of every batch of every epoch."""
-    identities = min(trial.identities, int(labels.max()) + 1)
-    size = identities * trial.instances
+    identities = min(recipe.identities, int(labels.max()) + 1)
+    size = identities * recipe.instances
     # Of a set smaller than a batch an epoch is one batch.
-    sampler = MPerClassSampler(labels, trial.instances, size, length_before_new_iter=max(size, len(labels)))
-    np.random.seed(trial.seed)  # what the sampler draws from
-    return [list(torch.tensor(list(sampler)).split(size)) for _ in range(trial.epochs)]
-
-
-class _Conv4(nn.Module):
-    """Four blocks of 3 x 3 convolution with stride 2, normalisation and ReLU, 64 wide, and a linear layer: the network
-    for Omniglot of Finn et al., "Model-Agnostic Meta-Learning", ICML 2017."""
-
-    def __init__(self, channels: int, height: int, width: int, dim: int, precision: str) -> None:
-        super().__init__()
-        blocks: list[nn.Module] = []
-        for into in (channels, 64, 64, 64):
-            blocks += [nn.Conv2d(into, 64, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
-        self.blocks = nn.Sequential(*blocks, nn.Flatten())
-        self.embedding = nn.Linear(64 * math.ceil(height / 16) * math.ceil(width / 16), dim)
-        self.in_bfloat16 = precision == "bfloat16"
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.in_bfloat16):
-            x = self.blocks(x)
-        return self.embedding(x.float())  # type: ignore[no-any-return]
-
-
-class _Features(nn.Module):
-    """A torchreid model that gives features in training too."""
-
-    def __init__(self, name: str, identities: int, precision: str) -> None:
-        super().__init__()
-        import torchreid
-
-        self.model = torchreid.models.build_model(name, identities, loss="triplet", pretrained=False)
-        self.in_bfloat16 = precision == "bfloat16"
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.in_bfloat16):
-            found = self.model(x)
-        features: Tensor = found[1] if isinstance(found, tuple) else found
-        return features.float()
-
-
-def make_network(trial: Trial, channels: int, height: int, width: int, identities: int) -> nn.Module:
-    if trial.network == "conv4":
-        network: nn.Module = _Conv4(channels, height, width, trial.dim, trial.precision)
-    else:
-        network = _Features(trial.network, identities, trial.precision)
-    return network.to(memory_format=torch.channels_last)
-
-
-def augmented(x: Tensor, mirror: bool, generator: torch.Generator) -> Tensor:
-    """Each image turned (by up to 22.5 degrees), stretched (30 %), sheared (0.3) and shifted (22 % of half its size).
-
-    As strong as did best beside cross-entropy, on Omniglot's validation identities.
-    """
-
-    def draw(largest: float) -> Tensor:
-        return (2 * torch.rand(len(x), generator=generator) - 1) * largest
-
-    angle, wide, high, shear = draw(math.pi / 8), 1 + draw(0.3), 1 + draw(0.3), draw(0.3)
-    right, down = draw(0.22), draw(0.22)
-    if mirror:
-        wide = wide * torch.where(draw(1) < 0, -1, 1)
-    cos, sin = angle.cos(), angle.sin()
-    rows = [
-        torch.stack([cos * wide, (shear * cos - sin) * high, right], 1),
-        torch.stack([sin * wide, (shear * sin + cos) * high, down], 1),
-    ]
-    grid = F.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
-
-
-def scores(embeddings: Tensor, images: Images) -> dict[str, Any]:
-    """Precision@1 and MAP@R as pytorch-metric-learning has them, mAP and CMC as in re-identification.
-
-    Without cameras every image is searched for in all others; with cameras mAP and CMC leave out what is of the
-    query's own camera. The angle ranks, as every loss here normalises embeddings.
-    """
-    embeddings = F.normalize(embeddings)
-    labels, queries = images.labels, images.queries
-    calculator = AccuracyCalculator(
-        include=("precision_at_1", "mean_average_precision_at_r"), k="max_bin_count", device=torch.device("cpu")
-    )
-    if queries is None:
-        found = calculator.get_accuracy(embeddings, labels)
-        # Each image its own camera: that leaves out the image itself, and nothing else.
-        cameras = torch.arange(len(labels))
-        query = gallery = torch.ones_like(labels, dtype=torch.bool)
-    else:
-        assert images.cameras is not None
-        cameras, query, gallery = images.cameras, queries, ~queries
-        found = calculator.get_accuracy(embeddings[query], labels[query], embeddings[gallery], labels[gallery], False)
-    ranked = evaluate(
-        embeddings[query], embeddings[gallery], labels[query], labels[gallery], cameras[query], cameras[gallery]
-    )
-    return {
-        "P@1": found["precision_at_1"],
-        "MAP@R": found["mean_average_precision_at_r"],
-        "mAP": ranked.mAP,
-        **{f"rank-{k}": ranked.rank(min(k, ranked.num_gallery)) for k in CMC_RANKS},
-    }
+    sampler = MPerClassSampler(labels, recipe.instances, size, length_before_new_iter=max(size, len(labels)))
+    np.random.seed(seed)  # what the sampler draws from
+    return [list(torch.tensor(list(sampler)).split(size)) for _ in range(recipe.epochs)]

@@ -1,0 +1,140 @@
+"""Which trials each experiment makes, and what validation chose.
+
+Nothing here chooses by a test score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+from pml_drsl.benchmark.training.candidates import CANDIDATES, CROSS_ENTROPY, DRSL, defaults
+from pml_drsl.benchmark.training.images import TEST
+from pml_drsl.benchmark.training.results import Results
+from pml_drsl.benchmark.training.trial import Trial
+
+ALONE, BESIDE = "alone", "beside cross-entropy"
+WEIGHTS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""Weights of cross-entropy beside a loss that tuning tries."""
+NEGATIVES = (15, 60, 250, 1000)
+"""Negatives of each query, with one positive, in the experiment with few positives."""
+FEW_POSITIVES = (DRSL, "MultiSimilarity", "SupCon", "Contrastive", "Circle")
+MEMORY = 2048
+"""Size of the memory that these negatives come from."""
+
+
+def out_of_the_box(name: str, loss: str) -> dict[str, Trial]:
+    """A loss on a set with its library's defaults, alone and beside cross-entropy of weight 1.
+
+    Cross-entropy alone stands for itself in both.
+    """
+    alone = Trial(name, TEST, loss, defaults(loss))
+    return {ALONE: alone, BESIDE: alone if loss == CROSS_ENTROPY else alone.but(cross_entropy=1.0)}
+
+
+def on_folds(trial: Trial, folds: int) -> list[Trial]:
+    """The trial on each part of the training identities that validation holds out."""
+    return [trial.but(split=f"fold {fold}") for fold in range(folds)]
+
+
+def by_weight(name: str, loss: str, weights: Sequence[float] = WEIGHTS) -> list[Trial]:
+    """The first step of tuning: the default of a loss beside cross-entropy of each weight."""
+    weights = weights[:1] if loss == CROSS_ENTROPY else weights
+    return [Trial(name, TEST, loss, defaults(loss), cross_entropy=weight) for weight in weights]
+
+
+def by_setting(results: Results, name: str, loss: str, settings: int | None = None) -> list[Trial]:
+    """The second step of tuning: each setting of a loss, beside cross-entropy of the weight that was best; no trial
+    as long as the first step has no result."""
+    best = best_first(results, by_weight(name, loss))[:1]
+    return [trial.but(parameters=point) for trial in best for point in CANDIDATES[loss].grid[:settings]]
+
+
+def validation_score(results: Results, trial: Trial) -> float | None:
+    """Mean score over the folds; None where a fold is missing."""
+    folds = on_folds(trial, results.sets[trial.set]["folds"])
+    return fmean(map(results.score, folds)) if all(fold in results for fold in folds) else None
+
+
+def best_first(results: Results, trials: Sequence[Trial]) -> list[Trial]:
+    """The trials that have results on all folds, by their mean score."""
+    scored = [(validation_score(results, trial), trial) for trial in trials]
+    found = [(score, trial) for score, trial in scored if score is not None]
+    return [trial for _, trial in sorted(found, key=lambda pair: -pair[0])]
+
+
+def tuned(results: Results, name: str, loss: str) -> Trial | None:
+    """The trial of a loss that was best on validation; None before the second step of tuning has results."""
+    settings = best_first(results, by_setting(results, name, loss))
+    tried = best_first(results, [*by_weight(name, loss), *settings])
+    return tried[0] if len(settings) > 1 else None
+
+
+def few_positives(name: str, loss: str) -> dict[int, Trial]:
+    """A loss with its defaults at each number of negatives: one positive and so many negatives of every query, drawn
+    at random from the batch and a memory."""
+    changes = {"identities": 32, "instances": 2}
+    base = Trial(name, TEST, loss, defaults(loss), memory=MEMORY, changes=changes)
+    return {number: base.but(negatives_per_positive=float(number)) for number in NEGATIVES}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change of DRSL's default, or of what is around it.
+
+    Attributes:
+        group: what is changed.
+        label: to what.
+        parameters: parameters of the loss that change.
+        around: fields of the trial that change.
+    """
+
+    group: str
+    label: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+    around: dict[str, Any] = field(default_factory=dict)
+
+
+def _parameter(name: str, *values: Any) -> list[Change]:
+    return [Change(name, f"{value}", {name: value}) for value in values]
+
+
+def _recipe(group: str, label: str, **changes: Any) -> Change:
+    return Change(group, label, around={"changes": changes})
+
+
+# In units of the retrieval error, beside which nothing of that error is left.
+SORT_ONLY = 1000.0
+
+CHANGES = [
+    Change("nothing", "DRSLoss() beside cross-entropy of weight 1"),
+    Change("parts", "retrieval only", {"sort_weight": 0.0}),
+    Change("parts", "sort only", {"sort_weight": SORT_ONLY}),
+    *_parameter("sort_weight", 0.1, 0.3, 0.5, 1.0),
+    *_parameter("temperature", 0.01, 0.02, 0.05, 0.1, 0.2),
+    *_parameter("margin", 0.05, 0.1, 0.2),
+    *_parameter("bound", False, True),
+    *_parameter("distance", "cosine", "euclidean", "squared euclidean"),
+    Change(
+        "definition",
+        "euclidean, 0.01, 0.3, no bound",
+        {"distance": "euclidean", "temperature": 0.01, "sort_weight": 0.3, "bound": False},
+    ),
+    *(Change("weight of cross-entropy", f"{weight:g}", around={"cross_entropy": weight}) for weight in WEIGHTS),
+    *(_recipe("images per identity, of 64", f"{k}", instances=k, identities=64 // k) for k in (2, 4, 8)),
+    *(_recipe("identities in a batch", f"{number}", identities=number) for number in (8, 16, 32, 64)),
+    _recipe("views of each image", "2", views=2),
+    Change("memory", "1024", around={"memory": 1024}),
+]
+"""What the ablation tries, one change at a time."""
+
+
+def ablation(name: str) -> list[tuple[Change, Trial]]:
+    """Every change with its trial on a set."""
+    # A seed of its own keeps the results of the ablation apart from the trials that tuning chooses from.
+    start = Trial(name, TEST, DRSL, defaults(DRSL), cross_entropy=1.0, seed=1)
+    return [
+        (change, start.but(parameters={**start.parameters, **change.parameters}, **change.around)) for change in CHANGES
+    ]
