@@ -219,4 +219,4 @@ def _needs(*packages: str) -> None:
         try:
             importlib.import_module(package)
         except ModuleNotFoundError as error:
-            raise InputError(f"ONNX needs the package {package}: pip install 'pml-drsl[export]'") from error
+            raise InputError(f"ONNX needs the package {package}: pip install {package}") from error
