@@ -129,8 +129,8 @@ def test_processes_are_compared_with_one_and_their_bytes_counted(tmp_path, capfd
     # And, where every process computes the whole loss, the state of the first one's random numbers.
     whole = gathered + torch.get_rng_state().nbytes // 2
     assert [row["bytes_moved"] for row in rows if not row["efficient"]] == [0, whole, 0, whole]
-    # Efficient: the retrieval error of each of 42 pairs is gathered. Its gradient, and that of the embeddings, is summed:
-    # half of it goes out and comes back.
+    # Efficient: the retrieval error of each of 42 pairs is gathered. Its gradient, and that of the embeddings, is
+    # summed: half of it goes out and comes back.
     efficient = next(row["bytes_moved"] for row in rows if row["efficient"])
     assert efficient == gathered + 42 * 4 + 84 * 4 + 28 * 8 * 4
     for row in rows:
