@@ -15,20 +15,16 @@ import argparse
 
 from pml_drsl.benchmark import tables
 from pml_drsl.benchmark.training import experiment
-from pml_drsl.benchmark.training.candidates import DRSL
 from pml_drsl.benchmark.training.protocol import FEW_POSITIVES, few_positives
-from pml_drsl.checks import InputError
 
-add_arguments = experiment.add_arguments
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    experiment.add_arguments(parser, of=FEW_POSITIVES)
 
 
 def run(args: argparse.Namespace) -> int:
-    wanted = args.losses or list(FEW_POSITIVES)
-    losses = [loss for loss in FEW_POSITIVES if loss in wanted]
-    if DRSL not in losses:
-        raise InputError(f"--losses: {DRSL} is compared with the others; name it too")
     with experiment.prepare(args) as bench:
-        trials = [trial for name in bench.sets for loss in losses for trial in few_positives(name, loss).values()]
+        trials = [trial for name in bench.sets for loss in bench.losses for trial in few_positives(name, loss).values()]
         bench.run_seeds(trials, "few positives")
     print("\n\n".join(f"{name}\n\n{table}" for name, table in tables.few_positives(bench.results).items()))
     return 0

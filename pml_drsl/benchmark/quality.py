@@ -26,9 +26,7 @@ import shlex
 
 from pml_drsl.benchmark import tables
 from pml_drsl.benchmark.training import costs, experiment
-from pml_drsl.benchmark.training.experiment import Experiment
-from pml_drsl.benchmark.training.protocol import WEIGHTS, by_setting, by_weight, on_folds, out_of_the_box, tuned
-from pml_drsl.benchmark.training.trial import Trial
+from pml_drsl.benchmark.training.protocol import WEIGHTS, by_setting, by_weight, out_of_the_box, tuned
 
 QUICK_WEIGHTS = (0.0, 1.0)
 QUICK_SETTINGS = 2
@@ -42,8 +40,8 @@ def run(args: argparse.Namespace) -> int:
         pairs = [(name, loss) for name in bench.sets for loss in bench.losses]
         bench.run_seeds([trial for pair in pairs for trial in out_of_the_box(*pair).values()], "out of the box")
         weights, settings = (QUICK_WEIGHTS, QUICK_SETTINGS) if bench.quick else (WEIGHTS, None)
-        _validate(bench, [trial for pair in pairs for trial in by_weight(*pair, weights)], "weights")
-        _validate(bench, [trial for pair in pairs for trial in by_setting(results, *pair, settings)], "settings")
+        bench.validate([trial for pair in pairs for trial in by_weight(*pair, weights)], "weights")
+        bench.validate([trial for pair in pairs for trial in by_setting(results, *pair, settings)], "settings")
         best = [trial for pair in pairs if (trial := tuned(results, *pair)) is not None]
         bench.run_seeds(best, "tuned")
         costs.measure(next(iter(bench.sets.values())), bench.losses, results, bench.machine)
@@ -52,7 +50,3 @@ def run(args: argparse.Namespace) -> int:
     path = shlex.quote(str(results.path))
     print(f"{results.path}: all results; drsl-benchmark report {path} makes a page of them")
     return 0
-
-
-def _validate(bench: Experiment, trials: list[Trial], title: str) -> None:
-    bench.run([fold for trial in trials for fold in on_folds(trial, bench.sets[trial.set].data.folds)], title)

@@ -163,16 +163,37 @@ def few_positives(results: Results) -> dict[str, str]:
     return found
 
 
-def ablation(results: Results) -> str:
-    """Validation score of DRSL with each change on each set, in percent."""
-    columns = {name: protocol.ablation(name) for name in results.sets}
+def batches(results: Results, sizes: Sequence[int] = protocol.BATCHES) -> dict[str, str]:
+    """For each set: the test score of each loss at each size of the batch, with the learning rate of its best trial."""
+    found = {}
+    for name, of_set in results.sets.items():
+        rows = []
+        for loss in protocol.OF_BATCHES:
+            best = protocol.best_of_batches(results, name, loss, sizes)
+            scores = {size: values(results, trial) for size, trial in best.items()}
+            if any(scores.values()):
+                rates = {size: f" at {trial.changes['lr']:g}" for size, trial in best.items()}
+                rows.append([loss, *(spread(scores.get(size, ())) + rates.get(size, "") for size in sizes)])
+        if rows:
+            found[name] = markdown([of_set["score"], *(f"{size:,} images" for size in sizes)], rows)
+    return found
+
+
+def ablation(results: Results, where: str) -> str:
+    """Validation score of DRSL with each change on each set, in percent, ``"alone"`` or ``"beside cross-entropy"``;
+    and what the change adds to the score without it, in the mean over the sets."""
+    of_sets = [protocol.ablation(name, where) for name in results.sets]
     rows = []
     for index, change in enumerate(protocol.CHANGES):
-        scores = [protocol.validation_score(results, trials[index][1]) for trials in columns.values()]
+        scores = [protocol.validation_score(results, trials[index][1]) for trials in of_sets]
+        without = [protocol.validation_score(results, trials[0][1]) for trials in of_sets]
         if any(score is not None for score in scores):
             cells = ["-" if score is None else f"{100 * score:.1f}" for score in scores]
-            rows.append([change.group, change.label, *cells])
-    return markdown(["what", "value", *results.sets], rows)
+            pairs = zip(scores, without, strict=True)
+            gains = [score - start for score, start in pairs if score is not None and start is not None]
+            mean = f"{100 * fmean(gains):+.1f}" if len(gains) == len(scores) else "-"
+            rows.append([change.group, change.label, *cells, mean])
+    return markdown([where, "", *results.sets, "mean gain"], rows)
 
 
 def parameters(point: Mapping[str, Any]) -> str:

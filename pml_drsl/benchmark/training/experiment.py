@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from pml_drsl.benchmark.training import sets, sources
 from pml_drsl.benchmark.training.candidates import CANDIDATES
 from pml_drsl.benchmark.training.networks import PRECISIONS, STRENGTHS, Recipe, make_network
+from pml_drsl.benchmark.training.protocol import on_folds
 from pml_drsl.benchmark.training.results import Results
 from pml_drsl.benchmark.training.runner import Machine, run_all
 from pml_drsl.benchmark.training.sets import BenchmarkSet
@@ -53,6 +54,10 @@ class Experiment:
         """Runs the trials that have no result in the file yet."""
         run_all(trials, self.sets, self.results, self.machine, title)
 
+    def validate(self, trials: list[Trial], title: str) -> None:
+        """Each trial on every fold of its set's training identities."""
+        self.run([fold for trial in trials for fold in on_folds(trial, self.sets[trial.set].data.folds)], title)
+
     def run_seeds(self, trials: list[Trial], title: str) -> None:
         """Each trial with all seeds of its set. The first seed of all trials comes first: an interrupted experiment
         has something of everything."""
@@ -61,8 +66,9 @@ class Experiment:
         self.run(repeated, title)
 
 
-def add_arguments(parser: argparse.ArgumentParser, losses: bool = True) -> None:
-    """Arguments of every experiment; ``losses``: whether to ask which losses."""
+def add_arguments(parser: argparse.ArgumentParser, of: Sequence[str] = tuple(CANDIDATES)) -> None:
+    """Arguments of every experiment; ``of``: the losses that it knows. Of a single loss there is nothing to choose."""
+    parser.set_defaults(of=of)
     several = parser.add_argument_group("several data sets at once")
     several.add_argument(
         "--sets", type=Path, metavar="FILE.yaml", help="their images and recipes (see docs/benchmark.md)"
@@ -96,13 +102,13 @@ def add_arguments(parser: argparse.ArgumentParser, losses: bool = True) -> None:
     both.add_argument("--root", type=Path, default=Path("reid-data"), help="folder of the data sets (%(default)s)")
     both.add_argument("--weights", type=Path, metavar="FILE", help="starting weights of the network (random)")
     both.add_argument("--seeds", type=int, help="runs of what is reported (3, or what the file of sets says)")
-    if losses:
+    if len(of) > 1:
         both.add_argument(
             "--losses",
             nargs="+",
-            choices=list(CANDIDATES),
+            choices=of,
             metavar="LOSS",
-            help=f"which of {', '.join(map(shlex.quote, CANDIDATES))} (all; with --quick {', '.join(QUICK)})",
+            help=f"which of {', '.join(map(shlex.quote, of))} (all; with --quick {', '.join(_quick(of))})",
         )
     both.add_argument(
         "--quick",
@@ -122,6 +128,10 @@ def add_arguments(parser: argparse.ArgumentParser, losses: bool = True) -> None:
     running.add_argument("--threads", type=int, default=1, help="of each run (%(default)s)")
 
 
+def _quick(losses: Sequence[str]) -> list[str]:
+    return [loss for loss in losses if loss in QUICK]
+
+
 @contextmanager
 def prepare(args: argparse.Namespace) -> Iterator[Experiment]:
     """The experiment of the arguments; its results file is this process's own until the end of the context.
@@ -138,7 +148,7 @@ def prepare(args: argparse.Namespace) -> Iterator[Experiment]:
         raise InputError(f"--device {args.device}: give cpu, or cuda where there is a CUDA device")
     if not args.results.absolute().parent.is_dir():
         raise InputError(f"--results {args.results}: its folder does not exist")
-    losses = tuple(getattr(args, "losses", None) or (QUICK if args.quick else CANDIDATES))
+    losses = tuple(getattr(args, "losses", None) or (_quick(args.of) if args.quick else args.of))
     found = _sets(args)
     if args.quick:
         found = [dataclasses.replace(one, recipe=one.recipe.but(epochs=2, warmup=0), seeds=2) for one in found]

@@ -5,7 +5,7 @@ Nothing here chooses by a test score.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -23,6 +23,11 @@ NEGATIVES = (15, 60, 250, 1000)
 FEW_POSITIVES = (DRSL, "MultiSimilarity", "SupCon", "Contrastive", "Circle")
 MEMORY = 2048
 """Size of the memory that these negatives come from."""
+BATCHES = (64, 256, 1024)
+"""Images in a batch, in the experiment on batches."""
+RATES = (0.5, 1.5, 5.0)
+"""Learning rates tried at each size of a batch, in units of the recipe's."""
+OF_BATCHES = (DRSL, "SupCon", "MultiSimilarity")
 
 
 def out_of_the_box(name: str, loss: str) -> dict[str, Trial]:
@@ -80,6 +85,32 @@ def few_positives(name: str, loss: str) -> dict[int, Trial]:
     return {number: base.but(negatives_per_positive=float(number)) for number in NEGATIVES}
 
 
+def by_batch(of_set: Mapping[str, Any], loss: str, sizes: Sequence[int] = BATCHES) -> dict[int, list[Trial]]:
+    """A loss with its defaults, alone, at each size of the batch and at each learning rate.
+
+    The recipe's number of images for each identity and number of epochs stay, so that every trial shows as many images.
+    A larger batch has fewer steps.
+
+    Args:
+        of_set: what a results file says of a data set.
+        loss: name of the loss.
+        sizes: numbers of images in a batch, multiples of the recipe's number for each identity.
+    """
+    base, recipe = Trial(of_set["name"], TEST, loss, defaults(loss)), of_set["recipe"]
+    return {
+        size: [
+            base.but(changes={"identities": size // recipe["instances"], "lr": rate * recipe["lr"]}) for rate in RATES
+        ]
+        for size in sizes
+    }
+
+
+def best_of_batches(results: Results, name: str, loss: str, sizes: Sequence[int] = BATCHES) -> dict[int, Trial]:
+    """The trial whose learning rate is best on validation, at each size of the batch that has results."""
+    tried = {size: best_first(results, trials) for size, trials in by_batch(results.sets[name], loss, sizes).items()}
+    return {size: best[0] for size, best in tried.items() if len(best) == len(RATES)}
+
+
 @dataclass(frozen=True)
 class Change:
     """One change of DRSL's default, or of what is around it.
@@ -109,11 +140,10 @@ def _recipe(group: str, label: str, **changes: Any) -> Change:
 SORT_ONLY = 1000.0
 
 CHANGES = [
-    Change("nothing", "DRSLoss() beside cross-entropy of weight 1"),
-    Change("parts", "retrieval only", {"sort_weight": 0.0}),
+    Change("nothing", "DRSLoss()"),
     Change("parts", "sort only", {"sort_weight": SORT_ONLY}),
-    *_parameter("sort_weight", 0.1, 0.3, 0.5, 1.0),
-    *_parameter("temperature", 0.01, 0.02, 0.05, 0.1, 0.2),
+    *_parameter("sort_weight", 0.0, 0.1, 0.3, 0.5, 1.0),
+    *_parameter("temperature", 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.2),
     *_parameter("margin", 0.05, 0.1, 0.2),
     *_parameter("bound", False, True),
     *_parameter("distance", "cosine", "euclidean", "squared euclidean"),
@@ -122,19 +152,21 @@ CHANGES = [
         "euclidean, 0.01, 0.3, no bound",
         {"distance": "euclidean", "temperature": 0.01, "sort_weight": 0.3, "bound": False},
     ),
-    *(Change("weight of cross-entropy", f"{weight:g}", around={"cross_entropy": weight}) for weight in WEIGHTS),
     *(_recipe("images per identity, of 64", f"{k}", instances=k, identities=64 // k) for k in (2, 4, 8)),
     *(_recipe("identities in a batch", f"{number}", identities=number) for number in (8, 16, 32, 64)),
     _recipe("views of each image", "2", views=2),
     Change("memory", "1024", around={"memory": 1024}),
 ]
 """What the ablation tries, one change at a time."""
+GROUPS = tuple(dict.fromkeys(change.group for change in CHANGES))
 
 
-def ablation(name: str) -> list[tuple[Change, Trial]]:
-    """Every change with its trial on a set."""
+def ablation(name: str, where: str, groups: Sequence[str] = GROUPS) -> list[tuple[Change, Trial]]:
+    """Every change of the groups with its trial on a set, ``"alone"`` or ``"beside cross-entropy"`` of weight 1."""
     # A seed of its own keeps the results of the ablation apart from the trials that tuning chooses from.
-    start = Trial(name, TEST, DRSL, defaults(DRSL), cross_entropy=1.0, seed=1)
+    start = out_of_the_box(name, DRSL)[where].but(seed=1)
     return [
-        (change, start.but(parameters={**start.parameters, **change.parameters}, **change.around)) for change in CHANGES
+        (change, start.but(parameters={**start.parameters, **change.parameters}, **change.around))
+        for change in CHANGES
+        if change.group in groups
     ]

@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 
 def command(name, folder, file, *others):
-    losses = [] if name == "ablation" else ["--losses", "DRSL", "Circle"]
+    losses = [] if name in ("ablation", "batches") else ["--losses", "DRSL", "Circle"]
     return [name, "--train", str(folder), "--results", str(file), "--device", "cpu", *SMALL, *losses, *others]
 
 
@@ -41,6 +41,7 @@ def whole(folder, tmp_path_factory):
     file = tmp_path_factory.mktemp("results") / "results.jsonl"
     assert main(command("quality", folder, file, "--workers", "2")) == 0
     assert main(command("imbalance", folder, file, "--workers", "1", "--seeds", "1")) == 0
+    assert main(command("batches", folder, file, "--workers", "1", "--batches", "4", "8")) == 0
     assert main(command("ablation", folder, file, "--workers", "1")) == 0
     return file
 
@@ -58,12 +59,12 @@ def no_run(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experiment", ["defaults", "quality", "imbalance", "ablation"])
+@pytest.mark.parametrize("experiment", ["defaults", "quality", "imbalance", "batches", "ablation"])
 def test_what_is_in_the_file_is_not_run_again(experiment, folder, file, monkeypatch, capsys):
     no_run(monkeypatch)
     before = file.read_text()
-    seeds = ["--seeds", "1"] if experiment == "imbalance" else []
-    assert main(command(experiment, folder, file, "--workers", "1", *seeds)) == 0
+    own = {"imbalance": ["--seeds", "1"], "batches": ["--batches", "4", "8"]}.get(experiment, [])
+    assert main(command(experiment, folder, file, "--workers", "1", *own)) == 0
     assert file.read_text() == before
     assert "DRSL" in capsys.readouterr().out
 
@@ -167,10 +168,17 @@ def test_the_readme_says_what_the_results_say():
     assert with_table(readme, Results(file)) == readme.read_text(encoding="utf-8")
 
 
-def test_imbalance_without_drsl_is_refused(folder, tmp_path, capsys):
+def test_imbalance_refuses_a_loss_that_cannot_stand_behind_a_memory(folder, tmp_path, capsys):
     file = tmp_path / "results.jsonl"
-    assert main(command("imbalance", folder, file, "--losses", "Circle")) == 2
-    assert "name it too" in capsys.readouterr().err and not file.exists()
+    with pytest.raises(SystemExit):
+        main(command("imbalance", folder, file, "--losses", "NTXent"))
+    assert "invalid choice: 'NTXent'" in capsys.readouterr().err and not file.exists()
+
+
+@pytest.mark.parametrize("size", ["3", "2", "16"])
+def test_batches_that_a_fold_cannot_make_are_refused(size, folder, tmp_path, capsys):
+    assert main(command("batches", folder, tmp_path / "results.jsonl", "--batches", "4", size)) == 2
+    assert f"--batches {size}: " in (error := capsys.readouterr().err) and "a multiple of 2 from 4 to 8" in error
 
 
 def test_one_command_at_a_time_adds_to_a_file(folder, tmp_path, capsys):

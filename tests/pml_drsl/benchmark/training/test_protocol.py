@@ -13,6 +13,8 @@ from pml_drsl.benchmark.training.protocol import (
     WEIGHTS,
     ablation,
     best_first,
+    best_of_batches,
+    by_batch,
     by_setting,
     by_weight,
     few_positives,
@@ -97,10 +99,41 @@ def test_every_loss_has_the_same_number_of_trials(results):
 
 
 def test_experiments_begin_with_the_default():
-    trials = [trial for _, trial in ablation("made-up")]
+    for where, weight in ((ALONE, 0.0), (BESIDE, 1.0)):
+        first = ablation("made-up", where)[0][1]
+        assert first.parameters == defaults(DRSL) and first.cross_entropy == weight
+    trials = [trial for _, trial in ablation("made-up", ALONE)]
     assert all(trial.parameters.keys() == defaults(DRSL).keys() for trial in trials)
-    assert trials[0].parameters == defaults(DRSL)
+    assert {change.group for change, _ in ablation("made-up", ALONE, ["margin"])} == {"margin"}
     assert [trial.negatives_per_positive for trial in few_positives("made-up", DRSL).values()] == [15, 60, 250, 1000]
+
+
+def test_the_gain_of_a_change_is_over_what_it_changes(results):
+    unchanged, _, _, changed = (trial for _, trial in ablation("made-up", ALONE)[:4])
+    assert changed.parameters == {**unchanged.parameters, "sort_weight": 0.1}
+    for trial, scores in ((unchanged, (0.5, 0.4)), (changed, (0.52, 0.42))):
+        for fold, score in zip(on_folds(trial, 2), scores, strict=True):
+            results.add(fold, {"scores": {"MAP@R": score}, "machine": "none"})
+    row = next(line for line in tables.ablation(results, ALONE).split("\n") if "| 0.1" in line)
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == ["sort_weight", "0.1", "47.0", "+2.0"]
+    assert tables.ablation(results, BESIDE) == tables.NOTHING
+    results.agree(made_up("other"))
+    assert tables.ablation(results, ALONE).split("\n")[-1].split("|")[-2].strip() == "-"
+
+
+def test_batches_are_tested_at_the_learning_rate_that_is_best_on_validation(results):
+    of_size = by_batch(results.sets["made-up"], LOSS)
+    assert {size: trials[0].changes["identities"] for size, trials in of_size.items()} == {64: 16, 256: 64, 1024: 256}
+    assert [trial.changes["lr"] for trial in of_size[64]] == pytest.approx([0.001, 0.003, 0.01])
+    for trial, score in zip(of_size[256], (0.4, 0.6, 0.5), strict=True):
+        validate(results, trial, score, score)
+    validate(results, of_size[64][0], 0.9, 0.9)  # its other learning rates have no result yet
+    best = best_of_batches(results, "made-up", LOSS)
+    assert best == {256: of_size[256][1]}
+    assert tables.batches(results) == {}
+    add(results, best[256], 0.3, 0.32)
+    row = tables.batches(results)["made-up"].split("\n")[-1]
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == [LOSS, "-", "31.0 ± 1.4 at 0.003", "-"]
 
 
 def test_another_recipe_by_the_same_name_needs_another_file(results):
