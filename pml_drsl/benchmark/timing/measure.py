@@ -1,7 +1,7 @@
-"""Measures the time and the peak memory of one step, forward and backward, of a loss.
+"""Measures the time and the peak memory of one step: of a loss, forward and backward, or of a network's training.
 
-Memory is measured in a separate process. That process also finds out whether the loss fits in memory, so that a loss
-that does not fit stops nothing else. Times of different losses are measured in turns in one process, so that other work
+Memory is measured in a separate process. That process also finds out whether the step fits in memory, so that a step
+that does not fit stops nothing else. Times of different steps are measured in turns in one process, so that other work
 on the machine changes their ratios little.
 """
 
@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pytorch_metric_learning import losses as pml
 from pytorch_metric_learning.distances import LpDistance
 
 from pml_drsl.losses import DRSLoss
-from pml_drsl.machine import peak_process_bytes
+from pml_drsl.machine import peak_process_bytes, reset_peak_process_bytes
 
 FLOOR = "floor"
 OURS = ("DRSL", "DRSL-definition")
@@ -35,7 +35,10 @@ LOSSES: dict[str, Callable[[], torch.nn.Module]] = {
 }
 PER_IDENTITY = 4
 FEWEST_ROUNDS = 3
+WARM_UP_SIZE = 2 * PER_IDENTITY
 GIB = 2**30
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -99,14 +102,14 @@ def clock_for(device: str) -> Callable[[], float]:
     return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
-def take_turns(steps: Mapping[str, Callable[[], None]], seconds: float, device: str) -> dict[str, list[float]]:
+def take_turns(steps: Mapping[Key, Callable[[], None]], seconds: float, device: str) -> dict[Key, list[float]]:
     """The times of each step, in seconds. The steps take turns for about ``seconds``, and for at least three rounds.
 
     Each turn makes two calls and measures the second one. The first call finds the caches filled by another step. The
     clock is that of ``clock_for``.
     """
     clock = clock_for(device)
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    times: dict[Key, list[float]] = {name: [] for name in steps}
     rounds, end = 0, time.perf_counter() + seconds
     while rounds < FEWEST_ROUNDS or time.perf_counter() < end:
         for name, step in steps.items():
@@ -116,11 +119,27 @@ def take_turns(steps: Mapping[str, Callable[[], None]], seconds: float, device: 
     return times
 
 
-def probe(name: str, size: int, dim: int, device: str, threads: int, memory: float, time_limit: float | None) -> Probe:
-    """Runs one step in a separate process that may take ``memory`` GiB and ``time_limit`` seconds."""
+def probe(
+    make: Callable[[int], Callable[[], None]],
+    size: int,
+    device: str,
+    threads: int,
+    memory: float,
+    time_limit: float | None,
+) -> Probe:
+    """Runs one step in a separate process, after a smaller step as a warm-up.
+
+    Args:
+        make: a function that makes the step for a batch size. It must be possible to pickle the function.
+        size: the batch size.
+        device: ``"cpu"`` or ``"cuda"``.
+        threads: number of torch's threads in the process.
+        memory: GiB that the step may take.
+        time_limit: seconds that the process may take, or None for no limit.
+    """
     context = clean_processes()
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_probe, args=(there, name, size, dim, device, threads, memory))
+    process = context.Process(target=_probe, args=(there, make, size, device, threads, memory))
     process.start()
     there.close()
     try:
@@ -149,11 +168,18 @@ def clean_processes(*modules: str) -> Any:
     return context
 
 
-def _probe(connection: Connection, name: str, size: int, dim: int, device: str, threads: int, memory: float) -> None:
+def _probe(
+    connection: Connection,
+    make: Callable[[int], Callable[[], None]],
+    size: int,
+    device: str,
+    threads: int,
+    memory: float,
+) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    make_step(name, 16, dim, device)()  # Libraries allocate memory at their first use.
-    step = make_step(name, size, dim, device)
+    make(WARM_UP_SIZE)()  # Libraries allocate memory at their first use.
+    step = make(size)
     _limit_memory(memory, device)
     times: list[float] = []
 
@@ -173,11 +199,12 @@ def _probe(connection: Connection, name: str, size: int, dim: int, device: str, 
 def peak_bytes(step: Callable[[], object], device: str) -> int | None:
     """The memory that a step adds, or None where the system does not say.
 
-    On the CPU this is how far the step raises the highest memory use that this process has had. A process that used
-    more memory before therefore gives too small a figure.
+    On the CPU this is the highest memory use of this process during the step, less its memory use before the step. On
+    other systems than Linux, a process that used more memory at an earlier time gives too small a figure.
     """
     if device != "cpu":
         return cuda_peak_bytes(step)
+    reset_peak_process_bytes()
     before = peak_process_bytes()
     step()
     after = peak_process_bytes()

@@ -145,7 +145,8 @@ def run(
     for dim, size in tqdm(points, desc="what fits", unit="size"):
         for name in losses:
             limit = None if name in OURS else max(10.0, 4 * seconds)
-            found = measure.probe(name, size, dim, device, threads, memory / processes, limit)
+            make = partial(measure.make_step, name, dim=dim, device=device)
+            found = measure.probe(make, size, device, threads, memory / processes, limit)
             if found.failure:
                 missing[dim, size, name] = found.failure
     fitting = [(dim, size, tuple(name for name in losses if (dim, size, name) not in missing)) for dim, size in points]

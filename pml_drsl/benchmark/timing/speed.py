@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -165,9 +166,10 @@ def measure_point(size: int, dim: int, args: argparse.Namespace) -> list[Row]:
     for name in [FLOOR, *args.losses]:
         unlimited = name in (FLOOR, *OURS)
         limit = None if unlimited else max(10.0, 4 * args.seconds)
-        found = probes[name] = measure.probe(name, size, dim, args.device, args.threads, args.memory, limit)
+        make = partial(measure.make_step, name, dim=dim, device=args.device)
+        found = probes[name] = measure.probe(make, size, args.device, args.threads, args.memory, limit)
         if found.seconds is not None and (unlimited or found.seconds <= args.seconds):
-            steps[name] = measure.make_step(name, size, dim, args.device)
+            steps[name] = make(size)
     times = measure.take_turns(steps, args.seconds, args.device)
     rows = []
     for name, found in probes.items():

@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -83,17 +85,31 @@ def test_waiting_does_not_count_with_one_thread(threads, counts):
 
 
 def test_what_needs_too_much_memory_or_time_is_said_so():
-    probe = measure.probe("SmoothAP", 512, 8, "cpu", 1, memory=0.25, time_limit=60)
+    make = partial(measure.make_step, "SmoothAP", dim=8, device="cpu")
+    probe = measure.probe(make, 512, "cpu", 1, memory=0.25, time_limit=60)
     assert probe == measure.Probe(failure="does not fit in 0.25 GiB")
-    probe = measure.probe("SmoothAP", 512, 8, "cpu", 1, memory=8, time_limit=0.01)
+    probe = measure.probe(make, 512, "cpu", 1, memory=8, time_limit=0.01)
     assert probe == measure.Probe(failure="skipped: over 0 s")
 
 
 def test_peak_memory_is_that_of_the_step():
     size, dim = 2048, 16
-    peak = measure.probe("floor", size, dim, "cpu", 1, memory=4, time_limit=None).peak
+    make = partial(measure.make_step, "floor", dim=dim, device="cpu")
+    peak = measure.probe(make, size, "cpu", 1, memory=4, time_limit=None).peak
     matrix = 4 * size * size
     assert matrix < peak < 12 * matrix
+
+
+def smaller_than_warm_up(size):
+    """A step that takes 40 MB in pieces. The step of the warm-up takes 200 MB in pieces."""
+    number = 5000 if size == measure.WARM_UP_SIZE else 1000
+    return lambda: [torch.ones(10_000) for _ in range(number)]
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux can forget an earlier peak")
+def test_peak_memory_leaves_out_what_the_process_held_before():
+    peak = measure.probe(smaller_than_warm_up, 100, "cpu", 1, memory=4, time_limit=None).peak
+    assert 35e6 < peak < 60e6
 
 
 def test_floor_and_losses_have_gradients_of_the_embeddings():
