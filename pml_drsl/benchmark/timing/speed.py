@@ -13,6 +13,8 @@ Examples:
   drsl-benchmark speed --losses DRSL SmoothAP --sizes 64 128 256 512
   drsl-benchmark speed --processes 2 --sizes 1024 4096      two processes share the batch: time and bytes moved
   drsl-benchmark speed --step osnet_x1_0 --sizes 16 64      the share of the loss in a network's training step
+  drsl-benchmark speed --step osnet_x1_0 --chunk 32 --sizes 64 256 1024
+                                                            time and memory of a training step in chunks of 32 images
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from pml_drsl.benchmark.timing import measure
+from pml_drsl.benchmark.timing import chunked, measure
 from pml_drsl.benchmark.timing import processes as speed_processes
 from pml_drsl.benchmark.timing import step as speed_step
 from pml_drsl.benchmark.timing import table as speed_report
@@ -82,6 +84,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step", metavar="NETWORK", help="measure the share of the losses in a training step of this torchreid network"
     )
+    parser.add_argument(
+        "--chunk",
+        type=int,
+        metavar="N",
+        help="with --step: compare a training step with DRSL in chunks of at most N images (LargeBatch) with the plain "
+        "step, which embeds the whole batch at once",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the measurements and a description of the machine here")
     parser.add_argument("--csv", metavar="FILE", help="write the measurements here")
     parser.add_argument("--markdown", metavar="FILE", help="write the times as tables for docs/performance.md here")
@@ -125,7 +134,8 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     for name, values in (
         ("--sizes", args.sizes), ("--dims", args.dims), ("--seconds", [args.seconds]),
-        ("--processes", [args.processes]), ("--threads", [args.threads]),
+        ("--processes", [args.processes]), ("--threads", [args.threads]), ("--memory", [args.memory]),
+        ("--chunk", [1 if args.chunk is None else args.chunk]),
     ):  # fmt: skip
         if min(values) <= 0:
             raise InputError(f"{name} must be above 0, got {min(values)}")
@@ -139,12 +149,16 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(f"--device cuda: there are 0 CUDA devices; torch {torch.__version__} finds none here")
     if (args.processes > 1) + bool(args.step) + bool(args.plot or args.markdown) > 1:
         raise InputError("--processes, --step, and --plot or --markdown: choose one")
+    if args.chunk is not None and not args.step:
+        raise InputError(f"--chunk {args.chunk} is for the training step of a network; give --step NETWORK too")
 
 
 def _run_other(args: argparse.Namespace) -> Sequence[Any]:
-    """Runs ``--processes`` or ``--step``."""
+    """Runs ``--processes``, ``--step`` or ``--step`` with ``--chunk``."""
     args.threads = max(1, args.threads // args.processes)
     torch.set_num_threads(args.threads)
+    if args.chunk:
+        return chunked.run(args.step, args.chunk, args.sizes, args.seconds, args.memory, args.threads, args.device)
     if args.step:
         return speed_step.run(args.step, args.sizes, args.losses, args.seconds, args.threads, args.device)
     points = [(dim, size) for dim in args.dims for size in args.sizes]

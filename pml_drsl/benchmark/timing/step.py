@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -68,13 +69,7 @@ def run(
         ModuleNotFoundError: if torchreid is not installed.
         InputError: if torchreid has no such network.
     """
-    models = importlib.import_module("torchreid").models  # Only this function needs torchreid.
-    try:
-        model = models.build_model(network, num_classes=PER_IDENTITY, loss="triplet", pretrained=False)
-    except KeyError as error:
-        raise InputError(f"--step {network}: not a network of torchreid ({error})") from error
-    model = model.to(device).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+    model, optimizer = build(network, device)
     print(f"{speed_report.machine(device, threads)}\n{network}, {HEIGHT} x {WIDTH} pixels\n")
     print(f"{'':16}{'images':>8}{'loss':>12}{'network':>12}{'share of both':>15}")
     rows = []
@@ -100,6 +95,24 @@ def run(
             )
             rows.append(row)
     return rows
+
+
+def build(network: str, device: str) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """A network of torchreid that returns class scores and features, and an optimizer that barely changes its weights.
+
+    Raises:
+        ModuleNotFoundError: if torchreid is not installed.
+        InputError: if torchreid has no such network.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Cython evaluation")  # It is not used here.
+        models = importlib.import_module("torchreid").models  # Only this function needs torchreid.
+    try:
+        model = models.build_model(network, num_classes=PER_IDENTITY, loss="triplet", pretrained=False)
+    except KeyError as error:
+        raise InputError(f"--step {network}: not a network of torchreid ({error})") from error
+    model = model.to(device).train()
+    return model, torch.optim.SGD(model.parameters(), lr=1e-9)
 
 
 def _features(model: torch.nn.Module, images: torch.Tensor, half: bool) -> torch.Tensor:
