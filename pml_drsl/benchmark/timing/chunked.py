@@ -4,6 +4,16 @@ Both steps embed the images with a network of torchreid, compute ``DRSLoss()`` a
 The plain step embeds the whole batch at once. The step in chunks uses ``LargeBatch``: it needs the memory of one chunk,
 and a second forward pass. Memory is measured in a separate process for each step. It is what one step adds to the
 network and the images. Times are compared for each image.
+
+On the CPU, times include the work of the system to hand out memory. glibc gives the memory of large tensors back when
+they are freed, so that a plain step pays for its memory every time. A step in chunks hardly does. Where a plain step
+takes gigabytes, it can therefore be slower than a step in chunks, in spite of the second forward pass.
+
+With the two variables below in the environment, glibc keeps the memory, and every step after the first one is faster.
+``--seconds`` must then be longer than a step, because a step that is measured once is the first one. The memory figures
+are then larger: take them from a run without the variables.
+
+  MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 drsl-benchmark speed --step osnet_x1_0 --chunk 16 --seconds 25
 """
 
 from __future__ import annotations

@@ -89,7 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="with --step: compare a training step with DRSL in chunks of at most N images (LargeBatch) with the plain "
-        "step, which embeds the whole batch at once",
+        "step, which embeds the whole batch at once. On the CPU, times include the system's work to hand out "
+        "memory, which is large for a large plain step",
     )
     parser.add_argument("--json", metavar="FILE", help="write the measurements and a description of the machine here")
     parser.add_argument("--csv", metavar="FILE", help="write the measurements here")
