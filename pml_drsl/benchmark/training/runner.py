@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import platform
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -67,7 +68,9 @@ def run_all(trials: Iterable[Trial], sets: Sets, results: Results, machine: Mach
     per_image = {name: _seconds_per_image(sets[name], machine) for name in {trial.set for trial in missing}}
     weights = {trial.key: per_image[trial.set] * _images_per_epoch(trial, sets) for trial in missing}
     total = sum(_epochs(trial, sets) * weights[trial.key] for trial in missing)
-    with tqdm(total=total, desc=title, bar_format=BAR, smoothing=0.02) as bar:
+    # A log is no terminal: a line a minute is enough there.
+    interval = 0.1 if sys.stderr.isatty() else 60.0
+    with tqdm(total=total, desc=title, bar_format=BAR, smoothing=0.02, mininterval=interval) as bar:
         side_by_side = machine.workers > 1 and len(missing) > 1
         ended = (_side_by_side if side_by_side else _in_turn)(missing, weights, sets, machine, bar)
         for left, (trial, row) in zip(range(len(missing) - 1, -1, -1), ended, strict=True):
