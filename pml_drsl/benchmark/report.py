@@ -103,16 +103,11 @@ def _sections(results: Results, pictures: dict[str, str]) -> list[str]:
         tables.out_of_the_box(results),
         *_differences(results, "alone", tables.trials_out_of_the_box(results, ALONE)),
         *_differences(results, "beside cross-entropy", tables.trials_out_of_the_box(results, BESIDE)),
-        "## Tuned",
-        "Every loss by the trial that had the best mean over the folds of validation.",
-        tables.tuned(results),
-        *_differences(results, "tuned", tables.trials_tuned(results)),
-        *_tuning(results),
+        *_tuned(results),
         *_few_positives(results, pictures),
         *_batches(results),
         *_ablation(results),
-        "## Costs",
-        tables.costs(results),
+        *(["## Costs", tables.costs(results)] if results.costs else []),
         "## Machine",
         *sorted({row["machine"] for row in results.found.values()}),
         *_failures(results),
@@ -151,11 +146,20 @@ def _differences(results: Results, title: str, trials: dict[str, list[Trial | No
     ]
 
 
-def _tuning(results: Results) -> list[str]:
+def _tuned(results: Results) -> list[str]:
     chosen = tables.chosen(results)
     if chosen == tables.NOTHING:
         return []
-    return ["What validation chose:", chosen, "The settings that were tried:", tables.grid()]
+    return [
+        "## Tuned",
+        "Every loss by the trial that had the best mean over the folds of validation.",
+        tables.tuned(results),
+        *_differences(results, "tuned", tables.trials_tuned(results)),
+        "What validation chose:",
+        chosen,
+        "The settings that were tried:",
+        tables.grid(),
+    ]
 
 
 def _few_positives(results: Results, pictures: dict[str, str]) -> list[str]:

@@ -183,11 +183,19 @@ def ablation(results: Results, where: str) -> str:
     """Validation score of DRSL with each change on each set, in percent, ``"alone"`` or ``"beside cross-entropy"``;
     and what the change adds to the score without it, in the mean over the sets."""
     of_sets = [protocol.ablation(name, where) for name in results.sets]
+    found = [[protocol.validation_score(results, trial) for _, trial in of_set] for of_set in of_sets]
+    without = [scores[0] for scores in found]
+    # The default is one of the values of each group. A group has rows where another value was tried too.
+    tried = {
+        change.group
+        for of_set, scores in zip(of_sets, found, strict=True)
+        for (change, trial), score in zip(of_set, scores, strict=True)
+        if score is not None and (trial != of_set[0][1] or change is of_set[0][0])
+    }
     rows = []
     for index, change in enumerate(protocol.CHANGES):
-        scores = [protocol.validation_score(results, trials[index][1]) for trials in of_sets]
-        without = [protocol.validation_score(results, trials[0][1]) for trials in of_sets]
-        if any(score is not None for score in scores):
+        scores = [of_set[index] for of_set in found]
+        if change.group in tried and any(score is not None for score in scores):
             cells = ["-" if score is None else f"{100 * score:.1f}" for score in scores]
             pairs = zip(scores, without, strict=True)
             gains = [score - start for score, start in pairs if score is not None and start is not None]

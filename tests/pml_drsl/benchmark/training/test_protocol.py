@@ -114,8 +114,10 @@ def test_the_gain_of_a_change_is_over_what_it_changes(results):
     for trial, scores in ((unchanged, (0.5, 0.4)), (changed, (0.52, 0.42))):
         for fold, score in zip(on_folds(trial, 2), scores, strict=True):
             results.add(fold, {"scores": {"MAP@R": score}, "machine": "none"})
-    row = next(line for line in tables.ablation(results, ALONE).split("\n") if "| 0.1" in line)
+    table = tables.ablation(results, ALONE)
+    row = next(line for line in table.split("\n") if "| 0.1" in line)
     assert [cell.strip() for cell in row.split("|")[1:-1]] == ["sort_weight", "0.1", "47.0", "+2.0"]
+    assert "temperature" not in table  # its default alone has a result
     assert tables.ablation(results, BESIDE) == tables.NOTHING
     results.agree(made_up("other"))
     assert tables.ablation(results, ALONE).split("\n")[-1].split("|")[-2].strip() == "-"
