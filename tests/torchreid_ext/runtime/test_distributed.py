@@ -144,7 +144,10 @@ def test_a_killed_process_is_restarted_and_a_signal_stops_all(data, whole, capsy
     assert stopped.stdout.count("=> Start training") == 2
     assert stopped.stdout.count("Resuming from") == 1 and "after epoch 1" in stopped.stdout
     assert stopped.returncode != 0
-    assert stopped.stderr.count("stopped by SIGTERM in epoch 2; model.resume auto begins it again") == 1, stopped.stderr
+    # torchrun also sends SIGTERM to the process whose peer was killed, and that process may see it before it misses the
+    # peer. Only what follows the signal to torchrun itself counts.
+    after = stopped.stderr.partition("Received 15 death signal")[2]
+    assert after.count("stopped by SIGTERM in epoch 2; model.resume auto begins it again") == 1, stopped.stderr
     # The run stops after the batch in which the signal was received.
     assert "epoch: [2/3][2/3]" in stopped.stdout and "epoch: [2/3][3/3]" not in stopped.stdout
     assert last(data, "stopped")["epoch"] == 1
