@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 
 from pml_drsl.benchmark import tables
 from pml_drsl.benchmark.training import experiment
@@ -30,10 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    with experiment.prepare(args) as bench:
-        results, sizes = bench.results, args.batches
-        for of_set in bench.sets.values():
-            _check(of_set, sizes)
+    sizes = args.batches
+    with experiment.prepare(args, partial(_check, sizes)) as bench:
+        results = bench.results
         trials = [
             trial
             for name in bench.sets
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(of_set: BenchmarkSet, sizes: Sequence[int]) -> None:
+def _check(sizes: Sequence[int], of_set: BenchmarkSet) -> None:
     """Raises InputError for a size of which a fold of validation cannot make a batch."""
     instances = of_set.recipe.instances
     fewest = min(of_set.data.split(fold)[0].identities for fold in of_set.data.splits)

@@ -96,13 +96,7 @@ def _sections(results: Results, pictures: dict[str, str]) -> list[str]:
     return [
         "## Data sets and recipes",
         _sets(results),
-        "## Out of the box",
-        "Every loss with its library's defaults. Scores in percent on the test identities, mean ± standard deviation "
-        "over the seeds; mean rank over the sets, 1 being the best of the losses in the table.",
-        *([f"![Scores of every loss]({pictures['quality']})"] if "quality" in pictures else []),
-        tables.out_of_the_box(results),
-        *_differences(results, "alone", tables.trials_out_of_the_box(results, ALONE)),
-        *_differences(results, "beside cross-entropy", tables.trials_out_of_the_box(results, BESIDE)),
+        *_out_of_the_box(results, pictures),
         *_tuned(results),
         *_few_positives(results, pictures),
         *_batches(results),
@@ -111,6 +105,20 @@ def _sections(results: Results, pictures: dict[str, str]) -> list[str]:
         "## Machine",
         *sorted({row["machine"] for row in results.found.values()}),
         *_failures(results),
+    ]
+
+
+def _out_of_the_box(results: Results, pictures: dict[str, str]) -> list[str]:
+    if "quality" not in pictures:
+        return []
+    return [
+        "## Out of the box",
+        "Every loss with its library's defaults. Scores in percent on the test identities, mean ± standard deviation "
+        "over the seeds; mean rank over the sets, 1 being the best of the losses in the table.",
+        f"![Scores of every loss]({pictures['quality']})",
+        tables.out_of_the_box(results),
+        *_differences(results, "alone", tables.trials_out_of_the_box(results, ALONE)),
+        *_differences(results, "beside cross-entropy", tables.trials_out_of_the_box(results, BESIDE)),
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,8 +133,14 @@ def _quick(losses: Sequence[str]) -> list[str]:
 
 
 @contextmanager
-def prepare(args: argparse.Namespace) -> Iterator[Experiment]:
+def prepare(
+    args: argparse.Namespace, check: Callable[[BenchmarkSet], None] = lambda of_set: None
+) -> Iterator[Experiment]:
     """The experiment of the arguments; its results file is this process's own until the end of the context.
+
+    Args:
+        args: what ``add_arguments`` describes.
+        check: raises InputError for a set that the experiment cannot use, before the results file is made.
 
     Raises:
         InputError: for arguments out of range, images that cannot be had, a results file that is none or cannot be
@@ -156,6 +162,7 @@ def prepare(args: argparse.Namespace) -> Iterator[Experiment]:
         train = one.data.split("test")[0]
         channels, height, width = train.pixels.shape[1:]
         make_network(one.recipe, (channels, height, width), train.identities, one.weights)
+        check(one)
     machine = Machine(args.device, args.workers or (1 if args.device == "cuda" else available_cores()), args.threads)
     with Results.opened(args.results) as results:
         for one in found:

@@ -177,8 +177,10 @@ def test_imbalance_refuses_a_loss_that_cannot_stand_behind_a_memory(folder, tmp_
 
 @pytest.mark.parametrize("size", ["3", "2", "16"])
 def test_batches_that_a_fold_cannot_make_are_refused(size, folder, tmp_path, capsys):
-    assert main(command("batches", folder, tmp_path / "results.jsonl", "--batches", "4", size)) == 2
+    file = tmp_path / "results.jsonl"
+    assert main(command("batches", folder, file, "--batches", "4", size)) == 2
     assert f"--batches {size}: " in (error := capsys.readouterr().err) and "a multiple of 2 from 4 to 8" in error
+    assert not file.exists()
 
 
 def test_one_command_at_a_time_adds_to_a_file(folder, tmp_path, capsys):
