@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
         bench.validate([trial for pair in pairs for trial in by_setting(results, *pair, settings)], "settings")
         best = [trial for pair in pairs if (trial := tuned(results, *pair)) is not None]
         bench.run_seeds(best, "tuned")
-        costs.measure(next(iter(bench.sets.values())), bench.losses, results, bench.machine)
+        for of_set in bench.sets.values():
+            costs.measure(of_set, bench.losses, results, bench.machine)
     print(f"Out of the box\n\n{tables.out_of_the_box(results)}\n\nTuned\n\n{tables.tuned(results)}\n")
     print(f"{tables.chosen(results)}\n\n{tables.costs(results)}\n")
     path = shlex.quote(str(results.path))

@@ -101,10 +101,21 @@ def _sections(results: Results, pictures: dict[str, str]) -> list[str]:
         *_few_positives(results, pictures),
         *_batches(results),
         *_ablation(results),
-        *(["## Costs", tables.costs(results)] if results.costs else []),
+        *_costs(results),
         "## Machine",
         *sorted({row["machine"] for row in results.found.values()}),
         *_failures(results),
+    ]
+
+
+def _costs(results: Results) -> list[str]:
+    if not results.costs:
+        return []
+    return [
+        "## Costs",
+        "Of a training step, network included: its time, relative to the cheapest loss in the table, and the most "
+        "memory that its tensors take at once. Every loss has its library's defaults, and stands alone.",
+        tables.costs(results),
     ]
 
 

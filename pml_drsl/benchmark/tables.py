@@ -128,15 +128,16 @@ def chosen(results: Results) -> str:
 
 
 def costs(results: Results) -> str:
-    """Time of a training step, relative to the cheapest loss, and the memory that it adds."""
+    """On each set, the time of a training step, relative to the cheapest loss, and the memory that it adds."""
     if not results.costs:
         return "No costs have been measured."
-    cheapest = min(cost["seconds"] for cost in results.costs.values())
-    rows = [
-        [loss, f"{cost['seconds'] / cheapest:.2f}", f"{cost['peak_bytes'] / 2**20:.1f} MiB"]
-        for loss, cost in results.costs.items()
-    ]
-    return markdown(["loss", "step time", "step memory"], rows)
+    rows: dict[str, list[str]] = {loss: [] for of_set in results.costs.values() for loss in of_set}
+    for of_set in results.costs.values():
+        cheapest = min(cost["seconds"] for cost in of_set.values())
+        for loss, cells in rows.items():
+            cost = of_set.get(loss)
+            cells.append(f"{cost['seconds'] / cheapest:.2f}, {cost['peak_bytes'] / 2**20:.1f} MiB" if cost else "-")
+    return markdown(["time, memory", *results.costs], [[loss, *cells] for loss, cells in rows.items()])
 
 
 def scores_few_positives(results: Results, name: str) -> dict[str, dict[int, list[float]]]:

@@ -24,13 +24,15 @@ SECONDS_OF_TURNS = 1.5
 
 
 def measure(of_set: BenchmarkSet, losses: Sequence[str], results: Results, machine: Machine) -> None:
-    """Adds the costs of the losses to the file, each with its defaults, unless the file has them.
+    """Adds the costs of the losses on a set to the file, each with its defaults, unless the file has them.
 
     Times are medians of steps made in turns, in one process, so that their ratios do not depend on what else the
-    machine does.
+    machine does. For the same reason, losses whose costs the file has are measured again beside new ones.
     """
-    if set(results.costs) >= set(losses):
+    known = results.costs.get(of_set.name, {})
+    if set(known) >= set(losses):
         return
+    losses = list(dict.fromkeys([*known, *losses]))
     torch.set_num_threads(machine.threads)
     steps = {}
     train = of_set.data.split(TEST)[0]
@@ -39,13 +41,13 @@ def measure(of_set: BenchmarkSet, losses: Sequence[str], results: Results, machi
         trainer = Trainer(trial, of_set, train, machine.device)
         trainer.network.train()
         steps[loss] = _stepper(trainer)
-    print(f"costs: about {SECONDS_OF_TURNS * len(steps):.0f} s of steps in turns", file=sys.stderr)
+    print(f"costs on {of_set.name}: about {SECONDS_OF_TURNS * len(steps):.0f} s of steps in turns", file=sys.stderr)
     times = take_turns(steps, SECONDS_OF_TURNS * len(steps), machine.device)
     found = {
         loss: {"seconds": median(times[loss]), "peak_bytes": peak_bytes(step, machine.device)}
         for loss, step in tqdm(steps.items(), "memory", unit="step")
     }
-    results.add_costs(found)
+    results.add_costs(of_set.name, found)
 
 
 def _stepper(trainer: Trainer) -> Callable[[], None]:

@@ -22,7 +22,7 @@ class Results:
     Attributes:
         sets: what the file says of each data set, see ``BenchmarkSet.described``.
         found: the line of each run, by ``Trial.key``.
-        costs: what a training step costs, by the name of the loss.
+        costs: what a training step costs, by the names of the set and of the loss.
 
     Raises:
         InputError: for a file that cannot be read, or a line that is no result. A last line cut short, by a machine
@@ -33,7 +33,7 @@ class Results:
         self.path = path
         self.sets: dict[str, dict[str, Any]] = {}
         self.found: dict[str, dict[str, Any]] = {}
-        self.costs: dict[str, Any] = {}
+        self.costs: dict[str, dict[str, Any]] = {}
         self._seeds: dict[str, dict[int, Trial]] = {}
         self.file: BinaryIO | None = None
         try:
@@ -73,7 +73,8 @@ class Results:
             Recipe(**row["set"]["recipe"])
             self.sets[row["set"]["name"]] = row["set"]
         elif "costs" in row:
-            self.costs = row["costs"]
+            if "on" in row:  # lines of 0.2.0 do not say of which set they are
+                self.costs[row["on"]] = row["costs"]
         else:
             trial = Trial(**row["trial"])
             self.found[trial.key] = row
@@ -111,8 +112,8 @@ class Results:
     def add(self, trial: Trial, row: dict[str, Any]) -> None:
         self._write({"trial": dataclasses.asdict(trial), **row})
 
-    def add_costs(self, costs: dict[str, Any]) -> None:
-        self._write({"costs": costs})
+    def add_costs(self, name: str, costs: dict[str, Any]) -> None:
+        self._write({"costs": costs, "on": name})
 
     def _write(self, row: dict[str, Any]) -> None:
         assert self.file is not None, "only results that are opened can be added to"

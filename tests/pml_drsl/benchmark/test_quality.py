@@ -230,6 +230,20 @@ def test_the_memory_of_a_step_is_the_most_it_has_at_once():
 
 
 @pytest.mark.slow
+def test_costs_of_a_further_loss_are_measured_beside_those_of_the_others(folder, file, monkeypatch):
+    text = file.read_text() + '{"costs":{"SupCon":{"seconds":1.0,"peak_bytes":1}}}\n'
+    file.write_text(text)
+    (name,) = Results(file).sets
+    assert set(Results(file).costs[name]) == {"DRSL", "Circle"}
+    monkeypatch.setattr(costs, "SECONDS_OF_TURNS", 0.1)
+    assert main([*command("quality", folder, file, "--workers", "1"), "--losses", "SupCon"]) == 0
+    found = Results(file).costs
+    assert set(found) == {name} and set(found[name]) == {"DRSL", "Circle", "SupCon"}
+    (row,) = [line for line in file.read_text().splitlines()[len(text.splitlines()) :] if '"costs"' in line]
+    assert json.loads(row)["costs"] == found[name]
+
+
+@pytest.mark.slow
 def test_another_recipe_needs_another_file(folder, file, capsys):
     before = file.read_text()
     assert main(command("quality", folder, file, "--lr", "0.5")) == 2
