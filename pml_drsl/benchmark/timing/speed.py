@@ -46,13 +46,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=SIZES, help="numbers of embeddings, multiples of 4 (%(default)s)"
     )
-    parser.add_argument("--dims", type=int, nargs="+", default=DIMS, help="numbers of dimensions (%(default)s)")
+    parser.add_argument(
+        "--dims",
+        type=int,
+        nargs="+",
+        help=f"numbers of dimensions ({' '.join(map(str, DIMS))}); with --step the network has its own",
+    )
     parser.add_argument(
         "--losses",
         nargs="+",
-        default=list(LOSSES),
         choices=list(LOSSES),
-        help="losses to measure besides the floor (all)",
+        help="losses to measure besides the floor (all); with --chunk it is DRSL",
     )
     parser.add_argument(
         "--seconds",
@@ -108,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
         InputError: if an argument is out of its range, or arguments exclude each other.
     """
     _check(args)
+    args.dims, args.losses = args.dims or DIMS, args.losses or list(LOSSES)
     if args.processes > 1 or args.step:
         _write(args, _run_other(args))
         return 0
@@ -134,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     for name, values in (
-        ("--sizes", args.sizes), ("--dims", args.dims), ("--seconds", [args.seconds]),
+        ("--sizes", args.sizes), ("--dims", args.dims or DIMS), ("--seconds", [args.seconds]),
         ("--processes", [args.processes]), ("--threads", [args.threads]), ("--memory", [args.memory]),
         ("--chunk", [1 if args.chunk is None else args.chunk]),
     ):  # fmt: skip
@@ -152,6 +157,10 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--processes, --step, and --plot or --markdown: choose one")
     if args.chunk is not None and not args.step:
         raise InputError(f"--chunk {args.chunk} is for the training step of a network; give --step NETWORK too")
+    if args.step and args.dims:
+        raise InputError(f"--dims {args.dims[0]}: {args.step} has its own number of dimensions; leave --dims out")
+    if args.chunk and args.losses:
+        raise InputError(f"--losses {args.losses[0]}: --chunk compares steps with DRSL; leave --losses out")
 
 
 def _run_other(args: argparse.Namespace) -> Sequence[Any]:

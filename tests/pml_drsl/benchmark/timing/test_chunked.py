@@ -150,6 +150,8 @@ def test_ratios_are_taken_round_by_round(
     ("options", "message"),
     [
         (["--chunk", "4"], "--chunk 4 is for the training step of a network; give --step NETWORK too"),
+        (["--step", "osnet_x0_25", "--chunk", "4", "--losses", "FastAP"], "--losses FastAP: --chunk compares"),
+        (["--step", "osnet_x0_25", "--dims", "64"], "--dims 64: osnet_x0_25 has its own number of dimensions"),
         (["--step", "osnet_x0_25", "--chunk", "0"], "--chunk must be above 0, got 0"),
         (["--step", "osnet_x0_25", "--chunk", "-4"], "--chunk must be above 0, got -4"),
         (["--step", "osnet_x0_25", "--chunk", "4", "--memory", "0"], "--memory must be above 0, got 0.0"),
