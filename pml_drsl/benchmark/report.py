@@ -177,7 +177,7 @@ def _tuned(results: Results) -> list[str]:
         "What validation chose:",
         chosen,
         "The settings that were tried:",
-        tables.grid(),
+        tables.grid(results),
     ]
 
 

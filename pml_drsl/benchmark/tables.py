@@ -216,7 +216,7 @@ def described(trial: Trial) -> str:
     return ", ".join([parameters(trial.parameters), *beside])
 
 
-def grid() -> str:
-    """The settings of every loss that tuning tries."""
-    rows = [[loss, "; ".join(map(parameters, candidate.grid))] for loss, candidate in CANDIDATES.items()]
-    return markdown(["loss", "tried"], rows)
+def grid(results: Results) -> str:
+    """The settings that tuning tried, of every loss that was tuned on some set."""
+    losses = [loss for loss, trials in trials_tuned(results).items() if any(trials)]
+    return markdown(["loss", "tried"], [[loss, "; ".join(map(parameters, CANDIDATES[loss].grid))] for loss in losses])

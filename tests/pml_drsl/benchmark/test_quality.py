@@ -114,6 +114,8 @@ def test_the_page_is_made_of_the_file_and_keeps_what_was_written_by_hand(file, t
         assert f"page-{picture}.png" in text
     for heading in ("Out of the box", "Tuned", "Few positives", "Ablation", "Costs"):
         assert f"## {heading}\n" in text
+    tried = text.partition("| tried")[2].partition("\n\n")[0]
+    assert "| Circle" in tried and "| SupCon" not in tried
     assert f"{100 * fmean(scores):.1f}" in readme.read_text() and "stale" not in readme.read_text()
     assert main(["report", str(file), "--output", str(page)]) == 0
     assert page.read_text() == text
