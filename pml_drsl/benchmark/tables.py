@@ -31,11 +31,16 @@ def values(results: Results, trial: Trial | None, name: str = "") -> list[float]
     return [] if trial is None else [results.score(one, name) for one in results.seeds(trial)]
 
 
-def spread(numbers: Sequence[float]) -> str:
-    """Mean and standard deviation, in percent."""
+def spread(numbers: Sequence[float], seeds: int = 0) -> str:
+    """Mean and standard deviation, in percent; and the number of seeds where it is less than ``seeds``."""
     if not numbers:
         return "-"
-    return f"{100 * fmean(numbers):.1f}" + (f" ± {100 * stdev(numbers):.1f}" if len(numbers) > 1 else "")
+    of_spread = f" ± {100 * stdev(numbers):.1f}" if len(numbers) > 1 else ""
+    return f"{100 * fmean(numbers):.1f}{of_spread}" + (f" ({counted(len(numbers))})" if len(numbers) < seeds else "")
+
+
+def counted(seeds: int) -> str:
+    return f"{seeds} seed{'' if seeds == 1 else 's'}"
 
 
 def trials_out_of_the_box(results: Results, where: str) -> dict[str, list[Trial | None]]:
@@ -72,15 +77,21 @@ def tuned(results: Results) -> str:
 def over_sets(results: Results, trials: Mapping[str, Sequence[Trial | None]], title: str) -> str:
     """Scores of each loss on each set, in percent, and its mean rank; the best mean rank comes first.
 
-    A loss without a result on some set has no mean rank, and comes last.
+    A loss without a result on some set has no mean rank, and comes last. The header has the number of seeds, and so has
+    the cell of a loss that has run with fewer.
     """
     scores = scores_of(results, trials)
     ranks = ranks_of(scores)
     order = sorted(scores, key=lambda loss: ranks.get(loss, math.inf))
-    header = [title, *(f"{name}, {of_set['score']}" for name, of_set in results.sets.items()), "mean rank"]
-    return markdown(
-        header, [[loss, *map(spread, scores[loss]), f"{ranks[loss]:.1f}" if loss in ranks else "-"] for loss in order]
+    seeds = [max((len(of_loss[one]) for of_loss in scores.values()), default=0) for one in range(len(results.sets))]
+    columns = (
+        f"{name}, {of_set['score']}" + (f", {counted(most)}" if most else "")
+        for (name, of_set), most in zip(results.sets.items(), seeds, strict=True)
     )
+    rows = [
+        [loss, *map(spread, scores[loss], seeds), f"{ranks[loss]:.1f}" if loss in ranks else "-"] for loss in order
+    ]
+    return markdown([title, *columns, "mean rank"], rows)
 
 
 def ahead(results: Results, ours: Trial | None, theirs: Trial | None) -> Difference | None:
@@ -121,9 +132,17 @@ def _difference(found: Difference | None) -> str:
 
 
 def chosen(results: Results) -> str:
-    """What validation chose for each loss on each set."""
+    """What validation chose for each loss on each set, and of how many trials."""
     trials = trials_tuned(results)
-    rows = [[loss, *(described(trial) if trial else "-" for trial in one)] for loss, one in trials.items() if any(one)]
+    rows = []
+    for loss, of_loss in trials.items():
+        if any(of_loss):
+            tried = (len(protocol.tried(results, name, loss)) for name in results.sets)
+            cells = (
+                f"{described(trial)}; best of {number}" if trial else "-"
+                for trial, number in zip(of_loss, tried, strict=True)
+            )
+            rows.append([loss, *cells])
     return markdown(["loss", *results.sets], rows)
 
 

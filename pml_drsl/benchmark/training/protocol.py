@@ -70,11 +70,18 @@ def best_first(results: Results, trials: Sequence[Trial]) -> list[Trial]:
     return [trial for _, trial in sorted(found, key=lambda pair: -pair[0])]
 
 
+def tried(results: Results, name: str, loss: str) -> list[Trial]:
+    """The trials of a loss that both steps of tuning have scored on all folds, best first; none before the second step
+    has results."""
+    settings = best_first(results, by_setting(results, name, loss))
+    # The default at the best weight is a setting too.
+    trials = {trial.key: trial for trial in (*by_weight(name, loss), *settings)}
+    return best_first(results, list(trials.values())) if len(settings) > 1 else []
+
+
 def tuned(results: Results, name: str, loss: str) -> Trial | None:
     """The trial of a loss that was best on validation; None before the second step of tuning has results."""
-    settings = best_first(results, by_setting(results, name, loss))
-    tried = best_first(results, [*by_weight(name, loss), *settings])
-    return tried[0] if len(settings) > 1 else None
+    return next(iter(tried(results, name, loss)), None)
 
 
 def few_positives(name: str, loss: str) -> dict[int, Trial]:

@@ -88,6 +88,8 @@ def test_the_mean_over_the_folds_chooses(results):
     assert tuned(results, "made-up", LOSS) == settings[2] and settings[2].split == "test"
     assert best_first(results, settings) == [settings[2], settings[0], settings[1]]
     assert validation_score(results, settings[1]) == pytest.approx(0.6)
+    # Five weights have both folds, and two settings besides the default at the best of them.
+    assert "cross-entropy * 0.3; best of 7 |" in tables.chosen(results)
 
 
 def test_every_loss_has_the_same_number_of_trials(results):
@@ -155,9 +157,9 @@ def test_tables_have_scores_ranks_and_differences(results):
     add(results, out_of_the_box("cameras", "SupCon")[ALONE], 0.9, name="mAP")  # has not run on the other set
     alone, beside = tables.out_of_the_box(results).split("\n\n")
     rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in alone.split("\n")}
-    assert rows["alone"] == ["made-up, MAP@R", "cameras, mAP", "mean rank"]
+    assert rows["alone"] == ["made-up, MAP@R, 2 seeds", "cameras, mAP, 2 seeds", "mean rank"]
     assert rows[DRSL] == ["51.0 ± 1.4", "61.0 ± 1.4", "1.5"] and rows[LOSS][2] == "1.5"
-    assert rows[CROSS_ENTROPY][2] == "3.0" and rows["SupCon"] == ["-", "90.0", "-"]
+    assert rows[CROSS_ENTROPY][2] == "3.0" and rows["SupCon"] == ["-", "90.0 (1 seed)", "-"]
     assert CROSS_ENTROPY in beside and "SupCon" not in beside
     table = tables.differences(results, tables.trials_out_of_the_box(results, ALONE))
     row = next(line for line in table.split("\n") if LOSS in line)
