@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pml_drsl.functional import bound_of_odds
 from pml_drsl.pairs import Pairs, SparseMask
 
 # Elements of one block of comparisons on the CPU and on other devices: small enough for a CPU's cache, large enough
@@ -71,7 +72,13 @@ def count_ahead(
 
 
 def retrieval_and_sort_errors(
-    d: Tensor, false_pos: Tensor, pairs: Pairs, temperature: float, dissimilarity: Tensor | None, bound: bool = False
+    d: Tensor,
+    false_pos: Tensor,
+    pairs: Pairs,
+    temperature: float,
+    dissimilarity: Tensor | None,
+    bound: bool = False,
+    bound_power: float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
     """The two errors of each (query, positive) pair, as ``functional.drsl`` defines them.
 
@@ -82,7 +89,8 @@ def retrieval_and_sort_errors(
         temperature: softness of the ranks, in units of distance, as in ``count_ahead``.
         dissimilarity: angular dissimilarity ``u = (1 - cos) / 2`` of each pair, shape (E,), in [0, 1]; None leaves the
             sort error out.
-        bound: return the upper bound of the retrieval error, ``log(1 + false_pos(i) / rank_pos(i))``.
+        bound: return the upper bound of the retrieval error, ``functional.bound_of_odds``.
+        bound_power: power of the odds in the bound, in (0, 1].
 
     Returns:
         ``(retrieval, sort)``, both of shape (E,). Both are in [0, 1], but the bound has no upper limit. ``sort`` is
@@ -94,7 +102,7 @@ def retrieval_and_sort_errors(
     _, ahead, u_ahead = count_ahead(peers, *cells, temperature, weight=u)
     # A positive is level with itself, G(0) = 1/2: the "1 +" and "j != i" of the definition together add 1/2.
     rank_pos = 0.5 + ahead
-    retrieval = torch.log1p(false_pos / rank_pos) if bound else false_pos / (rank_pos + false_pos)
+    retrieval = bound_of_odds(false_pos, rank_pos, bound_power) if bound else false_pos / (rank_pos + false_pos)
     return retrieval, None if dissimilarity is None else (0.5 * dissimilarity + u_ahead) / rank_pos
 
 

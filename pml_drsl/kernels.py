@@ -31,7 +31,10 @@ def _count(z, x, query, count, slope, columns, BOUND: tl.constexpr, BLOCK: tl.co
         by = threshold - tl.load(row + column, mask=column < columns, other=float("inf"))
         ahead = tl.sigmoid(by)
         if BOUND:
-            sum_count += (tl.maximum(by, 0) + tl.log(1 + tl.exp(-tl.abs(by)))) / LOG_2
+            small = tl.exp(-tl.abs(by))
+            # 1 + small rounds a small term away, which a bound of a small power needs: the Taylor series keeps it.
+            series = small * (1 - small * (1 / 2 - small * (1 / 3 - small * (1 / 4 - small * (1 / 5 - small / 6)))))
+            sum_count += (tl.maximum(by, 0) + tl.where(small < 0.01, series, tl.log(1 + small))) / LOG_2
             sum_slope += ahead / LOG_2
         else:
             sum_count += ahead

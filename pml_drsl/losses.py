@@ -89,6 +89,9 @@ class DRSLoss(BaseMetricLossFunction):
             the beginning of training, or where negatives are very many. It is ``log(1 + false_pos(i) / rank_pos(i))``,
             minus the log of the precision at i, with ``log2(1 + exp(x / temperature))`` in place of G in ``false_pos``
             (the bound of Burges et al., ICML 2005).
+        bound_power: power p of the odds of the error in the bound, in (0, 1]. The bound is ``log(1 + odds ** p) / p``
+            with ``odds = false_pos(i) / rank_pos(i)``. At 1, the default, it is the bound above. A smaller power gives
+            a larger bound, which still moves pairs whose order is right.
         **kwargs: arguments of ``BaseMetricLossFunction``: ``distance`` (default: ``CosineSimilarity()``; a
             similarity enters with its sign changed; ``BatchedDistance`` and ``p`` or ``power`` below 1, whose gradient
             is infinite at a distance of 0, are refused), ``reducer``
@@ -109,6 +112,7 @@ class DRSLoss(BaseMetricLossFunction):
         margin: float = 0.0,
         query_chunk_size: int | None = None,
         bound: bool = True,
+        bound_power: float = 1.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -120,12 +124,17 @@ class DRSLoss(BaseMetricLossFunction):
             raise InputError(f"margin must be a finite number, got {margin!r}; 0 asks for the right order and no more")
         if query_chunk_size is not None and not (isinstance(query_chunk_size, int) and query_chunk_size > 0):
             raise InputError(f"query_chunk_size must be None or an integer above 0, got {query_chunk_size!r}")
+        if not (checks.is_real(bound_power) and 0 < bound_power <= 1):
+            raise InputError(f"bound_power must be a number above 0 and at most 1, got {bound_power!r}; try 0.1")
+        if bound_power != 1 and not bound:
+            raise InputError(f"bound_power {bound_power!r} needs bound=True: without a bound there is no power")
         checks.check_distance(self.distance)
         self.temperature = temperature
         self.sort_weight = sort_weight
         self.margin = margin
         self.query_chunk_size = query_chunk_size
         self.bound = bool(bound)
+        self.bound_power = bound_power
         self.add_to_recordable_attributes(list_of_names=["temperature", "sort_weight", "margin"], is_stat=False)
         stats = ["retrieval_error", *(["sort_error"] if sort_weight > 0 else []), "num_queries"]
         self.add_to_recordable_attributes(list_of_names=stats, is_stat=True)
@@ -221,7 +230,7 @@ class DRSLoss(BaseMetricLossFunction):
         u = None
         if self.sort_weight > 0:
             u = angular_dissimilarity(distance, d, x, ref, query, positive)
-        retrieval, sort = retrieval_and_sort_errors(d, false_pos, pairs, temperature, u, self.bound)
+        retrieval, sort = retrieval_and_sort_errors(d, false_pos, pairs, temperature, u, self.bound, self.bound_power)
         return (retrieval,) if sort is None else (retrieval, sort)
 
     def _collect_stats(self, pairs: Pairs, retrieval: Tensor, sort: Tensor | None = None) -> None:
@@ -236,6 +245,5 @@ class DRSLoss(BaseMetricLossFunction):
         return ["retrieval_loss", "sort_loss"]
 
     def extra_repr(self) -> str:
-        return (
-            f"temperature={self.temperature}, sort_weight={self.sort_weight}, margin={self.margin}, bound={self.bound}"
-        )
+        names = ("temperature", "sort_weight", "margin", "bound", "bound_power")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 
 from pml_drsl.benchmark import plots, tables
-from pml_drsl.benchmark.training.candidates import CROSS_ENTROPY, DRSL
+from pml_drsl.benchmark.training.candidates import CROSS_ENTROPY, DRSL, SMALL_POWER
 from pml_drsl.benchmark.training.protocol import ALONE, BESIDE
 from pml_drsl.benchmark.training.results import Results
 from pml_drsl.benchmark.training.trial import Trial
@@ -155,13 +155,16 @@ def _sets(results: Results) -> str:
 
 
 def _differences(results: Results, title: str, trials: dict[str, list[Trial | None]]) -> list[str]:
-    table = tables.differences(results, trials)
-    if table == tables.NOTHING:
-        return []
+    found = {ours: tables.differences(results, trials, ours) for ours in (DRSL, SMALL_POWER)}
     return [
-        f"DRSL less each other loss, {title}, in points, with the 95 % interval of a paired bootstrap over the test "
-        "identities; an asterisk stands where the interval leaves out 0:",
-        table,
+        part
+        for ours, table in found.items()
+        if table != tables.NOTHING
+        for part in (
+            f"{ours} less each other loss, {title}, in points, with the 95 % interval of a paired bootstrap over the "
+            "test identities; an asterisk stands where the interval leaves out 0:",
+            table,
+        )
     ]
 
 

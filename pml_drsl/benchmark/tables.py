@@ -88,9 +88,7 @@ def over_sets(results: Results, trials: Mapping[str, Sequence[Trial | None]], ti
         f"{name}, {of_set['score']}" + (f", {counted(most)}" if most else "")
         for (name, of_set), most in zip(results.sets.items(), seeds, strict=True)
     )
-    rows = [
-        [loss, *map(spread, scores[loss], seeds), f"{ranks[loss]:.1f}" if loss in ranks else "-"] for loss in order
-    ]
+    rows = [[loss, *map(spread, scores[loss], seeds), f"{ranks[loss]:.1f}" if loss in ranks else "-"] for loss in order]
     return markdown([title, *columns, "mean rank"], rows)
 
 
@@ -114,14 +112,14 @@ def _filled(scores: list[float | None], length: int) -> list[float | None]:
     return scores + [None] * (length - len(scores))
 
 
-def differences(results: Results, trials: Mapping[str, Sequence[Trial | None]]) -> str:
-    """DRSL less every other loss on each set, in points, with 95 % intervals; an asterisk where 0 is outside."""
+def differences(results: Results, trials: Mapping[str, Sequence[Trial | None]], ours: str = DRSL) -> str:
+    """One loss less every other one on each set, in points, with 95 % intervals; an asterisk where 0 is outside."""
     rows = []
     for loss, of_loss in trials.items():
-        found = [ahead(results, ours, theirs) for ours, theirs in zip(trials[DRSL], of_loss, strict=True)]
-        if loss != DRSL and any(found):
+        found = [ahead(results, mine, theirs) for mine, theirs in zip(trials[ours], of_loss, strict=True)]
+        if loss != ours and any(found):
             rows.append([loss, *map(_difference, found)])
-    return markdown(["DRSL less", *results.sets], rows)
+    return markdown([f"{ours} less", *results.sets], rows)
 
 
 def _difference(found: Difference | None) -> str:

@@ -34,6 +34,8 @@ SETTINGS = [
     for temperature, margin in ((0.05, 0.0), (0.3, 0.1))
     for sort_weight in (0, 0.7)
     for bound in (False, True)
+] + [
+    {"temperature": 0.1, "sort_weight": 0.7, "margin": 0.1, "bound": True, "bound_power": power} for power in (0.1, 0.5)
 ]
 
 

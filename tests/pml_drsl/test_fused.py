@@ -35,8 +35,9 @@ for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
     labels[3] = 77
     raw = LpDistance(normalize_embeddings=False)
     for options in ({"query_chunk_size": 4, "margin": 0.1}, {"distance": CosineSimilarity()},
-                    {"distance": raw}, {"bound": True, "margin": 0.1}):
-        loss_fn = DRSLoss(0.1, **options)
+                    {"distance": raw, "bound": False}, {"bound": True, "margin": 0.1},
+                    {"bound_power": 0.1}, {"bound_power": 0.1, "temperature": 0.02}):
+        loss_fn = DRSLoss(**{"temperature": 0.1, **options})
         for arguments in ((x, labels), (x, labels, None, ref, ref_labels), (x, labels, PairMarginMiner()(x, labels))):
             results = []
             for fused._kernels_for in (eager, interpreted):

@@ -56,7 +56,7 @@ def test_agrees_with_the_definition(seed, bound, distance, dtype, tolerance):
     ref_labels=st.none() | st.lists(st.integers(-3, 3), min_size=1, max_size=15),
     temperature=st.sampled_from([0.02, 0.1, 1.0]),
     sort_weight=st.sampled_from([0.0, 0.5]),
-    bound=st.booleans(),
+    bound=st.sampled_from([{"bound": False}, {"bound": True}, {"bound": True, "bound_power": 0.1}]),
     seed=st.integers(0, 1000),
 )
 def test_agrees_for_any_labels_and_references(labels, ref_labels, temperature, sort_weight, bound, seed):
@@ -67,7 +67,7 @@ def test_agrees_for_any_labels_and_references(labels, ref_labels, temperature, s
     if ref_labels is not None:
         ref = torch.randn(len(ref_labels), 4, generator=generator, dtype=torch.float64, requires_grad=True)
         ref_labels, inputs = torch.tensor(ref_labels), [x, ref]
-    settings = {"temperature": temperature, "sort_weight": sort_weight, "bound": bound}
+    settings = {"temperature": temperature, "sort_weight": sort_weight, **bound}
     loss = make_loss(**settings)(x, labels, ref_emb=ref, ref_labels=ref_labels)
     pairs = reference.pairs_from_labels(labels.tolist(), None if ref is None else ref_labels.tolist())
     if reference.drsl(x, *pairs, ref, **settings).isnan():
@@ -107,7 +107,8 @@ def test_a_bound_is_no_less_than_the_error_of_the_true_ranks():
         x, _ = make_batch(seed)
         true = make_loss(1e-9, sort_weight=0)(x[:12], labels)
         for temperature in (0.01, 0.1, 1.0):
-            assert make_loss(temperature, sort_weight=0, bound=True)(x[:12], labels) >= true
+            bounds = [make_loss(temperature, 0, bound=True, bound_power=p)(x[:12], labels) for p in (1, 0.5, 0.1)]
+            assert true <= bounds[0] <= bounds[1] <= bounds[2]
 
 
 def test_a_bound_pulls_at_a_positive_far_behind_its_negatives_where_the_error_does_not():
@@ -117,6 +118,26 @@ def test_a_bound_pulls_at_a_positive_far_behind_its_negatives_where_the_error_do
         torch.autograd.grad(make_loss(0.01, 0, bound=bound)(x, labels), x)[0][1].norm() for bound in (False, True)
     ]
     assert slopes[0] < 0.01 and slopes[1] > 0.1
+
+
+def test_a_bound_of_a_small_power_still_moves_pairs_in_order():
+    x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]], dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 0, 1, 1])
+    slopes = [
+        torch.autograd.grad(make_loss(0.05, 0, bound=True, bound_power=p, distance=CosineSimilarity())(x, labels), x)[0]
+        for p in (1, 0.1)
+    ]
+    assert slopes[0].norm() < 1e-4 and slopes[1].norm() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_bound_of_a_small_power_is_finite_where_a_count_is_0(dtype):
+    x = torch.eye(4, dtype=dtype).repeat_interleave(2, 0).requires_grad_()
+    for power in (1e-3, 0.1, 0.5):
+        # The negatives are 10,000 temperatures behind.
+        loss = make_loss(1e-4, 0, bound=True, bound_power=power)(x, torch.arange(8) // 2)
+        (gradient,) = torch.autograd.grad(loss, x)
+        assert loss.isfinite() and (gradient == 0).all()
 
 
 # The seven facts of the definition.
@@ -398,6 +419,9 @@ def test_labels_may_be_of_any_integer_type():
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": "0.1"}, "temperature"),
         ({"sort_weight": -1}, "sort_weight must be a number of at least 0, got -1"),
+        ({"bound_power": 0}, "bound_power must be a number above 0 and at most 1, got 0; try 0.1"),
+        ({"bound_power": 1.5}, "bound_power must be a number above 0 and at most 1, got 1.5"),
+        ({"bound_power": 0.5, "bound": False}, "bound_power 0.5 needs bound=True"),
         ({"margin": float("inf")}, "margin must be a finite number, got inf"),
         ({"query_chunk_size": 0}, "query_chunk_size"),
         ({"distance": "euclid"}, "distance must be a distance of pytorch_metric_learning.distances.*'euclid'"),

@@ -56,6 +56,7 @@ def drsl(
     margin: float = 0.0,
     distance=euclidean,
     bound: bool = False,
+    bound_power: float = 1.0,
 ) -> Tensor:
     """The loss of a batch, from sets of (query, candidate) index pairs; NaN where no query has a term."""
     refs = embeddings if ref_emb is None else ref_emb
@@ -73,7 +74,8 @@ def drsl(
             rank_pos = 1 + sum(ahead.values())
             counts = log2_bound if bound else indicator
             false_pos = sum(counts(d[i] - d[n] + margin, temperature) for n in N)
-            retrieval = torch.log(1 + false_pos / rank_pos) if bound else false_pos / (rank_pos + false_pos)
+            odds = false_pos / rank_pos
+            retrieval = torch.log(1 + odds**bound_power) / bound_power if bound else odds / (1 + odds)
             sort = (u[i] + sum(ahead[j] * u[j] for j in ahead)) / rank_pos
             errors.append(retrieval + sort_weight * sort)
         queries.append(sum(errors) / len(errors))

@@ -17,6 +17,8 @@ from pml_drsl.losses import DRSLoss
 
 SETTINGS = 6
 DRSL = "DRSL"
+SMALL_POWER = "DRSL (power 0.1)"
+"""``DRSLoss(bound_power=0.1)``: not the default, but measured like one."""
 CROSS_ENTROPY = "cross-entropy"
 WEIGHTS_LR = 1e-2
 """Learning rate of a loss's own weights, in Adam: the one in pytorch-metric-learning's documentation."""
@@ -75,19 +77,28 @@ def _name_of(distance: BaseDistance) -> str:
 
 
 def _drsl_grid() -> tuple[dict[str, Any], ...]:
-    default = drsl_defaults()
     changes: list[dict[str, Any]] = [
-        {"temperature": 0.02},
+        {},
+        {"bound_power": 0.1},
+        {"bound_power": 0.1, "temperature": 0.05},
+        {"bound_power": 0.1, "temperature": 0.2},
+        {"bound_power": 0.1, "sort_weight": 0.5},
         {"temperature": 0.05},
-        {"temperature": 0.1},
-        {"temperature": 0.2},
-        {"sort_weight": 0.0},
-        {"sort_weight": 1.0},
-        {"sort_weight": 0.5},
     ]
-    points = [default]
-    points += [point for change in changes if (point := {**default, **change}) not in points]
-    return tuple(points[:SETTINGS])
+    return tuple({**drsl_defaults(), **change} for change in changes)
+
+
+def _small_power_grid() -> tuple[dict[str, Any], ...]:
+    default = {**drsl_defaults(), "bound_power": 0.1}
+    changes: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.05},
+        {"temperature": 0.07},
+        {"temperature": 0.2},
+        {"sort_weight": 0.5},
+        {"bound_power": 0.2},
+    ]
+    return tuple({**default, **change} for change in changes)
 
 
 def _around(default: dict[str, Any], **values: tuple[Any, ...]) -> tuple[dict[str, Any], ...]:
@@ -141,6 +152,7 @@ def _weighted(make: Callable[..., nn.Module], grid: tuple[dict[str, Any], ...]) 
 
 CANDIDATES: dict[str, Candidate] = {
     DRSL: Candidate(_drsl, _drsl_grid(), in_memory=True),
+    SMALL_POWER: Candidate(_drsl, _small_power_grid(), in_memory=True),
     "SmoothAP": Candidate(_smooth_ap, _around({"temperature": 0.01}, temperature=(0.005, 0.02, 0.05, 0.1, 0.2))),
     "SmoothAP (PML)": Candidate(
         losses.SmoothAPLoss, _around({"temperature": 0.01}, temperature=(0.005, 0.02, 0.05, 0.1, 0.2))
