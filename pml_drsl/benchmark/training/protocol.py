@@ -153,7 +153,7 @@ CHANGES = [
     *_parameter("temperature", 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.2),
     *_parameter("margin", 0.05, 0.1, 0.2),
     *_parameter("bound", False, True),
-    *_parameter("bound_power", 0.05, 0.1, 0.2, 0.5, 1.0),
+    *_parameter("bound_power", 0.1, 1.0),
     *_parameter("distance", "cosine", "euclidean", "squared euclidean"),
     Change(
         "definition",
