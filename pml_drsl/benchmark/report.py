@@ -125,7 +125,8 @@ def _out_of_the_box(results: Results, pictures: dict[str, str]) -> list[str]:
     return [
         "## Out of the box",
         "Every loss with its library's defaults. Scores in percent on the test identities, mean ± standard deviation "
-        "over the seeds; mean rank over the sets, 1 being the best of the losses in the table.",
+        "over the seeds; mean rank over the sets, 1 being the best of the losses that have one. `DRSL (power 0.1)` is "
+        "`DRSLoss(bound_power=0.1)`, which is not the default and takes no rank.",
         f"![Scores of every loss]({pictures['quality']})",
         tables.out_of_the_box(results),
         *_differences(results, "alone", tables.trials_out_of_the_box(results, ALONE)),

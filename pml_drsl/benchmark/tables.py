@@ -10,7 +10,7 @@ from typing import Any
 from tabulate import tabulate
 
 from pml_drsl.benchmark.training import protocol
-from pml_drsl.benchmark.training.candidates import CANDIDATES, DRSL
+from pml_drsl.benchmark.training.candidates import CANDIDATES, DRSL, SMALL_POWER
 from pml_drsl.benchmark.training.protocol import ALONE, BESIDE
 from pml_drsl.benchmark.training.results import Results
 from pml_drsl.benchmark.training.statistics import Difference, mean_ranks, paired_bootstrap
@@ -60,8 +60,9 @@ def scores_of(results: Results, trials: Mapping[str, Sequence[Trial | None]]) ->
 
 
 def ranks_of(scores: Scores) -> dict[str, float]:
-    """Mean rank over the sets of each loss that has a result on every set."""
-    return mean_ranks({loss: [fmean(one) for one in of_loss] for loss, of_loss in scores.items() if all(of_loss)})
+    """Mean rank over the sets of each loss that has a result on every set. DRSL takes part with its default alone."""
+    ranked = {loss: of_loss for loss, of_loss in scores.items() if all(of_loss) and loss != SMALL_POWER}
+    return mean_ranks({loss: [fmean(one) for one in of_loss] for loss, of_loss in ranked.items()})
 
 
 def out_of_the_box(results: Results) -> str:

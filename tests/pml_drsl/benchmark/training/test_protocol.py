@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pml_drsl.benchmark import report, tables
-from pml_drsl.benchmark.training.candidates import CANDIDATES, CROSS_ENTROPY, DRSL, defaults
+from pml_drsl.benchmark.training.candidates import CANDIDATES, CROSS_ENTROPY, DRSL, SMALL_POWER, defaults
 from pml_drsl.benchmark.training.images import Data, Images
 from pml_drsl.benchmark.training.networks import Recipe
 from pml_drsl.benchmark.training.protocol import (
@@ -155,12 +155,15 @@ def test_tables_have_scores_ranks_and_differences(results):
             for trial in {one.key: one for one in out_of_the_box(name, loss).values()}.values():
                 add(results, trial, value, value + 0.02, name=score)
     add(results, out_of_the_box("cameras", "SupCon")[ALONE], 0.9, name="mAP")  # has not run on the other set
+    for name, score in (("made-up", "MAP@R"), ("cameras", "mAP")):
+        add(results, out_of_the_box(name, SMALL_POWER)[ALONE], 0.95, name=score)
     alone, beside = tables.out_of_the_box(results).split("\n\n")
     rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in alone.split("\n")}
     assert rows["alone"] == ["made-up, MAP@R, 2 seeds", "cameras, mAP, 2 seeds", "mean rank"]
     assert rows[DRSL] == ["51.0 ± 1.4", "61.0 ± 1.4", "1.5"] and rows[LOSS][2] == "1.5"
     assert rows[CROSS_ENTROPY][2] == "3.0" and rows["SupCon"] == ["-", "90.0 (1 seed)", "-"]
     assert CROSS_ENTROPY in beside and "SupCon" not in beside
+    assert rows[SMALL_POWER] == ["95.0 (1 seed)", "95.0 (1 seed)", "-"]  # it would push the others back by a rank
     table = tables.differences(results, tables.trials_out_of_the_box(results, ALONE))
     row = next(line for line in table.split("\n") if LOSS in line)
     assert "+10.0 [+10.0, +10.0]*" in row and "-10.0 [-10.0, -10.0]*" in row
