@@ -1,4 +1,4 @@
-"""The definition of DRSL: one function of dense matrices, with the equation of every line beside it."""
+"""The definition of DRSL as a function of dense matrices, with the equation of every line beside it, and its bound."""
 
 from __future__ import annotations
 

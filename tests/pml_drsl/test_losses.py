@@ -1,6 +1,7 @@
 """DRSLoss against a slow loop over its definition, in the cases a user can make."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -128,6 +129,15 @@ def test_a_bound_of_a_small_power_still_moves_pairs_in_order():
         for p in (1, 0.1)
     ]
     assert slopes[0].norm() < 1e-4 and slopes[1].norm() > 0.1
+
+
+def test_the_least_loss_of_a_small_power_is_what_the_documentation_says():
+    x, labels = torch.eye(16).repeat_interleave(4, 0), torch.arange(64) // 4
+    values = [losses.DRSLoss(bound_power=p)(x, labels).item() for p in (1, 0.1)]
+    # 60 negatives at a right angle, and two other positives that are level with each.
+    odds = 60 * math.log2(1 + math.exp(-1 / 0.1)) / (1 + 2 / 2)
+    assert values == pytest.approx([math.log(1 + odds), math.log(1 + odds**0.1) / 0.1], rel=1e-4)
+    assert [f"{value:.1g}" for value in values] == ["0.002", "4"] and round(values[1], 1) == 4.3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
