@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from pml_drsl.benchmark.training.candidates import CANDIDATES, CROSS_ENTROPY, DRSL, defaults
+from pml_drsl.benchmark.training.candidates import CANDIDATES, CROSS_ENTROPY, DRSL, SMALL_POWER, defaults
 from pml_drsl.benchmark.training.images import TEST
 from pml_drsl.benchmark.training.results import Results
 from pml_drsl.benchmark.training.trial import Trial
@@ -20,7 +20,7 @@ WEIGHTS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Weights of cross-entropy beside a loss that tuning tries."""
 NEGATIVES = (15, 60, 250, 1000)
 """Negatives of each query, with one positive, in the experiment with few positives."""
-FEW_POSITIVES = (DRSL, "MultiSimilarity", "SupCon", "Contrastive", "Circle")
+FEW_POSITIVES = (DRSL, SMALL_POWER, "MultiSimilarity", "SupCon", "Contrastive", "Circle")
 MEMORY = 2048
 """Size of the memory that these negatives come from."""
 BATCHES = (64, 256, 1024)
