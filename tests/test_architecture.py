@@ -21,12 +21,12 @@ MAX_FUNCTION_LINES = 60
 FLOORS = (
     {"pml_drsl"},
     {"torchreid_ext.runtime"},
-    {"torchreid_ext.data", "torchreid_ext.evaluation", "torchreid_ext.checkpointing", "torchreid_ext.recipe"},
+    {"torchreid_ext.data", "torchreid_ext.evaluation", "torchreid_ext.checkpoint", "torchreid_ext.networks"},
     {"torchreid_ext.engine"},
     {"torchreid_ext.config"},
-    {"torchreid_ext.deploy"},
-    {"torchreid_ext.commands"},
-    {"torchreid_ext"},
+    {"torchreid_ext.search"},
+    {"torchreid_ext.cli"},
+    {"torchreid_ext", "torchreid_ext.__main__"},
 )
 
 # The name of a distribution where it differs from the name of the module.
@@ -67,12 +67,13 @@ def own_imports(name: str, deep: bool = True) -> set[str]:
 
 
 def folder(module: str) -> str:
-    return module if FILES[module].name == "__init__.py" else module.rpartition(".")[0]
+    parent = module.rpartition(".")[0]
+    return module if FILES[module].name == "__init__.py" or parent == "torchreid_ext" else parent
 
 
 def floor(module: str) -> int:
     """Returns the number of a module's floor, 0 for the lowest."""
-    part = ".".join(folder(module).split(".")[:2]) if module.startswith("torchreid_ext") else "pml_drsl"
+    part = ".".join(module.split(".")[:2]) if module.startswith("torchreid_ext") else "pml_drsl"
     (number,) = (number for number, folders in enumerate(FLOORS) if part in folders)
     return number
 

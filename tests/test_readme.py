@@ -9,7 +9,7 @@ import yaml
 
 from pml_drsl import DRSLoss
 from torchreid_ext import get_default_config
-from torchreid_ext.__main__ import _parser
+from torchreid_ext.cli.train import _parser
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -7,14 +7,14 @@ managers.
 
 import warnings
 
-# This package evaluates by pml_drsl.evaluation.accuracy, so that torchreid's missing Cython code costs nothing.
+# This package evaluates by pml_drsl.evaluation.scores, so that torchreid's missing Cython code costs nothing.
 warnings.filterwarnings("ignore", message="Cython evaluation")
 
 import torchreid  # noqa: E402
 
 from torchreid_ext.config.build import build_engine, get_default_config  # noqa: E402
-from torchreid_ext.deploy.searcher import Searcher  # noqa: E402
-from torchreid_ext.engine.pml import ImageDRSLEngine, ImagePMLEngine, VideoDRSLEngine, VideoPMLEngine  # noqa: E402
+from torchreid_ext.engine.engines import ImageDRSLEngine, ImagePMLEngine, VideoDRSLEngine, VideoPMLEngine  # noqa: E402
+from torchreid_ext.search.searcher import Searcher  # noqa: E402
 
 for _engine in (ImageDRSLEngine, ImagePMLEngine, VideoDRSLEngine, VideoPMLEngine):
     setattr(torchreid.engine, _engine.__name__, _engine)

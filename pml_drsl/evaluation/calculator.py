@@ -42,7 +42,7 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
         query_cams: cameras of the queries, shape (Q,), or None for retrieval without cameras.
         reference_cams: cameras of the reference set (the gallery), shape (M,).
         metric: ``"euclidean"`` or ``"cosine"``.
-        ties: see ``pml_drsl.evaluation.accuracy.evaluate``.
+        ties: see ``pml_drsl.evaluation.scores.evaluate``.
         protocol: see ``evaluate``.
         max_rank: length of ``cmc``.
         seed: see ``evaluate``.

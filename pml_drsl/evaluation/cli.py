@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 from pml_drsl.checks import InputError
-from pml_drsl.evaluation.accuracy import METRICS, PROTOCOLS, TIES, RetrievalResult, evaluate
+from pml_drsl.evaluation.scores import METRICS, PROTOCOLS, TIES, RetrievalResult, evaluate
 
 REQUIRED = ("query", "gallery", "query_ids", "gallery_ids")
 CAMERAS = ("query_cams", "gallery_cams")

@@ -83,7 +83,7 @@ def rank_queries(
     progress: bool = False,
     group: dist.ProcessGroup | None = None,
 ) -> RankedQueries:
-    """Ranks the gallery of every query by the re-ID protocol, which ``evaluation.accuracy.evaluate`` describes.
+    """Ranks the gallery of every query by the re-ID protocol, which ``evaluation.scores.evaluate`` describes.
 
     Args:
         distances: distances of Q queries to M gallery entries; see ``DistanceRows``.

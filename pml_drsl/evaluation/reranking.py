@@ -34,7 +34,7 @@ def rerank(
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> RerankedDistances:
-    """Re-ranked distances of every query to the gallery, for ``pml_drsl.evaluation.accuracy.rank_queries``.
+    """Re-ranked distances of every query to the gallery, for ``pml_drsl.evaluation.scores.rank_queries``.
 
     The original distances are squared Euclidean, or 1 - cosine, as in torchreid. As in the published code, each is
     divided by the largest distance of its row and then squared.

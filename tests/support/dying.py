@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 
-from torchreid_ext.__main__ import main
+from torchreid_ext.cli.train import main
 from torchreid_ext.engine.base import BaseEngine
 from torchreid_ext.runtime import distributed
 

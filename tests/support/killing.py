@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from toy_data import register_toys
 
-from torchreid_ext.__main__ import main
-from torchreid_ext.checkpointing import file as checkpoint
+from torchreid_ext.checkpoint import checkpoint
+from torchreid_ext.cli.train import main
 
 EPOCHS = 6
 # The child's fsync takes this long more, so that a part of the kills falls inside a save.

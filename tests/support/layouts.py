@@ -14,8 +14,8 @@ import torchreid
 from killing import differing
 from toy_data import register_toys
 
-from torchreid_ext.__main__ import main
-from torchreid_ext.checkpointing import file as checkpoint
+from torchreid_ext.checkpoint import checkpoint
+from torchreid_ext.cli.train import main
 
 LOSSES, SCHEDULERS, AMPS = ("softmax", "triplet", "drsl", "pml"), ("multi_step", "none"), ("off", "bf16")
 OPTIONS = {

@@ -18,12 +18,11 @@ from toy_data import make_image_manager, make_video_manager
 from pml_drsl.losses import DRSLoss
 from pml_drsl.miners import RankViolationMiner
 from pml_drsl.wrappers import CrossBatchMemory
-from torchreid_ext.checkpointing import state as states
-from torchreid_ext.engine import native
-from torchreid_ext.engine import pml as engines
+from torchreid_ext.checkpoint import states
+from torchreid_ext.engine import engines, native
 from torchreid_ext.engine.logs import EpochLog
 from torchreid_ext.runtime import distributed
-from torchreid_ext.runtime.random import seed_everything
+from torchreid_ext.runtime.generators import seed_everything
 
 BATCH, CLASSES, FEATURES = 12, 6, 16
 

@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from torchreid_ext.__main__ import main
+from torchreid_ext.cli.train import main
 from torchreid_ext.engine import stepper as stepping
 from torchreid_ext.engine.base import BaseEngine
 

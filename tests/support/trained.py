@@ -2,7 +2,7 @@
 
 from toy_data import write_images
 
-from torchreid_ext.__main__ import main
+from torchreid_ext.cli.train import main
 
 OPTIONS = {
     "use_gpu": False, "model.name": "osnet_x0_25", "model.pretrained": False, "data.height": 32, "data.width": 16,

@@ -8,10 +8,10 @@ import torch
 from toy_data import write_images
 
 from torchreid_ext import get_default_config
-from torchreid_ext.__main__ import main
-from torchreid_ext.checkpointing import file as checkpoint
+from torchreid_ext.checkpoint import checkpoint
+from torchreid_ext.cli.train import main
 from torchreid_ext.config.keys import KEYS
-from torchreid_ext.engine import pml as engines
+from torchreid_ext.engine import engines
 
 OPTIONS = {
     "use_gpu": False, "model.name": "osnet_x0_25", "model.pretrained": False, "data.height": 32, "data.width": 16,

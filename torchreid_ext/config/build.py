@@ -11,16 +11,15 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pml_drsl.checks import InputError
+from torchreid_ext import networks
 from torchreid_ext.config.checks import check, choose
 from torchreid_ext.config.data import build_datamanager
 from torchreid_ext.config.keys import DRSL_ARGUMENTS
 from torchreid_ext.config.node import Config, flat, get_default_config, plain
 from torchreid_ext.config.options import run_options
 from torchreid_ext.data.samplers import steps_per_epoch
-from torchreid_ext.engine import criteria, native
-from torchreid_ext.engine import pml as engines
-from torchreid_ext.recipe import neck as network
-from torchreid_ext.recipe.warmup import warmed_up
+from torchreid_ext.engine import criteria, engines, native
+from torchreid_ext.engine.warmup import warmed_up
 from torchreid_ext.runtime import distributed
 
 __all__ = [
@@ -66,9 +65,9 @@ def build_model(cfg: Config, num_classes: int) -> nn.Module:
             f"random weights with model.pretrained False"
         ) from error
     if choose("model.last_stride", cfg.model.last_stride, (1, 2)) == 1:
-        network.set_last_stride(model, cfg.model.name)
+        networks.set_last_stride(model, cfg.model.name)
     if cfg.model.bnneck:
-        network.add_neck(model)
+        networks.add_neck(model)
     if cfg.train.sync_batchnorm and distributed.size() > 1:
         if not use_gpu:
             raise InputError("train.sync_batchnorm: torch has it only on GPUs; train on GPUs, or set it to False")
@@ -106,7 +105,7 @@ def build_criterion(cfg: Config, model: nn.Module, num_classes: int, steps: int 
         if cfg.loss.cross_camera:
             raise InputError(f"loss.cross_camera is for loss.name drsl and pml, got {name!r}")
         return None
-    sizes = network.feature_sizes(model, cfg.data.height, cfg.data.width)
+    sizes = networks.feature_sizes(model, cfg.data.height, cfg.data.width)
     memory_warmup = criteria.memory_warmup(f"loss.{name}", cfg.loss[name], cfg.train.warmup_epoch, steps)
     if memory_warmup and steps and memory_warmup >= steps * cfg.train.max_epoch and distributed.is_first():
         warnings.warn(

@@ -11,13 +11,12 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from pml_drsl.checks import InputError
-from pml_drsl.evaluation.accuracy import RetrievalResult
-from torchreid_ext.checkpointing import resume as resuming
-from torchreid_ext.checkpointing import state as states
-from torchreid_ext.checkpointing.folder import History
+from pml_drsl.evaluation.scores import RetrievalResult
+from torchreid_ext.checkpoint import resuming, states
+from torchreid_ext.checkpoint.folder import History
 from torchreid_ext.data.loading import readable
+from torchreid_ext.data.repeatable import repeatable
 from torchreid_ext.data.samplers import check_trains, whole_batches
-from torchreid_ext.data.seeding import repeatable
 from torchreid_ext.engine.freezing import Layers
 from torchreid_ext.engine.logs import EpochLog
 from torchreid_ext.engine.options import RunOptions

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from torchreid_ext.checkpointing import state as states
-from torchreid_ext.checkpointing.folder import History
+from torchreid_ext.checkpoint import states
+from torchreid_ext.checkpoint.folder import History
 from torchreid_ext.runtime import distributed
 
 

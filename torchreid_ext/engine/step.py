@@ -9,7 +9,7 @@ import torch
 import torchreid
 from torch import Tensor
 
-from torchreid_ext.checkpointing import state as states
+from torchreid_ext.checkpoint import states
 from torchreid_ext.engine.batch import Batch, for_each_view, views_as_images
 from torchreid_ext.engine.options import RunOptions
 from torchreid_ext.engine.saving import RunCheckpoints

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from pml_drsl.checks import InputError
 from pml_drsl.evaluation.ranking import share
-from torchreid_ext.checkpointing import state as states
+from torchreid_ext.checkpoint import states
 from torchreid_ext.data.loading import rebuilt
 from torchreid_ext.runtime import distributed
 from torchreid_ext.runtime.signals import Interrupted

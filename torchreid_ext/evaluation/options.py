@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pml_drsl.evaluation.accuracy import METRICS
+from pml_drsl.evaluation.scores import METRICS
 from torchreid_ext.runtime.options import Options, documented, option
 
 

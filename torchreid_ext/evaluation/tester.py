@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from pml_drsl.evaluation.accuracy import RetrievalResult
-from torchreid_ext.checkpointing import file as checkpoint
-from torchreid_ext.evaluation import search as evaluation
+from pml_drsl.evaluation.scores import RetrievalResult
+from torchreid_ext.checkpoint import checkpoint
+from torchreid_ext.evaluation import ranking
 from torchreid_ext.evaluation.options import EvaluationOptions
-from torchreid_ext.runtime import distributed
-from torchreid_ext.runtime import random as generators
+from torchreid_ext.runtime import distributed, generators
 
 
 class Tester:
@@ -51,13 +50,13 @@ class Tester:
                 domain = "source" if target in self.datamanager.sources else "target"
                 if first:
                     print(f"##### Evaluating {target} ({domain}) #####")
-                query, gallery = (evaluation.extract(self, loaders[split], group) for split in ("query", "gallery"))
-                search = evaluation.Search(query, gallery, chosen.dist_metric, chosen.normalize_feature, chosen.rerank)
+                query, gallery = (ranking.extract(self, loaders[split], group) for split in ("query", "gallery"))
+                search = ranking.Search(query, gallery, chosen.dist_metric, chosen.normalize_feature, chosen.rerank)
                 result = search.evaluate(chosen.use_metric_cuhk03, max_rank=max(50, *chosen.ranks), group=group)
                 self.results[target] = result
                 if not first:
                     continue
-                evaluation.print_result(result, chosen.ranks)
+                ranking.print_result(result, chosen.ranks)
                 if chosen.picture or chosen.visrank:
                     self._draw(target, search, chosen)
                 if self.writer is not None:
@@ -67,7 +66,7 @@ class Tester:
             write_metrics(self.results, chosen.save_dir)
         return self.results
 
-    def _draw(self, target: str, search: evaluation.Search, options: EvaluationOptions) -> None:
+    def _draw(self, target: str, search: ranking.Search, options: EvaluationOptions) -> None:
         query, gallery = self.datamanager.fetch_test_loaders(target)
         paths = [items[0] for items in query], [items[0] for items in gallery]
         topk, save_dir = options.visrank_topk, options.save_dir
@@ -75,10 +74,10 @@ class Tester:
             # The queries are spread evenly over the query set, so that the page shows many identities.
             indices = np.linspace(0, len(query) - 1, min(options.picture, len(query))).astype(int).tolist()
             page = Path(save_dir, f"ranking_{target}.png")
-            evaluation.draw_page(search, paths, indices, topk, page, f"{target}: ranked gallery")
+            ranking.draw_page(search, paths, indices, topk, page, f"{target}: ranked gallery")
             print(f'Picture of ranked results saved to "{page}"')
         if options.visrank:
-            index = evaluation.draw_all(search, paths, topk, Path(save_dir, f"visrank_{target}"), f"Rankings: {target}")
+            index = ranking.draw_all(search, paths, topk, Path(save_dir, f"visrank_{target}"), f"Rankings: {target}")
             print(f'Rankings of {len(query)} queries saved; open "{index}" in a browser')
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from pml_drsl.benchmark.timing import search as approximate
 from pml_drsl.benchmark.timing.measure import peak_bytes
 from pml_drsl.checks import InputError
-from pml_drsl.evaluation.accuracy import evaluate
+from pml_drsl.evaluation.scores import evaluate
 
 GIB = 2**30
 # Peak memory of torchreid's evaluation in bytes for each pair of a query and a gallery image: distances in float32,

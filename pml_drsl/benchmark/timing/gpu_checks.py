@@ -22,7 +22,7 @@ from pml_drsl.benchmark.timing.evaluation import Task, make_search
 from pml_drsl.benchmark.timing.gpu_row import Row, Setting
 from pml_drsl.benchmark.timing.table import time_text
 from pml_drsl.checks import InputError
-from pml_drsl.evaluation.accuracy import evaluate
+from pml_drsl.evaluation.scores import evaluate
 from pml_drsl.losses import DRSLoss
 from pml_drsl.wrappers import DistributedLossWrapper
 

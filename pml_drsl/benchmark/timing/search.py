@@ -77,7 +77,7 @@ def run(search: dict[str, Tensor], indices: Sequence[str], top: int, threads: in
     """Measures each index, and prints a line for each setting.
 
     Args:
-        search: features, identities and cameras, as arguments of ``pml_drsl.evaluation.accuracy.evaluate``.
+        search: features, identities and cameras, as arguments of ``pml_drsl.evaluation.scores.evaluate``.
         indices: ``"ivf"``, ``"hnsw"`` or both.
         top: number of nearest entries to find, at most the size of the gallery.
         threads: number of faiss's threads.

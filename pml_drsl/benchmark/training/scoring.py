@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pml_drsl.benchmark.training.images import Images
-from pml_drsl.evaluation.accuracy import summarize
 from pml_drsl.evaluation.distances import FeatureDistances
 from pml_drsl.evaluation.ranking import RankedQueries, rank_queries
+from pml_drsl.evaluation.scores import summarize
 
 CMC_RANKS = (1, 5, 10)
 _P_AT_1, _MAP_AT_R = "precision_at_1", "mean_average_precision_at_r"

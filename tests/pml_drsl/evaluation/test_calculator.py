@@ -11,8 +11,8 @@ from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from torch.utils.data import TensorDataset
 
-from pml_drsl.evaluation.accuracy import evaluate
 from pml_drsl.evaluation.calculator import ReIDAccuracyCalculator
+from pml_drsl.evaluation.scores import evaluate
 
 CPU = torch.device("cpu")
 METRICS = {"mAP", "mINP", "cmc", "rank_1", "rank_5", "rank_10", "rank_20"}

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pml_drsl.evaluation.accuracy import evaluate
 from pml_drsl.evaluation.cli import main
+from pml_drsl.evaluation.scores import evaluate
 
 
 @pytest.fixture

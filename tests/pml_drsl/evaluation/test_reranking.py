@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pml_drsl.evaluation.accuracy import evaluate, rank_queries, summarize
 from pml_drsl.evaluation.reranking import rerank
+from pml_drsl.evaluation.scores import evaluate, rank_queries, summarize
 
 
 def clusters(num_query: int, num_gallery: int, dim: int = 8, seed: int = 0) -> tuple[Tensor, ...]:

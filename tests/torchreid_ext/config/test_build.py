@@ -9,8 +9,7 @@ from toy_data import make_image_manager, make_video_manager
 from pml_drsl import DRSLoss
 from torchreid_ext import build_engine, get_default_config
 from torchreid_ext.config import build as config
-from torchreid_ext.engine import native
-from torchreid_ext.engine import pml as engines
+from torchreid_ext.engine import engines, native
 
 
 def subset(actual, wanted):

@@ -12,12 +12,10 @@ import yaml
 from PIL import Image
 from toy_data import write_images
 
-from torchreid_ext import get_default_config
-from torchreid_ext.__main__ import main
+from torchreid_ext import get_default_config, networks
+from torchreid_ext.cli.train import main
 from torchreid_ext.config import build as config
-from torchreid_ext.engine import native
-from torchreid_ext.engine import pml as engines
-from torchreid_ext.recipe import neck as network
+from torchreid_ext.engine import engines, native
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 READY = [
@@ -115,7 +113,7 @@ def test_the_strong_baseline_is_what_its_paper_says():
     assert (cfg.loss.softmax.label_smooth, cfg.loss.triplet.margin, cfg.loss.triplet.weight_x) == (True, 0.3, 1.0)
     assert {"random_flip", "random_crop", "random_erase"} == set(cfg.data.transforms)
     model = config.build_model(cfg, 8)
-    assert isinstance(model.classifier, network.NeckClassifier)
+    assert isinstance(model.classifier, networks.NeckClassifier)
 
 
 # deep-person-reid 1.4.0, configs/im_*.yaml: name, targets, transforms, save_dir, learning rate, epochs, batch size,

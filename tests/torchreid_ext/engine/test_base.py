@@ -20,14 +20,13 @@ from toy_data import make_image_manager
 from pml_drsl import DRSLoss
 from pml_drsl.checks import InputError
 from pml_drsl.wrappers import CrossBatchMemory
-from torchreid_ext.checkpointing import file as checkpoint
-from torchreid_ext.checkpointing import state as states
-from torchreid_ext.engine import pml as engines
+from torchreid_ext.checkpoint import checkpoint, states
+from torchreid_ext.engine import engines
 from torchreid_ext.engine.logs import EpochLog
 from torchreid_ext.engine.options import RunOptions
 from torchreid_ext.engine.stepper import Stepper
 from torchreid_ext.runtime import distributed
-from torchreid_ext.runtime.random import seed_everything
+from torchreid_ext.runtime.generators import seed_everything
 from torchreid_ext.runtime.signals import Interrupted, StopRequest
 
 SUPPORT = Path(__file__).parents[2] / "support"

@@ -12,8 +12,7 @@ from pml_drsl.wrappers import CrossBatchMemory
 from torchreid_ext import build_engine, get_default_config
 from torchreid_ext.config import build as config
 from torchreid_ext.data.samplers import steps_per_epoch
-from torchreid_ext.engine import criteria
-from torchreid_ext.engine import pml as engines
+from torchreid_ext.engine import criteria, engines
 from torchreid_ext.engine.cameras import cross_camera_pairs
 
 PIDS = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 3])

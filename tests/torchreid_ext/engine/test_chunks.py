@@ -9,12 +9,12 @@ from toy_data import make_image_manager
 
 from pml_drsl.checks import InputError
 from torchreid_ext import get_default_config
-from torchreid_ext.checkpointing import state as states
+from torchreid_ext.checkpoint import states
 from torchreid_ext.config import checks
-from torchreid_ext.engine.pml import ImageDRSLEngine
+from torchreid_ext.engine.engines import ImageDRSLEngine
 from torchreid_ext.engine.stepper import Stepper
-from torchreid_ext.recipe.neck import add_neck
-from torchreid_ext.runtime.random import seed_everything
+from torchreid_ext.networks import add_neck
+from torchreid_ext.runtime.generators import seed_everything
 
 PLAIN = {name: case for name, case in shared_training.CASES.items() if "chunk_size" not in case.get("run", {})}
 

@@ -8,7 +8,7 @@ from toy_data import make_image_manager
 
 from pml_drsl import DRSLoss
 from pml_drsl.wrappers import CrossBatchMemory, DistributedLossWrapper
-from torchreid_ext.engine import pml as engines
+from torchreid_ext.engine import engines
 from torchreid_ext.engine.criteria import PerFeature
 
 SIZE = 8

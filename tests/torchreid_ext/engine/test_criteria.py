@@ -14,11 +14,10 @@ from pml_drsl.miners import NegativeBudgetMiner
 from pml_drsl.reducers import PerQueryReducer
 from pml_drsl.wrappers import CrossBatchMemory
 from torchreid_ext import get_default_config
-from torchreid_ext.checkpointing import file as checkpoint
+from torchreid_ext.checkpoint import checkpoint
 from torchreid_ext.config import build as config
 from torchreid_ext.data.samplers import steps_per_epoch
-from torchreid_ext.engine import criteria
-from torchreid_ext.engine import pml as engines
+from torchreid_ext.engine import criteria, engines
 
 EXPORTED = sorted(name for name, value in vars(pytorch_metric_learning.losses).items() if isinstance(value, type))
 TRAINED = sorted(set(EXPORTED) - set(criteria.NOT_TRAINED) | {"DRSLoss"})

@@ -8,9 +8,8 @@ from toy_data import make_image_manager, register_toys
 from pml_drsl import DRSLoss
 from torchreid_ext import build_engine, get_default_config
 from torchreid_ext.config import build as config
-from torchreid_ext.engine import native
-from torchreid_ext.engine import pml as engines
-from torchreid_ext.runtime.random import seed_everything
+from torchreid_ext.engine import engines, native
+from torchreid_ext.runtime.generators import seed_everything
 
 
 class Network(torch.nn.Module):

@@ -16,9 +16,8 @@ from toy_data import make_image_manager, make_video_manager
 
 from pml_drsl.evaluation import distances as distance_rows
 from pml_drsl.evaluation.ranking import rank_queries
-from torchreid_ext.engine.pml import ImageDRSLEngine, VideoDRSLEngine
-from torchreid_ext.evaluation import extraction
-from torchreid_ext.evaluation import search as evaluation
+from torchreid_ext.engine.engines import ImageDRSLEngine, VideoDRSLEngine
+from torchreid_ext.evaluation import extraction, ranking
 from torchreid_ext.runtime.signals import Interrupted
 
 # Each case has arguments of the data manager and of `test`. There are 12 queries and 12 gallery images (6 tracklets
@@ -113,7 +112,7 @@ def work(rank_, world_size, folder):
     engine.model.eval()
     if rank_ < 2:
         loader = next(iter(engine.test_loader.values()))["gallery"]
-        found["features of two"] = evaluation.extract(engine, loader, pair).features
+        found["features of two"] = ranking.extract(engine, loader, pair).features
     engine.model = DistributedDataParallel(engine.model)
     found["in DDP"] = run_test(engine, "three batches")
 
@@ -183,7 +182,7 @@ def test_the_model_may_be_wrapped_in_ddp_and_two_processes_may_share(outcome, on
     engine = make_engine("three batches", tmp_path)
     engine.model.eval()
     assert [of_process["in DDP"] for of_process in found] == [run_test(engine, "three batches")] * 3
-    features = evaluation.extract(engine, next(iter(engine.test_loader.values()))["gallery"]).features
+    features = ranking.extract(engine, next(iter(engine.test_loader.values()))["gallery"]).features
     assert all(torch.equal(of_process["features of two"], features) for of_process in found[:2])
 
 

@@ -12,7 +12,7 @@ import torch
 from pml_drsl.benchmark.__main__ import main
 from pml_drsl.benchmark.timing.evaluation import Task, make_search
 from pml_drsl.benchmark.timing.search import FoundDistances
-from pml_drsl.evaluation.accuracy import evaluate
+from pml_drsl.evaluation.scores import evaluate
 
 SIZE = {"queries": 30, "gallery": 200, "dim": 16, "identities": 10, "cameras": 3, "threads": 1, "rounds": 1}
 

@@ -1,0 +1,207 @@
+"""Checkpoint files are written atomically, are safe to read, and say which weights fit."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+import torchreid
+from torch import nn
+
+from torchreid_ext.checkpoint import checkpoint
+
+
+def trained(seed=0):
+    torch.manual_seed(seed)
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4])
+    for _ in range(3):
+        model(torch.randn(5, 3)).sum().backward()
+        optimizer.step()
+        scheduler.step()
+    return model, optimizer, scheduler
+
+
+def state_of(model, optimizer, scheduler):
+    parts = {"state_dict": model, "optimizer": optimizer, "scheduler": scheduler}
+    return {"epoch": 3, "rank1": 0.5, **{name: part.state_dict() for name, part in parts.items()}}
+
+
+def test_a_saved_checkpoint_resumes(tmp_path):
+    parts = trained()
+    checkpoint.save(state_of(*parts), tmp_path / "new" / "a.pth")
+    twin = trained(seed=1)
+    assert checkpoint.resume(tmp_path / "new" / "a.pth", *twin) == 3
+    for part, other in zip(parts, twin, strict=True):
+        torch.testing.assert_close(part.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
+def test_torchreids_own_checkpoint_loads(tmp_path):
+    state = state_of(*trained()) | {"rank1": np.float32(0.25)}
+    torchreid.utils.save_checkpoint(state, str(tmp_path))
+    with pytest.raises(Exception, match="weights_only"):
+        torch.load(tmp_path / "model.pth.tar-3")
+    assert checkpoint.load(tmp_path / "model.pth.tar-3")["rank1"] == 0.25
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.pth"
+    checkpoint.save({"epoch": 1}, path)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save({"epoch": 2}, path)
+    assert checkpoint.load(path) == {"epoch": 1}
+    assert os.listdir(tmp_path) == ["a.pth"]
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("echo exploded > exploded",)
+
+
+def test_a_pickle_bomb_is_refused_and_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Bomb()}, "bomb.pth")
+    with pytest.raises(ValueError, match=r"checkpoint 'bomb.pth' is refused: it asks for .*system"):
+        checkpoint.load("bomb.pth")
+    assert os.listdir() == ["bomb.pth"]
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 1500])
+def test_a_truncated_file_is_refused(tmp_path, size):
+    path = tmp_path / "a.pth"
+    checkpoint.save(state_of(*trained()), path)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match=r"a.pth' is .*damaged"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("content", [b"hello world\n", b"..", b"\x80\x02}q\x00.", bytes(range(256))])
+def test_a_file_of_another_kind_is_refused(tmp_path, content):
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a.pth' is .*damaged"):
+        checkpoint.load(tmp_path / "a.pth")
+
+
+def test_any_changed_byte_in_our_checkpoints_is_detected(tmp_path):
+    path = tmp_path / "a.pth"
+    state = state_of(*trained()) | {"training": {}}
+    checkpoint.save(state, path)
+    whole = path.read_bytes()
+    weights = state["state_dict"]["weight"].numpy().tobytes()
+    rng = np.random.default_rng(0)
+    # Bytes of the weights, which torch does not check, and a sample of all bytes.
+    for place in [whole.index(weights) + 5, *rng.integers(len(whole), size=60)]:
+        changed = bytearray(whole)
+        changed[place] ^= 0x55
+        path.write_bytes(changed)
+        try:
+            loaded = checkpoint.load(path)
+        except ValueError as error:
+            assert "a.pth' is" in str(error)
+            continue
+        # The changed byte was padding.
+        torch.testing.assert_close(loaded["state_dict"], state["state_dict"], rtol=0, atol=0)
+        torch.testing.assert_close(loaded["optimizer"], state["optimizer"], rtol=0, atol=0)
+        assert place != whole.index(weights) + 5
+
+
+def test_missing_and_wrong_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere.pth' does not exist"):
+        checkpoint.load(tmp_path / "nowhere.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="holds a list"):
+        checkpoint.load(tmp_path / "list.pth")
+
+
+def test_load_weights_says_what_does_not_fit(tmp_path):
+    saved = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 7))
+    # torch.nn.DataParallel adds this prefix to the names.
+    torch.save({f"module.{name}": value for name, value in saved.state_dict().items()}, tmp_path / "w.pth")
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 5), nn.Linear(5, 1, bias=False))
+    head = model[1].weight.clone()
+    loaded = checkpoint.load_weights(model, tmp_path / "w.pth")
+    assert (loaded.fitting, loaded.unused) == (["0.weight", "0.bias"], ["1.bias", "1.weight"])
+    assert str(loaded) == (
+        f"Loaded 2 of the model's 5 weights from '{tmp_path / 'w.pth'}'; 3 left unchanged: 1.bias, 1.weight, "
+        f"2.weight; 2 of the file, not used: 1.bias, 1.weight"
+    )
+    assert torch.equal(model[0].weight, saved[0].weight)
+    assert torch.equal(model[1].weight, head)
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    checkpoint.save(nn.Linear(3, 2).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"no weight in .* fits the model: it has weight, bias.*check model.name"):
+        checkpoint.load_weights(nn.Linear(5, 5), tmp_path / "w.pth")
+    for held, words in (({"state_dict": [1]}, "holds a list"), ({0: torch.zeros(2), "weight": 3}, "it has 0, the")):
+        torch.save(held, tmp_path / "w.pth")
+        with pytest.raises(ValueError, match=words):
+            checkpoint.load_weights(nn.Linear(5, 5), tmp_path / "w.pth")
+
+
+def test_resuming_another_run_is_refused(tmp_path):
+    model, optimizer, scheduler = trained()
+    checkpoint.save({"state_dict": model.state_dict(), "epoch": 1}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="has no 'optimizer'"):
+        checkpoint.resume(tmp_path / "w.pth", model, optimizer, scheduler)
+    with pytest.raises(ValueError, match="does not fit this run's state_dict"):
+        checkpoint.resume(tmp_path / "w.pth", nn.Linear(9, 9), None, None)
+
+
+def test_the_state_of_another_type_of_optimizer_is_refused(tmp_path):
+    model, adam, _ = trained()
+    sgd = torch.optim.SGD(model.parameters(), lr=1)
+    checkpoint.save({"state_dict": model.state_dict(), "optimizer": adam.state_dict(), "epoch": 1}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"a.pth' does not fit this run's optimizer: .*amsgrad, betas, not dampening"):
+        checkpoint.resume(tmp_path / "a.pth", model, sgd, None)
+    # The Adam of an older torch had fewer settings, and its state has fewer too.
+    state = adam.state_dict()
+    for setting in ("foreach", "fused", "capturable"):
+        state["param_groups"][0].pop(setting, None)
+    checkpoint.restore({"optimizer": state}, {"optimizer": adam}, "old")
+
+
+def test_weights_fit_with_and_without_data_parallel(tmp_path):
+    model = nn.Linear(3, 2)
+    for one, other in ((model, nn.DataParallel(nn.Linear(3, 2))), (nn.DataParallel(model), nn.Linear(3, 2))):
+        checkpoint.restore({"model": one.state_dict()}, {"model": other}, "any")
+        assert torch.equal(next(other.parameters()), model.weight)
+
+
+def test_a_state_that_could_not_be_loaded_is_not_saved(tmp_path):
+    checkpoint.save({"epoch": 1}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"only tensors, numbers and containers, not .*Bomb|system"):
+        checkpoint.save({"state_dict": Bomb()}, tmp_path / "a.pth")
+    assert checkpoint.load(tmp_path / "a.pth") == {"epoch": 1}
+    assert os.listdir(tmp_path) == ["a.pth"]
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    checkpoint.save({"epoch": 1}, tmp_path / "a.pth")
+    save = torch.save
+
+    def fill(state, file):
+        with open("/dev/full", "wb") as full:
+            save(state, full)
+
+    monkeypatch.setattr(torch, "save", fill)
+    with pytest.raises(OSError, match=r"cannot write checkpoint .*a\.pth': .*No space left.*saved before is kept"):
+        checkpoint.save({"epoch": 2}, tmp_path / "a.pth")
+    monkeypatch.undo()
+    assert checkpoint.load(tmp_path / "a.pth") == {"epoch": 1}
+    assert os.listdir(tmp_path) == ["a.pth"]
+
+
+def test_files_have_the_usual_permissions(tmp_path):
+    umask = os.umask(0o022)
+    try:
+        checkpoint.save({"epoch": 1}, tmp_path / "a.pth")
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "a.pth").stat().st_mode & 0o777 == 0o644

@@ -1,0 +1,96 @@
+"""The folder of checkpoints: which are kept, and which is the last, the best and the newest readable one."""
+
+import os
+
+import pytest
+
+from torchreid_ext.checkpoint import checkpoint
+from torchreid_ext.checkpoint.folder import BEST, LAST, History
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def numbered(*epochs):
+    return [f"model.pth.tar-{epoch}" for epoch in epochs]
+
+
+def save(history, epochs, best=()):
+    for epoch in epochs:
+        history.save({"epoch": epoch}, epoch, is_best=epoch in best)
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(0, range(8, 13)), (1, [12]), (2, [11, 12]), (9, range(8, 13))])
+def test_the_latest_are_kept(tmp_path, keep, kept):
+    history = History(tmp_path, keep)
+    save(history, range(8, 13), best=[8, 9])
+    assert names(tmp_path) == sorted([BEST, LAST, *numbered(*kept)])
+    assert checkpoint.load(tmp_path / LAST) == {"epoch": 12}
+    assert checkpoint.load(tmp_path / BEST) == {"epoch": 9}
+    assert (history.newest, history.saved_epoch) == (tmp_path / "model.pth.tar-12", 12)
+
+
+def test_checkpoints_of_another_run_are_not_removed(tmp_path):
+    save(History(tmp_path), [50, 60])
+    history = History(tmp_path, keep=1)
+    save(history, [1, 2])
+    assert names(tmp_path) == sorted([LAST, *numbered(2, 50, 60)])
+    # The newest checkpoint belongs to this run, whatever its number is.
+    assert history.load_newest()[1] == {"epoch": 2}
+
+
+def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", refuse)
+    save(History(tmp_path), [1, 2], best=[1])
+    assert [checkpoint.load(tmp_path / name)["epoch"] for name in (LAST, BEST)] == [2, 1]
+
+
+def test_damaged_checkpoints_are_skipped_and_named(tmp_path, capsys):
+    history = History(tmp_path)
+    assert History(tmp_path / "nowhere").load_newest() is None
+    save(history, [1, 2, 3])
+    for epoch in (1, 2, 3):
+        # The order in which they were written, because the clock may be too coarse.
+        os.utime(tmp_path / f"model.pth.tar-{epoch}", (epoch, epoch))
+    # The last checkpoint has two names.
+    (tmp_path / "model.pth.tar-3").write_bytes(b"PK")
+    path, state = history.load_newest()
+    assert (path.name, state) == ("model.pth.tar-2", {"epoch": 2})
+    assert capsys.readouterr().out.count("is damaged") == 2
+    for epoch in (1, 2):
+        (tmp_path / f"model.pth.tar-{epoch}").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"none of the 4 checkpoints in .* can be read; remove them"):
+        history.load_newest()
+
+
+def test_a_best_checkpoint_is_marked_after_a_kill(tmp_path):
+    history = History(tmp_path)
+    for epoch in (1, 2):
+        history.save({"epoch": epoch, "training": {"best": {"epoch": epoch}}}, epoch, is_best=epoch == 1)
+    # The run was killed after it saved the checkpoint, and before it marked it as the best.
+    assert checkpoint.load(tmp_path / BEST)["epoch"] == 1
+    History(tmp_path).load_newest()
+    assert checkpoint.load(tmp_path / BEST)["epoch"] == 2
+
+
+def test_an_older_best_checkpoint_stays_the_best(tmp_path):
+    checkpoint.save({"epoch": 1, "training": {"best": {"epoch": 1}}}, tmp_path / "model.pth.tar-1")
+    for name in (LAST, BEST):
+        checkpoint.link(tmp_path / "model.pth.tar-1", name)
+    History(tmp_path).load_newest()
+    assert names(tmp_path) == sorted([LAST, BEST, *numbered(1)])
+
+
+def test_unfinished_files_of_a_killed_run_are_removed(tmp_path):
+    (tmp_path / f".model.pth.tar-1{checkpoint.TEMPORARY}").write_bytes(b"half")
+    save(History(tmp_path), [1])
+    assert names(tmp_path) == sorted([LAST, *numbered(1)])
+
+
+def test_a_negative_number_to_keep_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"keep_checkpoints must be 0 .* got -1"):
+        History(tmp_path, -1)

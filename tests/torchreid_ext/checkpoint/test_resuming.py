@@ -1,0 +1,50 @@
+"""A resumed run prints the configuration keys that changed, and refuses changes that cannot be."""
+
+import pytest
+
+from torchreid_ext import get_default_config
+from torchreid_ext.checkpoint.resuming import FIXED, FREE, KEPT, compare
+from torchreid_ext.config.build import flat
+from torchreid_ext.config.keys import KEYS
+
+
+def changed(**values):
+    return flat(get_default_config()) | {key.replace("__", "."): value for key, value in values.items()}
+
+
+def test_equal_configurations_have_no_differences():
+    assert compare(changed(), changed(model__resume="auto", data__save_dir="elsewhere")) == []
+
+
+def test_differences_are_listed():
+    now = changed(train__lr=0.1, train__max_epoch=99, test__ranks=[1])
+    assert compare(changed(), now) == [
+        "test.ranks: [1, 5, 10, 20] -> [1]",
+        "train.lr: 0.0003 -> 0.1 (the checkpoint's is kept)",
+        "train.max_epoch: 60 -> 99",
+    ]
+    # One of the two versions of this package does not have this key.
+    assert compare({}, {"new.key": 1}) == ["new.key: None -> 1"]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        ({}, {"model__name": "osnet_x1_0"}, "model.name: 'resnet50' -> 'osnet_x1_0'"),
+        ({}, {"train__optim": "sgd", "loss__name": "drsl"}, "loss.name: .*; train.optim: 'adam' -> 'sgd'"),
+        ({}, {"data__sources": ["toy"]}, r"data.sources: \['market1501'\] -> \['toy'\]"),
+        (
+            {"train__lr_scheduler": "cosine"},
+            {"train__lr_scheduler": "cosine", "train__max_epoch": 9},
+            "train.max_epoch",
+        ),
+        ({"datasets__market1501": {"a": 1}}, {"datasets__market1501": {"a": 2}}, "datasets.market1501"),
+    ],
+)
+def test_a_change_of_a_fixed_key_is_refused(before, now, message):
+    with pytest.raises(ValueError, match=f"cannot resume with another {message}.*Set it back"):
+        compare(changed(**before), changed(**now))
+
+
+def test_the_keys_exist():
+    assert KEYS.keys() >= FIXED | KEPT | FREE

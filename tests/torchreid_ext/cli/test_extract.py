@@ -1,0 +1,146 @@
+"""drsl-extract gives drsl-evaluate what the run's own test scored, and one clear line for bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import trained
+from PIL import Image
+
+from pml_drsl.evaluation import cli
+from torchreid_ext.checkpoint import checkpoint
+from torchreid_ext.cli import extract
+from torchreid_ext.search.model import load_model
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "necked"])
+def model(request, tmp_path_factory):
+    return trained.train(tmp_path_factory.mktemp("run with spaces"), **{"model.bnneck": request.param})
+
+
+@pytest.fixture(scope="module")
+def any_model(tmp_path_factory):
+    return trained.train(tmp_path_factory.mktemp("any"))
+
+
+def complaint(capsys):
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if line]
+    assert "Traceback" not in err and len(lines) == 1 and lines[0].startswith("drsl-extract: "), err
+    return lines[0]
+
+
+@pytest.mark.parametrize("source", ["none", "csv"])
+def test_the_scores_are_those_of_the_run(model, tmp_path, source, capsys):
+    folder = model.parents[2]
+    words = [] if source == "none" else [str(folder / "list.csv")]
+    assert extract.main([str(model), *words, "--output", str(tmp_path / "f.npz"), "--workers", "1"]) == 0
+    assert "--metric cosine" in capsys.readouterr().out
+    assert cli.main([str(tmp_path / "f.npz"), "--metric", "cosine", "--json", str(tmp_path / "scores.json")]) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    of_run = json.loads((folder / "log" / "metrics.json").read_text())["listed"]
+    assert abs(scores["mAP"] - of_run["mAP"]) < 1e-9 and abs(scores["mINP"] - of_run["mINP"]) < 1e-9
+    assert 0 < of_run["mAP"] < 1
+
+
+def test_a_folder_of_unnamed_images(any_model, tmp_path, capsys):
+    gallery = tmp_path / "gällery"
+    gallery.mkdir()
+    for number in range(3):
+        Image.new("RGB", (16, 32), (number * 80, 0, 0)).save(gallery / f"{number} ü.png")
+    (gallery / "notes.txt").write_text("no image")
+    assert extract.main([str(any_model), str(gallery), "--output", str(tmp_path / "f.npz")]) == 0
+    out = capsys.readouterr().out
+    assert "'notes.txt'" in out and "no scores" in out
+    with np.load(tmp_path / "f.npz") as file:
+        assert set(file) == {"gallery", "gallery_paths", "model_fingerprint"} and file["gallery"].shape == (3, 512)
+        assert file["gallery_paths"].tolist() == [str(gallery / f"{number} ü.png") for number in range(3)]
+    assert cli.main([str(tmp_path / "f.npz")]) == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", None], ids=["empty", "text", "cut"])
+def test_damaged_images_stop_it_or_are_listed(any_model, tmp_path, capsys, content):
+    for number in range(4):
+        Image.fromarray(np.random.default_rng(number).integers(0, 255, (32, 16, 3), dtype=np.uint8)).save(
+            tmp_path / f"{number}.png"
+        )
+    bad = tmp_path / "1.png"
+    bad.write_bytes(bad.read_bytes()[:300] if content is None else content)
+    words = [str(any_model), str(tmp_path), "--output", str(tmp_path / "f.npz"), "--batch-size", "2"]
+    assert extract.main(words) == 2
+    line = complaint(capsys)
+    assert "1.png" in line and "--skip-damaged" in line and not list(tmp_path.glob("*.npz*"))
+    assert extract.main([*words, "--skip-damaged"]) == 0
+    assert "left out: cannot read image" in capsys.readouterr().out
+    with np.load(tmp_path / "f.npz") as file:
+        assert [Path(path).name for path in file["gallery_paths"]] == ["0.png", "2.png", "3.png"]
+        only = load_model(any_model, device="cpu")
+        images = [extract_by_hand(only, tmp_path / f"{number}.png") for number in (0, 2, 3)]
+        assert np.abs(file["gallery"] - torch.cat(images).numpy()).max() < 1e-5
+    for number in (0, 2, 3):
+        (tmp_path / f"{number}.png").write_bytes(b"")
+    (tmp_path / "f.npz").unlink()
+    assert extract.main([*words, "--skip-damaged"]) == 2
+    assert "none of the 4 images can be read" in complaint(capsys) and not list(tmp_path.glob("*.npz*"))
+
+
+def extract_by_hand(model, path):
+    from torchvision import transforms
+
+    steps = [transforms.Resize((32, 16)), transforms.ToTensor()]
+    steps.append(transforms.Normalize([0.4, 0.5, 0.6], [0.229, 0.224, 0.225]))
+    with torch.no_grad():
+        return model.network(transforms.Compose(steps)(Image.open(path).convert("RGB"))[None])
+
+
+def test_several_processes_write_what_one_writes(any_model, tmp_path):
+    listed = str(any_model.parents[2] / "list.csv")
+    for name in ("one", "two"):
+        start = ["-m"] if name == "one" else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+        words = ["torchreid_ext.cli.extract", any_model, listed, "--output", tmp_path / f"{name}.npz"]
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", *start, *map(str, words), "--workers", "0", "--device", "cpu"],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.count("features of 512 dimensions") == 1
+    with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
+        assert set(one) == set(two) and all(np.array_equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"checkpoint": "nowhere.pth"}, "nowhere.pth' does not exist"),
+        ({"source": "nowhere"}, "'nowhere' does not exist"),
+        ({"output": "features.txt"}, "must end in .npz"),
+        ({"more": ["--batch-size", "0"]}, "batch size 0"),
+        ({"more": ["--config-file", "nowhere.yaml"]}, "nowhere.yaml"),
+    ],
+)
+def test_bad_input(any_model, tmp_path, capsys, changes, words):
+    source = changes.get("source", str(any_model.parents[2] / "list.csv"))
+    output = tmp_path / changes.get("output", "f.npz")
+    command = [str(changes.get("checkpoint", any_model)), source, "--output", str(output), *changes.get("more", [])]
+    assert extract.main(command) == 2
+    assert words in complaint(capsys) and not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_without_a_configuration(any_model, tmp_path, capsys):
+    state = checkpoint.load(any_model)
+    state["training"]["config"] = {}
+    checkpoint.save(state, tmp_path / "bare.pth")
+    words = [str(tmp_path / "bare.pth"), str(any_model.parents[2] / "list.csv"), "--output", str(tmp_path / "f.npz")]
+    assert extract.main(words) == 2
+    assert "--config-file" in complaint(capsys)
+    assert extract.main([*words, "--config-file", str(any_model.parents[1] / "config.yaml")]) == 0

@@ -1,0 +1,310 @@
+"""The engines with torchreid's models, samplers, data managers and schedulers."""
+
+import json
+import math
+
+import pytest
+import torch
+import torchreid
+from pytorch_metric_learning import losses as pml_losses
+from pytorch_metric_learning.miners import MultiSimilarityMiner
+from torch.utils.data import BatchSampler, DataLoader
+from toy_data import make_image_manager, make_video_manager
+
+import torchreid_ext
+from pml_drsl import DRSLoss
+from torchreid_ext import networks
+from torchreid_ext.checkpoint import checkpoint
+from torchreid_ext.engine import engines
+from torchreid_ext.evaluation.ranking import extract
+
+ZOO = [
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnet50_fc512",
+    "se_resnet50",
+    "se_resnet50_fc512",
+    "se_resnet101",
+    "se_resnext50_32x4d",
+    "se_resnext101_32x4d",
+    "densenet121",
+    "densenet169",
+    "densenet201",
+    "densenet161",
+    "densenet121_fc512",
+    "inceptionresnetv2",
+    "inceptionv4",
+    "xception",
+    "resnet50_ibn_a",
+    "resnet50_ibn_b",
+    "nasnsetmobile",
+    "mobilenetv2_x1_0",
+    "mobilenetv2_x1_4",
+    "shufflenet",
+    "squeezenet1_0",
+    "squeezenet1_0_fc512",
+    "squeezenet1_1",
+    "shufflenet_v2_x0_5",
+    "shufflenet_v2_x1_0",
+    "shufflenet_v2_x1_5",
+    "shufflenet_v2_x2_0",
+    "mudeep",
+    "resnet50mid",
+    "hacnn",
+    "pcb_p6",
+    "pcb_p4",
+    "mlfn",
+    "osnet_x1_0",
+    "osnet_x0_75",
+    "osnet_x0_5",
+    "osnet_x0_25",
+    "osnet_ibn_x1_0",
+    "osnet_ain_x1_0",
+    "osnet_ain_x0_75",
+    "osnet_ain_x0_5",
+    "osnet_ain_x0_25",
+]
+
+# Where the network's last layers ask for one size.
+SIZES = {"mudeep": (256, 128), "hacnn": (160, 64), "inceptionv4": (128, 128), "inceptionresnetv2": (128, 128)}
+
+
+class Manager:
+    """As much of a data manager as an engine needs to take single steps on tensors."""
+
+    num_train_pids = 2
+
+    def __init__(self):
+        self.sources = self.targets = ["toy"]
+        dataset = torchreid.data.ImageDataset.__new__(torchreid.data.ImageDataset)
+        dataset.data = [("", 0, 0, 0)] * 4
+        self.train_loader = torch.utils.data.DataLoader(dataset, batch_size=4)
+        self.test_loader = {}
+
+
+def make_engine(model, engine=engines.ImageDRSLEngine, scheduler=None, lr=1e-3, **kwargs):
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    return engine(kwargs.pop("datamanager", None) or Manager(), model, optimizer, scheduler=scheduler, **kwargs)
+
+
+def build(name="osnet_x0_25", num_classes=2, loss="triplet"):
+    return torchreid.models.build_model(name, num_classes, loss=loss, pretrained=False, use_gpu=False)
+
+
+def batch(height=64, width=32, size=4):
+    return {"img": torch.randn(size, 3, height, width), "pid": torch.arange(size) // 2}
+
+
+def test_the_zoo_is_the_list_above(capsys):
+    torchreid.models.show_avai_models()
+    assert capsys.readouterr().out == f"{ZOO}\n"
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_model_of_the_zoo_takes_a_step_without_and_with_a_neck(name):
+    torch.manual_seed(0)
+    model = build(name)
+    data = batch(*SIZES.get(name, (64, 32)))
+    for neck in (False, True):
+        if neck:
+            networks.add_neck(model)
+        engine = make_engine(model)
+        engine.set_model_mode("train")
+        before = {key: value.clone() for key, value in model.named_parameters()}
+        summary = engine.forward_backward(data)
+        assert set(summary) >= {"loss_m", "loss_x", "acc", "retrieval_error", "num_queries"}
+        assert all(math.isfinite(value) for value in summary.values())
+        assert any(not torch.equal(value, before[key]) for key, value in model.named_parameters())
+    engine.set_model_mode("eval")
+    sizes = [module.in_features for module in model.modules() if isinstance(module, networks.NeckClassifier)]
+    assert engine.extract_features(data["img"]).shape == (4, sum(sizes))
+    assert networks.feature_sizes(model, *data["img"].shape[2:]) == sizes
+
+
+def test_heads_are_averaged():
+    heads = torch.randn(4, 6, requires_grad=True), torch.randn(4, 5, requires_grad=True)
+    logits = torch.randn(4, 2, requires_grad=True), torch.randn(4, 2, requires_grad=True)
+
+    class TwoHeads(torch.nn.Linear):
+        def forward(self, images):
+            return logits, list(heads)
+
+    data = batch()
+    summary = make_engine(TwoHeads(1, 1), weight_m=2, weight_x=3).forward_backward(data)
+    loss_m = sum(DRSLoss()(head, data["pid"]) for head in heads) / 2
+    loss_x = sum(torch.nn.functional.cross_entropy(y, data["pid"], label_smoothing=0.1) for y in logits) / 2
+    assert summary["loss_m"] == pytest.approx(loss_m.item())
+    assert summary["loss_x"] == pytest.approx(loss_x.item())
+    torch.testing.assert_close(heads[0].grad, torch.autograd.grad(2 * loss_m, heads[0])[0])
+    torch.testing.assert_close(logits[1].grad, torch.autograd.grad(3 * loss_x, logits[1])[0])
+
+
+def test_cross_entropy_is_torchreids():
+    logits, pids = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 3, 3])
+    engine = make_engine(build())
+    wanted = torchreid.losses.CrossEntropyLoss(num_classes=4, use_gpu=False)(logits, pids)
+    torch.testing.assert_close(engine.cross_entropy(logits, pids), wanted)
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [pml_losses.TripletMarginLoss(), pml_losses.SupConLoss(), pml_losses.CircleLoss(), DRSLoss(0.05, 0)],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_any_pml_loss_and_miner_is_a_criterion(criterion):
+    engine = make_engine(build(), criterion=criterion, miner=MultiSimilarityMiner(), weight_x=0)
+    assert set(engine.forward_backward(batch())) >= {"loss_m"}
+
+
+@pytest.mark.parametrize("name", ["osnet_x0_25", "hacnn", "pcb_p4"])
+@pytest.mark.parametrize("loss", ["softmax", "drsl"])
+def test_a_model_built_for_another_loss_is_refused(name, loss):
+    with pytest.raises(ValueError, match=f"built with loss='{loss}'.*loss='triplet'"):
+        make_engine(build(name, loss=loss))
+
+
+def test_without_the_metric_loss_a_softmax_model_will_do():
+    assert set(make_engine(build(loss="softmax"), weight_m=0).forward_backward(batch())) == {"loss_x", "acc"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weight_m": -1}, "weight_m and weight_x .* got -1 and 1"),
+        ({"weight_m": 0, "weight_x": 0}, "not both 0"),
+        ({"criterion": "drsl"}, "criterion must be a loss .* 'drsl'"),
+        ({"miner": "hard"}, "miner must be a miner .* 'hard'"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_engine(build(), **arguments)
+
+
+def test_too_few_classes_and_wrong_outputs_are_refused():
+    with pytest.raises(ValueError, match=r"logits have shape \(4, 1\), but there are 2 training identities"):
+        make_engine(build(num_classes=1)).forward_backward(batch())
+    with pytest.raises(ValueError, match="the model must return"):
+        make_engine(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64 * 32 * 3, 2))).forward_backward(batch())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    engine = make_engine(build())
+    engine.batch_idx = 6
+    data = batch()
+    data["img"][0] = math.inf
+    before = [p.clone() for p in engine.model.parameters()]
+    with pytest.raises(FloatingPointError, match=r"epoch 1, batch 7.*learning rate, now 0\.001"):
+        engine.forward_backward(data)
+    assert all(torch.equal(*pair) for pair in zip(before, engine.model.parameters(), strict=True))
+
+
+# With real data managers, over a few epochs.
+
+
+@pytest.mark.parametrize(
+    "sampler", ["RandomIdentitySampler", "RandomSampler", "SequentialSampler", "RandomDomainSampler"]
+)
+@pytest.mark.parametrize("scheduled", [True, False])
+def test_trains_tests_saves_and_resumes(tmp_path, sampler, scheduled):
+    manager = make_image_manager(tmp_path, train_sampler=sampler, num_cams=2)
+    model = build(num_classes=manager.num_train_pids)
+    optimizer = torchreid.optim.build_optimizer(model)
+    scheduler = torchreid.optim.build_lr_scheduler(optimizer, "multi_step", [1]) if scheduled else None
+    engine = torchreid.engine.ImageDRSLEngine(manager, model, optimizer, scheduler=scheduler)
+    log = tmp_path / "log"
+    results = engine.run(str(log), max_epoch=2, print_freq=1, eval_freq=1)
+    assert 0 < results["toy"].mAP <= 1
+    metrics = json.loads((log / "metrics.json").read_text())
+    assert metrics["toy"]["mAP"] == results["toy"].mAP
+    assert list(log.glob("events.out.tfevents*"))
+    for epoch in (1, 2):
+        path = log / "model" / f"model.pth.tar-{epoch}"
+        state = torch.load(path, weights_only=True)
+        assert state["epoch"] == epoch
+    twin = build(num_classes=manager.num_train_pids)
+    twin_optimizer = torchreid.optim.build_optimizer(twin)
+    twin_scheduler = torchreid.optim.build_lr_scheduler(twin_optimizer, "multi_step", [1]) if scheduled else None
+    assert checkpoint.resume(path, twin, twin_optimizer, twin_scheduler) == 2
+    assert all(torch.equal(value, twin.state_dict()[key]) for key, value in model.state_dict().items())
+    assert twin_optimizer.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+    # The host's own function reads it too.
+    assert torchreid.utils.resume_from_checkpoint(str(path), twin, twin_optimizer, twin_scheduler) == 2
+
+
+@pytest.mark.parametrize("pooling_method", ["avg", "max"])
+@pytest.mark.parametrize("sample_method", ["evenly", "random"])
+def test_video_trains_and_pools(tmp_path, pooling_method, sample_method):
+    manager = make_video_manager(tmp_path, sample_method=sample_method)
+    model = build(num_classes=manager.num_train_pids)
+    engine = make_engine(model, torchreid.engine.VideoDRSLEngine, datamanager=manager, pooling_method=pooling_method)
+    results = engine.run(str(tmp_path / "log"), max_epoch=1)
+    assert 0 < results["toy_video"].mAP <= 1
+    data = next(iter(manager.test_loader["toy_video"]["query"]))
+    frames = model(data["img"].flatten(0, 1)).unflatten(0, data["img"].shape[:2])
+    pooled = frames.mean(1) if pooling_method == "avg" else frames.amax(1)
+    torch.testing.assert_close(engine.extract_features(data["img"]), pooled)
+
+
+def test_testing_leaves_the_training_as_it_is(tmp_path):
+    weights = []
+    for eval_freq in (-1, 1):
+        torch.manual_seed(0)
+        torchreid.utils.set_random_seed(3)
+        manager = make_image_manager(tmp_path, transforms=["random_flip", "random_crop"])
+        model = build(num_classes=manager.num_train_pids)
+        make_engine(model, datamanager=manager).run(str(tmp_path / "log"), max_epoch=3, eval_freq=eval_freq)
+        weights.append(model.state_dict())
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+
+def test_results_are_torchreids(tmp_path):
+    manager = make_image_manager(tmp_path)
+    engine = make_engine(build(num_classes=manager.num_train_pids), datamanager=manager)
+    result = engine.test(dist_metric="cosine")["toy"]
+    query, gallery = (extract(engine, manager.test_loader["toy"][split]) for split in ("query", "gallery"))
+    cmc, mean_ap = torchreid.metrics.evaluate_rank(
+        torchreid.metrics.compute_distance_matrix(query.features, gallery.features, "cosine").numpy(),
+        query.pids,
+        gallery.pids,
+        query.camids,
+        gallery.camids,
+    )
+    assert result.mAP == pytest.approx(mean_ap, abs=1e-6)
+    assert result.rank(1) == pytest.approx(cmc[0], abs=1e-6)
+
+
+def test_a_batch_that_cannot_be_filled_is_refused_before_training(tmp_path):
+    manager = make_image_manager(tmp_path, train_sampler="RandomSampler", batch_size_train=500)
+    with pytest.raises(ValueError, match="a batch of 500 cannot be filled: RandomSampler draws 24 of the 24"):
+        make_engine(build(num_classes=6), datamanager=manager)
+
+
+def test_positives_by_chance_matter_to_losses_that_compare_images(tmp_path, recwarn):
+    manager = make_image_manager(tmp_path, train_sampler="RandomSampler")
+    with pytest.warns(UserWarning, match="TripletMarginLoss needs several .* which RandomSampler brings together by"):
+        make_engine(build(num_classes=6), datamanager=manager, criterion=pml_losses.TripletMarginLoss())
+    recwarn.clear()
+    model, arcface = build(num_classes=6), pml_losses.ArcFaceLoss(6, 512)
+    optimizer = torch.optim.SGD([*model.parameters(), *arcface.parameters()], lr=0.1)
+    engines.ImagePMLEngine(manager, model, optimizer, arcface)
+    make_engine(model, datamanager=manager, weight_m=0)
+
+    # Another batch sampler than the default one groups as it likes.
+    class Own(BatchSampler):
+        pass
+
+    own = Own(manager.train_loader.sampler, 8, drop_last=True)
+    manager.train_loader = DataLoader(manager.train_loader.dataset, batch_sampler=own)
+    make_engine(model, datamanager=manager)
+    assert not [warning for warning in recwarn if "by chance" in str(warning.message)]
+
+
+def test_registered_on_torchreid():
+    assert torchreid.engine.ImageDRSLEngine is torchreid_ext.ImageDRSLEngine
+    assert torchreid.engine.VideoDRSLEngine is torchreid_ext.VideoDRSLEngine

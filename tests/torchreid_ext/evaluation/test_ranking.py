@@ -1,0 +1,114 @@
+"""Rankings of a target: the scores are equal to torchreid's own, and the pictures are right."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+import torchreid
+from PIL import Image
+from toy_data import make_image_manager, make_video_manager
+
+from torchreid_ext.engine.engines import ImageDRSLEngine, VideoDRSLEngine
+from torchreid_ext.evaluation.ranking import Samples, Search, print_result, print_side_by_side
+
+
+def samples(seed, size, pids=4, camids=3):
+    rng = np.random.default_rng(seed)
+    features = torch.from_numpy(rng.normal(size=(size, 6)).astype(np.float32))
+    return Samples(features, rng.integers(0, pids, size), rng.integers(0, camids, size))
+
+
+def host_scores(query, gallery, distances, **kwargs):
+    return torchreid.metrics.evaluate_rank(distances, query.pids, gallery.pids, query.camids, gallery.camids, **kwargs)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("rerank", [False, True])
+def test_scores_are_equal_to_torchreids(metric, normalize, rerank):
+    query, gallery = samples(0, 20), samples(1, 60)
+    result = Search(query, gallery, metric, normalize, rerank).evaluate()
+
+    def host_distances(x, y):
+        if normalize:
+            x, y = torch.nn.functional.normalize(x), torch.nn.functional.normalize(y)
+        return torchreid.metrics.compute_distance_matrix(x, y, metric).numpy()
+
+    q, g = query.features, gallery.features
+    distances = host_distances(q, g)
+    if rerank:
+        distances = torchreid.utils.re_ranking(distances, host_distances(q, q), host_distances(g, g))
+    cmc, mean_ap = host_scores(query, gallery, distances)
+    # Re-ranked distances have many ties, whose order torchreid leaves to the sort.
+    tolerance = 1e-2 if rerank else 1e-6
+    assert result.mAP == pytest.approx(mean_ap, abs=tolerance)
+    assert result.rank(1) == pytest.approx(cmc[0], abs=5 * tolerance)
+
+
+def test_the_curve_reaches_the_largest_rank(tmp_path, monkeypatch):
+    assert len(Search(samples(0, 20), samples(1, 120)).evaluate(max_rank=100).cmc) == 100
+    manager = make_image_manager(tmp_path)
+    model = torchreid.models.build_model("osnet_x0_25", manager.num_train_pids, loss="triplet", pretrained=False)
+    engine = ImageDRSLEngine(manager, model, torch.optim.SGD(model.parameters(), lr=0.1), use_gpu=False)
+    asked = []
+    evaluate = Search.evaluate
+    monkeypatch.setattr(Search, "evaluate", lambda *args, **kwargs: asked.append(kwargs) or evaluate(*args, **kwargs))
+    engine.test(ranks=[1, 100])
+    assert asked == [{"max_rank": 100, "group": None}]
+
+
+def test_a_ranking_marks_junk_and_shows_topk_other_entries():
+    query, gallery = samples(0, 5), samples(1, 40)
+    search = Search(query, gallery)
+    paths = [f"q{i}" for i in range(5)], [f"g{i}" for i in range(40)]
+    for index in range(5):
+        row = search.ranking(index, 7, *paths)
+        entries = [int(path[1:]) for path in row.gallery]
+        distances = (gallery.features - query.features[index]).square().sum(1)
+        assert entries == distances.argsort().tolist()[: len(entries)]
+        assert row.correct == [bool(gallery.pids[entry] == query.pids[index]) for entry in entries]
+        same_camera = [bool(gallery.camids[entry] == query.camids[index]) for entry in entries]
+        assert row.junk == [a and b for a, b in zip(row.correct, same_camera, strict=True)]
+        assert len(entries) - sum(row.junk) == 7
+        np.testing.assert_allclose(row.distances, distances[entries], rtol=1e-4)
+    assert len(search.ranking(0, 1000, *paths).gallery) == 40
+
+
+@pytest.mark.parametrize(
+    ("make", "engine", "target"),
+    [(make_image_manager, ImageDRSLEngine, "toy"), (make_video_manager, VideoDRSLEngine, "toy_video")],
+)
+def test_every_query_has_its_own_picture_and_the_hardest_comes_first(tmp_path, make, engine, target):
+    manager = make(tmp_path)
+    torch.manual_seed(0)
+    model = torchreid.models.build_model(
+        "osnet_x0_25", manager.num_train_pids, loss="triplet", pretrained=False, use_gpu=False
+    )
+    engine = engine(manager, model, torch.optim.SGD(model.parameters(), lr=0.1))
+    engine.run(str(tmp_path / "log"), test_only=True, visrank=True, visrank_topk=3, picture=2)
+    folder = tmp_path / "log" / f"visrank_{target}"
+    pictures = sorted(folder.glob("*.png"))
+    assert len(pictures) == len(manager.test_dataset[target]["query"])
+    with Image.open(pictures[0]) as page, Image.open(tmp_path / "log" / f"ranking_{target}.png") as overview:
+        assert overview.height > page.height
+    index = (folder / "index.html").read_text()
+    shown = re.findall(r"AP ([\d.]+)%", index)
+    assert len(shown) == len(pictures)
+    assert [float(value) for value in shown] == sorted(map(float, shown))
+    assert sorted(re.findall(r'src="([^"]+)"', index)) == [path.name for path in pictures]
+
+
+def test_results_are_printed_in_torchreids_format(capsys):
+    query, gallery = samples(0, 20), samples(1, 60)
+    query.pids[3] = 99
+    result = Search(query, gallery).evaluate()
+    print_result(result, [1, 5])
+    out = capsys.readouterr().out
+    assert "20 queries, 1 of them left out" in out
+    assert f"mAP: {result.mAP:.1%}" in out
+    assert f"Rank-5  : {result.rank(5):.1%}" in out
+    print_side_by_side({"untrained": {"toy": result}, "trained": {"toy": result}}, [1])
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[1].split() == ["toy", "untrained", "trained"]
+    assert rows[2].split() == ["mAP", *[f"{result.mAP:.1%}"] * 2]

@@ -1,0 +1,162 @@
+"""An exported network gives torch's features for every image and batch, or no file is written."""
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torchreid
+import trained
+from PIL import Image
+from torchvision import transforms
+
+from pml_drsl.checks import InputError
+from torchreid_ext import Searcher
+from torchreid_ext.cli import export as command
+from torchreid_ext.search import export as exporting
+from torchreid_ext.search.export import SUFFIXES, TOLERANCE, drawn_images, export
+from torchreid_ext.search.model import load_model
+
+# A network of few layers, which the exporters are quick with.
+SMALL = {"model.name": "squeezenet1_1", "data.height": 64, "data.width": 32}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return trained.train(tmp_path_factory.mktemp("plain"), **SMALL)
+
+
+@pytest.fixture(scope="module")
+def necked(tmp_path_factory):
+    return trained.train(tmp_path_factory.mktemp("necked"), **SMALL, **{"model.bnneck": True})
+
+
+def as_input(images, normalise):
+    """What a user feeds an exported file with, by torchvision."""
+    steps = [transforms.Resize((64, 32)), transforms.ToTensor()]
+    if not normalise:
+        steps.append(transforms.Normalize([0.4, 0.5, 0.6], [0.229, 0.224, 0.225]))
+    return torch.stack([transforms.Compose(steps)(image) for image in images])
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_onnx_gives_the_features_of_the_search(plain, necked, tmp_path, normalise, capsys):
+    model = necked if normalise else plain
+    words = [str(model), str(tmp_path / "a model.onnx")] + ([] if normalise else ["--without-normalisation"])
+    assert command.main(words) == 0
+    assert "largest difference from torch over 8 images" in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(tmp_path / "a model.onnx")
+    pictures = drawn_images(5)[::-1]
+    expected = Searcher(model, device="cpu").extract(pictures).numpy()
+    for number in (5, 1, 3):  # a batch of any size
+        (found,) = session.run(["features"], {"images": as_input(pictures[:number], normalise).numpy()})
+        assert np.abs(found - expected[:number]).max() < 1e-5
+    about = {entry.key: entry.value for entry in onnx.load(tmp_path / "a model.onnx").metadata_props}
+    assert about["mean"] == "[0.4, 0.5, 0.6]" and about["height"] == "64" and about["distance"] == "cosine"
+    assert ("minus mean" in about["input"]) != normalise
+
+
+@pytest.mark.parametrize("kind", ["torchscript", "torch-export"])
+def test_torchs_own_formats_give_the_features_of_the_search(plain, necked, tmp_path, kind):
+    model = necked if kind == "torchscript" else plain
+    path = tmp_path / f"model{SUFFIXES[kind]}"
+    assert command.main([str(model), str(path), f"--{kind}"]) == 0
+    extra = {"settings.json": ""}
+    if kind == "torchscript":
+        loaded = torch.jit.load(path, _extra_files=extra)
+    else:
+        loaded = torch.export.load(path, extra_files=extra).module()
+    pictures = drawn_images(3)
+    expected = Searcher(model, device="cpu").extract(pictures)
+    assert (loaded(as_input(pictures, True)) - expected).abs().max() < 1e-5
+    assert json.loads(extra["settings.json"])["network"] == "squeezenet1_1"
+
+
+def twice(self, images):
+    images = (images - self.mean) / self.std
+    return self.network((images - self.mean) / self.std)
+
+
+def of_the_first(self, images):
+    return self.network((images - self.mean) / self.std)[:1].expand(len(images), -1)
+
+
+@pytest.mark.parametrize("mistake", [twice, of_the_first])
+def test_a_mistake_in_the_exported_network_is_found_and_nothing_is_written(
+    plain, tmp_path, monkeypatch, mistake, capsys
+):
+    monkeypatch.setattr(exporting.ExportedNetwork, "forward", mistake)
+    assert command.main([str(plain), str(tmp_path / "model.pt"), "--torchscript"]) == 2
+    err = capsys.readouterr().err
+    assert "is wrong and was not written: largest difference" in err and len(err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_of_the_user(plain, tmp_path, capsys):
+    folder = plain.parents[2] / "images"
+    words = [str(plain), str(tmp_path / "model.pt"), "--torchscript", "--images"]
+    assert command.main([*words, str(folder)]) == 0
+    assert "over 16 images" in capsys.readouterr().out
+    (tmp_path / "same").mkdir()
+    for number in range(3):
+        Image.new("RGB", (16, 32), (90, 90, 90)).save(tmp_path / "same" / f"{number}.png")
+    assert (
+        command.main([*words[:1], str(tmp_path / "other.pt"), "--torchscript", "--images", str(tmp_path / "same")]) == 2
+    )
+    assert "images or more that look different" in capsys.readouterr().err and not (tmp_path / "other.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "words", "message"),
+    [
+        ("model.txt", [], "must end in .onnx"),
+        ("model.onnx", ["--torch-export"], "must end in .pt2"),
+        ("nowhere/model.onnx", [], "folder that exists"),
+        ("model.onnx", ["--images", "nowhere"], "no folder 'nowhere'"),
+    ],
+)
+def test_bad_input(plain, tmp_path, capsys, output, words, message):
+    assert command.main([str(plain), str(tmp_path / output), *words]) == 2
+    err = capsys.readouterr().err
+    assert message in err and len(err.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+class NotExportable(torch.nn.Module):
+    def forward(self, images):
+        # A decision by the values of the images, which a graph cannot make.
+        return images.flatten(1) if images.mean() > 0 else -images.flatten(1)
+
+
+def test_a_network_that_cannot_be_exported_is_refused_with_the_reason(plain, tmp_path):
+    model = load_model(plain, device="cpu")
+    model.__dict__["network"] = torch.nn.Sequential(NotExportable(), torch.nn.Linear(3 * 64 * 32, 4))
+    with pytest.raises(InputError, match=r"squeezenet1_1 cannot be exported to onnx: ."):
+        export(model, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def zoo_model(folder, name):
+    torch.manual_seed(0)
+    size = (160, 64) if name == "hacnn" else (128, 64)
+    network = torchreid.models.build_model(name, 7, pretrained=False, use_gpu=False)
+    torch.save(network.state_dict(), folder / "weights.pth")
+    config = folder / "config.yaml"
+    config.write_text(f"model: {{name: {name}}}\ndata: {{height: {size[0]}, width: {size[1]}}}\n")
+    return load_model(folder / "weights.pth", config, "cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hacnn", "osnet_x0_25", "pcb_p4", "resnet18", "shufflenet_v2_x0_5"])
+def test_families_of_the_zoo(tmp_path, name):
+    comparison = export(zoo_model(tmp_path, name), tmp_path / "model.onnx", images=drawn_images(3))
+    assert comparison.difference <= TOLERANCE * comparison.largest
+
+
+@pytest.mark.slow
+def test_a_file_for_one_size_of_batch_is_refused(tmp_path):
+    """TorchScript takes the size of the batch that hacnn was traced with for a constant."""
+    with pytest.raises(InputError, match="torchscript: the file cannot be run with 3 images"):
+        export(zoo_model(tmp_path, "hacnn"), tmp_path / "model.pt", "torchscript", images=drawn_images(3))
+    assert not (tmp_path / "model.pt").exists()

@@ -1,0 +1,132 @@
+"""A checkpoint alone gives back the network that was trained, and says so where it cannot."""
+
+import threading
+
+import pytest
+import torch
+import torchreid
+import trained
+
+from pml_drsl.checks import InputError
+from torchreid_ext.checkpoint import checkpoint
+from torchreid_ext.config import build
+from torchreid_ext.networks import add_neck
+from torchreid_ext.search.model import USED, load_model
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return trained.train(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def necked(tmp_path_factory):
+    return trained.train(tmp_path_factory.mktemp("necked"), **{"model.bnneck": True})
+
+
+def by_hand(path, neck):
+    """The network, built and loaded with torchreid and torch alone, but for the neck."""
+    network = torchreid.models.build_model("osnet_x0_25", 6, loss="triplet", pretrained=False)
+    if neck:
+        add_neck(network)
+    network.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    return network.eval()
+
+
+@pytest.mark.parametrize("neck", [False, True])
+def test_a_checkpoint_alone_gives_the_network(plain, necked, neck):
+    path = necked if neck else plain
+    model = load_model(path, device="cpu")
+    images = torch.randn(3, 3, 32, 16)
+    with torch.no_grad():
+        assert torch.equal(model.features(images), by_hand(path, neck)(images))
+    assert (model.height, model.width, model.metric) == (32, 16, "cosine")
+    assert model.config.data.norm_mean == [0.4, 0.5, 0.6]
+    assert not model.network.training
+
+
+def test_threads_do_not_disturb_each_other(necked):
+    """A network with a neck changes its mode while it computes."""
+    model = load_model(necked, device="cpu")
+    images = torch.randn(2, 3, 32, 16)
+    expected, found = model.features(images), []
+    threads = [
+        threading.Thread(target=lambda: found.extend(model.features(images) for _ in range(5))) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 20 and all(torch.equal(features, expected) for features in found)
+
+
+def test_the_fingerprint_tells_models_apart(plain, necked, tmp_path):
+    again = load_model(plain.with_name("model-last.pth.tar"), device="cpu")
+    assert again.fingerprint == load_model(plain, device="cpu").fingerprint != load_model(necked).fingerprint
+    state = checkpoint.load(plain)
+    state["state_dict"]["conv1.conv.weight"][0, 0, 0, 0] += 1e-3
+    checkpoint.save(state, tmp_path / "changed.pth")
+    state["training"]["config"]["data.height"] = 33
+    checkpoint.save(state, tmp_path / "higher.pth")
+    marks = {load_model(path, device="cpu").fingerprint for path in (plain, *tmp_path.glob("*.pth"))}
+    assert len(marks) == 3
+
+
+def test_keys_of_another_version_do_not_matter(plain, tmp_path):
+    state = checkpoint.load(plain)
+    state["training"]["config"] |= {"loss.drsl.forgotten": 1, "data.root": "2024"}
+    checkpoint.save(state, tmp_path / "old.pth")
+    assert load_model(tmp_path / "old.pth").config.data.root == "2024"
+
+
+def test_a_checkpoint_of_torchreids_needs_a_config_file(tmp_path):
+    torch.manual_seed(0)
+    network = torchreid.models.build_model("osnet_x0_25", 6, pretrained=False).eval()
+    # As torchreid's DataParallel names weights.
+    state = {"state_dict": {f"module.{name}": value for name, value in network.state_dict().items()}, "epoch": 1}
+    torch.save(state, tmp_path / "host.pth")
+    config = tmp_path / "host.yaml"
+    config.write_text("model: {name: osnet_x0_25}\ndata: {height: 40, width: 20}\n")
+    model = load_model(tmp_path / "host.pth", config, device="cpu")
+    images = torch.randn(2, 3, 40, 20)
+    with torch.no_grad():
+        assert torch.equal(model.features(images), network(images))
+    with pytest.raises(InputError, match=r"holds no configuration.*--config-file"):
+        load_model(tmp_path / "host.pth")
+    config.write_text("model: {name: osnet_x0_5}\n")
+    with pytest.raises(InputError, match="is not of 'osnet_x0_5'"):
+        load_model(tmp_path / "host.pth", config)
+    config.write_text("model: {name: osnet_x0_25, bnneck: True}\n")
+    with pytest.raises(InputError, match=r"weights are missing.*classifier\.neck"):
+        load_model(tmp_path / "host.pth", config)
+    torch.save({"epoch": 1}, tmp_path / "host.pth")
+    with pytest.raises(InputError, match="holds no weights"):
+        load_model(tmp_path / "host.pth", config)
+
+
+@pytest.mark.parametrize("name", ["hacnn", "pcb_p4", "squeezenet1_0", "shufflenet"])
+def test_the_number_of_classes_is_found_for_every_kind_of_classifier(tmp_path, name):
+    network = torchreid.models.build_model(name, 7, pretrained=False, use_gpu=False)
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    (tmp_path / "config.yaml").write_text(f"model: {{name: {name}}}\n")
+    loaded = load_model(tmp_path / "weights.pth", tmp_path / "config.yaml", "cpu").network.state_dict()
+    assert all(torch.equal(value, loaded[key]) for key, value in network.state_dict().items())
+
+
+def test_torchreids_own_tools_load_a_checkpoint_without_a_neck(plain):
+    images = torch.randn(2, 3, 32, 16)
+    expected = load_model(plain, device="cpu").features(images)
+    extractor = torchreid.utils.FeatureExtractor(
+        "osnet_x0_25", str(plain), (32, 16), pixel_mean=[0.4, 0.5, 0.6], device="cpu", verbose=False
+    )
+    assert torch.equal(extractor(images), expected)
+    network = torchreid.models.build_model("osnet_x0_25", 1, pretrained=False)
+    torchreid.utils.load_pretrained_weights(network, str(plain))
+    with torch.no_grad():
+        assert torch.equal(network.eval()(images), expected)
+
+
+def test_configurations_of_other_options_are_not_needed():
+    # Every key that is read from a checkpoint exists.
+    known = build.flat(build.get_default_config())
+    assert set(USED) - {"datasets"} <= set(known)

@@ -1,0 +1,162 @@
+"""Collects the state of a run for a checkpoint, and restores it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pytorch_metric_learning.losses import CrossBatchMemory
+from torch import Tensor, nn
+
+from torchreid_ext.checkpoint import checkpoint
+from torchreid_ext.runtime import distributed, generators
+
+
+def of_engine(engine: Any, epoch: int) -> dict[str, Any]:
+    """Returns the state of an engine after ``epoch`` epochs. The names are torchreid's where torchreid has names.
+
+    The tensors are not copied, so they change when training goes on. ``copied`` makes a copy.
+    """
+    first, *others = engine.get_model_names()
+    return _of_parts(engine, first) | {
+        "epoch": epoch,
+        "rank1": engine.rank1,
+        "training": {
+            "others": {name: _of_parts(engine, name) for name in others},
+            "losses": {name: loss.state_dict() for name, loss in losses_of(engine).items()},
+            "memories": {name: _memory_fills(loss) for name, loss in losses_of(engine).items()},
+            "scaler": engine.stepper.scaler.state_dict(),
+            "sampler": _of_sampler(engine.train_loader.batch_sampler),
+            "generators": generators.state(),
+            "best": dict(engine.best),
+            "skipped": engine.skipped,
+            "num_train_pids": engine.datamanager.num_train_pids,
+            "config": engine.config,
+            "processes": distributed.size(),
+        },
+    }
+
+
+def restore_engine(engine: Any, state: dict[str, Any], path: str) -> None:
+    """Restores the state that ``of_engine`` returned, except for the part that ``restore_randomness`` restores.
+
+    A checkpoint of torchreid has no ``"training"``; then only its weights, optimizer and scheduler are restored.
+    ``path`` is for the messages.
+
+    Raises:
+        InputError: if a part is missing or does not fit.
+    """
+    first, *others = engine.get_model_names()
+    checkpoint.restore(state, _parts(engine, first), path)
+    engine.rank1 = float(state.get("rank1", 0))
+    training = state.get("training")
+    if training is None:
+        return
+    for name in others:
+        checkpoint.restore(training["others"].get(name, {}), _parts(engine, name), path)
+    losses = losses_of(engine)
+    checkpoint.restore(training["losses"], losses, path)
+    for name, loss in losses.items():
+        for part, memory in _memories(loss).items():
+            vars(memory).update(training["memories"][name][part])
+    engine.best, engine.skipped = dict(training["best"]), training["skipped"]
+
+
+def restore_randomness(engine: Any, state: dict[str, Any]) -> None:
+    """Restores the generators, the sampler and the gradient scaler. Call it right before training goes on."""
+    training = state.get("training")
+    if training is None:
+        return
+    if training["scaler"] and engine.stepper.scaler.is_enabled():
+        engine.stepper.scaler.load_state_dict(training["scaler"])
+    _restore_sampler(engine.train_loader.batch_sampler, training["sampler"])
+    generators.restore(training["generators"])
+
+
+def losses_of(engine: Any) -> dict[str, nn.Module]:
+    """Returns the losses of an engine: all its modules except its models."""
+    models = {id(model) for model in engine._models.values()}
+    return {name: part for name, part in vars(engine).items() if isinstance(part, nn.Module) and id(part) not in models}
+
+
+def keep_buffers(modules: list[nn.Module]) -> Callable[[], None]:
+    """Copies the buffers that a forward pass changes: statistics of batch normalisation, cross-batch memories.
+
+    Returns:
+        A function that restores these buffers.
+    """
+    buffers = [{name: buffer.clone() for name, buffer in module.named_buffers()} for module in modules]
+    fills = [_memory_fills(module) for module in modules]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for module, copies, fill in zip(modules, buffers, fills, strict=True):
+            for name, buffer in module.named_buffers():
+                buffer.copy_(copies[name])
+            for name, memory in _memories(module).items():
+                vars(memory).update(fill[name])
+
+    return restore
+
+
+def copied(state: Any) -> Any:
+    """Returns a copy of a state on the CPU. Training does not change the copy."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        # The copy has the same type: an OrderedDict, or the Counter that holds the milestones of a scheduler.
+        twin = copy.copy(state)
+        for key, value in state.items():
+            twin[key] = copied(value)
+        return twin
+    if type(state) in (list, tuple):
+        return type(state)(copied(value) for value in state)
+    return copy.deepcopy(state)
+
+
+def _parts(engine: Any, name: str) -> dict[str, Any]:
+    parts = {"state_dict": engine._models, "optimizer": engine._optims, "scheduler": engine._scheds}
+    return {kind: named[name] for kind, named in parts.items() if named[name] is not None}
+
+
+def _of_parts(engine: Any, name: str) -> dict[str, Any]:
+    return {
+        kind: (distributed.unwrapped(part) if isinstance(part, nn.Module) else part).state_dict()
+        for kind, part in _parts(engine, name).items()
+    }
+
+
+def _memories(module: nn.Module) -> dict[str, CrossBatchMemory]:
+    return {name: part for name, part in module.named_modules() if isinstance(part, CrossBatchMemory)}
+
+
+def _memory_fills(module: nn.Module) -> dict[str, dict[str, Any]]:
+    # PML does not register these two values as buffers, so they are not in state_dict.
+    return {
+        name: {"queue_idx": memory.queue_idx, "has_been_filled": memory.has_been_filled}
+        for name, memory in _memories(module).items()
+    }
+
+
+def _of_sampler(batches: Any) -> dict[str, Any]:
+    # Most samplers draw from the global generators and have no state.
+    sampler = _innermost(batches)
+    if hasattr(sampler, "state_dict"):
+        return {"state_dict": sampler.state_dict()}
+    generator = getattr(sampler, "generator", None)
+    return {"generator": generator.get_state()} if isinstance(generator, torch.Generator) else {}
+
+
+def _restore_sampler(batches: Any, saved: dict[str, Any]) -> None:
+    sampler = _innermost(batches)
+    if "state_dict" in saved and hasattr(sampler, "load_state_dict"):
+        sampler.load_state_dict(saved["state_dict"])
+    elif "generator" in saved and isinstance(getattr(sampler, "generator", None), torch.Generator):
+        sampler.generator.set_state(saved["generator"])
+
+
+def _innermost(batches: Any) -> Any:
+    """Returns the sampler inside ``SeededBatches`` and torch's ``BatchSampler``."""
+    return getattr(batches.batches, "sampler", batches.batches)

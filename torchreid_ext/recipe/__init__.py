@@ -1,1 +1,0 @@
-"""Parts of the strong re-identification baseline: the batch normalisation neck and the warm-up."""

@@ -1,0 +1,222 @@
+"""Exports a trained network to ONNX, TorchScript or torch.export, and compares what was written with the network."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from pml_drsl.checks import InputError
+from torchreid_ext.checkpoint.checkpoint import replacing
+from torchreid_ext.data.synthetic.drawing import CAMERAS, draw_image, draw_scene, make_person
+from torchreid_ext.search.model import TrainedModel
+from torchreid_ext.search.preprocessing import ImageLike, Preprocessing
+
+SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "torch-export": ".pt2"}
+"""The formats, and how the name of a file of each ends."""
+
+TOLERANCE = 1e-4
+"""The largest difference that an exported network may have, as a share of the largest feature value."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far the features of an exported network are from those of the network itself.
+
+    Attributes:
+        images: number of images that were compared.
+        difference: the largest difference of a feature value.
+        largest: the largest feature value, without its sign.
+        spread: the largest difference of a feature value between two of the images.
+    """
+
+    images: int
+    difference: float
+    largest: float
+    spread: float
+
+    def __str__(self) -> str:
+        return (
+            f"largest difference from torch over {self.images} images, as a batch and one by one: "
+            f"{self.difference:.2g} (the largest feature value is {self.largest:.2g})"
+        )
+
+
+class ExportedNetwork(nn.Module):
+    """What is exported: a network in evaluation mode, after the normalisation of its images if that is included.
+
+    Args:
+        model: the model.
+        normalise: take images in [0, 1] and normalise them; otherwise take normalised images.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: TrainedModel, normalise: bool) -> None:
+        super().__init__()
+        self.network, self.normalise = model.network, normalise
+        for name, values in (("mean", model.config.data.norm_mean), ("std", model.config.data.norm_std)):
+            self.register_buffer(name, torch.tensor(values).reshape(1, 3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[N, D] features of [N, 3, height, width] images."""
+        return self.network((images - self.mean) / self.std if self.normalise else images)
+
+
+def export(
+    model: TrainedModel,
+    path: str | os.PathLike[str],
+    kind: str = "onnx",
+    normalise: bool = True,
+    images: Sequence[ImageLike] | None = None,
+) -> Comparison:
+    """Writes a network to a file that other programs load, and checks the file before it takes its place.
+
+    The file takes any number of images at once, [N, 3, height, width] in RGB order, and gives [N, D] features. It also
+    holds the settings of :func:`settings`, as metadata.
+
+    Args:
+        model: the model, on the CPU.
+        path: the file to write; its name ends as ``SUFFIXES`` says.
+        kind: ``"onnx"``, ``"torchscript"`` or ``"torch-export"``.
+        normalise: include the normalisation, so that the file takes images in [0, 1].
+        images: two different images or more to compare with; None draws eight pedestrians.
+
+    Raises:
+        InputError: for a name with another ending, too few or too similar images, a network that the format cannot
+            express, or a file whose features differ from torch's. Nothing is written then.
+    """
+    if Path(path).suffix != SUFFIXES[kind]:
+        raise InputError(f"{os.fspath(path)!r}: the name of a {kind} file must end in {SUFFIXES[kind]}")
+    shown = drawn_images() if images is None else list(images)
+    prepare = Preprocessing(model)
+    resized = torch.stack([prepare.resized(image) for image in shown]) if shown else torch.empty(0)
+    expected = model.features(prepare.normalised(resized)).numpy() if shown else np.empty((0, 1))
+    spread = float(np.ptp(expected, axis=0).max()) if len(shown) > 1 else 0.0
+    largest = float(np.abs(expected).max()) if shown else 0.0
+    if spread <= 10 * TOLERANCE * largest:
+        raise InputError(
+            f"the features of the {len(shown)} images to compare with differ by {spread:.2g} at most, too little to "
+            f"notice a mistake in the exported file: give two images or more that look different"
+        )
+    # Normalised by numpy where the file leaves that to its user, as the user would do it.
+    fed = resized.numpy() if normalise else _normalised(resized.numpy(), model)
+    with tempfile.TemporaryDirectory() as folder:
+        temporary = Path(folder, f"model{SUFFIXES[kind]}")
+        _write(model, temporary, kind, normalise, resized)
+        try:
+            found = [_run(temporary, kind, part) for part in (fed, fed[:1], fed[1:2])]
+        except Exception as error:  # each of the three programs that run the files has errors of its own
+            raise _refusal(model, f"the file cannot be run with {len(fed)} images and with one", kind, error) from error
+        parts = expected, expected[:1], expected[1:2]
+        difference = max(_difference(mine, torchs) for mine, torchs in zip(found, parts, strict=True))
+        comparison = Comparison(len(shown), difference, largest, spread)
+        if not difference <= TOLERANCE * largest:
+            raise InputError(f"the exported {kind} file is wrong and was not written: {comparison}")
+        with open(temporary, "rb") as source, replacing(path) as target:
+            shutil.copyfileobj(source, target)
+    return comparison
+
+
+def settings(model: TrainedModel, normalise: bool) -> dict[str, str]:
+    """What a user of an exported file must know, as text: its input, its distance and the model's fingerprint."""
+    data = model.config.data
+    return {
+        "input": "RGB in [0, 1]" if normalise else "RGB in [0, 1], minus mean, divided by std",
+        "height": str(data.height),
+        "width": str(data.width),
+        "mean": json.dumps(data.norm_mean),
+        "std": json.dumps(data.norm_std),
+        "distance": model.metric,
+        "network": str(model.config.model.name),
+        "model_fingerprint": model.fingerprint,
+    }
+
+
+def drawn_images(number: int = 8) -> list[Image.Image]:
+    """Pedestrians, each another one before another camera, drawn as ``synthetic_pedestrians`` draws them."""
+    pictures = []
+    for index in range(number):
+        rng = np.random.default_rng([2024, index])
+        camera = CAMERAS[index % len(CAMERAS)]
+        pictures.append(draw_image(rng, make_person(rng), camera, draw_scene(rng, camera)))
+    return pictures
+
+
+def _difference(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
+    """The largest difference of two arrays; infinite where their shapes differ, which an exported batch size causes."""
+    return float(np.abs(found - expected).max()) if found.shape == expected.shape else np.inf
+
+
+def _normalised(images: np.ndarray[Any, Any], model: TrainedModel) -> np.ndarray[Any, Any]:
+    mean, std = (np.array(values, np.float32).reshape(1, 3, 1, 1) for values in (
+        model.config.data.norm_mean, model.config.data.norm_std,
+    ))  # fmt: skip
+    return (images - mean) / std
+
+
+def _write(model: TrainedModel, path: Path, kind: str, normalise: bool, images: Tensor) -> None:
+    network, about = ExportedNetwork(model, normalise).eval(), settings(model, normalise)
+    example = images[:2]
+    if kind == "onnx":
+        _needs("onnx", "onnxscript", "onnxruntime")
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            # They speak of the exporters' own future, not of this network.
+            warnings.simplefilter("ignore")
+            if kind == "torchscript":
+                traced = torch.jit.trace(network, example, check_trace=False)
+                torch.jit.save(traced, str(path), _extra_files={"settings.json": json.dumps(about)})
+                return
+            dynamic = {"images": {0: torch.export.Dim("batch")}}
+            program = torch.export.export(network, (example,), dynamic_shapes=dynamic)
+            if kind == "torch-export":
+                torch.export.save(program, path, extra_files={"settings.json": json.dumps(about)})
+                return
+            written: Any = torch.onnx.export(
+                program, (example,), dynamo=True, verbose=False, input_names=["images"], output_names=["features"]
+            )
+            written.model.metadata_props.update(about)
+            written.save(path, external_data=False)
+    except Exception as error:
+        # Each exporter has errors of its own, and the network's code may raise any other.
+        raise _refusal(model, "the network cannot be expressed", kind, error) from error
+
+
+def _refusal(model: TrainedModel, what: str, kind: str, error: Exception) -> InputError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    return InputError(f"{model.config.model.name} cannot be exported to {kind}: {what}: {reason}")
+
+
+def _run(path: Path, kind: str, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The features that the written file gives, by the program that others would run it with."""
+    if kind == "onnx":
+        runtime = importlib.import_module("onnxruntime")
+        session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        (features,) = session.run(["features"], {"images": images})
+        return np.asarray(features)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded: Any = torch.jit.load(str(path)) if kind == "torchscript" else torch.export.load(path).module()
+        return np.asarray(loaded(torch.from_numpy(images)).numpy())
+
+
+def _needs(*packages: str) -> None:
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ModuleNotFoundError as error:
+            raise InputError(f"ONNX needs the package {package}: pip install {package}") from error
