@@ -7,14 +7,14 @@ import pytest
 import torchreid
 import torchreid_keys
 import yaml
+from key_table import with_table
 from toy_data import make_image_manager
 
 from torchreid_ext import get_default_config
 from torchreid_ext.config.keys import ADDED, KEYS
-from torchreid_ext.config.table import with_table
 from torchreid_ext.engine import criteria
 
-GUIDE = (Path(__file__).parents[2] / "docs" / "torchreid.md").read_text()
+GUIDE = (Path(__file__).parents[2] / "docs" / "torchreid.md").read_text(encoding="utf-8")
 
 
 def table(heading):
@@ -29,7 +29,7 @@ def table(heading):
 
 
 def test_the_table_of_keys_is_the_one_that_the_code_writes():
-    """To write it anew: python -m torchreid_ext.config.table."""
+    """To write it anew: python tests/support/key_table.py."""
     assert with_table(GUIDE) == GUIDE
     assert len(table("| Key | Default |")) == len(ADDED)
 

@@ -15,11 +15,10 @@ from killing import differing
 from torch import distributed as dist
 from toy_data import write_images
 
-from torchreid_ext import get_default_config
+from torchreid_ext import config, get_default_config
 from torchreid_ext.checkpoint import checkpoint, resuming
 from torchreid_ext.checkpoint.folder import History
 from torchreid_ext.cli.train import main
-from torchreid_ext.config import build as config
 from torchreid_ext.config import data as data_config
 from torchreid_ext.runtime import distributed
 from torchreid_ext.runtime.signals import Interrupted
