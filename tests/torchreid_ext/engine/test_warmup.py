@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from torchreid_ext import get_default_config
-from torchreid_ext.config import build as config
+from torchreid_ext import config, get_default_config
 
 EPOCHS, WARMUP = 12, 4
 ALONE = {
