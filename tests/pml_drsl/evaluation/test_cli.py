@@ -120,7 +120,7 @@ def test_bad_input_is_one_line(tmp_path: Path, arrays: dict[str, Any], capsys: p
         ([query, "f.npz".join([str(tmp_path) + "/", ""]), "--ids", ids], "is an .npz file"),
         ([gallery, query, "--ids", ids], "12 query lines for 40 query features"),
         ([query, gallery, "--ids", bad_csv], "line 3: 'train,2,1'"),
-        ([query, gallery, "--ids", text("head.csv", b"id,cam\n")], "header 'id,cam'"),
+        ([query, gallery, "--ids", text("head.csv", b"id,cam\n")], "header is 'id,cam'"),
         ([query, gallery, "--ids", text("binary.csv", b"\xff\xfe\x00")], "binary.csv"),
     ]
     for arguments, message in cases:
