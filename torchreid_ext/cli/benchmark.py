@@ -1,0 +1,88 @@
+"""Compares losses: trains a grid of configuration files, losses and seeds, and reports its results."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pml_drsl.checks import InputError
+from pml_drsl.machine import available_cores
+
+EPILOG = """commands:
+  run       train and test a grid; each run is a process of drsl-train, and its result a line of a file
+  report    tables, comparisons and a figure of such a file
+  speed     time and memory of the loss, which needs no torchreid
+
+examples:
+  drsl-benchmark run configs/market1501_osnet_x0_25.yaml --losses drsl triplet --seeds 3 --root DATA \\
+      --results results.jsonl model.load_weights osnet_x0_25_msmt17.pth
+  drsl-benchmark run configs/viper_mobilenetv2.yaml --seeds 3 --vary data.split_id 0 2 4 --root DATA \\
+      --results results.jsonl model.load_weights mobilenetv2_imagenet.pth.tar
+  drsl-benchmark report results.jsonl
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, 1 if a run failed, 2 for bad input, 130 for Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        "drsl-benchmark", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = {"run": _run, "report": _report, "speed": _speed}
+    parser.add_argument("command", choices=commands)
+    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="its options; see COMMAND --help")
+    args = parser.parse_args(arguments)
+    try:
+        return commands[args.command](args.words)
+    except (InputError, OSError) as error:
+        print(f"drsl-benchmark: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("drsl-benchmark: stopped; the same command goes on from the results that are there", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _run(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("drsl-benchmark run", description="Trains and tests a grid.")
+    parser.add_argument("words", nargs="+", metavar="CONFIG.yaml ... [KEY VALUE ...]",
+                        help="configuration files, and config keys to change in all runs")  # fmt: skip
+    parser.add_argument("--losses", nargs="+", metavar="NAME", help="losses of the file of losses; default: all")
+    parser.add_argument("--losses-file", type=Path, metavar="FILE", help="default: losses.yaml beside the first CONFIG")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1 (default: 3)")
+    parser.add_argument("--vary", nargs="+", action="append", default=[], metavar="KEY_VALUES",
+                        help="a key and its value for each seed: data.split_id 0 2 4")  # fmt: skip
+    parser.add_argument("--results", type=Path, required=True, metavar="FILE",
+                        help="JSON lines; runs that are in this file already are not made again")  # fmt: skip
+    parser.add_argument("--workers", type=int, metavar="N", help="runs at the same time; default: one for each core")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep checkpoints and logs there")
+    parser.add_argument("--root", metavar="FOLDER", help="folder that holds the data sets")
+    args = parser.parse_intermixed_args(list(words))
+    for name, number in (("--seeds", args.seeds), ("--workers", args.workers)):
+        if number is not None and number < 1:
+            raise InputError(f"{name} must be 1 or more, got {number}")
+    number = next((i for i, word in enumerate(args.words) if not word.endswith((".yaml", ".yml"))), len(args.words))
+    files, changes = [Path(word) for word in args.words[:number]], args.words[number:]
+    if not files:
+        raise InputError(f"name a configuration file, CONFIG.yaml, before the keys to change; got {args.words[0]!r}")
+
+    from torchreid_ext.benchmark import grid, runner
+
+    losses = grid.read_losses(args.losses_file or files[0].parent / grid.LOSSES, args.losses)
+    runs = grid.plan(files, losses, range(args.seeds), changes, args.vary, args.root)
+    return min(1, runner.run_all(runs, args.results, args.workers or available_cores(), args.keep))
+
+
+def _report(words: Sequence[str]) -> int:
+    raise InputError("not yet")
+
+
+def _speed(words: Sequence[str]) -> int:
+    import pml_drsl.speed
+
+    return int(pml_drsl.speed.main(list(words)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
