@@ -38,7 +38,8 @@ class Run:
         config: the configuration file.
         loss: name of the loss in the file of losses.
         snippet: the keys that this loss sets, nested as in YAML.
-        changes: keys that the user changes, with their values as words of the command line.
+        changes: keys that the user changes in all runs, with their values as words of the command line.
+        varied: keys that have another value for each seed, likewise.
         seed: value of ``train.seed``.
         configuration: all keys, dotted, with their values.
     """
@@ -47,23 +48,24 @@ class Run:
     loss: str
     snippet: Mapping[str, Any]
     changes: Mapping[str, str]
+    varied: Mapping[str, str]
     seed: int
     configuration: Mapping[str, Any]
 
     def __str__(self) -> str:
         return f"{self.config.name}, {self.loss}, seed {self.seed}"
 
-    def is_in(self, lines: Iterable[Mapping[str, Any]]) -> bool:
-        """Whether one of the results has this configuration, but for keys that do not change a score.
 
-        A key that the result does not know yet counts as its default, so that a new key makes no result stale.
-        """
-        mine = comparable(self.configuration)
-        return any(
-            all(key in line["configuration"] or _is_default(key, value) for key, value in mine.items())
-            and all(mine.get(key, value) == value for key, value in comparable(line["configuration"]).items())
-            for line in lines
-        )
+def same(mine: Mapping[str, Any], other: Mapping[str, Any], without: Iterable[str] = ()) -> bool:
+    """Whether two flat configurations are equal, but for some keys and for keys that do not change a score.
+
+    A key that only one of them knows counts as its default: a new key makes no result stale, and a new default does.
+    """
+    left, right = comparable(mine), comparable(other)
+    return all(
+        left.get(key, _default(key, right.get(key))) == right.get(key, _default(key, left.get(key)))
+        for key in {*left, *right} - {*without}
+    )
 
 
 def comparable(configuration: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,8 +82,9 @@ def fingerprint(configuration: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _is_default(key: str, value: Any) -> bool:
-    return key in KEYS and bool(config.plain(KEYS[key].default) == value)
+def _default(key: str, otherwise: Any) -> Any:
+    """The default of a key. A key that is gone had no effect that this version knows of."""
+    return config.plain(KEYS[key].default) if key in KEYS else otherwise
 
 
 def read_losses(path: Path, names: Sequence[str] | None) -> dict[str, dict[str, Any]]:
@@ -139,7 +142,7 @@ def plan(
     fixed = dict(zip(words[::2], words[1::2], strict=True))
     runs = []
     for number, seed in enumerate(seeds):
-        changes = fixed | {key: values[number] for key, *values in varied}
+        of_seed = {key: values[number] for key, *values in varied}
         for file in files:
             for loss, snippet in losses.items():
                 cfg = config.get_default_config()
@@ -148,7 +151,8 @@ def plan(
                     cfg.merge_from_list([word for pair in _flattened(snippet) for word in pair])
                 except InputError as error:
                     raise InputError(f"loss {loss}: {error}") from error
-                runs.append(Run(file, loss, snippet, changes, seed, _completed(cfg, changes, seed, root)))
+                configuration = _completed(cfg, fixed | of_seed, seed, root)
+                runs.append(Run(file, loss, snippet, fixed, of_seed, seed, configuration))
     return runs
 
 

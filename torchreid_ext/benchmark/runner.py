@@ -23,7 +23,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from torchreid_ext.benchmark.grid import Run, append_result, fingerprint, read_results
+from torchreid_ext.benchmark.grid import Run, append_result, fingerprint, read_results, same
 
 RANKS = (1, 5, 10)
 STOP_SECONDS = 10.0
@@ -46,7 +46,8 @@ def run_all(runs: Sequence[Run], results: Path, workers: int, keep: Path | None 
         The number of runs that failed.
     """
     found = read_results(results)
-    waiting = [run for run in runs if not run.is_in(found)]
+    there = [line["configuration"] for line in found]
+    waiting = [run for run in runs if not any(same(run.configuration, configuration) for configuration in there)]
     if len(waiting) < len(runs):
         print(f"{len(runs) - len(waiting)} of {len(runs)} runs are in {results} already", file=sys.stderr)
     if not waiting:
@@ -96,6 +97,7 @@ class Process:
             # A run has one thread, which loads the images too, and there are as many runs as cores.
             "data.workers": "0",
             **self.run.changes,
+            **self.run.varied,
             "data.root": str(self.run.configuration["data.root"]),
             "data.save_dir": str(self.folder),
             "train.seed": str(self.run.seed),
@@ -153,6 +155,7 @@ class Process:
             "loss": run.loss,
             "seed": run.seed,
             "changes": dict(run.changes),
+            "varied": dict(run.varied),
             "snippet": dict(run.snippet),
             "results": {target: self._scores(target, scores) for target, scores in metrics.items()},
             "seconds": round(self.seconds, 1),
