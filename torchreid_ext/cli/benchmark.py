@@ -75,7 +75,29 @@ def _run(words: Sequence[str]) -> int:
 
 
 def _report(words: Sequence[str]) -> int:
-    raise InputError("not yet")
+    parser = argparse.ArgumentParser("drsl-benchmark report", description="Tables and figures of results.")
+    parser.add_argument("results", nargs="+", type=Path, metavar="FILE.jsonl")
+    parser.add_argument("--losses", nargs="+", metavar="NAME", help="losses to report; default: all")
+    parser.add_argument("--reference", default="drsl", metavar="NAME", help="loss to compare the others with")
+    parser.add_argument("--output", type=Path, metavar="FILE.md",
+                        help="page to write to, between its two comments if it has them; default: print")  # fmt: skip
+    parser.add_argument("--figure", type=Path, metavar="FILE.png", help="figure to draw")
+    args = parser.parse_args(words)
+
+    from torchreid_ext.benchmark import grid, plots, report
+
+    for path in args.results:
+        if not path.is_file():
+            raise InputError(f"{path} does not exist; make it with drsl-benchmark run --results {path}")
+    results = [line for path in args.results for line in grid.read_results(path)]
+    text = report.report(results, args.reference, args.losses)
+    if args.output:
+        report.insert(args.output, text)
+    else:
+        print(text)
+    if args.figure:
+        plots.draw(report.sections(results, args.losses), args.figure)
+    return 0
 
 
 def _speed(words: Sequence[str]) -> int:
