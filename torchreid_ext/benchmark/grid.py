@@ -19,6 +19,10 @@ from pml_drsl.checks import InputError
 from torchreid_ext.config import build as config
 from torchreid_ext.config.keys import KEYS
 
+Snippet = Mapping[str, Any]
+"""Config keys with values, nested as in YAML, or dotted."""
+
+SETTINGS = "settings"
 LOSSES = "losses.yaml"
 """The file of losses beside the first configuration file, unless another is given."""
 
@@ -46,7 +50,7 @@ class Run:
 
     config: Path
     loss: str
-    snippet: Mapping[str, Any]
+    snippet: Snippet
     changes: Mapping[str, str]
     varied: Mapping[str, str]
     seed: int
@@ -87,8 +91,11 @@ def _default(key: str, otherwise: Any) -> Any:
     return config.plain(KEYS[key].default) if key in KEYS else otherwise
 
 
-def read_losses(path: Path, names: Sequence[str] | None) -> dict[str, dict[str, Any]]:
-    """The losses of a YAML file: the keys that each sets, by its name.
+def read_losses(path: Path, names: Sequence[str] | None) -> tuple[dict[str, Snippet], dict[str, list[Snippet]]]:
+    """The losses of a YAML file, and the settings of each that are tried when it is tuned.
+
+    A loss is a mapping of the config keys that it sets, nested or dotted. Its entry ``settings``, which it need not
+    have, is a list of such mappings that are added to it.
 
     Args:
         path: the YAML file.
@@ -107,12 +114,17 @@ def read_losses(path: Path, names: Sequence[str] | None) -> dict[str, dict[str, 
         if name not in losses:
             nearest = difflib.get_close_matches(name, losses, n=1, cutoff=0)
             raise InputError(f"{path} has no loss {name!r}; did you mean {nearest[0]!r}? It has: {', '.join(losses)}")
-    return {name: losses[name] for name in (names or losses)}
+    chosen: dict[str, dict[str, Any]] = {name: dict(losses[name]) for name in (names or losses)}
+    settings: dict[str, list[Snippet]] = {name: snippet.pop(SETTINGS, []) for name, snippet in chosen.items()}
+    for name, listed in settings.items():
+        if not isinstance(listed, list) or not all(isinstance(setting, dict) for setting in listed):
+            raise InputError(f"{path}: {name}.{SETTINGS} must be a list of config keys with values, got {listed!r}")
+    return {**chosen}, settings
 
 
 def plan(
     files: Sequence[Path],
-    losses: Mapping[str, Mapping[str, Any]],
+    losses: Mapping[str, Snippet],
     seeds: Sequence[int],
     words: Sequence[str] = (),
     varied: Sequence[Sequence[str]] = (),

@@ -195,7 +195,8 @@ def _running(runs: Sequence[Run], workers: int, folder: Path) -> Iterator[Iterat
 
     def ended() -> Iterator[Process]:
         waiting = [
-            Process(run, folder / f"{run.config.stem}-{run.loss}-{fingerprint(run.configuration)}") for run in runs
+            Process(run, folder / f"{run.config.stem}-{run.loss.replace('/', '_')}-{fingerprint(run.configuration)}")
+            for run in runs
         ]
         while waiting or running:
             while waiting and len(running) < workers:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pml_drsl.checks import InputError
 from pml_drsl.machine import available_cores
 
 EPILOG = """commands:
   run       train and test a grid; each run is a process of drsl-train, and its result a line of a file
+  tune      choose weight and settings of losses on validation identities
   report    tables, comparisons and a figure of such a file
   speed     time and memory of the loss, which needs no torchreid
 
@@ -21,6 +24,8 @@ examples:
       --results results.jsonl model.load_weights osnet_x0_25_msmt17.pth
   drsl-benchmark run configs/viper_mobilenetv2.yaml --seeds 3 --vary data.split_id 0 2 4 --root DATA \\
       --results results.jsonl model.load_weights mobilenetv2_imagenet.pth.tar
+  drsl-benchmark tune configs/viper_mobilenetv2.yaml --losses drsl supcon --root DATA --results tuning.jsonl \\
+      --output tuned.yaml data.validation 0.5
   drsl-benchmark report results.jsonl
 """
 
@@ -30,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "drsl-benchmark", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = {"run": _run, "report": _report, "speed": _speed}
+    commands = {"run": _run, "tune": _tune, "report": _report, "speed": _speed}
     parser.add_argument("command", choices=commands)
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="its options; see COMMAND --help")
     args = parser.parse_args(arguments)
@@ -45,33 +50,60 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("drsl-benchmark run", description="Trains and tests a grid.")
+    args, grid = _grid(words, "run", "Trains and tests a grid.")
+
+    from torchreid_ext.benchmark.grid import plan
+    from torchreid_ext.benchmark.runner import run_all
+
+    return min(1, run_all(plan(**grid, losses=args.chosen[0]), args.results, args.workers, args.keep))
+
+
+def _tune(words: Sequence[str]) -> int:
+    args, grid = _grid(words, "tune", "Chooses weight and settings of losses on validation identities.")
+    if len(grid["files"]) > 1 or not args.output:
+        raise InputError("tune takes one CONFIG.yaml, and --output FILE.yaml for the settings that it chooses")
+
+    from torchreid_ext.benchmark import tuning
+
+    losses, settings = args.chosen
+    best, scores, failed = tuning.tune(losses, settings, grid, args.results, args.workers)
+    tuning.write(args.output, best, scores)
+    return min(1, failed)
+
+
+def _grid(words: Sequence[str], command: str, text: str) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The options of ``run`` and ``tune``, and the arguments of ``grid.plan`` but for the losses."""
+    parser = argparse.ArgumentParser(f"drsl-benchmark {command}", description=text)
     parser.add_argument("words", nargs="+", metavar="CONFIG.yaml ... [KEY VALUE ...]",
                         help="configuration files, and config keys to change in all runs")  # fmt: skip
     parser.add_argument("--losses", nargs="+", metavar="NAME", help="losses of the file of losses; default: all")
     parser.add_argument("--losses-file", type=Path, metavar="FILE", help="default: losses.yaml beside the first CONFIG")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1 (default: 3)")
+    parser.add_argument("--seeds", type=int, default=3 if command == "run" else 1, metavar="N",
+                        help="seeds 0 to N - 1 (default: %(default)s)")  # fmt: skip
     parser.add_argument("--vary", nargs="+", action="append", default=[], metavar="KEY_VALUES",
                         help="a key and its value for each seed: data.split_id 0 2 4")  # fmt: skip
     parser.add_argument("--results", type=Path, required=True, metavar="FILE",
                         help="JSON lines; runs that are in this file already are not made again")  # fmt: skip
-    parser.add_argument("--workers", type=int, metavar="N", help="runs at the same time; default: one for each core")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep checkpoints and logs there")
+    parser.add_argument("--workers", type=int, default=available_cores(), metavar="N",
+                        help="runs at the same time; default: one for each core")  # fmt: skip
     parser.add_argument("--root", metavar="FOLDER", help="folder that holds the data sets")
+    if command == "run":
+        parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep checkpoints and logs there")
+    else:
+        parser.add_argument("--output", type=Path, metavar="FILE", help="file of losses to write")
     args = parser.parse_intermixed_args(list(words))
     for name, number in (("--seeds", args.seeds), ("--workers", args.workers)):
-        if number is not None and number < 1:
+        if number < 1:
             raise InputError(f"{name} must be 1 or more, got {number}")
-    number = next((i for i, word in enumerate(args.words) if not word.endswith((".yaml", ".yml"))), len(args.words))
-    files, changes = [Path(word) for word in args.words[:number]], args.words[number:]
+    files = [Path(word) for word in itertools.takewhile(lambda word: word.endswith((".yaml", ".yml")), args.words)]
     if not files:
         raise InputError(f"name a configuration file, CONFIG.yaml, before the keys to change; got {args.words[0]!r}")
 
-    from torchreid_ext.benchmark import grid, runner
+    from torchreid_ext.benchmark.grid import LOSSES, read_losses
 
-    losses = grid.read_losses(args.losses_file or files[0].parent / grid.LOSSES, args.losses)
-    runs = grid.plan(files, losses, range(args.seeds), changes, args.vary, args.root)
-    return min(1, runner.run_all(runs, args.results, args.workers or available_cores(), args.keep))
+    args.chosen = read_losses(args.losses_file or files[0].parent / LOSSES, args.losses)
+    grid = {"files": files, "seeds": range(args.seeds), "words": args.words[len(files) :], "varied": args.vary}
+    return args, grid | {"root": args.root}
 
 
 def _report(words: Sequence[str]) -> int:
