@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from torchreid_ext.benchmark.grid import Run, append_result, fingerprint, read_results, same
 
+DRSL_TRAIN = (sys.executable, "-m", "torchreid_ext")
 RANKS = (1, 5, 10)
 STOP_SECONDS = 10.0
 """How long a process has to end after it was asked to."""
@@ -107,11 +108,10 @@ class Process:
             "test.picture": "0",
             "test.visrank": "False",
         }
-        command = [sys.executable, "-m", "torchreid_ext", "--config-file", str(file)]
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         with open(self.folder / "errors.txt", "wb") as errors:
             self._popen = subprocess.Popen(
-                [*command, *(word for pair in words.items() for word in pair)],
+                [*DRSL_TRAIN, "--config-file", str(file), *(word for pair in words.items() for word in pair)],
                 env=os.environ | threads,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
