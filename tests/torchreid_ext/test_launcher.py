@@ -308,7 +308,8 @@ def test_a_test_without_a_trained_network_is_refused_and_no_epoch_trains_none(tm
     csv_data(tmp_path)
     assert launch(tmp_path, **{"test.evaluate": True}) == 2
     assert "give its checkpoint with model.resume FILE or model.load_weights FILE" in complaint(capsys)
-    assert launch(tmp_path, **{"train.max_epoch": 0, "test.untrained": True}) == 0
+    assert launch(tmp_path, **{"train.max_epoch": 0, "test.untrained": True, "test.picture": 1}) == 0
+    assert (tmp_path / "log" / "untrained" / "ranking_listed.png").is_file()
     out = capsys.readouterr().out
     assert "mAP:" in out and f'Written to "{tmp_path / "log"}": TensorBoard log\n' in out
 
