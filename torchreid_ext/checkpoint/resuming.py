@@ -102,7 +102,8 @@ def compare(saved: dict[str, Any], current: dict[str, Any], on_resume: dict[str,
         if before == now or effect == "free":
             continue
         line = f"{key}: {before!r} -> {now!r}"
-        if effect == "fixed":
+        # A key that the checkpoint lacks is newer than the checkpoint; by default it changes nothing.
+        if effect == "fixed" and key in saved:
             refused.append(line)
         else:
             lines.append(line + (" (the checkpoint's is kept)" if effect == "kept" else ""))

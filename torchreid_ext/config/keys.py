@@ -190,7 +190,7 @@ def keys_of_arguments(section: str, kind: type) -> dict[str, Key]:
     for name, parameter in inspect.signature(kind).parameters.items():
         scalar = _scalar(hints.get(name))
         if parameter.default is not parameter.empty and scalar is not None:
-            optional = scalar if parameter.default is None else None
+            optional = scalar if types.NoneType in typing.get_args(hints[name]) else None
             keys[f"{section}.{name}"] = Key(parameter.default, explained.get(name, ""), kind=optional, name=name)
     return keys
 
