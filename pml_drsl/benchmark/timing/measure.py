@@ -25,7 +25,7 @@ FLOOR = "floor"
 OURS = ("DRSL", "DRSL-definition")
 LOSSES: dict[str, Callable[[], torch.nn.Module]] = {
     "DRSL": DRSLoss,
-    "DRSL-definition": lambda: DRSLoss(temperature=0.01, sort_weight=0.3, bound=False, distance=LpDistance()),
+    "DRSL-definition": lambda: DRSLoss(temperature=0.01, sort_weight=0.3, bound_power=None, distance=LpDistance()),
     "SmoothAP": pml.SmoothAPLoss,
     "FastAP": pml.FastAPLoss,
     "TripletMargin": pml.TripletMarginLoss,

@@ -108,7 +108,7 @@ def _around(default: dict[str, Any], **values: tuple[Any, ...]) -> tuple[dict[st
 
 
 def _smooth_ap(temperature: float = 0.01) -> nn.Module:
-    return AmongItself(DRSLoss(temperature, sort_weight=0, bound=False, distance=CosineSimilarity()))
+    return AmongItself(DRSLoss(temperature, sort_weight=0, bound_power=None, distance=CosineSimilarity()))
 
 
 class AmongItself(nn.Module):
