@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from pml_drsl.checks import InputError
-from pml_drsl.chunks import forward_in_chunks
+from pml_drsl.large_batch import forward_in_chunks
 from torchreid_ext.runtime import distributed
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -208,7 +208,7 @@ def test_several_sources_and_targets_transforms_and_words(toy, loss, capsys):
         ("train.staged_lr", "True", "train.new_layers", "classifier", "train.base_lr_mult", 0.1),
         ("train.fixbase_epoch", 1, "train.open_layers", "classifier", "model.bnneck", "True", "train.max_epoch", 2),
         ("train.warmup_epoch", 2, "train.lr_scheduler", "none", "train.max_epoch", 3),
-        ("loss.cross_camera", "True", "loss.drsl.miner", "MultiSimilarityMiner", "loss.drsl.bound", "True"),
+        ("loss.cross_camera", "True", "loss.drsl.miner", "MultiSimilarityMiner", "loss.drsl.bound_power", "1"),
         ("test.rerank", "True"),
         ("model.name", "pcb_p4", "model.bnneck", "True", "model.last_stride", 1),
     ],

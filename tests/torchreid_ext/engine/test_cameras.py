@@ -56,7 +56,7 @@ def test_all_pairs():
 
 def test_value_and_gradient_are_those_of_the_reduced_pairs():
     x, y = embeddings(), embeddings()
-    criterion = DRSLoss(0.1, 0.3, bound=False, distance=LpDistance())
+    criterion = DRSLoss(0.1, 0.3, bound_power=None, distance=LpDistance())
     loss = engine_with(criterion)._metric_loss([x], PIDS, CAMIDS)
     wanted = reference.drsl(y, *pairs(), temperature=0.1, sort_weight=0.3)
     torch.testing.assert_close(loss, wanted, atol=1e-9, rtol=1e-9)
