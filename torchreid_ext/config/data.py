@@ -16,6 +16,7 @@ from torchreid_ext.config.node import Config
 from torchreid_ext.data.datasets import register_datasets, without_empty_folders
 from torchreid_ext.data.loading import rebuilt
 from torchreid_ext.data.samplers import SAMPLERS
+from torchreid_ext.data.validation import check_shares, hold_out
 from torchreid_ext.runtime import distributed
 
 
@@ -35,20 +36,31 @@ def build_datamanager(cfg: Config) -> Any:
         raise InputError(
             f"data.k_tfm must be 1 for video, whose tracklets have several frames already; got {cfg.data.k_tfm}"
         )
+    check_shares(data_type, cfg.data.identities, cfg.data.validation)
+    reduced = bool(cfg.data.identities or cfg.data.validation)
     with _input_errors(cfg), without_empty_folders(Path(cfg.data.root)):
         manager = managers[data_type](
             **_arguments(cfg, data_type),
-            # A sampler of our own replaces the sampler of torchreid below.
-            train_sampler="SequentialSampler" if sampler in SAMPLERS else sampler,
+            # A sampler of our own, or of fewer images, replaces this one below.
+            train_sampler="SequentialSampler" if reduced or sampler in SAMPLERS else sampler,
         )
-    # torchreid loses this number when it joins several sources.
-    manager.train_loader.dataset.k_tfm = cfg.data.k_tfm
-    if sampler in SAMPLERS:
-        loader = manager.train_loader
-        pids = [items[1] for items in loader.dataset.train]
-        drawn = SAMPLERS[sampler](pids, cfg.train.batch_size, cfg.sampler.num_instances)
-        manager.train_loader = rebuilt(loader, loader.dataset, sampler=drawn)
+        # torchreid loses this number when it joins several sources.
+        manager.train_loader.dataset.k_tfm = cfg.data.k_tfm
+        if reduced:
+            hold_out(manager, cfg.data.identities, cfg.data.validation, cfg.data.validation_seed)
+        if reduced or sampler in SAMPLERS:
+            loader = manager.train_loader
+            drawn = _sampler(cfg, sampler, loader.dataset.train)
+            manager.train_loader = rebuilt(loader, loader.dataset, sampler=drawn)
     return manager
+
+
+def _sampler(cfg: Config, name: str, items: list[Any]) -> Any:
+    """A training sampler, of our own or of torchreid, for items whose second entry is the identity."""
+    if name in SAMPLERS:
+        return SAMPLERS[name]([item[1] for item in items], cfg.train.batch_size, cfg.sampler.num_instances)
+    options = {key: cfg.sampler[key] for key in ("num_instances", "num_cams", "num_datasets")}
+    return torchreid.data.sampler.build_train_sampler(items, name, batch_size=cfg.train.batch_size, **options)
 
 
 def _arguments(cfg: Config, data_type: str) -> dict[str, Any]:

@@ -11,24 +11,12 @@ from typing import Any
 
 import pytest
 import torchreid
-from PIL import Image
+from people_folders import draw, make_folder, people
 
 from pml_drsl.checks import InputError
 from torchreid_ext.data.datasets import ConfiguredDataset, register_datasets
 from torchreid_ext.data.listing import selects
 from torchreid_ext.data.options import make_options
-
-
-def draw(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 16), (len(path.name), 60, 90)).save(path)
-
-
-def make_folder(folder: Path, pids: list[str], cameras: list[str], shots: int = 2) -> None:
-    for pid in pids:
-        for camera in cameras:
-            for shot in range(shots):
-                draw(folder / pid / f"{camera}_{shot}.png")
 
 
 def load(root: Path, name: str = "mine", **options: Any) -> ConfiguredDataset:
@@ -54,10 +42,6 @@ GOOD = [
 
 def paths(items: list[tuple[Any, ...]]) -> set[str]:
     return {Path(item[0]).name for item in items}
-
-
-def people(items: list[tuple[Any, ...]]) -> set[str]:
-    return {Path(item[0]).parent.name for item in items}
 
 
 class TestFolder:
