@@ -16,7 +16,7 @@ from torchreid_ext.config.node import Config
 from torchreid_ext.data.datasets import register_datasets, without_empty_folders
 from torchreid_ext.data.loading import rebuilt
 from torchreid_ext.data.samplers import SAMPLERS
-from torchreid_ext.data.validation import check_shares, hold_out
+from torchreid_ext.data.validation import check_overlap, check_shares, hold_out
 from torchreid_ext.runtime import distributed
 
 
@@ -24,7 +24,8 @@ def build_datamanager(cfg: Config) -> Any:
     """torchreid's data manager of ``data.type``, with the data sets of ``datasets`` registered.
 
     Raises:
-        InputError: for an unknown data set, sampler or augmentation, missing data, or a batch that cannot be filled.
+        InputError: for an unknown data set, sampler or augmentation, missing data, a batch that cannot be filled, or
+            images that are in two sources, or in training and in the test.
     """
     check(cfg)
     register_datasets(cfg.datasets)
@@ -47,11 +48,13 @@ def build_datamanager(cfg: Config) -> Any:
         # torchreid loses this number when it joins several sources.
         manager.train_loader.dataset.k_tfm = cfg.data.k_tfm
         if reduced:
-            hold_out(manager, cfg.data.identities, cfg.data.validation, cfg.data.validation_seed)
+            hold_out(manager, cfg.data.identities, cfg.data.validation, cfg.data.validation_seed, cfg.test.batch_size)
         if reduced or sampler in SAMPLERS:
             loader = manager.train_loader
             drawn = _sampler(cfg, sampler, loader.dataset.train)
             manager.train_loader = rebuilt(loader, loader.dataset, sampler=drawn)
+    if not cfg.data.allow_overlap:
+        check_overlap(manager, tested=not cfg.data.combineall)
     return manager
 
 
@@ -79,7 +82,8 @@ def _arguments(cfg: Config, data_type: str) -> dict[str, Any]:
     return {
         "root": cfg.data.root,
         "sources": cfg.data.sources,
-        "targets": cfg.data.targets,
+        # With validation identities, the targets are not tested on, and need not be there.
+        "targets": [] if cfg.data.validation and not cfg.data.load_train_targets else cfg.data.targets,
         "height": cfg.data.height,
         "width": cfg.data.width,
         "transforms": cfg.data.transforms,

@@ -131,6 +131,10 @@ OURS: dict[str, Entry] = {
     ),
     "data.validation_seed": (0, "seed of the draw of the validation identities"),
     "data.identities": (0, "number of training identities to draw before the validation identities; 0: all"),
+    "data.allow_overlap": (
+        False,
+        "allow images that are in two sources, or both in training and in the test",
+    ),
     "datasets": ({}, "data sets of your own, by name: see torchreid_ext.data.datasets.register_datasets"),
     "train.warmup_epoch": (0, "epochs at the start over which the learning rate rises linearly to its full value"),
     "train.sync_batchnorm": (False, "several GPUs: batch normalisation over the whole batch, not over each share"),

@@ -1,13 +1,15 @@
-"""Takes validation identities out of the training images of a data manager, and draws fewer training identities."""
+"""What is trained on and what is tested on: validation identities, fewer training identities, and images in both."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import os
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from torch.utils.data import SequentialSampler
+from torch.utils.data import BatchSampler, SequentialSampler
 
 from pml_drsl.checks import InputError
 from torchreid_ext.data.loading import rebuilt
@@ -27,7 +29,7 @@ def check_shares(data_type: str, identities: int, share: float) -> None:
         raise InputError("data.validation and data.identities are for data.type image: set both to 0 for video")
 
 
-def hold_out(manager: Any, identities: int, share: float, seed: int) -> None:
+def hold_out(manager: Any, identities: int, share: float, seed: int, batch_size: int) -> None:
     """Keeps some training identities of an image data manager, and tests on others of them instead of the targets.
 
     The draws depend on the paths of the images and on the seed alone. A smaller draw is a part of a larger one. The
@@ -40,6 +42,7 @@ def hold_out(manager: Any, identities: int, share: float, seed: int) -> None:
         share: share of these identities to test on, in [0, 1); 0 keeps the targets of the manager. The first image of
             each identity and camera is a query, and all images are the gallery.
         seed: seed of the draw of the validation identities. The draw of ``identities`` is the same for every seed.
+        batch_size: validation images in a batch.
 
     Raises:
         InputError: for more identities than there are, or for a share that leaves fewer than two identities for
@@ -70,7 +73,7 @@ def hold_out(manager: Any, identities: int, share: float, seed: int) -> None:
     dataset.num_train_cams = manager._num_train_cams = dataset.get_num_cams(train)
     manager.train_loader = rebuilt(loader, dataset, sampler=SequentialSampler(dataset))
     if share:
-        _test_on(manager, dataset, tested)
+        _test_on(manager, dataset, tested, batch_size)
     print(f"=> {len(numbers)} identities with {len(train)} images are trained on, {len(tested)} images are held out")
 
 
@@ -92,7 +95,7 @@ def shuffled(items: Sequence[tuple[str, int]], seed: int) -> list[tuple[str, int
     return order
 
 
-def _test_on(manager: Any, dataset: Any, gallery: list[Item]) -> None:
+def _test_on(manager: Any, dataset: Any, gallery: list[Item], batch_size: int) -> None:
     """Replaces the targets of a data manager by the validation images."""
     first: dict[tuple[int, int, int], Item] = {}
     for item in gallery:
@@ -103,13 +106,53 @@ def _test_on(manager: Any, dataset: Any, gallery: list[Item]) -> None:
             f"data.validation: each of the {len(query)} validation identities is seen by a single camera, so no query "
             f"has a match from another camera, for example {query[0][0]}"
         )
-    loader = next(iter(manager.test_loader.values()))["gallery"]
     loaders = {}
     for split, items in (("query", query), ("gallery", gallery)):
         of_split = copy.copy(dataset)
         of_split.train, of_split.query, of_split.gallery, of_split.data = [], query, gallery, items
         of_split.mode, of_split.transform, of_split.k_tfm = split, manager.transform_te, 1
-        loaders[split] = rebuilt(loader, of_split, sampler=SequentialSampler(of_split))
+        batches = BatchSampler(SequentialSampler(of_split), batch_size, drop_last=False)
+        loaders[split] = rebuilt(manager.train_loader, of_split, batch_sampler=batches)
     manager.targets = [NAME]
     manager.test_loader = {NAME: loaders}
     manager.test_dataset = {NAME: {"query": query, "gallery": gallery}}
+
+
+def check_overlap(manager: Any, tested: bool = True) -> None:
+    """Refuses images that are in two sources, where one person would be two, or in training and in the test.
+
+    Files are compared, whatever their paths: a link and its target are one image.
+
+    Args:
+        manager: a torchreid data manager, of images or of video.
+        tested: whether to compare with the test images too.
+
+    Raises:
+        InputError: if there are such images. The message counts them.
+    """
+    trained: dict[tuple[int, int], tuple[str, int]] = {}
+    for item in manager.train_loader.dataset.train:
+        for path, file in _files(item[0]):
+            other, number = trained.setdefault(file, (path, item[3]))
+            if number != item[3]:
+                raise InputError(
+                    f"data.sources {manager.sources}: {other} and {path} are one image in two sources, so one person "
+                    f"would be trained on as two: remove one of the sources, or set data.allow_overlap True"
+                )
+    for target, splits in manager.test_dataset.items() if tested else ():
+        paths = {file: path for items in splits.values() for item in items for path, file in _files(item[0])}
+        both = [path for file, path in paths.items() if file in trained]
+        if both:
+            raise InputError(
+                f"{len(both)} of the {len(paths)} test images of {target!r} are training images of "
+                f"{manager.sources} too, for example {both[0]}: a test on them says nothing about new people. Take "
+                f"them out of one of the data sets, or set data.allow_overlap True"
+            )
+
+
+def _files(paths: str | Sequence[str]) -> Iterator[tuple[str, tuple[int, int]]]:
+    """The paths of an item that are there, each with what tells its file from all others."""
+    for path in [paths] if isinstance(paths, str) else paths:
+        with contextlib.suppress(OSError):
+            about = os.stat(path)
+            yield path, (about.st_dev, about.st_ino)

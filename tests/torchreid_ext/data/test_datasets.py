@@ -15,8 +15,8 @@ from people_folders import draw, make_folder, people
 
 from pml_drsl.checks import InputError
 from torchreid_ext.data.datasets import ConfiguredDataset, register_datasets
-from torchreid_ext.data.listing import selects
 from torchreid_ext.data.options import make_options
+from torchreid_ext.data.splits import selects
 
 
 def load(root: Path, name: str = "mine", **options: Any) -> ConfiguredDataset:

@@ -1,4 +1,4 @@
-"""Validation identities, and fewer training identities, from folders and from torchreid's own layouts."""
+"""Validation identities, fewer training identities, and images that are trained on and tested on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ PEOPLE = [f"p{number:02}" for number in range(10)]
 
 def build(root: Path, **data: Any) -> Any:
     cfg = get_default_config()
-    cfg.merge_from_list(["datasets.mine", {"train": ["train"], "test": ["test"]}])
+    mine = data.pop("mine", {"train": ["train"], "test": ["test"]})
+    cfg.merge_from_list(["datasets.mine", mine, "datasets.other", data.pop("other", mine)])
     cfg.merge_from_list(["data.height", "16", "data.width", "8", "data.workers", "0", "train.batch_size", "4"])
     cfg.data.root, cfg.data.sources, cfg.data.targets, cfg.use_gpu = str(root), ["mine"], ["mine"], False
     sampler = data.pop("sampler", "RandomIdentitySampler")
@@ -109,3 +110,41 @@ def test_identities_that_are_seen_once(tmp_path: Path) -> None:
 def test_a_wrong_share_is_refused(root: Path, data: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         build(root, **data)
+
+
+def test_training_without_a_test_set(tmp_path: Path) -> None:
+    make_folder(tmp_path, PEOPLE, ["a", "b"])
+    mine = {"train": ["*"], "test": []}
+    assert len(held_out(build(tmp_path, mine=mine, targets=["nowhere"], validation=0.3))) == 3
+    with pytest.raises(InputError, match=r"datasets.mine: the split 'query' has no image.*set data\.validation"):
+        build(tmp_path, mine=mine)
+    only_tested = {"train": [], "test": ["p00", "p01"]}
+    manager = build(tmp_path, mine={"train": ["p0[2-9]"], "test": []}, other=only_tested, targets=["other"])
+    assert people(manager.train_loader.dataset.train) == set(PEOPLE[2:])
+    assert people(manager.test_dataset["other"]["gallery"]) == {"p00", "p01"}
+
+
+def test_images_that_are_trained_on_and_tested_on_are_refused(tmp_path: Path) -> None:
+    make_folder(tmp_path / "photos", PEOPLE, ["a", "b"])
+    links = tmp_path / "links"
+    for number, person in enumerate(PEOPLE[:4]):
+        links.mkdir(exist_ok=True)
+        (links / f"x{number}").symlink_to(tmp_path / "photos" / person)
+    lines = [f"{path.relative_to(tmp_path)},{path.parent.name},{path.stem[0]}" for path in links.glob("*/*.png")]
+    text = "path,pid,camid,split\n" + "".join(f"{line},{split}\n" for line in lines for split in ("query", "gallery"))
+    (tmp_path / "list.csv").write_text(text)
+    mine, other = {"folder": "photos", "seed": 1}, {"csv": "list.csv"}
+    trained = people(build(tmp_path, mine=mine).train_loader.dataset.train)
+    shared = 4 * len(trained & set(PEOPLE[:4]))
+    assert shared
+    with pytest.raises(InputError, match=rf"{shared} of the 16 test images of 'other' .*data.allow_overlap True"):
+        build(tmp_path, mine=mine, other=other, targets=["mine", "other"])
+    assert build(tmp_path, mine=mine, other=other, targets=["mine", "other"], allow_overlap=True)
+    assert build(tmp_path, mine=mine, combineall=True)
+
+
+@pytest.mark.parametrize("sources", [["mine", "mine"], ["mine", "other"]])
+def test_one_image_in_two_sources_is_refused(root: Path, sources: list[str]) -> None:
+    with pytest.raises(InputError, match=r"are one image in two sources.*data.allow_overlap True"):
+        build(root, sources=sources)
+    assert build(root, sources=sources, allow_overlap=True).num_train_pids == 2 * len(PEOPLE)
