@@ -25,6 +25,9 @@ COLUMNS = ("path", "pid", "camid", "split")
 JUNK = ("-1",)
 """Identities of images that have no effect: Market-1501 has this name for its bad detections."""
 
+NO_IMAGES = "files that are no images"
+"""The reason why a file is left out whose name is not that of an image."""
+
 _ENDING = rf"[^/]*(?i:{'|'.join(map(re.escape, SUFFIXES))})"
 NAMES = {
     # 0002_c1s1_000451_03.jpg, and DukeMTMC-reID's 0005_c2_f0046985.jpg.
@@ -185,7 +188,7 @@ def list_folder(folder: str, names: re.Pattern[str], junk: Collection[str] = JUN
     for name, _ in files(folder):
         found = in_name(names, name) or ("", "")
         if not is_image(name):
-            table.leave_out("files that are no images", name)
+            table.leave_out(NO_IMAGES, name)
         elif found[0] in junk:
             table.leave_out("images of junk", name)
         else:

@@ -83,7 +83,7 @@ def _matching(where: str, options: SetOptions, root: str, table: Table) -> tuple
         for path, real in sorted(images.files(str(folder))):
             carried = images.in_name(names, path)
             if not images.is_image(path):
-                table.leave_out("files that are no images", path)
+                table.leave_out(images.NO_IMAGES, path)
             elif carried is None:
                 table.leave_out("images whose names do not match the pattern", path)
             elif carried[0] in options.junk:

@@ -41,7 +41,7 @@ class Images:
     Attributes:
         query: the query images.
         gallery: the gallery images.
-        ignored: files that were left out, by their names.
+        ignored: files that are no images, by their names.
     """
 
     query: list[Entry] = field(default_factory=list)
@@ -60,8 +60,7 @@ def _entries(rows: Sequence[Row]) -> list[Entry]:
 
 
 def _images(table: Table) -> Images:
-    ignored = [name for names in table.left_out.values() for name in names]
-    return Images(_entries(table.query), _entries(table.gallery), ignored)
+    return Images(_entries(table.query), _entries(table.gallery), table.left_out.get(images.NO_IMAGES, []))
 
 
 def named(path: str, names: str = "market") -> Entry:
