@@ -10,7 +10,6 @@ import csv
 import io
 import os
 import re
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,21 +67,6 @@ class Table:
         """The rows of a split."""
         return [row for row in self.rows if row.split == split]
 
-    @property
-    def train(self) -> list[Row]:
-        """The rows to train on."""
-        return self.of("train")
-
-    @property
-    def query(self) -> list[Row]:
-        """The query images of the test."""
-        return self.of("query")
-
-    @property
-    def gallery(self) -> list[Row]:
-        """The gallery images of the test."""
-        return self.of("gallery")
-
     def leave_out(self, reason: str, name: str) -> None:
         """Notes a file that is left out."""
         self.left_out.setdefault(reason, []).append(name)
@@ -99,9 +83,9 @@ class Table:
 
 
 def _examples(names: Sequence[str]) -> str:
-    """The first names, and the endings where they are endings of photos that are not read."""
-    endings = Counter(Path(name).suffix.lower() for name in names)
-    hint = "; pip install pillow-heif to read .heic" if ".heic" in endings and not HEIF else ""
+    """The first names, and what reads them where they are photos of iPhones."""
+    heic = any(name.lower().endswith(".heic") for name in names)
+    hint = "; pip install pillow-heif to read .heic" if heic and not HEIF else ""
     return ", ".join(repr(name) for name in names[:2]) + (", ..." if len(names) > 2 else "") + hint
 
 
