@@ -34,6 +34,11 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", "
 """How the names of images end, in lower case."""
 
 
+def is_image(name: str) -> bool:
+    """Whether a file has the name of an image."""
+    return name.lower().endswith(SUFFIXES)
+
+
 def read_image(image: str | os.PathLike[str] | Image.Image | Array) -> Image.Image:
     """An RGB image, decoded completely.
 

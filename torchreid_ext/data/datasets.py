@@ -46,12 +46,12 @@ def _numbered(table: Table) -> list[list[Item]]:
     camera is not known has a camera of its own. The cameras of the training images come first, so that their numbers
     have no gaps: torchreid relies on that when it joins data sets.
     """
-    train, test = table.of("train"), table.of("query") + table.of("gallery")
+    train, test = table.train, table.query + table.gallery
     trained, tested = (_numbers(row.identity for row in rows) for rows in (train, test))
     cameras = _numbers(row.camera or row.path for row in train)
     for camera in sorted({row.camera or row.path for row in test} - set(cameras)):
         cameras[camera] = len(cameras)
-    pairs = ((train, trained), (table.of("query"), tested), (table.of("gallery"), tested))
+    pairs = ((train, trained), (table.query, tested), (table.gallery, tested))
     return [[(row.path, pids[row.identity], cameras[row.camera or row.path]) for row in rows] for rows, pids in pairs]
 
 

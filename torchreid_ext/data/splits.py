@@ -159,7 +159,7 @@ def check_splits(name: str, table: Table, mode: str) -> None:
             and in test.
     """
     where = f"datasets.{name}"
-    train, query, gallery = table.of("train"), table.of("query"), table.of("gallery")
+    train, query, gallery = table.train, table.query, table.gallery
     needed = ("train",) if mode == "train" else ("query", "gallery")
     if query or gallery:
         # A test with queries alone is a mistake, and not a data set that only trains.

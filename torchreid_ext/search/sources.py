@@ -60,7 +60,7 @@ def _entries(rows: Sequence[Row]) -> list[Entry]:
 
 
 def _images(table: Table) -> Images:
-    return Images(_entries(table.of("query")), _entries(table.of("gallery")), table.left_out.get(images.NO_IMAGES, []))
+    return Images(_entries(table.query), _entries(table.gallery), table.left_out.get(images.NO_IMAGES, []))
 
 
 def named(path: str, names: str = "market") -> Entry:
