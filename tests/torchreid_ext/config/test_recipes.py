@@ -174,7 +174,15 @@ def toy(tmp_path):
     values = {
         "datasets": {"one": options, "two": {**options, "seed": 1}},
         "model": {"name": "osnet_x0_25", "pretrained": False},
-        "data": {"sources": ["one"], "targets": ["one"], "height": 64, "width": 32, "workers": 0},
+        "data": {
+            "sources": ["one"],
+            "targets": ["one"],
+            "height": 64,
+            "width": 32,
+            "workers": 0,
+            # The two sets draw their splits from the same images.
+            "allow_overlap": True,
+        },
         "sampler": {"train_sampler": "RandomIdentitySampler"},
         "train": {"batch_size": 8, "max_epoch": 1},
         "loss": {"name": "drsl"},
