@@ -136,8 +136,12 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise InputError(f"checkpoint {os.fspath(path)!r} holds a {type(state).__name__}, not a dictionary of weights")
     if "training" in state and zipfile.is_zipfile(path):
         # This package wrote the file. torch writes checksums, but does not check them when it reads.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+        except Exception as error:
+            # torch does not read the names beside the parts, in which any byte may be damaged too.
+            raise InputError(f"checkpoint {os.fspath(path)!r} is damaged: {error}") from error
         if damaged:
             raise InputError(f"checkpoint {os.fspath(path)!r} is damaged: the checksum of {damaged} is wrong")
     return state
