@@ -21,7 +21,7 @@ from torchreid_ext.config import build as config
 from torchreid_ext.config.keys import describe
 from torchreid_ext.data.samplers import steps_per_epoch
 from torchreid_ext.evaluation import ranking
-from torchreid_ext.runtime import distributed, files, generators
+from torchreid_ext.runtime import distributed, files, generators, memory
 
 EPILOG = """examples:
   drsl-train --config-file configs/demo.yaml
@@ -43,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         signal for a run that SIGTERM or SIGINT stopped.
     """
     args = _parser().parse_args(arguments)
+    memory.keep_freed_memory()
     try:
         cfg = read_config(args)
         with (
