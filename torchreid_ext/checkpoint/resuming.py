@@ -87,7 +87,7 @@ def check_fits(path: str, state: dict[str, Any], num_train_pids: int, config: di
             f"same number (torchrun --nnodes times --nproc_per_node, or drsl-train alone for one process), or start a "
             f"new run in another data.save_dir, from these weights with model.load_weights"
         )
-    if training["config"] and config:
+    if config and training["config"]:
         for line in compare(training["config"], config):
             print(f"Config differs from the checkpoint's: {line}")
 

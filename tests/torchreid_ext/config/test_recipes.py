@@ -15,7 +15,7 @@ from toy_data import write_images
 from torchreid_ext import get_default_config, networks
 from torchreid_ext.cli.train import main
 from torchreid_ext.config import build as config
-from torchreid_ext.engine import engines, native
+from torchreid_ext.engine import engines
 
 CONFIGS = sorted(
     {*(Path(__file__).parents[3] / "configs").glob("*.yaml")}
@@ -52,8 +52,7 @@ def test_every_config_of_ours_builds_what_needs_no_data(path):
     scheduler = config.build_scheduler(cfg, optimizer)
     engine = config.build_engine(cfg, Manager(), model, optimizer, scheduler, criterion)
     name = {"drsl": "DRSL", "pml": "PML", "softmax": "Softmax", "triplet": "Triplet"}[cfg.loss.name]
-    module = native if cfg.loss.name in ("softmax", "triplet") else engines
-    assert type(engine) is getattr(module, f"{cfg.data.type.title()}{name}Engine")
+    assert type(engine) is getattr(engines, f"{cfg.data.type.title()}{name}Engine")
     with torch.no_grad():
         assert model.eval()(torch.zeros(1, 3, cfg.data.height, cfg.data.width)).shape[0] == 1
 
