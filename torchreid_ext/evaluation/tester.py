@@ -69,7 +69,8 @@ class Tester:
             self._draw(target, search, options)
         if self.writer is not None:
             for name, value in result.scores([1]).items():
-                self.writer.add_scalar(f"Test/{target}/{name}", value, self.epoch)
+                # torchreid writes rank1.
+                self.writer.add_scalar(f"Test/{target}/{name.replace('-', '')}", value, self.epoch)
 
     def _draw(self, target: str, search: ranking.Search, options: EvaluationOptions) -> None:
         query, gallery = self.datamanager.fetch_test_loaders(target)
