@@ -76,7 +76,7 @@ def check_fits(
             f"same number (torchrun --nnodes times --nproc_per_node, or drsl-train alone for one process), or start a "
             f"new run in another data.save_dir, from these weights with model.load_weights"
         )
-    if training["config"] and config:
+    if config and training["config"]:
         for line in compare(training["config"], config, on_resume):
             print(f"Config differs from the checkpoint's: {line}")
 

@@ -92,8 +92,9 @@ def _run(args: argparse.Namespace) -> int:
     from torchreid_ext.cli.dry_run import dry_run
     from torchreid_ext.cli.next_commands import next_commands
     from torchreid_ext.config.run import logged, message, train
-    from torchreid_ext.runtime import distributed
+    from torchreid_ext.runtime import distributed, memory
 
+    memory.keep_freed_memory()
     try:
         cfg = read_config(args)
         if args.dry_run:

@@ -16,8 +16,9 @@ from torchreid_ext.config.checks import choose
 from torchreid_ext.config.keys import DRSL_ARGUMENTS
 from torchreid_ext.config.node import Config
 from torchreid_ext.data.samplers import steps_per_epoch
-from torchreid_ext.engine import criteria, engines, native
-from torchreid_ext.engine.warmup import warmed_up
+from torchreid_ext.engine import criteria
+from torchreid_ext.engine.engines import ENGINES
+from torchreid_ext.engine.schedule import warmed_up
 from torchreid_ext.runtime import distributed, generators
 
 
@@ -46,13 +47,14 @@ def build_model(cfg: Config, num_classes: int) -> nn.Module:
 
 
 def _from_the_zoo(cfg: Config, num_classes: int, use_gpu: bool) -> nn.Module:
+    name, loss = cfg.model.name, "softmax" if cfg.loss.name == "softmax" else "triplet"
+
     def build(pretrained: bool) -> nn.Module:
+        if name.startswith(networks.TIMM):
+            size = cfg.data.height, cfg.data.width
+            return networks.TimmNetwork(name.removeprefix(networks.TIMM), num_classes, loss, pretrained, *size)
         return torchreid.models.build_model(
-            name=cfg.model.name,
-            num_classes=num_classes,
-            loss="softmax" if cfg.loss.name == "softmax" else "triplet",
-            pretrained=pretrained,
-            use_gpu=use_gpu,
+            name=name, num_classes=num_classes, loss=loss, pretrained=pretrained, use_gpu=use_gpu
         )
 
     try:
@@ -216,16 +218,6 @@ def build_engine(
     Raises:
         InputError: for an unknown value, or values that exclude each other.
     """
-    table = {
-        ("image", "softmax"): native.ImageSoftmaxEngine,
-        ("video", "softmax"): native.VideoSoftmaxEngine,
-        ("image", "triplet"): native.ImageTripletEngine,
-        ("video", "triplet"): native.VideoTripletEngine,
-        ("image", "drsl"): engines.ImageDRSLEngine,
-        ("video", "drsl"): engines.VideoDRSLEngine,
-        ("image", "pml"): engines.ImagePMLEngine,
-        ("video", "pml"): engines.VideoPMLEngine,
-    }
     data_type = choose("data.type", cfg.data.type, ("image", "video"))
     loss = choose("loss.name", cfg.loss.name, ("softmax", "triplet", "drsl", "pml"))
     if cfg.loss[loss].get("weight_x", 1) == 0 and cfg.train.fixbase_epoch > 0:
@@ -237,7 +229,7 @@ def build_engine(
         arguments = _metric_arguments(cfg, criterion)
     if data_type == "video":
         arguments["pooling_method"] = choose("video.pooling_method", cfg.video.pooling_method, ("avg", "max"))
-    return table[data_type, loss](
+    return ENGINES[data_type, loss](
         datamanager,
         model,
         optimizer=optimizer,

@@ -27,6 +27,13 @@ def check(cfg: Config) -> None:
     for key in ("norm_mean", "norm_std"):
         if len(cfg.data[key]) != 3:
             raise InputError(f"data.{key} takes a number for each of the 3 channels, got {cfg.data[key]}")
+    try:
+        cfg.data.save_dir.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"data.save_dir {cfg.data.save_dir!r} has bytes that are not UTF-8, and TensorBoard cannot write there: "
+            f"choose another name"
+        ) from error
     tracklets_differ = cfg.data.type == "video" and cfg.video.sample_method == "all"
     if cfg.train.chunk_size and cfg.train.sync_batchnorm and tracklets_differ:
         raise InputError(

@@ -156,6 +156,20 @@ OURS: dict[str, Key] = {
         on_resume=FIXED,
         features=True,
     ),
+    "data.validation": Key(
+        0.0,
+        "share of the training identities, in (0, 1), that is taken out of training and tested on instead of the "
+        "targets; 0: none",
+        on_resume=FIXED,
+    ),
+    "data.validation_seed": Key(0, "seed of the draw of the validation identities", least=0, on_resume=FIXED),
+    "data.identities": Key(
+        0,
+        "number of training identities to draw before the validation identities; 0: all",
+        least=0,
+        on_resume=FIXED,
+    ),
+    "data.allow_overlap": Key(False, "allow images that are in two sources, or both in training and in the test"),
     "datasets": Key({}, "data sets of your own, by name: see torchreid_ext.data.datasets.register_datasets"),
     "train.warmup_epoch": Key(
         0, "epochs at the start over which the learning rate rises linearly to its full value", least=0, on_resume=FIXED

@@ -29,7 +29,7 @@ from torchreid_ext.config.keys import ON_RESUME
 from torchreid_ext.config.node import Config, flat, plain
 from torchreid_ext.data.samplers import steps_per_epoch
 from torchreid_ext.evaluation import ranking
-from torchreid_ext.runtime import distributed, generators
+from torchreid_ext.runtime import distributed, files, generators
 
 
 def prepare(cfg: Config) -> Any:
@@ -44,13 +44,6 @@ def prepare(cfg: Config) -> Any:
             "or model.load_weights FILE. To test a network before any training, set test.untrained True and "
             "train.max_epoch 0 instead"
         )
-    try:
-        cfg.data.save_dir.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"data.save_dir {cfg.data.save_dir!r} has bytes that are not UTF-8, and TensorBoard cannot write there: "
-            f"choose another name"
-        ) from error
     generators.seed_everything(cfg.train.seed)
     with distributed.one_first():
         datamanager = build_datamanager(cfg)
@@ -103,7 +96,7 @@ def train(cfg: Config) -> tuple[Any, dict[str, RetrievalResult]]:
 
 def write_config(cfg: Config) -> None:
     """Writes the whole configuration to ``config.yaml`` beside the results. ``--config-file`` reads it again."""
-    with checkpoint.replacing(Path(cfg.data.save_dir, "config.yaml")) as file:
+    with files.replacing(Path(cfg.data.save_dir, "config.yaml")) as file:
         file.write(yaml.safe_dump(plain(cfg), sort_keys=False).encode())
 
 

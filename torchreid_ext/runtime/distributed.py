@@ -221,9 +221,9 @@ def one_first() -> Iterator[None]:
         dist.all_gather_object(told, failed and repr(failed))
     if failed:
         raise failed
-    for number, error in enumerate(told):
-        if error:
-            raise ConnectionError(f"process {number} stopped: {error}")
+    for number, why in enumerate(told):
+        if why:
+            raise ConnectionError(f"process {number} stopped: {why}")
     if not leads:
         yield
 
