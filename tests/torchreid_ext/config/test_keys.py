@@ -105,11 +105,10 @@ def test_every_option_of_a_run_is_taken_from_its_key():
     cfg = get_default_config()
     changed = {}
     for key, entry in RunOptions.keys().items():
-        value = {"train.amp": "bf16", "test.dist_metric": "cosine", "data.save_dir": "there"}.get(key)
-        if value is None:
-            value = {bool: lambda x: not x, int: lambda x: x + 2, list: lambda x: x * 2}[type(entry.default)](
-                entry.default
-            )
+        other = {bool: lambda x: not x, int: lambda x: x + 2, list: lambda x: x * 2, str: lambda x: f"{x}2"}
+        value = other[type(entry.default)](entry.default)
+        if entry.choices:
+            value = next(choice for choice in entry.choices if choice != entry.default)
         cfg.merge_from_list([key, value])
         changed[entry.name] = value
     options = config.run_options(cfg)
