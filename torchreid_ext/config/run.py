@@ -41,8 +41,16 @@ def prepare(cfg: Config) -> Any:
     if cfg.test.evaluate and not (cfg.model.resume or cfg.model.load_weights):
         raise InputError(
             "test.evaluate True tests a trained network, and there is none: give its checkpoint with model.resume FILE "
-            "or model.load_weights FILE. To test a network before any training, set train.max_epoch 0 instead"
+            "or model.load_weights FILE. To test a network before any training, set test.untrained True and "
+            "train.max_epoch 0 instead"
         )
+    try:
+        cfg.data.save_dir.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"data.save_dir {cfg.data.save_dir!r} has bytes that are not UTF-8, and TensorBoard cannot write there: "
+            f"choose another name"
+        ) from error
     generators.seed_everything(cfg.train.seed)
     with distributed.one_first():
         datamanager = build_datamanager(cfg)
@@ -87,7 +95,7 @@ def train(cfg: Config) -> tuple[Any, dict[str, RetrievalResult]]:
         folder = str(Path(cfg.data.save_dir, "untrained"))
         columns["untrained"] = engine.test(**options.test_between() | {"rerank": options.rerank, "save_dir": folder})
     columns["trained"] = engine.run(**options.arguments() | {"start_epoch": start_epoch})
-    if len(columns) > 1:
+    if len(columns) > 1 and columns["trained"]:
         ranking.print_side_by_side(columns, cfg.test.ranks)
     print(_written(Path(cfg.data.save_dir)))
     return engine, columns["trained"]
@@ -103,7 +111,7 @@ def _written(folder: Path) -> str:
     """What a run left in its folder, in words."""
     parts = {"checkpoints": "model/*.pth.tar*", "TensorBoard log": "events.*", "metrics.json": "metrics.json"}
     found = [name for name, pattern in parts.items() if any(folder.glob(pattern))]
-    return f'"{folder}" has the {", ".join([*found, "log"])} of this run'
+    return f'Written to "{folder}": {", ".join(found)}'
 
 
 @contextlib.contextmanager

@@ -180,18 +180,23 @@ def share(batch: list[T]) -> list[T]:
 def from_first(function: Callable[[], T]) -> T:
     """Calls ``function`` on the first process, and returns its result on every process.
 
-    If it raises an InputError or an OSError, every process raises this error.
+    If it raises an error on the first process, every process raises one.
     """
     if size() == 1:
         return function()
     answer: list[Any] = [None, None]
+    failed: BaseException | None = None
     if is_first():
         try:
             answer[0] = function()
-        except (InputError, OSError) as error:
-            # Without this answer the other processes would wait.
-            answer[1] = error
+        except BaseException as error:
+            # Without an answer the other processes would wait. Not every error can be sent to them.
+            failed = error
+            plain = type(error) in (InputError, FileNotFoundError, PermissionError, OSError)
+            answer[1] = error if plain else ConnectionError(f"the first process stopped: {error!r}")
     dist.broadcast_object_list(answer)
+    if failed is not None:
+        raise failed
     if answer[1] is not None:
         raise answer[1]
     result: T = answer[0]
@@ -200,13 +205,35 @@ def from_first(function: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def one_first() -> Iterator[None]:
-    """Context: one process of each machine runs the block before the others, which then find what it downloaded."""
-    leads = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if size() > 1 and not leads:
-        dist.barrier()
-    yield
-    if size() > 1 and leads:
-        dist.barrier()
+    """Context: one process of each machine runs the block before the others, which then find what it downloaded.
+
+    Raises:
+        ConnectionError: on the other processes, if the block raised an error on the first process of a machine.
+    """
+    if size() == 1:
+        yield
+        return
+    failed = None
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        try:
+            yield
+        except BaseException as error:
+            failed = error
+        _all_told(None if failed is None else repr(failed))
+        if failed is not None:
+            raise failed
+    else:
+        _all_told(None)
+        yield
+
+
+def _all_told(failed: str | None) -> None:
+    """Waits for every process, and raises ConnectionError on a process that did not fail while another did."""
+    told: list[Any] = [None] * size()
+    dist.all_gather_object(told, failed)
+    for number, error in enumerate(told):
+        if error is not None and failed is None:
+            raise ConnectionError(f"process {number} stopped: {error}")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
