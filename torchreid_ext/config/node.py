@@ -122,7 +122,8 @@ class _Loader(yaml.SafeLoader):
 def _load_yaml(text: str, what: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:
+        # yaml's constructors raise errors of many kinds: "!!int ''" an IndexError, 2024-99-99 a ValueError.
         raise InputError(f"{what} is not YAML: {' '.join(str(error).split())}") from error
 
 

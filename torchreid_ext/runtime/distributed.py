@@ -192,13 +192,11 @@ def from_first(function: Callable[[], T]) -> T:
         except BaseException as error:
             # Without an answer the other processes would wait. Not every error can be sent to them.
             failed = error
-            plain = type(error) in (InputError, FileNotFoundError, PermissionError, OSError)
-            answer[1] = error if plain else ConnectionError(f"the first process stopped: {error!r}")
+            sent = type(error) in (InputError, FileNotFoundError, PermissionError, OSError)
+            answer[1] = error if sent else ConnectionError(f"the first process stopped: {error!r}")
     dist.broadcast_object_list(answer)
-    if failed is not None:
-        raise failed
-    if answer[1] is not None:
-        raise answer[1]
+    if failed or answer[1]:
+        raise failed or answer[1]
     result: T = answer[0]
     return result
 
@@ -208,32 +206,26 @@ def one_first() -> Iterator[None]:
     """Context: one process of each machine runs the block before the others, which then find what it downloaded.
 
     Raises:
-        ConnectionError: on the other processes, if the block raised an error on the first process of a machine.
+        ConnectionError: on a process that did not fail, if the block raised an error on such a first process.
     """
-    if size() == 1:
-        yield
-        return
-    failed = None
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    leads = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    failed: BaseException | None = None
+    if leads:
         try:
             yield
         except BaseException as error:
             failed = error
-        _all_told(None if failed is None else repr(failed))
-        if failed is not None:
-            raise failed
-    else:
-        _all_told(None)
-        yield
-
-
-def _all_told(failed: str | None) -> None:
-    """Waits for every process, and raises ConnectionError on a process that did not fail while another did."""
-    told: list[Any] = [None] * size()
-    dist.all_gather_object(told, failed)
+    told: list[Any] = [failed and repr(failed)]
+    if size() > 1:
+        told *= size()
+        dist.all_gather_object(told, failed and repr(failed))
+    if failed:
+        raise failed
     for number, error in enumerate(told):
-        if error is not None and failed is None:
+        if error:
             raise ConnectionError(f"process {number} stopped: {error}")
+    if not leads:
+        yield
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

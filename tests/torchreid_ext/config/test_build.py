@@ -6,6 +6,8 @@ import copy
 import pytest
 import torch
 import torchreid
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torchreid_keys import TORCHREID
 from toy_data import make_image_manager, make_video_manager
 
@@ -277,6 +279,44 @@ def test_only_what_goes_wrong_with_imagenet_weights_is_blamed_on_them(monkeypatc
     monkeypatch.setattr(torchreid.models, "build_model", broken)
     with pytest.raises(RuntimeError, match="a layer is wrong"):
         config.build_model(cfg, 5)
+
+
+PIECES = [
+    *(
+        "train",
+        "lr",
+        "loss",
+        "pml",
+        "kwargs",
+        "datasets",
+        "base",
+        "x.yaml",
+        ": ",
+        "\n",
+        "\n  ",
+        "{",
+        "}",
+        "[",
+        "]",
+        ",",
+    ),
+    *("&a ", "*a", "- ", "? ", "!!int ", "<<", "'", "1", "2024-13-01", "0x", "null", "=", "\t", "\ufeff", "\ud800"),
+]
+KEYS_OF_THREE_KINDS = ["train.lr", "loss.pml.kwargs", "datasets.a"]
+
+
+@settings(
+    max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(pieces=st.lists(st.sampled_from(PIECES), max_size=12), key=st.sampled_from(KEYS_OF_THREE_KINDS))
+def test_whatever_a_file_or_a_word_holds_only_bad_input_is_raised(tmp_path, pieces, key):
+    text = "".join(pieces)
+    (tmp_path / "x.yaml").write_text(text, encoding="utf-8", errors="surrogatepass")
+    for merge, source in (("merge_from_file", tmp_path / "x.yaml"), ("merge_from_list", [key, text])):
+        try:
+            getattr(get_default_config(), merge)(source)
+        except InputError as error:
+            assert str(error)
 
 
 @pytest.mark.parametrize(
