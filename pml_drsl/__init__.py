@@ -1,5 +1,7 @@
 """DRSL, the Differentiable Retrieval-Sort Loss, for pytorch-metric-learning."""
 
+import importlib.metadata
+
 from pml_drsl.chunks import forward_in_chunks
 from pml_drsl.large_batch import LargeBatch
 from pml_drsl.losses import DRSLoss
@@ -15,3 +17,9 @@ __all__ = [
     "RankViolationMiner",
     "forward_in_chunks",
 ]
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":
+        return importlib.metadata.version("pml-drsl")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable
 
 import torch
 from pytorch_metric_learning.distances import BaseDistance, BatchedDistance, LpDistance
@@ -16,6 +18,11 @@ class InputError(ValueError):
 def is_real(value: object) -> bool:
     """Whether a value is a finite number (a bool is not)."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """The known name that is most like ``name``, for the message that refuses an unknown name."""
+    return difflib.get_close_matches(str(name), list(known), n=1, cutoff=0)[0]
 
 
 def check_distance(distance: object) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pml_drsl.checks import InputError
+from pml_drsl.checks import InputError, nearest
 from torchreid_ext.runtime import distributed
 
 TIMM = "timm/"
@@ -94,8 +93,8 @@ def _timm(name: str) -> Any:
             f"model.name {TIMM}{name}: the package timm is not installed; install it with pip install pml-drsl[timm]"
         ) from error
     if not timm.is_model(name):
-        nearest = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0)[0]
-        raise InputError(f"model.name: timm has no network {name!r}; did you mean {TIMM + nearest!r}?")
+        near = nearest(name, timm.list_models())
+        raise InputError(f"model.name: timm has no network {name!r}; did you mean {TIMM + near!r}?")
     return timm
 
 

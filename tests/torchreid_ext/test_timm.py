@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from pml_drsl.checks import InputError
-from torchreid_ext import get_default_config, networks
-from torchreid_ext.config import build as config
+from torchreid_ext import config, get_default_config, networks
 
 timm = pytest.importorskip("timm")
 

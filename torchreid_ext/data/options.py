@@ -5,13 +5,12 @@ Users find the meaning of the options in :func:`torchreid_ext.data.datasets.regi
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from pml_drsl.checks import InputError
+from pml_drsl.checks import InputError, nearest
 
 DEFAULT_PATTERN = r"(?i:(?:.*/)?(?P<identity>[^/]+)/(?P<camera>[^/_]+)_[^/]*\.(?:png|jpe?g|bmp|webp|tiff?|ppm|pgm))"
 
@@ -43,8 +42,8 @@ def make_options(name: str, given: Mapping[str, Any]) -> Options:
     known = [option.name for option in fields(Options)]
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
-            raise InputError(f"{where}.{key} is not an option; did you mean {near[0]!r}? Known: {', '.join(known)}")
+            near = nearest(key, known)
+            raise InputError(f"{where}.{key} is not an option; did you mean {near!r}? Known: {', '.join(known)}")
     _check_combination(where, given)
     values = dict(given)
     for key in ("train", "test", "query_cameras"):

@@ -12,7 +12,7 @@ from typing import Any
 import torchreid
 
 from pml_drsl.checks import InputError
-from torchreid_ext.config import build
+from torchreid_ext.config import Config
 from torchreid_ext.data.datasets import register_datasets, without_empty_folders
 from torchreid_ext.data.listing import read_csv, walk
 from torchreid_ext.data.options import DEFAULT_PATTERN, make_options
@@ -154,7 +154,7 @@ def list_folder(folder: str) -> Images:
     return images
 
 
-def test_images(config: build.Config) -> Images:
+def test_images(config: Config) -> Images:
     """The query and the gallery on which a run's first target is tested, in the order of the run's test.
 
     Raises:
