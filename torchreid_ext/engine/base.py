@@ -93,8 +93,8 @@ class BaseEngine(Tester, TrainingStep):
         for module in (*self._models.values(), *states.losses_of(self).values()):
             distributed.same_as_first(module)
         for model in self._models.values():
-            size = (getattr(self.datamanager, name, pixels) for name, pixels in (("height", 256), ("width", 128)))
-            networks.set_memory_format(model, chosen.channels_last, *size, half=chosen.amp != "off")
+            height, width = getattr(self.datamanager, "height", 256), getattr(self.datamanager, "width", 128)
+            networks.set_memory_format(model, chosen.channels_last, height, width, half=chosen.amp != "off")
         if chosen.test_only:
             return self.test(**chosen.last_test())
         started = time.monotonic()

@@ -102,7 +102,7 @@ def test_an_image_of_nobody_is_neither_right_nor_wrong():
     query, gallery = samples(0, 1, pids=1), samples(1, 4)
     gallery.pids[:] = [-1, 0, 1, -1]
     gallery.camids[:] = 9
-    row = Search(query, gallery).ranking(0, 2, ["q"], list("abcd"))
+    row = Search(query, gallery).ranking(0, 4, ["q"], list("abcd"))
     assert {name: junk for name, junk in zip(row.gallery, row.junk, strict=True) if junk} == {"a": True, "d": True}
 
 
