@@ -57,6 +57,8 @@ def _from_the_zoo(cfg: Config, num_classes: int, use_gpu: bool) -> nn.Module:
 
     try:
         return build(cfg.model.pretrained)
+    except InputError:
+        raise
     except Exception as error:
         if isinstance(error, KeyError) and "Unknown model" in str(error):
             raise InputError(f"model.name: {error.args[0]}") from error
