@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from toy_data import write_images
 
 from torchreid_ext import get_default_config
@@ -309,6 +311,25 @@ def test_a_test_without_a_trained_network_is_refused_and_no_epoch_trains_none(tm
     assert launch(tmp_path, **{"train.max_epoch": 0, "test.untrained": True}) == 0
     out = capsys.readouterr().out
     assert "mAP:" in out and f'Written to "{tmp_path / "log"}": TensorBoard log\n' in out
+
+
+@pytest.mark.parametrize("options", [{"data.k_tfm": 2}, {"loss.name": "softmax", "train.chunk_size": 4}])
+def test_a_dry_run_shows_what_would_be_trained_and_writes_a_picture_alone(tmp_path, capsys, options):
+    csv_data(tmp_path)
+    words = [str(word) for item in (OPTIONS | options).items() for word in item]
+    listed = ["datasets.listed.csv", "list.csv", "data.save_dir", str(tmp_path / "log"), "data.transforms", "[]"]
+    assert main(["--dry-run", "-s", "listed", "-t", "listed", "--root", str(tmp_path), *words, *listed]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"train +\| +6 \| +24 \| +2", out), out
+    assert "parameters" in out and re.search(r"An epoch of 3 steps takes about \d+ s", out)
+    (picture,) = (tmp_path / "log").iterdir()
+    number = 8 * options.get("data.k_tfm", 1)
+    assert f"A batch of {number} images" in out
+    with Image.open(picture) as sheet:
+        assert sheet.size == (8 * 16, number // 8 * 32)
+        shown = np.asarray(sheet)[:32, :16].astype(float)
+    images = [np.asarray(Image.open(path).resize((16, 32))) for path in (tmp_path / "images").glob("[0-5]_*.png")]
+    assert min(np.abs(shown - image).max() for image in images) <= 1
 
 
 def test_names_that_the_terminal_cannot_show(tmp_path):

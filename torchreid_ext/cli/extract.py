@@ -31,7 +31,7 @@ from torchreid_ext.search.model import load_model
 EXAMPLES = """
     drsl-extract log/demo/model/model-best.pth.tar --output features.npz
     drsl-extract log/demo/model/model-best.pth.tar photos list.csv --output features.npz --skip-damaged
-    drsl-extract osnet.pth --config-file configs/osnet_x1_0_softmax.yaml photos --output features.npz
+    drsl-extract osnet.pth --config-file configs/market1501_osnet_x0_25.yaml photos --output features.npz
     torchrun --standalone --nproc_per_node gpu -m torchreid_ext.cli.extract CHECKPOINT photos --output features.npz
 """
 

@@ -21,6 +21,7 @@ EPILOG = """config keys are those of torchreid's default_config.py, and more:
 examples:
   drsl-train --config-file configs/demo.yaml
   drsl-train --config-file configs/omniglot.yaml --root FOLDER
+  drsl-train --dry-run --config-file configs/demo.yaml
   drsl-train --config-file log/demo/config.yaml model.resume auto train.max_epoch 60
   drsl-train --config-file log/demo/config.yaml model.resume auto test.evaluate True
 """
@@ -59,6 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {terminal.version()}")
     parser.add_argument("--list", nargs="+", metavar=("WHAT", "WORD"), help="list what there is, instead of training")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show data and network, draw a batch and estimate the time, instead of training",
+    )
     parser.add_argument("--config-file", metavar="FILE", help="YAML file of config keys")
     parser.add_argument("-s", "--sources", nargs="+", metavar="NAME", help="data sets to train on")
     parser.add_argument("-t", "--targets", nargs="+", metavar="NAME", help="data sets to test on")
@@ -83,6 +89,7 @@ def _list(words: list[str]) -> int:
 def _run(args: argparse.Namespace) -> int:
     # These imports take seconds, because they import torch. --help does not wait for them.
     from pml_drsl.checks import InputError
+    from torchreid_ext.cli.dry_run import dry_run
     from torchreid_ext.cli.next_commands import next_commands
     from torchreid_ext.config.run import logged, message, train
     from torchreid_ext.runtime import distributed, memory
@@ -90,6 +97,9 @@ def _run(args: argparse.Namespace) -> int:
     memory.keep_freed_memory()
     try:
         cfg = read_config(args)
+        if args.dry_run:
+            dry_run(cfg)
+            return 0
         folder, name = Path(cfg.data.save_dir), "test" if cfg.test.evaluate else "train"
         with distributed.joined(cfg.use_gpu, cfg.train.timeout), logged(folder, name):
             engine, _ = train(cfg)

@@ -169,7 +169,9 @@ OURS: dict[str, Key] = {
         "drsl and pml: leave pairs of one identity and one camera out of positives and negatives, as evaluation does",
     ),
     **_metric_loss("drsl", "DRSL"),
-    "loss.pml.loss": Key("TripletMarginLoss", "class of pytorch_metric_learning.losses", on_resume=FIXED),
+    "loss.pml.loss": Key(
+        "TripletMarginLoss", "class of pytorch_metric_learning.losses, or package.module.Class", on_resume=FIXED
+    ),
     "loss.pml.kwargs": Key({}, "arguments of the loss; num_classes and embedding_size are filled in"),
     "loss.pml.lr": Key(0.0, "learning rate of the weights that the loss has, if any; 0 takes train.lr", on_resume=KEPT),
     **_metric_loss("pml", "the loss"),

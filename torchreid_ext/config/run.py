@@ -93,7 +93,7 @@ def train(cfg: Config) -> tuple[Any, dict[str, RetrievalResult]]:
     if cfg.test.untrained and not cfg.test.evaluate and not start_epoch:
         print("=> Test before training")
         folder = str(Path(cfg.data.save_dir, "untrained"))
-        columns["untrained"] = engine.test(**options.test_between() | {"rerank": options.rerank, "save_dir": folder})
+        columns["untrained"] = engine.test(**options.last_test() | {"visrank": False, "save_dir": folder})
     columns["trained"] = engine.run(**options.arguments() | {"start_epoch": start_epoch})
     if len(columns) > 1 and columns["trained"]:
         ranking.print_side_by_side(columns, cfg.test.ranks)

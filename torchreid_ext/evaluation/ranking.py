@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +84,7 @@ class Search:
         )
 
 
-def scores(result: RetrievalResult, ranks: Iterable[int]) -> dict[str, float]:
-    """The scores to print and to log, by name."""
-    return {"mAP": result.mAP, "mINP": result.mINP} | {f"rank-{rank}": result.rank(rank) for rank in ranks}
-
-
-def print_result(result: RetrievalResult, ranks: Iterable[int]) -> None:
+def print_result(result: RetrievalResult, ranks: Sequence[int]) -> None:
     """Prints a result in the format of torchreid."""
     print("** Results **")
     print(
@@ -97,7 +92,7 @@ def print_result(result: RetrievalResult, ranks: Iterable[int]) -> None:
         f"{result.num_gallery} gallery entries, {result.num_junk / result.num_query:.1f} junk entries per query"
     )
     curve = False
-    for name, value in scores(result, ranks).items():
+    for name, value in result.scores(ranks).items():
         if name.startswith("rank-") and not curve:
             print("CMC curve")
             curve = True
@@ -107,7 +102,7 @@ def print_result(result: RetrievalResult, ranks: Iterable[int]) -> None:
 def print_side_by_side(columns: dict[str, dict[str, RetrievalResult]], ranks: Sequence[int]) -> None:
     """Prints a table for each target, with one column for each test."""
     for target in next(iter(columns.values())):
-        results = {name: scores(results[target], ranks) for name, results in columns.items()}
+        results = {name: results[target].scores(ranks) for name, results in columns.items()}
         print(f"\n{target:<12}" + "".join(f"{name:>12}" for name in results))
         for name in next(iter(results.values())):
             print(f"{_title(name):<12}" + "".join(f"{values[name]:>12.1%}" for values in results.values()))

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pml_drsl.evaluation.scores import RetrievalResult
+from pml_drsl.evaluation.scores import RankedQueries, RetrievalResult, summarize
 from torchreid_ext.evaluation import ranking
 from torchreid_ext.evaluation.extraction import extract
 from torchreid_ext.evaluation.options import EvaluationOptions
@@ -52,22 +52,26 @@ class Tester:
                     print(f"##### Evaluating {target} ({domain}) #####")
                 query, gallery = (extract(self, loaders[split], group) for split in ("query", "gallery"))
                 search = ranking.Search(query, gallery, chosen.dist_metric, chosen.normalize_feature, chosen.rerank)
-                result = search.evaluate(chosen.use_metric_cuhk03, max_rank=max(50, *chosen.ranks), group=group)
+                ranked = search.ranked(chosen.use_metric_cuhk03, group)
+                result = summarize(ranked, max(50, *chosen.ranks))
                 self.results[target] = result
                 # An error of the first process ends the others too, which would otherwise wait for it.
-                distributed.from_first(functools.partial(self._report, target, search, result, chosen))
+                distributed.from_first(functools.partial(self._report, target, search, ranked, chosen))
         if chosen.save_dir:
             distributed.from_first(lambda: write_metrics(self.results, chosen.save_dir))
         return self.results
 
-    def _report(self, target: str, search: ranking.Search, result: RetrievalResult, options: EvaluationOptions) -> None:
-        """Prints, draws and logs the result of a target."""
+    def _report(self, target: str, search: ranking.Search, ranked: RankedQueries, options: EvaluationOptions) -> None:
+        """Prints, writes, draws and logs the result of a target."""
+        result = self.results[target]
         ranking.print_result(result, options.ranks)
+        if options.queries and options.save_dir:
+            write_queries(search, ranked, Path(options.save_dir, f"queries_{target}.csv"))
         if options.picture or options.visrank:
             self._draw(target, search, options)
         if self.writer is not None:
-            self.writer.add_scalar(f"Test/{target}/rank1", result.rank(1), self.epoch)
-            self.writer.add_scalar(f"Test/{target}/mAP", result.mAP, self.epoch)
+            for name, value in result.scores([1]).items():
+                self.writer.add_scalar(f"Test/{target}/{name.replace('-', '')}", value, self.epoch)
 
     def _draw(self, target: str, search: ranking.Search, options: EvaluationOptions) -> None:
         query, gallery = self.datamanager.fetch_test_loaders(target)
@@ -81,6 +85,18 @@ class Tester:
             index = Path(save_dir, f"visrank_{target}", "index.html")
             ranking.write_pages(search, paths, topk, index, f"Rankings: {target}")
             print(f'Rankings of {len(query)} queries saved; open "{index}" in a browser')
+
+
+def write_queries(search: ranking.Search, ranked: RankedQueries, path: Path) -> None:
+    """Writes a line for each query: identity, camera, AP, INP and rank-1; the scores are ``nan`` without a match."""
+    scores = ranked.average_precision, ranked.inverse_negative_penalty, ranked.hits(1)[:, 0]
+    columns = [search.query.pids.tolist(), search.query.camids.tolist(), *(score.tolist() for score in scores)]
+    lines = (
+        f"{identity},{camera},{ap:.6g},{inp:.6g},{hit:g}"
+        for identity, camera, ap, inp, hit in zip(*columns, strict=True)
+    )
+    with replacing(path) as file:
+        file.write("\n".join(["identity,camera,AP,INP,rank-1", *lines, ""]).encode())
 
 
 def write_metrics(results: dict[str, RetrievalResult], save_dir: str) -> None:

@@ -11,7 +11,7 @@ EXTRA = "pip install 'pml-drsl[reid]'"
 
 
 def safe_streams() -> None:
-    """Makes stdout and stderr print what their encoding does not have as an escape, such as ``\\u5f20``.
+    r"""Makes stdout and stderr print what their encoding does not have as an escape, such as ``\u5f20``.
 
     Without it, a path in another encoding than the terminal's would end a command while it prints.
     """
