@@ -219,8 +219,11 @@ def set_last_stride(model: nn.Module, name: str) -> None:
             f"{name} has none: leave it at 2, which changes nothing"
         )
     for layer in stage.modules():
-        if isinstance(layer, (nn.Conv2d, nn.AvgPool2d)):
+        if isinstance(layer, nn.Conv2d):
             layer.stride = (1, 1)
+        elif isinstance(layer, nn.AvgPool2d):
+            # It stands in the place of a stride: an average over one pixel.
+            layer.kernel_size = layer.stride = 1
 
 
 def set_memory_format(model: nn.Module, channels_last: bool | str, height: int, width: int, half: bool = False) -> None:
@@ -241,7 +244,7 @@ def set_memory_format(model: nn.Module, channels_last: bool | str, height: int, 
     Raises:
         InputError: for True and a network that cannot take the format.
     """
-    if not channels_last:
+    if not channels_last or not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         return
     if channels_last == "auto":
         on_gpu = next(model.parameters()).is_cuda
