@@ -44,6 +44,13 @@ def prepare(cfg: Config) -> Any:
             "or model.load_weights FILE. To test a network before any training, set test.untrained True and "
             "train.max_epoch 0 instead"
         )
+    try:
+        cfg.data.save_dir.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"data.save_dir {cfg.data.save_dir!r} has bytes that are not UTF-8, and TensorBoard cannot write there: "
+            f"choose another name"
+        ) from error
     generators.seed_everything(cfg.train.seed)
     with distributed.one_first():
         datamanager = build_datamanager(cfg)
