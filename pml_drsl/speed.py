@@ -32,22 +32,16 @@ if TYPE_CHECKING:
 
 # torch and pandas are imported after the arguments are read, so that --help is fast.
 
-FLOOR = "distance matrix"
-EVALUATION = "evaluation"
+FLOOR, EVALUATION = "distance matrix", "evaluation"
 LOSSES = ("DRSL", "SupCon", "MultiSimilarity", "Circle", "FastAP", "TripletMargin", "SmoothAP")
-PER_IDENTITY = 4
-FEWEST_ROUNDS = 3
+PER_IDENTITY, FEWEST_ROUNDS = 4, 3
 QUERIES, GALLERY, IDENTITIES, CAMERAS = 3368, 15913, 750, 6
 
 Step = Callable[[], object]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line.
-
-    Returns:
-        The exit status: 0, or 2 for bad input or a missing package, which is explained in one line on stderr.
-    """
+    """Runs the command line. Returns 0, or 2 for bad input or a missing package, which one line on stderr explains."""
     args = _parser().parse_args(arguments)
     from pml_drsl.checks import InputError
 
@@ -84,16 +78,17 @@ def run(args: argparse.Namespace) -> pd.DataFrame:
     import torch
     from tqdm import tqdm
 
-    device = _check(args)
+    _check(args)
+    device: str = args.device
     torch.set_num_threads(args.threads)
     where = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, threads: {args.threads}"
     print(f"torch {torch.__version__}, {where}, float32")
     rows: list[dict[str, Any]] = []
-    sizes = [GALLERY] if args.evaluation else args.sizes
+    make, sizes, names = make_step, args.sizes, args.losses
+    if args.evaluation:
+        make, sizes, names = make_search, [GALLERY], [EVALUATION]
     for dim, size in tqdm([(dim, size) for dim in args.dims for size in sizes], unit="size", disable=None):
         torch.manual_seed(0)
-        make = make_search if args.evaluation else make_step
-        names = [EVALUATION] if args.evaluation else args.losses
         steps = {name: make(name, size, dim, device) for name in (FLOOR, *names)}
         peaks = {name: peak_mib(step, args.memory, device) for name, step in steps.items()}
         fitting = {name: step for name, step in steps.items() if peaks[name] is not None}
@@ -103,13 +98,9 @@ def run(args: argparse.Namespace) -> pd.DataFrame:
 
 
 def make_step(name: str, size: int, dim: int, device: str) -> Step:
-    """Forward and backward of a loss, or of the distance matrix alone.
+    """Forward and backward of one of ``LOSSES``, or of the distance matrix alone (``FLOOR``).
 
-    Args:
-        name: one of ``LOSSES``, or ``FLOOR``.
-        size: number of embeddings, a multiple of ``PER_IDENTITY``.
-        dim: number of dimensions.
-        device: ``"cpu"`` or ``"cuda"``.
+    ``size`` is the number of embeddings, a multiple of ``PER_IDENTITY``.
     """
     import torch
     from pytorch_metric_learning import losses
@@ -129,13 +120,7 @@ def make_step(name: str, size: int, dim: int, device: str) -> Step:
 def make_search(name: str, size: int, dim: int, device: str) -> Step:
     """The evaluation of random features around the centers of their identities, or its distances alone (``FLOOR``).
 
-    A search finds some of the matches, but not all (mAP is about 25 %).
-
-    Args:
-        name: ``EVALUATION`` or ``FLOOR``.
-        size: number of gallery images.
-        dim: number of dimensions.
-        device: ``"cpu"`` or ``"cuda"``.
+    ``size`` is the number of gallery images. A search finds some of the matches, but not all (mAP is about 25 %).
     """
     import torch
 
@@ -171,7 +156,7 @@ def take_turns(steps: Mapping[str, Step], seconds: float, device: str) -> dict[s
     times: dict[str, list[float]] = {name: [] for name in steps}
     rounds, end = 0, time.perf_counter() + seconds
     while rounds < FEWEST_ROUNDS or time.perf_counter() < end:
-        for name, timer in timers.items():  # ``timeit`` makes a call before the one that it measures.
+        for name, timer in timers.items():  # ``timeit`` makes calls before the one that it measures.
             times[name].append(timer.timeit(1).median)
         rounds += 1
     return times
@@ -229,8 +214,10 @@ def _limited(gib: float, device: str) -> Iterator[None]:
     if device == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
-        yield
-        torch.cuda.set_per_process_memory_fraction(1.0)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
         return
     try:
         import resource
@@ -268,8 +255,8 @@ def report(rows: pd.DataFrame) -> str:
     return "\n".join(parts)
 
 
-def _check(args: argparse.Namespace) -> str:
-    """The device. Raises InputError for an argument out of its range."""
+def _check(args: argparse.Namespace) -> None:
+    """Raises InputError for an argument out of its range."""
     import torch
 
     from pml_drsl.checks import InputError
@@ -286,7 +273,6 @@ def _check(args: argparse.Namespace) -> str:
         raise InputError(f"--csv {args.csv}: not a file in a folder that exists")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device cuda: torch {torch.__version__} finds no CUDA device here")
-    return str(args.device)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -120,7 +120,7 @@ def rank_queries(
         protocol: ``"standard"`` (of Market-1501) or ``"single-gallery-shot"`` (of CUHK03).
         seed: seed of the draws of ``"single-gallery-shot"``.
         gallery_starts_with_query: whether the first Q gallery entries are the queries themselves. Each query is then
-            junk in its own gallery.
+            removed from its own gallery.
         junk: identities of images that have no effect: gallery entries are no matches and no wrong answers, and
             queries are not scored.
         chunk_size: number of queries to rank at once; None for about 64 MiB of distances.
@@ -162,11 +162,10 @@ def rank_queries(
             if len(ignored) > 0:
                 rows[:, ignored.to(rows.device)] = torch.inf
             members, valid = groups.members(ids[0][start:stop])
-            removed = torch.zeros_like(valid)
-            if cams is not None:
-                removed |= valid & (cams[1][members] == cams[0][start:stop, None])
+            removed = torch.zeros_like(valid) if cams is None else cams[1][members] == cams[0][start:stop, None]
             if gallery_starts_with_query:
-                removed |= valid & (members == torch.arange(start, stop)[:, None])
+                removed |= members == torch.arange(start, stop)[:, None]
+            removed &= valid
             parts.append((*_rank_rows(rows, members, valid, removed, ties, shots), removed.sum(dim=1)))
             bar.update(stop - start)
     if group is not None:
@@ -174,8 +173,9 @@ def rank_queries(
         dist.all_gather_object(of_all, parts, group)
         parts = [part for of_process in of_all for part in of_process]
     ap, inp, first, positives, junks = (torch.cat(column) for column in zip(*parts, strict=True))
-    identities, num_gallery = label_array(query_ids), num_gallery - len(ignored)
-    ranked = RankedQueries(ap, inp, first, positives, junks, is_junk, identities, num_gallery)
+    ranked = RankedQueries(
+        ap, inp, first, positives, junks, is_junk, label_array(query_ids), num_gallery - len(ignored)
+    )
     if not bool(ranked.matched.any()):
         raise InputError(_why_no_match(ids, ranked, cams is not None, gallery_starts_with_query))
     return ranked
