@@ -22,6 +22,11 @@ def is_real(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def nearest(name: object, known: Iterable[str]) -> str:
+    """The known name that is most like ``name``, for the message that refuses an unknown name."""
+    return difflib.get_close_matches(str(name), sorted(known), n=1, cutoff=0)[0]
+
+
 def is_whole(value: object) -> bool:
     """Whether a value is an integer, of Python or of NumPy (a bool is not)."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
@@ -41,8 +46,7 @@ def check_arguments(kind: type, names: Iterable[str]) -> None:
     known = {name for each in parameters for name in each if name not in ("self", "args", "kwargs")}
     for name in names:
         if name not in known:
-            nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0)[0]
-            raise InputError(f"{kind.__name__} has no argument {name!r}; the nearest is {nearest!r}")
+            raise InputError(f"{kind.__name__} has no argument {name!r}; the nearest is {nearest(name, known)!r}")
 
 
 def check_embeddings(name: str, x: Tensor, dim: int | None = None) -> None:

@@ -167,7 +167,7 @@ class NegativeBudgetMiner(RankingMiner):
 
     def _some(self, positives: Tensor, number: int) -> Tensor:
         """At most so many of the positives of each query, drawn at random, shape (Q, M), bool."""
-        cost = self._random(*positives.shape, positives.device).masked_fill(~positives, torch.inf)
+        cost = self._random(positives.shape[0], positives.shape[1], positives.device).masked_fill(~positives, torch.inf)
         chosen = cost.topk(min(number, positives.shape[1]), largest=False).indices
         return positives & torch.zeros_like(positives).scatter_(1, chosen, True)
 

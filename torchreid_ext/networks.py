@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pml_drsl.checks import InputError
+from pml_drsl.checks import InputError, nearest
 from torchreid_ext.runtime import distributed
 
 TIMM = "timm/"
@@ -94,8 +93,8 @@ def _timm(name: str) -> Any:
             f"model.name {TIMM}{name}: the package timm is not installed; install it with pip install pml-drsl[timm]"
         ) from error
     if not timm.is_model(name):
-        nearest = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0)[0]
-        raise InputError(f"model.name: timm has no network {name!r}; did you mean {TIMM + nearest!r}?")
+        near = nearest(name, timm.list_models())
+        raise InputError(f"model.name: timm has no network {name!r}; did you mean {TIMM + near!r}?")
     return timm
 
 
@@ -220,8 +219,11 @@ def set_last_stride(model: nn.Module, name: str) -> None:
             f"{name} has none: leave it at 2, which changes nothing"
         )
     for layer in stage.modules():
-        if isinstance(layer, (nn.Conv2d, nn.AvgPool2d)):
+        if isinstance(layer, nn.Conv2d):
             layer.stride = (1, 1)
+        elif isinstance(layer, nn.AvgPool2d):
+            # It stands in the place of a stride: an average over one pixel.
+            layer.kernel_size = layer.stride = 1
 
 
 def set_memory_format(model: nn.Module, channels_last: bool | str, height: int, width: int, half: bool = False) -> None:
@@ -242,7 +244,7 @@ def set_memory_format(model: nn.Module, channels_last: bool | str, height: int, 
     Raises:
         InputError: for True and a network that cannot take the format.
     """
-    if not channels_last:
+    if not channels_last or not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         return
     if channels_last == "auto":
         on_gpu = next(model.parameters()).is_cuda

@@ -10,9 +10,8 @@ import torchreid
 from torch.nn import functional as F
 
 from pml_drsl.checks import InputError
-from torchreid_ext import get_default_config, networks
+from torchreid_ext import config, get_default_config, networks
 from torchreid_ext.checkpoint import checkpoint
-from torchreid_ext.config import build as config
 
 
 def build(name="osnet_x0_25", loss="triplet", num_classes=5):

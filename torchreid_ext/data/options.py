@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from pml_drsl.checks import InputError
+from pml_drsl.checks import InputError, nearest
 from torchreid_ext.images import JUNK, pattern
 
 
@@ -70,8 +69,8 @@ def make_options(name: str, given: Mapping[str, Any]) -> SetOptions:
     known = [option.name for option in fields(SetOptions)]
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
-            raise InputError(f"{where}.{key} is not an option; did you mean {near[0]!r}? Known: {', '.join(known)}")
+            near = nearest(key, known)
+            raise InputError(f"{where}.{key} is not an option; did you mean {near!r}? Known: {', '.join(known)}")
     _check_combination(where, given)
     options = SetOptions(**{key: _checked(where, key, value) for key, value in given.items()})
     names = pattern(options.pattern, f"{where}.pattern")

@@ -41,6 +41,7 @@ class BaseEngine(Tester, TrainingStep):
         rank1: rank-1 of the latest test, on its last target.
         best: mean mAP over the targets of the best test so far, and the epoch after which it was; -1 before any test.
         config: flat configuration of the run (dotted key, plain value), saved with it and compared when it is resumed.
+        on_resume: what a resumed run does with another value of a key of ``config``: see ``Key.on_resume``.
         options: options of the present run.
         skipped: number of steps that were skipped because their loss was not finite.
         stepper: steps the optimizers, in the precision of the run.
@@ -56,6 +57,7 @@ class BaseEngine(Tester, TrainingStep):
         self.results: dict[str, RetrievalResult] = {}
         self.best: dict[str, float] = {"mAP": -1.0, "epoch": -1}
         self.config: dict[str, Any] = {}
+        self.on_resume: dict[str, str] = {}
         self.skipped = self.batch_idx = self.max_epoch = 0
         self.stop = StopRequest()
         self.rank1 = 0.0
@@ -91,8 +93,8 @@ class BaseEngine(Tester, TrainingStep):
         for module in (*self._models.values(), *states.losses_of(self).values()):
             distributed.same_as_first(module)
         for model in self._models.values():
-            size = (getattr(self.datamanager, name, pixels) for name, pixels in (("height", 256), ("width", 128)))
-            networks.set_memory_format(model, chosen.channels_last, *size, half=chosen.amp != "off")
+            height, width = getattr(self.datamanager, "height", 256), getattr(self.datamanager, "width", 128)
+            networks.set_memory_format(model, chosen.channels_last, height, width, half=chosen.amp != "off")
         if chosen.test_only:
             return self.test(**chosen.last_test())
         started = time.monotonic()
@@ -252,7 +254,7 @@ class BaseEngine(Tester, TrainingStep):
             return 0
         path, state = newest
         with checkpoint.fitting(path):
-            resuming.check_fits(path, state, self.datamanager.num_train_pids, self.config, test_only)
+            resuming.check_fits(path, state, self.datamanager.num_train_pids, self.config, self.on_resume, test_only)
         states.restore_engine(self, state, path)
         with checkpoint.fitting(path):
             epoch = operator.index(state["epoch"])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pml_drsl.checks import InputError
 from torchreid_ext.checkpoint import checkpoint
-from torchreid_ext.config import build
+from torchreid_ext.config import KEYS, Config, build_model, flat, get_default_config
 
 # The keys of a run's configuration that say how an image becomes a feature, and how two features are compared.
 USED = (
@@ -39,7 +39,7 @@ class TrainedModel:
     """
 
     network: nn.Module
-    config: build.Config
+    config: Config
     path: str
     fingerprint: str
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
@@ -102,7 +102,7 @@ def load_model(
     state = checkpoint.load(path)
     config = _config(path, state, config_file)
     weights = _weights(path, state)
-    network = build.build_model(config, _num_classes(weights))
+    network = build_model(config, _num_classes(weights))
     _load(path, network, weights, config.model.name)
     fingerprint = _fingerprint(network, config)
     return TrainedModel(network.eval().to(_device(device)), config, os.fspath(path), fingerprint)
@@ -110,8 +110,8 @@ def load_model(
 
 def _config(
     path: str | os.PathLike[str], state: Mapping[str, Any], config_file: str | os.PathLike[str] | None
-) -> build.Config:
-    config = build.get_default_config()
+) -> Config:
+    config = get_default_config()
     training = state.get("training")
     saved = training.get("config") if isinstance(training, Mapping) else None
     if not saved and config_file is None:
@@ -160,10 +160,9 @@ def _load(path: str | os.PathLike[str], network: nn.Module, weights: Mapping[str
     network.load_state_dict(dict(weights), strict=False)
 
 
-def _fingerprint(network: nn.Module, config: build.Config) -> str:
+def _fingerprint(network: nn.Module, config: Config) -> str:
     digest = hashlib.sha256()
-    keys = ("name", "bnneck", "last_stride"), ("height", "width", "norm_mean", "norm_std")
-    settings = [config.model[key] for key in keys[0]] + [build.plain(config.data[key]) for key in keys[1]]
+    settings = [value for key, value in flat(config).items() if key in KEYS and KEYS[key].features]
     digest.update(repr(settings).encode())
     for name, value in sorted(network.state_dict().items()):
         if not name.endswith("num_batches_tracked"):

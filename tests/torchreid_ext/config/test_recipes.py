@@ -12,9 +12,8 @@ import yaml
 from PIL import Image
 from toy_data import write_images
 
-from torchreid_ext import get_default_config, networks
+from torchreid_ext import config, get_default_config, networks
 from torchreid_ext.cli.train import main
-from torchreid_ext.config import build as config
 from torchreid_ext.engine import engines
 
 CONFIGS = sorted(

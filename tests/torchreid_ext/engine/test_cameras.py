@@ -9,8 +9,7 @@ from toy_data import make_image_manager, make_video_manager
 
 from pml_drsl import DRSLoss
 from pml_drsl.wrappers import CrossBatchMemory
-from torchreid_ext import build_engine, get_default_config
-from torchreid_ext.config import build as config
+from torchreid_ext import build_engine, config, get_default_config
 from torchreid_ext.data.samplers import steps_per_epoch
 from torchreid_ext.engine import criteria, engines
 from torchreid_ext.engine.step import cross_camera_pairs

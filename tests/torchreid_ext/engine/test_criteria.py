@@ -13,8 +13,7 @@ from pml_drsl import DRSLoss
 from pml_drsl.miners import NegativeBudgetMiner
 from pml_drsl.reducers import PerQueryReducer
 from pml_drsl.wrappers import CrossBatchMemory
-from torchreid_ext import get_default_config
-from torchreid_ext.config import build as config
+from torchreid_ext import config, get_default_config
 from torchreid_ext.data.samplers import steps_per_epoch
 from torchreid_ext.engine import criteria, engines
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchreid_ext import get_default_config
-from torchreid_ext.config import build as config
+from torchreid_ext import config, get_default_config
 from torchreid_ext.engine.schedule import Layers
 
 EPOCHS, WARMUP = 12, 4

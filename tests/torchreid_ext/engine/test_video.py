@@ -8,8 +8,7 @@ import torch
 import torchreid
 
 import torchreid_ext
-from torchreid_ext import build_engine, get_default_config
-from torchreid_ext.config import build as config
+from torchreid_ext import build_engine, config, get_default_config
 from torchreid_ext.data.samplers import steps_per_epoch
 from torchreid_ext.data.synthetic import tracklets as synthetic_tracklets
 from torchreid_ext.data.synthetic.tracklets import SyntheticTracklets, draw_tracklets

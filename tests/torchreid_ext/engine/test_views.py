@@ -6,8 +6,7 @@ from pytorch_metric_learning import losses, miners
 from toy_data import make_image_manager, register_toys
 
 from pml_drsl import DRSLoss
-from torchreid_ext import build_engine, get_default_config
-from torchreid_ext.config import build as config
+from torchreid_ext import build_engine, config, get_default_config
 from torchreid_ext.engine import engines
 from torchreid_ext.runtime.generators import seed_everything
 

@@ -116,6 +116,11 @@ def work(rank_, world_size, folder):
     engine.model = DistributedDataParallel(engine.model)
     found["in DDP"] = run_test(engine, "three batches")
 
+    (folder / "file").touch()
+    try:
+        run_test(engine, "three batches", str(folder / "file" / "results"))
+    except OSError as error:
+        found["not written"] = type(error).__name__
     found["raised"] = []
     if rank_ == 2:
         Path(next(iter(engine.datamanager.test_dataset.values()))["gallery"][-1][0]).unlink()
@@ -127,12 +132,6 @@ def work(rank_, world_size, folder):
         except (ValueError, OSError, Interrupted) as error:
             found["raised"].append((type(error).__name__, str(error)))
     found["asked to stop"] = engine.stop.signum
-    engine = make_engine("three batches", own, rank_)
-    (folder / "file").touch()
-    try:
-        run_test(engine, "three batches", str(folder / "file" / "results"))
-    except OSError as error:
-        found["not written"] = type(error).__name__
     torch.save(found, folder / f"found{rank_}")
     dist.destroy_process_group()
 

@@ -9,7 +9,9 @@ import torchreid
 from PIL import Image
 from toy_data import make_image_manager, make_video_manager
 
+from pml_drsl.evaluation.scores import summarize
 from torchreid_ext.engine.engines import ImageDRSLEngine, VideoDRSLEngine
+from torchreid_ext.evaluation import tester
 from torchreid_ext.evaluation.ranking import Samples, Search, print_result, print_side_by_side
 
 
@@ -53,10 +55,9 @@ def test_the_curve_reaches_the_largest_rank(tmp_path, monkeypatch):
     model = torchreid.models.build_model("osnet_x0_25", manager.num_train_pids, loss="triplet", pretrained=False)
     engine = ImageDRSLEngine(manager, model, torch.optim.SGD(model.parameters(), lr=0.1), use_gpu=False)
     asked = []
-    evaluate = Search.evaluate
-    monkeypatch.setattr(Search, "evaluate", lambda *args, **kwargs: asked.append(kwargs) or evaluate(*args, **kwargs))
+    monkeypatch.setattr(tester, "summarize", lambda ranked, most: asked.append(most) or summarize(ranked, most))
     engine.test(ranks=[1, 100])
-    assert asked == [{"max_rank": 100, "group": None}]
+    assert asked == [100]
 
 
 def test_a_ranking_marks_junk_and_shows_topk_other_entries():
@@ -102,7 +103,7 @@ def test_an_image_of_nobody_is_neither_right_nor_wrong():
     query, gallery = samples(0, 1, pids=1), samples(1, 4)
     gallery.pids[:] = [-1, 0, 1, -1]
     gallery.camids[:] = 9
-    row = Search(query, gallery).ranking(0, 2, ["q"], list("abcd"))
+    row = Search(query, gallery).ranking(0, 4, ["q"], list("abcd"))
     assert {name: junk for name, junk in zip(row.gallery, row.junk, strict=True) if junk} == {"a": True, "d": True}
 
 

@@ -9,7 +9,7 @@ import trained
 
 from pml_drsl.checks import InputError
 from torchreid_ext.checkpoint import checkpoint
-from torchreid_ext.config import build
+from torchreid_ext.config import flat, get_default_config
 from torchreid_ext.networks import add_neck
 from torchreid_ext.search.model import USED, load_model
 
@@ -128,5 +128,5 @@ def test_torchreids_own_tools_load_a_checkpoint_without_a_neck(plain):
 
 def test_configurations_of_other_options_are_not_needed():
     # Every key that is read from a checkpoint exists.
-    known = build.flat(build.get_default_config())
+    known = flat(get_default_config())
     assert set(USED) - {"datasets"} <= set(known)
