@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from pml_drsl.checks import InputError
+from torchreid_ext import pixels
 from torchreid_ext.pixels import read_image
 
 RNG = np.random.default_rng(0)
@@ -77,9 +81,9 @@ def test_hidden_colours_do_not_count_and_visible_ones_stay(tmp_path: Path) -> No
     grey = Image.fromarray(GREY)
     grey.putalpha(Image.fromarray(alpha))
     assert np.array_equal(read_image(saved(tmp_path, grey)), np.stack([np.where(alpha == 0, 255, GREY)] * 3, 2))
-    for pixels, hidden in ((GREY, int(GREY[0, 0])), (GREY.astype(np.uint16) * 257, int(GREY[0, 0]) * 257)):
-        path = saved(tmp_path, Image.fromarray(pixels), transparency=hidden)
-        assert np.array_equal(np.asarray(read_image(path))[:, :, 0], np.where(pixels == hidden, 255, GREY))
+    for values, hidden in ((GREY, int(GREY[0, 0])), (GREY.astype(np.uint16) * 257, int(GREY[0, 0]) * 257)):
+        path = saved(tmp_path, Image.fromarray(values), transparency=hidden)
+        assert np.array_equal(np.asarray(read_image(path))[:, :, 0], np.where(values == hidden, 255, GREY))
     half = Image.new("RGBA", (2, 2), (100, 0, 0, 51))
     assert read_image(half).getpixel((0, 0)) == (224, 204, 204)
 
@@ -99,3 +103,14 @@ def test_the_given_picture_stays_as_it_is() -> None:
     image = Image.fromarray(COLOURS)
     image.getexif()[274] = 6
     assert read_image(image).size == (20, 10) and image.size == (10, 20)
+
+
+def test_photos_of_iphones_are_images_where_their_reader_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered: list[int] = []
+    reader = SimpleNamespace(register_heif_opener=lambda: registered.append(1))
+    for installed in (reader, None):
+        # None makes the import fail, as Python's documentation of sys.modules says.
+        monkeypatch.setitem(sys.modules, "pillow_heif", installed)
+        is_image = runpy.run_path(pixels.__file__)["is_image"]
+        assert is_image("IMG_1.HEIC") is bool(installed) and is_image("IMG_1.JPG")
+    assert registered == [1]

@@ -33,12 +33,26 @@ def _reader(kind: type) -> Callable[[Any, int], Any] | None:
     return FunctionType(method.__code__, names, method.__name__, method.__defaults__, method.__closure__)
 
 
-class ReadableDataset(Dataset[Any]):
+class WrappedDataset(Dataset[Any]):
+    """A data set around another one, whose attributes (``data``, ``train``, ``num_train_pids``, ...) it has too."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        # copy and pickle read attributes before the wrapped data set is there.
+        if name.startswith("__") or "dataset" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.dataset, name)
+
+
+class ReadableDataset(WrappedDataset):
     """A torchreid data set whose images are read with :func:`torchreid_ext.pixels.read_image`.
 
     A data set that reads in its own way has its images checked before it reads an entry for the first time.
-    Every attribute of the wrapped data set (``data``, ``train``, ``num_train_pids``, ...) can be read from this data
-    set too.
 
     Args:
         dataset: an image or video data set of torchreid. ``dataset.data[i][0]`` is a path or a sequence of paths.
@@ -48,13 +62,10 @@ class ReadableDataset(Dataset[Any]):
     """
 
     def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+        super().__init__(dataset)
         # The workers of a loader share the record of the entries that were checked.
         self._checked = torch.zeros(len(dataset), dtype=torch.uint8)
         self._checked.share_memory_()
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
         kind: type = type(self.dataset)
@@ -66,12 +77,6 @@ class ReadableDataset(Dataset[Any]):
                 read_image(path)
             self._checked[index] = 1
         return self.dataset[index]
-
-    def __getattr__(self, name: str) -> Any:
-        # copy and pickle read attributes before the wrapped data set is there.
-        if name.startswith("__") or "dataset" not in self.__dict__:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.dataset, name)
 
 
 def readable(loader: DataLoader[Any]) -> DataLoader[Any]:

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from pml_drsl.checks import InputError
-from torchreid_ext.data.loading import rebuilt
+from torchreid_ext.data.loading import WrappedDataset, rebuilt
 from torchreid_ext.runtime import distributed, generators
 
 
@@ -54,19 +54,15 @@ class SeededBatches(Sampler[list[Draw]]):
         return list(self.batches), int(torch.randint(2**62, ()))
 
 
-class SeededDataset(Dataset[Any]):
+class SeededDataset(WrappedDataset):
     """Reads each sample of a data set with the seed of its ``Draw``.
 
     At the start of each epoch, the patches that torchreid's ``random_patch`` cut from earlier images are removed.
-    Every attribute of the wrapped data set can be read from this data set too.
     """
 
     def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+        super().__init__(dataset)
         self._epoch_seed: int | None = None
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, draw: Draw) -> Any:
         if draw.epoch_seed != self._epoch_seed:
@@ -76,12 +72,6 @@ class SeededDataset(Dataset[Any]):
                     step.patchpool.clear()
         with generators.seeded(draw.epoch_seed + draw.position):
             return self.dataset[draw.sample]
-
-    def __getattr__(self, name: str) -> Any:
-        # copy and pickle read attributes before the wrapped data set is there.
-        if name.startswith("_") or "dataset" not in self.__dict__:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.dataset, name)
 
 
 def repeatable(loader: DataLoader[Any]) -> DataLoader[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -78,11 +79,14 @@ def test_draws_depend_on_their_seed_alone_and_smaller_draws_are_parts_of_larger_
 
 
 def test_torchreids_own_layout_and_a_short_run(tmp_path: Path) -> None:
+    layout = tmp_path / "market1501" / "Market-1501-v15.09.15"
+    for folder, pids in (("bounding_box_train", range(1, 16)), ("query", [20]), ("bounding_box_test", [20])):
+        for pid, camera, shot in itertools.product(pids, (1, 2), (1, 2)):
+            draw(layout / folder / f"{pid:04}_c{camera}s1_00000{shot}_00.jpg")
     words = "data.height 32 data.width 16 data.workers 0 data.validation 0.25 data.validation_seed 3 data.identities 12"
-    run = "model.name osnet_x0_25 model.pretrained False train.max_epoch 1 test.batch_size 50"
-    out = f"use_gpu False data.save_dir {tmp_path / 'log'} train.batch_size 8"
-    name = ["-s", "synthetic_pedestrians", "-t", "synthetic_pedestrians", "--root", str(tmp_path)]
-    assert main([*name, *words.split(), *run.split(), *out.split()]) == 0
+    run = "model.name osnet_x0_25 model.pretrained False train.max_epoch 1 train.batch_size 8 use_gpu False"
+    flags = ["-s", "market1501", "-t", "market1501", "--root", str(tmp_path)]
+    assert main([*flags, *words.split(), *run.split(), "data.save_dir", str(tmp_path / "log")]) == 0
     assert list(json.loads((tmp_path / "log" / "metrics.json").read_text())) == ["validation"]
 
 
