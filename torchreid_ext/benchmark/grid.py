@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fcntl
+import gzip
 import hashlib
 import json
 import os
@@ -181,7 +182,7 @@ def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[st
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The results of a file, one for each line; an empty list for a file that is not there.
+    """The results of a file, one for each line; an empty list for a file that is not there. It may be a .gz file.
 
     Raises:
         InputError: for a line that is not a result. The last line alone may be cut off: it is left out with a warning.
@@ -189,7 +190,8 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     results: list[dict[str, Any]] = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    content = path.read_bytes()
+    lines = (gzip.decompress(content) if path.suffix == ".gz" else content).decode().splitlines()
     for number, line in enumerate(lines, 1):
         try:
             result = json.loads(line)
@@ -206,6 +208,8 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 def append_result(path: Path, result: Mapping[str, Any]) -> None:
     """Appends one line. Several processes may append to one file, and a line that was cut off is removed first."""
+    if path.suffix == ".gz":
+        raise InputError(f"{path}: results are added to a file that is not compressed")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -13,10 +13,10 @@ from pml_drsl.checks import InputError
 from torchreid_ext.benchmark.grid import comparable, same
 from torchreid_ext.benchmark.statistics import compare, holm
 
-SCORES = {"mAP": "AP", "rank-1": "hit", "mINP": "INP"}
-"""The scores of a table, and the scores of each query whose means they are."""
+SCORES = ("mAP", "rank-1", "mINP")
+COMPARED = {"mAP": "AP", "rank-1": "hit"}
+"""The scores that are compared, and the scores of each query whose means they are."""
 
-COMPARED = ("mAP", "rank-1")
 LEVEL = 0.05
 TUNED = "-tuned"
 BEGIN = "<!-- drsl-benchmark report: begin -->"
@@ -72,14 +72,14 @@ class Section:
             A row for each loss and score: mean, low, high, p, seeds; p is corrected for the number of losses (Holm).
         """
         rows = []
-        for score in COMPARED:
+        for score, of_query in COMPARED.items():
             found = {}
             for loss, theirs in self.lines.items():
                 name = reference + TUNED if loss.endswith(TUNED) else reference
                 ours = self.lines.get(name, {})
                 seeds = sorted(set(ours) & set(theirs)) if loss != name else []
                 if seeds:
-                    paired = [self._paired(ours[seed], theirs[seed], SCORES[score]) for seed in seeds]
+                    paired = [self._paired(ours[seed], theirs[seed], of_query) for seed in seeds]
                     nested = len(seeds) > 1 and any(ours[seed].get("varied") for seed in seeds)
                     found[loss] = compare([pair[0] for pair in paired], [pair[1] for pair in paired], nested)
             corrected = holm([each.p for each in found.values()])
@@ -168,6 +168,13 @@ def to_markdown(section: Section, reference: str) -> str:
     if section.notes:
         lines += ["", " ".join(section.notes)]
     return "\n".join(lines)
+
+
+def stated(section: Section, loss: str) -> str:
+    """The scores of a loss in a line, as the configurations state them."""
+    row, number = section.scores().loc[loss], len(section.lines[loss])
+    scores = ", ".join(f"{score} {_spread(row[(score, 'mean')], row[(score, 'sd')])}" for score in SCORES)
+    return f"{loss}: {scores} ({number} seed{'s' * (number > 1)})"
 
 
 def _spread(mean: float, deviation: float) -> str:

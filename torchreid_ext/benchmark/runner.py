@@ -177,12 +177,9 @@ class Process:
             **{score: round(scores[score], 5) for score in ("mAP", "mINP")},
             **{f"rank-{rank}": round(cmc[min(rank, len(cmc)) - 1], 5) for rank in RANKS},
             "identity": [int(query["identity"]) for query in queries],
-            **{name: [_short(query[column]) for query in queries] for name, column in COLUMNS.items()},
+            "AP": [_short(query["AP"]) for query in queries],
+            "hit": [_short(query["rank-1"]) for query in queries],
         }
-
-
-COLUMNS = {"AP": "AP", "INP": "INP", "hit": "rank-1"}
-"""The scores of each query, and their columns in what ``test.queries`` writes."""
 
 
 def _short(score: str) -> float | int | None:

@@ -1,5 +1,6 @@
 """The runs of a grid, and the file of results."""
 
+import gzip
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,11 @@ def test_results_are_appended_after_a_line_that_was_cut_off(tmp_path):
     grid.append_result(path, lines[1])
     grid.append_result(path, lines[2])
     assert grid.read_results(path) == lines
+    packed = tmp_path / "results.jsonl.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert grid.read_results(packed) == lines
+    with pytest.raises(InputError, match="not compressed"):
+        grid.append_result(packed, lines[0])
     assert grid.read_results(tmp_path / "none.jsonl") == []
 
 

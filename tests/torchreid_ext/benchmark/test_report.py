@@ -25,7 +25,6 @@ def line(loss, seed, mean, *, people=60, changes=None, varied=None, target="mark
         "rank-1": float((ap > 0.5).mean()),
         "identity": list(range(people)) * 2,
         "AP": ap.tolist(),
-        "INP": (ap / 2).tolist(),
         "hit": (ap > 0.5).astype(int).tolist(),
     }
     return {

@@ -1,0 +1,28 @@
+"""The figures that the documentation and the configurations state are those of the published results."""
+
+from pathlib import Path
+
+import pytest
+
+from torchreid_ext.benchmark import grid, report
+
+ROOT = Path(__file__).parents[3]
+RESULTS = ROOT / "docs" / "benchmark.jsonl.gz"
+pytestmark = pytest.mark.skipif(not RESULTS.exists(), reason="no results are published")
+
+
+@pytest.fixture(scope="module")
+def results():
+    return grid.read_results(RESULTS)
+
+
+def test_the_page_holds_the_report(results):
+    _, _, rest = (ROOT / "docs" / "benchmark.md").read_text().partition(report.BEGIN)
+    assert rest.partition(report.END)[0].strip() == report.report(results).strip()
+
+
+def test_each_configuration_states_its_figures(results):
+    sections = [section for section in report.sections(results) if not section.changes]
+    assert sections
+    for section in sections:
+        assert f"#   {report.stated(section, 'drsl')}\n" in (ROOT / "configs" / section.config).read_text()
