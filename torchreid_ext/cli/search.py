@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pml_drsl.checks import InputError
-from torchreid_ext.checkpoint.checkpoint import replacing
 from torchreid_ext.cli import console
+from torchreid_ext.runtime.files import replacing
 from torchreid_ext.search import page, results, sources
 from torchreid_ext.search.extraction import extract_files
 from torchreid_ext.search.feature_file import read_gallery

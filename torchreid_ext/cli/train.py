@@ -21,7 +21,7 @@ from torchreid_ext.config import build as config
 from torchreid_ext.config.keys import describe
 from torchreid_ext.data.samplers import steps_per_epoch
 from torchreid_ext.evaluation import ranking
-from torchreid_ext.runtime import distributed, generators
+from torchreid_ext.runtime import distributed, files, generators, memory
 
 EPILOG = """examples:
   drsl-train --config-file configs/demo.yaml
@@ -43,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         signal for a run that SIGTERM or SIGINT stopped.
     """
     args = _parser().parse_args(arguments)
+    memory.keep_freed_memory()
     try:
         cfg = read_config(args)
         with (
@@ -135,14 +136,16 @@ def train(cfg: config.Config) -> dict[str, Any]:
         ranking.print_side_by_side(columns, cfg.test.ranks)
     print(f'Checkpoints, TensorBoard log and metrics.json are in "{cfg.data.save_dir}"')
     if cfg.data.type == "image" and not cfg.test.evaluate:
-        query, gallery = ([item[0] for item in split] for split in datamanager.fetch_test_loaders(cfg.data.targets[0]))
+        query, gallery = (
+            [item[0] for item in split] for split in datamanager.fetch_test_loaders(datamanager.targets[0])
+        )
         print(next_commands(cfg.data.save_dir, query, gallery))
     return columns["trained"]
 
 
 def write_config(cfg: config.Config) -> None:
     """Writes the whole configuration to ``config.yaml`` beside the results. ``--config-file`` reads it again."""
-    with checkpoint.replacing(Path(cfg.data.save_dir, "config.yaml")) as file:
+    with files.replacing(Path(cfg.data.save_dir, "config.yaml")) as file:
         file.write(yaml.safe_dump(config.plain(cfg), sort_keys=False).encode())
 
 

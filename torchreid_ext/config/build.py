@@ -18,8 +18,9 @@ from torchreid_ext.config.keys import DRSL_ARGUMENTS
 from torchreid_ext.config.node import Config, flat, get_default_config, plain
 from torchreid_ext.config.options import run_options
 from torchreid_ext.data.samplers import steps_per_epoch
-from torchreid_ext.engine import criteria, engines, native
-from torchreid_ext.engine.warmup import warmed_up
+from torchreid_ext.engine import criteria
+from torchreid_ext.engine.engines import ENGINES
+from torchreid_ext.engine.schedule import warmed_up
 from torchreid_ext.runtime import distributed
 
 __all__ = [
@@ -46,14 +47,21 @@ def build_model(cfg: Config, num_classes: int) -> nn.Module:
             ImageNet weights that cannot be downloaded, or ``train.sync_batchnorm`` on the CPU.
     """
     use_gpu = cfg.use_gpu and torch.cuda.is_available()
+    loss = "softmax" if cfg.loss.name == "softmax" else "triplet"
     try:
-        model = torchreid.models.build_model(
-            name=cfg.model.name,
-            num_classes=num_classes,
-            loss="softmax" if cfg.loss.name == "softmax" else "triplet",
-            pretrained=cfg.model.pretrained,
-            use_gpu=use_gpu,
-        )
+        if cfg.model.name.startswith(networks.TIMM):
+            name, size = cfg.model.name.removeprefix(networks.TIMM), (cfg.data.height, cfg.data.width)
+            model: nn.Module = networks.TimmNetwork(name, num_classes, loss, cfg.model.pretrained, *size)
+        else:
+            model = torchreid.models.build_model(
+                name=cfg.model.name,
+                num_classes=num_classes,
+                loss=loss,
+                pretrained=cfg.model.pretrained,
+                use_gpu=use_gpu,
+            )
+    except InputError:
+        raise
     except KeyError as error:
         raise InputError(f"model.name: {error.args[0]}") from error
     except Exception as error:
@@ -188,16 +196,6 @@ def build_engine(
     Raises:
         InputError: for an unknown value, or values that exclude each other.
     """
-    table = {
-        ("image", "softmax"): native.ImageSoftmaxEngine,
-        ("video", "softmax"): native.VideoSoftmaxEngine,
-        ("image", "triplet"): native.ImageTripletEngine,
-        ("video", "triplet"): native.VideoTripletEngine,
-        ("image", "drsl"): engines.ImageDRSLEngine,
-        ("video", "drsl"): engines.VideoDRSLEngine,
-        ("image", "pml"): engines.ImagePMLEngine,
-        ("video", "pml"): engines.VideoPMLEngine,
-    }
     data_type = choose("data.type", cfg.data.type, ("image", "video"))
     loss = choose("loss.name", cfg.loss.name, ("softmax", "triplet", "drsl", "pml"))
     if cfg.loss[loss].get("weight_x", 1) == 0 and cfg.train.fixbase_epoch > 0:
@@ -209,7 +207,7 @@ def build_engine(
         arguments = _metric_arguments(cfg, criterion)
     if data_type == "video":
         arguments["pooling_method"] = choose("video.pooling_method", cfg.video.pooling_method, ("avg", "max"))
-    return table[data_type, loss](
+    return ENGINES[data_type, loss](
         datamanager,
         model,
         optimizer=optimizer,

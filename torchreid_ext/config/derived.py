@@ -50,7 +50,7 @@ def keys_of_arguments(section: str, kind: type) -> dict[str, Key]:
     for parameter in inspect.signature(kind).parameters.values():
         scalar = _scalar(hints.get(parameter.name))
         if parameter.default is not parameter.empty and scalar is not None:
-            optional = scalar if parameter.default is None else None
+            optional = scalar if type(None) in typing.get_args(hints[parameter.name]) else None
             text = explained.get(parameter.name, "")
             keys[f"{section}.{parameter.name}"] = Key(parameter.default, text, parameter.name, optional)
     return keys

@@ -40,6 +40,8 @@ def converted(key: str, entry: Key, value: Any, source: str) -> Any:
     if value is False and entry.default == "off":
         # YAML reads the word off as False.
         return "off"
+    if entry.default == "auto" and _to_bool(value) is not None:
+        return _to_bool(value)
     return _single(kind, value, KINDS[kind], key, entry, source)
 
 

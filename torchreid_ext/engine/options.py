@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torchreid_ext.engine.stepper import AMP
 from torchreid_ext.evaluation.options import EvaluationOptions
 from torchreid_ext.runtime.options import documented, option
 
@@ -31,13 +30,14 @@ class RunOptions(EvaluationOptions):
         "train.amp",
         "off",
         "precision of the network in training: off, bf16 or fp16 (with scaled gradients)",
-        choices=tuple(AMP),
+        choices=("off", "bf16", "fp16"),
     )
     compiled: bool = option("train.compile", False, "compile the network for training with torch.compile")
-    channels_last: bool = option(
+    channels_last: str | bool = option(
         "train.channels_last",
-        False,
-        "keep images and weights in channels_last memory format, which is faster on GPUs with amp",
+        "auto",
+        "memory format channels_last, in training and tests: True, False, or auto: where it is faster",
+        choices=("auto", True, False),
     )
     chunk_size: int = option(
         "train.chunk_size",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from pml_drsl.checks import InputError
+from torchreid_ext.pixels import read_image
+from torchreid_ext.runtime.files import replacing
 
 Colour = tuple[int, int, int]
 Entry = str | Sequence[str]
@@ -73,8 +74,7 @@ def _paste(page: Image.Image, entry: Entry, left: int, top: int, frame: Colour, 
     size = _IMAGE[0] // columns, _IMAGE[1] // columns
     cell = Image.new("RGB", _IMAGE, (236, 236, 236))
     for number, path in enumerate(paths):
-        with Image.open(path) as image:
-            fitted = ImageOps.pad(image.convert("RGB"), size, Image.Resampling.LANCZOS, color=(236, 236, 236))
+        fitted = ImageOps.pad(read_image(path), size, Image.Resampling.LANCZOS, color=(236, 236, 236))
         cell.paste(fitted, (number % columns * size[0], number // columns * size[1]))
     if grey:
         cell = Image.blend(ImageOps.grayscale(cell).convert("RGB"), Image.new("RGB", _IMAGE, PAPER), 0.5)
@@ -85,6 +85,11 @@ def _spread(paths: Sequence[str], most: int) -> list[str]:
     """Returns at most ``most`` of the paths, evenly spread."""
     count = min(most, len(paths))
     return [paths[number * len(paths) // count] for number in range(count)]
+
+
+def _rounded(distance: float) -> str:
+    """A distance with three places; a negative one that rounds to zero has no sign."""
+    return f"{round(distance, 3) + 0.0:.3f}"
 
 
 def _mark(draw: ImageDraw.ImageDraw, right: int, top: int, correct: bool) -> None:
@@ -143,7 +148,7 @@ def ranking_picture(rows: Sequence[RankedQuery], title: str) -> Image.Image:
             if not junk:
                 _mark(draw, left + cell_width + 4, top - 4, bool(correct))
             draw.text((left, below), "junk" if junk else f"{rank}", FAINT if junk else INK, caption, anchor="lt")
-            draw.text((left + cell_width, below), f"{distance:.3f}", FAINT, caption, anchor="rt")
+            draw.text((left + cell_width, below), _rounded(distance), FAINT, caption, anchor="rt")
     return page
 
 
@@ -162,9 +167,6 @@ def save_ranking_picture(path: str | os.PathLike[str], rows: Sequence[RankedQuer
         InputError: if there are no rows.
         OSError: if an image cannot be read or the page not be written.
     """
-    page, target = ranking_picture(rows, title), Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
-        page.save(Path(temporary, "page.png"))
-        os.replace(Path(temporary, "page.png"), target)
-    return target
+    with replacing(path) as file:
+        ranking_picture(rows, title).save(file, "PNG")
+    return Path(path)

@@ -18,7 +18,7 @@ def option(
     text: str,
     *,
     least: int | None = None,
-    choices: Collection[str] | None = None,
+    choices: Collection[Any] | None = None,
     config_default: Any = None,
 ) -> Any:
     """A field of an ``Options`` dataclass.
@@ -74,10 +74,10 @@ def _limits(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {name: metadata[name] for name in ("least", "choices")}
 
 
-def check(key: str, value: Any, least: int | None = None, choices: Collection[str] | None = None) -> None:
+def check(key: str, value: Any, least: int | None = None, choices: Collection[Any] | None = None) -> None:
     """Raises InputError for an integer (or one in a list) below ``least``, or a value that is not a choice."""
     if choices is not None and value not in choices:
-        raise InputError(f"{key} must be one of {', '.join(choices)}, got {value!r}")
+        raise InputError(f"{key} must be one of {', '.join(map(str, choices))}, got {value!r}")
     if least is None:
         return
     for each in value if isinstance(value, (list, tuple)) else [value]:

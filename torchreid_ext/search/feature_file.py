@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pml_drsl.checks import InputError
-from torchreid_ext.checkpoint.checkpoint import replacing
+from torchreid_ext.runtime.files import replacing
 from torchreid_ext.search.model import TrainedModel
 from torchreid_ext.search.sources import Entry
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pml_drsl.checks import InputError
 from pml_drsl.evaluation import reranking
-from torchreid_ext.checkpoint.checkpoint import replacing
+from torchreid_ext.runtime.files import replacing
 from torchreid_ext.search.feature_file import load_arrays
 from torchreid_ext.search.index import EXACT_BELOW, FeatureIndex, Recall
 from torchreid_ext.search.model import TrainedModel

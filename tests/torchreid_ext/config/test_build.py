@@ -9,7 +9,7 @@ from toy_data import make_image_manager, make_video_manager
 from pml_drsl import DRSLoss
 from torchreid_ext import build_engine, get_default_config
 from torchreid_ext.config import build as config
-from torchreid_ext.engine import engines, native
+from torchreid_ext.engine import engines
 
 
 def subset(actual, wanted):
@@ -181,7 +181,7 @@ def test_build_engine(tmp_path, data_type, loss):
     optimizer = config.build_optimizer(cfg, model)
     engine = build_engine(cfg, manager, model, optimizer, config.build_scheduler(cfg, optimizer))
     name = f"{data_type.title()}{ {'drsl': 'DRSL', 'pml': 'PML'}.get(loss, loss.title()) }Engine"
-    assert type(engine) is getattr(native if loss in ("softmax", "triplet") else engines, name)
+    assert type(engine) is getattr(engines, name)
     if loss in ("softmax", "triplet"):
         assert isinstance(engine, getattr(torchreid.engine, f"{data_type.title()}{loss.title()}Engine"))
     if data_type == "video":

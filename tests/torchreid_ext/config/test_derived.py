@@ -52,11 +52,11 @@ def test_arguments_reach_drsl_and_its_defaults_reach_the_config(monkeypatch):
     assert built.extra_repr() == default.extra_repr()
     assert type(built.distance) is type(default.distance)
     cfg.merge_from_list(["loss.drsl.temperature", 1, "loss.drsl.sort_weight", 0.5, "loss.drsl.margin", 0.25])
-    cfg.merge_from_list(["loss.drsl.bound", str(not default.bound), "loss.drsl.query_chunk_size", 7])
+    cfg.merge_from_list(["loss.drsl.bound_power", "None", "loss.drsl.query_chunk_size", 7])
     cfg.merge_from_list(["loss.drsl.distance", "CosineSimilarity"])
     built = config.build_criterion(cfg, model, 3)
     assert (built.temperature, built.sort_weight, built.margin) == (1.0, 0.5, 0.25)
-    assert (built.bound, built.query_chunk_size) == (not default.bound, 7)
+    assert (built.bound_power, built.query_chunk_size) == (None, 7)
     assert isinstance(built.distance, CosineSimilarity)
     cfg.merge_from_list(["loss.drsl.query_chunk_size", "None"])
     assert config.build_criterion(cfg, model, 3).query_chunk_size is None
