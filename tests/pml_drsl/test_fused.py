@@ -78,7 +78,7 @@ def test_compiles_for_gpus(name, dtype, bound, capability):
     integers = {"query": "*i64", "first": "*i64", "columns": "i32"}
     signature = {argument: integers.get(argument, f"*{dtype}") for argument in kernel.arg_names}
     signature["BLOCK"] = signature["BOUND"] = "constexpr"
-    source = ASTSource(kernel, signature, constexprs={"BLOCK": kernels.BLOCK, "BOUND": bound})
+    source = ASTSource(kernel, signature, {"BLOCK": kernels.BLOCK, "BOUND": bound})
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     assert ".visible .entry" in compiled.asm["ptx"]
     assert len(compiled.asm["cubin"]) > 0

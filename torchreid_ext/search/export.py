@@ -62,18 +62,19 @@ class ExportedNetwork(nn.Module):
         normalise: take images in [0, 1] and normalise them; otherwise take normalised images.
     """
 
-    mean: Tensor
-    std: Tensor
+    # torch 2.6 calls the result of a mean in the network "mean" too, and does not tell the two apart.
+    norm_mean: Tensor
+    norm_std: Tensor
 
     def __init__(self, model: TrainedModel, normalise: bool) -> None:
         super().__init__()
         self.network, self.normalise = model.network, normalise
-        for name, values in (("mean", model.config.data.norm_mean), ("std", model.config.data.norm_std)):
-            self.register_buffer(name, torch.tensor(values).reshape(1, 3, 1, 1))
+        for name in ("norm_mean", "norm_std"):
+            self.register_buffer(name, torch.tensor(model.config.data[name]).reshape(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         """[N, D] features of [N, 3, height, width] images."""
-        return self.network((images - self.mean) / self.std if self.normalise else images)
+        return self.network((images - self.norm_mean) / self.norm_std if self.normalise else images)
 
 
 def export(

@@ -412,7 +412,8 @@ def test_distances_are_torchreids(metric: Any) -> None:
 
 
 class TestSingleGalleryShot:
-    def test_average_precision_is_torchreids(self) -> None:
+    def test_average_precision_is_torchreids(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(np, "bool", np.bool_, raising=False)  # numpy 1.26 lacks it, and torchreid uses it here
         search = random_search()
         _, mean_ap = host_scores(search, "euclidean", max_rank=5, use_metric_cuhk03=True)
         assert evaluate(**search, protocol="single-gallery-shot").mAP == pytest.approx(mean_ap, abs=1e-6)
