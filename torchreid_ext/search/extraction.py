@@ -1,7 +1,8 @@
-"""Extracts the features of a list of images: in batches, with a progress bar, and by several processes together."""
+"""Extracts the features of a list of images, by several processes together if there are, and keeps them in a file."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,13 @@ from pml_drsl.checks import InputError
 from pml_drsl.evaluation.ranking import share
 from torchreid_ext.evaluation.extraction import Samples, gather_samples
 from torchreid_ext.runtime import distributed
+from torchreid_ext.runtime.files import replacing
 from torchreid_ext.search.model import TrainedModel
 from torchreid_ext.search.preprocessing import Preprocessing
+from torchreid_ext.search.sources import SUFFIXES, Entry, Images, list_images, named
+
+# Beside the arrays of drsl-evaluate, which ignores these.
+_FINGERPRINT, _PATHS = "model_fingerprint", "{}_paths"
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,19 @@ class Features:
     features: Tensor
     kept: list[int]
     damaged: list[str]
+
+
+def list_sources(sources: Sequence[str]) -> Images:
+    """The images of folders and CSV files, as ``list_images`` finds them, and image files as gallery images.
+
+    Raises:
+        InputError: for a source that is missing or has no image, or two sources that name an image alike.
+    """
+    files = [source for source in sources if os.path.isfile(source) and source.lower().endswith(SUFFIXES)]
+    others = [source for source in sources if source not in files]
+    images = list_images(others) if others else Images()
+    images.gallery += map(named, files)
+    return images
 
 
 class _Files(Dataset[Any]):
@@ -119,3 +138,85 @@ def _extract(
     if not parts:
         return None
     return Samples(torch.cat(parts), np.array(kept), np.array(kept))
+
+
+@dataclass(frozen=True)
+class ExtractedSet:
+    """Images of a query set or a gallery, and their features.
+
+    Attributes:
+        entries: the N images.
+        features: [N, D] their features.
+    """
+
+    entries: list[Entry]
+    features: Tensor
+
+
+def write_features(
+    path: str | os.PathLike[str], model: TrainedModel, sets: dict[str, ExtractedSet], labelled: bool
+) -> None:
+    """Writes features in the format that ``drsl-evaluate`` reads, whole or not at all.
+
+    Args:
+        path: the .npz file.
+        model: the model that they are of.
+        sets: ``"query"`` and ``"gallery"``, or one of them.
+        labelled: write the identities and the cameras too, which ``drsl-evaluate`` needs.
+    """
+    arrays: dict[str, Any] = {_FINGERPRINT: np.array(model.fingerprint)}
+    for name, extracted in sets.items():
+        arrays[name] = extracted.features.numpy()
+        arrays[_PATHS.format(name)] = np.array([os.path.abspath(entry.path) for entry in extracted.entries])
+        if labelled:
+            arrays[f"{name}_ids"] = np.array([entry.identity for entry in extracted.entries])
+            arrays[f"{name}_cams"] = np.array([entry.camera for entry in extracted.entries])
+    with replacing(path) as file:
+        np.savez(file, **arrays)
+
+
+def read_gallery(path: str | os.PathLike[str], model: TrainedModel) -> ExtractedSet:
+    """The gallery of a file that :func:`write_features` wrote.
+
+    Raises:
+        InputError: for a file that is missing, damaged, of another format, without a gallery or of another model.
+    """
+    arrays = load_arrays(path)
+    missing = [name for name in (_FINGERPRINT, "gallery", _PATHS.format("gallery")) if name not in arrays]
+    if missing:
+        raise InputError(f"{os.fspath(path)!r} lacks {', '.join(missing)}: give a file of a gallery from drsl-extract")
+    if str(arrays[_FINGERPRINT]) != model.fingerprint:
+        raise InputError(
+            f"{os.fspath(path)!r} holds features of another model than {model.path!r}, and features of two models "
+            f"cannot be compared: extract them again with this checkpoint"
+        )
+    features, paths = arrays["gallery"], arrays[_PATHS.format("gallery")]
+    columns = [paths, *(arrays.get(f"gallery_{name}", np.full(paths.shape, "")) for name in ("ids", "cams"))]
+    if features.ndim != 2 or features.dtype.kind != "f" or any(part.shape != features.shape[:1] for part in columns):
+        raise InputError(
+            f"{os.fspath(path)!r}: gallery must hold [images, dimensions] numbers, and its paths, identities and "
+            f"cameras one value for each image; extract them again"
+        )
+    entries = [Entry(*map(str, row)) for row in zip(*columns, strict=True)]
+    return ExtractedSet(entries, torch.from_numpy(features.astype(np.float32)))
+
+
+def load_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray[Any, Any]]:
+    """All arrays of an .npz file; pickles in it are refused.
+
+    Raises:
+        InputError: for a file that is missing, cut short, damaged or of another format.
+        OSError: for a file that cannot be opened.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"there is no file {os.fspath(path)!r}")
+    with open(path, "rb") as file:
+        try:
+            with np.load(file, allow_pickle=False) as loaded:
+                arrays = {name: loaded[name] for name in loaded.files}
+                if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+                    raise ValueError("a part of the file is no array")
+                return arrays
+        except Exception as error:
+            # A damaged file may raise anything. numpy's messages are left out: they advise to allow pickles.
+            raise InputError(f"{os.fspath(path)!r} is damaged, or not an .npz file of plain arrays") from error

@@ -1,0 +1,200 @@
+"""Writes ranked galleries as web pages that need no other file and no network."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from PIL import Image
+
+from pml_drsl.checks import InputError
+from torchreid_ext.data.loading import read_image
+from torchreid_ext.runtime.files import replacing
+
+Box = tuple[int, int, int, int]
+"""Left, top, right and bottom of a part of an image in pixels, right and bottom excluded."""
+
+# Twice the size at which the page shows a picture, for screens with many pixels.
+THUMBNAIL = (256, 512)
+
+QUERIES_PER_PAGE = 100
+"""More queries than this are written on several pages, because every page holds its own pictures."""
+
+_MARKS = {
+    "right": ("✓", "same identity"),
+    "wrong": ("✗", "another identity"),
+    "junk": ("-", "same identity and camera, left out"),
+    "": ("", ""),
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image, or a tracklet of several images, with what is known of it.
+
+    Attributes:
+        files: the image file, or the image files of a tracklet.
+        identity: whom it shows; empty if unknown.
+        camera: which camera took it; empty if unknown.
+        crop: the part of the image that counts; None for the whole image.
+    """
+
+    files: str | Sequence[str]
+    identity: str = ""
+    camera: str = ""
+    crop: Box | None = None
+
+    @property
+    def path(self) -> str:
+        """The image file, or the first one of a tracklet."""
+        return self.files if isinstance(self.files, str) else self.files[0]
+
+
+@dataclass(frozen=True)
+class Found:
+    """An entry of the gallery, as a query found it.
+
+    Attributes:
+        picture: the entry.
+        distance: its distance from the query.
+        mark: ``"right"`` or ``"wrong"`` identity, ``"junk"`` that evaluation leaves out, or empty where the identity of
+            the query or of the entry is unknown.
+    """
+
+    picture: Picture
+    distance: float
+    mark: str = ""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A query and its nearest gallery entries.
+
+    Attributes:
+        query: the query.
+        matches: the entries, nearest first. Ranks count from 1 and leave junk out.
+        note: what the heading says beside the name of the query, for example its average precision.
+    """
+
+    query: Picture
+    matches: Sequence[Found]
+    note: str = ""
+
+
+def write_pages(
+    path: str | os.PathLike[str], rankings: Sequence[Ranking], caption: str, title: str = "Search results"
+) -> list[Path]:
+    """Writes rankings with all pictures inside, each page whole or not at all, and returns the pages.
+
+    Args:
+        path: the page. From 101 queries on there are more pages: ``NAME-2.html`` and so on, which link to each other.
+        rankings: the queries, one or more.
+        caption: a sentence below the title.
+        title: of the page.
+
+    Raises:
+        OSError: if a page cannot be written. A picture that cannot be read is named on the page instead.
+    """
+    first, count = Path(path), max(1, -(-len(rankings) // QUERIES_PER_PAGE))
+    pages = [first, *(first.with_name(f"{first.stem}-{number}{first.suffix}") for number in range(2, count + 1))]
+    template = resources.files("torchreid_ext.evaluation").joinpath("page.html").read_text(encoding="utf-8")
+    for number, page in enumerate(pages):
+        start = number * QUERIES_PER_PAGE
+        sections = _sections(rankings[start : start + QUERIES_PER_PAGE], start + 1)
+        parts = {"TITLE": [_text(title)], "CAPTION": [_text(caption)], "PAGES": [_links(pages, number)]}
+        with replacing(page) as file:
+            # The template is split once, so that the name of a file is never taken for a place in it.
+            for index, piece in enumerate(template.split("%%")):
+                for text in (sections if piece == "BODY" else parts[piece]) if index % 2 else [piece]:
+                    # A file's name may hold bytes that are no UTF-8.
+                    file.write(text.encode("utf-8", "backslashreplace"))
+    return pages
+
+
+def number(distance: float) -> str:
+    """A distance with four places; a negative one that rounds to zero has no sign."""
+    text = f"{distance:.4f}"
+    return text.removeprefix("-") if float(text) == 0 else text
+
+
+def _text(text: str) -> str:
+    return html.escape(text)
+
+
+def _links(pages: Sequence[Path], current: int) -> str:
+    if len(pages) == 1:
+        return ""
+    links = [
+        f"<b>{index + 1}</b>" if index == current else f'<a href="{_text(page.name)}">{index + 1}</a>'
+        for index, page in enumerate(pages)
+    ]
+    return f'<nav aria-label="Pages">Page {" ".join(links)}</nav>'
+
+
+def _sections(rankings: Sequence[Ranking], first: int) -> Iterator[str]:
+    for index, row in enumerate(rankings, first):
+        note = f" - {_text(row.note)}" if row.note else ""
+        yield (
+            f'<section aria-labelledby="query{index}">\n<h2 id="query{index}">{_text(Path(row.query.path).name)}{note}'
+            f'</h2>\n<div class="row">\n{_card(row.query, "query", "query")}\n<ol>\n'
+        )
+        rank = 0
+        for found in row.matches:
+            rank += found.mark != "junk"
+            name = "junk" if found.mark == "junk" else str(rank)
+            yield f"<li>{_card(found.picture, found.mark, name, found.distance)}</li>\n"
+        yield "</ol>\n</div>\n</section>\n"
+
+
+def _card(picture: Picture, kind: str, name: str, distance: float | None = None) -> str:
+    sign, words = _MARKS.get(kind, ("", ""))
+    about = [f"identity {picture.identity}" if picture.identity else ""]
+    about.append(f"camera {picture.camera}" if picture.camera else "")
+    about.append("part {}, {} to {}, {}".format(*picture.crop) if picture.crop else "")
+    about = [text for text in about if text]
+    full = picture.path if isinstance(picture.files, str) else f"{picture.path} and {len(picture.files) - 1} more"
+    spoken = [f"rank {name}" if name.isdigit() else name]
+    line = f"<b>{name}</b>"
+    if distance is not None:
+        spoken.append(f"distance {number(distance)}")
+        line += f'<span class="distance">{number(distance)}</span>'
+    spoken += [*about, words, Path(picture.path).name]
+    rows = [f'<span class="line">{line}</span>', *(f'<span class="about">{_text(text)}</span>' for text in about)]
+    if sign:
+        rows.append(f'<span class="words">{words}</span>')
+    # The end of the path fits below a thumbnail; the enlarged picture shows the whole path.
+    rows.append(f'<span class="path short">{_text("/".join(Path(picture.path).parts[-2:]))}</span>')
+    rows.append(f'<span class="path full">{_text(full)}</span>')
+    mark = f'<span class="mark">{sign}</span>' if sign else ""
+    return (
+        f'<button type="button" class="{f"card {kind}".strip()}" aria-label="{_text(", ".join(filter(None, spoken)))}">'
+        f'{_image(picture)}{mark}<span class="caption">{"".join(rows)}</span></button>'
+    )
+
+
+def _image(picture: Picture) -> str:
+    files = [picture.files] if isinstance(picture.files, str) else picture.files
+    # A tracklet is shown by four of its images, one from each quarter.
+    count = min(4, len(files))
+    try:
+        images = [read_image(files[index * len(files) // count]) for index in range(count)]
+    except InputError:
+        # An index may outlive its images, and a name given in Python is no file.
+        return '<span class="missing">the picture cannot be read</span>'
+    shown = images[0] if picture.crop is None else images[0].crop(picture.crop)
+    if count > 1:
+        cell = THUMBNAIL[0] // 2, THUMBNAIL[1] // 2
+        shown = Image.new("RGB", THUMBNAIL, (236, 236, 236))
+        for index, image in enumerate(images):
+            image.thumbnail(cell, Image.Resampling.LANCZOS)
+            shown.paste(image, (index % 2 * cell[0], index // 2 * cell[1]))
+    shown.thumbnail(THUMBNAIL, Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    shown.save(file, "JPEG", quality=85)
+    return f'<img src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}" alt="">'
