@@ -21,7 +21,14 @@ MAX_FUNCTION_LINES = 60
 FLOORS = (
     {"pml_drsl"},
     {"torchreid_ext.runtime"},
-    {"torchreid_ext.data", "torchreid_ext.evaluation", "torchreid_ext.checkpoint", "torchreid_ext.networks"},
+    {
+        "torchreid_ext.data",
+        "torchreid_ext.evaluation",
+        "torchreid_ext.checkpoint",
+        "torchreid_ext.networks",
+        "torchreid_ext.images",
+        "torchreid_ext.pixels",
+    },
     {"torchreid_ext.engine"},
     {"torchreid_ext.config"},
     {"torchreid_ext.search"},

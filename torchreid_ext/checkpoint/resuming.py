@@ -13,7 +13,8 @@ from torchreid_ext.runtime import distributed
 
 # Keys that cannot change: with another value, the weights or the state of the optimizer would not fit.
 FIXED = {
-    "model.name", "data.type", "data.sources", "data.split_id", "data.combineall", "cuhk03.labeled_images",
+    "model.name", "data.type", "data.sources", "data.split_id", "data.combineall", "data.validation",
+    "data.validation_seed", "data.identities", "cuhk03.labeled_images",
     "cuhk03.classic_split", "model.bnneck", "model.last_stride", "loss.name", "loss.pml.loss", "train.optim",
     "train.lr_scheduler", "train.warmup_epoch",
 }  # fmt: skip
@@ -111,7 +112,8 @@ def compare(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
         if before == now or key in FREE:
             continue
         line = f"{key}: {before!r} -> {now!r}"
-        if key in fixed:
+        # A key that the checkpoint lacks is newer than the checkpoint; by default it changes nothing.
+        if key in fixed and key in saved:
             refused.append(line)
         else:
             lines.append(line + (" (the checkpoint's is kept)" if key in KEPT else ""))

@@ -135,7 +135,9 @@ def train(cfg: config.Config) -> dict[str, Any]:
         ranking.print_side_by_side(columns, cfg.test.ranks)
     print(f'Checkpoints, TensorBoard log and metrics.json are in "{cfg.data.save_dir}"')
     if cfg.data.type == "image" and not cfg.test.evaluate:
-        query, gallery = ([item[0] for item in split] for split in datamanager.fetch_test_loaders(cfg.data.targets[0]))
+        query, gallery = (
+            [item[0] for item in split] for split in datamanager.fetch_test_loaders(datamanager.targets[0])
+        )
         print(next_commands(cfg.data.save_dir, query, gallery))
     return columns["trained"]
 

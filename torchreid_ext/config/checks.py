@@ -20,7 +20,8 @@ TRANSFORMS = ("random_flip", "random_crop", "random_patch", "color_jitter", "ran
 SCHEDULERS = ("single_step", "multi_step", "cosine", "none")
 
 LEAST = {
-    "data.workers": -1, "data.split_id": 0, "data.height": 1, "data.width": 1, "data.k_tfm": 1, "video.seq_len": 1,
+    "data.workers": -1, "data.split_id": 0, "data.height": 1, "data.width": 1, "data.k_tfm": 1,
+    "data.validation_seed": 0, "data.identities": 0, "video.seq_len": 1,
     "sampler.num_instances": 1, "sampler.num_cams": 1, "sampler.num_datasets": 1, "train.batch_size": 1,
     "train.warmup_epoch": 0, "train.stepsize": 1, "train.timeout": 1, "test.batch_size": 1,
 }  # fmt: skip

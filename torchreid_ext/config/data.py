@@ -16,6 +16,7 @@ from torchreid_ext.config.node import Config
 from torchreid_ext.data.datasets import register_datasets, without_empty_folders
 from torchreid_ext.data.loading import rebuilt
 from torchreid_ext.data.samplers import SAMPLERS
+from torchreid_ext.data.validation import check_overlap, check_shares, hold_out
 from torchreid_ext.runtime import distributed
 
 
@@ -23,7 +24,8 @@ def build_datamanager(cfg: Config) -> Any:
     """torchreid's data manager of ``data.type``, with the data sets of ``datasets`` registered.
 
     Raises:
-        InputError: for an unknown data set, sampler or augmentation, missing data, or a batch that cannot be filled.
+        InputError: for an unknown data set, sampler or augmentation, missing data, a batch that cannot be filled, or
+            images that are in two sources, or in training and in the test.
     """
     check(cfg)
     register_datasets(cfg.datasets)
@@ -35,20 +37,33 @@ def build_datamanager(cfg: Config) -> Any:
         raise InputError(
             f"data.k_tfm must be 1 for video, whose tracklets have several frames already; got {cfg.data.k_tfm}"
         )
+    check_shares(data_type, cfg.data.identities, cfg.data.validation)
+    reduced = bool(cfg.data.identities or cfg.data.validation)
     with _input_errors(cfg), without_empty_folders(Path(cfg.data.root)):
         manager = managers[data_type](
             **_arguments(cfg, data_type),
-            # A sampler of our own replaces the sampler of torchreid below.
-            train_sampler="SequentialSampler" if sampler in SAMPLERS else sampler,
+            # A sampler of our own, or of fewer images, replaces this one below.
+            train_sampler="SequentialSampler" if reduced or sampler in SAMPLERS else sampler,
         )
-    # torchreid loses this number when it joins several sources.
-    manager.train_loader.dataset.k_tfm = cfg.data.k_tfm
-    if sampler in SAMPLERS:
-        loader = manager.train_loader
-        pids = [items[1] for items in loader.dataset.train]
-        drawn = SAMPLERS[sampler](pids, cfg.train.batch_size, cfg.sampler.num_instances)
-        manager.train_loader = rebuilt(loader, loader.dataset, sampler=drawn)
+        # torchreid loses this number when it joins several sources.
+        manager.train_loader.dataset.k_tfm = cfg.data.k_tfm
+        if reduced:
+            hold_out(manager, cfg.data.identities, cfg.data.validation, cfg.data.validation_seed, cfg.test.batch_size)
+        if reduced or sampler in SAMPLERS:
+            loader = manager.train_loader
+            drawn = _sampler(cfg, sampler, loader.dataset.train)
+            manager.train_loader = rebuilt(loader, loader.dataset, sampler=drawn)
+    if not cfg.data.allow_overlap:
+        check_overlap(manager, tested=not cfg.data.combineall)
     return manager
+
+
+def _sampler(cfg: Config, name: str, items: list[Any]) -> Any:
+    """A training sampler, of our own or of torchreid, for items whose second entry is the identity."""
+    if name in SAMPLERS:
+        return SAMPLERS[name]([item[1] for item in items], cfg.train.batch_size, cfg.sampler.num_instances)
+    options = {key: cfg.sampler[key] for key in ("num_instances", "num_cams", "num_datasets")}
+    return torchreid.data.sampler.build_train_sampler(items, name, batch_size=cfg.train.batch_size, **options)
 
 
 def _arguments(cfg: Config, data_type: str) -> dict[str, Any]:
@@ -67,7 +82,8 @@ def _arguments(cfg: Config, data_type: str) -> dict[str, Any]:
     return {
         "root": cfg.data.root,
         "sources": cfg.data.sources,
-        "targets": cfg.data.targets,
+        # With validation identities, the targets are not tested on, and need not be there.
+        "targets": [] if cfg.data.validation and not cfg.data.load_train_targets else cfg.data.targets,
         "height": cfg.data.height,
         "width": cfg.data.width,
         "transforms": cfg.data.transforms,

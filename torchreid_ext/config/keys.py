@@ -124,6 +124,17 @@ OURS: dict[str, Entry] = {
         "batch normalisation neck: metric loss before it, cross-entropy and retrieval after it (Luo et al., TMM 2019)",
     ),
     "model.last_stride": (2, "stride of the last stage, for networks with a layer4; 1 keeps its resolution"),
+    "data.validation": (
+        0.0,
+        "share of the training identities, in (0, 1), that is taken out of training and tested on instead of the "
+        "targets; 0: none",
+    ),
+    "data.validation_seed": (0, "seed of the draw of the validation identities"),
+    "data.identities": (0, "number of training identities to draw before the validation identities; 0: all"),
+    "data.allow_overlap": (
+        False,
+        "allow images that are in two sources, or both in training and in the test",
+    ),
     "datasets": ({}, "data sets of your own, by name: see torchreid_ext.data.datasets.register_datasets"),
     "train.warmup_epoch": (0, "epochs at the start over which the learning rate rises linearly to its full value"),
     "train.sync_batchnorm": (False, "several GPUs: batch normalisation over the whole batch, not over each share"),

@@ -2,7 +2,7 @@
 
 The import of this module registers ``synthetic_pedestrians`` (images) and ``synthetic_tracklets`` (video).
 :func:`register_datasets` registers the data sets of a configuration. Each of them is a :class:`ConfiguredDataset`, and
-:mod:`torchreid_ext.data.listing` reads it.
+:mod:`torchreid_ext.data.splits` reads it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import Any
 import torchreid
 
 from pml_drsl.checks import InputError
-from torchreid_ext.data.listing import Splits, check_splits, read_csv, read_folder
-from torchreid_ext.data.options import Options, make_options
+from torchreid_ext.data.options import SetOptions, make_options
+from torchreid_ext.data.splits import check_splits, read_csv, read_folder
 from torchreid_ext.data.synthetic.pedestrians import NAME as PEDESTRIANS
 from torchreid_ext.data.synthetic.pedestrians import SyntheticPedestrians
 from torchreid_ext.data.synthetic.tracklets import NAME as TRACKLETS
 from torchreid_ext.data.synthetic.tracklets import SyntheticTracklets
+from torchreid_ext.images import SPLITS, Table
 
 __all__ = [
     "ConfiguredDataset",
@@ -38,19 +39,20 @@ def _numbers(names: Iterable[str]) -> dict[str, int]:
     return {name: number for number, name in enumerate(sorted(set(names)))}
 
 
-def _numbered(splits: Splits) -> list[list[Item]]:
+def _numbered(table: Table) -> list[list[Item]]:
     """Replaces names by numbers from 0, in the order of the names, and returns train, query and gallery.
 
-    The identities for training have their own numbers. A camera has the same number in every split. The cameras of the
-    training images come first, so that their numbers have no gaps: torchreid relies on that when it joins data sets.
+    The identities for training have their own numbers. A camera has the same number in every split; an image whose
+    camera is not known has a camera of its own. The cameras of the training images come first, so that their numbers
+    have no gaps: torchreid relies on that when it joins data sets.
     """
-    trained = _numbers(row.pid for row in splits.train)
-    tested = _numbers(row.pid for row in (*splits.query, *splits.gallery))
-    camids = _numbers(row.camid for row in splits.train)
-    for camera in sorted({row.camid for row in (*splits.query, *splits.gallery)} - set(camids)):
-        camids[camera] = len(camids)
-    pairs = ((splits.train, trained), (splits.query, tested), (splits.gallery, tested))
-    return [[(row.path, pids[row.pid], camids[row.camid]) for row in split] for split, pids in pairs]
+    train, test = table.train, table.query + table.gallery
+    trained, tested = (_numbers(row.identity for row in rows) for rows in (train, test))
+    cameras = _numbers(row.camera or row.path for row in train)
+    for camera in sorted({row.camera or row.path for row in test} - set(cameras)):
+        cameras[camera] = len(cameras)
+    pairs = ((train, trained), (table.query, tested), (table.gallery, tested))
+    return [[(row.path, pids[row.identity], cameras[row.camera or row.path]) for row in rows] for rows, pids in pairs]
 
 
 class ConfiguredDataset(torchreid.data.ImageDataset):
@@ -63,23 +65,53 @@ class ConfiguredDataset(torchreid.data.ImageDataset):
         name: name of the data set, for messages.
         options: from :func:`torchreid_ext.data.options.make_options`.
         root: the folder that contains the ``folder`` or the ``csv`` of the options.
-        kwargs: the arguments that torchreid's data managers pass (transform, k_tfm, mode, combineall, verbose, ...).
-            Arguments for other data sets (split_id, cuhk03_labeled, ...) are ignored.
+        mode: train, query or gallery; a data set without a test set has no other mode than train.
+        combineall: train on train, query and gallery together.
+        verbose: print the counts, and what was left out.
+        kwargs: the other arguments that torchreid's data managers pass (transform, k_tfm, ...). Arguments for other
+            data sets (split_id, cuhk03_labeled, ...) are ignored.
 
     Raises:
         InputError: if the data cannot be used. The message names the data set, the file or value, and the fix.
     """
 
-    def __init__(self, name: str, options: Options, root: str = "", **kwargs: Any) -> None:
+    train: list[Any]
+    query: list[Any]
+    gallery: list[Any]
+
+    def __init__(
+        self,
+        name: str,
+        options: SetOptions,
+        root: str = "",
+        mode: str = "train",
+        combineall: bool = False,
+        verbose: bool = True,
+        **kwargs: Any,
+    ) -> None:
         self.name = name
-        splits = read_csv(name, options, root) if options.csv is not None else read_folder(name, options, root)
-        check_splits(name, splits)
-        super().__init__(*_numbered(splits), **kwargs)
+        self.table = read_csv(name, options, root) if options.csv is not None else read_folder(name, options, root)
+        check_splits(name, self.table, mode)
+        splits = _numbered(self.table)
+        # torchreid's constructor looks at the first item of every split, also of one that is empty.
+        some = next(filter(None, splits))
+        super().__init__(*(items or some for items in splits), mode=mode, verbose=False, **kwargs)
+        for split, items in zip(SPLITS, splits, strict=True):
+            if not items:
+                setattr(self, split, [])
+        if combineall:
+            self.combine_all()
+        self.data = getattr(self, mode)
+        self.num_train_pids, self.num_train_cams = self.get_num_pids(self.train), self.get_num_cams(self.train)
+        if verbose:
+            self.show_summary()
 
     def show_summary(self) -> None:
-        """Prints the data set's name and its counts."""
+        """Prints the data set's name, its counts, and the files that were left out."""
         print(f"=> {self.name}")
         super().show_summary()
+        if line := self.table.about_left_out():
+            print(f"=> {self.name}: {line}")
 
     def combine_all(self) -> None:
         """Adds each test image to the training set once. The new identities get the numbers after the old ones.
@@ -90,9 +122,7 @@ class ConfiguredDataset(torchreid.data.ImageDataset):
         tested = sorted({*self.query, *self.gallery})
         first = self.get_num_pids(self.train)
         pids = {pid: number for number, pid in enumerate(sorted({item[1] for item in tested}), first)}
-        self.train += [(path, pids[pid], camid, dataset) for path, pid, camid, dataset in tested]
-        self.num_train_pids = self.get_num_pids(self.train)
-        self.num_train_cams = self.get_num_cams(self.train)
+        self.train = self.train + [(path, pids[pid], camid, dataset) for path, pid, camid, dataset in tested]
 
 
 class _Entry:
@@ -102,7 +132,7 @@ class _Entry:
     options of this entry.
     """
 
-    def __init__(self, name: str, options: Options) -> None:
+    def __init__(self, name: str, options: SetOptions) -> None:
         self.name, self.options = name, options
 
     def __call__(self, **kwargs: Any) -> ConfiguredDataset:
@@ -116,28 +146,8 @@ def register_datasets(datasets: Mapping[str, Mapping[str, Any]]) -> None:
     """Registers each configured data set with torchreid's data managers, under its name.
 
     All options are checked before any name is registered. Files are read only when a data manager makes the data set.
-    A name that this function registered before gets the new options.
-
-    Options of a folder of images:
-        folder: folder below ``data.root``. Default: '', which is the root itself.
-        pattern: regular expression, matched against the whole POSIX path relative to ``folder``, with named groups
-            ``identity`` and ``camera``. Default: ``[ANYTHING/]IDENTITY/CAMERA_ANYTHING.png`` (or another image suffix).
-            Files that do not match are left out.
-        train, test: lists of the files for training and for test. Each entry is a path relative to ``folder``. It names
-            a file, or a folder with all files below it. ``*``, ``?`` and ``[]`` match characters of one name, ``**``
-            matches any number of folders. Files that no entry selects are left out. If both lists are missing, the
-            identities are split at random.
-        test_fraction: share of the identities to test on, between 0 and 1. Default: 0.5.
-        seed: seed of the random split. Default: 0.
-        query_cameras: cameras whose test images are queries. All other test images are in the gallery. By default, the
-            first image of each test identity and camera is a query, and every test image is in the gallery. This is
-            safe because evaluation ignores gallery images that have the identity and the camera of the query.
-        min_images: identities with fewer images are left out. Default: 1.
-
-    Options of a CSV:
-        csv: path below ``data.root`` of a file with the columns path, pid, camid and split (train, query or gallery).
-            Paths are relative to the folder of the CSV. A path may be in the CSV once, or once as query and once as
-            gallery.
+    A name that this function registered before gets the new options. The options are the attributes of
+    :class:`torchreid_ext.data.options.SetOptions`.
 
     Args:
         datasets: the options of each data set, by its name.

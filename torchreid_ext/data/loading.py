@@ -1,56 +1,44 @@
-"""Wraps data loaders so that an unreadable image is an error; torchreid's ``read_image`` would try again for ever.
+"""Wraps data loaders so that images are read as everywhere in this package, and an unreadable image is an error.
 
-The wrapper decodes each image completely before the data set reads it for the first time. It does so once in a run,
-because the workers of the loader share the record of the images that were decoded.
+torchreid's own ``read_image`` tries for ever to read a damaged image, leaves photos on their side, and makes 16-bit
+images white.
 """
 
 from __future__ import annotations
 
 import os
-import struct
-import zlib
+from collections.abc import Callable
+from functools import lru_cache
+from types import FunctionType
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from pml_drsl.checks import InputError
-
-# The errors that Pillow raises for damaged files. DecompressionBombError means that the image is suspiciously large.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+from torchreid_ext.pixels import read_image as read_image
 
 
-def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Decodes an image completely, as torchreid does.
+@lru_cache
+def _reader(kind: type) -> Callable[[Any, int], Any] | None:
+    """The ``__getitem__`` of a class of data sets, with our reader in the place of torchreid's ``read_image``.
 
-    Returns:
-        The image in RGB.
-
-    Raises:
-        InputError: if the file is missing, empty, damaged, too large, or not an image. The message names the file.
+    It is the data set's own code, so that it draws the same random numbers in the same order. None for a class whose
+    ``__getitem__`` reads images in another way.
     """
-    if not os.path.isfile(path):
-        raise InputError(f"cannot read image {os.fspath(path)!r}: there is no such file")
-    if os.path.getsize(path) == 0:
-        raise InputError(f"cannot read image {os.fspath(path)!r}: the file is empty; restore it or remove it")
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except _DAMAGE as error:
-        reason = f"it is damaged ({error})"
-        if isinstance(error, UnidentifiedImageError):
-            reason = "it is not an image"
-        elif isinstance(error, Image.DecompressionBombError):
-            reason = f"it is too large ({error})"
-        raise InputError(f"cannot read image {os.fspath(path)!r}: {reason}; restore it or remove it") from error
+    method = getattr(kind, "__getitem__", None)
+    if not isinstance(method, FunctionType) or "read_image" not in method.__code__.co_names:
+        return None
+    names = {**method.__globals__, "read_image": read_image}
+    return FunctionType(method.__code__, names, method.__name__, method.__defaults__, method.__closure__)
 
 
 class ReadableDataset(Dataset[Any]):
-    """A torchreid data set that checks the images of an entry before it reads the entry for the first time.
+    """A torchreid data set whose images are read with :func:`torchreid_ext.pixels.read_image`.
 
-    Every attribute of the wrapped data set (``data``, ``train``, ``num_train_pids``, ...) can be read from this
-    data set too.
+    A data set that reads in its own way has its images checked before it reads an entry for the first time.
+    Every attribute of the wrapped data set (``data``, ``train``, ``num_train_pids``, ...) can be read from this data
+    set too.
 
     Args:
         dataset: an image or video data set of torchreid. ``dataset.data[i][0]`` is a path or a sequence of paths.
@@ -61,6 +49,7 @@ class ReadableDataset(Dataset[Any]):
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
+        # The workers of a loader share the record of the entries that were checked.
         self._checked = torch.zeros(len(dataset), dtype=torch.uint8)
         self._checked.share_memory_()
 
@@ -68,6 +57,9 @@ class ReadableDataset(Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
+        kind: type = type(self.dataset)
+        if read := _reader(kind):
+            return read(self.dataset, index)
         if not self._checked[index]:
             paths = self.dataset.data[index][0]
             for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
@@ -83,7 +75,7 @@ class ReadableDataset(Dataset[Any]):
 
 
 def readable(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """Returns a loader like ``loader`` that raises InputError for an unreadable image.
+    """Returns a loader like ``loader`` that reads images with our reader, which refuses an unreadable image.
 
     Both loaders share the sampler (or batch sampler), the generator and the functions, so that they give the same
     batches. A loader that this function returned before is returned unchanged.

@@ -1,37 +1,61 @@
-"""Checks the options that describe a data set in a configuration.
-
-Users find the meaning of the options in :func:`torchreid_ext.data.datasets.register_datasets`.
-"""
+"""Checks the options that describe a data set in a configuration (``datasets.NAME``)."""
 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from pml_drsl.checks import InputError
-
-DEFAULT_PATTERN = r"(?i:(?:.*/)?(?P<identity>[^/]+)/(?P<camera>[^/_]+)_[^/]*\.(?:png|jpe?g|bmp|webp|tiff?|ppm|pgm))"
+from torchreid_ext.images import JUNK, pattern
 
 
 @dataclass(frozen=True)
-class Options:
-    """The checked options of a data set, with defaults. ``csv`` is ``None`` for a folder of images."""
+class SetOptions:
+    """The options of a data set.
 
-    folder: str = ""
-    pattern: str = DEFAULT_PATTERN
+    Attributes:
+        folder: folder below ``data.root``, or a list of them; '' is the root itself. An identity that has one name in
+            two folders is one person.
+        csv: path below ``data.root`` of a CSV file (see :func:`torchreid_ext.images.read_csv`) in place of a folder.
+        pattern: how the paths below a folder carry names: a key of :data:`torchreid_ext.images.NAMES`, or a regular
+            expression for the whole POSIX path with the named groups identity and camera.
+        cameras: ``"names"``: names (or the column camid) carry cameras, and images without one are left out;
+            ``"none"``: cameras do not matter, and every other image of an identity is a match.
+        train: files to train on. Each entry is a path relative to ``folder`` of a file, or of a folder with all files
+            below it. ``*``, ``?`` and ``[]`` match characters of one name, ``**`` matches any number of folders.
+        test: files to test on, likewise. An empty list makes a data set that only trains, an empty ``train`` one that
+            is only tested on. If both are missing, the identities are split at random.
+        test_fraction: share of the identities to test on, between 0 and 1.
+        seed: seed of the random split.
+        query_cameras: cameras whose test images are queries; all other test images are the gallery. By default, the
+            first image of each test identity and camera is a query, and every test image is in the gallery.
+        min_images: identities with fewer images are left out.
+        junk: identities whose images are left out everywhere.
+    """
+
+    folder: tuple[str, ...] = ("",)
+    csv: str | None = None
+    pattern: str = "folder"
+    cameras: str = "names"
     train: tuple[str, ...] | None = None
     test: tuple[str, ...] | None = None
     test_fraction: float = 0.5
     seed: int = 0
     query_cameras: tuple[str, ...] | None = None
     min_images: int = 1
-    csv: str | None = None
+    junk: tuple[str, ...] = JUNK
 
 
-def make_options(name: str, given: Mapping[str, Any]) -> Options:
+LISTS = {"folder": 1, "train": 0, "test": 0, "query_cameras": 1, "junk": 0}
+"""Options that are lists, with the least number of entries."""
+
+WITH_CSV = {"csv", "cameras", "junk"}
+"""Options that a data set of a CSV may have."""
+
+
+def make_options(name: str, given: Mapping[str, Any]) -> SetOptions:
     """Checks the options of the data set ``name``.
 
     Raises:
@@ -40,19 +64,23 @@ def make_options(name: str, given: Mapping[str, Any]) -> Options:
     where = f"datasets.{name}"
     if not isinstance(given, Mapping):
         raise InputError(f"{where}={given!r} must be a mapping of options, such as {{folder: images}}")
-    known = [option.name for option in fields(Options)]
+    known = [option.name for option in fields(SetOptions)]
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
             raise InputError(f"{where}.{key} is not an option; did you mean {near[0]!r}? Known: {', '.join(known)}")
     _check_combination(where, given)
     values = dict(given)
-    for key in ("train", "test", "query_cameras"):
+    if isinstance(values.get("folder"), str):
+        values["folder"] = [values["folder"]]
+    for key, least in LISTS.items():
         if key in values:
-            if isinstance(values[key], str) or not isinstance(values[key], (list, tuple)) or not values[key]:
-                raise InputError(f"{where}.{key}={values[key]!r} must be a list of one or more entries, such as [a, b]")
-            values[key] = tuple(str(entry) for entry in values[key])
-    for key in ("folder", "pattern", "csv"):
+            entries = values[key]
+            if isinstance(entries, str) or not isinstance(entries, (list, tuple)) or len(entries) < least:
+                kind = "one or more entries" if least else "entries"
+                raise InputError(f"{where}.{key}={entries!r} must be a list of {kind}, such as [a, b]")
+            values[key] = tuple(map(str, entries))
+    for key in ("pattern", "csv"):
         if key in values and not isinstance(values[key], str):
             raise InputError(f"{where}.{key}={values[key]!r} must be a string")
     for key, least in (("seed", 0), ("min_images", 1)):
@@ -61,27 +89,30 @@ def make_options(name: str, given: Mapping[str, Any]) -> Options:
     fraction = values.get("test_fraction", 0.5)
     if type(fraction) not in (int, float) or not 0.0 < fraction < 1.0:
         raise InputError(f"{where}.test_fraction={fraction!r} must be greater than 0 and less than 1")
-    _check_pattern(where, values.get("pattern", DEFAULT_PATTERN))
-    return Options(**values)
+    options = SetOptions(**values)
+    if options.cameras not in ("names", "none"):
+        raise InputError(f"{where}.cameras={options.cameras!r} must be names or none")
+    names = pattern(options.pattern, f"{where}.pattern")
+    if options.cameras == "names" and "camera" not in names.groupindex:
+        raise InputError(
+            f"{where}.pattern={options.pattern!r} has no group camera: add (?P<camera>...), or set {where}.cameras: "
+            f"none"
+        )
+    return options
 
 
 def _check_combination(where: str, given: Mapping[str, Any]) -> None:
     """Raises InputError for options that exclude each other."""
-    if "csv" in given and len(given) > 1:
-        other = sorted(set(given) - {"csv"})
-        raise InputError(f"{where} has csv and {other}: with a CSV there are no other options, remove them")
+    if "csv" in given and not WITH_CSV.issuperset(given):
+        other = sorted(set(given) - WITH_CSV)
+        raise InputError(f"{where} has csv and {other}: a CSV takes {sorted(WITH_CSV)} alone, remove the others")
     if ("train" in given) != ("test" in given):
         raise InputError(f"{where} has only one of train and test: give both, or neither for a random split")
+    if "train" in given and not (given["train"] or given["test"]):
+        raise InputError(f"{where}.train and {where}.test are both empty: name files in one of them")
     if "train" in given and not {"test_fraction", "seed"}.isdisjoint(given):
         raise InputError(f"{where} has train and test, so there is no random split: remove test_fraction and seed")
-
-
-def _check_pattern(where: str, pattern: str) -> None:
-    """Raises InputError if the pattern is not a regular expression with the groups that are needed."""
-    try:
-        groups = re.compile(pattern).groupindex
-    except re.error as error:
-        raise InputError(f"{where}.pattern={pattern!r} is not a regular expression: {error}") from error
-    for group in ("identity", "camera"):
-        if group not in groups:
-            raise InputError(f"{where}.pattern={pattern!r} has no group {group}: add (?P<{group}>...)")
+    if given.get("cameras") == "none" and "query_cameras" in given:
+        raise InputError(
+            f"{where} has query_cameras and cameras: none, which contradict each other: remove one of them"
+        )

@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from pml_drsl.checks import InputError
+from torchreid_ext.pixels import read_image
 
 Colour = tuple[int, int, int]
 Entry = str | Sequence[str]
@@ -73,8 +74,7 @@ def _paste(page: Image.Image, entry: Entry, left: int, top: int, frame: Colour, 
     size = _IMAGE[0] // columns, _IMAGE[1] // columns
     cell = Image.new("RGB", _IMAGE, (236, 236, 236))
     for number, path in enumerate(paths):
-        with Image.open(path) as image:
-            fitted = ImageOps.pad(image.convert("RGB"), size, Image.Resampling.LANCZOS, color=(236, 236, 236))
+        fitted = ImageOps.pad(read_image(path), size, Image.Resampling.LANCZOS, color=(236, 236, 236))
         cell.paste(fitted, (number % columns * size[0], number // columns * size[1]))
     if grey:
         cell = Image.blend(ImageOps.grayscale(cell).convert("RGB"), Image.new("RGB", _IMAGE, PAPER), 0.5)

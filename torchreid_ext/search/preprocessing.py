@@ -13,12 +13,12 @@ from torch import Tensor
 from torchvision.transforms import functional as transforms
 
 from pml_drsl.checks import InputError
-from torchreid_ext.data.loading import read_image
+from torchreid_ext.pixels import check_not_empty, read_image
 from torchreid_ext.search.model import TrainedModel
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any] | Tensor"
-"""One image: a path; a PIL image; an [H, W, 3] or [H, W] uint8 array in RGB order; or a [3, H, W] tensor, uint8 or
-floating in [0, 1]. It is not normalised yet."""
+"""One image: a path, a PIL image or an array, as :func:`torchreid_ext.pixels.read_image` takes them; or a [3, H, W]
+tensor, uint8 or floating in [0, 1]. It is not normalised yet."""
 
 Box: TypeAlias = tuple[int, int, int, int]
 """Left, top, right and bottom of a part of an image in pixels, right and bottom excluded."""
@@ -65,23 +65,13 @@ class Preprocessing:
 
 
 def as_image(image: ImageLike) -> Image.Image | Tensor:
-    """An RGB image, or a [3, H, W] float32 tensor in [0, 1] where the image is a floating tensor.
+    """An upright RGB image, or a [3, H, W] float32 tensor in [0, 1] where the image is a floating tensor.
 
     Raises:
         InputError: as :meth:`Preprocessing.resized`.
     """
-    if isinstance(image, (str, os.PathLike)):
+    if isinstance(image, (str, os.PathLike, Image.Image, np.ndarray)):
         return read_image(image)
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
-            raise InputError(
-                f"an array of shape {list(image.shape)} and type {image.dtype} is not an image: give [H, W, 3] uint8 "
-                f"in RGB order, or a tensor of shape [3, H, W]"
-            )
-        _not_empty(image.shape, image.size)
-        return Image.fromarray(image).convert("RGB")
     if isinstance(image, Tensor):
         return _from_tensor(image.detach().cpu())
     raise InputError(f"a {type(image).__name__} is not an image: give a path, a PIL image, an array or a tensor")
@@ -99,7 +89,7 @@ def as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
 def _from_tensor(image: Tensor) -> Image.Image | Tensor:
     if image.ndim != 3 or image.shape[0] != 3:
         raise InputError(f"a tensor of shape {list(image.shape)} is not an image: give [3, H, W], or [N, 3, H, W]")
-    _not_empty(image.shape, image.numel())
+    check_not_empty(image.shape)
     if image.dtype == torch.uint8:
         return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     if not image.is_floating_point():
@@ -111,11 +101,6 @@ def _from_tensor(image: Tensor) -> Image.Image | Tensor:
             f"are normalised here with the model's own mean and standard deviation"
         )
     return image.float()
-
-
-def _not_empty(shape: Sequence[int], size: int) -> None:
-    if not size:
-        raise InputError(f"an image of shape {list(shape)} has no pixels")
 
 
 def _checked(crop: Box, width: int, height: int) -> Box:

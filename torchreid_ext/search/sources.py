@@ -1,10 +1,10 @@
-"""Lists the images of folders, CSV files and data sets, with the identities and cameras that their names carry."""
+"""Lists the images that the commands are given, and those on which a run was tested."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,11 @@ from typing import Any
 import torchreid
 
 from pml_drsl.checks import InputError
+from torchreid_ext import images
 from torchreid_ext.config import build
 from torchreid_ext.data.datasets import register_datasets, without_empty_folders
-from torchreid_ext.data.listing import read_csv, walk
-from torchreid_ext.data.options import DEFAULT_PATTERN, make_options
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-
-_MARKET = re.compile(r"(?:.*/)?(?P<identity>-1|\d+)_c(?P<camera>\d+)[^/]*")
-_NAMES = (_MARKET, re.compile(DEFAULT_PATTERN))
-# The folders of Market-1501's layout; DukeMTMC-reID and the drawn pedestrians have the same.
-_QUERY, _GALLERY = "query", ("bounding_box_test", "gallery")
-# Market-1501 gives this identity to images that its evaluation leaves out.
-_LEFT_OUT = "-1"
+from torchreid_ext.images import Row, Table, read_csv, with_queries
+from torchreid_ext.pixels import SUFFIXES as SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -63,95 +55,89 @@ class Images:
         return bool(self.query) and all(entry.identity and entry.camera for entry in every)
 
 
-def named(path: str, name: str | None = None) -> Entry:
-    """An image with the identity and the camera in its name: ``0002_c1s1_000451_03.jpg``, or ``IDENTITY/CAMERA_*.png``.
+def _entries(rows: Sequence[Row]) -> list[Entry]:
+    return [Entry(*row[:3]) for row in rows]
+
+
+def _images(table: Table) -> Images:
+    return Images(_entries(table.query), _entries(table.gallery), table.left_out.get(images.NO_IMAGES, []))
+
+
+def named(path: str, names: str = "market") -> Entry:
+    """An image with the identity and the camera in its path; see :func:`torchreid_ext.images.named`."""
+    return Entry(*images.named(path, images.pattern(names, "--names"))[:3])
+
+
+def list_images(sources: Sequence[str], names: str = "market") -> Images:
+    """The test images of folders and CSV files together; see :func:`list_table`."""
+    return _images(list_table(sources, names))
+
+
+def list_folder(folder: str, names: str = "market") -> Images:
+    """All images below a folder as gallery; see :func:`torchreid_ext.images.list_folder`."""
+    return _images(images.list_folder(folder, images.pattern(names, "--names")))
+
+
+def list_table(sources: Sequence[str], names: str = "market") -> Table:
+    """The test images of folders and CSV files together.
+
+    A CSV file is as :func:`torchreid_ext.images.read_csv` reads it; its training images are left out. A folder may have
+    Market-1501's layout (``query`` and ``bounding_box_test``), or be one of these two, or hold images in any folders
+    below it. Where the identity and the camera of every such image are known, the first of each identity and camera is
+    a query too.
 
     Args:
-        path: the image file.
-        name: the part of the path, with slashes, that may carry the names; None for the file and its folder.
-    """
-    name = "/".join(Path(path).parts[-2:]) if name is None else name
-    for pattern in _NAMES:
-        if found := pattern.fullmatch(name):
-            return Entry(path, found["identity"], found["camera"])
-    return Entry(path)
-
-
-def list_images(sources: Sequence[str]) -> Images:
-    """The images of folders and CSV files together.
-
-    A CSV file has the columns path, pid, camid and split; its training images are left out. A folder may have
-    Market-1501's layout (``query`` and ``bounding_box_test``), or be one of these two, or hold images in any folders
-    below it. Where such images are named ``IDENTITY/CAMERA_*.png``, all are gallery images, and the first of each
-    identity and camera is a query too.
+        sources: folders and CSV files.
+        names: how names carry identities and cameras; see :func:`torchreid_ext.images.pattern`.
 
     Raises:
         InputError: for a source that is missing, has no image, or names an image as another source does.
     """
-    images, origin = Images(), dict[tuple[str, str], str]()
+    carried = images.pattern(names, "--names")
+    table, origin = Table(), dict[tuple[str, str], str]()
     for source in sources:
-        found = _listed(source)
-        for role, entries in (("query", found.query), ("gallery", found.gallery)):
-            for entry in entries:
-                name = os.path.relpath(entry.path, source if os.path.isdir(source) else os.path.dirname(source))
-                other = origin.setdefault((role, name), source)
-                if other is not source:
-                    raise InputError(
-                        f"{other!r} and {source!r} both have a {role} image {name!r}, so their identities cannot be "
-                        f"told apart: give each folder by itself, or put both below one folder and give that one"
-                    )
-        images.query += found.query
-        images.gallery += found.gallery
-        images.ignored += found.ignored
-    return images
+        found = _listed(source, carried)
+        for row in found.rows:
+            name = os.path.relpath(row.path, source if os.path.isdir(source) else os.path.dirname(source))
+            other = origin.setdefault((row.split, name), source)
+            if other is not source:
+                raise InputError(
+                    f"{other!r} and {source!r} both have a {row.split} image {name!r}, so their identities cannot be "
+                    f"told apart: give each folder by itself, or put both below one folder and give that one"
+                )
+        table.rows += found.rows
+        table.leave_out_all(found)
+    return table
 
 
-def _listed(source: str) -> Images:
+# The folders of Market-1501's layout; DukeMTMC-reID and the drawn pedestrians have the same.
+_QUERY, _GALLERY = "query", ("bounding_box_test", "gallery")
+
+
+def _listed(source: str, names: re.Pattern[str]) -> Table:
     if os.path.isfile(source):
         if not source.lower().endswith(".csv"):
             raise InputError(f"{source!r} is neither a folder nor a CSV file")
-        splits = read_csv(source, make_options(source, {"csv": os.path.abspath(source)}), "")
-        query, gallery = ([Entry(*row) for row in split] for split in (splits.query, splits.gallery))
-        if not query and not gallery:
+        table = read_csv(os.path.abspath(source))
+        table.rows = [row for row in table.rows if row.split != "train"]
+        if not table.rows:
             raise InputError(f"{source!r} lists no image with the split query or gallery")
-        return Images(query, gallery)
+        return table
     if not os.path.isdir(source):
         raise InputError(f"{source!r} does not exist: give a folder of images, or a CSV file")
     layout = [name for name in _GALLERY if os.path.isdir(os.path.join(source, name))]
     if layout and os.path.isdir(os.path.join(source, _QUERY)):
-        asked, images = (list_folder(os.path.join(source, name)) for name in (_QUERY, layout[0]))
-        return Images(asked.gallery, images.gallery, asked.ignored + images.ignored)
-    images = list_folder(source)
+        query, table = (images.list_folder(os.path.join(source, name), names) for name in (_QUERY, layout[0]))
+        query.rows = [row._replace(split="query") for row in query.rows] + table.rows
+        query.leave_out_all(table)
+        return query
+    table = images.list_folder(source, names)
     name = Path(source).absolute().name
     if name == _QUERY:
-        return Images(images.gallery, [], images.ignored)
-    if name not in _GALLERY and all(entry.identity and entry.camera for entry in images.gallery):
-        first = {(entry.identity, entry.camera): entry for entry in reversed(images.gallery)}
-        images.query = [entry for entry in images.gallery if first[entry.identity, entry.camera] is entry]
-    return images
-
-
-def list_folder(folder: str) -> Images:
-    """All images below a folder, in the order of their names, as gallery images.
-
-    The name of the folder itself is no identity: it is the folder of a whole collection.
-
-    Raises:
-        InputError: if the folder is missing or has no image.
-    """
-    if not os.path.isdir(folder):
-        raise InputError(f"there is no folder {folder!r}")
-    images = Images()
-    for name in walk(Path(folder)):
-        if name.lower().endswith(SUFFIXES):
-            entry = named(str(Path(folder, name)), name)
-            if entry.identity != _LEFT_OUT:
-                images.gallery.append(entry)
-        else:
-            images.ignored.append(name)
-    if not images.gallery:
-        raise InputError(f"there is no image below {folder!r}: names of images end in {' '.join(SUFFIXES)}")
-    return images
+        table.rows = [row._replace(split="query") for row in table.rows]
+    elif name not in _GALLERY and all(row.identity and row.camera for row in table.rows):
+        table.rows = with_queries(table.rows)
+    return table
 
 
 def test_images(config: build.Config) -> Images:
@@ -171,8 +157,4 @@ def test_images(config: build.Config) -> Images:
             )
     except (OSError, RuntimeError) as error:
         raise InputError(f"cannot read {target!r} below {root!r}: {error}. Give its folder or CSV file") from error
-
-    def entries(items: Iterable[Any]) -> list[Entry]:
-        return [Entry(item[0], str(item[1]), str(item[2])) for item in items]
-
-    return Images(entries(dataset.query), entries(dataset.gallery))
+    return _images(images.from_torchreid(dataset))

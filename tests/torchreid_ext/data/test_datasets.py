@@ -3,39 +3,33 @@
 from __future__ import annotations
 
 import csv
+import itertools
+import json
 import pickle
 import uuid
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torchreid
-from PIL import Image
+from people_folders import draw, make_folder, people
 
 from pml_drsl.checks import InputError
+from torchreid_ext.cli.train import main
 from torchreid_ext.data.datasets import ConfiguredDataset, register_datasets
-from torchreid_ext.data.listing import selects
 from torchreid_ext.data.options import make_options
+from torchreid_ext.data.splits import selects
+
+PEOPLE = [f"p{number}" for number in range(8)]
 
 
-def draw(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 16), (len(path.name), 60, 90)).save(path)
+def load(root: Path, name: str = "mine", verbose: bool = False, **options: Any) -> ConfiguredDataset:
+    return ConfiguredDataset(name, make_options(name, options), root=str(root), verbose=verbose)
 
 
-def make_folder(folder: Path, pids: list[str], cameras: list[str], shots: int = 2) -> None:
-    for pid in pids:
-        for camera in cameras:
-            for shot in range(shots):
-                draw(folder / pid / f"{camera}_{shot}.png")
-
-
-def load(root: Path, name: str = "mine", **options: Any) -> ConfiguredDataset:
-    return ConfiguredDataset(name, make_options(name, options), root=str(root), verbose=False)
-
-
-def write_csv(root: Path, rows: list[tuple[str, str, str, str]], columns: str = "path,pid,camid,split") -> None:
+def write_csv(root: Path, rows: Sequence[tuple[str, ...]], columns: str = "path,pid,camid,split") -> None:
     with open(root / "list.csv", "w", newline="") as file:
         csv.writer(file).writerows([columns.split(","), *rows])
     for path, *_ in rows:
@@ -54,10 +48,6 @@ GOOD = [
 
 def paths(items: list[tuple[Any, ...]]) -> set[str]:
     return {Path(item[0]).name for item in items}
-
-
-def people(items: list[tuple[Any, ...]]) -> set[str]:
-    return {Path(item[0]).parent.name for item in items}
 
 
 class TestFolder:
@@ -157,6 +147,80 @@ class TestFolder:
             load(tmp_path)
 
 
+class TestNamesAndCameras:
+    @pytest.mark.parametrize(
+        ("pattern", "name"),
+        [
+            ("market", "{pid:04}_c{camera}s1_00000{shot}_00.png"),
+            ("msmt17", "{pid:04}/{pid:04}_00{shot}_0{camera}_0303morning_0015_0.png"),
+            ("veri", "{pid:04}_c00{camera}_0000{shot}_0.png"),
+            ("folder", "{pid:04}/{camera}_{shot}.png"),
+            (r"(?P<camera>\d+)/(?P<identity>\d+)-\d\.png", "{camera}/{pid:04}-{shot}.png"),
+        ],
+    )
+    def test_presets_read_what_they_are_called_after(self, tmp_path: Path, pattern: str, name: str) -> None:
+        for pid, camera, shot in itertools.product(range(8), (1, 2), (0, 1)):
+            draw(tmp_path / name.format(pid=pid, camera=camera, shot=shot))
+        table = load(tmp_path, pattern=pattern).table
+        assert len(table.train) == 16 and len(table.query) == 8 and not table.left_out
+        assert {row.identity for row in table.rows} == {f"{pid:04}" for pid in range(8)}
+        assert {row.camera.lstrip("0") for row in table.rows} == {"1", "2"}
+
+    def test_without_cameras_every_other_image_is_a_match(self, tmp_path: Path) -> None:
+        for pid, shot in itertools.product(range(6), range(3)):
+            draw(tmp_path / f"p{pid}" / f"{shot}.jpg")
+        with pytest.raises(InputError, match=r"18 images whose names carry no camera.*mine\.cameras: none"):
+            load(tmp_path)
+        data = load(tmp_path, cameras="none")
+        assert len(data.train) == len(data.query) == 9 and data.query == data.gallery and data.num_train_pids == 3
+        # Evaluation leaves out images of the query's identity and camera: here the query itself alone.
+        assert len({item[1:3] for item in data.query}) == 9
+        assert load(tmp_path, cameras="none", pattern=r"(?P<identity>\w+)/.*").train == data.train
+
+    def test_a_single_camera_is_refused_with_the_cure(self, tmp_path: Path) -> None:
+        make_folder(tmp_path, PEOPLE[:4], ["IMG"])
+        with pytest.raises(InputError, match=r"no query has a match.*camera 'IMG'.*datasets\.mine\.cameras: none"):
+            load(tmp_path)
+        assert len(load(tmp_path, cameras="none").query) == 4
+
+    def test_a_csv_without_cameras(self, tmp_path: Path) -> None:
+        write_csv(tmp_path, [(*row[:2], row[3]) for row in GOOD], columns="path,pid,split")
+        with pytest.raises(InputError, match=r"line 1: .*no column 'camid'"):
+            load(tmp_path, csv="list.csv")
+        assert len(load(tmp_path, csv="list.csv", cameras="none").train) == 3
+
+    def test_several_folders_are_one_data_set(self, tmp_path: Path) -> None:
+        make_folder(tmp_path / "2023", ["p0", "p1", "p2"], ["a"])
+        make_folder(tmp_path / "2024", ["p0", "p1", "p3"], ["b"])
+        data = load(tmp_path, folder=["2023", "2024"], train=["p[01]"], test=["p2", "p3"], cameras="none")
+        assert len(data.train) == 8 and data.num_train_pids == 2 and people(data.gallery) == {"p2", "p3"}
+        with pytest.raises(InputError, match=r"no folder .*2025"):
+            load(tmp_path, folder=["2023", "2025"])
+
+    def test_what_is_left_out_is_counted_and_named(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        make_folder(tmp_path, [*PEOPLE[:4], "-1", "blurred"], ["a", "b"])
+        for name in ("p0/IMG_1.HEIC", "p1/clip.gif", "p1/clip2.gif"):
+            (tmp_path / name).write_bytes(b"x")
+        draw(tmp_path / "alone.png")
+        data = load(tmp_path, junk=["-1", "blurred"], verbose=True)
+        assert people(data.train) | people(data.gallery) == set(PEOPLE[:4])
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert line.startswith("=> mine: left out: ") and "8 images of junk ('-1/a_0.png', '-1/a_1.png', ...)" in line
+        assert "1 images whose names do not match the pattern ('alone.png')" in line
+        assert "3 files that are no images ('p0/IMG_1.HEIC', 'p1/clip.gif', ...; pip install pillow-heif" in line
+
+    def test_the_recipe_for_ones_own_photos_trains(self, tmp_path: Path) -> None:
+        for pid, shot in itertools.product(range(12), range(4)):
+            draw(tmp_path / "photos" / f"person {pid}" / f"IMG_{shot}.jpg")
+        recipe = Path(__file__).parents[3] / "configs" / "own_data.yaml"
+        words = (
+            "model.pretrained False use_gpu False train.max_epoch 1 data.workers 0 test.picture 0 test.untrained False"
+        )
+        options = [*words.split(), "data.save_dir", str(tmp_path / "log"), "model.name", "osnet_x0_25"]
+        assert main(["--config-file", str(recipe), "--root", str(tmp_path / "photos"), *options]) == 0
+        assert list(json.loads((tmp_path / "log" / "metrics.json").read_text())) == ["mine"]
+
+
 class TestLinks:
     """Many people keep their images in one place, and link to them from the folders of a data set."""
 
@@ -248,7 +312,12 @@ class TestOptions:
             ({"min_images": 0}, ["min_images=0"]),
             ({"folder": 3}, ["folder=3"]),
             ({"pattern": "("}, ["regular expression"]),
-            ({"pattern": "(?P<identity>a)"}, ["(?P<camera>...)"]),
+            ({"pattern": "markt"}, ["pattern 'markt'", "market, msmt17, veri, folder"]),
+            ({"pattern": "(?P<identity>a)"}, ["(?P<camera>...)", "cameras: none"]),
+            ({"cameras": "some"}, ["cameras='some'", "names or none"]),
+            ({"cameras": "none", "query_cameras": ["a"]}, ["query_cameras and cameras: none"]),
+            ({"train": [], "test": []}, ["both empty"]),
+            ({"folder": []}, ["folder=[]"]),
         ],
     )
     def test_a_wrong_option_is_named_and_nothing_registered(self, options: dict[str, Any], words: list[str]) -> None:

@@ -7,7 +7,7 @@ from PIL import Image
 
 from pml_drsl.checks import InputError
 from torchreid_ext.config import build
-from torchreid_ext.search.sources import Entry, list_images, named, test_images
+from torchreid_ext.search.sources import list_images, test_images
 
 
 def draw(folder, *names):
@@ -19,19 +19,6 @@ def draw(folder, *names):
 
 def short(entries):
     return [(os.path.basename(entry.path), entry.identity, entry.camera) for entry in entries]
-
-
-@pytest.mark.parametrize(
-    ("path", "identity", "camera"),
-    [
-        ("x/0002_c1s1_000451_03.jpg", "0002", "1"),
-        ("x/-1_c3s1_000451_03.jpg", "-1", "3"),
-        ("Zoë Ødegård/hall_1.png", "Zoë Ødegård", "hall"),
-        ("x/holiday.jpg", "", ""),
-    ],
-)
-def test_names_carry_identities_and_cameras(path, identity, camera):
-    assert named(path) == Entry(path, identity, camera)
 
 
 def test_the_layout_of_market1501(tmp_path):
@@ -55,7 +42,8 @@ def test_the_layout_of_market1501(tmp_path):
 
 def test_folders_of_identities(tmp_path):
     folder = draw(tmp_path / "my photos", "å b/c1_1.png", "å b/c1_2.png", "å b/c2_1.png", "you/c1_1.png")
-    images = list_images([folder])
+    assert not list_images([folder]).labelled
+    images = list_images([folder], "folder")
     assert len(images.gallery) == 4 and images.labelled
     first = [("c1_1.png", "å b", "c1"), ("c2_1.png", "å b", "c2"), ("c1_1.png", "you", "c1")]
     assert sorted(short(images.query), key=lambda row: (row[1], row[0])) == sorted(first, key=lambda r: (r[1], r[0]))
@@ -80,7 +68,7 @@ def test_a_csv_file(tmp_path):
 def test_two_galleries_with_the_same_names_are_refused(tmp_path):
     both = [draw(tmp_path / name, "1/c1_1.png") for name in ("north", "south")]
     with pytest.raises(InputError, match=r"both have a query image '1/c1_1.png'.*below one folder"):
-        list_images(both)
+        list_images(both, "folder")
     assert len(list_images([str(tmp_path)]).gallery) == 2
 
 

@@ -1,0 +1,101 @@
+"""One reader of images: upright photos, 16 bits, transparency, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pml_drsl.checks import InputError
+from torchreid_ext.pixels import read_image
+
+RNG = np.random.default_rng(0)
+COLOURS = RNG.integers(0, 256, (20, 10, 3), dtype=np.uint8)
+GREY = COLOURS[:, :, 0]
+
+# What a camera stores of an upright picture, by its EXIF orientation (JEITA CP-3451, tag 274): a flip of the columns
+# or the rows, or a turn.
+STORED = {
+    1: lambda upright: upright,
+    2: lambda upright: upright[:, ::-1],
+    3: lambda upright: upright[::-1, ::-1],
+    4: lambda upright: upright[::-1],
+    5: lambda upright: upright.swapaxes(0, 1),
+    6: lambda upright: upright.swapaxes(0, 1)[::-1],
+    7: lambda upright: upright.swapaxes(0, 1)[::-1, ::-1],
+    8: lambda upright: upright.swapaxes(0, 1)[:, ::-1],
+}
+
+
+def saved(folder: Path, image: Image.Image, name: str = "x.png", **options: object) -> Path:
+    image.save(folder / name, **options)
+    return folder / name
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_a_photo_is_turned_upright(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[274] = orientation
+    path = saved(tmp_path, Image.fromarray(np.ascontiguousarray(STORED[orientation](COLOURS))), exif=exif)
+    for image in (path, Image.open(path)):
+        assert np.array_equal(read_image(image), COLOURS)
+
+
+def test_a_damaged_orientation_is_none(tmp_path: Path) -> None:
+    path = saved(tmp_path, Image.fromarray(COLOURS), exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff")
+    assert np.array_equal(read_image(path), COLOURS)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "CMYK"])
+def test_ordinary_images_are_what_pillow_and_so_torchreid_reads(tmp_path: Path, mode: str) -> None:
+    path = saved(tmp_path, Image.fromarray(COLOURS).convert(mode), "x.tif")
+    assert np.array_equal(read_image(path), Image.open(path).convert("RGB"))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_16_bit_grey_is_its_8_bit_twin(tmp_path: Path, suffix: str) -> None:
+    path = saved(tmp_path, Image.fromarray(GREY.astype(np.uint16) * 257), f"x.{suffix}")
+    twin = read_image(GREY)
+    assert np.array_equal(read_image(path), twin) and np.array_equal(twin, np.stack([GREY] * 3, 2))
+    assert np.array_equal(read_image(Image.open(path)), twin)
+
+
+def test_16_bit_arrays_are_scaled() -> None:
+    assert np.array_equal(read_image(COLOURS.astype(np.uint16) * 257), COLOURS)
+    steps = np.array([[0, 128, 129, 385, 386, 65535]], np.uint16)
+    assert np.asarray(read_image(steps))[0, :, 0].tolist() == [0, 0, 1, 1, 2, 255]
+
+
+def test_hidden_colours_do_not_count_and_visible_ones_stay(tmp_path: Path) -> None:
+    alpha = np.where(np.arange(10) < 5, 0, 255).astype(np.uint8)[None].repeat(20, 0)
+    expected = np.where(alpha[:, :, None] == 0, 255, COLOURS)
+    image = Image.fromarray(COLOURS)
+    image.putalpha(Image.fromarray(alpha))
+    assert np.array_equal(read_image(saved(tmp_path, image)), expected)
+    grey = Image.fromarray(GREY)
+    grey.putalpha(Image.fromarray(alpha))
+    assert np.array_equal(read_image(saved(tmp_path, grey)), np.stack([np.where(alpha == 0, 255, GREY)] * 3, 2))
+    for pixels, hidden in ((GREY, int(GREY[0, 0])), (GREY.astype(np.uint16) * 257, int(GREY[0, 0]) * 257)):
+        path = saved(tmp_path, Image.fromarray(pixels), transparency=hidden)
+        assert np.array_equal(np.asarray(read_image(path))[:, :, 0], np.where(pixels == hidden, 255, GREY))
+    half = Image.new("RGBA", (2, 2), (100, 0, 0, 51))
+    assert read_image(half).getpixel((0, 0)) == (224, 204, 204)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_pixels_without_a_range_are_refused(tmp_path: Path, kind: type) -> None:
+    image = Image.fromarray(GREY.astype(kind))
+    with pytest.raises(InputError, match=r"x\.tif.*black and white are not defined"):
+        read_image(saved(tmp_path, image, "x.tif"))
+    with pytest.raises(InputError, match="not defined"):
+        read_image(image)
+    with pytest.raises(InputError, match=np.dtype(kind).name):
+        read_image(GREY.astype(kind))
+
+
+def test_the_given_picture_stays_as_it_is() -> None:
+    image = Image.fromarray(COLOURS)
+    image.getexif()[274] = 6
+    assert read_image(image).size == (20, 10) and image.size == (10, 20)

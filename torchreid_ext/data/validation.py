@@ -1,0 +1,158 @@
+"""What is trained on and what is tested on: validation identities, fewer training identities, and images in both."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import random
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+from torch.utils.data import BatchSampler, SequentialSampler
+
+from pml_drsl.checks import InputError
+from torchreid_ext.data.loading import rebuilt
+
+NAME = "validation"
+"""The name of the target that the validation identities become."""
+
+Item = tuple[str, int, int, int]
+"""A path, the number of an identity, the number of a camera and the number of a data set, as torchreid has them."""
+
+
+def check_shares(data_type: str, identities: int, share: float) -> None:
+    """Raises InputError for a share or a number out of its range, or for data of video."""
+    if not 0 <= share < 1:
+        raise InputError(f"data.validation must be at least 0 and less than 1, got {share}")
+    if data_type != "image" and (identities or share):
+        raise InputError("data.validation and data.identities are for data.type image: set both to 0 for video")
+
+
+def hold_out(manager: Any, identities: int, share: float, seed: int, batch_size: int) -> None:
+    """Keeps some training identities of an image data manager, and tests on others of them instead of the targets.
+
+    The draws depend on the paths of the images and on the seed alone. A smaller draw is a part of a larger one. The
+    training identities that are left are numbered from 0. The sampler of the training loader must be replaced
+    afterwards.
+
+    Args:
+        manager: a torchreid ``ImageDataManager``.
+        identities: number of training identities to keep, before the validation identities are taken out; 0 for all.
+        share: share of these identities to test on, in [0, 1); 0 keeps the targets of the manager. The first image of
+            each identity and camera is a query, and all images are the gallery.
+        seed: seed of the draw of the validation identities. The draw of ``identities`` is the same for every seed.
+        batch_size: validation images in a batch.
+
+    Raises:
+        InputError: for more identities than there are, or for a share that leaves fewer than two identities for
+            training or for validation, or no query with a match from another camera.
+    """
+    loader, dataset = manager.train_loader, manager.train_loader.dataset
+    kept = by_first_path(dataset.train)
+    if identities > len(kept):
+        raise InputError(f"data.identities {identities}: the sources have {len(kept)} training identities")
+    if identities:
+        kept = sorted(shuffled(kept, 0)[:identities])
+    pids = [pid for _, pid in kept]
+    tested: list[Item] = []
+    if share:
+        number = round(len(kept) * share)
+        if number < 2 or len(kept) - number < 2:
+            raise InputError(
+                f"data.validation {share} of {len(kept)} training identities is {number}: training and validation "
+                f"need two identities or more each"
+            )
+        held = {pid for _, pid in shuffled(kept, seed)[:number]}
+        tested = sorted(item for item in dataset.train if item[1] in held)
+        pids = [pid for pid in pids if pid not in held]
+    numbers = {pid: number for number, pid in enumerate(sorted(pids))}
+    train = [(path, numbers[pid], *others) for path, pid, *others in dataset.train if pid in numbers]
+    dataset.train = dataset.data = train
+    dataset.num_train_pids = manager._num_train_pids = len(numbers)
+    dataset.num_train_cams = manager._num_train_cams = dataset.get_num_cams(train)
+    manager.train_loader = rebuilt(loader, dataset, sampler=SequentialSampler(dataset))
+    if share:
+        _test_on(manager, dataset, tested, batch_size)
+    print(f"=> {len(numbers)} identities with {len(train)} images are trained on, {len(tested)} images are held out")
+
+
+def by_first_path(items: Collection[Item]) -> list[tuple[str, int]]:
+    """The first path and the number of each identity, in the order of the paths.
+
+    The numbers themselves may depend on the order in which a file system lists its files.
+    """
+    first: dict[int, str] = {}
+    for path, pid, *_ in items:
+        first[pid] = min(path, first.get(pid, path))
+    return sorted((path, pid) for pid, path in first.items())
+
+
+def shuffled(items: Sequence[tuple[str, int]], seed: int) -> list[tuple[str, int]]:
+    """The items in a random order that depends on the seed alone."""
+    order = list(items)
+    random.Random(seed).shuffle(order)
+    return order
+
+
+def _test_on(manager: Any, dataset: Any, gallery: list[Item], batch_size: int) -> None:
+    """Replaces the targets of a data manager by the validation images."""
+    first: dict[tuple[int, int, int], Item] = {}
+    for item in gallery:
+        first.setdefault(item[1:], item)
+    query = list(first.values())
+    if len({item[1] for item in query}) == len(query):
+        raise InputError(
+            f"data.validation: each of the {len(query)} validation identities is seen by a single camera, so no query "
+            f"has a match from another camera, for example {query[0][0]}"
+        )
+    loaders = {}
+    for split, items in (("query", query), ("gallery", gallery)):
+        of_split = copy.copy(dataset)
+        of_split.train, of_split.query, of_split.gallery, of_split.data = [], query, gallery, items
+        of_split.mode, of_split.transform, of_split.k_tfm = split, manager.transform_te, 1
+        batches = BatchSampler(SequentialSampler(of_split), batch_size, drop_last=False)
+        loaders[split] = rebuilt(manager.train_loader, of_split, batch_sampler=batches)
+    manager.targets = [NAME]
+    manager.test_loader = {NAME: loaders}
+    manager.test_dataset = {NAME: {"query": query, "gallery": gallery}}
+
+
+def check_overlap(manager: Any, tested: bool = True) -> None:
+    """Refuses images that are in two sources, where one person would be two, or in training and in the test.
+
+    Files are compared, whatever their paths: a link and its target are one image.
+
+    Args:
+        manager: a torchreid data manager, of images or of video.
+        tested: whether to compare with the test images too.
+
+    Raises:
+        InputError: if there are such images. The message counts them.
+    """
+    trained: dict[tuple[int, int], tuple[str, int]] = {}
+    for item in manager.train_loader.dataset.train:
+        for path, file in _files(item[0]):
+            other, number = trained.setdefault(file, (path, item[3]))
+            if number != item[3]:
+                raise InputError(
+                    f"data.sources {manager.sources}: {other} and {path} are one image in two sources, so one person "
+                    f"would be trained on as two: remove one of the sources, or set data.allow_overlap True"
+                )
+    for target, splits in manager.test_dataset.items() if tested else ():
+        paths = {file: path for items in splits.values() for item in items for path, file in _files(item[0])}
+        both = [path for file, path in paths.items() if file in trained]
+        if both:
+            raise InputError(
+                f"{len(both)} of the {len(paths)} test images of {target!r} are training images of "
+                f"{manager.sources} too, for example {both[0]}: a test on them says nothing about new people. Take "
+                f"them out of one of the data sets, or set data.allow_overlap True"
+            )
+
+
+def _files(paths: str | Sequence[str]) -> Iterator[tuple[str, tuple[int, int]]]:
+    """The paths of an item that are there, each with what tells its file from all others."""
+    for path in [paths] if isinstance(paths, str) else paths:
+        with contextlib.suppress(OSError):
+            about = os.stat(path)
+            yield path, (about.st_dev, about.st_ino)

@@ -1,0 +1,307 @@
+"""Lists images in one table (path, identity, camera, split): from folders, CSV files and torchreid's data sets.
+
+Training, search, extraction and the benchmark all read this table.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pml_drsl.checks import InputError
+from torchreid_ext.pixels import HEIF, SUFFIXES
+
+SPLITS = ("train", "query", "gallery")
+COLUMNS = ("path", "pid", "camid", "split")
+
+JUNK = ("-1",)
+"""Identities of images that have no effect: Market-1501 has this name for its bad detections."""
+
+NO_IMAGES = "files that are no images"
+"""The reason why a file is left out whose name is not that of an image."""
+
+_ENDING = rf"[^/]*(?i:{'|'.join(map(re.escape, SUFFIXES))})"
+NAMES = {
+    # 0002_c1s1_000451_03.jpg, and DukeMTMC-reID's 0005_c2_f0046985.jpg.
+    "market": rf"(?:.*/)?(?P<identity>-1|\d+)_c(?P<camera>\d+)(?:s\d+|_f\d+){_ENDING}",
+    # 0000_000_01_0303morning_0015_0.jpg
+    "msmt17": rf"(?:.*/)?(?P<identity>\d+)_\d+_(?P<camera>\d+)_{_ENDING}",
+    # 0001_c001_00016450_0.jpg
+    "veri": rf"(?:.*/)?(?P<identity>\d+)_c(?P<camera>\d+)_{_ENDING}",
+    # anna/hall_1.jpg, and anna/1.jpg, whose camera is not known.
+    "folder": rf"(?:.*/)?(?P<identity>[^/]+)/(?:(?P<camera>[^/_]+)_)?{_ENDING}",
+}
+"""How the names of images carry identities and cameras: regular expressions for the path below a folder."""
+
+
+class Row(NamedTuple):
+    """An image: its path, whom it shows, which camera took it and its split; what is not known is empty."""
+
+    path: str
+    identity: str = ""
+    camera: str = ""
+    split: str = ""
+
+
+@dataclass
+class Table:
+    """Images, and the files that were left out.
+
+    Attributes:
+        rows: the images. An image of the test may be there twice, as query and as gallery.
+        left_out: names of the files that were left out, by the reason, which is a noun with its number open:
+            ``"no images"``.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+
+    def of(self, split: str) -> list[Row]:
+        """The rows of a split."""
+        return [row for row in self.rows if row.split == split]
+
+    @property
+    def train(self) -> list[Row]:
+        """The rows to train on."""
+        return self.of("train")
+
+    @property
+    def query(self) -> list[Row]:
+        """The query images of the test."""
+        return self.of("query")
+
+    @property
+    def gallery(self) -> list[Row]:
+        """The gallery images of the test."""
+        return self.of("gallery")
+
+    def leave_out(self, reason: str, name: str) -> None:
+        """Notes a file that is left out."""
+        self.left_out.setdefault(reason, []).append(name)
+
+    def leave_out_all(self, other: Table) -> None:
+        """Notes the files that another table leaves out."""
+        for reason, names in other.left_out.items():
+            self.left_out.setdefault(reason, []).extend(names)
+
+    def about_left_out(self) -> str:
+        """A line on the files that were left out; empty if there is none."""
+        parts = [f"{len(names)} {reason} ({_examples(names)})" for reason, names in self.left_out.items()]
+        return f"left out: {'; '.join(parts)}" if parts else ""
+
+
+def _examples(names: Sequence[str]) -> str:
+    """The first names, and the endings where they are endings of photos that are not read."""
+    endings = Counter(Path(name).suffix.lower() for name in names)
+    hint = "; pip install pillow-heif to read .heic" if ".heic" in endings and not HEIF else ""
+    return ", ".join(repr(name) for name in names[:2]) + (", ..." if len(names) > 2 else "") + hint
+
+
+def pattern(names: str, option: str = "names") -> re.Pattern[str]:
+    """The regular expression for names: one of ``NAMES``, or the user's own, with the groups identity and camera.
+
+    Args:
+        names: a key of ``NAMES``, or a regular expression with the named group identity and perhaps camera.
+        option: what the user sets, for the message.
+
+    Raises:
+        InputError: for a word that is neither.
+    """
+    takes = f"one of {', '.join(NAMES)}, or a regular expression with (?P<identity>...) and perhaps (?P<camera>...)"
+    try:
+        compiled = re.compile(NAMES.get(names, names))
+    except re.error as error:
+        raise InputError(f"{option} {names!r} is not a regular expression ({error}): give {takes}") from error
+    if "identity" not in compiled.groupindex:
+        raise InputError(f"{option} {names!r} has no group (?P<identity>...): give {takes}")
+    return compiled
+
+
+def in_name(names: re.Pattern[str], name: str) -> tuple[str, str] | None:
+    """The identity and the camera in a name that matches as a whole, or None."""
+    match = names.fullmatch(name)
+    if match is None or not match["identity"]:
+        return None
+    return match["identity"], (match["camera"] or "") if "camera" in names.groupindex else ""
+
+
+def named(path: str, names: re.Pattern[str]) -> Row:
+    """An image with the identity and the camera in its path: in the file's name, or in it and the folders before it."""
+    parts = Path(os.path.abspath(path)).parts[1:]
+    for length in range(1, len(parts) + 1):
+        if found := in_name(names, "/".join(parts[-length:])):
+            return Row(path, *found)
+    return Row(path)
+
+
+def files(folder: str) -> Iterator[tuple[str, str]]:
+    """Yields the POSIX path below ``folder`` and the path without any link of every file, in the order of their names.
+
+    Hidden files and folders are left out. Links to files and folders are followed.
+
+    Raises:
+        InputError: for a link that leads to a folder above itself, or to nothing.
+    """
+    return _files(folder, "", ())
+
+
+def _files(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    real = os.path.realpath(folder)
+    if real in above:
+        raise InputError(f"{folder} is a link to {real}, a folder above it: remove the link")
+    with os.scandir(folder) as entries:
+        visible = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    for entry in visible:
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            target = os.readlink(entry.path)
+            raise InputError(f"{entry.path} is a link to {target!r}, which cannot be found; correct or remove the link")
+        if entry.is_dir():
+            yield from _files(entry.path, f"{prefix}{entry.name}/", (*above, real))
+        else:
+            yield prefix + entry.name, os.path.realpath(entry.path) if entry.is_symlink() else f"{real}/{entry.name}"
+
+
+def is_image(name: str) -> bool:
+    """Whether a file has the name of an image."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def list_folder(folder: str, names: re.Pattern[str], junk: Collection[str] = JUNK) -> Table:
+    """All images below a folder, in the order of their names, as gallery.
+
+    The name of the folder itself is no identity: it is the folder of a whole collection.
+
+    Raises:
+        InputError: if the folder is missing or has no image.
+    """
+    if not os.path.isdir(folder):
+        raise InputError(f"there is no folder {folder!r}")
+    table = Table()
+    for name, _ in files(folder):
+        found = in_name(names, name) or ("", "")
+        if not is_image(name):
+            table.leave_out(NO_IMAGES, name)
+        elif found[0] in junk:
+            table.leave_out("images of junk", name)
+        else:
+            table.rows.append(Row(os.path.join(folder, name), *found, "gallery"))
+    if not table.rows:
+        about = table.about_left_out() or "the folder is empty"
+        raise InputError(f"there is no image below {folder!r}: names of images end in {' '.join(SUFFIXES)}; {about}")
+    return table
+
+
+def with_queries(rows: Iterable[Row]) -> list[Row]:
+    """Test images as queries and gallery: the first image of each identity and camera is a query, all are the gallery.
+
+    An image whose camera is not known counts as seen by a camera of its own.
+    """
+    rows = list(rows)
+    first = {(row.identity, row.camera or row.path): row for row in reversed(rows)}
+    chosen = [row for row in rows if first[row.identity, row.camera or row.path] is row]
+    return [row._replace(split="query") for row in chosen] + [row._replace(split="gallery") for row in rows]
+
+
+def from_torchreid(dataset: Any) -> Table:
+    """The images of a torchreid image data set, with the numbers of identities and cameras as names."""
+    splits = ((split, getattr(dataset, split)) for split in SPLITS)
+    return Table([Row(path, str(pid), str(camid), split) for split, items in splits for path, pid, camid, *_ in items])
+
+
+def read_csv(file: str, cameras: bool = True, junk: Collection[str] = JUNK) -> Table:
+    """The images that a CSV file names, in its order.
+
+    The file is UTF-8 text with the columns path, pid, camid and split (train, query or gallery), separated by commas.
+    Paths are relative to its folder. A path may be there once, or once as query and once as gallery.
+
+    Args:
+        file: path of the CSV file.
+        cameras: whether the cameras are wanted; if not, there need be no column camid.
+        junk: identities whose images are left out.
+
+    Raises:
+        InputError: if a column, a value or an image is missing, a split is unknown, a path is repeated, or the file is
+            written in another way. The message names the file, the line and the cure.
+    """
+    columns = [column for column in COLUMNS if cameras or column != "camid"]
+    table, seen = Table(), dict[str, list[Row]]()
+    for at, values in _records(file, columns):
+        if empty := [column for column in columns if not values[column]]:
+            raise InputError(f"{at}: {empty[0]} is empty")
+        path, identity, split = values["path"], values["pid"], values["split"]
+        if split not in SPLITS:
+            raise InputError(f"{at}: split={split!r} must be one of {', '.join(SPLITS)}")
+        _check_text(at, [identity, values.get("camid", ""), split])
+        full = os.path.normpath(os.path.join(os.path.dirname(file), path))
+        if not os.path.isfile(full):
+            _check_text(at, [path])
+            raise InputError(f"{at}: there is no file {full}; paths are relative to the folder of the CSV")
+        if identity in junk:
+            table.leave_out("images of junk", path)
+            continue
+        row = Row(full, identity, values["camid"] if cameras else "", split)
+        twins = seen.setdefault(full, [])
+        if twins and (twins[0][:3] != row[:3] or sorted(twin.split for twin in (*twins, row)) != ["gallery", "query"]):
+            raise InputError(f"{at}: {path} is in the CSV twice: remove one of the lines")
+        twins.append(row)
+        table.rows.append(row)
+    return table
+
+
+_AS_UTF8 = "save it as UTF-8 (in a spreadsheet program: CSV UTF-8, comma delimited)"
+
+
+def _records(file: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields the place of every record of a CSV, for messages, and its values by column, stripped."""
+    data = Path(file).read_bytes()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
+        line = data.partition(b"\0")[0].count(b"\n") + 1
+        raise InputError(f"{file}, line {line}: the text has zero bytes, as UTF-16 has: {_AS_UTF8}")
+    # Names of files may be no UTF-8; Python has its own way to keep them.
+    reader = csv.reader(io.StringIO(data.decode("utf-8-sig", "surrogateescape"), newline=""), skipinitialspace=True)
+    try:
+        head = [name.strip() for name in next(reader, [])]
+        _check_head(file, head, columns)
+        for cells in reader:
+            at = f"{file}, line {reader.line_num}"
+            if any(cell.strip() for cell in cells[len(head) :]):
+                raise InputError(
+                    f"{at}: there are {len(cells)} values for {len(head)} columns: put a value that has a comma "
+                    f"between double quotes"
+                )
+            values = dict(zip(head, (cell.strip() for cell in cells), strict=False))
+            if cells:
+                yield at, {column: values.get(column, "") for column in columns}
+    except csv.Error as error:
+        raise InputError(f"{file}, line {reader.line_num}: {error}: correct the quotes of this line") from error
+
+
+def _check_head(file: str, head: Sequence[str], columns: Sequence[str]) -> None:
+    """Raises InputError for a first line that does not name all columns."""
+    missing = [column for column in columns if column not in head]
+    if not missing:
+        return
+    wanted, line = ",".join(columns), ",".join(head)
+    cure = f"the first line must name {wanted}"
+    for mark, word in ((";", "semicolons"), ("\t", "tabs")):
+        if mark in line:
+            cure = f"its values are separated by {word}: {_AS_UTF8}, and let {cure[4:]}"
+    if {name.lower() for name in head} >= set(columns):
+        cure = f"write the names of the columns in lower case: {wanted}"
+    raise InputError(f"{file}, line 1: the file has no column {missing[0]!r}: {cure}")
+
+
+def _check_text(at: str, values: Iterable[str]) -> None:
+    """Raises InputError for a value that is not UTF-8."""
+    for value in values:
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            shown = value.encode("utf-8", "surrogateescape").decode("latin-1")
+            raise InputError(f"{at}: {shown!r} is not UTF-8 but perhaps Latin-1: {_AS_UTF8}")

@@ -1,0 +1,118 @@
+"""Reads the pixels of an image, in the same way for training, test, search and extraction."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import zlib
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from pml_drsl.checks import InputError
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+# The errors that Pillow raises for damaged files. DecompressionBombError means that the image is suspiciously large.
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+_FROM_16_BIT = 257
+"""65,535 / 255: the factor from 8-bit to 16-bit values."""
+
+try:  # Pillow reads photos of iPhones with this package.
+    import pillow_heif
+except ImportError:
+    HEIF: tuple[str, ...] = ()
+else:
+    pillow_heif.register_heif_opener()
+    HEIF = (".heic", ".heif")
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", *HEIF)
+"""How the names of images end, in lower case."""
+
+
+def read_image(image: str | os.PathLike[str] | Image.Image | Array) -> Image.Image:
+    """An RGB image, decoded completely.
+
+    A photo is turned upright, as its EXIF orientation says. 16-bit grey becomes 8-bit grey by a division by 257.
+    Transparent pixels are laid on white, because the colours below them are arbitrary. Other images have the pixels
+    that torchreid reads.
+
+    Args:
+        image: a path, a Pillow image, or a uint8 or uint16 array of shape [H, W] or [H, W, 3] in RGB order.
+
+    Raises:
+        InputError: for a file that is missing, empty, damaged, too large or not an image, for an array of another shape
+            or type, and for pixels without a defined range (floats, 32-bit integers). The message names the file.
+    """
+    if isinstance(image, np.ndarray):
+        return _from_array(image)
+    if isinstance(image, Image.Image):
+        return _upright_rgb(image, "that was given")
+    path = os.fspath(image)
+    if not os.path.isfile(path):
+        raise InputError(f"cannot read image {path!r}: there is no such file")
+    if os.path.getsize(path) == 0:
+        raise InputError(f"cannot read image {path!r}: the file is empty; restore it or remove it")
+    try:
+        with Image.open(path) as opened:
+            return _upright_rgb(opened, repr(path))
+    except InputError:
+        raise
+    except _DAMAGE as error:
+        reason = f"it is damaged ({error})"
+        if isinstance(error, UnidentifiedImageError):
+            reason = "it is not an image"
+        elif isinstance(error, Image.DecompressionBombError):
+            reason = f"it is too large ({error})"
+        raise InputError(f"cannot read image {path!r}: {reason}; restore it or remove it") from error
+
+
+def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+    """A new RGB image of a Pillow image."""
+    image.load()
+    # Pillow opens 16-bit PGM files in mode I, and its older versions 16-bit PNG files too.
+    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    # A damaged orientation is none. The pixels are all there.
+    with contextlib.suppress(*_DAMAGE):
+        image = ImageOps.exif_transpose(image)
+    if is_16_bit:
+        return _from_16_bit(np.asarray(image), image.info.get("transparency"))
+    if image.mode in ("F", "I"):
+        kind = "floating-point numbers" if image.mode == "F" else "32-bit integers"
+        raise InputError(
+            f"cannot read image {name}: its pixels are {kind}, whose black and white are not defined; save it with 8 "
+            f"or 16 bits"
+        )
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _from_16_bit(pixels: Array, transparent: Any = None) -> Image.Image:
+    """An RGB image of 16-bit values; grey pixels of the value ``transparent`` become white."""
+    eight = np.round(pixels / _FROM_16_BIT).clip(0, 255).astype(np.uint8)
+    if isinstance(transparent, int):
+        eight[pixels == transparent] = 255
+    return Image.fromarray(eight).convert("RGB")
+
+
+def _from_array(array: Array) -> Image.Image:
+    is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
+    if not is_image or array.dtype not in (np.uint8, np.uint16):
+        raise InputError(
+            f"an array of shape {list(array.shape)} and type {array.dtype} is not an image: give [H, W, 3] or [H, W] "
+            f"of uint8 or uint16 in RGB order, or a tensor of shape [3, H, W]"
+        )
+    check_not_empty(array.shape)
+    return _from_16_bit(array) if array.dtype == np.uint16 else Image.fromarray(array).convert("RGB")
+
+
+def check_not_empty(shape: Sequence[int]) -> None:
+    """Raises InputError for the shape of an image without pixels."""
+    if 0 in shape:
+        raise InputError(f"an image of shape {list(shape)} has no pixels")
