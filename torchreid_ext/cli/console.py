@@ -66,6 +66,13 @@ def add_device(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--skip-damaged", action="store_true", help="leave out images that cannot be read, and list them at the end"
     )
+    made.add_argument(
+        "--names",
+        default="market",
+        metavar="KIND",
+        help="how names carry identities and cameras: market (0002_c1s1_000451_03.jpg), folder (anna/hall_1.jpg), "
+        "msmt17, veri, or a regular expression with the groups identity and camera (%(default)s)",
+    )
 
 
 def version() -> str:
@@ -79,13 +86,6 @@ def version() -> str:
 def say(text: str, file: TextIO | None = None) -> None:
     """Prints text; characters that would command the terminal, or that are no text, are written out: ``\\x1b``."""
     print(_UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text), file=file)
-
-
-def tell_ignored(files: Sequence[str], file: TextIO | None = None) -> None:
-    """Says how many files were left out because they are no images, and names the first ones."""
-    if files:
-        names = ", ".join(map(repr, files[:3])) + (", ..." if len(files) > 3 else "")
-        say(f"{len(files):,} files are no images and were left out: {names}", file)
 
 
 def guarded(name: str, work: Callable[[], None], outputs: Sequence[str | None] = ()) -> int:

@@ -37,19 +37,19 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         InputError: for bad input, a network that cannot be exported, or an exported file that is wrong.
     """
-    from torchreid_ext.search import sources
     from torchreid_ext.search.export import export, settings
     from torchreid_ext.search.model import find_checkpoint, load_model
+    from torchreid_ext.search.sources import list_queries
 
     checkpoint = find_checkpoint(args.checkpoint)
     console.check_outputs({"OUTPUT": args.output}, [checkpoint, args.config_file])
     model = load_model(checkpoint, args.config_file, "cpu", args.model)
     images = None
     if args.images:
-        entries = sources.list_folder(args.images).gallery
-        console.check_outputs({"OUTPUT": args.output}, [entry.path for entry in entries])
+        paths = [row.path for row in list_queries([args.images])]
+        console.check_outputs({"OUTPUT": args.output}, paths)
         # Evenly over the folder, so that they show different people.
-        images = [entry.path for entry in entries[:: max(1, len(entries) // COMPARED)]][:COMPARED]
+        images = paths[:: max(1, len(paths) // COMPARED)][:COMPARED]
     comparison = export(model, args.output, args.normalise, images)
     console.say(str(comparison))
     about = settings(model, args.normalise)

@@ -4,8 +4,8 @@ The checkpoint of a run says which network it is, and how images are resized and
 need the name of the network: --model osnet_x0_25. A SOURCE is one of these:
 
   FOLDER      with the folders query and bounding_box_test, as in Market-1501, or one of these two folders
-  FOLDER      of images in any folders below it; where they are named IDENTITY/CAMERA_*.png, all are gallery images, and
-              the first image of each identity and camera is a query too
+  FOLDER      of images in any folders below it; where the names of all of them carry identities and cameras, as --names
+              says, the first image of each identity and camera is a query, and all are gallery images
   FILE.csv    with the columns path,pid,camid,split; images of the split train are left out
   FILE.jpg    or any other image: a gallery image
 
@@ -25,7 +25,7 @@ from torchreid_ext.cli import console
 
 EXAMPLES = """
     drsl-extract log/demo --output features.npz
-    drsl-extract log/demo/model/model-best.pth.tar photos list.csv --output features.npz --skip-damaged
+    drsl-extract log/demo/model/model-best.pth.tar photos list.csv --output features.npz --names folder
     drsl-extract osnet_x0_25_msmt17.pth --model osnet_x0_25 photos --output features.npz
     drsl-extract osnet.pth --config-file configs/osnet_x1_0_softmax.yaml photos --output features.npz
     torchrun --standalone --nproc_per_node gpu -m torchreid_ext.cli.extract CHECKPOINT photos --output features.npz
@@ -47,21 +47,22 @@ def run(args: argparse.Namespace) -> None:
     """
     from pml_drsl.checks import InputError
     from torchreid_ext.runtime import distributed
-    from torchreid_ext.search import sources
-    from torchreid_ext.search.extraction import ExtractedSet, extract_files, list_sources, write_features
+    from torchreid_ext.search.extraction import ExtractedSet, extract_files, write_features
     from torchreid_ext.search.model import load_model
+    from torchreid_ext.search.sources import list_sources, test_images
 
     if Path(args.output).suffix != ".npz":
         raise InputError(f"--output {args.output}: the name of the file must end in .npz")
     with distributed.joined(args.device != "cpu"):
         model = load_model(args.checkpoint, args.config_file, args.device, args.model)
         console.check_outputs({"--output": args.output}, [model.path, args.config_file, *args.sources])
-        images = list_sources(args.sources) if args.sources else sources.test_images(model.config)
-        console.check_outputs({"--output": args.output}, [entry.path for entry in (*images.query, *images.gallery)])
-        console.tell_ignored(images.ignored)
+        table = list_sources(args.sources, args.names) if args.sources else test_images(model.config)
+        console.check_outputs({"--output": args.output}, [row.path for row in table.rows])
+        if table.left_out:
+            console.say(table.about_left_out())
         sets: dict[str, ExtractedSet] = {}
         damaged: list[str] = []
-        for name, entries in (("query", images.query), ("gallery", images.gallery)):
+        for name, entries in (("query", table.query), ("gallery", table.gallery)):
             if entries:
                 found = extract_files(
                     model,
@@ -73,9 +74,7 @@ def run(args: argparse.Namespace) -> None:
                 )
                 sets[name] = ExtractedSet([entries[index] for index in found.kept], found.features)
                 damaged += found.damaged
-        labelled = images.labelled and len(sets) == 2
-        if distributed.is_first():
-            write_features(args.output, model, sets, labelled)
+        labelled = distributed.is_first() and write_features(args.output, model, sets)
         for reason in damaged:
             console.say(f"left out: {reason}")
         counts = " and ".join(f"{len(part.entries)} {name}" for name, part in sets.items())
@@ -84,9 +83,7 @@ def run(args: argparse.Namespace) -> None:
         if labelled:
             console.say(f"Scores: drsl-evaluate {args.output} --metric {model.metric}")
         else:
-            console.say(
-                "There are no scores to compute: that needs query and gallery images with identities and cameras"
-            )
+            console.say("There are no scores to compute: that needs query and gallery images with identities")
 
 
 def _parser() -> argparse.ArgumentParser:

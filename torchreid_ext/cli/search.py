@@ -2,7 +2,8 @@
 
 The checkpoint of a run says which network it is, and how images are resized, normalised and compared. Weights of
 torchreid's zoo need the name of the network: --model osnet_x0_25. The gallery is a folder of images, image files, a CSV
-file or a features file of drsl-extract. Where identities and cameras are known, they are shown.
+file or a features file of drsl-extract. Names carry identities and cameras as --names says; where they are known, they
+are shown, and matches are marked right or wrong.
 
 With --index, the features of the gallery are kept in a file, and only images that are new are read the next time. Other
 commands that change the file meanwhile wait.
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,10 +23,9 @@ from torchreid_ext.cli import console
 
 if TYPE_CHECKING:
     from torchreid_ext.search.searcher import Searcher
-    from torchreid_ext.search.sources import Entry
 
 EXAMPLES = """
-    drsl-search CHECKPOINT --gallery photos --query photos/anna/hall_1.jpg
+    drsl-search CHECKPOINT --gallery photos --query photos/anna/hall_1.jpg --names folder
     drsl-search osnet_x0_25_msmt17.pth --model osnet_x0_25 --gallery photos --query me.jpg
     drsl-search CHECKPOINT --gallery photos/*.jpg --query street.jpg --crop 120 40 210 300 --html found.html
     drsl-search CHECKPOINT --gallery photos --index photos.index                      makes the index
@@ -51,8 +50,9 @@ def run(args: argparse.Namespace) -> None:
     from torchreid_ext.evaluation.page import write_pages
     from torchreid_ext.runtime.files import locked, replacing
     from torchreid_ext.search import results
-    from torchreid_ext.search.gallery import resolved
+    from torchreid_ext.search.gallery import absolute, resolved
     from torchreid_ext.search.searcher import Searcher
+    from torchreid_ext.search.sources import list_queries
 
     _check(args)
     # Text for people goes to stderr where stdout is JSON.
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
             index_type=args.index_type,
             device=args.device,
         )
-        queries = _queries(args.query)
+        queries = [absolute(row) for row in list_queries(args.query, args.names)]
         _check_outputs(args, [entry.path for entry in (*queries, *searcher.gallery.entries)])
         features = searcher.extract([query.path for query in queries], args.crop) if queries else None
         changed = _update(args, searcher, out)
@@ -116,27 +116,12 @@ def _check_outputs(args: argparse.Namespace, inputs: Sequence[str]) -> None:
     console.check_outputs(outputs, [find_checkpoint(args.checkpoint), args.config_file, *inputs])
 
 
-def _queries(words: Sequence[str]) -> list[Entry]:
-    """The query images: files, and all images of folders and the query images of CSV files."""
-    from torchreid_ext.search import sources
-    from torchreid_ext.search.gallery import resolved
-
-    entries: list[Entry] = []
-    for word in words:
-        if word.lower().endswith(".csv"):
-            images = sources.list_images([word])
-            entries += images.query or images.gallery
-        else:
-            paths = [entry.path for entry in sources.list_folder(word).gallery] if os.path.isdir(word) else [word]
-            entries += [sources.named(resolved(path)) for path in paths]
-    return entries
-
-
 def _update(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
     """Removes and adds images of the gallery; returns whether anything changed."""
-    from torchreid_ext.search.extraction import extract_files, list_sources, read_gallery
+    from torchreid_ext.images import Row, Table
+    from torchreid_ext.search.extraction import extract_files, read_gallery
     from torchreid_ext.search.gallery import absolute
-    from torchreid_ext.search.sources import Entry
+    from torchreid_ext.search.sources import list_sources
 
     changed = False
     if args.remove:
@@ -146,7 +131,7 @@ def _update(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
         gone = searcher.prune()
         console.say(f"Removed {gone:,} images from the index, whose files are gone", out)
         changed |= gone > 0
-    listed, ignored = list[Entry](), list[str]()
+    listed, left_out = list[Row](), Table()
     for source in args.gallery:
         if source.lower().endswith(".npz"):
             known = read_gallery(source, searcher.model)
@@ -155,10 +140,11 @@ def _update(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
             searcher.gallery.add(new, known.features[[places[entry] for entry in new]])
             changed |= bool(new)
         else:
-            images = list_sources([source])
-            listed += map(absolute, images.gallery or images.query)
-            ignored += images.ignored
-    console.tell_ignored(ignored, out)
+            table = list_sources([source], args.names)
+            listed += map(absolute, table.gallery or table.query)
+            left_out.leave_out_all(table)
+    if left_out.left_out:
+        console.say(left_out.about_left_out(), out)
     # An image may be given twice, by itself and with its folder.
     entries = list({entry.path: entry for entry in listed if entry.path not in searcher.gallery}.values())
     if not entries:

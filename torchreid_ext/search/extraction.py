@@ -16,11 +16,11 @@ from tqdm import tqdm
 from pml_drsl.checks import InputError
 from pml_drsl.evaluation.ranking import share
 from torchreid_ext.evaluation.extraction import Samples, gather_samples
+from torchreid_ext.images import Row
 from torchreid_ext.runtime import distributed
 from torchreid_ext.runtime.files import replacing
 from torchreid_ext.search.model import TrainedModel
 from torchreid_ext.search.preprocessing import Preprocessing
-from torchreid_ext.search.sources import SUFFIXES, Entry, Images, list_images, named
 
 # Beside the arrays of drsl-evaluate, which ignores these.
 _FINGERPRINT, _PATHS = "model_fingerprint", "{}_paths"
@@ -39,19 +39,6 @@ class Features:
     features: Tensor
     kept: list[int]
     damaged: list[str]
-
-
-def list_sources(sources: Sequence[str]) -> Images:
-    """The images of folders and CSV files, as ``list_images`` finds them, and image files as gallery images.
-
-    Raises:
-        InputError: for a source that is missing or has no image, or two sources that name an image alike.
-    """
-    files = [source for source in sources if os.path.isfile(source) and source.lower().endswith(SUFFIXES)]
-    others = [source for source in sources if source not in files]
-    images = list_images(others) if others else Images()
-    images.gallery += map(named, files)
-    return images
 
 
 class _Files(Dataset[Any]):
@@ -149,30 +136,35 @@ class ExtractedSet:
         features: [N, D] their features.
     """
 
-    entries: list[Entry]
+    entries: list[Row]
     features: Tensor
 
 
-def write_features(
-    path: str | os.PathLike[str], model: TrainedModel, sets: dict[str, ExtractedSet], labelled: bool
-) -> None:
+def write_features(path: str | os.PathLike[str], model: TrainedModel, sets: dict[str, ExtractedSet]) -> bool:
     """Writes features in the format that ``drsl-evaluate`` reads, whole or not at all.
+
+    Identities are written where those of all images are known, and cameras likewise.
 
     Args:
         path: the .npz file.
         model: the model that they are of.
         sets: ``"query"`` and ``"gallery"``, or one of them.
-        labelled: write the identities and the cameras too, which ``drsl-evaluate`` needs.
+
+    Returns:
+        Whether ``drsl-evaluate`` can compute scores: there are both sets, and all identities are known.
     """
+    rows = [row for extracted in sets.values() for row in extracted.entries]
     arrays: dict[str, Any] = {_FINGERPRINT: np.array(model.fingerprint)}
     for name, extracted in sets.items():
         arrays[name] = extracted.features.numpy()
-        arrays[_PATHS.format(name)] = np.array([os.path.abspath(entry.path) for entry in extracted.entries])
-        if labelled:
-            arrays[f"{name}_ids"] = np.array([entry.identity for entry in extracted.entries])
-            arrays[f"{name}_cams"] = np.array([entry.camera for entry in extracted.entries])
+        arrays[_PATHS.format(name)] = np.array([os.path.abspath(row.path) for row in extracted.entries])
+        if all(row.identity for row in rows):
+            arrays[f"{name}_ids"] = np.array([row.identity for row in extracted.entries])
+            if all(row.camera for row in rows):
+                arrays[f"{name}_cams"] = np.array([row.camera for row in extracted.entries])
     with replacing(path) as file:
         np.savez(file, **arrays)
+    return {"query_ids", "gallery_ids"} <= set(arrays)
 
 
 def read_gallery(path: str | os.PathLike[str], model: TrainedModel) -> ExtractedSet:
@@ -197,7 +189,7 @@ def read_gallery(path: str | os.PathLike[str], model: TrainedModel) -> Extracted
             f"{os.fspath(path)!r}: gallery must hold [images, dimensions] numbers, and its paths, identities and "
             f"cameras one value for each image; extract them again"
         )
-    entries = [Entry(*map(str, row)) for row in zip(*columns, strict=True)]
+    entries = [Row(*map(str, row)) for row in zip(*columns, strict=True)]
     return ExtractedSet(entries, torch.from_numpy(features.astype(np.float32)))
 
 

@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -17,10 +16,10 @@ from torch.nn import functional as F
 
 from pml_drsl.checks import InputError
 from pml_drsl.evaluation import reranking
+from torchreid_ext.images import Row
 from torchreid_ext.runtime.files import replacing
 from torchreid_ext.search.extraction import load_arrays
 from torchreid_ext.search.model import TrainedModel
-from torchreid_ext.search.sources import Entry
 
 EXACT = "Flat"
 """faiss's name of the exact index."""
@@ -139,7 +138,7 @@ class Gallery:
 
     def __init__(self, model: TrainedModel, kind: str = EXACT) -> None:
         self.model, self.kind = model, kind
-        self.entries: list[Entry] = []
+        self.entries: list[Row] = []
         self._names: set[str] = set()
         self._index: FeatureIndex | None = None
         self._read: tuple[str, object] | None = None
@@ -150,7 +149,7 @@ class Gallery:
     def __contains__(self, path: str) -> bool:
         return path in self._names
 
-    def add(self, entries: Sequence[Entry], features: Tensor, normalised: bool = False) -> None:
+    def add(self, entries: Sequence[Row], features: Tensor, normalised: bool = False) -> None:
         """Adds images with their features.
 
         Args:
@@ -175,10 +174,10 @@ class Gallery:
         if len(entries):
             index.add(features, normalised)
         self._index = index
-        self.entries += entries
+        self.entries += [Row(*entry[:3]) for entry in entries]
         self._names |= new
 
-    def remove(self, patterns: Sequence[str]) -> list[Entry]:
+    def remove(self, patterns: Sequence[str]) -> list[Row]:
         """Removes images and returns them.
 
         Args:
@@ -206,7 +205,7 @@ class Gallery:
             found |= here
         return self._without(found)
 
-    def prune(self) -> list[Entry]:
+    def prune(self) -> list[Row]:
         """Removes the images whose files are no longer there, and returns them. Images under names stay."""
         return self._without(
             {
@@ -216,7 +215,7 @@ class Gallery:
             }
         )
 
-    def _without(self, rows: set[int]) -> list[Entry]:
+    def _without(self, rows: set[int]) -> list[Row]:
         gone = [entry for row, entry in enumerate(self.entries) if row in rows]
         if self._index is not None and rows:
             self._index.remove(sorted(rows))
@@ -224,7 +223,7 @@ class Gallery:
         self._names -= {entry.path for entry in gone}
         return gone
 
-    def nearest(self, queries: Tensor, top: int, rerank: bool = False) -> list[list[tuple[Entry, float]]]:
+    def nearest(self, queries: Tensor, top: int, rerank: bool = False) -> list[list[tuple[Row, float]]]:
         """The nearest images of each query with their distances, nearest first.
 
         Args:
@@ -330,9 +329,9 @@ def resolved(path: str) -> str:
     return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
 
 
-def absolute(entry: Entry) -> Entry:
+def absolute(entry: Row) -> Row:
     """The same image with its absolute path, as :func:`resolved` gives it."""
-    return replace(entry, path=resolved(entry.path))
+    return entry._replace(path=resolved(entry.path))
 
 
 def shown(path: str) -> str:
@@ -350,14 +349,14 @@ def _stamp(path: str) -> object:
     return about.st_ino, about.st_mtime_ns, about.st_size
 
 
-def _entry(row: Iterable[Any], folder: str) -> Entry:
+def _entry(row: Iterable[Any], folder: str) -> Row:
     path, identity, camera, *relative = row
     if not all(isinstance(text, str) for text in (path, identity, camera)):
         raise TypeError("the texts of an entry")
-    entry = Entry(path, identity, camera)
+    entry = Row(path, identity, camera)
     if relative == [True]:
-        return replace(entry, path=os.path.join(folder, path))
-    return replace(entry, path=resolved(path)) if os.path.isabs(path) else entry
+        return entry._replace(path=os.path.join(folder, path))
+    return entry._replace(path=resolved(path)) if os.path.isabs(path) else entry
 
 
 def _older(data: Array, numbers: Array) -> Array:

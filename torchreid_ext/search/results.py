@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from torchreid_ext.evaluation.page import Box, Found, Picture, Ranking, number
+from torchreid_ext.images import Row
 from torchreid_ext.search.gallery import shown
 from torchreid_ext.search.searcher import Match, Searcher
-from torchreid_ext.search.sources import Entry
 
 _SAME: dict[str, bool | None] = {"right": True, "wrong": False, "": None}
 _WORDS = {"right": "same", "wrong": "other", "": ""}
 
 
-def rankings(queries: Sequence[Entry], crop: Box | None, found: Sequence[Sequence[Match]]) -> list[Ranking]:
+def rankings(queries: Sequence[Row], crop: Box | None, found: Sequence[Sequence[Match]]) -> list[Ranking]:
     """The queries with what a search found.
 
     A match is marked right or wrong only where the identities of the query and of the match are both known.

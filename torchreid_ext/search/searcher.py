@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from pml_drsl.checks import InputError
+from torchreid_ext.images import Row
 from torchreid_ext.runtime.files import locked
 from torchreid_ext.search.gallery import EXACT, Gallery, absolute, resolved
 from torchreid_ext.search.model import load_model
 from torchreid_ext.search.preprocessing import Box, ImageLike, Preprocessing, as_list
-from torchreid_ext.search.sources import Entry, named
+from torchreid_ext.search.sources import NAMES, named
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class Searcher:
             another one was chosen.
         device: where to compute; None takes the GPU where there is one.
         batch_size: images in a batch; None for ``test.batch_size`` of the configuration.
+        names: how names of images carry identities and cameras: ``"market"`` (``0002_c1s1_000451_03.jpg``),
+            ``"folder"`` (``anna/hall_1.jpg``) or another one of :func:`torchreid_ext.images.pattern`.
 
     Attributes:
         model: the network, its configuration and its fingerprint.
@@ -76,9 +79,11 @@ class Searcher:
         index_type: str | None = None,
         device: torch.device | str | None = None,
         batch_size: int | None = None,
+        names: str = NAMES,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch_size {batch_size}: give 1 or more")
+        self.names = names
         self.model = load_model(checkpoint, config_file, device, model)
         self.batch_size = batch_size or int(self.model.config.test.batch_size)
         self.preprocessing = Preprocessing(self.model)
@@ -119,7 +124,8 @@ class Searcher:
 
         Args:
             images: as for :meth:`extract`.
-            names: of the images; an image that is a path has its absolute path for a name.
+            names: of the images, which may carry identities and cameras. An image that is a path has its absolute path
+                for a name.
 
         Raises:
             InputError: for images without names, a name that is in the gallery already, or an image that cannot be
@@ -129,16 +135,16 @@ class Searcher:
         if names is None:
             if not all(isinstance(image, (str, os.PathLike)) for image in given):
                 raise InputError("images that are not paths need names: give as many names as images")
-            entries = [absolute(named(os.fspath(image))) for image in given]  # type: ignore[arg-type]
+            entries = [absolute(named(os.fspath(image), self.names)) for image in given]  # type: ignore[arg-type]
         else:
-            entries = [named(name) for name in ([names] if isinstance(names, str) else names)]
+            entries = [named(name, self.names) for name in ([names] if isinstance(names, str) else names)]
         if len(entries) != len(given):
             raise InputError(f"{len(given)} images need as many names, got {len(entries)}")
         features = self.extract(given)
         with self._lock:
             self.gallery.add(entries, features)
 
-    def add_features(self, entries: Sequence[Entry], features: Tensor) -> None:
+    def add_features(self, entries: Sequence[Row], features: Tensor) -> None:
         """Adds images whose features, [N, D], were extracted with this model before; see :meth:`add`."""
         known = [absolute(entry) if os.path.isfile(entry.path) else entry for entry in entries]
         with self._lock:

@@ -15,10 +15,10 @@ from PIL import Image
 
 from torchreid_ext import Searcher
 from torchreid_ext.cli import console, extract, search
+from torchreid_ext.images import Row
 from torchreid_ext.runtime.files import locked
 from torchreid_ext.search.results import as_text, rankings
 from torchreid_ext.search.searcher import Match
-from torchreid_ext.search.sources import Entry
 
 ROOT = Path(__file__).parents[3]
 
@@ -41,7 +41,7 @@ def photos(model, tmp_path_factory):
 
 
 def run(*words):
-    return search.main([*map(str, words), "--workers", "0", "--device", "cpu"])
+    return search.main([*map(str, words), "--workers", "0", "--device", "cpu", "--names", "folder"])
 
 
 def complaint(capsys):
@@ -59,7 +59,7 @@ def test_text_json_and_python_agree(model, photos, tmp_path, capsys):
     (asked,) = found["queries"]
     assert found["gallery"] == 24 and found["metric"] == "cosine"
     assert asked["path"] == str(query) and (asked["identity"], asked["camera"]) == ("pérson 2", "cam0")
-    searcher = Searcher(model.parents[1], device="cpu")
+    searcher = Searcher(model.parents[1], device="cpu", names="folder")
     searcher.add(sorted(map(str, photos.rglob("*.png"))))
     expected = searcher.search(query, top=3)[0]
     assert asked["matches"][0]["path"] == str(query) and asked["matches"][0]["same_identity"] is True
@@ -176,7 +176,7 @@ def test_a_second_writer_waits_and_says_so(model, photos, tmp_path):
 
 
 def run_locked(model, folder, index):
-    searcher = Searcher(model, device="cpu")
+    searcher = Searcher(model, device="cpu", names="folder")
     searcher.add(sorted(map(str, folder.iterdir())))
     searcher.gallery.save(index)
     return len(searcher)
@@ -234,10 +234,10 @@ def test_nothing_that_is_read_is_overwritten(model, photos, tmp_path, capsys):
 
 def test_ordinary_photos_get_no_marks_and_names_no_power_over_the_terminal(capsys):
     evil = "photos/\x1b[31m\u202egnp.\n.png"
-    query, match = Entry("a.png", "", ""), Match(1, evil, -1e-9, "anna", "")
+    query, match = Row("a.png", "", ""), Match(1, evil, -1e-9, "anna", "")
     (row,) = rankings([query], None, [[match]])
     assert row.matches[0].mark == "" and "-0.0000" not in as_text([row]) and "other" not in as_text([row])
-    assert [row.matches[0].mark for row in rankings([Entry("a", "anna")] * 2, None, [[match], []]) if row.matches] == [
+    assert [row.matches[0].mark for row in rankings([Row("a", "anna")] * 2, None, [[match], []]) if row.matches] == [
         "right"
     ]
     console.say(as_text([row]))
@@ -268,6 +268,7 @@ def test_two_galleries_with_the_same_names_are_told_apart_by_their_paths(model, 
         (["--gallery", "G", "--query", "Q", "--top", "0"], "--top 0"),
         (["--gallery", "G", "--query", "Q", "--html", "nowhere/p.html"], "--html nowhere/p.html"),
         (["--gallery", "G", "--query", "Q", "--prune"], "give --index"),
+        (["--gallery", "G", "--query", "Q", "--names", "nonsense"], "--names 'nonsense'"),
         (["--gallery", "TEXTS", "--query", "Q"], "--skip-damaged"),
         (["--gallery", "G", "--query", "Q", "--remove", "x"], "give --index"),
     ],
@@ -286,5 +287,6 @@ def test_bad_input(model, photos, tmp_path, capsys, monkeypatch, words, message)
     output = tmp_path / "out"
     output.mkdir()
     outputs = ["--json", output / "r.json"] if "--html" in words else ["--html", output / "p.html"]
-    assert run(model, *(names.get(word, word) for word in words), *outputs) == 2
+    words = [names.get(word, word) for word in words]
+    assert search.main([*map(str, [model, *words, *outputs]), "--workers", "0", "--device", "cpu"]) == 2
     assert message in complaint(capsys) and not list(output.iterdir())

@@ -18,11 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pml_drsl.checks import InputError
+from torchreid_ext.images import Row
 from torchreid_ext.runtime.files import locked
 from torchreid_ext.search import gallery as module
 from torchreid_ext.search.extraction import ExtractedSet, read_gallery, write_features
 from torchreid_ext.search.gallery import FeatureIndex, Gallery, resolved
-from torchreid_ext.search.sources import Entry
 
 
 def model(metric="cosine", fingerprint="0123"):
@@ -61,13 +61,13 @@ def test_the_nearest_are_those_of_a_slow_search(metric, offset):
 def test_adding_removing_and_reranking_with_every_kind_of_index(kind):
     features = draw(300)
     gallery = Gallery(model("euclidean"), kind)
-    gallery.add([Entry(f"a{row}") for row in range(300)], features)
+    gallery.add([Row(f"a{row}") for row in range(300)], features)
     assert [entry.path for entry, _ in gallery.nearest(features[[7]], 1)[0]] == ["a7"]
     gallery.remove(["a7", "a9"])
     names = [entry.path for entry, _ in gallery.nearest(features[[7]], 298)[0]]
     # A graph may leave some out; what is removed is never found.
     assert len(names) > 200 and not {"a7", "a9"} & set(names)
-    gallery.add([Entry("again")], features[[7]])
+    gallery.add([Row("again")], features[[7]])
     assert gallery.nearest(features[[7]], 1)[0][0][0].path == "again"
     assert gallery.nearest(features[[8]], 1, rerank=True)[0][0][0].path == "a8"
     gallery.remove(["*"])
@@ -78,7 +78,7 @@ def test_adding_removing_and_reranking_with_every_kind_of_index(kind):
 @pytest.mark.parametrize("kind", ["nonsense", "IVF4096,Flat", "IVF4,Flat;nothing=4", "IDMap,Flat"])
 def test_an_index_that_faiss_cannot_make_is_refused_in_one_line(kind):
     gallery = Gallery(model(), kind)
-    gallery.add([Entry("a"), Entry("b")], draw(2))
+    gallery.add([Row("a"), Row("b")], draw(2))
     with pytest.raises(InputError, match="--index-type") as caught:
         gallery.nearest(draw(1), 1)
     assert "\n" not in str(caught.value)
@@ -87,15 +87,15 @@ def test_an_index_that_faiss_cannot_make_is_refused_in_one_line(kind):
 def test_what_cannot_be_added_or_removed_changes_nothing():
     gallery, features = Gallery(model()), draw(4)
     with pytest.raises(InputError, match="NaN"):
-        gallery.add([Entry("x")], torch.full((1, 3), float("nan")))
-    gallery.add([Entry(name) for name in ("a/1", "a/2", "b/1", "b[1]")], features)
+        gallery.add([Row("x")], torch.full((1, 3), float("nan")))
+    gallery.add([Row(name) for name in ("a/1", "a/2", "b/1", "b[1]")], features)
     before = gallery.nearest(features, 4)
     for entries, wrong, words in [
-        ([Entry("a/1")], features[:1], "is in the gallery already"),
-        ([Entry("x"), Entry("x")], features[:2], "is in the gallery already"),
-        ([Entry("x")], features[:2], "1 images need as many features"),
-        ([Entry("x")], torch.zeros(1, 3), "3 dimensions"),
-        ([Entry("x")], torch.full((1, 8), float("inf")), "NaN or infinite"),
+        ([Row("a/1")], features[:1], "is in the gallery already"),
+        ([Row("x"), Row("x")], features[:2], "is in the gallery already"),
+        ([Row("x")], features[:2], "1 images need as many features"),
+        ([Row("x")], torch.zeros(1, 3), "3 dimensions"),
+        ([Row("x")], torch.full((1, 8), float("inf")), "NaN or infinite"),
     ]:
         with pytest.raises(InputError, match=words):
             gallery.add(entries, wrong)
@@ -120,8 +120,8 @@ def saved(folder, name="index"):
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
-    entries = [Entry(resolved(str(path)), str(row), "c") for row, path in enumerate(paths)]
-    gallery.add([*entries, Entry("a name.jpg")], draw(7))
+    entries = [Row(resolved(str(path)), str(row), "c") for row, path in enumerate(paths)]
+    gallery.add([*entries, Row("a name.jpg")], draw(7))
     gallery.save(folder / name)
     return gallery
 
@@ -155,7 +155,7 @@ def test_an_index_that_another_process_changed_is_not_overwritten(tmp_path):
     saved(tmp_path)
     first, second = (Gallery.load(tmp_path / "index", model()) for _ in range(2))
     for gallery in (first, second):
-        gallery.add([Entry(f"new {id(gallery)}")], draw(1, seed=5))
+        gallery.add([Row(f"new {id(gallery)}")], draw(1, seed=5))
     first.save(tmp_path / "index")
     first.remove(["a name.jpg"])
     first.save(tmp_path / "index")  # its own changes are no one else's
@@ -216,9 +216,9 @@ def test_a_write_that_fails_leaves_the_old_index(tmp_path, monkeypatch):
 
 
 def features_file(path):
-    entries = [Entry(str(path.parent / f"{row}.jpg"), str(row), "1") for row in range(4)]
+    entries = [Row(str(path.parent / f"{row}.jpg"), str(row), "1") for row in range(4)]
     gallery = ExtractedSet(entries, draw(4))
-    write_features(path, model(), {"query": gallery, "gallery": gallery}, labelled=True)
+    write_features(path, model(), {"query": gallery, "gallery": gallery})
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +313,7 @@ def write_for_ever(path, log, worker):
         name = f"{worker}-{number}"
         with locked(path):
             gallery = Gallery.load(path, model()) if os.path.exists(path) else Gallery(model())
-            gallery.add([Entry(name, str(worker))], draw(1, seed=seed_of(name)))
+            gallery.add([Row(name, str(worker))], draw(1, seed=seed_of(name)))
             gallery.save(path)
         with open(log, "a") as file:
             file.write(f"{name}\n")

@@ -13,7 +13,7 @@ import torchreid_ext
 from pml_drsl.checks import InputError
 from pml_drsl.evaluation import reranking
 from torchreid_ext import Searcher
-from torchreid_ext.search.sources import Entry
+from torchreid_ext.images import Row
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +50,15 @@ def test_the_ranking_is_that_of_the_features(searcher, model, paths):
             assert abs(expected[paths[8:].index(match.name)] - match.distance) < 1e-6
 
 
-def test_names_carry_identity_and_camera(searcher, paths):
+def test_names_carry_identity_and_camera_where_the_user_says_so(searcher, model, paths):
     picture = Image.open(paths[0])
-    searcher.add([picture, np.array(picture)], ["Zoë/hall_1.png", "0002_c3s1_000451_03.jpg"])
-    first, second = searcher.search(picture)[0]
-    assert "0002" in {first.identity, second.identity} and abs(first.distance) < 1e-6
+    names = ["Zoë/hall_1.png", "0002_c3s1_000451_03.jpg", "Downloads/IMG_2034.jpg"]
+    searcher.add([picture, np.array(picture), picture], names)
+    found = searcher.search(picture)[0]
+    assert {(m.identity, m.camera) for m in found} == {("0002", "3"), ("", "")} and abs(found[0].distance) < 1e-6
+    by_folder = Searcher(model, device="cpu", names="folder")
+    by_folder.add(picture, names[:1])
+    assert by_folder.search(picture)[0][0].identity == "Zoë"
     with pytest.raises(InputError, match="need names"):
         searcher.add(picture)
     for names in (["a", "b"], []):
@@ -73,7 +77,7 @@ def test_an_image_is_known_by_its_resolved_path(searcher, model, paths, tmp_path
         with pytest.raises(InputError, match="is in the gallery already"):
             searcher.add(again)
         with pytest.raises(InputError, match="is in the gallery already"):
-            searcher.add_features([Entry(again)], searcher.extract(again))
+            searcher.add_features([Row(again)], searcher.extract(again))
     assert searcher.search(name)[0][0].name == paths[0]
     searcher.save(tmp_path / "index")
     monkeypatch.chdir(tmp_path)
