@@ -207,6 +207,20 @@ def test_a_reader_that_stops_early_is_no_error(model, photos, tmp_path):
     assert child.stderr.read() == b"" and (tmp_path / "p.html").exists()
 
 
+def test_a_name_that_is_no_utf8_goes_everywhere(model, photos, tmp_path, capsys):
+    strange = os.fsdecode(b"caf\xe9\x1b[2J.png")
+    shutil.copy(photos / "pérson 2" / "cam0_<1>&.png", tmp_path / strange)
+    assert extract.main([str(model), str(tmp_path), "--output", str(tmp_path / "f.npz"), "--device", "cpu"]) == 0
+    words = ["--query", tmp_path / strange, "--json", tmp_path / "r.json", "--html", tmp_path / "p.html"]
+    assert run(model, "--gallery", tmp_path / "f.npz", "--index", tmp_path / "index", *words) == 0
+    assert run(model, "--index", tmp_path / "index", *words) == 0
+    out = capsys.readouterr().out
+    assert r"caf\udce9\x1b[2J.png" in out and "\x1b" not in out
+    (asked,) = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["queries"]
+    assert asked["matches"][0]["path"] == str(tmp_path / strange) and asked["matches"][0]["distance"] < 1e-6
+    assert r"caf\udce9" in (tmp_path / "p.html").read_text(encoding="utf-8")
+
+
 def test_nothing_that_is_read_is_overwritten(model, photos, tmp_path, capsys):
     gallery = tmp_path / "gallery"
     shutil.copytree(photos / "pérson 1", gallery)

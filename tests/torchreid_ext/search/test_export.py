@@ -95,7 +95,7 @@ def test_images_of_the_user(plain, tmp_path, capsys):
         ("model.txt", [], "must end in .onnx"),
         ("model.onnx", ["--model", "nonsense"], "nonsense"),
         ("nowhere/model.onnx", [], "folder that exists"),
-        ("model.onnx", ["--images", "nowhere"], "no folder 'nowhere'"),
+        ("model.onnx", ["--images", "nowhere"], "cannot read image 'nowhere'"),
     ],
 )
 def test_bad_input(plain, tmp_path, capsys, output, words, message):
