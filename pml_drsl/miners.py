@@ -104,7 +104,7 @@ class RankViolationMiner(RankingMiner):
 
 
 class NegativeBudgetMiner(RankingMiner):
-    """Sets the imbalance of every query to a chosen value. It keeps all positives of a query, and
+    """Sets the imbalance of every query to a chosen value. It keeps the positives of a query, and
     ``round(negatives_per_positive * number of positives)`` of its negatives, at least one if there is one. A query
     without a positive gets no pair. Works with any distance, ``ref_emb``, cross-batch memory and classes of any size.
     Returns pairs (a1, p, a2, n).
@@ -114,6 +114,8 @@ class NegativeBudgetMiner(RankingMiner):
         strategy: which negatives are kept. ``"hard"``: the nearest. ``"semihard"``: first the nearest of the negatives
             that are farther than the nearest positive of the query, then the farthest of the other negatives (after
             FaceNet, Schroff et al., CVPR 2015). ``"random"``: any, with equal probability.
+        positives: positives kept for each query, drawn at random; None keeps all. With 1, the ratio of negatives to
+            positives can exceed the number of identities.
         seed: seed of the random draws, 0 or more; two seeds draw independently. The number of draws is part of the
             ``state_dict``. None draws from torch's global generator.
         **kwargs: arguments of ``BaseMiner``: ``distance`` (default: ``LpDistance``), ``collect_stats``.
@@ -127,6 +129,7 @@ class NegativeBudgetMiner(RankingMiner):
         negatives_per_positive: float,
         strategy: Strategy = "hard",
         seed: int | None = None,
+        positives: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -136,14 +139,19 @@ class NegativeBudgetMiner(RankingMiner):
             raise InputError(f"strategy must be one of {', '.join(get_args(Strategy))}, got {strategy!r}")
         if not (seed is None or (isinstance(seed, int) and seed >= 0)):
             raise InputError(f"seed must be None or an integer of at least 0, got {seed!r}")
+        if not (positives is None or (isinstance(positives, int) and positives >= 1)):
+            raise InputError(f"positives must be None or an integer of at least 1, got {positives!r}")
         self.negatives_per_positive = negatives_per_positive
         self.strategy = strategy
         self.seed = seed
+        self.positives = positives
         self.num_calls: Tensor
         self.register_buffer("num_calls", torch.zeros((), dtype=torch.long))
         self.add_to_recordable_attributes(name="negatives_per_positive", is_stat=False)
 
     def select(self, embeddings: Tensor, ref_emb: Tensor, positives: Tensor, negatives: Tensor) -> FourIndices:
+        if self.positives is not None:
+            positives = self._some(positives, self.positives)
         num_positives = positives.sum(1)
         budget = (self.negatives_per_positive * num_positives).round().long().clamp_(min=1)
         budget = torch.where(num_positives > 0, budget, 0).minimum(negatives.sum(1))
@@ -154,6 +162,12 @@ class NegativeBudgetMiner(RankingMiner):
         a2, place = (torch.arange(largest, device=chosen.device) < budget[:, None]).nonzero(as_tuple=True)
         a1, p = positives.nonzero(as_tuple=True)
         return a1, p, a2, chosen[a2, place]
+
+    def _some(self, positives: Tensor, number: int) -> Tensor:
+        """At most so many of the positives of each query, drawn at random, shape (Q, M), bool."""
+        cost = self._random(*positives.shape, positives.device).masked_fill(~positives, torch.inf)
+        chosen = cost.topk(min(number, positives.shape[1]), largest=False).indices
+        return positives & torch.zeros_like(positives).scatter_(1, chosen, True)
 
     def _cost(self, embeddings: Tensor, ref_emb: Tensor, positives: Tensor) -> Tensor:
         """The cost of keeping each candidate, shape (Q, M), finite. Negatives of low cost are kept first."""

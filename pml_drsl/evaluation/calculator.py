@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from pytorch_metric_learning.utils.inference import CustomKNN, FaissKNN
 from torch import Tensor
 
 from pml_drsl.checks import InputError
-from pml_drsl.evaluation.distances import Array, FeatureDistances, Metric, as_features, squared_norms
-from pml_drsl.evaluation.identities import Labels, shared_labels
-from pml_drsl.evaluation.ranking import RankedQueries, SearchProtocol, Ties, rank_queries
+from pml_drsl.evaluation import JUNK, RANKS, Metric, SearchProtocol, Ties
+from pml_drsl.evaluation.distances import Array, FeatureDistances, as_features, squared_norms
+from pml_drsl.evaluation.identities import Junk, Labels, number_identities
+from pml_drsl.evaluation.ranking import SCORES, RankedQueries, rank_queries
 
-REID_METRICS = ("mAP", "mINP", "cmc", "rank_1", "rank_5", "rank_10", "rank_20")
+REID_METRICS = (*SCORES, "cmc", *(f"rank_{k}" for k in RANKS))
 
 
 class ReIDAccuracyCalculator(AccuracyCalculator):
@@ -46,6 +48,7 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
         protocol: see ``evaluate``.
         max_rank: length of ``cmc``.
         seed: see ``evaluate``.
+        junk: identities of images that have no effect on the re-ID metrics, integers.
         **kwargs: arguments of ``AccuracyCalculator``: ``avg_of_avgs``, ``return_per_class``, ``device`` and others.
 
     Raises:
@@ -65,6 +68,7 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
         protocol: SearchProtocol = "standard",
         max_rank: int = 50,
         seed: int = 0,
+        junk: Junk = JUNK,
         **kwargs: Any,
     ) -> None:
         if kwargs.get("label_comparison_fn") is not None:
@@ -74,6 +78,10 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
         self.protocol = protocol
         self.max_rank = max_rank
         self.seed = seed
+        self.junk = junk
+        # PML finds its metrics by the names of these attributes.
+        for name in REID_METRICS:
+            setattr(self, f"calculate_{name}", partial(self._calculate, name))
         self.set_cameras(query_cams, reference_cams)
         try:
             FaissKNN()
@@ -116,11 +124,12 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
         for side, features in (("query", query), ("reference", reference)):
             squared_norms(as_features(features, side).float(), side)
         # PML converts labels to float32, which cannot tell identities above 2^24 apart. Numbers from 0 avoid this.
-        labels = shared_labels(
+        labels = number_identities(
             _as_integers(query_labels, "query"),
             _as_integers(reference_labels, "reference"),
             len(query),
             len(reference),
+            self.junk,
             "labels",
         )
         metrics: dict[str, Any] = super().get_accuracy(
@@ -141,30 +150,15 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
                 protocol=self.protocol,
                 seed=self.seed,
                 gallery_starts_with_query=kwargs["ref_includes_query"],
+                junk=JUNK,  # ``get_accuracy`` has numbered the junk identities -1.
             )
         metrics: dict[str, Any] = super()._get_accuracy(function_dict, **kwargs)
         return metrics
 
-    def calculate_mAP(self, ranked: RankedQueries, query_labels: Tensor, **kwargs: Any) -> Any:
-        return self._average(ranked.average_precision, ranked, query_labels)
-
-    def calculate_mINP(self, ranked: RankedQueries, query_labels: Tensor, **kwargs: Any) -> Any:
-        return self._average(ranked.inverse_negative_penalty, ranked, query_labels)
-
-    def calculate_cmc(self, ranked: RankedQueries, query_labels: Tensor, **kwargs: Any) -> Any:
-        return self._average(ranked.hits(self.max_rank), ranked, query_labels)
-
-    def calculate_rank_1(self, ranked: RankedQueries, query_labels: Tensor, **kwargs: Any) -> Any:
-        return self._average(ranked.hits(1)[:, -1], ranked, query_labels)
-
-    def calculate_rank_5(self, ranked: RankedQueries, query_labels: Tensor, **kwargs: Any) -> Any:
-        return self._average(ranked.hits(5)[:, -1], ranked, query_labels)
-
-    def calculate_rank_10(self, ranked: RankedQueries, query_labels: Tensor, **kwargs: Any) -> Any:
-        return self._average(ranked.hits(10)[:, -1], ranked, query_labels)
-
-    def calculate_rank_20(self, ranked: RankedQueries, query_labels: Tensor, **kwargs: Any) -> Any:
-        return self._average(ranked.hits(20)[:, -1], ranked, query_labels)
+    def _calculate(self, name: str, ranked: RankedQueries, query_labels: Tensor, **kwargs: Any) -> Any:
+        """One of ``REID_METRICS``, from the arguments that PML gives to every metric."""
+        of_queries = ranked.hits(self.max_rank) if name == "cmc" else ranked.scores()[name.replace("_", "-")]
+        return self._average(of_queries, ranked, query_labels)
 
     def _average(self, values: Tensor, ranked: RankedQueries, query_labels: Tensor) -> Any:
         """Mean of values of shape (Q,) or (Q, R) over the matched queries.

@@ -6,18 +6,18 @@ rows. Both implement ``DistanceRows``.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol, TypeAlias
+import math
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pml_drsl.checks import InputError
+from pml_drsl.evaluation import METRICS, Metric
 from pml_drsl.precision import full_precision
 
 Array: TypeAlias = Tensor | np.ndarray[Any, Any]
-Metric = Literal["euclidean", "cosine"]
-METRICS: tuple[Metric, ...] = ("euclidean", "cosine")
 # 64 MiB of float32 distances are enough for fast matrix products.
 ELEMENTS_PER_CHUNK = 2**24
 
@@ -48,6 +48,10 @@ class FeatureDistances:
     identical distances, bit for bit, so that ties between them are found. Between different features, rounding can
     hide a tie.
 
+    The cosine distance ``1 - q.g / (|q| |g|)`` is half the squared distance of the normalised features. Both metrics
+    therefore come from ``|g|^2 / 2 - q.g``. This term loses the digits of small distances where the features lie far
+    from zero, so features are centred first: see ``_center``.
+
     Args:
         query: floating-point tensor or array of shape (Q, D), with D at least 1.
         gallery: floating-point tensor or array of shape (M, D).
@@ -73,15 +77,20 @@ class FeatureDistances:
         dtype = torch.float64 if torch.float64 in (query.dtype, gallery.dtype) else torch.float32
         device = query.device if device is None else torch.device(device)
         query, gallery = query.to(device, dtype), gallery.to(device, dtype)
-        query_squares, gallery_squares = squared_norms(query, "query"), squared_norms(gallery, "gallery")
+        for features, name in ((query, "query"), (gallery, "gallery")):
+            squared_norms(features, name)
         if metric == "cosine":
-            query = torch.nn.functional.normalize(query)
-            gallery = torch.nn.functional.normalize(gallery)
+            query, gallery = torch.nn.functional.normalize(query), torch.nn.functional.normalize(gallery)
+        lifts = [_lift(features, metric) for features in (query, gallery)]
+        center = _center(gallery)
+        if center is not None:
+            query, gallery = query - center, gallery - center
         self.metric = metric
         self.query = query
         self.gallery = gallery
-        self._query_squares = query_squares
-        self._gallery_squares = gallery_squares
+        self._query_lifts, self._gallery_lifts = lifts
+        self._query_halves = squared_norms(query, "query") / 2 + lifts[0]
+        self._gallery_halves = squared_norms(gallery, "gallery") / 2 + lifts[1]
         self._copies, self._originals = _repeated_rows(gallery)
 
     @property
@@ -93,16 +102,13 @@ class FeatureDistances:
         return len(self.gallery)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Distances minus a constant for each query, shape (stop - start, M). This is faster and rounds less.
+        """Half squared distances minus a constant for each query, shape (stop - start, M): ``|g|^2 / 2 - q.g``.
 
-        Euclidean: ``|g|^2 - 2 q.g``, which is the squared distance minus ``|q|^2``. Cosine: ``-cos(q, g)``.
+        This is faster than the distances and rounds less. The order is the order of the distances.
         """
         query = self.query[start:stop]
         with torch.no_grad(), full_precision(query.device.type):
-            if self.metric == "cosine":
-                rows = torch.mm(query, self.gallery.T).neg_()
-            else:
-                rows = torch.addmm(self._gallery_squares, query, self.gallery.T, alpha=-2)
+            rows = torch.addmm(self._gallery_halves, query, self.gallery.T, alpha=-1)
         if len(self._copies) > 0:
             # A matrix product may round equal columns differently. Copying makes the ties exact.
             rows[:, self._copies] = rows[:, self._originals]
@@ -110,10 +116,59 @@ class FeatureDistances:
 
     def distances(self, start: int, stop: int) -> Tensor:
         """Distances as torchreid defines them, shape (stop - start, M): squared Euclidean, or 1 - cosine."""
-        rows = self.rows(start, stop)
-        if self.metric == "cosine":
-            return rows.add_(1)
-        return rows.add_(self._query_squares[start:stop, None]).clamp_(min=0)
+        return self._of_halves(self.rows(start, stop).add_(self._query_halves[start:stop, None]))
+
+    def of_pairs(self, queries: Tensor, entries: Tensor) -> Tensor:
+        """The distances of P pairs of a query and a gallery entry, as ``distances`` defines them, on the CPU.
+
+        Args:
+            queries: numbers of the queries, int64 of shape (P,).
+            entries: numbers of the gallery entries, int64 of shape (P,).
+
+        Returns:
+            Distances of shape (P,).
+        """
+        step, parts = rows_per_chunk(self.query.shape[1]), []
+        for left, right in zip(queries.split(step), entries.split(step), strict=True):
+            halves = self.query[left].sub_(self.gallery[right]).square_().sum(dim=1).div_(2)
+            halves += self._query_lifts[left] + self._gallery_lifts[right]
+            parts.append(self._of_halves(halves).cpu())
+        return torch.cat(parts)
+
+    def _of_halves(self, halves: Tensor) -> Tensor:
+        """Distances from half squared distances, which it overwrites. Rounding can make a distance of 0 negative."""
+        return halves.mul_(1 if self.metric == "cosine" else 2).clamp_(min=0)
+
+
+def _lift(features: Tensor, metric: Metric) -> Tensor:
+    """What to add to half squared distances of normalised features, shape (N,): 1/2 for zero vectors, 0 for others.
+
+    A zero vector has cosine distance 1 from every vector, but half a squared distance of 1/2 from a normalised one.
+    """
+    if metric != "cosine":
+        return features.new_zeros(len(features))
+    halves = squared_norms(features, "normalised") / 2
+    # Vectors whose norm is below the smallest divisor of ``normalize`` stay shorter than 1.
+    return torch.where(halves < 0.25, 0.5 - halves, 0)
+
+
+def _center(gallery: Tensor) -> Tensor | None:
+    """A point near the mean of the gallery, shape (D,), or None where zero is as near as the features spread.
+
+    ``|g|^2 / 2 - q.g`` loses as many digits as the features are farther from zero than from each other. The mean is
+    rounded to multiples of a power of two of about the spread. Features of few digits, such as small integers, then
+    keep few digits, and their equal distances stay equal.
+    """
+    mean = gallery.mean(dim=0)
+    parts = gallery.split(rows_per_chunk(gallery.shape[1]))
+    # In float64, because squares of large features overflow in float32.
+    norms = [float(torch.linalg.vector_norm(part - mean, dtype=torch.float64)) for part in parts]
+    spread = math.hypot(*norms) / math.sqrt(gallery.numel())
+    if spread < torch.finfo(gallery.dtype).tiny:
+        return None
+    unit = 2.0 ** math.ceil(math.log2(spread))
+    center = mean.div_(unit).round_().mul_(unit)
+    return center if bool(center.any()) else None
 
 
 def rows_per_chunk(num_columns: int, chunk_size: int | None = None) -> int:

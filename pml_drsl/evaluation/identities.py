@@ -16,6 +16,13 @@ from pml_drsl.evaluation.distances import Array
 NUM_REPEATS = 10
 
 Labels: TypeAlias = Array | Sequence[int] | Sequence[str]
+Junk: TypeAlias = Sequence[int | str]
+
+
+def label_array(labels: Labels) -> np.ndarray[Any, Any]:
+    """Labels as an array of numbers or of text. Bytes become text."""
+    array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    return np.char.decode(array, "latin-1") if array.dtype.kind == "S" else array
 
 
 def shared_labels(query: Labels, gallery: Labels, num_query: int, num_gallery: int, name: str) -> tuple[Tensor, Tensor]:
@@ -36,43 +43,77 @@ def shared_labels(query: Labels, gallery: Labels, num_query: int, num_gallery: i
     """
     sides: list[np.ndarray[Any, Any]] = []
     for side, labels, count in (("query", query, num_query), ("gallery", gallery, num_gallery)):
-        array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+        array = label_array(labels)
         if array.shape != (count,):
             raise InputError(f"{side}_{name} have shape {list(array.shape)}: give one for each of {count} features")
-        if array.dtype.kind not in "iubUS":
+        if array.dtype.kind not in "iubU":
             raise InputError(f"{side}_{name} are {array.dtype}: give integers or strings")
         sides.append(array)
-    if (sides[0].dtype.kind in "US") != (sides[1].dtype.kind in "US"):
+    together = np.concatenate(sides) if (sides[0].dtype.kind == "U") == (sides[1].dtype.kind == "U") else None
+    # Signed and unsigned integers of 64 bits have no common type but float64, which cannot tell large ones apart.
+    if together is None or together.dtype.kind == "f":
         raise InputError(f"query_{name} are {sides[0].dtype} and gallery_{name} {sides[1].dtype}: give the same kind")
-    _, indices = np.unique(np.concatenate(sides), return_inverse=True)
-    together = torch.from_numpy(indices.astype(np.int64).reshape(-1))
-    return together[:num_query], together[num_query:]
+    _, indices = np.unique(together, return_inverse=True)
+    numbers = torch.from_numpy(indices.astype(np.int64).reshape(-1))
+    return numbers[:num_query], numbers[num_query:]
+
+
+def number_identities(
+    query: Labels, gallery: Labels, num_query: int, num_gallery: int, junk: Junk, name: str = "ids"
+) -> tuple[Tensor, Tensor]:
+    """Numbers identities as ``shared_labels`` does. Junk identities get -1.
+
+    Args:
+        query, gallery, num_query, num_gallery, name: see ``shared_labels``.
+        junk: junk identities, integers or strings. The string "-1" stands for the integer -1, and -1 for "-1".
+
+    Raises:
+        InputError: as ``shared_labels``, or if a junk identity is a name, and the identities are integers.
+    """
+    numbers = shared_labels(query, gallery, num_query, num_gallery, name)
+    sides = []
+    for labels, of_side in zip((query, gallery), numbers, strict=True):
+        is_junk = torch.from_numpy(np.isin(label_array(labels), _junk_like(label_array(labels), junk)))
+        sides.append(of_side.masked_fill(is_junk, -1))
+    return sides[0], sides[1]
+
+
+def _junk_like(labels: np.ndarray[Any, Any], junk: Junk) -> list[int] | list[str]:
+    """The junk identities in the type of the labels."""
+    if isinstance(junk, str):
+        raise InputError(f"junk={junk!r}: give a list of identities, such as [{junk!r}]")
+    if labels.dtype.kind == "U":
+        return [str(identity) for identity in junk]
+    try:
+        return [int(identity) for identity in junk]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"junk={list(junk)!r}: the identities are integers, so give integers") from error
 
 
 class Identities:
     """The gallery grouped by identity: ``order[starts[i] : starts[i] + counts[i]]`` are the entries of identity i.
 
     Args:
-        gallery_ids: identities of the gallery as numbers from 0, shape (M,).
+        gallery_ids: identities of the gallery as numbers from 0, shape (M,); -1 for an entry that is in no group.
         num_identities: number of identities.
     """
 
     def __init__(self, gallery_ids: Tensor, num_identities: int) -> None:
         self.order = gallery_ids.argsort(stable=True)
-        self.counts = torch.bincount(gallery_ids, minlength=num_identities)
-        self.starts = self.counts.cumsum(0) - self.counts
+        self.counts = torch.bincount(gallery_ids[gallery_ids >= 0], minlength=num_identities)
+        self.starts = self.counts.cumsum(0) - self.counts + (gallery_ids < 0).sum()
 
     def members(self, identities: Tensor) -> tuple[Tensor, Tensor]:
         """The gallery entries of some identities, padded to one length.
 
         Args:
-            identities: identities, shape (q,).
+            identities: identities, shape (q,); -1 has no entries.
 
         Returns:
             Gallery entries, shape (q, C), with C at least 1, and a bool tensor of the same shape. It is False where
             an entry is padding. Padding repeats the identity's first entry.
         """
-        counts = self.counts[identities][:, None]
+        counts = torch.where(identities < 0, 0, self.counts[identities])[:, None]
         column = torch.arange(max(1, int(counts.max())))[None, :]
         valid = column < counts
         places = self.starts[identities][:, None] + torch.where(valid, column, 0)

@@ -8,8 +8,6 @@ numbers are from the paper. The results equal the results of its published code,
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from scipy import sparse
@@ -177,23 +175,11 @@ def _encode(among: FeatureDistances, neighbours: Tensor, largest: Tensor, k1: in
         pairs.append((image * size + mine)[is_mine])
         pairs.append((image[..., None] * size + theirs)[added])
     rows, columns = np.divmod(np.unique(torch.cat(pairs).numpy()), size)
-    weights = torch.exp(-_normalise(_distances_of_pairs(among, rows, columns), largest[rows].cpu())).double().numpy()
+    pairs_on_device = (torch.from_numpy(indices).to(among.query.device) for indices in (rows, columns))
+    distances = among.of_pairs(*pairs_on_device)
+    weights = torch.exp(-_normalise(distances, largest[rows].cpu())).double().numpy()
     weights /= np.bincount(rows, weights, size)[rows]
     return sparse.csr_array((weights.astype(np.float32), (rows, columns)), shape=(size, size))
-
-
-def _distances_of_pairs(among: FeatureDistances, rows: Any, columns: Any) -> Tensor:
-    """Distances of P pairs of images, shape (P,), on the CPU."""
-    left, right = (torch.from_numpy(indices).to(among.query.device) for indices in (rows, columns))
-    step = rows_per_chunk(among.query.shape[1])
-    parts = []
-    for start in range(0, len(left), step):
-        x, y = among.query[left[start : start + step]], among.query[right[start : start + step]]
-        if among.metric == "cosine":
-            parts.append(1 - x.mul_(y).sum(dim=1).cpu())
-        else:
-            parts.append(x.sub_(y).square_().sum(dim=1).cpu())
-    return torch.cat(parts)
 
 
 def _expand_queries(encoded: sparse.csr_array, neighbours: Tensor) -> sparse.csr_array:

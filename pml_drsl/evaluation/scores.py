@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pml_drsl.checks import InputError
-from pml_drsl.evaluation import reranking
-from pml_drsl.evaluation.distances import METRICS, Array, DistanceRows, FeatureDistances, Metric
-from pml_drsl.evaluation.identities import Labels
-from pml_drsl.evaluation.ranking import PROTOCOLS, TIES, RankedQueries, SearchProtocol, Ties, rank_queries
+from pml_drsl.evaluation import JUNK, METRICS, PROTOCOLS, RANKS, TIES, Metric, SearchProtocol, Ties, reranking
+from pml_drsl.evaluation.distances import Array, DistanceRows, FeatureDistances, as_features
+from pml_drsl.evaluation.identities import Junk, Labels, label_array, number_identities, shared_labels
+from pml_drsl.evaluation.ranking import SCORES, RankedQueries, rank_queries
 
 __all__ = [
     "METRICS",
@@ -33,22 +35,40 @@ class RetrievalResult:
     """The scores of one evaluation. Each score is a mean over the queries that have a match.
 
     Attributes:
-        mAP: mean average precision, in (0, 1].
-        mINP: mean inverse negative penalty, in (0, 1] (Ye et al., TPAMI 2022).
+        means: the mean of each score in ``pml_drsl.evaluation.ranking.SCORES`` by its name, in (0, 1].
         cmc: float64 array of shape (R,), in [0, 1], not falling; ``cmc[k - 1]`` is rank-k.
         num_query: number of queries, with or without a match.
-        num_gallery: number of gallery entries.
+        num_gallery: number of gallery entries. Images with a junk identity count nowhere.
         num_junk: number of (query, gallery entry) pairs that the protocol removed.
         num_unmatched: number of queries without a match in their gallery. They are not in the means.
+        ranked: the scores and the identity of each query.
     """
 
-    mAP: float
-    mINP: float
+    means: dict[str, float]
     cmc: np.ndarray[Any, np.dtype[np.float64]]
     num_query: int
     num_gallery: int
     num_junk: int
     num_unmatched: int
+    ranked: RankedQueries = field(repr=False, compare=False)
+
+    @property
+    def mAP(self) -> float:
+        """Mean average precision, in (0, 1]."""
+        return self.means["mAP"]
+
+    @property
+    def mINP(self) -> float:
+        """Mean inverse negative penalty, in (0, 1] (Ye et al., TPAMI 2022)."""
+        return self.means["mINP"]
+
+    def scores(self, ranks: Sequence[int] = RANKS) -> dict[str, float]:
+        """All scores by name: the means, and "rank-k" for each of the ranks.
+
+        Raises:
+            InputError: see ``rank``.
+        """
+        return self.means | {f"rank-{k}": self.rank(k) for k in ranks}
 
     def rank(self, k: int) -> float:
         """Rank-k: the share of queries that have a match among their first k gallery entries, in [0, 1].
@@ -63,7 +83,8 @@ class RetrievalResult:
 
     def to_dict(self) -> dict[str, Any]:
         """The scores as plain numbers for JSON; ``cmc`` becomes a list."""
-        return {**vars(self), "cmc": [float(value) for value in self.cmc]}
+        counts = {name: value for name, value in vars(self).items() if name.startswith("num_")}
+        return {**self.means, "cmc": [float(value) for value in self.cmc], **counts}
 
 
 def evaluate(
@@ -80,6 +101,7 @@ def evaluate(
     max_rank: int = 50,
     rerank: bool = False,
     seed: int = 0,
+    junk: Junk = JUNK,
     device: torch.device | str | None = None,
     chunk_size: int | None = None,
     progress: bool = False,
@@ -89,7 +111,8 @@ def evaluate(
     The protocol is that of Zheng et al. (ICCV 2015), and torchreid follows it too. Gallery entries with the query's
     identity and the query's camera are junk: they are removed from the ranking. The other entries with the query's
     identity are matches (positives). All remaining entries are negatives. A query without a match is counted in
-    ``num_unmatched`` and is not scored.
+    ``num_unmatched`` and is not scored. Images with a ``junk`` identity, -1 by default, have no effect anywhere. Other
+    images that show nobody of the queries, such as Market-1501's distractors with identity 0, are negatives.
 
     ``ties`` says how to score a match and a negative at the same distance:
         ``"optimistic"``: the match comes first.
@@ -120,6 +143,7 @@ def evaluate(
         rerank: re-rank by k-reciprocal neighbours first, with the defaults of
             ``pml_drsl.evaluation.reranking.rerank``.
         seed: seed of the draws of ``"single-gallery-shot"``. Global random generators are not used.
+        junk: identities of images that have no effect, integers or strings. -1 stands for "-1" too.
         device: where to compute; None for the device of ``query``.
         chunk_size: number of queries to rank at once; None for about 64 MiB of distances.
         progress: show a progress bar on stderr.
@@ -128,7 +152,13 @@ def evaluate(
         InputError: if an argument is out of its range, features contain NaN or infinity, or no query has a match.
     """
     distances: DistanceRows
-    if rerank:
+    if rerank:  # Junk images would be neighbours of others.
+        query, gallery = as_features(query, "query"), as_features(gallery, "gallery")
+        sides = number_identities(query_ids, gallery_ids, len(query), len(gallery), junk)
+        if query_cams is not None and gallery_cams is not None:
+            query_cams, gallery_cams = shared_labels(query_cams, gallery_cams, len(query), len(gallery), "cams")
+        query, query_ids, query_cams = _keep(sides[0] >= 0, query, query_ids, query_cams)
+        gallery, gallery_ids, gallery_cams = _keep(sides[1] >= 0, gallery, gallery_ids, gallery_cams)
         distances = reranking.rerank(query, gallery, metric=metric, device=device, progress=progress)
     else:
         distances = FeatureDistances(query, gallery, metric, device=device)
@@ -141,10 +171,23 @@ def evaluate(
         ties=ties,
         protocol=protocol,
         seed=seed,
+        junk=junk,
         chunk_size=chunk_size,
         progress=progress,
     )
     return summarize(ranked, max_rank)
+
+
+def _keep(kept: Tensor, features: Tensor, ids: Labels, cams: Labels | None) -> tuple[Tensor, Labels, Labels | None]:
+    """The images that ``kept``, bool of shape (N,), selects."""
+    if bool(kept.all()):
+        return features, ids, cams
+    where = kept.numpy()
+    return (
+        features[kept.to(features.device)],
+        label_array(ids)[where],
+        None if cams is None else label_array(cams)[where],
+    )
 
 
 def summarize(ranked: RankedQueries, max_rank: int = 50) -> RetrievalResult:
@@ -159,11 +202,11 @@ def summarize(ranked: RankedQueries, max_rank: int = 50) -> RetrievalResult:
     """
     matched = ranked.matched
     return RetrievalResult(
-        mAP=float(ranked.average_precision[matched].mean()),
-        mINP=float(ranked.inverse_negative_penalty[matched].mean()),
+        means={name: float(of_queries(ranked)[matched].mean()) for name, of_queries in SCORES.items()},
         cmc=ranked.hits(max_rank)[matched].mean(dim=0).numpy(),
-        num_query=len(matched),
+        num_query=int((~ranked.is_junk).sum()),
         num_gallery=ranked.num_gallery,
         num_junk=int(ranked.num_junk.sum()),
-        num_unmatched=int((~matched).sum()),
+        num_unmatched=int((~matched & ~ranked.is_junk).sum()),
+        ranked=ranked,
     )

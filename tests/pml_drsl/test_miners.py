@@ -93,6 +93,15 @@ def test_random_budgets_draw_every_negative_alike():
     assert ((counts[labels[:, None] != labels] - 133.3).abs() < 50).all()
 
 
+def test_one_positive_and_many_negatives():
+    labels = torch.randint(0, 20, (200,), generator=torch.Generator().manual_seed(0))
+    a1, p, a2, n = NegativeBudgetMiner(25, "random", seed=1, positives=1)(torch.randn(200, 4), labels)
+    assert torch.equal(a1.sort().values, torch.arange(200)) and torch.equal(a2.bincount(), torch.full((200,), 25))
+    assert (labels[a1] == labels[p]).all() and (a1 != p).all() and (labels[a2] != labels[n]).all()
+    with pytest.raises(ValueError, match="positives must be"):
+        NegativeBudgetMiner(25, positives=0)
+
+
 def test_random_budgets_repeat_by_seed():
     x, labels = make_batch(0)
 

@@ -18,7 +18,7 @@ EXAMPLES = """
     drsl-export log/demo model.onnx
     drsl-export log/demo/model/model-best.pth.tar model.onnx --images photos --without-normalisation
     drsl-export osnet_x0_25_msmt17.pth model.onnx --model osnet_x0_25
-    drsl-export osnet.pth model.onnx --config-file configs/osnet_x1_0_softmax.yaml
+    drsl-export osnet.pth model.onnx --config-file configs/market1501_osnet_x0_25.yaml
 """
 
 # More images than this would only take longer.

@@ -27,7 +27,7 @@ EXAMPLES = """
     drsl-extract log/demo --output features.npz
     drsl-extract log/demo/model/model-best.pth.tar photos list.csv --output features.npz --names folder
     drsl-extract osnet_x0_25_msmt17.pth --model osnet_x0_25 photos --output features.npz
-    drsl-extract osnet.pth --config-file configs/osnet_x1_0_softmax.yaml photos --output features.npz
+    drsl-extract osnet.pth --config-file configs/market1501_osnet_x0_25.yaml photos --output features.npz
     torchrun --standalone --nproc_per_node gpu -m torchreid_ext.cli.extract CHECKPOINT photos --output features.npz
 """
 

@@ -144,7 +144,7 @@ OURS: dict[str, Entry] = {
         "drsl and pml: leave pairs of one identity and one camera out of positives and negatives, as evaluation does",
     ),
     **_metric_loss("drsl", "DRSL"),
-    "loss.pml.loss": ("TripletMarginLoss", "class of pytorch_metric_learning.losses"),
+    "loss.pml.loss": ("TripletMarginLoss", "class of pytorch_metric_learning.losses, or package.module.Class"),
     "loss.pml.kwargs": ({}, "arguments of the loss; num_classes and embedding_size are filled in"),
     "loss.pml.lr": (0.0, "learning rate of the weights that the loss has, if any; 0 takes train.lr"),
     **_metric_loss("pml", "the loss"),

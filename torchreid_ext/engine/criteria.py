@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 from pytorch_metric_learning import distances, losses, miners, reducers, regularizers
+from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import nn
 
 import pml_drsl.distances
@@ -121,13 +123,15 @@ def build(
         from_the_data: values of required arguments, used if the description has none.
 
     Raises:
-        InputError: for an unknown name (the message gives the nearest name), for an unknown or missing argument (the
-            message gives the signature), or for a value that the class refuses.
+        InputError: for an unknown name (the message gives the nearest name), for a dotted path without a class, for an
+            unknown or missing argument (the message gives the signature), or for a value that the class refuses.
     """
     arguments = dict(spec)
     name = arguments.pop("name", None)
     if name in NOT_TRAINED:
         raise InputError(f"{key}: {name} cannot be trained with: {NOT_TRAINED[name]}")
+    if isinstance(name, str) and "." in name:
+        table = {name: _imported(key, name)}
     if name not in table:
         nearest = difflib.get_close_matches(str(name), table, n=1, cutoff=0)[0]
         raise InputError(f"{key}: there is no {name!r}; did you mean {nearest!r}?")
@@ -147,6 +151,22 @@ def build(
         if isinstance(error, InputError) and str(error).startswith(key):
             raise
         raise InputError(f"{key}: {error or 'a value is wrong'}; {name} is {_signature(kind)}") from error
+
+
+def _imported(key: str, name: str) -> type:
+    """The class of a dotted path, ``package.module.Class``: the loss or the miner of a user.
+
+    Raises:
+        InputError: if it cannot be imported, or is no class in the manner of pytorch-metric-learning.
+    """
+    module, _, last = name.rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), last)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"{key}: cannot import {name!r}: {error}; install the package that holds it") from error
+    if not (inspect.isclass(kind) and issubclass(kind, ModuleWithRecords)):
+        raise InputError(f"{key}: {name!r} is no loss, miner, reducer or distance of pytorch-metric-learning")
+    return kind
 
 
 def _objects(key: str, value: Any) -> Any:

@@ -27,3 +27,6 @@ class EvaluationOptions(Options):
     )
     visrank_topk: int = option("test.visrank_topk", 10, "gallery entries to draw for each query", least=1)
     picture: int = option("test.picture", 0, "number of queries to draw on one page after the last test", least=0)
+    queries: bool = option(
+        "test.queries", False, "write queries_TARGET.csv: identity, camera, AP, INP and rank-1 of every query"
+    )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pml_drsl.evaluation.scores import RetrievalResult
+from pml_drsl.evaluation.scores import RankedQueries, RetrievalResult, summarize
 from torchreid_ext.checkpoint import checkpoint
 from torchreid_ext.evaluation import ranking
 from torchreid_ext.evaluation.options import EvaluationOptions
@@ -52,11 +52,14 @@ class Tester:
                     print(f"##### Evaluating {target} ({domain}) #####")
                 query, gallery = (ranking.extract(self, loaders[split], group) for split in ("query", "gallery"))
                 search = ranking.Search(query, gallery, chosen.dist_metric, chosen.normalize_feature, chosen.rerank)
-                result = search.evaluate(chosen.use_metric_cuhk03, max_rank=max(50, *chosen.ranks), group=group)
+                ranked = search.ranked(chosen.use_metric_cuhk03, group)
+                result = summarize(ranked, max(50, *chosen.ranks))
                 self.results[target] = result
                 if not first:
                     continue
                 ranking.print_result(result, chosen.ranks)
+                if chosen.queries and chosen.save_dir:
+                    write_queries(search, ranked, Path(chosen.save_dir, f"queries_{target}.csv"))
                 if chosen.picture or chosen.visrank:
                     self._draw(target, search, chosen)
                 if self.writer is not None:
@@ -79,6 +82,18 @@ class Tester:
         if options.visrank:
             index = ranking.draw_all(search, paths, topk, Path(save_dir, f"visrank_{target}"), f"Rankings: {target}")
             print(f'Rankings of {len(query)} queries saved; open "{index}" in a browser')
+
+
+def write_queries(search: ranking.Search, ranked: RankedQueries, path: Path) -> None:
+    """Writes a line for each query: identity, camera, AP, INP and rank-1; the scores are ``nan`` without a match."""
+    scores = ranked.average_precision, ranked.inverse_negative_penalty, ranked.hits(1)[:, 0]
+    columns = [search.query.pids.tolist(), search.query.camids.tolist(), *(score.tolist() for score in scores)]
+    lines = (
+        f"{identity},{camera},{ap:.6g},{inp:.6g},{hit:g}"
+        for identity, camera, ap, inp, hit in zip(*columns, strict=True)
+    )
+    with checkpoint.replacing(path) as file:
+        file.write("\n".join(["identity,camera,AP,INP,rank-1", *lines, ""]).encode())
 
 
 def write_metrics(results: dict[str, RetrievalResult], save_dir: str) -> None:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from pml_drsl.checks import InputError
+from pml_drsl.evaluation.arrays import load_arrays
 from pml_drsl.evaluation.ranking import share
 from torchreid_ext.evaluation.extraction import Samples, gather_samples
 from torchreid_ext.images import Row
@@ -191,24 +192,3 @@ def read_gallery(path: str | os.PathLike[str], model: TrainedModel) -> Extracted
         )
     entries = [Row(*map(str, row)) for row in zip(*columns, strict=True)]
     return ExtractedSet(entries, torch.from_numpy(features.astype(np.float32)))
-
-
-def load_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray[Any, Any]]:
-    """All arrays of an .npz file; pickles in it are refused.
-
-    Raises:
-        InputError: for a file that is missing, cut short, damaged or of another format.
-        OSError: for a file that cannot be opened.
-    """
-    if not os.path.isfile(path):
-        raise InputError(f"there is no file {os.fspath(path)!r}")
-    with open(path, "rb") as file:
-        try:
-            with np.load(file, allow_pickle=False) as loaded:
-                arrays = {name: loaded[name] for name in loaded.files}
-                if not all(isinstance(array, np.ndarray) for array in arrays.values()):
-                    raise ValueError("a part of the file is no array")
-                return arrays
-        except Exception as error:
-            # A damaged file may raise anything. numpy's messages are left out: they advise to allow pickles.
-            raise InputError(f"{os.fspath(path)!r} is damaged, or not an .npz file of plain arrays") from error

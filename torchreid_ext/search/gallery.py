@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from pml_drsl.checks import InputError
 from pml_drsl.evaluation import reranking
+from pml_drsl.evaluation.arrays import load_arrays
 from torchreid_ext.images import Row
 from torchreid_ext.runtime.files import replacing
-from torchreid_ext.search.extraction import load_arrays
 from torchreid_ext.search.model import TrainedModel
 
 EXACT = "Flat"

@@ -114,13 +114,13 @@ def test_bad_input_is_one_line(tmp_path: Path, arrays: dict[str, Any], capsys: p
         (lambda: [*npz(), "--ids", ids], "--ids goes with"),
         (lambda: [*npz(), "--ranks", "0"], "--ranks 0"),
         (lambda: [*npz(), "--seed", "-5"], "--seed -5"),
-        (lambda: [*npz(), "--json", str(tmp_path / "no" / "s.json")], "folder does not exist"),
+        (lambda: [*npz(), "--json", str(tmp_path / "no" / "s.json")], "not a file in a folder that exists"),
         ([query, gallery], "need --ids"),
         ([query, gallery, gallery], "3 feature files"),
         ([query, "f.npz".join([str(tmp_path) + "/", ""]), "--ids", ids], "is an .npz file"),
         ([gallery, query, "--ids", ids], "12 query lines for 40 query features"),
         ([query, gallery, "--ids", bad_csv], "line 3: 'train,2,1'"),
-        ([query, gallery, "--ids", text("head.csv", b"id,cam\n")], "header 'id,cam'"),
+        ([query, gallery, "--ids", text("head.csv", b"id,cam\n")], "header is 'id,cam'"),
         ([query, gallery, "--ids", text("binary.csv", b"\xff\xfe\x00")], "binary.csv"),
     ]
     for arguments, message in cases:
@@ -145,6 +145,6 @@ def test_a_programming_error_keeps_its_traceback(
         raise ValueError("a defect, not bad input")
 
     np.savez(tmp_path / "f.npz", **arrays)
-    monkeypatch.setattr("pml_drsl.evaluation.cli.evaluate", broken)
+    monkeypatch.setattr("pml_drsl.evaluation.scores.evaluate", broken)
     with pytest.raises(ValueError, match="a defect, not bad input"):
         main([str(tmp_path / "f.npz")])

@@ -29,9 +29,14 @@ def slow_scores(
 ) -> dict[str, Any] | None:
     """The protocol, one query and one gallery entry at a time. None if no query has a match."""
     aps, inps, curves, junk, unmatched = [], [], [], 0, 0
+    num_gallery = sum(identity != -1 for identity in gallery_ids)
     for q, row in enumerate(distances):
+        if query_ids[q] == -1:
+            continue
         positives, negatives = [], []
         for g, distance in enumerate(row):
+            if gallery_ids[g] == -1:
+                continue
             if gallery_ids[g] != query_ids[q]:
                 negatives.append(distance)
             elif query_cams is not None and gallery_cams is not None and gallery_cams[g] == query_cams[q]:
@@ -66,9 +71,9 @@ def slow_scores(
     return {
         "mAP": sum(aps) / len(aps),
         "mINP": sum(inps) / len(inps),
-        "cmc": [sum(column) / len(column) for column in zip(*curves, strict=True)][: len(gallery_ids)],
-        "num_query": len(query_ids),
-        "num_gallery": len(gallery_ids),
+        "cmc": [sum(column) / len(column) for column in zip(*curves, strict=True)][:num_gallery],
+        "num_query": sum(identity != -1 for identity in query_ids),
+        "num_gallery": num_gallery,
         "num_junk": junk,
         "num_unmatched": unmatched,
     }

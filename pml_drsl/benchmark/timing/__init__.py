@@ -1,1 +1,0 @@
-"""Measurements of the time and memory of the loss and of the evaluation."""

@@ -1,1 +1,0 @@
-"""Training runs of the benchmark: losses, data, settings and results."""

@@ -1,0 +1,313 @@
+"""``drsl-benchmark speed``: time and peak memory of DRSL and of losses of pytorch-metric-learning.
+
+The measure is the distance matrix alone: forward, and backward from a given gradient. Every loss of distances needs it,
+so that a loss's time divided by the matrix's time is the price of the loss, on any machine. There are 4 embeddings of
+each identity, in float32, and each loss has its own defaults. Times are medians over rounds in which every loss has one
+turn, because other work on the machine slows down all losses of a round. Memory is what one step adds to the process.
+
+With --evaluation, the retrieval scores of random features are measured instead, beside the distance matrix that they
+need: 3,368 queries and 15,913 gallery images, the size of Market-1501 without its distractors.
+
+Examples:
+  drsl-benchmark speed
+  drsl-benchmark speed --sizes 1024 --dims 512 --losses DRSL SupCon --csv speed.csv
+  drsl-benchmark speed --evaluation --dims 512
+  drsl-benchmark speed --device cuda
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# torch and pandas are imported after the arguments are read, so that --help is fast.
+
+FLOOR = "distance matrix"
+EVALUATION = "evaluation"
+LOSSES = ("DRSL", "SupCon", "MultiSimilarity", "Circle", "FastAP", "TripletMargin", "SmoothAP")
+PER_IDENTITY = 4
+FEWEST_ROUNDS = 3
+QUERIES, GALLERY, IDENTITIES, CAMERAS = 3368, 15913, 750, 6
+
+Step = Callable[[], object]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Returns:
+        The exit status: 0, or 2 for bad input or a missing package, which is explained in one line on stderr.
+    """
+    args = _parser().parse_args(arguments)
+    from pml_drsl.checks import InputError
+
+    try:
+        rows = run(args)
+        if args.csv:
+            rows.to_csv(args.csv, index=False)
+    except ModuleNotFoundError as error:
+        if error.name not in ("pandas", "tqdm"):
+            raise
+        message = f"it needs {error.name}: pip install 'pml-drsl[benchmark]'"
+    except (InputError, OSError) as error:
+        message = str(error)
+    else:
+        print(report(rows))
+        return 0
+    print(f"drsl-benchmark speed: {message}", file=sys.stderr)
+    return 2
+
+
+def run(args: argparse.Namespace) -> pd.DataFrame:
+    """Measures every loss at every size.
+
+    Returns:
+        A row for each loss at each size, with the columns ``dim``, ``size``, ``loss``, ``seconds`` (median), ``ratio``
+        (to the distance matrix, median over the rounds), ``peak_mib`` and ``rounds``. Figures of a loss that does not
+        fit in memory are NaN.
+
+    Raises:
+        InputError: if an argument is out of its range.
+        ModuleNotFoundError: if pandas is not installed.
+    """
+    import pandas as pd
+    import torch
+    from tqdm import tqdm
+
+    device = _check(args)
+    torch.set_num_threads(args.threads)
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, threads: {args.threads}"
+    print(f"torch {torch.__version__}, {where}, float32")
+    rows: list[dict[str, Any]] = []
+    sizes = [GALLERY] if args.evaluation else args.sizes
+    for dim, size in tqdm([(dim, size) for dim in args.dims for size in sizes], unit="size", disable=None):
+        torch.manual_seed(0)
+        make = make_search if args.evaluation else make_step
+        names = [EVALUATION] if args.evaluation else args.losses
+        steps = {name: make(name, size, dim, device) for name in (FLOOR, *names)}
+        peaks = {name: peak_mib(step, args.memory, device) for name, step in steps.items()}
+        fitting = {name: step for name, step in steps.items() if peaks[name] is not None}
+        times = take_turns(fitting, args.seconds, device)
+        rows += ({"dim": dim, "size": size} | row for row in summarize(times, peaks))
+    return pd.DataFrame(rows)
+
+
+def make_step(name: str, size: int, dim: int, device: str) -> Step:
+    """Forward and backward of a loss, or of the distance matrix alone.
+
+    Args:
+        name: one of ``LOSSES``, or ``FLOOR``.
+        size: number of embeddings, a multiple of ``PER_IDENTITY``.
+        dim: number of dimensions.
+        device: ``"cpu"`` or ``"cuda"``.
+    """
+    import torch
+    from pytorch_metric_learning import losses
+    from pytorch_metric_learning.distances import LpDistance
+
+    from pml_drsl.losses import DRSLoss
+
+    x = torch.randn(size, dim, device=device, requires_grad=True)
+    if name == FLOOR:
+        distance, gradient = LpDistance(), torch.randn(size, size, device=device)
+        return lambda: torch.autograd.grad(distance(x), x, gradient)
+    loss_fn = DRSLoss() if name == "DRSL" else getattr(losses, f"{name}Loss")()
+    labels = torch.arange(size, device=device) // PER_IDENTITY
+    return lambda: torch.autograd.grad(loss_fn(x, labels), x)
+
+
+def make_search(name: str, size: int, dim: int, device: str) -> Step:
+    """The evaluation of random features around the centers of their identities, or its distances alone (``FLOOR``).
+
+    A search finds some of the matches, but not all (mAP is about 25 %).
+
+    Args:
+        name: ``EVALUATION`` or ``FLOOR``.
+        size: number of gallery images.
+        dim: number of dimensions.
+        device: ``"cpu"`` or ``"cuda"``.
+    """
+    import torch
+
+    from pml_drsl.evaluation.distances import rows_per_chunk
+    from pml_drsl.evaluation.scores import FeatureDistances, evaluate
+
+    centers, spread = torch.randn(IDENTITIES, dim), (dim / 2) ** 0.25 / 2.5**0.5
+    sides = []
+    for count in (QUERIES, size):
+        ids = torch.randint(IDENTITIES, (count,))
+        features = torch.randn(count, dim).mul_(spread).add_(centers[ids]).to(device)
+        sides.append((features, ids, torch.randint(CAMERAS, (count,))))
+    arguments = [side[column] for column in range(3) for side in sides]
+    if name == EVALUATION:
+        return lambda: evaluate(*arguments)  # type: ignore[arg-type]
+    distances, step = FeatureDistances(*arguments[:2]), rows_per_chunk(size)
+    return lambda: [distances.rows(start, min(start + step, QUERIES)) for start in range(0, QUERIES, step)][:0]
+
+
+def take_turns(steps: Mapping[str, Step], seconds: float, device: str) -> dict[str, list[float]]:
+    """The times of each step in seconds. The steps take turns for about ``seconds``, and for at least three rounds.
+
+    The clock counts the processor time of the process where it has one thread: on a busy machine this leaves out the
+    time of other programs.
+    """
+    import torch
+    from torch.utils import benchmark
+
+    options: dict[str, Any] = {"num_threads": torch.get_num_threads()}
+    if device == "cpu" and torch.get_num_threads() == 1:
+        options["timer"] = time.process_time
+    timers = {name: benchmark.Timer("step()", globals={"step": step}, **options) for name, step in steps.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    rounds, end = 0, time.perf_counter() + seconds
+    while rounds < FEWEST_ROUNDS or time.perf_counter() < end:
+        for name, timer in timers.items():  # ``timeit`` makes a call before the one that it measures.
+            times[name].append(timer.timeit(1).median)
+        rounds += 1
+    return times
+
+
+def summarize(times: Mapping[str, Sequence[float]], peaks: Mapping[str, float | None]) -> Iterator[dict[str, Any]]:
+    """The rows of one size. The ratio is the median of the rounds' ratios, which other work on the machine spares."""
+    for name, peak in peaks.items():
+        own = times.get(name, ())
+        ratios = [mine / floor for mine, floor in zip(own, times.get(FLOOR, own), strict=bool(own))]
+        nan = float("nan")
+        yield {
+            "loss": name,
+            "seconds": median(own) if own else nan,
+            "ratio": median(ratios) if own and FLOOR in times else nan,
+            "peak_mib": nan if peak is None else peak,
+            "rounds": len(own),
+        }
+
+
+def peak_mib(step: Step, gib: float, device: str) -> float | None:
+    """The memory that a step adds, in MiB; None if it takes more than ``gib``; NaN where the system does not say.
+
+    On the CPU it is the highest memory use of this process during the step, less the use before it.
+    """
+    import torch
+
+    from pml_drsl.machine import peak_process_bytes, reset_peak_process_bytes
+
+    try:
+        with _limited(gib, device):
+            step()  # Libraries allocate memory at their first use.
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                before: int | None = torch.cuda.memory_allocated()
+                step()
+                after: int | None = torch.cuda.max_memory_allocated()
+            else:
+                reset_peak_process_bytes()
+                before = peak_process_bytes()
+                step()
+                after = peak_process_bytes()
+    except (RuntimeError, MemoryError) as error:
+        if "alloc" not in str(error) and "memory" not in str(error):
+            raise
+        return None
+    return float("nan") if before is None or after is None else (after - before) / 2**20
+
+
+@contextlib.contextmanager
+def _limited(gib: float, device: str) -> Iterator[None]:
+    """Lets allocations fail that need more than ``gib`` beyond the memory in use. Not all systems have such a limit."""
+    import torch
+
+    if device == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
+        yield
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        return
+    try:
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except (ImportError, OSError):
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + int(gib * 2**30), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def report(rows: pd.DataFrame) -> str:
+    """Tables in Markdown: times divided by the distance matrix's, the distance matrix's milliseconds, and memory."""
+    parts = []
+    for dim, of_dim in rows.groupby("dim"):
+        milliseconds = of_dim.assign(milliseconds=1e3 * of_dim["seconds"])
+        for column, title in (
+            ("ratio", "time / time of the distance matrix alone"),
+            ("milliseconds", "time in milliseconds"),
+            ("peak_mib", "memory of a step in MiB"),
+        ):
+            table = milliseconds.pivot(index="size", columns="loss", values=column)[list(of_dim["loss"].unique())]
+            lines = [["size", *table.columns], ["---:"] * (len(table.columns) + 1)]
+            digits = 2 if column == "ratio" else 1
+            for size, values in table.iterrows():
+                cells = ["does not fit" if value != value else f"{value:,.{digits}f}" for value in values]
+                lines.append([f"{size:,}", *cells])
+            text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            parts.append(f"{dim:,} dimensions, {title}:\n\n{text}\n")
+    return "\n".join(parts)
+
+
+def _check(args: argparse.Namespace) -> str:
+    """The device. Raises InputError for an argument out of its range."""
+    import torch
+
+    from pml_drsl.checks import InputError
+
+    for name in ("sizes", "dims", "seconds", "memory", "threads"):
+        value = getattr(args, name)
+        least = min(value) if isinstance(value, list) else value
+        if least <= 0:
+            raise InputError(f"--{name} {least}: give a number above 0")
+    for size in args.sizes:
+        if size % PER_IDENTITY or size < 2 * PER_IDENTITY:
+            raise InputError(f"--sizes {size}: give multiples of {PER_IDENTITY} from {2 * PER_IDENTITY} on")
+    if args.csv and (Path(args.csv).is_dir() or not Path(args.csv).absolute().parent.is_dir()):
+        raise InputError(f"--csv {args.csv}: not a file in a folder that exists")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device cuda: torch {torch.__version__} finds no CUDA device here")
+    return str(args.device)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "drsl-benchmark speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def option(name: str, default: Any, about: str, **kwargs: Any) -> None:
+        parser.add_argument(name, default=default, help=f"{about} (%(default)s)", **kwargs)
+
+    option("--sizes", [256, 1024, 4096], "numbers of embeddings, multiples of 4", type=int, nargs="+", metavar="N")
+    option("--dims", [512, 2048], "numbers of dimensions", type=int, nargs="+", metavar="D")
+    option("--losses", list(LOSSES), "losses to measure", nargs="+", choices=LOSSES)
+    option("--seconds", 5.0, "seconds for the rounds of one size, at least three rounds", type=float)
+    option("--memory", 6.0, "GiB that one step may take; a loss that needs more is left out", type=float)
+    option("--threads", 1, "number of torch's threads on the CPU", type=int)
+    option("--device", "cpu", "where to compute", choices=["cpu", "cuda"])
+    parser.add_argument("--evaluation", action="store_true", help="measure the evaluation in place of the losses")
+    parser.add_argument("--csv", metavar="FILE", help="write one line for each loss and size here")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

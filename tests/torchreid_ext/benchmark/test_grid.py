@@ -1,0 +1,113 @@
+"""The runs of a grid, and the file of results."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pml_drsl.checks import InputError
+from torchreid_ext.benchmark import grid
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+DEMO = CONFIGS / "demo.yaml"
+LOSSES = {"drsl": {"loss": {"name": "drsl"}}, "supcon": {"loss": {"name": "pml", "pml": {"loss": "SupConLoss"}}}}
+
+
+def test_a_grid_is_files_times_losses_times_seeds():
+    words = ["train.max_epoch", "1"]
+    files = [DEMO, CONFIGS / "omniglot.yaml"]
+    runs = grid.plan(files, LOSSES, range(2), words, [["data.split_id", "0", "2"]], "somewhere")
+    assert [(run.seed, run.config.stem, run.loss) for run in runs] == [
+        (seed, file, loss) for seed in (0, 1) for file in ("demo", "omniglot") for loss in ("drsl", "supcon")
+    ]
+    first, last = runs[0].configuration, runs[-1].configuration
+    assert (first["loss.name"], first["data.split_id"], first["train.seed"]) == ("drsl", 0, 0)
+    assert (last["loss.name"], last["loss.pml.loss"]) == ("pml", "SupConLoss")
+    assert (last["data.split_id"], last["train.seed"], last["train.max_epoch"]) == (2, 1, 1)
+    assert last["data.root"] == "somewhere" and last["data.sources"] == ["omniglot"]
+    assert runs[-1].changes == {"train.max_epoch": "1"} and runs[-1].varied == {"data.split_id": "2"}
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({}, True),
+        ({"data.root": "elsewhere", "data.workers": 3, "data.save_dir": "other"}, True),
+        ({"model.load_weights": "elsewhere/weights.pth"}, True),
+        ({"model.load_weights": "others.pth"}, False),
+        ({"loss.drsl.temperature": 0.5}, False),
+        ({"train.seed": 1}, False),
+        ({"a.key.that.is.gone": 1}, True),
+        ({"train.warmup_epoch": None}, True),
+        ({"loss.name": None}, False),
+    ],
+    ids=lambda value: next(iter(value), "nothing") if isinstance(value, dict) else "",
+)
+def test_a_run_is_known_by_the_keys_that_matter(change, same):
+    """None stands for a key that the result does not have: it counts as its default."""
+    (run,) = grid.plan([DEMO], {"drsl": LOSSES["drsl"]}, [0], ["model.load_weights", "here/weights.pth"])
+    other = {key: value for key, value in {**run.configuration, **change}.items() if value is not None}
+    assert grid.same(run.configuration, other) is same
+
+
+@pytest.mark.parametrize(
+    ("words", "varied", "losses", "message"),
+    [
+        (["train.max_epoch"], [], LOSSES, "KEY VALUE pairs"),
+        (["train.max_epok", "1"], [], LOSSES, "did you mean 'train.max_epoch'"),
+        ([], [["data.split_id", "0"]], LOSSES, "has 1 values for 2 seeds"),
+        ([], [["data.split_id", "0", "2", "data.height"]], LOSSES, "has 3 values for 2 seeds"),
+        ([], [], {"odd": {"loss": {"nam": "drsl"}}}, "loss odd: .*did you mean 'loss.name'"),
+    ],
+)
+def test_wrong_words_are_refused(words, varied, losses, message):
+    with pytest.raises(InputError, match=message):
+        grid.plan([DEMO], losses, range(2), words, varied)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot read"),
+        ("a: [", "cannot read"),
+        ("- drsl", "must hold config keys"),
+        ("drsl: 1", "must hold config keys"),
+        ("drsl: {settings: {a: 1}}", "must be a list"),
+        ("supcon: {}", "did you mean 'supcon'"),
+    ],
+)
+def test_a_wrong_file_of_losses_is_refused(tmp_path, text, message):
+    path = tmp_path / "losses.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        grid.read_losses(path, ["drsl"] if "drsl" in (text or "") else ["supcom"])
+
+
+def test_losses_come_in_the_order_asked_for_without_their_settings(tmp_path):
+    path = tmp_path / "losses.yaml"
+    path.write_text(yaml.safe_dump({"a": {"settings": [{"x": 1}]}, "b": {"y": 2}}))
+    assert grid.read_losses(path, ["b", "a"]) == ({"b": {"y": 2}, "a": {}}, {"b": [], "a": [{"x": 1}]})
+    assert list(grid.read_losses(path, None)[0]) == ["a", "b"]
+
+
+def test_results_are_appended_after_a_line_that_was_cut_off(tmp_path):
+    path = tmp_path / "folder" / "results.jsonl"
+    lines = [{"configuration": {}, "results": {"a": number}} for number in range(3)]
+    grid.append_result(path, lines[0])
+    with path.open("a") as file:
+        file.write('{"configuration": {"cut')
+    with pytest.warns(UserWarning, match="cut off"):
+        assert grid.read_results(path) == lines[:1]
+    grid.append_result(path, lines[1])
+    grid.append_result(path, lines[2])
+    assert grid.read_results(path) == lines
+    assert grid.read_results(tmp_path / "none.jsonl") == []
+
+
+def test_a_file_that_holds_no_results_is_refused_and_kept(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("some notes\nand more\n")
+    with pytest.raises(InputError, match="line 1"):
+        grid.read_results(path)
+    assert path.read_text() == "some notes\nand more\n"

@@ -1,0 +1,176 @@
+"""The report of a file of results, and the choice of settings."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from pml_drsl.checks import InputError
+from torchreid_ext.benchmark import grid, plots, report, tuning
+from torchreid_ext.cli import benchmark
+from torchreid_ext.config import build as config
+
+
+def line(loss, seed, mean, *, people=60, changes=None, varied=None, target="market1501", **keys):
+    """A result whose APs scatter around a mean, alike for all losses of a seed."""
+    noise = np.random.default_rng(seed).uniform(-0.2, 0.2, 2 * people)
+    own = np.random.default_rng([seed, *loss.encode()]).uniform(-0.05, 0.05, 2 * people)
+    ap = np.clip(mean + noise + own, 0, 1).round(5)
+    configuration = config.flat(config.get_default_config()) | {"train.seed": seed, **keys}
+    scores = {
+        "mAP": float(ap.mean()),
+        "mINP": float(ap.mean() / 2),
+        "rank-1": float((ap > 0.5).mean()),
+        "identity": list(range(people)) * 2,
+        "AP": ap.tolist(),
+        "INP": (ap / 2).tolist(),
+        "hit": (ap > 0.5).astype(int).tolist(),
+    }
+    return {
+        "config": "market.yaml",
+        "loss": loss,
+        "seed": seed,
+        "changes": changes or {},
+        "varied": varied or {},
+        "results": {target: scores},
+        "configuration": configuration,
+    }
+
+
+RESULTS = [
+    line(loss, seed, mean + seed / 1000)
+    for loss, mean in {"drsl": 0.6, "supcon": 0.59, "triplet": 0.5}.items()
+    for seed in range(3)
+]
+
+
+def test_scores_are_means_over_seeds():
+    (section,) = report.sections(RESULTS)
+    scores = section.scores()
+    assert list(scores.index) == ["drsl", "supcon", "triplet"]
+    values = [100 * each["results"]["market1501"]["mAP"] for each in RESULTS if each["loss"] == "supcon"]
+    assert scores.loc["supcon", ("mAP", "mean")] == pytest.approx(np.mean(values))
+    assert scores.loc["supcon", ("mAP", "sd")] == pytest.approx(np.std(values, ddof=1))
+    assert scores.loc["supcon", ("seeds", "")] == 3
+
+
+def test_differences_are_paired_by_seed_and_query_and_corrected():
+    (section,) = report.sections([*RESULTS, line("triplet", 7, 0.9)])
+    table = section.differences("drsl").set_index(["loss", "score"])
+    ours, theirs = ([each for each in RESULTS if each["loss"] == loss] for loss in ("drsl", "triplet"))
+    gaps = [
+        np.subtract(a["results"]["market1501"]["AP"], b["results"]["market1501"]["AP"]).mean() * 100
+        for a, b in zip(ours, theirs, strict=True)
+    ]
+    row = table.loc["triplet", "mAP"]
+    # Seed 7 has no result of drsl to compare with.
+    assert row["mean"] == pytest.approx(np.mean(gaps)) and row["seeds"] == 3
+    assert row["low"] > 5 and row["p"] < 0.01 and table.loc["supcon", "mAP"]["p"] > row["p"]
+    assert not section.differences("none").size
+
+
+def test_other_people_for_each_seed_are_told_from_the_same_people():
+    same = report.sections([line(loss, seed, 0.5) for loss in ("drsl", "a") for seed in range(3)])
+    others = report.sections(
+        [line(loss, seed, 0.5, varied={"data.split_id": str(seed)}) for loss in ("drsl", "a") for seed in range(3)]
+    )
+    widths = [(each.differences("drsl")["high"] - each.differences("drsl")["low"])[0] for (each,) in (same, others)]
+    assert widths[0] != widths[1]
+
+
+def test_sections_are_told_apart_by_data_network_neck_and_changed_keys():
+    results = [
+        line("drsl", 0, 0.5),
+        line("drsl", 0, 0.5, target="viper"),
+        line("drsl", 0, 0.5, **{"model.name": "mobilenetv2_x1_0"}),
+        line("drsl", 0, 0.5, **{"model.bnneck": True}),
+        line("drsl", 0, 0.5, changes={"train.max_epoch": "5"}),
+        # A key without an effect on scores, and other places of the same weights.
+        line("drsl", 1, 0.5, changes={"data.workers": "2"}),
+    ]
+    found = report.sections(results)
+    assert [len(section.lines["drsl"]) for section in found] == [2, 1, 1, 1, 1]
+    assert "with the neck" in found[3].title and "train.max_epoch 5" in found[4].title
+
+
+def test_results_of_an_older_default_do_not_mix_with_the_newest():
+    old = line("drsl", 0, 0.9, **{"loss.drsl.temperature": 0.3})
+    (section,) = report.sections([old, *RESULTS[1:]])
+    assert sorted(section.lines["drsl"]) == [1, 2]
+    assert any("older configuration" in note for note in section.notes)
+    assert any("drsl: seed 0 is missing" in note for note in section.notes)
+
+
+def test_other_queries_cannot_be_compared():
+    results = [line("drsl", 0, 0.5), line("triplet", 0, 0.5, people=50)]
+    with pytest.raises(InputError, match="other queries with seed 0"):
+        report.report(results)
+
+
+def test_the_page_keeps_what_is_around_the_report(tmp_path, capsys):
+    path, page, figure = tmp_path / "results.jsonl", tmp_path / "page.md", tmp_path / "figure.png"
+    path.write_text("".join(json.dumps(each) + "\n" for each in RESULTS))
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    words = ["report", str(path), "--output", str(page), "--figure", str(figure)]
+    assert benchmark.main(words) == benchmark.main(words) == 0
+    text = page.read_text()
+    assert text.startswith(f"before\n{report.BEGIN}\n") and text.endswith(f"{report.END}\nafter\n")
+    assert "old" not in text and text.count("| **drsl** | 3") == 1 and "p < 0.001" in text
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert benchmark.main(["report", str(path), "--losses", "drsl", "supcon"]) == 0
+    printed = capsys.readouterr().out
+    assert "supcon" in printed and "triplet" not in printed
+    page.write_text(f"{report.BEGIN} only\n")
+    assert benchmark.main(words) == 2 and page.read_text() == f"{report.BEGIN} only\n"
+
+
+def test_losses_with_numbers_of_negatives_become_curves(tmp_path):
+    results = [line(f"{loss}-1-to-{n}", 0, 0.5) for loss in ("drsl", "supcon") for n in (60, 15)]
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    plots._curves(figure, report.sections(results)[0], (1, 1, 1))
+    (axes,) = figure.axes
+    assert axes.get_legend_handles_labels()[1] in (["drsl", "supcon"], ["supcon", "drsl"])
+    assert [list(container.lines[0].get_xdata()) for container in axes.containers] == [[15, 60]] * 2
+
+
+DRSL = {"loss": {"name": "drsl"}}
+
+
+@pytest.mark.parametrize("fails", [(), ("drsl*3",)])
+def test_tuning_tries_the_settings_with_the_best_weight(tmp_path, monkeypatch, fails):
+    """In place of training, a score that is best for weight 3 and temperature 0.05."""
+
+    def run_all(runs, results, workers):
+        for run in runs:
+            if run.loss not in fails:
+                weight, temperature = (run.configuration[f"loss.drsl.{key}"] for key in ("weight_m", "temperature"))
+                score = 0.5 + 0.01 * weight + 0.1 * (temperature == 0.05)
+                configuration = dict(run.configuration)
+                grid.append_result(
+                    results, {"configuration": configuration, "results": {"a": {"mAP": score}, "b": {"mAP": score}}}
+                )
+        return sum(run.loss in fails for run in runs)
+
+    monkeypatch.setattr(tuning, "run_all", run_all)
+    monkeypatch.setattr(tuning, "plan", lambda **grid_: [_validated(run) for run in grid.plan(**grid_)])
+    (tmp_path / "demo.yaml").write_text("loss: {name: softmax}\n")
+    arguments = {"files": [tmp_path / "demo.yaml"], "seeds": range(2), "words": [], "varied": [], "root": None}
+    settings = {"drsl": [{"loss.drsl.temperature": 0.5}, {"loss.drsl.temperature": 0.05}]}
+    best, scores, failed = tuning.tune({"drsl": DRSL}, settings, arguments, tmp_path / "results.jsonl", 1)
+    weight = 1.0 if fails else 3.0
+    assert best == {"drsl": {**DRSL, "loss.drsl.weight_m": weight, "loss.drsl.temperature": 0.05}}
+    assert len(scores) == (5 if fails else 6) and failed == 2 * len(fails)
+    assert scores[f"drsl*{weight:g}+2"] == pytest.approx(0.6 + 0.01 * weight)
+    tuning.write(tmp_path / "tuned.yaml", best, scores)
+    assert yaml.safe_load((tmp_path / "tuned.yaml").read_text()) == {"drsl-tuned": best["drsl"]}
+    losses, _ = grid.read_losses(tmp_path / "tuned.yaml", None)
+    (run,) = grid.plan([tmp_path / "demo.yaml"], losses, [0])
+    assert run.configuration["loss.drsl.weight_m"] == weight and run.configuration["loss.name"] == "drsl"
+
+
+def _validated(run):
+    object.__setattr__(run, "configuration", {**run.configuration, "data.validation": 0.5})
+    return run

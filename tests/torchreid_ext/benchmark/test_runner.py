@@ -1,0 +1,155 @@
+"""The runs of a grid as processes: a script in their place that ends, fails or waits, and once ``drsl-train``."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from toy_data import write_images
+
+from torchreid_ext.benchmark import grid, runner
+from torchreid_ext.cli import benchmark
+
+DEMO = Path(__file__).parents[3] / "configs" / "demo.yaml"
+SCRIPT = """
+import json, sys, time
+from pathlib import Path
+words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+folder = Path(words["data.save_dir"])
+if words["train.seed"] == "1":
+    sys.exit("first line\\ndrsl-train: seed 1 does not work")
+if words["train.seed"] == "2":
+    (folder.parent / "waiting").touch()
+    time.sleep(60)
+(folder / "metrics.json").write_text(json.dumps({"people": {"mAP": 0.5, "mINP": 0.25, "cmc": [0.4, 0.6]}}))
+(folder / "queries_people.csv").write_text("identity,camera,AP,INP,rank-1\\n3,0,0.123456789,0.1,1\\n4,1,nan,nan,nan\\n")
+"""
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    path = tmp_path / "train.py"
+    path.write_text(SCRIPT)
+    monkeypatch.setattr(runner, "DRSL_TRAIN", (sys.executable, str(path)))
+
+
+def planned(seeds):
+    return grid.plan([DEMO], {"drsl": {"loss": {"name": "drsl"}}}, seeds, ["train.max_epoch", "1"])
+
+
+def test_a_result_is_a_line_and_is_not_made_again(script, tmp_path, capsys):
+    results = tmp_path / "results.jsonl"
+    assert runner.run_all(planned([0, 3]), results, 2) == 0
+    lines = grid.read_results(results)
+    assert sorted(line["seed"] for line in lines) == [0, 3]
+    line = next(line for line in lines if line["seed"] == 0)
+    assert line["results"] == {
+        "people": {
+            "mAP": 0.5,
+            "mINP": 0.25,
+            "rank-1": 0.4,
+            "rank-5": 0.6,
+            "rank-10": 0.6,
+            "identity": [3, 4],
+            "AP": [0.12346, None],
+            "INP": [0.1, None],
+            "hit": [1, None],
+        }
+    }
+    assert line["configuration"]["train.max_epoch"] == 1 and line["changes"] == {"train.max_epoch": "1"}
+    assert runner.run_all(planned([0, 3]), results, 2) == 0
+    assert "2 of 2 runs are in" in capsys.readouterr().err
+    assert len(grid.read_results(results)) == 2
+
+
+def test_a_run_that_fails_is_told_in_a_line_and_stops_no_other(script, tmp_path, capsys):
+    results, kept = tmp_path / "results.jsonl", tmp_path / "kept"
+    assert runner.run_all(planned([1, 0]), results, 1, kept) == 1
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if "failed" in line]
+    assert "demo.yaml, drsl, seed 1 failed: seed 1 does not work" in told
+    assert [line["seed"] for line in grid.read_results(results)] == [0]
+    assert len(list(kept.glob("demo-drsl-*/run.yaml"))) == 2
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_stops_the_runs_and_keeps_what_is_done(script, tmp_path, signum):
+    code = f"""
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.path[:0] = {sys.path!r}
+from pathlib import Path
+from torchreid_ext.benchmark import grid, runner
+runner.DRSL_TRAIN = {runner.DRSL_TRAIN!r}
+runs = grid.plan([Path({str(DEMO)!r})], {{"drsl": {{"loss": {{"name": "drsl"}}}}}}, [0, 2, 3])
+runner.run_all(runs, Path("results.jsonl"), 1, Path("kept"))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "kept" / "waiting").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signum)
+    assert process.wait(20) != 0
+    assert [line["seed"] for line in grid.read_results(tmp_path / "results.jsonl")] == [0]
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(tmp_path / "train.py") not in running
+
+
+def test_drsl_train_itself_through_the_command(tmp_path, capsys):
+    write_images(tmp_path / "images")
+    options = {"folder": "images", "pattern": r"(?P<identity>\d+)_(?P<camera>\d)_\d\.png", "query_cameras": ["0"]}
+    values = {
+        "datasets": {"toy": options},
+        "model": {"name": "osnet_x0_25", "pretrained": False},
+        "data": {"sources": ["toy"], "targets": ["toy"], "height": 64, "width": 32},
+        "sampler": {"train_sampler": "RandomIdentitySampler"},
+        "train": {"batch_size": 8, "max_epoch": 1},
+        "use_gpu": False,
+    }
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(values))
+    losses = {"drsl": {"loss": {"name": "drsl"}}, "diverging": {"loss": {"name": "drsl"}, "train": {"lr": 1e30}}}
+    (tmp_path / "losses.yaml").write_text(yaml.safe_dump(losses))
+    words = [
+        "run",
+        str(tmp_path / "toy.yaml"),
+        "--seeds",
+        "1",
+        "--root",
+        str(tmp_path),
+        "--keep",
+        str(tmp_path / "kept"),
+    ]
+    assert benchmark.main([*words, "--results", str(tmp_path / "results.jsonl"), "data.height", "48"]) == 1
+    assert "toy.yaml, diverging, seed 0 failed: the loss is" in capsys.readouterr().err
+    (line,) = grid.read_results(tmp_path / "results.jsonl")
+    (folder,) = (tmp_path / "kept").glob("toy-drsl-*")
+    metrics = json.loads((folder / "metrics.json").read_text())["toy"]
+    result = line["results"]["toy"]
+    # The scores of the queries are those whose means drsl-train prints.
+    for score, of_query in (("mAP", "AP"), ("mINP", "INP")):
+        assert sum(result[of_query]) / len(result[of_query]) == pytest.approx(metrics[score], abs=1e-4)
+    assert sum(result["hit"]) / len(result["hit"]) == pytest.approx(metrics["cmc"][0])
+    assert len(result["identity"]) == metrics["num_query"] and line["configuration"]["data.height"] == 48
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "train.lr", "1", "--results", "r"], "name a configuration file"),
+        (["run", str(DEMO), "--results", "r", "--seeds", "0"], "--seeds must be 1 or more"),
+        (["run", str(DEMO), "--results", "r", "--losses", "drls"], "did you mean 'drsl'"),
+        (["tune", str(DEMO), "--results", "r"], "--output"),
+        (["tune", str(DEMO), "--results", "r", "--output", "t", "--losses", "drsl"], "data.validation"),
+        (["report", "none.jsonl"], "does not exist"),
+    ],
+)
+def test_wrong_words_are_explained_in_a_line(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert benchmark.main(words) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("drsl-benchmark: ") and error.count("\n") == 1
+    assert not os.listdir(tmp_path)

@@ -1,0 +1,229 @@
+"""The grid of a benchmark (configuration files x losses x seeds), and the file of results that it fills."""
+
+from __future__ import annotations
+
+import difflib
+import fcntl
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pml_drsl.checks import InputError
+from torchreid_ext.config import build as config
+from torchreid_ext.config.keys import KEYS
+
+Snippet = Mapping[str, Any]
+"""Config keys with values, nested as in YAML, or dotted."""
+
+SETTINGS = "settings"
+LOSSES = "losses.yaml"
+"""The file of losses beside the first configuration file, unless another is given."""
+
+NOT_COMPARED = {
+    "data.root", "data.save_dir", "data.workers", "model.resume", "train.print_freq", "train.timeout",
+    "train.checkpoint_freq", "train.keep_checkpoints", "test.picture", "test.visrank", "test.visrank_topk",
+    "test.untrained", "test.queries", "test.ranks", "test.batch_size", "test.eval_freq", "test.start_eval",
+}  # fmt: skip
+"""Keys without an effect on the scores of the last test: two runs that differ in them alone are the same run."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run, with a test at its end.
+
+    Attributes:
+        config: the configuration file.
+        loss: name of the loss in the file of losses.
+        snippet: the keys that this loss sets, nested as in YAML.
+        changes: keys that the user changes in all runs, with their values as words of the command line.
+        varied: keys that have another value for each seed, likewise.
+        seed: value of ``train.seed``.
+        configuration: all keys, dotted, with their values.
+    """
+
+    config: Path
+    loss: str
+    snippet: Snippet
+    changes: Mapping[str, str]
+    varied: Mapping[str, str]
+    seed: int
+    configuration: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.config.name}, {self.loss}, seed {self.seed}"
+
+
+def same(mine: Mapping[str, Any], other: Mapping[str, Any], without: Iterable[str] = ()) -> bool:
+    """Whether two flat configurations are equal, but for some keys and for keys that do not change a score.
+
+    A key that only one of them knows counts as its default: a new key makes no result stale, and a new default does.
+    """
+    left, right = comparable(mine), comparable(other)
+    return all(
+        left.get(key, _default(key, right.get(key))) == right.get(key, _default(key, left.get(key)))
+        for key in {*left, *right} - {*without}
+    )
+
+
+def comparable(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a flat configuration that have an effect on scores. Weights are told by the name of their file."""
+    kept = {key: value for key, value in configuration.items() if key not in NOT_COMPARED}
+    if kept.get("model.load_weights"):
+        kept["model.load_weights"] = Path(kept["model.load_weights"]).name
+    return kept
+
+
+def fingerprint(configuration: Mapping[str, Any]) -> str:
+    """A short hash of the keys that have an effect on scores."""
+    text = json.dumps(comparable(configuration), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _default(key: str, otherwise: Any) -> Any:
+    """The default of a key. A key that is gone had no effect that this version knows of."""
+    return config.plain(KEYS[key].default) if key in KEYS else otherwise
+
+
+def read_losses(path: Path, names: Sequence[str] | None) -> tuple[dict[str, Snippet], dict[str, list[Snippet]]]:
+    """The losses of a YAML file, and the settings of each that are tried when it is tuned.
+
+    A loss is a mapping of the config keys that it sets, nested or dotted. Its entry ``settings``, which it need not
+    have, is a list of such mappings that are added to it.
+
+    Args:
+        path: the YAML file.
+        names: the losses to return, in this order; None for all.
+
+    Raises:
+        InputError: for a file that is missing or holds something else, or for a name that is not in it.
+    """
+    try:
+        losses = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the losses of {path}: {error}") from error
+    if not isinstance(losses, dict) or not all(isinstance(snippet, dict) for snippet in losses.values()):
+        raise InputError(f"{path} must hold config keys for each loss, as supcon: {{loss: {{name: pml, ...}}}}")
+    for name in names or ():
+        if name not in losses:
+            nearest = difflib.get_close_matches(name, losses, n=1, cutoff=0)
+            raise InputError(f"{path} has no loss {name!r}; did you mean {nearest[0]!r}? It has: {', '.join(losses)}")
+    chosen: dict[str, dict[str, Any]] = {name: dict(losses[name]) for name in (names or losses)}
+    settings: dict[str, list[Snippet]] = {name: snippet.pop(SETTINGS, []) for name, snippet in chosen.items()}
+    for name, listed in settings.items():
+        if not isinstance(listed, list) or not all(isinstance(setting, dict) for setting in listed):
+            raise InputError(f"{path}: {name}.{SETTINGS} must be a list of config keys with values, got {listed!r}")
+    return {**chosen}, settings
+
+
+def plan(
+    files: Sequence[Path],
+    losses: Mapping[str, Snippet],
+    seeds: Sequence[int],
+    words: Sequence[str] = (),
+    varied: Sequence[Sequence[str]] = (),
+    root: str | None = None,
+) -> list[Run]:
+    """All runs of a grid, seed by seed, so that a grid that is stopped early has whole seeds. All of them are checked.
+
+    Args:
+        files: configuration files.
+        losses: the keys that each loss sets, by its name; they override those of the file.
+        seeds: values of ``train.seed``.
+        words: KEY VALUE pairs that override the file and the loss.
+        varied: lists of a key and a value of it for each seed.
+        root: ``data.root``, if it is not that of the files.
+
+    Raises:
+        InputError: for a file, a key or a value that is wrong, or a key with more or fewer values than seeds.
+    """
+    if len(words) % 2:
+        raise InputError(f"options come as KEY VALUE pairs, got {len(words)} words: {' '.join(words)}")
+    for key, *values in varied:
+        if len(values) != len(seeds):
+            raise InputError(
+                f"--vary {key} has {len(values)} values for {len(seeds)} seeds: {' '.join(values)}. Give one for each "
+                f"seed, and other options after them"
+            )
+    fixed = dict(zip(words[::2], words[1::2], strict=True))
+    runs = []
+    for number, seed in enumerate(seeds):
+        of_seed = {key: values[number] for key, *values in varied}
+        for file in files:
+            for loss, snippet in losses.items():
+                cfg = config.get_default_config()
+                cfg.merge_from_file(file)
+                try:
+                    cfg.merge_from_list([word for pair in _flattened(snippet) for word in pair])
+                except InputError as error:
+                    raise InputError(f"loss {loss}: {error}") from error
+                configuration = _completed(cfg, fixed | of_seed, seed, root)
+                runs.append(Run(file, loss, snippet, fixed, of_seed, seed, configuration))
+    return runs
+
+
+def _completed(cfg: config.Config, changes: Mapping[str, str], seed: int, root: str | None) -> dict[str, Any]:
+    cfg.data.root = root or cfg.data.root
+    cfg.merge_from_list([word for pair in changes.items() for word in pair])
+    cfg.train.seed = seed
+    config.check(cfg)
+    return config.flat(cfg)
+
+
+def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and f"{prefix}{key}" not in KEYS and prefix != "datasets.":
+            yield from _flattened(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The results of a file, one for each line; an empty list for a file that is not there.
+
+    Raises:
+        InputError: for a line that is not a result. The last line alone may be cut off: it is left out with a warning.
+    """
+    if not path.exists():
+        return []
+    results: list[dict[str, Any]] = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            result = json.loads(line)
+        except ValueError:
+            result = None
+        if isinstance(result, dict) and "configuration" in result and "results" in result:
+            results.append(result)
+        elif number == len(lines):
+            warnings.warn(f"{path}: the last line is cut off and left out", stacklevel=2)
+        else:
+            raise InputError(f"{path}, line {number}: this is not a result of drsl-benchmark; remove the line")
+    return results
+
+
+def append_result(path: Path, result: Mapping[str, Any]) -> None:
+    """Appends one line. Several processes may append to one file, and a line that was cut off is removed first."""
+    line = (json.dumps(result, separators=(",", ":")) + "\n").encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        content = _after_last_line(file)
+        if content:
+            file.truncate(file.seek(0, os.SEEK_END) - content)
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _after_last_line(file: Any) -> int:
+    """The number of bytes after the last end of a line."""
+    file.seek(0)
+    content = file.read()
+    return len(content) - (content.rfind(b"\n") + 1)

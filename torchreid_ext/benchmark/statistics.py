@@ -1,0 +1,113 @@
+"""Compares two losses over seeds and test identities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+DRAWS = 10_000
+Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one loss is ahead of another, in units of the score.
+
+    Attributes:
+        mean: mean difference over the seeds.
+        low: lower end of the 95 % interval.
+        high: upper end.
+        p: two-sided p-value of no difference.
+        seeds: number of seeds that were compared.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    seeds: int
+
+
+def compare(
+    scores: Sequence[Sequence[float]],
+    identities: Sequence[Sequence[int]],
+    nested: bool = False,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Difference:
+    """A hierarchical bootstrap of paired differences, which takes both seeds and test identities for a sample.
+
+    A draw of the mean difference has two parts. *Identities* are drawn with replacement, each with all of its queries:
+    once for all seeds if every seed tests on the same people (``nested=False``), and for each seed by itself if every
+    seed has people of its own. *Seeds* are too few to be drawn with replacement: an interval from three of them would
+    be a fifth too narrow, and would not know how little three seeds tell about their spread. Their part is therefore
+    drawn from Student's t distribution, with the standard deviation of the seeds' means. With ``nested``, this standard
+    deviation holds the effect of the people too, whose variance is taken off.
+
+    If the identities do not differ, the interval is that of a paired t-test over the seeds. With one seed it has the
+    part of the identities alone.
+
+    Args:
+        scores: for each seed, the difference of each query.
+        identities: for each seed, the identity of each query.
+        nested: whether every seed tests on other people.
+        draws: number of draws.
+        seed: of the draws.
+    """
+    rng = np.random.default_rng(seed)
+    sums, counts = _by_identity(scores, identities)
+    means = sums.sum(1) / counts.sum(1)
+    number = len(means)
+    weights = _drawn(rng, draws, sums.shape[1])
+    drawn = np.stack(
+        [
+            (w @ s) / np.maximum(w @ c, 1e-12)
+            for s, c in zip(sums, counts, strict=True)
+            for w in [_drawn(rng, draws, int((c > 0).sum()), c > 0) if nested else weights]
+        ]
+    )
+    parts = drawn.mean(0)
+    if number > 1:
+        variance = float(means.var(ddof=1))
+        if nested:
+            variance = max(0.0, variance - float(drawn.var(1).mean()))
+        parts = parts + np.sqrt(variance / number) * stats.t.rvs(number - 1, size=draws, random_state=rng)
+    low, high = np.percentile(parts, [2.5, 97.5])
+    beyond = min(int((parts <= 0).sum()), int((parts >= 0).sum()))
+    return Difference(float(means.mean()), float(low), float(high), min(1.0, 2 * (beyond + 1) / (draws + 1)), number)
+
+
+def _by_identity(scores: Sequence[Sequence[float]], identities: Sequence[Sequence[int]]) -> tuple[Array, Array]:
+    """Sum of the scores and number of the queries of each identity, both of shape (seeds, identities)."""
+    known = np.unique(np.concatenate([np.asarray(of_seed) for of_seed in identities]))
+    sums, counts = np.zeros((len(scores), len(known))), np.zeros((len(scores), len(known)))
+    for row, (values, of_seed) in enumerate(zip(scores, identities, strict=True)):
+        column = np.searchsorted(known, np.asarray(of_seed))
+        np.add.at(sums[row], column, np.asarray(values, dtype=float))
+        np.add.at(counts[row], column, 1.0)
+    return sums, counts
+
+
+def _drawn(rng: np.random.Generator, draws: int, number: int, mask: Array | None = None) -> Array:
+    """How often each identity is in each draw, shape (draws, identities); identities outside a mask are in none."""
+    weights = rng.multinomial(number, np.full(number, 1 / number), size=draws).astype(float)
+    if mask is None:
+        return weights
+    spread = np.zeros((draws, len(mask)))
+    spread[:, mask.astype(bool)] = weights
+    return spread
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """The p-values corrected for their number (Holm, Scandinavian Journal of Statistics 1979).
+
+    The sorted p-values are multiplied by n, n - 1, ..., 1, and none is below the one before it.
+    """
+    order = np.argsort(p)
+    factors = np.arange(len(order), 0, -1)
+    corrected = np.empty(len(order))
+    corrected[order] = np.minimum(1.0, np.maximum.accumulate(np.asarray(p, dtype=float)[order] * factors))
+    return [float(value) for value in corrected]

@@ -1,0 +1,142 @@
+"""Compares losses: trains a grid of configuration files, losses and seeds, and reports its results."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pml_drsl.checks import InputError
+from pml_drsl.machine import available_cores
+
+EPILOG = """commands:
+  run       train and test a grid; each run is a process of drsl-train, and its result a line of a file
+  tune      choose weight and settings of losses on validation identities
+  report    tables, comparisons and a figure of such a file
+  speed     time and memory of the loss, which needs no torchreid
+
+examples:
+  drsl-benchmark run configs/market1501_osnet_x0_25.yaml --losses drsl triplet --seeds 3 --root DATA \\
+      --results results.jsonl model.load_weights osnet_x0_25_msmt17.pth
+  drsl-benchmark run configs/viper_mobilenetv2.yaml --seeds 3 --vary data.split_id 0 2 4 --root DATA \\
+      --results results.jsonl model.load_weights mobilenetv2_imagenet.pth.tar
+  drsl-benchmark tune configs/viper_mobilenetv2.yaml --losses drsl supcon --root DATA --results tuning.jsonl \\
+      --output tuned.yaml data.validation 0.5
+  drsl-benchmark report results.jsonl
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, 1 if a run failed, 2 for bad input, 130 for Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        "drsl-benchmark", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = {"run": _run, "tune": _tune, "report": _report, "speed": _speed}
+    parser.add_argument("command", choices=commands)
+    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="its options; see COMMAND --help")
+    args = parser.parse_args(arguments)
+    try:
+        return commands[args.command](args.words)
+    except (InputError, OSError) as error:
+        print(f"drsl-benchmark: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("drsl-benchmark: stopped; the same command goes on from the results that are there", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _run(words: Sequence[str]) -> int:
+    args, grid = _grid(words, "run", "Trains and tests a grid.")
+
+    from torchreid_ext.benchmark.grid import plan
+    from torchreid_ext.benchmark.runner import run_all
+
+    return min(1, run_all(plan(**grid, losses=args.chosen[0]), args.results, args.workers, args.keep))
+
+
+def _tune(words: Sequence[str]) -> int:
+    args, grid = _grid(words, "tune", "Chooses weight and settings of losses on validation identities.")
+    if len(grid["files"]) > 1 or not args.output:
+        raise InputError("tune takes one CONFIG.yaml, and --output FILE.yaml for the settings that it chooses")
+
+    from torchreid_ext.benchmark import tuning
+
+    losses, settings = args.chosen
+    best, scores, failed = tuning.tune(losses, settings, grid, args.results, args.workers)
+    tuning.write(args.output, best, scores)
+    return min(1, failed)
+
+
+def _grid(words: Sequence[str], command: str, text: str) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The options of ``run`` and ``tune``, and the arguments of ``grid.plan`` but for the losses."""
+    parser = argparse.ArgumentParser(f"drsl-benchmark {command}", description=text)
+    parser.add_argument("words", nargs="+", metavar="CONFIG.yaml ... [KEY VALUE ...]",
+                        help="configuration files, and config keys to change in all runs")  # fmt: skip
+    parser.add_argument("--losses", nargs="+", metavar="NAME", help="losses of the file of losses; default: all")
+    parser.add_argument("--losses-file", type=Path, metavar="FILE", help="default: losses.yaml beside the first CONFIG")
+    parser.add_argument("--seeds", type=int, default=3 if command == "run" else 1, metavar="N",
+                        help="seeds 0 to N - 1 (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--vary", nargs="+", action="append", default=[], metavar="KEY_VALUES",
+                        help="a key and its value for each seed: data.split_id 0 2 4")  # fmt: skip
+    parser.add_argument("--results", type=Path, required=True, metavar="FILE",
+                        help="JSON lines; runs that are in this file already are not made again")  # fmt: skip
+    parser.add_argument("--workers", type=int, default=available_cores(), metavar="N",
+                        help="runs at the same time; default: one for each core")  # fmt: skip
+    parser.add_argument("--root", metavar="FOLDER", help="folder that holds the data sets")
+    if command == "run":
+        parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep checkpoints and logs there")
+    else:
+        parser.add_argument("--output", type=Path, metavar="FILE", help="file of losses to write")
+    args = parser.parse_intermixed_args(list(words))
+    for name, number in (("--seeds", args.seeds), ("--workers", args.workers)):
+        if number < 1:
+            raise InputError(f"{name} must be 1 or more, got {number}")
+    files = [Path(word) for word in itertools.takewhile(lambda word: word.endswith((".yaml", ".yml")), args.words)]
+    if not files:
+        raise InputError(f"name a configuration file, CONFIG.yaml, before the keys to change; got {args.words[0]!r}")
+
+    from torchreid_ext.benchmark.grid import LOSSES, read_losses
+
+    args.chosen = read_losses(args.losses_file or files[0].parent / LOSSES, args.losses)
+    grid = {"files": files, "seeds": range(args.seeds), "words": args.words[len(files) :], "varied": args.vary}
+    return args, grid | {"root": args.root}
+
+
+def _report(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("drsl-benchmark report", description="Tables and figures of results.")
+    parser.add_argument("results", nargs="+", type=Path, metavar="FILE.jsonl")
+    parser.add_argument("--losses", nargs="+", metavar="NAME", help="losses to report; default: all")
+    parser.add_argument("--reference", default="drsl", metavar="NAME", help="loss to compare the others with")
+    parser.add_argument("--output", type=Path, metavar="FILE.md",
+                        help="page to write to, between its two comments if it has them; default: print")  # fmt: skip
+    parser.add_argument("--figure", type=Path, metavar="FILE.png", help="figure to draw")
+    args = parser.parse_args(words)
+
+    from torchreid_ext.benchmark import grid, plots, report
+
+    for path in args.results:
+        if not path.is_file():
+            raise InputError(f"{path} does not exist; make it with drsl-benchmark run --results {path}")
+    results = [line for path in args.results for line in grid.read_results(path)]
+    text = report.report(results, args.reference, args.losses)
+    if args.output:
+        report.insert(args.output, text)
+    else:
+        print(text)
+    if args.figure:
+        plots.draw(report.sections(results, args.losses), args.figure)
+    return 0
+
+
+def _speed(words: Sequence[str]) -> int:
+    import pml_drsl.speed
+
+    return int(pml_drsl.speed.main(list(words)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
