@@ -84,7 +84,7 @@ def version() -> str:
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """Prints text; characters that would command the terminal, or that are no text, are written out: ``\\x1b``."""
+    r"""Prints text; characters that would command the terminal, or that are no text, are written out: ``\x1b``."""
     print(_UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text), file=file)
 
 
