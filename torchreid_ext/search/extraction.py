@@ -172,7 +172,8 @@ def read_gallery(path: str | os.PathLike[str], model: TrainedModel) -> Extracted
     """The gallery of a file that :func:`write_features` wrote.
 
     Raises:
-        InputError: for a file that is missing, damaged, of another format, without a gallery or of another model.
+        InputError: for a file that is damaged, of another format, without a gallery or of another model.
+        OSError: for a file that cannot be opened.
     """
     arrays = load_arrays(path)
     missing = [name for name in (_FINGERPRINT, "gallery", _PATHS.format("gallery")) if name not in arrays]

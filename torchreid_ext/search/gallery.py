@@ -295,12 +295,13 @@ class Gallery:
             kind: kind of the index; None for the kind that the file names.
 
         Raises:
-            InputError: for a file that is missing, cut short, damaged or no index, or an index of another model.
+            InputError: for a file that is cut short, damaged or no index, or an index of another model.
+            OSError: for a file that cannot be opened.
         """
         target = resolved(os.fspath(path))
         stamp = _stamp(target)
-        arrays = load_arrays(path)
         try:
+            arrays = load_arrays(path)
             settings, rows = (json.loads(arrays[name].tobytes()) for name in ("settings", "entries"))
             fingerprint, metric = settings["fingerprint"], settings["metric"]
             features = arrays["features"] if "features" in arrays else _older(arrays["index"], arrays["numbers"])
@@ -309,7 +310,7 @@ class Gallery:
             if features.dtype != np.float32 or features.ndim != 2 or not 1 <= features.shape[1] < 2**20:
                 raise ValueError("features")
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise InputError(f"{os.fspath(path)!r} is not an index of drsl-search") from error
+            raise InputError(f"{os.fspath(path)!r} is damaged, or not an index of drsl-search: make it anew") from error
         if fingerprint != model.fingerprint or metric != model.metric:
             raise InputError(
                 f"{os.fspath(path)!r} is the index of another model than {model.path!r}, and features of two models "

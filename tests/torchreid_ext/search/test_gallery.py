@@ -186,7 +186,7 @@ def test_the_files_of_older_versions_are_read(tmp_path):
         assert entry.path == str(tmp_path / f"{row}.jpg") and distance < 1e-6
     arrays["numbers"] = arrays["numbers"][::-1]
     np.savez(tmp_path / "old", **arrays)
-    with pytest.raises(InputError, match="not an index of drsl-search"):
+    with pytest.raises(InputError, match="damaged, or not an index of drsl-search"):
         Gallery.load(tmp_path / "old.npz", model())
 
 
@@ -299,7 +299,9 @@ def test_what_is_no_file_of_arrays_is_refused(tmp_path, content):
     if content is None:
         with open(path, "wb") as file:
             np.save(file, np.zeros(3))
-    assert refused(path) and refused(tmp_path / "nowhere.npz")
+    assert refused(path)
+    with pytest.raises(FileNotFoundError):
+        refused(tmp_path / "nowhere.npz")
     np.savez(path, settings=np.array([{}], dtype=object))
     assert refused(path)
 
