@@ -1,10 +1,16 @@
 """DRSL, the Differentiable Retrieval-Sort Loss, for pytorch-metric-learning."""
 
-from pml_drsl.chunks import forward_in_chunks
-from pml_drsl.large_batch import LargeBatch
-from pml_drsl.losses import DRSLoss
-from pml_drsl.miners import NegativeBudgetMiner, RankViolationMiner
-from pml_drsl.reducers import PerIdentityReducer, PerQueryReducer
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pml_drsl.large_batch import LargeBatch, forward_in_chunks
+    from pml_drsl.losses import DRSLoss
+    from pml_drsl.miners import NegativeBudgetMiner, RankViolationMiner
+    from pml_drsl.reducers import PerIdentityReducer, PerQueryReducer
 
 __all__ = [
     "DRSLoss",
@@ -15,3 +21,20 @@ __all__ = [
     "RankViolationMiner",
     "forward_in_chunks",
 ]
+_MODULES = ("losses", "miners", "reducers", "large_batch")
+
+
+def __getattr__(name: str) -> Any:
+    # Importing torch takes seconds, which `pml_drsl.checks` and the help text of a command can do without.
+    if name == "__version__":
+        return importlib.metadata.version("pml-drsl")
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in __all__:
+        modules = (importlib.import_module(f"{__name__}.{module}") for module in _MODULES)
+        return next(value for module in modules if (value := vars(module).get(name)) is not None)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

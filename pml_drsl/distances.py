@@ -5,44 +5,73 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity, DotProductSimilarity, LpDistance
+from pytorch_metric_learning.distances import (
+    BaseDistance,
+    BatchedDistance,
+    CosineSimilarity,
+    DotProductSimilarity,
+    LpDistance,
+)
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pml_drsl.checks import InputError
 from pml_drsl.precision import full_precision
 
 # Below this norm torch.nn.functional.normalize divides by a constant: such a vector has no direction.
 SMALLEST_NORM = 1e-12
+_COSINE = CosineSimilarity()
 
 
-def distance_matrix(distance: BaseDistance, x: Tensor, ref: Tensor | None = None) -> Tensor:
-    """The values of ``distance(x, ref)``, shape (N, M), differentiable (once).
+def distance_matrix(distance: BaseDistance, x: Tensor, ref: Tensor | None = None, fused: bool = True) -> Tensor:
+    """The distances of ``x`` and ``ref``, shape (N, M), smaller is nearer: a similarity has its sign changed.
 
-    Euclidean distances and inner products have a gradient of their own. It is computed in full precision, even if
-    the backward pass runs with TensorFloat-32 or under autocast. It takes one matrix product less if a batch is
-    compared with itself. Another distance is called inside ``full_precision``; its backward pass follows the user's
-    settings. A vector without direction gets no gradient if the distance normalises its embeddings.
+    With ``fused``, Euclidean distances and inner products have a gradient of their own, which can be differentiated
+    once. It is computed in full precision, even if the backward pass runs with TensorFloat-32 or under autocast. It
+    takes one matrix product less if a batch is compared with itself. Any other distance, and every distance without
+    ``fused``, is plain autograd inside ``full_precision``; its backward pass follows the user's settings. A vector
+    without direction gets no gradient if the distance normalises its embeddings.
 
     Args:
         distance: a distance of pytorch-metric-learning that returns a matrix.
         x: embeddings of the queries, shape (N, dim), float32 or float64.
         ref: embeddings of the candidates, shape (M, dim), of the type of ``x``; None for the queries themselves.
+        fused: use the gradients that are computed here.
+
+    Raises:
+        InputError: for infinite or NaN values of a distance that is not computed here.
     """
-    if is_known(distance) and not distance.collect_stats:
+    euclidean = isinstance(distance, LpDistance)
+    known = is_known(distance) and not distance.collect_stats
+    if known and fused:
         if distance.normalize_embeddings:
             x, ref = normalize(x), None if ref is None else normalize(ref)
-        matrix = _EuclideanDistances if isinstance(distance, LpDistance) else _InnerProducts
-        mat: Tensor = matrix.apply(x, ref)
-        power: float = distance.power
-        return mat if power == 1 else mat.pow(power)
+        if euclidean:
+            mat: Tensor = _EuclideanDistances.apply(x, ref)
+            return mat if distance.power == 1 else mat.pow(distance.power)
+        if distance.power == 1:
+            return _InnerProducts.apply(x, ref, -1)  # type: ignore[no-any-return]
+        return -_InnerProducts.apply(x, ref, 1).pow(distance.power)  # type: ignore[no-any-return]
     if distance.normalize_embeddings:
         x, ref = _without_gradient_of_zeros(x), None if ref is None else _without_gradient_of_zeros(ref)
     with full_precision(x.device.type):
-        return distance(x, ref)  # type: ignore[no-any-return]
+        if known and euclidean:
+            mat = _plain_euclidean(distance.maybe_normalize(x), distance.maybe_normalize(x if ref is None else ref))
+            return mat if distance.power == 1 else mat.pow(distance.power)
+        mat = distance(x, ref)
+    if not is_known(distance):
+        _check_finite(mat.detach(), distance)
+    return -mat if distance.is_inverted else mat
 
 
 def angular_dissimilarity(
-    distance: BaseDistance, of_pairs: Tensor, x: Tensor, ref: Tensor, query: Tensor, candidate: Tensor
+    distance: BaseDistance,
+    of_pairs: Tensor,
+    x: Tensor,
+    ref: Tensor,
+    query: Tensor,
+    candidate: Tensor,
+    fused: bool = True,
 ) -> Tensor:
     """The angular dissimilarity ``u = (1 - cos) / 2`` of pairs, shape (E,), in [0, 1].
 
@@ -51,18 +80,19 @@ def angular_dissimilarity(
 
     Args:
         distance: the distance that gave ``of_pairs``.
-        of_pairs: the value of ``distance`` for each pair, shape (E,).
+        of_pairs: what ``distance_matrix`` gives for each pair, shape (E,).
         x: embeddings of the queries, shape (N, dim).
         ref: embeddings of the candidates, shape (M, dim); ``x`` itself if the batch is compared with itself.
         query: query of each pair, shape (E,), integer.
         candidate: candidate of each pair, shape (E,), integer.
+        fused: as in ``distance_matrix``.
     """
     euclidean = isinstance(distance, LpDistance)
     if not is_known(distance) or distance.power > (2 if euclidean else 1):
-        inner_products: Tensor = _InnerProducts.apply(normalize(x), None if ref is x else normalize(ref))
-        return 0.5 - 0.5 * inner_products[query, candidate]
+        cosines = distance_matrix(_COSINE, x, None if ref is x else ref, fused)
+        return 0.5 + 0.5 * cosines[query, candidate]
     if distance.normalize_embeddings and not euclidean:
-        return 0.5 - 0.5 * of_pairs
+        return 0.5 + 0.5 * of_pairs
     squared = of_pairs ** (2 / distance.power) if euclidean else None
     x_norm = torch.linalg.vector_norm(x, dim=1)
     ref_norm = x_norm if ref is x else torch.linalg.vector_norm(ref, dim=1)
@@ -73,8 +103,40 @@ def angular_dissimilarity(
     x_norm, ref_norm = x_norm[query], ref_norm[candidate]
     norms = x_norm * ref_norm
     defined = norms > 0
-    inner_product = of_pairs if squared is None else (x_norm**2 + ref_norm**2 - squared) / 2
+    inner_product = -of_pairs if squared is None else (x_norm**2 + ref_norm**2 - squared) / 2
     return 0.5 - torch.where(defined, inner_product * (0.5 / torch.where(defined, norms, 1)), 0)
+
+
+def check_distance(distance: object) -> None:
+    """Refuses a distance that DRSL cannot rank by, with an ``InputError`` that says why."""
+    if isinstance(distance, BatchedDistance):
+        raise InputError(
+            f"distance must return the matrix of distances, and BatchedDistance returns none; give the distance inside "
+            f"it, {distance.distance!r}, and query_chunk_size to save memory"
+        )
+    if not isinstance(distance, BaseDistance):
+        raise InputError(
+            f"distance must be a distance of pytorch_metric_learning.distances, such as LpDistance() or "
+            f"CosineSimilarity(), got {distance!r}"
+        )
+    if distance.is_inverted and not (distance.power >= 1 and distance.power == int(distance.power)):
+        raise InputError(
+            f"distance has power={distance.power}, and that power of a negative similarity is not a number; give "
+            f"power=1"
+        )
+    if distance.power < 1 or (isinstance(distance, LpDistance) and distance.p < 1):
+        raise InputError(
+            f"distance has p={distance.p} and power={distance.power}; below 1 the gradient of a distance of 0, or of "
+            f"one difference of 0, is infinite; give 1 or more"
+        )
+
+
+def _check_finite(mat: Tensor, distance: BaseDistance) -> None:
+    if not bool(torch.isfinite(mat).all()):
+        raise InputError(
+            f"distance {type(distance).__name__} gave infinite or NaN values; SNRDistance does so for an embedding "
+            f"whose values are all equal; give another distance or other embeddings"
+        )
 
 
 def is_known(distance: BaseDistance) -> bool:
@@ -92,6 +154,16 @@ def _without_gradient_of_zeros(x: Tensor) -> Tensor:
     # Normalising a zero vector multiplies its gradient by 1e12, which half precision cannot hold.
     has_direction = torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True) > SMALLEST_NORM
     return torch.where(has_direction, x, x.detach())
+
+
+def _plain_euclidean(x: Tensor, ref: Tensor) -> Tensor:
+    """``torch.cdist(x, ref)`` by operations that can be differentiated any number of times.
+
+    The root has no gradient at 0: such distances are constants.
+    """
+    squared = x.square().sum(1, keepdim=True) + ref.square().sum(1) - 2 * (x @ ref.T)
+    positive = squared > 0
+    return torch.where(positive, torch.where(positive, squared, 1).sqrt(), 0)
 
 
 def _plus_transposed(w: Tensor) -> Tensor:
@@ -146,20 +218,27 @@ class _EuclideanDistances(torch.autograd.Function):
 
 
 class _InnerProducts(torch.autograd.Function):
-    """``x @ ref.T``. Of a batch with itself the gradient takes one matrix product, ``(grad + grad.T) @ x``."""
+    """``sign * x @ ref.T``. Of a batch with itself the gradient takes one product, ``sign * (grad + grad.T) @ x``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ref: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, ref: Tensor | None, sign: int) -> Tensor:
         ctx.save_for_backward(x, ref)
+        ctx.sign = sign
         with full_precision(x.device.type):
-            return x @ (x if ref is None else ref).T
+            return _product(sign, x, (x if ref is None else ref).T)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, ref = ctx.saved_tensors
         with full_precision(x.device.type):
             if ref is None:
-                return _plus_transposed(grad) @ x, None
-            needs_x, needs_ref = ctx.needs_input_grad
-            return grad @ ref if needs_x else None, grad.T @ x if needs_ref else None
+                return _product(ctx.sign, _plus_transposed(grad), x), None, None
+            needs_x, needs_ref, _ = ctx.needs_input_grad
+            grad_x = _product(ctx.sign, grad, ref) if needs_x else None
+            return grad_x, _product(ctx.sign, grad.T, x) if needs_ref else None, None
+
+
+def _product(sign: int, a: Tensor, b: Tensor) -> Tensor:
+    # The matrix product takes the sign as its factor, without a pass over the result.
+    return torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=sign)

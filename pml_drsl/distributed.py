@@ -13,7 +13,7 @@ from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
 from pml_drsl.checks import InputError
-from pml_drsl.losses import DRSLoss
+from pml_drsl.losses import Compute, DRSLoss, Errors
 from pml_drsl.miners import mine_without_self
 from pml_drsl.pairs import IndicesTuple, Pairs
 
@@ -89,7 +89,7 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
             all_refs = _gather_batch(ref_emb, ref_labels, share_gradients=self.efficient)[1:]
         if ref_emb is emb:  # the batch itself: the loss decides by the object
             all_refs = (all_emb, *all_refs[1:])
-        with _sharded_queries(self.loss, sizes) if self.efficient else draws_of_first(emb.device):
+        with _sharing_queries(self.loss, sizes) if self.efficient else draws_of_first(emb.device):
             loss: Tensor = self.loss(all_emb, all_labels, indices_tuple, *all_refs)
         return loss
 
@@ -154,28 +154,33 @@ def is_single_process() -> bool:
 
 
 @contextmanager
-def _sharded_queries(loss: DRSLoss, sizes: list[int]) -> Iterator[None]:
+def _sharing_queries(loss: DRSLoss, sizes: list[int]) -> Iterator[None]:
     """Inside, ``loss`` computes the errors of this process's queries and gathers the errors of the other queries."""
-    compute = loss.compute_errors
-    bounds = torch.tensor([0, *sizes]).cumsum(0)
-    rank = dist.get_rank()
-    mine = slice(*bounds[rank : rank + 2].tolist())
 
-    def shared(embeddings: Tensor, ref_emb: Tensor, pairs: Pairs) -> tuple[Tensor, ...]:
-        counts = torch.searchsorted(pairs.query, bounds.to(pairs.query.device)).diff().tolist()
+    def shared(compute: Compute, embeddings: Tensor, ref_emb: Tensor, pairs: Pairs) -> Errors:
+        rank, parts = dist.get_rank(), pairs.split(sizes)
         # A process without a pair still has to take part in every gathering, forward and backward.
         nothing = embeddings[:0].sum() + ref_emb[:0].sum()
-        errors = embeddings.new_zeros(0, 2 if loss.sort_weight > 0 else 1)
-        if counts[rank] > 0:
-            errors = torch.stack(compute(embeddings[mine], ref_emb, pairs.rows(mine)), dim=1)
-        gathered: Tensor = _Gather.apply(errors + nothing, counts, True)
-        return gathered.unbind(1)
+        names = [
+            "retrieval",
+            *(["sort"] if loss.sort_weight > 0 else []),
+            *(["smoothed"] if loss.collect_stats else []),
+        ]
+        errors = embeddings.new_zeros(0, len(names))
+        if parts[rank].num_queries > 0:
+            own = compute(embeddings.split(sizes)[rank], ref_emb, parts[rank])
+            errors = torch.stack([own[name] for name in names], dim=1)
+        gathered: Tensor = _Gather.apply(errors + nothing, [len(part.query) for part in parts], True)
+        return {
+            name: part.detach() if name == "smoothed" else part
+            for name, part in zip(names, gathered.unbind(1), strict=True)
+        }
 
-    loss.compute_errors = shared  # type: ignore[method-assign]
+    loss.shared = shared
     try:
         yield
     finally:
-        del loss.compute_errors
+        loss.shared = None
 
 
 def _gather_batch(

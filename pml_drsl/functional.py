@@ -1,87 +1,141 @@
-"""The definition of DRSL as a function of dense matrices, with the equation of every line beside it, and its bound."""
+"""The definition of DRSL: the errors of a batch from its distances and pairs, in plain autograd.
+
+For a query with positives P and negatives N, distances d and angular dissimilarities ``u = (1 - cos) / 2`` of its
+candidates, and ``G(x) = sigmoid(x / temperature)``::
+
+    rank_pos(i)  = 1 + sum over j in P, j != i of G(d_i - d_j)
+    false_pos(i) = sum over n in N of G(d_i - d_n + margin)
+    retrieval(i) = false_pos(i) / (rank_pos(i) + false_pos(i))
+    sort(i)      = (u_i + sum over j in P, j != i of G(d_i - d_j) * u_j) / rank_pos(i)
+    loss         = mean over queries of the mean over i in P of retrieval(i) + sort_weight * sort(i)
+
+``1 - mean retrieval`` is the smoothed average precision of a query (Smooth-AP, Brown et al., ECCV 2020). ``sort`` is
+the current sorting error of Rank & Sort Loss (Oksuz et al., ICCV 2021, eq. 5), with the angular dissimilarity as the
+continuous label. The plan of two ranks is that of Xu et al. (ACM TOMM 2022).
+
+The upper bound of the smoothed retrieval error takes ``odds(i) = false_pos(i) / rank_pos(i)``, with the logistic bound
+of RankNet (Burges et al., ICML 2005), ``B(x) = log2(1 + exp(x / temperature))``, in place of G for the negatives::
+
+    bound(i)     = log(1 + odds(i) ** p) / p
+
+It is a softplus of the log odds, with sharpness p in (0, 1]. At p = 1 it is minus the logarithm of the precision,
+``-log(1 - retrieval(i))``. A smaller p gives a larger value, and a slope that falls more slowly as the odds fall: a
+pair whose order is right already still moves.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-LEAST_COUNT = 1e-30
-"""Below it, ``bound_of_odds`` has no gradient: that of ``odds ** power`` would be too large for float32."""
+from pml_drsl import fused
+from pml_drsl.pairs import Pairs
+
+BLOCK = 2**20
+"""Comparisons of one block of queries, at most, if there is more than one query in it."""
 
 
-def drsl(
+def errors(
     distances: Tensor,
-    positives: Tensor,
-    negatives: Tensor,
-    dissimilarity: Tensor,
+    pairs: Pairs,
     temperature: float,
-    sort_weight: float,
     margin: float = 0.0,
-    bound: bool = False,
-    bound_power: float = 1.0,
-) -> Tensor:
-    """The loss of a batch, from the distances of Q queries to M candidates.
+    bound_power: float | None = None,
+    dissimilarity: Callable[[Tensor], Tensor] | None = None,
+    use_fused: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The two errors of each (query, positive) pair; the module's docstring has the equations.
 
-    This function is the definition. It is written to be read, and needs Q x M x M memory. ``DRSLoss`` gives the same
-    value and the same gradient by the path of ``pml_drsl.fused``, which needs Q x M memory.
-
-    ``1 - mean retrieval`` over the positives of a query is its smoothed average precision (Smooth-AP, Brown et al.,
-    ECCV 2020). ``sort`` is the current sorting error of Rank & Sort Loss (Oksuz et al., ICCV 2021, eq. 5) with the
-    angular dissimilarity as the continuous label. The plan of two ranks is that of Xu et al. (ACM TOMM 2022).
+    The Q x K x M comparisons, K the largest number of positives of a query, are made a block of queries at a time, and
+    made again in the backward pass. The memory needed is that of the distances, Q x M, and of one block.
 
     Args:
-        distances: shape (Q, M), smaller is nearer. Give a similarity with its sign changed.
-        positives: shape (Q, M), bool: the candidates of the query's identity, without the query itself.
-        negatives: shape (Q, M), bool: the candidates of other identities.
-        dissimilarity: the angular dissimilarity ``u = (1 - cos) / 2`` of each pair, shape (Q, M), in [0, 1].
+        distances: shape (Q, M), smaller is nearer.
+        pairs: the positives and negatives of the Q queries.
         temperature: softness of the ranks, > 0, in units of distance.
-        sort_weight: weight of the sort error, >= 0.
         margin: distance by which a negative must follow a positive; any finite number.
-        bound: replace the retrieval error by its upper bound, with ``B(x) = log2(1 + exp(x / temperature))``
-            (the logistic bound of RankNet, Burges et al., ICML 2005) in place of G for the negatives.
-        bound_power: power of the odds of the error in the bound, in (0, 1], see ``bound_of_odds``.
+        bound_power: power of the bound, in (0, 1]; None for the retrieval error itself.
+        dissimilarity: gives the angular dissimilarity of each pair, shape (E,), in [0, 1], from the distance of each
+            pair, shape (E,); None leaves the sort error out.
+        use_fused: count the negatives by ``fused.count_ahead``, which is faster, and can be differentiated once.
 
     Returns:
-        The mean over queries that have a positive and a negative, shape (); 0 where no query has both.
+        ``(retrieval, sort)``, of shape (E,). Both are in [0, 1], but the bound has no upper limit.
     """
-    difference = distances[:, :, None] - distances[:, None, :]  # d_i - d_j, shape (Q, M, M)
-    peers = positives[:, None, :] & ~torch.eye(distances.shape[1], dtype=torch.bool, device=distances.device)  # j != i
-    ahead = torch.sigmoid(difference / temperature) * peers  # G(d_i - d_j), for j in P, j != i
-    x = (difference + margin) / temperature
-    count = F.softplus(x) / math.log(2) if bound else torch.sigmoid(x)  # B(d_i - d_n + margin), or G of the same
+    is_bound = bound_power is not None
+    if use_fused:
+        d, false_pos, shift = fused.count_ahead(distances, pairs, temperature, margin, is_bound)
+    else:
+        count = functools.partial(_count_ahead, temperature=temperature, margin=margin, bound=is_bound)
+        d, false_pos, shift = _in_blocks(count, pairs, distances)
+    cells, shape = (pairs.query, pairs.column), (len(distances), pairs.width)
+    peers = d.new_full(shape, math.inf).index_put(cells, d)
+    u = () if dissimilarity is None else (d.new_zeros(shape).index_put(cells, dissimilarity(d)),)
+    rank_pos, *sort = _in_blocks(functools.partial(_rank_and_sort, temperature=temperature), pairs, peers, *u)
+    if bound_power is None:
+        retrieval = false_pos / (rank_pos + false_pos)
+    else:
+        log_odds = false_pos.log() + shift - rank_pos.log()
+        retrieval = F.softplus(log_odds, beta=bound_power)  # log(1 + odds ** p) / p
+    return retrieval, sort[0] if sort else None
 
-    rank_pos = 1 + ahead.sum(2)  # 1 + sum over j of G(d_i - d_j)
-    false_pos = (count * negatives[:, None, :]).sum(2)  # sum over n in N of G(d_i - d_n + margin)
-    # 1 - the precision at i, or for the bound (of power 1) - log(the precision at i).
-    retrieval = bound_of_odds(false_pos, rank_pos, bound_power) if bound else false_pos / (rank_pos + false_pos)
-    sort = (dissimilarity + (ahead * dissimilarity[:, None, :]).sum(2)) / rank_pos  # mean u of the positives up to i
 
-    terms = positives & negatives.any(1, keepdim=True)
-    of_query = ((retrieval + sort_weight * sort) * terms).sum(1) / terms.sum(1).clamp(min=1)  # mean over i in P
-    return of_query.sum() / terms.any(1).sum().clamp(min=1)
+def _count_ahead(
+    pairs: Pairs, distances: Tensor, *, temperature: float, margin: float, bound: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``d_i``, ``false_pos(i)``, and the logarithm of a factor of ``false_pos(i)``, all of shape (E,).
+
+    The factor is 1 (a logarithm of 0) but for a bound whose terms are all tiny: a sum of them would be 0.
+    """
+    d = distances[pairs.query, pairs.positive]
+    z = pairs.negatives.mask_excluded(distances / temperature)  # d_n, infinite for what is no negative
+    x = ((d + margin) / temperature)[:, None] - z[pairs.query]
+    if not bound:
+        return d, torch.sigmoid(x).sum(1), torch.zeros_like(d)
+    # Up to -DEPTH the softplus is the exponential function, up to rounding, so that a factor can be taken out.
+    shift = (x.detach().amax(1) + fused.DEPTH).clamp(max=0)
+    return d, F.softplus(x - shift[:, None]).sum(1) / math.log(2), shift
 
 
-def bound_of_odds(false_pos: Tensor, rank_pos: Tensor, power: float = 1.0) -> Tensor:
-    """The bound of the retrieval error, ``log(1 + odds ** power) / power`` with ``odds = false_pos / rank_pos``.
-
-    The odds are those of the retrieval error, ``error = odds / (1 + odds)``. Power 1 gives ``-log(1 - error)``, minus
-    the logarithm of the precision. A smaller power gives a larger value, because
-    ``(1 + odds ** power) ** (1 / power) >= 1 + odds``, so it is an upper bound too. As the odds fall, its slope in
-    ``log(odds)`` falls more slowly: a pair whose order is right already still moves.
+def _rank_and_sort(pairs: Pairs, peers: Tensor, u: Tensor | None = None, *, temperature: float) -> tuple[Tensor, ...]:
+    """``rank_pos(i)``, and ``sort(i)`` if there are dissimilarities, of shape (E,).
 
     Args:
-        false_pos: counts of negatives, >= 0. One below 1e-30 is taken for 1e-30, which has no gradient.
-        rank_pos: ranks among the positives, of the same shape, > 0.
-        power: in (0, 1].
-
-    Returns:
-        The bound, of the same shape, >= 0.
+        pairs: the pairs.
+        peers: distances of the positives of each query, shape (Q, K), infinite where it has no more.
+        u: their dissimilarities, of the same shape.
+        temperature: as in ``errors``.
     """
-    if power == 1:
-        return torch.log1p(false_pos / rank_pos)
-    # The slope in the odds is not finite at 0.
-    log_odds = false_pos.clamp(min=LEAST_COUNT).log() - rank_pos.log()
-    return F.softplus(power * log_odds) / power
+    d = peers[pairs.query, pairs.column]
+    ahead = torch.sigmoid((d[:, None] - peers[pairs.query]) / temperature)  # G(d_i - d_j)
+    # A positive is level with itself, G(0) = 1/2: the "1 +" and "j != i" of the definition together add 1/2.
+    rank_pos = 0.5 + ahead.sum(1)
+    if u is None:
+        return (rank_pos,)
+    return rank_pos, (0.5 * u[pairs.query, pairs.column] + (ahead * u[pairs.query]).sum(1)) / rank_pos
+
+
+def _in_blocks(function: Callable[..., tuple[Tensor, ...]], pairs: Pairs, *matrices: Tensor) -> tuple[Tensor, ...]:
+    """``function(pairs, *matrices)``, for a block of queries at a time, computed again in the backward pass.
+
+    Args:
+        function: returns tensors of shape (E,), for the pairs and rows that it is given.
+        pairs: the pairs.
+        *matrices: of shape (Q, columns).
+    """
+    rows = max(1, BLOCK // max(1, pairs.width * matrices[0].shape[1]))
+    if rows >= len(pairs.counts):
+        return function(pairs, *matrices)
+    blocks = zip(pairs.split(rows), *(matrix.split(rows) for matrix in matrices), strict=True)
+    if torch._C._are_functorch_transforms_active():  # torch.func cannot compute a block again
+        results = [function(*block) for block in blocks]
+    else:
+        again = functools.partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
+        results = [again(*block) for block in blocks]
+    return tuple(torch.cat(parts) for parts in zip(*results, strict=True))

@@ -10,7 +10,7 @@ from pytorch_metric_learning.miners import BaseMiner
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 
-from pml_drsl.checks import InputError, is_real
+from pml_drsl.checks import InputError, check_arguments, is_real, is_whole
 from pml_drsl.pairs import IndicesTuple
 from pml_drsl.precision import full_precision
 
@@ -85,10 +85,11 @@ class RankViolationMiner(RankingMiner):
     """
 
     def __init__(self, margin: float = 0.0, **kwargs: Any) -> None:
+        check_arguments(type(self), kwargs)
         super().__init__(**kwargs)
         if not is_real(margin):
             raise InputError(f"margin must be a finite number, got {margin!r}; 0 keeps violations of the order only")
-        self.margin = margin
+        self.margin = float(margin)
         self.add_to_recordable_attributes(name="margin", is_stat=False)
 
     def select(self, embeddings: Tensor, ref_emb: Tensor, positives: Tensor, negatives: Tensor) -> FourIndices:
@@ -132,19 +133,20 @@ class NegativeBudgetMiner(RankingMiner):
         positives: int | None = None,
         **kwargs: Any,
     ) -> None:
+        check_arguments(type(self), kwargs)
         super().__init__(**kwargs)
         if not (is_real(negatives_per_positive) and negatives_per_positive > 0):
             raise InputError(f"negatives_per_positive must be a number above 0, got {negatives_per_positive!r}")
         if strategy not in get_args(Strategy):
             raise InputError(f"strategy must be one of {', '.join(get_args(Strategy))}, got {strategy!r}")
-        if not (seed is None or (isinstance(seed, int) and seed >= 0)):
+        if not (seed is None or (is_whole(seed) and seed >= 0)):
             raise InputError(f"seed must be None or an integer of at least 0, got {seed!r}")
-        if not (positives is None or (isinstance(positives, int) and positives >= 1)):
+        if not (positives is None or (is_whole(positives) and positives >= 1)):
             raise InputError(f"positives must be None or an integer of at least 1, got {positives!r}")
-        self.negatives_per_positive = negatives_per_positive
+        self.negatives_per_positive = float(negatives_per_positive)
         self.strategy = strategy
-        self.seed = seed
-        self.positives = positives
+        self.seed = None if seed is None else int(seed)
+        self.positives = None if positives is None else int(positives)
         self.num_calls: Tensor
         self.register_buffer("num_calls", torch.zeros((), dtype=torch.long))
         self.add_to_recordable_attributes(name="negatives_per_positive", is_stat=False)
@@ -165,7 +167,7 @@ class NegativeBudgetMiner(RankingMiner):
 
     def _some(self, positives: Tensor, number: int) -> Tensor:
         """At most so many of the positives of each query, drawn at random, shape (Q, M), bool."""
-        cost = self._random(*positives.shape, positives.device).masked_fill(~positives, torch.inf)
+        cost = self._random(positives.shape[0], positives.shape[1], positives.device).masked_fill(~positives, torch.inf)
         chosen = cost.topk(min(number, positives.shape[1]), largest=False).indices
         return positives & torch.zeros_like(positives).scatter_(1, chosen, True)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
@@ -73,21 +75,34 @@ class Pairs:
         """Weight of each pair in the mean over queries of the mean over their positives, shape (E,)."""
         return 1 / (self.counts[self.query] * self.num_queries).to(dtype)
 
-    def rows(self, rows: slice) -> Pairs:
-        """The pairs of a range of queries. The queries of the result are numbered from 0."""
-        range_ = torch.tensor([rows.start, rows.stop], device=self.query.device)
-        bounds = torch.stack([torch.searchsorted(mask, range_) for mask in (self.query, self.negatives.query)])
-        (start, stop), listed = bounds.tolist()
-        query, column = self.query[start:stop], self.column[start:stop]
-        return Pairs(
-            query - rows.start,
-            self.positive[start:stop],
-            column,
-            self.counts[rows],
-            self.width,
-            int((column == 0).sum()),
-            self.negatives.part(slice(*listed), rows),
-        )
+    def split(self, sizes: int | Sequence[int]) -> list[Pairs]:
+        """The pairs of consecutive ranges of queries, each numbered from 0, as ``torch.split`` divides the queries.
+
+        The ``num_queries`` of a range is the number of its queries that have a pair.
+
+        Args:
+            sizes: number of queries of every range (the last may have fewer), or the number of each range.
+        """
+        total = len(self.counts)
+        ends = [*range(sizes, total, sizes), total] if isinstance(sizes, int) else list(accumulate(sizes))
+        edges = torch.tensor([0, *ends], device=self.query.device)
+        with_pair = torch.cat([edges[:1], (self.counts > 0).cumsum(0)])[edges]
+        listed = [torch.searchsorted(query, edges) for query in (self.query, self.negatives.query)]
+        bounds = torch.stack([edges, *listed, with_pair], 1).tolist()  # one wait for the device
+        parts = []
+        for (first, pair, negative, before), (last, next_pair, next_negative, after) in pairwise(bounds):
+            of_pairs, rows = slice(pair, next_pair), slice(first, last)
+            part = Pairs(
+                self.query[of_pairs] - first,
+                self.positive[of_pairs],
+                self.column[of_pairs],
+                self.counts[rows],
+                self.width,
+                after - before,
+                self.negatives.part(slice(negative, next_negative), rows),
+            )
+            parts.append(part)
+        return parts
 
 
 def pairs_from_labels(labels: Tensor, ref_labels: Tensor, same: bool) -> Pairs:

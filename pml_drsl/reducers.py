@@ -8,7 +8,7 @@ import torch
 from pytorch_metric_learning.reducers import BaseReducer, ClassWeightedReducer, MeanReducer, PerAnchorReducer
 from torch import Tensor
 
-from pml_drsl.checks import InputError
+from pml_drsl.checks import InputError, check_arguments
 
 
 class _QueryReducer(BaseReducer):
@@ -36,6 +36,7 @@ class PerQueryReducer(_QueryReducer):
     """
 
     def __init__(self, reducer: BaseReducer | None = None, **kwargs: Any) -> None:
+        check_arguments(type(self), kwargs)
         super().__init__(**kwargs)
         if reducer is not None and not isinstance(reducer, BaseReducer):
             raise InputError(f"reducer must be one of pytorch_metric_learning.reducers, got {reducer!r}")

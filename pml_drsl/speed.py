@@ -143,15 +143,15 @@ def make_search(name: str, size: int, dim: int, device: str) -> Step:
     from pml_drsl.evaluation.scores import FeatureDistances, evaluate
 
     centers, spread = torch.randn(IDENTITIES, dim), (dim / 2) ** 0.25 / 2.5**0.5
-    sides = []
+    sides: list[tuple[torch.Tensor, ...]] = []
     for count in (QUERIES, size):
         ids = torch.randint(IDENTITIES, (count,))
         features = torch.randn(count, dim).mul_(spread).add_(centers[ids]).to(device)
         sides.append((features, ids, torch.randint(CAMERAS, (count,))))
     arguments = [side[column] for column in range(3) for side in sides]
     if name == EVALUATION:
-        return lambda: evaluate(*arguments)  # type: ignore[arg-type]
-    distances, step = FeatureDistances(*arguments[:2]), rows_per_chunk(size)
+        return lambda: evaluate(*arguments)
+    distances, step = FeatureDistances(sides[0][0], sides[1][0]), rows_per_chunk(size)
     return lambda: [distances.rows(start, min(start + step, QUERIES)) for start in range(0, QUERIES, step)][:0]
 
 

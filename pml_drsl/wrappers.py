@@ -14,7 +14,7 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor, nn
 
-from pml_drsl.checks import InputError
+from pml_drsl.checks import InputError, check_arguments, is_whole
 from pml_drsl.distributed import DistributedLossWrapper, DistributedMinerWrapper
 from pml_drsl.losses import DRSLoss
 from pml_drsl.miners import mine_without_self, without_self
@@ -71,10 +71,11 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         warmup: int = 0,
         **kwargs: Any,
     ) -> None:
+        check_arguments(type(self), kwargs)
         super().__init__(loss, embedding_size, memory_size, miner, **kwargs)
-        if not isinstance(warmup, int) or warmup < 0:
+        if not is_whole(warmup) or warmup < 0:
             raise InputError(f"warmup must be an integer of at least 0, got {warmup!r}; 0 starts the memory at once")
-        self.warmup = warmup
+        self.warmup = int(warmup)
         self.warmup_calls: Tensor
         # A memory without a warm-up keeps the state_dict of PML's memory.
         self.register_buffer("warmup_calls", torch.zeros((), dtype=torch.long), persistent=warmup > 0)

@@ -1,23 +1,26 @@
 """DRSL, and any loss of pytorch-metric-learning, for torchreid.
 
-Importing this package registers ``ImageDRSLEngine``, ``VideoDRSLEngine``, ``ImagePMLEngine`` and ``VideoPMLEngine`` on
-``torchreid.engine`` and the data sets ``synthetic_pedestrians`` and ``synthetic_tracklets`` with torchreid's data
-managers.
+Once this package is imported, torchreid has the engines ``ImageDRSLEngine``, ``VideoDRSLEngine``, ``ImagePMLEngine``
+and ``VideoPMLEngine`` in ``torchreid.engine``, and the data sets ``synthetic_pedestrians`` and
+``synthetic_tracklets``. The import itself is quick: torch and torchreid are imported when they are needed.
 """
 
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+import types
 import warnings
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from typing import TYPE_CHECKING, Any
 
-# This package evaluates by pml_drsl.evaluation.scores, so that torchreid's missing Cython code costs nothing.
-warnings.filterwarnings("ignore", message="Cython evaluation")
-
-import torchreid  # noqa: E402
-
-from torchreid_ext.config.build import build_engine, get_default_config  # noqa: E402
-from torchreid_ext.engine.engines import ImageDRSLEngine, ImagePMLEngine, VideoDRSLEngine, VideoPMLEngine  # noqa: E402
-from torchreid_ext.search.searcher import Searcher  # noqa: E402
-
-for _engine in (ImageDRSLEngine, ImagePMLEngine, VideoDRSLEngine, VideoPMLEngine):
-    setattr(torchreid.engine, _engine.__name__, _engine)
+if TYPE_CHECKING:
+    from torchreid_ext.config import build_engine, get_default_config
+    from torchreid_ext.engine.engines import ImageDRSLEngine, ImagePMLEngine, VideoDRSLEngine, VideoPMLEngine
+    from torchreid_ext.search.searcher import Searcher
 
 __all__ = [
     "ImageDRSLEngine",
@@ -28,3 +31,69 @@ __all__ = [
     "build_engine",
     "get_default_config",
 ]
+
+# This package evaluates by pml_drsl.evaluation.scores, so that torchreid's missing Cython code costs nothing.
+warnings.filterwarnings("ignore", message="Cython evaluation")
+
+_ENGINES = ("ImageDRSLEngine", "ImagePMLEngine", "VideoDRSLEngine", "VideoPMLEngine")
+_HOMES = dict.fromkeys(_ENGINES, "torchreid_ext.engine.engines") | {
+    "Searcher": "torchreid_ext.search.searcher",
+    "build_engine": "torchreid_ext.config",
+    "get_default_config": "torchreid_ext.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from torchreid_ext.runtime.terminal import version
+
+        return version()
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def _register(torchreid: Any) -> None:
+    """Gives torchreid the engines and the data sets, which are imported when they are first used."""
+
+    def engine(name: str) -> Any:
+        if name not in _ENGINES:
+            raise AttributeError(f"module 'torchreid.engine' has no attribute {name!r}")
+        return __getattr__(name)
+
+    torchreid.engine.__getattr__ = engine
+    # If this module is reloaded, the data sets are already registered.
+    with contextlib.suppress(ValueError):
+        torchreid.data.register_image_dataset("synthetic_pedestrians", _dataset("pedestrians", "SyntheticPedestrians"))
+        torchreid.data.register_video_dataset("synthetic_tracklets", _dataset("tracklets", "SyntheticTracklets"))
+
+
+def _dataset(module: str, name: str) -> Any:
+    return lambda **options: getattr(importlib.import_module(f"torchreid_ext.data.synthetic.{module}"), name)(**options)
+
+
+class _AfterTorchreid(MetaPathFinder):
+    """Registers right after the import of torchreid."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "torchreid":
+            return None
+        others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, others), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: types.ModuleType) -> None:
+                execute(module)
+                _register(module)
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if "torchreid" in sys.modules:
+    _register(sys.modules["torchreid"])
+else:
+    sys.meta_path.insert(0, _AfterTorchreid())

@@ -10,7 +10,6 @@ import csv
 import io
 import os
 import re
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 from pml_drsl.checks import InputError
 from torchreid_ext.pixels import HEIF, SUFFIXES
+from torchreid_ext.pixels import is_image as is_image
 
 SPLITS = ("train", "query", "gallery")
 COLUMNS = ("path", "pid", "camid", "split")
@@ -99,9 +99,8 @@ class Table:
 
 
 def _examples(names: Sequence[str]) -> str:
-    """The first names, and the endings where they are endings of photos that are not read."""
-    endings = Counter(Path(name).suffix.lower() for name in names)
-    hint = "; pip install pillow-heif to read .heic" if ".heic" in endings and not HEIF else ""
+    heic = not HEIF and any(name.lower().endswith(".heic") for name in names)
+    hint = "; pip install pillow-heif to read .heic" if heic else ""
     return ", ".join(repr(name) for name in names[:2]) + (", ..." if len(names) > 2 else "") + hint
 
 
@@ -145,7 +144,7 @@ def named(path: str, names: re.Pattern[str]) -> Row:
 def files(folder: str) -> Iterator[tuple[str, str]]:
     """Yields the POSIX path below ``folder`` and the path without any link of every file, in the order of their names.
 
-    Hidden files and folders are left out. Links to files and folders are followed.
+    Hidden files and folders are left out. Links are followed.
 
     Raises:
         InputError: for a link that leads to a folder above itself, or to nothing.
@@ -167,11 +166,6 @@ def _files(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[tuple[s
             yield from _files(entry.path, f"{prefix}{entry.name}/", (*above, real))
         else:
             yield prefix + entry.name, os.path.realpath(entry.path) if entry.is_symlink() else f"{real}/{entry.name}"
-
-
-def is_image(name: str) -> bool:
-    """Whether a file has the name of an image."""
-    return name.lower().endswith(SUFFIXES)
 
 
 def list_folder(folder: str, names: re.Pattern[str], junk: Collection[str] = JUNK) -> Table:
@@ -212,8 +206,8 @@ def with_queries(rows: Iterable[Row]) -> list[Row]:
 
 def from_torchreid(dataset: Any) -> Table:
     """The images of a torchreid image data set, with the numbers of identities and cameras as names."""
-    splits = ((split, getattr(dataset, split)) for split in SPLITS)
-    return Table([Row(path, str(pid), str(camid), split) for split, items in splits for path, pid, camid, *_ in items])
+    rows = (Row(path, str(p), str(c), split) for split in SPLITS for path, p, c, *_ in getattr(dataset, split))
+    return Table(list(rows))
 
 
 def read_csv(file: str, cameras: bool = True, junk: Collection[str] = JUNK) -> Table:
@@ -263,7 +257,7 @@ def _records(file: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str,
     """Yields the place of every record of a CSV, for messages, and its values by column, stripped."""
     data = Path(file).read_bytes()
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
-        line = data.partition(b"\0")[0].count(b"\n") + 1
+        line = data[: max(0, data.find(b"\0"))].count(b"\n") + 1
         raise InputError(f"{file}, line {line}: the text has zero bytes, as UTF-16 has: {_AS_UTF8}")
     # Names of files may be no UTF-8; Python has its own way to keep them.
     reader = csv.reader(io.StringIO(data.decode("utf-8-sig", "surrogateescape"), newline=""), skipinitialspace=True)
@@ -289,11 +283,10 @@ def _check_head(file: str, head: Sequence[str], columns: Sequence[str]) -> None:
     missing = [column for column in columns if column not in head]
     if not missing:
         return
-    wanted, line = ",".join(columns), ",".join(head)
+    wanted = ",".join(columns)
     cure = f"the first line must name {wanted}"
     for mark, word in ((";", "semicolons"), ("\t", "tabs")):
-        if mark in line:
-            cure = f"its values are separated by {word}: {_AS_UTF8}, and let {cure[4:]}"
+        cure = f"its values are separated by {word}: {_AS_UTF8}" if mark in "".join(head) else cure
     if {name.lower() for name in head} >= set(columns):
         cure = f"write the names of the columns in lower case: {wanted}"
     raise InputError(f"{file}, line 1: the file has no column {missing[0]!r}: {cure}")

@@ -1,4 +1,4 @@
-"""Changes networks of torchreid's zoo in place: the batch normalisation neck and the last stride."""
+"""The networks: torchreid's zoo and timm's, the batch normalisation neck, the last stride and the memory format."""
 
 from __future__ import annotations
 
@@ -9,8 +9,93 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pml_drsl.checks import InputError
+from pml_drsl.checks import InputError, nearest
 from torchreid_ext.runtime import distributed
+
+TIMM = "timm/"
+"""What stands before the name of a network of timm."""
+
+
+class TimmNetwork(nn.Module):
+    """A network of timm that returns what the engines need, as networks of torchreid's zoo do.
+
+    In training it returns the logits, shape (N, classes), or ``(logits, features)`` if it was built with
+    ``loss="triplet"``; otherwise the features, shape (N, D).
+
+    Args:
+        name: name of the network in timm.
+        num_classes: number of training identities.
+        loss: ``"triplet"`` or ``"softmax"``.
+        pretrained: whether to load timm's weights, which needs a network connection the first time.
+        height: height of the images in pixels.
+        width: width of the images in pixels. A network with position embeddings is made for this size.
+
+    Raises:
+        InputError: for an unknown name, or where timm is not installed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        num_classes: int,
+        loss: str = "triplet",
+        pretrained: bool = False,
+        height: int = 224,
+        width: int = 224,
+    ) -> None:
+        super().__init__()
+        timm, options = _timm(name), {"pretrained": pretrained, "num_classes": 0}
+        try:
+            self.backbone = timm.create_model(name, img_size=(height, width), **options)
+        except TypeError:
+            # A convolutional network takes images of any size.
+            self.backbone = timm.create_model(name, **options)
+        self.loss = loss
+        size = getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features
+        self.classifier = nn.Linear(size, num_classes)
+
+    @property
+    def layer4(self) -> Any:
+        """The last stage of a ResNet, which ``set_last_stride`` changes; None for other networks."""
+        return getattr(self.backbone, "layer4", None)
+
+    def forward(self, images: Tensor) -> Any:
+        features = self.backbone(images)
+        if not self.training:
+            return features
+        logits = self.classifier(features)
+        return logits if self.loss == "softmax" else (logits, features)
+
+
+def timm_images(name: str) -> tuple[tuple[int, int], list[float], list[float]]:
+    """What a network of timm was trained on: height and width of its images, and the mean and deviation of channels.
+
+    Args:
+        name: name of the network in timm.
+
+    Raises:
+        InputError: for an unknown name, or where timm is not installed.
+    """
+    timm = _timm(name)
+    config = timm.get_pretrained_cfg(name)
+    if config is None:
+        return (224, 224), list(timm.data.IMAGENET_DEFAULT_MEAN), list(timm.data.IMAGENET_DEFAULT_STD)
+    _, height, width = config.input_size
+    return (height, width), list(config.mean), list(config.std)
+
+
+def _timm(name: str) -> Any:
+    """The package timm, which knows a network of that name."""
+    try:
+        import timm
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"model.name {TIMM}{name}: the package timm is not installed; install it with pip install pml-drsl[timm]"
+        ) from error
+    if not timm.is_model(name):
+        near = nearest(name, timm.list_models())
+        raise InputError(f"model.name: timm has no network {name!r}; did you mean {TIMM + near!r}?")
+    return timm
 
 
 @dataclass(frozen=True)
@@ -67,8 +152,8 @@ class _WithNeck(nn.Module):
         heads: list[Head] = list(given) if isinstance(given, (list, tuple)) else [given]
         if not mode:
             return torch.cat([head.after for head in heads], 1)
-        logits = _one_or_all([head.logits for head in heads])
-        return logits if self.loss == "softmax" else (logits, _one_or_all([head.before for head in heads]))
+        logits = _single_or_all([head.logits for head in heads])
+        return logits if self.loss == "softmax" else (logits, _single_or_all([head.before for head in heads]))
 
 
 @functools.cache
@@ -83,7 +168,7 @@ def _blank(kind: Any) -> nn.Module:
     return made.__new__(made)
 
 
-def _one_or_all(tensors: list[Tensor]) -> Tensor | list[Tensor]:
+def _single_or_all(tensors: list[Tensor]) -> Tensor | list[Tensor]:
     return tensors[0] if len(tensors) == 1 else tensors
 
 
@@ -99,18 +184,18 @@ def add_neck(model: nn.Module) -> None:
     Raises:
         InputError: for a network without a linear layer named ``classifier...``.
     """
-    found = False
+    has_classifier = False
     for name, child in list(model.named_children()):
         if not name.startswith("classifier"):
             continue
         if isinstance(child, nn.Linear):
             setattr(model, name, NeckClassifier(child))
-            found = True
+            has_classifier = True
         elif isinstance(child, nn.ModuleList) and all(isinstance(part, nn.Linear) for part in child):
             setattr(model, name, nn.ModuleList(NeckClassifier(part) for part in child))  # type: ignore[arg-type]
-            found = True
+            has_classifier = True
     kind: Any = type(model)
-    if not found:
+    if not has_classifier:
         raise InputError(
             f"model.bnneck: {kind.__name__} has no linear layer named classifier to put a neck before; set it to False"
         )
@@ -134,11 +219,51 @@ def set_last_stride(model: nn.Module, name: str) -> None:
             f"{name} has none: leave it at 2, which changes nothing"
         )
     for layer in stage.modules():
-        if isinstance(layer, (nn.Conv2d, nn.AvgPool2d)):
+        if isinstance(layer, nn.Conv2d):
             layer.stride = (1, 1)
+        elif isinstance(layer, nn.AvgPool2d):
+            # It stands in the place of a stride: an average over one pixel.
+            layer.kernel_size = layer.stride = 1
 
 
-@torch.no_grad()
+def set_memory_format(model: nn.Module, channels_last: bool | str, height: int, width: int, half: bool = False) -> None:
+    """Lets a network compute in the memory format ``channels_last``, in place, where that is asked for.
+
+    It is enough to convert the weights: a convolution with such weights converts its images, and the layers behind it
+    keep the format. The values of a network change by rounding alone.
+
+    Args:
+        model: the network, on its device.
+        channels_last: True, False, or ``"auto"``, which converts the weights where it makes the network faster. On a
+            CPU, these are the networks that can take it and have no instance normalisation, which converts images back
+            and forth. On a GPU, they are the networks that compute in half precision.
+        height: height of the network's images in pixels.
+        width: width of its images in pixels.
+        half: whether the network is trained in half precision.
+
+    Raises:
+        InputError: for True and a network that cannot take the format.
+    """
+    if not channels_last or not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        return
+    if channels_last == "auto":
+        on_gpu = next(model.parameters()).is_cuda
+        slower = any(isinstance(module, nn.modules.instancenorm._InstanceNorm) for module in model.modules())
+        if slower or (on_gpu and not half):
+            return
+    network = distributed.unwrapped(model)
+    network.to(memory_format=torch.channels_last)
+    try:
+        _on_a_black_image(network, height, width, training=False)
+    except RuntimeError as error:
+        network.to(memory_format=torch.contiguous_format)
+        if channels_last != "auto":
+            raise InputError(
+                f"train.channels_last True: {type(network).__name__} cannot compute in this memory format; set it to "
+                f"auto or False"
+            ) from error
+
+
 def feature_sizes(model: nn.Module, height: int, width: int) -> list[int]:
     """The dimension of each feature that a network built with ``loss="triplet"`` returns in training.
 
@@ -149,16 +274,21 @@ def feature_sizes(model: nn.Module, height: int, width: int) -> list[int]:
         height: height of its images in pixels.
         width: width of its images in pixels.
     """
-    network = distributed.unwrapped(model)
+    _, features = _on_a_black_image(distributed.unwrapped(model), height, width, training=True)
+    return [part.shape[1] for part in (features if isinstance(features, (list, tuple)) else [features])]
+
+
+@torch.no_grad()
+def _on_a_black_image(network: nn.Module, height: int, width: int, training: bool) -> Any:
+    """What a network returns for one black image, in training or not. The state of the network does not change."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     # Only the network itself is in training mode, so that it returns its features. Its layers stay in evaluation mode
     # and gather no statistics.
-    network.training = True
+    network.training = training
     try:
         parameter = next(network.parameters())
-        _, features = network(torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype))
+        return network(torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype))
     finally:
         for module, mode in modes:
             module.training = mode
-    return [part.shape[1] for part in (features if isinstance(features, (list, tuple)) else [features])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import struct
 import zlib
@@ -22,16 +23,20 @@ _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error,
 _FROM_16_BIT = 257
 """65,535 / 255: the factor from 8-bit to 16-bit values."""
 
-try:  # Pillow reads photos of iPhones with this package.
-    import pillow_heif
+try:  # Pillow reads photos of iPhones with this optional package.
+    importlib.import_module("pillow_heif").register_heif_opener()
 except ImportError:
     HEIF: tuple[str, ...] = ()
 else:
-    pillow_heif.register_heif_opener()
     HEIF = (".heic", ".heif")
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", *HEIF)
 """How the names of images end, in lower case."""
+
+
+def is_image(name: str) -> bool:
+    """Whether a file has the name of an image."""
+    return name.lower().endswith(SUFFIXES)
 
 
 def read_image(image: str | os.PathLike[str] | Image.Image | Array) -> Image.Image:

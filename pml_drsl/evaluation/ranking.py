@@ -173,8 +173,9 @@ def rank_queries(
         of_all: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(of_all, parts, group)
         parts = [part for of_process in of_all for part in of_process]
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-    ranked = RankedQueries(*columns, is_junk, label_array(query_ids), num_gallery - len(ignored))
+    ap, inp, first, positives, junks = (torch.cat(column) for column in zip(*parts, strict=True))
+    identities, num_gallery = label_array(query_ids), num_gallery - len(ignored)
+    ranked = RankedQueries(ap, inp, first, positives, junks, is_junk, identities, num_gallery)
     if not bool(ranked.matched.any()):
         raise InputError(_why_no_match(ids, ranked, cams is not None, gallery_starts_with_query))
     return ranked

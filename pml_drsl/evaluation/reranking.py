@@ -15,7 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pml_drsl.checks import InputError
-from pml_drsl.evaluation.distances import Array, FeatureDistances, Metric, as_features, rows_per_chunk
+from pml_drsl.evaluation import Metric
+from pml_drsl.evaluation.distances import Array, FeatureDistances, as_features, rows_per_chunk
 
 # Each row compares neighbours with k1^3 / 2 booleans.
 ROWS_PER_STEP = 256

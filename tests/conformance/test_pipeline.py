@@ -118,7 +118,8 @@ def test_records_name_settings_and_stats():
     x, labels = torch.randn(12, 4), torch.arange(12) // 3
     loss_fn = make_loss(0.1, collect_stats=True)
     loss_fn(x, labels)
-    assert {"temperature", "sort_weight", "margin"} <= set(loss_fn._record_these)
+    assert loss_fn._record_these == ["temperature", "sort_weight", "margin"]
+    assert make_loss(0.1, bound_power=0.5)._record_these == [*loss_fn._record_these, "bound_power"]
     assert loss_fn._record_these_stats == ["retrieval_error", "sort_error", "num_queries"]
     assert loss_fn.num_queries == 12
     assert not hasattr(make_loss(0.1, collect_stats=False), "_record_these_stats")

@@ -1,9 +1,11 @@
 """DRSLoss with every distance of pytorch-metric-learning, and at the limits of precision."""
 
+import itertools
+
 import pytest
 import reference
 import torch
-from batches import assert_agrees, expected, make_batch, make_loss
+from batches import DEVICES, assert_agrees, expected, make_batch, make_loss, pairwise
 from pytorch_metric_learning.distances import (
     BatchedDistance,
     CosineSimilarity,
@@ -24,13 +26,9 @@ def lp(p, power=1, normalize=True):
     return LpDistance(p=p, power=power, normalize_embeddings=normalize), slow
 
 
+LP = {*pairwise((1, 1.5, 2, 3, float("inf")), (1, 2, 3), (True, False)), *pairwise((2,), (1, 2, 3), (True, False))}
 DISTANCES = {
-    **{
-        f"L{p}, power {power}, {'normalised' if normalize else 'raw'}": lp(p, power, normalize)
-        for p in (1, 1.5, 2, 3, float("inf"))
-        for power in (1, 2, 3)
-        for normalize in (True, False)
-    },
+    **{f"L{p}, power {power}, {'normalised' if norm else 'raw'}": lp(p, power, norm) for p, power, norm in sorted(LP)},
     "cosine": (CosineSimilarity(), reference.negative_cosine),
     "cosine, power 3": (CosineSimilarity(power=3), lambda x, y: -((-reference.negative_cosine(x, y)) ** 3)),
     "dot product": (DotProductSimilarity(normalize_embeddings=False), lambda x, y: -(x @ y)),
@@ -43,15 +41,15 @@ DISTANCES = {
 }
 
 
-@pytest.mark.parametrize("with_ref", [False, True])
 @pytest.mark.parametrize("name", DISTANCES)
-def test_agrees_with_the_definition(name, with_ref):
+def test_agrees_with_the_definition(name):
     distance, slow = DISTANCES[name]
     x, labels = make_batch(3, size=10)
-    ref, ref_labels = make_batch(4, size=12) if with_ref else (None, None)
-    loss = make_loss(0.3, 0.5, distance=distance)(x, labels, None, ref, ref_labels)
-    wanted = expected(x, labels, ref, ref_labels, temperature=0.3, sort_weight=0.5, distance=slow)
-    assert_agrees(loss, [x] if ref is None else [x, ref], wanted, 1e-8)
+    for ref, ref_labels in ((None, None), make_batch(4, size=12)):
+        wanted = expected(x, labels, ref, ref_labels, temperature=0.3, sort_weight=0.5, distance=slow)
+        for fused in (True, False):
+            loss = make_loss(0.3, 0.5, distance=distance, fused=fused)(x, labels, None, ref, ref_labels)
+            assert_agrees(loss, [x] if ref is None else [x, ref], wanted, 1e-8)
 
 
 @pytest.mark.parametrize(
@@ -84,45 +82,44 @@ SOUND = [name for name in DISTANCES if "signal" not in name]  # an embedding wit
 
 
 @pytest.mark.parametrize("name", SOUND)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_gradients_are_finite_for_identical_zero_and_large_embeddings(name, dtype):
+def test_gradients_are_finite_for_identical_zero_and_large_embeddings(name):
     size = 32  # torch.cdist takes another path above 25 rows
     labels = torch.arange(size) // 4
     directions = torch.nn.functional.normalize(torch.randn(size, 6, generator=torch.Generator().manual_seed(0)))
-    for value in (torch.ones(size, 6), torch.zeros(size, 6), 1e4 * directions, 1e-4 * directions):
-        x = value.to(dtype)
+    values = torch.ones(size, 6), torch.zeros(size, 6), 1e4 * directions, 1e-4 * directions
+    dtypes = torch.float64, torch.float32, torch.float16, torch.bfloat16
+    for value, dtype, fused, bound_power in itertools.product(values, dtypes, (True, False), (None, 0.1)):
+        x = value.clone().to(dtype)
         x[: size // 2] *= 0.5
         x[3], x[5] = 0, x[4]
         x.requires_grad_()
-        loss = make_loss(distance=DISTANCES[name][0])(x, labels)
+        loss = make_loss(distance=DISTANCES[name][0], fused=fused, bound_power=bound_power)(x, labels)
         loss.backward()
         assert torch.isfinite(loss)
         assert torch.isfinite(x.grad).all()
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("gpu", DEVICES[1:])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_cuda_agrees_with_the_cpu(dtype):
+def test_a_gpu_agrees_with_the_cpu(dtype, gpu):
     x, labels = make_batch(2, size=64, dim=16, dtype=torch.float32)
     results = []
-    for device in ("cpu", "cuda"):
+    for device in ("cpu", gpu):
         y = x.detach().to(dtype).to(device).requires_grad_()
         loss = make_loss(0.05)(y, labels.to(device))
         results.append((loss.cpu(), torch.autograd.grad(loss, y)[0].cpu()))
     torch.testing.assert_close(*results, rtol=1e-2 if dtype.itemsize == 2 else 1e-4, atol=1e-4)
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_autocast_is_left_out():
-    x, labels = (t.cuda() for t in make_batch(2, size=24, dtype=torch.float32))
-    with torch.autocast("cuda"):
+@pytest.mark.parametrize("gpu", DEVICES[1:])
+def test_autocast_on_a_gpu_is_left_out(gpu):
+    x, labels = (t.to(gpu) for t in make_batch(2, size=24, dtype=torch.float32))
+    with torch.autocast(gpu):
         loss = make_loss()(x, labels)
     torch.testing.assert_close(loss, make_loss()(x, labels), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("size", [1, 12, 40])  # torch.cdist takes another path above 25 rows
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize(
     "distance",
     [
@@ -134,19 +131,22 @@ def test_cuda_autocast_is_left_out():
         DotProductSimilarity(normalize_embeddings=False),
     ],
 )
-def test_the_distance_matrix_is_that_of_pml(size, distance):
-    x = torch.randn(size, 6, dtype=torch.float64)
-    x[size // 2] = x[0]
-    x.requires_grad_()
-    # Between equal vectors a matrix product leaves the root of its rounding, and no direction.
-    weight = torch.rand(size, size, dtype=torch.float64) * (torch.cdist(x, x) > 1e-6)
-    for ref in (None, torch.randn(5, 6, dtype=torch.float64, requires_grad=True)):
-        ours, pml = distance_matrix(distance, x, ref), distance(x, ref)
-        torch.testing.assert_close(ours, pml, rtol=1e-12, atol=1e-7)
-        weights = weight if ref is None else torch.rand(size, 5, dtype=torch.float64)
-        inputs = [x] if ref is None else [x, ref]
-        gradients = (torch.autograd.grad((weights * mat).sum(), inputs) for mat in (ours, pml))
-        torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+def test_the_distance_matrix_is_that_of_pml(distance, fused):
+    for size in (1, 12, 40):  # torch.cdist takes another path above 25 rows
+        x = torch.randn(size, 6, dtype=torch.float64)
+        x[size // 2] = x[0]
+        x.requires_grad_()
+        # Between equal vectors a matrix product leaves the root of its rounding, and no direction.
+        weight = torch.rand(size, size, dtype=torch.float64) * (torch.cdist(x, x) > 1e-6)
+        for ref in (None, torch.randn(5, 6, dtype=torch.float64, requires_grad=True)):
+            ours, pml = distance_matrix(distance, x, ref, fused), distance(x, ref)
+            torch.testing.assert_close(-ours if distance.is_inverted else ours, pml, rtol=1e-12, atol=1e-7)
+            weights = weight if ref is None else torch.rand(size, 5, dtype=torch.float64)
+            inputs = [x] if ref is None else [x, ref]
+            gradients = [torch.autograd.grad((weights * mat).sum(), inputs) for mat in (ours, pml)]
+            if distance.is_inverted:
+                gradients[0] = tuple(-gradient for gradient in gradients[0])
+            torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("distance", [LpDistance(), CosineSimilarity()])

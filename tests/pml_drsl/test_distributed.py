@@ -17,7 +17,7 @@ from pml_drsl.wrappers import CrossBatchMemory
 
 LOSSES = {
     "default": lambda: make_loss(0.1),
-    "bound": lambda: make_loss(0.1, bound=True),
+    "bound": lambda: make_loss(0.1, bound_power=0.5, collect_stats=True),
     "raw": lambda: make_loss(0.3, distance=LpDistance(normalize_embeddings=False)),
     "per identity": lambda: make_loss(0.1, reducer=PerIdentityReducer()),
     "sum": lambda: make_loss(0.1, reducer=SumReducer(), sort_weight=0),

@@ -1,70 +1,122 @@
-"""The readable definition against the slow loop, and the loss (the fast path) against the readable definition."""
-
-import inspect
+"""The errors by plain autograd and by the fused count, against the slow loop over the definition."""
 
 import pytest
 import reference
 import torch
-from batches import assert_agrees, expected, make_batch, make_loss
-from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
+from batches import assert_agrees, expected, make_batch, make_loss, pairwise
+from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity, LpDistance
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pml_drsl import functional
+from pml_drsl import functional, fused
 
 DISTANCES = {
     "euclidean": (LpDistance(), reference.euclidean),
+    "raw": (LpDistance(normalize_embeddings=False), reference.raw_euclidean),
     "cosine": (CosineSimilarity(), reference.negative_cosine),
+    "dot product": (DotProductSimilarity(normalize_embeddings=False), lambda x, y: -(x @ y)),
 }
+# How many comparisons are made at once: all, or those of a query or two.
+BLOCKS = [2**20, 40]
+PATHS = {"plain": False, "fused": True}
 
 
-def masks(labels, ref_labels=None):
-    """Dense positives and negatives; without references no query is its own candidate."""
-    same = labels[:, None] == (labels if ref_labels is None else ref_labels)
-    return same & ~torch.eye(len(labels), dtype=torch.bool) if ref_labels is None else same, ~same
+@pytest.mark.parametrize(
+    ("temperature", "bound_power", "name", "with_ref", "margin_and_sort", "block"),
+    pairwise([0.01, 0.02, 0.1, 0.5], [None, 1, 0.5, 0.1], list(DISTANCES), [False, True], [(0, 0.7), (0.1, 0)], BLOCKS),
+)
+def test_both_paths_agree_with_the_slow_loop(
+    temperature, bound_power, name, with_ref, margin_and_sort, block, monkeypatch
+):
+    monkeypatch.setattr(functional, "BLOCK", block)
+    monkeypatch.setattr(fused, "CPU_BLOCK", block)
+    (margin, sort_weight), (distance, slow) = margin_and_sort, DISTANCES[name]
+    settings = {"temperature": temperature, "sort_weight": sort_weight, "margin": margin, "bound_power": bound_power}
+    wanted = None
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
+        x, labels = make_batch(3, size=10, dtype=dtype)
+        ref, ref_labels = make_batch(4, size=12, dtype=dtype) if with_ref else (None, None)
+        wanted = wanted or expected(x, labels, ref, ref_labels, **settings, distance=slow)
+        for is_fused in PATHS.values():
+            loss = make_loss(**settings, distance=distance, fused=is_fused)(x, labels, None, ref, ref_labels)
+            assert loss.dtype == dtype
+            assert_agrees(loss, [x, ref] if with_ref else [x], wanted, tolerance)
 
 
-def by_definition(x, labels, distance, ref=None, ref_labels=None, **settings):
-    refs = x if ref is None else ref
-    d = distance(x, refs) * (-1 if distance.is_inverted else 1)
-    u = (1 - torch.nn.functional.cosine_similarity(x[:, None], refs, dim=2)) / 2
-    return functional.drsl(d, *masks(labels, ref_labels), u, **settings)
+@pytest.mark.parametrize("temperature", [0.005, 0.01, 0.02, 0.05])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_small_power_keeps_its_gradient_at_small_temperatures(path, temperature):
+    # Every identity is at a right angle to all others: negatives are 1 / temperature behind, and their count is as
+    # small as exp(-1 / temperature), which float32 cannot hold from a temperature of 0.01 on.
+    x = (torch.eye(4) + 0.1 * torch.linspace(-1, 1, 16).sin().reshape(4, 4)).repeat_interleave(2, 0)
+    x = (x + 0.05 * torch.linspace(0, 9, 32).cos().reshape(8, 4)).double().requires_grad_()
+    labels = torch.arange(8) // 2
+    settings = {"temperature": temperature, "sort_weight": 0, "bound_power": 0.1}
+    value, (gradient,) = expected(x, labels, distance=reference.negative_cosine, **settings)
+    assert gradient.norm() > 0.1 * value
+    y = x.detach().float().requires_grad_()
+    loss = make_loss(**settings, distance=CosineSimilarity(), fused=PATHS[path])(y, labels)
+    torch.testing.assert_close(loss.double(), value, rtol=1e-4, atol=0)
+    found = torch.autograd.grad(loss, y)[0].double()
+    torch.testing.assert_close(found, gradient, rtol=1e-3, atol=1e-3 * gradient.abs().max())
 
 
-SETTINGS = [
-    {"temperature": temperature, "sort_weight": sort_weight, "margin": margin, "bound": bound}
-    for temperature, margin in ((0.05, 0.0), (0.3, 0.1))
-    for sort_weight in (0, 0.7)
-    for bound in (False, True)
-] + [
-    {"temperature": 0.1, "sort_weight": 0.7, "margin": 0.1, "bound": True, "bound_power": power} for power in (0.1, 0.5)
-]
+@pytest.mark.parametrize(
+    ("name", "bound_power", "block"), pairwise(["euclidean", "raw", "cosine"], [None, 0.5], BLOCKS)
+)
+def test_the_plain_path_can_be_differentiated_twice_and_by_torch_func(name, bound_power, block, monkeypatch):
+    monkeypatch.setattr(functional, "BLOCK", block)
+    x, labels = make_batch(1, size=7, dim=3)
+    loss_fn = make_loss(0.3, 0.5, bound_power=bound_power, distance=DISTANCES[name][0], fused=False)
+
+    def value(embeddings):
+        return loss_fn(embeddings, labels)
+
+    assert torch.autograd.gradgradcheck(value, x)
+    y = x.detach()
+    torch.testing.assert_close(torch.func.grad(value)(y), torch.autograd.grad(value(x), x)[0])
+    if block > 40:
+        torch.testing.assert_close(torch.func.hessian(value)(y), torch.autograd.functional.hessian(value, y))
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("name", DISTANCES)
-@pytest.mark.parametrize("with_ref", [False, True])
-def test_the_definition_agrees_with_the_slow_loop_and_the_loss_with_the_definition(settings, name, with_ref):
-    distance, slow = DISTANCES[name]
-    x, labels = make_batch(3, size=10)
-    ref, ref_labels = make_batch(4, size=13) if with_ref else (None, None)
-    inputs = [x, ref] if with_ref else [x]
-    definition = by_definition(x, labels, distance, ref, ref_labels, **settings)
-    # The gradient of a distance of 0, that of a query from itself, is not a number in PML's distances.
-    wanted = expected(x, labels, ref, ref_labels, **settings, distance=slow)
-    torch.testing.assert_close(definition, wanted[0], rtol=0, atol=1e-9)
-    loss = make_loss(**settings, distance=distance)(x, labels, None, ref, ref_labels)
-    torch.testing.assert_close(loss, definition, rtol=0, atol=1e-9)
-    if with_ref or name == "cosine":
-        assert_agrees(definition, inputs, wanted, 1e-8)
-    assert_agrees(loss, inputs, wanted, 1e-8)
+def test_the_fused_path_refuses_a_second_derivative():
+    x, labels = make_batch(1)
+    (gradient,) = torch.autograd.grad(make_loss(0.1)(x, labels), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
-@pytest.mark.parametrize("labels", [[1, 1, 1], [1, 2, 3]])
-def test_the_definition_of_a_batch_without_a_term_is_0(labels):
-    x = torch.randn(3, 4, dtype=torch.float64)
-    assert by_definition(x, torch.tensor(labels), LpDistance(), temperature=0.1, sort_weight=0.3) == 0
+class Largest(TorchDispatchMode):
+    """The size of the largest tensor that an operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [part.numel() for part in (result if isinstance(result, tuple) else [result]) if torch.is_tensor(part)]
+        self.elements = max(self.elements, *sizes, 0)
+        return result
 
 
-def test_the_definition_fits_on_one_screen():
-    source = inspect.getsource(functional.drsl)
-    body = source.split('"""')[-1].strip().splitlines()
-    assert len([line for line in body if line.strip()]) <= 25
+@pytest.mark.parametrize("path", PATHS)
+def test_nothing_is_larger_than_the_distances_or_a_block(path, monkeypatch):
+    monkeypatch.setattr(functional, "BLOCK", 2**12)
+    monkeypatch.setattr(fused, "CPU_BLOCK", 2**12)
+    # 64 x 15 x 64 comparisons of negatives, and 64 x 15 x 15 of positives.
+    x, labels = torch.randn(64, 8, requires_grad=True), torch.arange(64) // 16
+    saved = []
+    with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        make_loss(0.1, bound_power=0.5, fused=PATHS[path])(x, labels).backward()
+    assert largest.elements <= 2**12
+    kept = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in saved}
+    assert sum(kept.values()) < 15 * 64 * 64 * 4
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_classes_of_very_different_sizes_and_blocks_without_a_pair(path, monkeypatch):
+    monkeypatch.setattr(functional, "BLOCK", 60)
+    monkeypatch.setattr(fused, "CPU_BLOCK", 60)
+    x = torch.randn(15, 4, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([7, 8, 9, 0, 0, 0, 0, 0, 0, 1, 1, 2, 3, 4, 5])
+    settings = {"temperature": 0.1, "sort_weight": 0.5, "bound_power": 0.3}
+    loss = make_loss(**settings, query_chunk_size=4, fused=PATHS[path])(x, labels)
+    assert_agrees(loss, [x], expected(x, labels, **settings), 1e-9)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from batches import make_batch
+from batches import DEVICES, make_batch, pairwise
 from pytorch_metric_learning import losses, miners
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -29,8 +29,6 @@ MINERS = {
     "triplets": lambda: miners.TripletMarginMiner(),
 }
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-DEVICES = ["cpu", pytest.param("cuda", marks=[CUDA, pytest.mark.cuda])]
 
 
 class Recorded(nn.Sequential):
@@ -69,10 +67,9 @@ def state(*modules):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("chunk_size", [1, 7, SIZE])
-@pytest.mark.parametrize("miner", MINERS)
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("dtype", "name", "miner", "chunk_size"), pairwise(list(TOLERANCE), list(LOSSES), list(MINERS), [1, 7, SIZE])
+)
 def test_gradients_are_the_whole_batch_s(dtype, name, miner, chunk_size, device):
     found = []
     for size in (chunk_size, None):

@@ -1,13 +1,18 @@
 """DRSLoss against a slow loop over its definition, in the cases a user can make."""
 
 import copy
+import inspect
 import math
 import pickle
+import subprocess
+import sys
+from unittest import mock
 
+import numpy as np
 import pytest
 import reference
 import torch
-from batches import assert_agrees, expected, make_batch, make_loss
+from batches import assert_agrees, expected, make_batch, make_loss, pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_metric_learning.distances import (
@@ -38,14 +43,14 @@ DISTANCES = {
 }
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("distance", DISTANCES)
-@pytest.mark.parametrize("bound", [False, True])
-@pytest.mark.parametrize("seed", range(3))
-def test_agrees_with_the_definition(seed, bound, distance, dtype, tolerance):
-    make, slow = DISTANCES[distance]
+@pytest.mark.parametrize(
+    ("accuracy", "distance", "bound_power", "seed"),
+    pairwise([(torch.float64, 1e-9), (torch.float32, 1e-5)], list(DISTANCES), [None, 1], range(2)),
+)
+def test_agrees_with_the_definition(accuracy, distance, bound_power, seed):
+    (dtype, tolerance), (make, slow) = accuracy, DISTANCES[distance]
     x, labels = make_batch(seed, dtype=dtype)
-    settings = {"temperature": 0.1, "sort_weight": 0.7, "margin": 0.05, "bound": bound}
+    settings = {"temperature": 0.1, "sort_weight": 0.7, "margin": 0.05, "bound_power": bound_power}
     loss = make_loss(**settings, distance=make())(x, labels)
     assert loss.dtype == dtype
     assert_agrees(loss, [x], expected(x, labels, **settings, distance=slow), tolerance)
@@ -57,10 +62,11 @@ def test_agrees_with_the_definition(seed, bound, distance, dtype, tolerance):
     ref_labels=st.none() | st.lists(st.integers(-3, 3), min_size=1, max_size=15),
     temperature=st.sampled_from([0.02, 0.1, 1.0]),
     sort_weight=st.sampled_from([0.0, 0.5]),
-    bound=st.sampled_from([{"bound": False}, {"bound": True}, {"bound": True, "bound_power": 0.1}]),
+    bound_power=st.sampled_from([None, 1, 0.1]),
+    fused=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_agrees_for_any_labels_and_references(labels, ref_labels, temperature, sort_weight, bound, seed):
+def test_agrees_for_any_labels_and_references(labels, ref_labels, temperature, sort_weight, bound_power, fused, seed):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(len(labels), 4, generator=generator, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor(labels)
@@ -68,8 +74,8 @@ def test_agrees_for_any_labels_and_references(labels, ref_labels, temperature, s
     if ref_labels is not None:
         ref = torch.randn(len(ref_labels), 4, generator=generator, dtype=torch.float64, requires_grad=True)
         ref_labels, inputs = torch.tensor(ref_labels), [x, ref]
-    settings = {"temperature": temperature, "sort_weight": sort_weight, **bound}
-    loss = make_loss(**settings)(x, labels, ref_emb=ref, ref_labels=ref_labels)
+    settings = {"temperature": temperature, "sort_weight": sort_weight, "bound_power": bound_power}
+    loss = make_loss(**settings, fused=fused)(x, labels, ref_emb=ref, ref_labels=ref_labels)
     pairs = reference.pairs_from_labels(labels.tolist(), None if ref is None else ref_labels.tolist())
     if reference.drsl(x, *pairs, ref, **settings).isnan():
         assert loss == 0
@@ -108,16 +114,14 @@ def test_a_bound_is_no_less_than_the_error_of_the_true_ranks():
         x, _ = make_batch(seed)
         true = make_loss(1e-9, sort_weight=0)(x[:12], labels)
         for temperature in (0.01, 0.1, 1.0):
-            bounds = [make_loss(temperature, 0, bound=True, bound_power=p)(x[:12], labels) for p in (1, 0.5, 0.1)]
+            bounds = [make_loss(temperature, 0, bound_power=p)(x[:12], labels) for p in (1, 0.5, 0.1)]
             assert true <= bounds[0] <= bounds[1] <= bounds[2]
 
 
 def test_a_bound_pulls_at_a_positive_far_behind_its_negatives_where_the_error_does_not():
     x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.1], [0.1, 1.0]], dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([0, 0, 1, 2])
-    slopes = [
-        torch.autograd.grad(make_loss(0.01, 0, bound=bound)(x, labels), x)[0][1].norm() for bound in (False, True)
-    ]
+    slopes = [torch.autograd.grad(make_loss(0.01, 0, bound_power=p)(x, labels), x)[0][1].norm() for p in (None, 1)]
     assert slopes[0] < 0.01 and slopes[1] > 0.1
 
 
@@ -125,7 +129,7 @@ def test_a_bound_of_a_small_power_still_moves_pairs_in_order():
     x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]], dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([0, 0, 1, 1])
     slopes = [
-        torch.autograd.grad(make_loss(0.05, 0, bound=True, bound_power=p, distance=CosineSimilarity())(x, labels), x)[0]
+        torch.autograd.grad(make_loss(0.05, 0, bound_power=p, distance=CosineSimilarity())(x, labels), x)[0]
         for p in (1, 0.1)
     ]
     assert slopes[0].norm() < 1e-4 and slopes[1].norm() > 0.1
@@ -133,7 +137,7 @@ def test_a_bound_of_a_small_power_still_moves_pairs_in_order():
 
 def test_the_least_loss_of_a_small_power_is_what_the_documentation_says():
     x, labels = torch.eye(16).repeat_interleave(4, 0), torch.arange(64) // 4
-    values = [losses.DRSLoss(bound_power=p)(x, labels).item() for p in (1, 0.1)]
+    values = [losses.DRSLoss(0.1, 0, bound_power=p)(x, labels).item() for p in (1, 0.1)]
     # 60 negatives at a right angle, and two other positives that are level with each.
     odds = 60 * math.log2(1 + math.exp(-1 / 0.1)) / (1 + 2 / 2)
     assert values == pytest.approx([math.log(1 + odds), math.log(1 + odds**0.1) / 0.1], rel=1e-4)
@@ -145,9 +149,9 @@ def test_a_bound_of_a_small_power_is_finite_where_a_count_is_0(dtype):
     x = torch.eye(4, dtype=dtype).repeat_interleave(2, 0).requires_grad_()
     for power in (1e-3, 0.1, 0.5):
         # The negatives are 10,000 temperatures behind.
-        loss = make_loss(1e-4, 0, bound=True, bound_power=power)(x, torch.arange(8) // 2)
+        loss = make_loss(1e-4, 0, bound_power=power)(x, torch.arange(8) // 2)
         (gradient,) = torch.autograd.grad(loss, x)
-        assert loss.isfinite() and (gradient == 0).all()
+        assert loss.isfinite() and gradient.isfinite().all()
 
 
 # The seven facts of the definition.
@@ -223,16 +227,19 @@ def test_fact_4_order_and_label_values_do_not_matter():
     torch.testing.assert_close(torch.autograd.grad(loss, x)[0], torch.autograd.grad(again, x)[0], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
-@pytest.mark.parametrize("form", ["labels", "indices", "ref"])
-@pytest.mark.parametrize("bound", [False, True])
-def test_fact_5_chunking_changes_nothing(chunk, form, bound, monkeypatch):
+@pytest.mark.parametrize(
+    ("chunk", "form", "bound_power", "fused"),
+    pairwise([1, 3, 7, 100], ["labels", "indices", "ref"], [None, 0.5], [True, False]),
+)
+def test_fact_5_chunking_changes_nothing(chunk, form, bound_power, fused, monkeypatch):
     x, labels = make_batch(4, size=30)
     ref, ref_labels = make_batch(5, size=41) if form == "ref" else (None, None)
     indices = lmu.get_all_pairs_indices(labels) if form == "indices" else None
-    whole = make_loss(0.05, bound=bound)(x, labels, indices, ref, ref_labels)
+    whole = make_loss(0.05, bound_power=bound_power)(x, labels, indices, ref, ref_labels)
     monkeypatch.setattr("pml_drsl.fused.CPU_BLOCK", 50)
-    parts = make_loss(0.05, query_chunk_size=chunk, bound=bound)(x, labels, indices, ref, ref_labels)
+    monkeypatch.setattr("pml_drsl.functional.BLOCK", 50)
+    loss_fn = make_loss(0.05, query_chunk_size=chunk, bound_power=bound_power, fused=fused)
+    parts = loss_fn(x, labels, indices, ref, ref_labels)
     inputs = [x] if ref is None else [x, ref]
     torch.testing.assert_close(whole, parts, rtol=0, atol=1e-12)
     torch.testing.assert_close(
@@ -327,26 +334,33 @@ def test_fact_6_autocast_is_left_out():
     torch.testing.assert_close(loss, wanted, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("distance", DISTANCES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("size", [8, 64])  # torch.cdist takes another path above 25 rows
-def test_fact_7_identical_and_zero_embeddings_are_finite(distance, dtype, size):
+@pytest.mark.parametrize(
+    ("distance", "dtype", "size", "bound_power", "fused"),  # torch.cdist takes another path above 25 rows
+    pairwise(
+        list(DISTANCES),
+        [torch.float64, torch.float32, torch.float16, torch.bfloat16],
+        [8, 64],
+        [None, 0.1],
+        [True, False],
+    ),
+)
+def test_fact_7_identical_and_zero_embeddings_are_finite(distance, dtype, size, bound_power, fused):
     labels = torch.arange(size) // 4
     for value in (torch.ones(size, 5), torch.zeros(size, 5), 1e4 * torch.ones(size, 5)):
         x = value.to(dtype)
         x[: size // 2] *= 0.5
         x[3] = 0
         x.requires_grad_()
-        loss = make_loss(distance=DISTANCES[distance][0]())(x, labels)
+        loss = make_loss(bound_power=bound_power, fused=fused, distance=DISTANCES[distance][0]())(x, labels)
         loss.backward()
         assert torch.isfinite(loss)
         assert torch.isfinite(x.grad).all()
 
 
-@pytest.mark.parametrize("bound", [False, True])
-def test_a_second_backward_pass_gives_the_same_gradient(bound):
+@pytest.mark.parametrize("bound_power", [None, 0.5])
+def test_a_second_backward_pass_gives_the_same_gradient(bound_power):
     x, labels = make_batch(2)
-    loss = make_loss(0.1, bound=bound)(x, labels)
+    loss = make_loss(0.1, bound_power=bound_power)(x, labels)
     first, second = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
 
@@ -387,15 +401,37 @@ def test_sub_losses_can_be_reduced_apart():
     torch.testing.assert_close(loss_fn(x, labels), wanted)
 
 
-def test_collect_stats_shows_each_error():
+@pytest.mark.parametrize("bound_power", [None, 1, 0.1])
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_collect_stats_shows_each_error_of_the_definition(bound_power, chunk):
     x, labels = make_batch(10)
-    loss_fn = make_loss(0.1, 0.5, collect_stats=True)
-    loss = loss_fn(x, labels).item()
-    retrieval = make_loss(0.1, 0)(x, labels).item()
-    assert loss_fn.retrieval_error == pytest.approx(retrieval)
-    assert loss_fn.retrieval_error + 0.5 * loss_fn.sort_error == pytest.approx(loss)
+    loss_fn = make_loss(0.1, 0.5, bound_power=bound_power, query_chunk_size=chunk, collect_stats=True)
+    loss_fn(x, labels).backward()
+    pairs = reference.pairs_from_labels(labels.tolist(), None)
+    retrieval, both = (reference.drsl(x, *pairs, temperature=0.1, sort_weight=weight).item() for weight in (0, 0.5))
+    assert float(loss_fn.retrieval_error) == pytest.approx(retrieval)
+    assert float(loss_fn.sort_error) == pytest.approx((both - retrieval) / 0.5)
+    assert not (loss_fn.retrieval_error.requires_grad or loss_fn.sort_error.requires_grad)
     has_positive = [(labels == label).sum() > 1 for label in labels]
     assert loss_fn.num_queries == sum(has_positive)
+
+
+def test_the_class_can_be_inspected_and_copied_by_mock():
+    assert dict(inspect.getmembers(losses.DRSLoss))["forward"] is losses.DRSLoss.forward
+    x, labels = make_batch(10)
+    loss_fn = make_loss(collect_stats=True)
+    loss_fn(x, labels)
+    assert "retrieval_error" in dict(inspect.getmembers(loss_fn))
+    mock.create_autospec(losses.DRSLoss)(temperature=0.1)
+
+
+def test_numbers_of_numpy_are_hyper_parameters():
+    given = {"temperature": np.float32(0.25), "sort_weight": np.int64(1), "margin": np.float64(0.5)}
+    loss_fn = make_loss(**given, bound_power=np.float32(0.5), query_chunk_size=np.int64(3))
+    x, labels = make_batch(1)
+    wanted = make_loss(0.25, 1, 0.5, bound_power=0.5, query_chunk_size=3)
+    assert loss_fn.extra_repr() == wanted.extra_repr()
+    assert torch.equal(loss_fn(x, labels), wanted(x, labels))
 
 
 def test_embedding_regularizer_is_added():
@@ -429,9 +465,14 @@ def test_labels_may_be_of_any_integer_type():
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": "0.1"}, "temperature"),
         ({"sort_weight": -1}, "sort_weight must be a number of at least 0, got -1"),
-        ({"bound_power": 0}, "bound_power must be a number above 0 and at most 1, got 0; try 0.1"),
-        ({"bound_power": 1.5}, "bound_power must be a number above 0 and at most 1, got 1.5"),
-        ({"bound_power": 0.5, "bound": False}, "bound_power 0.5 needs bound=True"),
+        ({"bound_power": 0}, "bound_power must be None, or a number above 0 and at most 1, got 0"),
+        ({"bound_power": 1.5}, "bound_power must be None, or a number above 0 and at most 1, got 1.5"),
+        ({"bound_power": "None"}, "bound_power must be .* got 'None'"),
+        ({"bound_power": True}, "bound_power must be .* got True"),
+        ({"bound": True}, "DRSLoss has no argument 'bound'; the nearest is 'bound_power'"),
+        ({"temprature": 0.1}, "DRSLoss has no argument 'temprature'; the nearest is 'temperature'"),
+        ({"distanse": None}, "DRSLoss has no argument 'distanse'; the nearest is 'distance'"),
+        ({"fused": "False"}, "fused must be True or False, got 'False'"),
         ({"margin": float("inf")}, "margin must be a finite number, got inf"),
         ({"query_chunk_size": 0}, "query_chunk_size"),
         ({"distance": "euclid"}, "distance must be a distance of pytorch_metric_learning.distances.*'euclid'"),
@@ -485,3 +526,16 @@ def test_a_distance_of_ones_own_works():
     x, labels = make_batch(14)
     loss = make_loss(0.1, distance=Canberra())(x, labels)
     assert_agrees(loss, [x], expected(x, labels, temperature=0.1, sort_weight=0.3, distance=slow), 1e-9)
+
+
+def test_the_package_is_imported_without_torch_and_its_names_without_torchreid():
+    program = """
+import sys, pml_drsl, pml_drsl.checks
+assert not {"torch", "numpy", "pytorch_metric_learning"} & set(sys.modules)
+assert pml_drsl.__version__ and "DRSLoss" in dir(pml_drsl)
+names = [getattr(pml_drsl, name) for name in pml_drsl.__all__]
+assert pml_drsl.losses.DRSLoss in names and not hasattr(pml_drsl, "nothing")
+import pml_drsl.wrappers
+assert not {"torchreid", "torchreid_ext", "cv2", "yacs"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

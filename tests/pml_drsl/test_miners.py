@@ -185,7 +185,7 @@ def test_stats_and_repr():
     miner = NegativeBudgetMiner(2, "hard", collect_stats=True)
     a1, _, a2, _ = miner(x, labels)
     assert (miner.num_pos_pairs, miner.num_neg_pairs) == (len(a1), len(a2))
-    assert "negatives_per_positive=2, strategy='hard', seed=None" in repr(miner)
+    assert "negatives_per_positive=2.0, strategy='hard', seed=None" in repr(miner)
     assert "margin=0.1" in repr(RankViolationMiner(0.1))
 
 
@@ -198,6 +198,8 @@ def test_stats_and_repr():
         (lambda: NegativeBudgetMiner("2"), "negatives_per_positive must be a number above 0, got '2'"),
         (lambda: NegativeBudgetMiner(1, seed=0.5), "seed must be None or an integer of at least 0, got 0.5"),
         (lambda: NegativeBudgetMiner(1, seed=-1), "seed must be None or an integer of at least 0, got -1"),
+        (lambda: NegativeBudgetMiner(1, sed=0), "NegativeBudgetMiner has no argument 'sed'; the nearest is 'seed'"),
+        (lambda: RankViolationMiner(mragin=1), "RankViolationMiner has no argument 'mragin'; the nearest is 'margin'"),
         (lambda: NegativeBudgetMiner(0), "negatives_per_positive must be a number above 0, got 0"),
         (lambda: NegativeBudgetMiner(float("inf")), "negatives_per_positive .* got inf"),
         (lambda: NegativeBudgetMiner(1, "easy"), "strategy must be one of hard, semihard, random, got 'easy'"),

@@ -53,8 +53,8 @@ def batch():
 
 OPTIONS = {
     "definition": {},
-    "bound": {"bound": True, "distance": CosineSimilarity(), "temperature": 0.05},
-    "retrieval only": {"bound": True, "distance": CosineSimilarity(), "sort_weight": 0},
+    "bound": {"bound_power": 0.5, "distance": CosineSimilarity(), "temperature": 0.05},
+    "retrieval only": {"bound_power": 0.5, "distance": CosineSimilarity(), "sort_weight": 0},
 }
 
 
@@ -84,6 +84,6 @@ def test_statistics_stay_on_the_device_until_they_are_read():
     loss_fn = make_loss(collect_stats=True)
     loss_fn(x, labels)
     with Reads() as reads:
-        values = [getattr(loss_fn, name) for name in loss_fn._record_these_stats]
+        values = [float(getattr(loss_fn, name)) for name in loss_fn._record_these_stats]
     assert reads.found == ["__float__"] * 2
-    assert [type(value) for value in values] == [float, float, int]
+    assert all(value > 0 for value in values)

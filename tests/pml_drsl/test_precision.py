@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from batches import make_batch, make_loss
+from batches import DEVICES, make_batch, make_loss
 from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity, LpDistance
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -84,11 +84,10 @@ def test_blocks_may_be_nested_and_run_in_threads():
     assert setting() == before
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("gpu", DEVICES[1:])
 @pytest.mark.parametrize("distance", [LpDistance(), CosineSimilarity()])
-def test_cuda_tensor_float_32_changes_nothing(distance):
-    x, labels = (t.cuda() for t in make_batch(2, size=64, dim=64, dtype=torch.float32))
+def test_cuda_tensor_float_32_changes_nothing(distance, gpu):
+    x, labels = (t.to(gpu) for t in make_batch(2, size=64, dim=64, dtype=torch.float32))
     results = []
     for precision in ("highest", "high"):
         torch.set_float32_matmul_precision(precision)

@@ -1,10 +1,28 @@
-"""Small awkward batches, the oracle's answer for them, and the loss by its definition."""
+"""Small awkward batches, the oracle's answer for them, the loss by its definition, and how tests choose their cases."""
 
+import itertools
+
+import pytest
 import reference
 import torch
 from pytorch_metric_learning.distances import LpDistance
 
 from pml_drsl.losses import DRSLoss
+
+# A CUDA case exists only where a device does.
+DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() else [])]
+
+
+def pairwise(*axes):
+    """Cases that hold every pair of values of two axes at least once, few of them: the first that covers most pairs."""
+    cases = list(itertools.product(*map(range, map(len, axes))))
+    covered = {case: set(itertools.combinations(enumerate(case), 2)) for case in cases}
+    missing, chosen = set().union(*covered.values()), []
+    while missing:
+        best = max(cases, key=lambda case: len(covered[case] & missing))
+        missing -= covered[best]
+        chosen.append(tuple(axis[index] for axis, index in zip(axes, best, strict=True)))
+    return chosen
 
 
 def make_batch(seed: int, size: int = 14, dim: int = 5, classes: int = 4, dtype=torch.float64):
@@ -37,4 +55,4 @@ def assert_agrees(actual, inputs, wanted, tolerance):
 
 def make_loss(temperature=0.01, sort_weight=0.3, margin=0.0, **options):
     """The definition, whatever the defaults of ``DRSLoss`` are."""
-    return DRSLoss(temperature, sort_weight, margin, **{"bound": False, "distance": LpDistance(), **options})
+    return DRSLoss(temperature, sort_weight, margin, **{"bound_power": None, "distance": LpDistance(), **options})

@@ -55,8 +55,7 @@ def drsl(
     sort_weight: float,
     margin: float = 0.0,
     distance=euclidean,
-    bound: bool = False,
-    bound_power: float = 1.0,
+    bound_power: float | None = None,
 ) -> Tensor:
     """The loss of a batch, from sets of (query, candidate) index pairs; NaN where no query has a term."""
     refs = embeddings if ref_emb is None else ref_emb
@@ -72,10 +71,10 @@ def drsl(
         for i in P:
             ahead = {j: indicator(d[i] - d[j], temperature) for j in P if j != i}
             rank_pos = 1 + sum(ahead.values())
-            counts = log2_bound if bound else indicator
+            counts = indicator if bound_power is None else log2_bound
             false_pos = sum(counts(d[i] - d[n] + margin, temperature) for n in N)
             odds = false_pos / rank_pos
-            retrieval = torch.log(1 + odds**bound_power) / bound_power if bound else odds / (1 + odds)
+            retrieval = odds / (1 + odds) if bound_power is None else torch.log(1 + odds**bound_power) / bound_power
             sort = (u[i] + sum(ahead[j] * u[j] for j in ahead)) / rank_pos
             errors.append(retrieval + sort_weight * sort)
         queries.append(sum(errors) / len(errors))

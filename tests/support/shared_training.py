@@ -19,7 +19,7 @@ from pml_drsl.losses import DRSLoss
 from pml_drsl.miners import RankViolationMiner
 from pml_drsl.wrappers import CrossBatchMemory
 from torchreid_ext.checkpoint import states
-from torchreid_ext.engine import engines, native
+from torchreid_ext.engine import engines
 from torchreid_ext.engine.logs import EpochLog
 from torchreid_ext.runtime import distributed
 from torchreid_ext.runtime.generators import seed_everything
@@ -68,9 +68,9 @@ CASES = {
     "chunks without cross-entropy": {"weight_x": 0, "run": {"chunk_size": 1}},
     "chunks and weights": {"criterion": lambda: losses.ArcFaceLoss(CLASSES, FEATURES), "run": {"chunk_size": 3}},
     "chunks of tracklets": {"engine": engines.VideoDRSLEngine, "run": {"chunk_size": 3}},
-    "softmax": {"engine": native.ImageSoftmaxEngine},
-    "triplet": {"engine": native.ImageTripletEngine, "weight_t": 1, "weight_x": 0.5},
-    "triplet without cross-entropy": {"engine": native.ImageTripletEngine, "weight_t": 1, "weight_x": 0},
+    "softmax": {"engine": engines.ImageSoftmaxEngine},
+    "triplet": {"engine": engines.ImageTripletEngine, "weight_t": 1, "weight_x": 0.5},
+    "triplet without cross-entropy": {"engine": engines.ImageTripletEngine, "weight_t": 1, "weight_x": 0},
     "tracklets of different lengths": {"engine": engines.VideoDRSLEngine},
 }
 """Arguments of the engine by name."""

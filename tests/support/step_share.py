@@ -13,8 +13,8 @@ import time
 import torch
 
 from torchreid_ext.cli.train import main
-from torchreid_ext.engine import stepper as stepping
-from torchreid_ext.engine.base import BaseEngine
+from torchreid_ext.engine import base
+from torchreid_ext.engine.step import Stepper
 
 OPTIONS = {
     "use_gpu": False, "model.name": "osnet_x0_25", "model.pretrained": False, "data.workers": 1, "loss.name": "drsl",
@@ -22,7 +22,7 @@ OPTIONS = {
 }  # fmt: skip
 
 
-class Clock(stepping.Stepper):
+class Clock(Stepper):
     network = reached = 0.0
 
     def forward(self, model, images):
@@ -50,7 +50,7 @@ class _Passage(torch.autograd.Function):
 
 
 if __name__ == "__main__":
-    train = BaseEngine.train
+    train = base.BaseEngine.train
 
     def timed(self, **kwargs):
         # The first epoch starts the workers and decodes every image once more, to check it; the last counts.
@@ -59,8 +59,8 @@ if __name__ == "__main__":
         whole = time.perf_counter() - started
         print(f"{1 - Clock.network / whole:.1%} of a step of {whole / self.num_batches:.2f} s is outside the network")
 
-    BaseEngine.train = timed
-    sys.modules["torchreid_ext.engine.base"].Stepper = Clock
+    base.BaseEngine.train = timed
+    base.Stepper = Clock
     with tempfile.TemporaryDirectory() as folder:
         words = [str(word) for item in (OPTIONS | {"data.save_dir": folder}).items() for word in item]
         sources = ["-s", "synthetic_pedestrians", "-t", "synthetic_pedestrians"]

@@ -1,18 +1,25 @@
 """The command line: one clear line and a status for what is wrong, and nothing lost."""
 
 import os
+import re
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from toy_data import write_images
 
 from torchreid_ext import get_default_config
 from torchreid_ext.checkpoint import checkpoint
 from torchreid_ext.cli.train import main
-from torchreid_ext.config.keys import KEYS
+from torchreid_ext.config import KEYS
 from torchreid_ext.engine import engines
 
+ROOT = Path(__file__).parents[2]
 OPTIONS = {
     "use_gpu": False, "model.name": "osnet_x0_25", "model.pretrained": False, "data.height": 32, "data.width": 16,
     "data.workers": 0, "loss.name": "drsl", "train.batch_size": 8, "train.max_epoch": 1,
@@ -68,10 +75,9 @@ def test_trains_resumes_and_reloads_its_configuration(tmp_path, capsys):
     assert "cannot resume with another model.name: 'osnet_x0_25' -> 'osnet_x0_5'" in complaint(capsys)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(
-    ("content", "words"),
-    [(b"", "the file is empty"), (b"hello", "it is not an image"), (None, "it is damaged")],
+    ("content", "words", "workers"),
+    [(b"", "the file is empty", 1), (b"hello", "it is not an image", 0), (None, "it is damaged", 1)],
     ids=["empty", "no image", "cut"],
 )
 def test_an_unreadable_image(tmp_path, capsys, content, words, workers):
@@ -211,12 +217,14 @@ def test_a_signal(tmp_path, capsys, monkeypatch, signum, status):
         ({"data.transforms": "[random_flp]"}, "data.transforms must be one of random_flip, random_crop"),
         ({"train.checkpoint_freq": 0}, "train.checkpoint_freq takes whole numbers of 1 or more, got 0"),
         ({"data.workers": -2}, "data.workers takes whole numbers of -1 or more, got -2"),
-        ({"train.optim": "adamm"}, "train.optim 'adamm': Unsupported optim: adamm. Must be one of"),
+        ({"train.optim": "adamm"}, "train.optim must be one of adam, amsgrad, sgd, rmsprop, radam, got 'adamm'"),
         ({"train.lr": -1.0}, "Invalid learning rate: -1.0"),
         ({"train.stepsize": "[a]"}, "'train.stepsize' takes a list in which every entry is a whole number"),
         ({"sgd.nesterov": True, "train.optim": "sgd", "sgd.momentum": 0}, "Nesterov momentum requires a momentum"),
         ({"data.sources": "nobody"}, "Invalid dataset name"),
         ({"train.batch_size": 10}, "train.batch_size 10 is not a multiple of sampler.num_instances 4"),
+        ({"data.save_dir": "\udcd5\udcc5"}, "data.save_dir '\\udcd5\\udcc5' has bytes that are not UTF-8"),
+        ({"train.chunk_size": 1}, "osnet_x0_25 cannot take 1 image of 32 x 16 pixels"),
         ({"train.batch_size": 28}, "needs 7 identities, and the sources have 6"),
         ({"sampler.train_sampler": "MPerClassSampler", "train.batch_size": 4}, "leaves one identity in a batch"),
     ],
@@ -266,16 +274,80 @@ def test_no_more_workers_than_cores(tmp_path, capsys, monkeypatch, wanted, proce
     assert ("data.workers 64: there are 3 cores" in capsys.readouterr().out) == (wanted == 64)
 
 
-def test_amp_in_yaml(tmp_path):
-    (tmp_path / "a.yaml").write_text("train: {amp: off}")
-    cfg = get_default_config()
-    cfg.train.amp = "bf16"
-    cfg.merge_from_file(tmp_path / "a.yaml")
-    assert cfg.train.amp == "off"
-
-
-def test_help_explains_every_key(capsys):
-    with pytest.raises(SystemExit):
-        main(["--help"])
+@pytest.mark.parametrize(
+    ("words", "lines"),
+    [
+        (["keys"], [f"{key} ({entry.default!r})\n    {entry.text}" for key, entry in KEYS.items()]),
+        (["keys", "NECK"], ["model.bnneck (False)"]),
+        (["models", "osnet"], ["osnet_x0_25"]),
+        (["losses", "circle"], ["CircleLoss(m, gamma"]),
+        (["miners"], ["RankViolationMiner("]),
+        (["datasets"], ["market1501 (image)", "mars (video)", "synthetic_tracklets (video)"]),
+    ],
+)
+def test_lists(capsys, words, lines):
+    assert main(["--list", *words]) == 0
     out = capsys.readouterr().out
-    assert all(f"  {key} ({entry.default!r})\n      {entry.text}" in out for key, entry in KEYS.items())
+    assert all(line in out for line in lines)
+    assert ("resnet50" in out) == (words == ["keys"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nets"], "--list takes one of keys, models, .*, got 'nets'"),
+        (["models", "gpt"], "none of the models has 'gpt'"),
+    ],
+)
+def test_a_list_that_there_is_not(capsys, words, said):
+    assert main(["--list", *words]) == 2
+    assert re.search(said, complaint(capsys))
+
+
+def test_a_test_without_a_trained_network_is_refused_and_no_epoch_trains_none(tmp_path, capsys):
+    csv_data(tmp_path)
+    assert launch(tmp_path, **{"test.evaluate": True}) == 2
+    assert "give its checkpoint with model.resume FILE or model.load_weights FILE" in complaint(capsys)
+    assert launch(tmp_path, **{"train.max_epoch": 0, "test.untrained": True, "test.picture": 1}) == 0
+    assert (tmp_path / "log" / "untrained" / "ranking_listed.png").is_file()
+    out = capsys.readouterr().out
+    assert "mAP:" in out and f'Written to "{tmp_path / "log"}": TensorBoard log\n' in out
+
+
+@pytest.mark.parametrize("options", [{"data.k_tfm": 2}, {"loss.name": "softmax", "train.chunk_size": 4}])
+def test_a_dry_run_shows_what_would_be_trained_and_writes_a_picture_alone(tmp_path, capsys, options):
+    csv_data(tmp_path)
+    words = [str(word) for item in (OPTIONS | options).items() for word in item]
+    listed = ["datasets.listed.csv", "list.csv", "data.save_dir", str(tmp_path / "log"), "data.transforms", "[]"]
+    assert main(["--dry-run", "-s", "listed", "-t", "listed", "--root", str(tmp_path), *words, *listed]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"train +\| +6 \| +24 \| +2", out), out
+    assert "parameters" in out and re.search(r"An epoch of 3 steps takes about \d+ s", out)
+    (picture,) = (tmp_path / "log").iterdir()
+    number = 8 * options.get("data.k_tfm", 1)
+    assert f"A batch of {number} images" in out
+    with Image.open(picture) as sheet:
+        assert sheet.size == (8 * 16, number // 8 * 32)
+        shown = np.asarray(sheet)[:32, :16].astype(float)
+    images = [np.asarray(Image.open(path).resize((16, 32))) for path in (tmp_path / "images").glob("[0-5]_*.png")]
+    assert min(np.abs(shown - image).max() for image in images) <= 1
+
+
+def test_names_that_the_terminal_cannot_show(tmp_path):
+    """A folder of images named by the encoding GBK, and a terminal that knows Latin-1 alone."""
+    folder = os.fsdecode(os.path.join(os.fsencode(tmp_path), "张".encode("gbk")))
+    os.mkdir(folder)
+    csv_data(Path(folder), lambda rows: [rows[0], *([os.path.relpath(row[0], folder), *row[1:]] for row in rows[1:])])
+    log_folder = tmp_path / "日志"
+    options = OPTIONS | {"data.save_dir": log_folder, "datasets.listed.csv": "list.csv"}
+    words = [str(word) for item in options.items() for word in item]
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-m", "torchreid_ext", "-s", "listed", "-t", "listed", "--root", folder]
+    done = subprocess.run([*command, *words], capture_output=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr.decode("latin-1")
+    assert b"drsl-search" in done.stdout and rb"\u65e5\u5fd7" in done.stdout
+    (log,) = log_folder.glob("train.log-*")
+    assert os.fsencode(folder) in log.read_bytes()
+    saved = get_default_config()
+    saved.merge_from_file(log_folder / "config.yaml")
+    assert saved.data.root == folder

@@ -9,9 +9,9 @@ import torch
 import torchreid
 from torch.nn import functional as F
 
-from torchreid_ext import get_default_config, networks
+from pml_drsl.checks import InputError
+from torchreid_ext import config, get_default_config, networks
 from torchreid_ext.checkpoint import checkpoint
-from torchreid_ext.config import build as config
 
 
 def build(name="osnet_x0_25", loss="triplet", num_classes=5):
@@ -189,3 +189,43 @@ def test_another_process_loads_a_whole_network_with_a_neck(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def formats(model):
+    """The memory formats of a network's convolutions that look different in them."""
+    weights = [p for p in model.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] * p.shape[3] > 1]
+    return {"last" if p.is_contiguous(memory_format=torch.channels_last) else "first" for p in weights}
+
+
+@pytest.mark.parametrize("neck", [False, True])
+def test_channels_last_changes_nothing_but_the_memory_format(neck):
+    model = build()
+    if neck:
+        networks.add_neck(model)
+    model.conv2.eval()
+    modes = [module.training for module in model.modules()]
+    twin = copy.deepcopy(model)
+    networks.set_memory_format(twin, False, 64, 32)
+    assert formats(twin) == {"first"}
+    networks.set_memory_format(twin, "auto", 64, 32)
+    assert formats(twin) == {"last"} and [module.training for module in twin.modules()] == modes
+    for (name, value), (other, same) in zip(model.state_dict().items(), twin.state_dict().items(), strict=True):
+        assert name == other and torch.equal(value, same)
+    for training in (True, False):
+        outputs = [network.train(training)(images()) for network in (model, twin)]
+        torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-4)
+    assert twin.conv1(images()).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("name", "size"), [("osnet_ibn_x1_0", (64, 32)), ("pcb_p6", (192, 64))])
+def test_auto_leaves_networks_that_are_slower_or_cannot_take_the_format(name, size):
+    model = build(name)
+    networks.set_memory_format(model, "auto", *size)
+    assert formats(model) == {"first"}
+    if name == "pcb_p6":
+        with pytest.raises(InputError, match=r"train\.channels_last True: PCB cannot compute in this memory format"):
+            networks.set_memory_format(model, True, *size)
+        assert formats(model) == {"first"}
+    else:
+        networks.set_memory_format(model, True, *size)
+        assert formats(model) == {"last"}

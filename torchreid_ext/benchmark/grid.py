@@ -16,8 +16,9 @@ from typing import Any
 import yaml
 
 from pml_drsl.checks import InputError
-from torchreid_ext.config import build as config
+from torchreid_ext.config.checks import check
 from torchreid_ext.config.keys import KEYS
+from torchreid_ext.config.node import flat, get_default_config, plain
 
 Snippet = Mapping[str, Any]
 """Config keys with values, nested as in YAML, or dotted."""
@@ -88,7 +89,7 @@ def fingerprint(configuration: Mapping[str, Any]) -> str:
 
 def _default(key: str, otherwise: Any) -> Any:
     """The default of a key. A key that is gone had no effect that this version knows of."""
-    return config.plain(KEYS[key].default) if key in KEYS else otherwise
+    return plain(KEYS[key].default) if key in KEYS else otherwise
 
 
 def read_losses(path: Path, names: Sequence[str] | None) -> tuple[dict[str, Snippet], dict[str, list[Snippet]]]:
@@ -108,7 +109,7 @@ def read_losses(path: Path, names: Sequence[str] | None) -> tuple[dict[str, Snip
         losses = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the losses of {path}: {error}") from error
-    if not isinstance(losses, dict) or not all(isinstance(snippet, dict) for snippet in losses.values()):
+    if not losses or not isinstance(losses, dict) or not all(isinstance(snippet, dict) for snippet in losses.values()):
         raise InputError(f"{path} must hold config keys for each loss, as supcon: {{loss: {{name: pml, ...}}}}")
     for name in names or ():
         if name not in losses:
@@ -157,23 +158,18 @@ def plan(
         of_seed = {key: values[number] for key, *values in varied}
         for file in files:
             for loss, snippet in losses.items():
-                cfg = config.get_default_config()
+                cfg = get_default_config()
                 cfg.merge_from_file(file)
                 try:
                     cfg.merge_from_list([word for pair in _flattened(snippet) for word in pair])
                 except InputError as error:
                     raise InputError(f"loss {loss}: {error}") from error
-                configuration = _completed(cfg, fixed | of_seed, seed, root)
-                runs.append(Run(file, loss, snippet, fixed, of_seed, seed, configuration))
+                cfg.data.root = root or cfg.data.root
+                cfg.merge_from_list([word for pair in (fixed | of_seed).items() for word in pair])
+                cfg.train.seed = seed
+                check(cfg)
+                runs.append(Run(file, loss, snippet, fixed, of_seed, seed, flat(cfg)))
     return runs
-
-
-def _completed(cfg: config.Config, changes: Mapping[str, str], seed: int, root: str | None) -> dict[str, Any]:
-    cfg.data.root = root or cfg.data.root
-    cfg.merge_from_list([word for pair in changes.items() for word in pair])
-    cfg.train.seed = seed
-    config.check(cfg)
-    return config.flat(cfg)
 
 
 def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -201,7 +197,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
             result = None
         if isinstance(result, dict) and "configuration" in result and "results" in result:
             results.append(result)
-        elif number == len(lines):
+        elif number == len(lines) and line.startswith("{"):
             warnings.warn(f"{path}: the last line is cut off and left out", stacklevel=2)
         else:
             raise InputError(f"{path}, line {number}: this is not a result of drsl-benchmark; remove the line")
@@ -210,20 +206,11 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 def append_result(path: Path, result: Mapping[str, Any]) -> None:
     """Appends one line. Several processes may append to one file, and a line that was cut off is removed first."""
-    line = (json.dumps(result, separators=(",", ":")) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        content = _after_last_line(file)
-        if content:
-            file.truncate(file.seek(0, os.SEEK_END) - content)
-        file.write(line)
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write((json.dumps(result, separators=(",", ":")) + "\n").encode())
         file.flush()
         os.fsync(file.fileno())
-
-
-def _after_last_line(file: Any) -> int:
-    """The number of bytes after the last end of a line."""
-    file.seek(0)
-    content = file.read()
-    return len(content) - (content.rfind(b"\n") + 1)

@@ -18,6 +18,7 @@ SCORES = {"mAP": "AP", "rank-1": "hit", "mINP": "INP"}
 
 COMPARED = ("mAP", "rank-1")
 LEVEL = 0.05
+TUNED = "-tuned"
 BEGIN = "<!-- drsl-benchmark report: begin -->"
 END = "<!-- drsl-benchmark report: end -->"
 
@@ -62,39 +63,36 @@ class Section:
         }
         return pd.DataFrame.from_dict(rows, orient="index").sort_values(("mAP", "mean"), ascending=False)
 
-    def differences(self, reference: str, losses: Sequence[str] | None = None) -> pd.DataFrame:
+    def differences(self, reference: str) -> pd.DataFrame:
         """How far the reference is ahead of each other loss, in percentage points, on the seeds that both have.
 
-        Args:
-            reference: name of the loss that is compared.
-            losses: names of the others; None for all that have a seed in common with it.
+        A loss that ``drsl-benchmark tune`` chose, NAME-tuned, is compared with the tuned reference.
 
         Returns:
             A row for each loss and score: mean, low, high, p, seeds; p is corrected for the number of losses (Holm).
         """
-        columns = ["loss", "score", "mean", "low", "high", "p", "seeds"]
         rows = []
-        ours = self.lines.get(reference, {})
         for score in COMPARED:
             found = {}
             for loss, theirs in self.lines.items():
-                seeds = sorted(set(ours) & set(theirs))
-                if loss == reference or not seeds or (losses is not None and loss not in losses):
-                    continue
-                paired = [self._paired(ours[seed], theirs[seed], SCORES[score]) for seed in seeds]
-                nested = len(seeds) > 1 and any(ours[seed].get("varied") for seed in seeds)
-                found[loss] = compare([pair[0] for pair in paired], [pair[1] for pair in paired], nested)
+                name = reference + TUNED if loss.endswith(TUNED) else reference
+                ours = self.lines.get(name, {})
+                seeds = sorted(set(ours) & set(theirs)) if loss != name else []
+                if seeds:
+                    paired = [self._paired(ours[seed], theirs[seed], SCORES[score]) for seed in seeds]
+                    nested = len(seeds) > 1 and any(ours[seed].get("varied") for seed in seeds)
+                    found[loss] = compare([pair[0] for pair in paired], [pair[1] for pair in paired], nested)
             corrected = holm([each.p for each in found.values()])
             rows += [
                 (loss, score, 100 * each.mean, 100 * each.low, 100 * each.high, p, each.seeds)
                 for (loss, each), p in zip(found.items(), corrected, strict=True)
             ]
-        return pd.DataFrame(rows, columns=columns)
+        return pd.DataFrame(rows, columns=["loss", "score", "mean", "low", "high", "p", "seeds"])
 
     def _paired(self, ours: dict[str, Any], theirs: dict[str, Any], score: str) -> tuple[list[float], list[int]]:
         """The difference of each query that has a match, and its identity."""
         one, other = ours["results"][self.target], theirs["results"][self.target]
-        if one["identity"] != other["identity"]:
+        if one["identity"] != other["identity"] or ours.get("varied") != theirs.get("varied"):
             raise InputError(
                 f"{self.title}: {ours['loss']} and {theirs['loss']} were tested on other queries with seed "
                 f"{ours['seed']}; give their runs the same --vary"
@@ -155,7 +153,7 @@ def to_markdown(section: Section, reference: str) -> str:
     table = pd.DataFrame(
         [
             {
-                "loss": f"**{loss}**" if loss == reference else loss,
+                "loss": f"**{loss}**" if loss in (reference, reference + TUNED) else loss,
                 "seeds": int(row[("seeds", "")]),
                 **{score: _spread(row[(score, "mean")], row[(score, "sd")]) for score in SCORES},
                 **{

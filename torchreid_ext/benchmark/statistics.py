@@ -59,22 +59,17 @@ def compare(
     """
     rng = np.random.default_rng(seed)
     sums, counts = _by_identity(scores, identities)
-    means = sums.sum(1) / counts.sum(1)
-    number = len(means)
-    weights = _drawn(rng, draws, sums.shape[1])
-    drawn = np.stack(
-        [
-            (w @ s) / np.maximum(w @ c, 1e-12)
-            for s, c in zip(sums, counts, strict=True)
-            for w in [_drawn(rng, draws, int((c > 0).sum()), c > 0) if nested else weights]
-        ]
-    )
+    means, number = sums.sum(1) / counts.sum(1), len(sums)
+    weights = _drawn(rng, draws, np.ones(sums.shape[1]))
+    drawn = np.empty((number, draws))
+    for row, (s, c) in enumerate(zip(sums, counts, strict=True)):
+        of_seed = _drawn(rng, draws, c) if nested else weights
+        drawn[row] = (of_seed @ s) / np.maximum(of_seed @ c, 1e-12)
     parts = drawn.mean(0)
     if number > 1:
-        variance = float(means.var(ddof=1))
-        if nested:
-            variance = max(0.0, variance - float(drawn.var(1).mean()))
-        parts = parts + np.sqrt(variance / number) * stats.t.rvs(number - 1, size=draws, random_state=rng)
+        variance = means.var(ddof=1) - (drawn.var(1).mean() if nested else 0)
+        scale = np.sqrt(max(0.0, float(variance)) / number)
+        parts += scale * stats.t.rvs(number - 1, size=draws, random_state=rng)
     low, high = np.percentile(parts, [2.5, 97.5])
     beyond = min(int((parts <= 0).sum()), int((parts >= 0).sum()))
     return Difference(float(means.mean()), float(low), float(high), min(1.0, 2 * (beyond + 1) / (draws + 1)), number)
@@ -91,14 +86,11 @@ def _by_identity(scores: Sequence[Sequence[float]], identities: Sequence[Sequenc
     return sums, counts
 
 
-def _drawn(rng: np.random.Generator, draws: int, number: int, mask: Array | None = None) -> Array:
-    """How often each identity is in each draw, shape (draws, identities); identities outside a mask are in none."""
-    weights = rng.multinomial(number, np.full(number, 1 / number), size=draws).astype(float)
-    if mask is None:
-        return weights
-    spread = np.zeros((draws, len(mask)))
-    spread[:, mask.astype(bool)] = weights
-    return spread
+def _drawn(rng: np.random.Generator, draws: int, there: Array) -> Array:
+    """How often each identity that is there is drawn, shape (draws, identities)."""
+    drawn, columns = np.zeros((draws, len(there))), np.flatnonzero(there)
+    drawn[:, columns] = rng.multinomial(len(columns), np.full(len(columns), 1 / len(columns)), size=draws)
+    return drawn
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -10,6 +10,7 @@ import yaml
 
 from pml_drsl.checks import InputError
 from torchreid_ext.benchmark.grid import Run, Snippet, plan, read_results, same
+from torchreid_ext.benchmark.report import TUNED
 from torchreid_ext.benchmark.runner import run_all
 
 WEIGHTS = (0.1, 0.3, 1.0, 3.0)
@@ -93,7 +94,7 @@ def _best(loss: str, scores: Mapping[str, float]) -> str:
 
 
 def write(path: Path, best: Mapping[str, Mapping[str, Any]], scores: Mapping[str, float]) -> None:
-    """Writes the best settings as a file of losses, each as ``NAME-tuned``, with the validation mAP of every trial."""
+    """Writes the best settings as a file of losses, each as NAME-tuned, with the validation mAP of every trial."""
     head = "".join(f"#   {name}: {100 * score:.1f}\n" for name, score in scores.items())
-    text = yaml.safe_dump({f"{loss}-tuned": dict(snippet) for loss, snippet in best.items()}, sort_keys=False)
+    text = yaml.safe_dump({f"{loss}{TUNED}": dict(snippet) for loss, snippet in best.items()}, sort_keys=False)
     path.write_text(f"# Chosen by drsl-benchmark tune. mAP on validation identities, in percent:\n{head}{text}")

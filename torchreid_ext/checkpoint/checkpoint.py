@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +17,7 @@ from torch.optim import Optimizer
 
 from pml_drsl.checks import InputError
 from torchreid_ext.runtime import distributed
-
-# The suffix of files that are being written. A killed run may leave such a file; it is useless.
-TEMPORARY = ".tmp"
+from torchreid_ext.runtime.files import replacing
 
 # torchreid stores its rank-1 as a numpy scalar. These types are needed to read one, by the names of numpy 1 and 2.
 _scalar = np.float64(0).__reduce__()[0]
@@ -35,24 +31,6 @@ _NUMPY_SCALAR: list[Any] = [
 
 # The settings that distinguish the types of optimizers. Other settings differ between versions of torch.
 _TELLING = {"betas", "amsgrad", "momentum", "dampening", "nesterov", "alpha", "centered", "rho", "lambd"}
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Context: opens a temporary file, which replaces ``path`` when it is complete and safely on the disk."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}{TEMPORARY}")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
 
 
 def save(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
@@ -79,33 +57,6 @@ def save(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
         ) from error
 
 
-def link(path: Path, name: str) -> None:
-    """Gives a file a second name in its folder, and replaces the file that had this name.
-
-    It makes a copy where the file system has no hard links.
-    """
-    temporary = path.with_name(f".{name}{TEMPORARY}")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)
-    except OSError:
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, path.with_name(name))
-    # If both names already belonged to one file, os.replace does nothing and leaves the temporary name.
-    temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    # A renamed file survives a power failure only when its folder is on the disk too.
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def _refused(path: Any) -> list[str]:
     with torch.serialization.safe_globals(_NUMPY_SCALAR):
         return torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -122,25 +73,37 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(_NUMPY_SCALAR):
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        refused = []
-        with contextlib.suppress(Exception):
-            # This fails if the file is so damaged that torch does not recognize it as a checkpoint.
-            refused = _refused(path)
-        what = f"it asks for {', '.join(refused)}" if refused else f"it is damaged ({str(error).splitlines()[0]})"
-        raise InputError(f"checkpoint {os.fspath(path)!r} is refused: {what}") from error
+        damaged = None
+        if isinstance(state, dict) and "training" in state and zipfile.is_zipfile(path):
+            # This package wrote the file. torch writes checksums, but does not check them when it reads.
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
     except Exception as error:
         # Damaged pickled data may raise any exception, as python's manual says.
-        raise InputError(f"checkpoint {os.fspath(path)!r} is damaged: {error or type(error).__name__}") from error
+        refused = []
+        if isinstance(error, pickle.UnpicklingError):
+            with contextlib.suppress(Exception):
+                # This fails if the file is so damaged that torch does not recognize it as a checkpoint.
+                refused = _refused(path)
+        what = f"refused: it asks for {_some(refused)}" if refused else f"damaged, or no checkpoint{_reason(error)}"
+        raise InputError(f"checkpoint {os.fspath(path)!r} is {what}") from error
+    if damaged:
+        raise InputError(f"checkpoint {os.fspath(path)!r} is damaged: the checksum of {_one_line(damaged)} is wrong")
     if not isinstance(state, dict):
         raise InputError(f"checkpoint {os.fspath(path)!r} holds a {type(state).__name__}, not a dictionary of weights")
-    if "training" in state and zipfile.is_zipfile(path):
-        # This package wrote the file. torch writes checksums, but does not check them when it reads.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise InputError(f"checkpoint {os.fspath(path)!r} is damaged: the checksum of {damaged} is wrong")
     return state
+
+
+def _reason(error: Exception) -> str:
+    """What torch says of a damaged file, in one line; nothing where it advises to load the file unsafely."""
+    text = str(error)
+    return "" if not text or "weights_only" in text else f" ({_one_line(text.splitlines()[0])})"
+
+
+def _one_line(text: str) -> str:
+    """A text that may come from a damaged file, without line breaks and control characters, and not too long."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 @dataclass(frozen=True)
@@ -168,44 +131,89 @@ class Loaded:
         return "; ".join(lines)
 
 
+def weights_of(state: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The weights in a checkpoint by name, without the prefix that ``DataParallel`` puts before every name.
+
+    Args:
+        state: what ``load`` returned: a checkpoint of a run, or the weights themselves.
+        path: the file, for the message.
+
+    Raises:
+        InputError: if there is no tensor.
+    """
+    held = state.get("state_dict", state)
+    if not isinstance(held, Mapping):
+        raise InputError(f"checkpoint {os.fspath(path)!r} holds a {type(held).__name__}, not a dictionary of weights")
+    weights = {str(name).removeprefix("module."): value for name, value in held.items() if isinstance(value, Tensor)}
+    if not weights:
+        raise InputError(f"checkpoint {os.fspath(path)!r} holds no weights: it needs a dictionary of tensors")
+    return weights
+
+
+def fit_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLike[str], complete: bool = False
+) -> Loaded:
+    """Loads the weights that fit a model, and returns which did and which did not.
+
+    Args:
+        model: the model, which may be inside ``DataParallel``.
+        weights: what ``weights_of`` returned.
+        path: the file, for the messages.
+        complete: refuse weights that are missing, too many or of another shape. Networks that torch saved before 0.4.1
+            lack the number of batches that their batch normalisation saw; it may be missing.
+
+    Raises:
+        InputError: if no weight fits; with ``complete``, if any does not.
+    """
+    target = distributed.unwrapped(model)
+    own = target.state_dict()
+    fitting = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
+    if not fitting:
+        raise InputError(
+            f"no weight in {os.fspath(path)!r} fits the model: it has {_some(list(weights))}, the model "
+            f"{_some(list(own))}; check model.name"
+        )
+    unused, untouched = sorted(weights.keys() - fitting.keys()), sorted(own.keys() - fitting.keys())
+    wrong = [*(name for name in untouched if not name.endswith("num_batches_tracked")), *unused]
+    if complete and wrong:
+        raise InputError(
+            f"checkpoint {os.fspath(path)!r} is not of this network: {len(set(wrong))} weights are missing, too many "
+            f"or of another shape: {_some(wrong)}. Check model.name, model.bnneck and model.last_stride"
+        )
+    target.load_state_dict(own | fitting)
+    return Loaded(os.fspath(path), list(fitting), unused, untouched)
+
+
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> Loaded:
     """Loads the weights of a checkpoint that fit the model, and returns which did and which did not.
 
     Raises:
-        InputError: if no weight fits.
+        InputError: if the file cannot be read, or no weight fits.
     """
-    state = load(path)
-    target = distributed.unwrapped(model)
-    own = target.state_dict()
-    held = state.get("state_dict", state)
-    if not isinstance(held, dict):
-        raise InputError(f"checkpoint {os.fspath(path)!r} holds a {type(held).__name__}, not a dictionary of weights")
-    given = {str(name).removeprefix("module."): value for name, value in held.items() if isinstance(value, Tensor)}
-    fitting = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
-    if not fitting:
-        raise InputError(
-            f"no weight in {os.fspath(path)!r} fits the model: it has {_some(list(given))}, the model "
-            f"{_some(list(own))}; check model.name"
-        )
-    target.load_state_dict(own | fitting)
-    unused, untouched = given.keys() - fitting.keys(), own.keys() - fitting.keys()
-    return Loaded(os.fspath(path), list(fitting), sorted(unused), sorted(untouched))
+    return fit_weights(model, weights_of(load(path), path), path)
 
 
 def _some(names: list[str]) -> str:
-    """Returns the first few names, for a message."""
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "none"
+    """The first few names, for a message."""
+    return _one_line(", ".join(names[:5]) + (", ..." if len(names) > 5 else ""))
 
 
-def resume(path: str | os.PathLike[str], model: nn.Module, optimizer: Any, scheduler: Any) -> int:
-    """Loads model, optimizer and scheduler from a checkpoint, and returns the epoch to continue from.
+@contextlib.contextmanager
+def fitting(path: str | os.PathLike[str], part: str = "state") -> Iterator[None]:
+    """Context: an error of the block means that a part of a checkpoint does not fit this run.
+
+    A checkpoint that is readable may still hold anything in any place.
 
     Raises:
-        InputError: if the checkpoint lacks a part or does not fit the model.
+        InputError: in place of the error, in one line.
     """
-    state = load(path)
-    restore(state, {"state_dict": model, "optimizer": optimizer, "scheduler": scheduler}, path)
-    return int(state["epoch"])
+    try:
+        yield
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = _one_line(str(error) or type(error).__name__)
+        raise InputError(f"checkpoint {os.fspath(path)!r} does not fit this run's {part}: {reason}") from error
 
 
 def restore(state: dict[str, Any], parts: dict[str, Any], path: str | os.PathLike[str]) -> None:
@@ -223,14 +231,12 @@ def restore(state: dict[str, Any], parts: dict[str, Any], path: str | os.PathLik
             )
         if isinstance(part, nn.Module):
             part = distributed.unwrapped(part)
-        try:
-            part.load_state_dict(_fitted(state[name], part))
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise InputError(f"checkpoint {os.fspath(path)!r} does not fit this run's {name}: {error}") from error
+        with fitting(path, name):
+            part.load_state_dict(_renamed(state[name], part, path))
 
 
-def _fitted(state: dict[str, Any], part: Any) -> dict[str, Any]:
-    """Returns the state with the names that ``part`` uses.
+def _renamed(state: dict[str, Any], part: Any, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The state with the names that ``part`` uses.
 
     Raises:
         InputError: if the state is of another type of optimizer. torch would load such a state.
@@ -241,5 +247,8 @@ def _fitted(state: dict[str, Any], part: Any) -> dict[str, Any]:
     if isinstance(part, Optimizer):
         given, own = (set(groups[0]) & _TELLING for groups in (state["param_groups"], part.param_groups))
         if given != own:
-            raise InputError(f"its optimizer has {', '.join(sorted(given))}, not {', '.join(sorted(own))}")
+            raise InputError(
+                f"checkpoint {os.fspath(path)!r} does not fit this run's optimizer: its optimizer has "
+                f"{', '.join(sorted(given))}, not {', '.join(sorted(own))}"
+            )
     return state

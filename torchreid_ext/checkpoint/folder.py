@@ -1,13 +1,16 @@
-"""Manages the checkpoints of a run in their folder: the numbered ones, the last and the best."""
+"""The checkpoints of a run in their folder: the numbered ones, the last, the best, and what a run writes when."""
 
 from __future__ import annotations
 
+import contextlib
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
 from pml_drsl.checks import InputError
-from torchreid_ext.checkpoint import checkpoint
+from torchreid_ext.checkpoint import checkpoint, states
+from torchreid_ext.runtime import distributed, files
 
 LAST, BEST = "model-last.pth.tar", "model-best.pth.tar"
 
@@ -42,22 +45,21 @@ class History:
         """
         path = self.folder / f"model.pth.tar-{epoch}"
         checkpoint.save(state, path)
-        checkpoint.link(path, LAST)
+        files.link(path, LAST)
         if is_best:
-            checkpoint.link(path, BEST)
+            files.link(path, BEST)
         self.tidy(epoch)
         self.newest, self.saved_epoch = path, epoch
         return path
 
     def tidy(self, epoch: int) -> None:
         """Removes unfinished files, and the checkpoints up to ``epoch`` that are no longer kept."""
-        for unfinished in self.folder.glob(f".*{checkpoint.TEMPORARY}"):
-            unfinished.unlink(missing_ok=True)
+        files.remove_unfinished(self.folder)
         # Checkpoints of later epochs belong to another run, so this run does not remove them.
         numbered = self._numbered()
         earlier = sorted(number for number in numbered if number <= epoch)
         for number in earlier[: -self.keep] if self.keep else []:
-            numbered[number].unlink()
+            numbered[number].unlink(missing_ok=True)
 
     def load_newest(self, since: float = 0) -> tuple[Path, dict[str, Any]] | None:
         """Returns the path and the state of the newest readable checkpoint, or None if there are no checkpoints.
@@ -77,9 +79,11 @@ class History:
             except InputError as error:
                 print(f"Skipped: {error}")
                 continue
-            if state.get("training", {}).get("best", {}).get("epoch") == state["epoch"]:
-                # The run may have been killed before it could mark this checkpoint as the best.
-                checkpoint.link(path, BEST)
+            # A readable checkpoint may hold anything; what does not fit is refused when it is restored.
+            with contextlib.suppress(AttributeError, KeyError, TypeError):
+                if state["training"]["best"]["epoch"] == state["epoch"]:
+                    # The run may have been killed before it could mark this checkpoint as the best.
+                    files.link(path, BEST)
             return path, state
         if candidates:
             raise InputError(
@@ -93,3 +97,76 @@ class History:
             path: re.fullmatch(r"model\.pth\.tar-(\d+)", path.name) for path in self.folder.glob("model.pth.tar-*")
         }
         return {int(match[1]): path for path, match in names.items() if match}
+
+
+class RunCheckpoints:
+    """Saves the state of an engine between epochs; the first of several processes writes the files.
+
+    Args:
+        engine: the engine.
+        folder: folder of the checkpoints.
+        keep: number of checkpoints to keep besides the last and the best; 0 keeps all.
+        newest: the checkpoint from which the run was resumed, or None.
+    """
+
+    def __init__(self, engine: Any, folder: Path, keep: int, newest: Path | None) -> None:
+        self._engine = engine
+        self._history = History(folder, keep)
+        self._history.newest = newest
+        self._start: dict[str, Any] | None = None
+
+    def begin_epoch(self) -> None:
+        """Remembers the state in which an epoch begins, to be saved if the epoch is interrupted.
+
+        Raises:
+            FloatingPointError: if a weight is not finite.
+        """
+        epoch = self._engine.epoch
+        self._check_finite(epoch)
+        # A state that is saved already need not be kept in memory, and other processes than the first save nothing.
+        needed = distributed.is_first() and self._history.saved_epoch != epoch
+        self._start = states.copied(states.of_engine(self._engine, epoch)) if needed else None
+
+    def save(self, is_best: bool) -> None:
+        """Saves the state after the present epoch.
+
+        Args:
+            is_best: whether the latest test is the best so far.
+
+        Raises:
+            FloatingPointError: if a weight is not finite.
+        """
+        engine, history = self._engine, self._history
+        done = engine.epoch + 1
+        self._check_finite(done)
+        path = distributed.from_first(lambda: history.save(states.of_engine(engine, done), done, is_best))
+        history.newest, history.saved_epoch = path, done
+        print(f'Checkpoint saved to "{path}"' + (f" (best so far: mAP {engine.best['mAP']:.1%})" if is_best else ""))
+
+    def interrupted(self, signum: int) -> str:
+        """Saves the state in which the present epoch began, unless it is saved; returns the message to the user."""
+        epoch = self._engine.epoch
+        if self._start is not None:
+            self._history.save(self._start, epoch)
+        return (
+            f"stopped by {signal.Signals(signum).name} in epoch {epoch + 1}; model.resume auto begins it again "
+            f"from '{self._history.newest}'"
+        )
+
+    def tidy(self, epoch: int) -> None:
+        """Removes the files that a run of ``epoch`` epochs would have removed, if it was killed before that."""
+        distributed.from_first(lambda: self._history.tidy(epoch))
+
+    def forget_start(self) -> None:
+        """Frees the memory of the state that ``begin_epoch`` keeps."""
+        self._start = None
+
+    def last_good(self) -> str:
+        """The end of a message about weights or a loss that are not finite."""
+        newest = self._history.newest
+        return f"; the last good checkpoint is '{newest}'" if newest else "; no checkpoint was saved"
+
+    def _check_finite(self, epoch: int) -> None:
+        name = states.not_finite(self._engine)
+        if name is not None:
+            raise FloatingPointError(f"{name} is not finite after epoch {epoch}{self.last_good()}")

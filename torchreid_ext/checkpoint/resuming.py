@@ -11,24 +11,6 @@ from torchreid_ext.checkpoint import checkpoint
 from torchreid_ext.checkpoint.folder import History
 from torchreid_ext.runtime import distributed
 
-# Keys that cannot change: with another value, the weights or the state of the optimizer would not fit.
-FIXED = {
-    "model.name", "data.type", "data.sources", "data.split_id", "data.combineall", "data.validation",
-    "data.validation_seed", "data.identities", "cuhk03.labeled_images",
-    "cuhk03.classic_split", "model.bnneck", "model.last_stride", "loss.name", "loss.pml.loss", "train.optim",
-    "train.lr_scheduler", "train.warmup_epoch",
-}  # fmt: skip
-
-# Keys whose value is kept in the state of the optimizer, the scheduler or the generators. A new value has no effect.
-KEPT = {
-    "train.lr", "train.weight_decay", "train.staged_lr", "train.new_layers", "train.base_lr_mult", "train.stepsize",
-    "train.gamma", "train.seed", "loss.pml.lr", "sgd.momentum", "sgd.dampening", "sgd.nesterov", "rmsprop.alpha",
-    "adam.beta1", "adam.beta2",
-}  # fmt: skip
-
-# Keys that may change without a message, because they have no effect on the training.
-FREE = {"model.resume", "model.load_weights", "data.save_dir", "train.print_freq", "train.timeout", "test.evaluate"}
-
 
 def find(path: str, folder: Path, since: float = 0) -> tuple[str, dict[str, Any]] | None:
     """Returns the path and the state of a checkpoint, or None if there is none.
@@ -64,7 +46,14 @@ def _noted(note: Path, again: bool, run: str) -> float | None:
     return None
 
 
-def check_fits(path: str, state: dict[str, Any], num_train_pids: int, config: dict[str, Any], test_only: bool) -> None:
+def check_fits(
+    path: str,
+    state: dict[str, Any],
+    num_train_pids: int,
+    config: dict[str, Any],
+    on_resume: dict[str, str],
+    test_only: bool,
+) -> None:
     """Checks that a checkpoint fits this run, and prints the differences between their configurations.
 
     Raises:
@@ -87,36 +76,37 @@ def check_fits(path: str, state: dict[str, Any], num_train_pids: int, config: di
             f"same number (torchrun --nnodes times --nproc_per_node, or drsl-train alone for one process), or start a "
             f"new run in another data.save_dir, from these weights with model.load_weights"
         )
-    if training["config"] and config:
-        for line in compare(training["config"], config):
+    if config and training["config"]:
+        for line in compare(training["config"], config, on_resume):
             print(f"Config differs from the checkpoint's: {line}")
 
 
-def compare(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+def compare(saved: dict[str, Any], current: dict[str, Any], on_resume: dict[str, str]) -> list[str]:
     """Returns a line for each key whose value differs between the configurations of a checkpoint and of this run.
 
     Args:
         saved: the configuration of the checkpoint, as dotted keys and values.
         current: the configuration of this run.
+        on_resume: what a resumed run does with another value of a key: see ``torchreid_ext.runtime.options.Key``.
 
     Raises:
         InputError: if keys differ that cannot change; the message names them.
     """
-    fixed = FIXED | {f"datasets.{name}" for name in saved.get("data.sources", [])}
+    on_resume = on_resume | {f"datasets.{name}": "fixed" for name in saved.get("data.sources", [])}
     if saved.get("train.lr_scheduler") == "cosine":
         # After its last epoch, the cosine would rise again.
-        fixed.add("train.max_epoch")
+        on_resume["train.max_epoch"] = "fixed"
     lines, refused = [], []
     for key in sorted(saved.keys() | current.keys()):
-        before, now = saved.get(key), current.get(key)
-        if before == now or key in FREE:
+        before, now, effect = saved.get(key), current.get(key), on_resume.get(key)
+        if before == now or effect == "free":
             continue
         line = f"{key}: {before!r} -> {now!r}"
         # A key that the checkpoint lacks is newer than the checkpoint; by default it changes nothing.
-        if key in fixed and key in saved:
+        if effect == "fixed" and key in saved:
             refused.append(line)
         else:
-            lines.append(line + (" (the checkpoint's is kept)" if key in KEPT else ""))
+            lines.append(line + (" (the checkpoint's is kept)" if effect == "kept" else ""))
     if refused:
         raise InputError(
             f"cannot resume with another {'; '.join(refused)}. Set it back, or start a new run in another "

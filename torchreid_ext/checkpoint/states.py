@@ -10,6 +10,7 @@ import torch
 from pytorch_metric_learning.losses import CrossBatchMemory
 from torch import Tensor, nn
 
+from pml_drsl.checks import InputError
 from torchreid_ext.checkpoint import checkpoint
 from torchreid_ext.runtime import distributed, generators
 
@@ -50,29 +51,47 @@ def restore_engine(engine: Any, state: dict[str, Any], path: str) -> None:
     """
     first, *others = engine.get_model_names()
     checkpoint.restore(state, _parts(engine, first), path)
-    engine.rank1 = float(state.get("rank1", 0))
+    with checkpoint.fitting(path):
+        engine.rank1 = float(state.get("rank1", 0))
+        training = state.get("training")
+        if training is not None:
+            for name in others:
+                checkpoint.restore(training["others"].get(name, {}), _parts(engine, name), path)
+            losses = losses_of(engine)
+            checkpoint.restore(training["losses"], losses, path)
+            for name, loss in losses.items():
+                for part, memory in _memories(loss).items():
+                    vars(memory).update(training["memories"][name][part])
+            best = training["best"]
+            engine.best = {"mAP": float(best["mAP"]), "epoch": int(best["epoch"])}
+            engine.skipped = int(training["skipped"])
+    name = not_finite(engine)
+    if name is not None:
+        raise InputError(f"checkpoint {path!r}: {name} is not finite; resume from an earlier checkpoint")
+
+
+def not_finite(engine: Any) -> str | None:
+    """The name of a weight of an engine's models or losses that is NaN or infinite; None if all are finite."""
+    tensors = {name: value for model in engine._models.values() for name, value in model.state_dict().items()}
+    for loss_name, loss in losses_of(engine).items():
+        tensors |= {f"{loss_name}.{name}": value for name, value in loss.named_parameters()}
+    return next((name for name, value in tensors.items() if not torch.isfinite(value).all()), None)
+
+
+def restore_randomness(engine: Any, state: dict[str, Any], path: str) -> None:
+    """Restores the generators, the sampler and the gradient scaler. Call it right before training goes on.
+
+    Raises:
+        InputError: if a part is missing or does not fit.
+    """
     training = state.get("training")
     if training is None:
         return
-    for name in others:
-        checkpoint.restore(training["others"].get(name, {}), _parts(engine, name), path)
-    losses = losses_of(engine)
-    checkpoint.restore(training["losses"], losses, path)
-    for name, loss in losses.items():
-        for part, memory in _memories(loss).items():
-            vars(memory).update(training["memories"][name][part])
-    engine.best, engine.skipped = dict(training["best"]), training["skipped"]
-
-
-def restore_randomness(engine: Any, state: dict[str, Any]) -> None:
-    """Restores the generators, the sampler and the gradient scaler. Call it right before training goes on."""
-    training = state.get("training")
-    if training is None:
-        return
-    if training["scaler"] and engine.stepper.scaler.is_enabled():
-        engine.stepper.scaler.load_state_dict(training["scaler"])
-    _restore_sampler(engine.train_loader.batch_sampler, training["sampler"])
-    generators.restore(training["generators"])
+    with checkpoint.fitting(path):
+        if training["scaler"] and engine.stepper.scaler.is_enabled():
+            engine.stepper.scaler.load_state_dict(training["scaler"])
+        _restore_sampler(engine.train_loader.batch_sampler, training["sampler"])
+        generators.restore(training["generators"])
 
 
 def losses_of(engine: Any) -> dict[str, nn.Module]:

@@ -1,6 +1,6 @@
 """What the commands share: their options, how they print, and what they say when the input is bad.
 
-Everything at the top of this module belongs to Python's standard library, so that ``--help`` does not load torch.
+Nothing at the top of this module imports torch, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TextIO
+
+from torchreid_ext.runtime import terminal
 
 # Control characters, which command a terminal, marks that turn the direction of writing, and bytes that are no UTF-8.
 _UNPRINTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -33,7 +34,7 @@ def parser(name: str, description: str | None, examples: str) -> argparse.Argume
         epilog="examples:\n" + textwrap.indent(textwrap.dedent(examples).strip(), "  "),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--version", action="version", version=f"{name} {version()}")
+    made.add_argument("--version", action="version", version=f"{name} {terminal.version()}")
     made.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
@@ -75,14 +76,6 @@ def add_device(made: argparse.ArgumentParser) -> None:
     )
 
 
-def version() -> str:
-    """The version of the installed package."""
-    try:
-        return metadata.version("pml-drsl")
-    except metadata.PackageNotFoundError:
-        return "of a folder that is not installed"
-
-
 def say(text: str, file: TextIO | None = None) -> None:
     r"""Prints text; characters that would command the terminal, or that are no text, are written out: ``\x1b``."""
     print(_UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text), file=file)
@@ -99,10 +92,7 @@ def guarded(name: str, work: Callable[[], None], outputs: Sequence[str | None] =
     Returns:
         The exit status: 0; 2 for bad input or a missing package; 130 if interrupted; 141 if stdout was closed.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            # A terminal of another encoding shows what it cannot show as an escape, and the work goes on.
-            stream.reconfigure(errors="backslashreplace")
+    terminal.safe_streams()
     before = {path: _stamp(path) for path in outputs if path and path != "-"}
     try:
         work()
@@ -154,10 +144,7 @@ def check_outputs(outputs: dict[str, str | None], inputs: Iterable[str | None]) 
 def _explained(error: BaseException) -> str | None:
     """What bad input or a missing package comes to in one line; None for a defect of the program."""
     if isinstance(error, ModuleNotFoundError):
-        missing = (error.name or "").partition(".")[0]
-        if missing in ("", "torchreid_ext", "pml_drsl"):
-            return None
-        return f"the package {missing} is missing, which this command needs: pip install 'pml-drsl[reid]'"
+        return terminal.missing_package(error)
     from pml_drsl.checks import InputError
 
     return " ".join(str(error).split()) if isinstance(error, (InputError, OSError)) else None

@@ -22,7 +22,10 @@ def next_commands(save_dir: str, query: Sequence[str], gallery: Sequence[str]) -
     checkpoint = Path(save_dir, "model", BEST)
     if not checkpoint.is_file():
         return ""
-    folder = os.path.commonpath([os.path.dirname(path) for path in gallery])
+    folders = {os.path.dirname(os.path.abspath(path)) for path in gallery}
+    shared = Path(os.path.commonpath(folders))
+    # Images on two disks share no folder but the root, which nobody wants to search: then one of the folders will do.
+    folder = str(shared) if shared != Path(shared.anchor) and shared != Path.home() else min(folders)
     search = [str(checkpoint), "--gallery", _short(folder), "--query", _short(query[0])]
     search += ["--html", str(Path(save_dir, "search.html"))]
     export = [str(checkpoint), str(Path(save_dir, "model.onnx"))]

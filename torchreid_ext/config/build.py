@@ -12,30 +12,14 @@ from torch.optim import Optimizer
 
 from pml_drsl.checks import InputError
 from torchreid_ext import networks
-from torchreid_ext.config.checks import check, choose
-from torchreid_ext.config.data import build_datamanager
+from torchreid_ext.config.checks import choose
 from torchreid_ext.config.keys import DRSL_ARGUMENTS
-from torchreid_ext.config.node import Config, flat, get_default_config, plain
-from torchreid_ext.config.options import run_options
+from torchreid_ext.config.node import Config
 from torchreid_ext.data.samplers import steps_per_epoch
-from torchreid_ext.engine import criteria, engines, native
-from torchreid_ext.engine.warmup import warmed_up
-from torchreid_ext.runtime import distributed
-
-__all__ = [
-    "Config",
-    "build_criterion",
-    "build_datamanager",
-    "build_engine",
-    "build_model",
-    "build_optimizer",
-    "build_scheduler",
-    "check",
-    "flat",
-    "get_default_config",
-    "plain",
-    "run_options",
-]
+from torchreid_ext.engine import criteria
+from torchreid_ext.engine.engines import ENGINES
+from torchreid_ext.engine.schedule import warmed_up
+from torchreid_ext.runtime import distributed, generators
 
 
 def build_model(cfg: Config, num_classes: int) -> nn.Module:
@@ -46,25 +30,8 @@ def build_model(cfg: Config, num_classes: int) -> nn.Module:
             ImageNet weights that cannot be downloaded, or ``train.sync_batchnorm`` on the CPU.
     """
     use_gpu = cfg.use_gpu and torch.cuda.is_available()
-    try:
-        model = torchreid.models.build_model(
-            name=cfg.model.name,
-            num_classes=num_classes,
-            loss="softmax" if cfg.loss.name == "softmax" else "triplet",
-            pretrained=cfg.model.pretrained,
-            use_gpu=use_gpu,
-        )
-    except KeyError as error:
-        raise InputError(f"model.name: {error.args[0]}") from error
-    except Exception as error:
-        # torchreid downloads weights in several ways, and each way has errors of its own.
-        if not cfg.model.pretrained:
-            raise
-        raise InputError(
-            f"cannot get the ImageNet weights of {cfg.model.name}: {error}. Connect to the network, or train from "
-            f"random weights with model.pretrained False"
-        ) from error
-    if choose("model.last_stride", cfg.model.last_stride, (1, 2)) == 1:
+    model = _from_the_zoo(cfg, num_classes, use_gpu)
+    if cfg.model.last_stride == 1:
         networks.set_last_stride(model, cfg.model.name)
     if cfg.model.bnneck:
         networks.add_neck(model)
@@ -77,6 +44,69 @@ def build_model(cfg: Config, num_classes: int) -> nn.Module:
         if torch.cuda.device_count() > 1 and not distributed.launched():
             model = nn.DataParallel(model)
     return model
+
+
+def _from_the_zoo(cfg: Config, num_classes: int, use_gpu: bool) -> nn.Module:
+    name, loss = cfg.model.name, "softmax" if cfg.loss.name == "softmax" else "triplet"
+
+    def build(pretrained: bool) -> nn.Module:
+        if name.startswith(networks.TIMM):
+            size = cfg.data.height, cfg.data.width
+            return networks.TimmNetwork(name.removeprefix(networks.TIMM), num_classes, loss, pretrained, *size)
+        return torchreid.models.build_model(
+            name=name, num_classes=num_classes, loss=loss, pretrained=pretrained, use_gpu=use_gpu
+        )
+
+    try:
+        return build(cfg.model.pretrained)
+    except InputError:
+        raise
+    except Exception as error:
+        if isinstance(error, KeyError) and "Unknown model" in str(error):
+            raise InputError(f"model.name: {error.args[0]}") from error
+        if not cfg.model.pretrained:
+            raise
+        # torchreid downloads weights in several ways, each with errors of its own. An error of the network itself comes
+        # again without the weights.
+        build(False)
+        raise InputError(
+            f"cannot get the ImageNet weights of {cfg.model.name}: {error}. Connect to the network, or train from "
+            f"random weights with model.pretrained False"
+        ) from error
+
+
+@torch.no_grad()
+def check_takes(cfg: Config, model: nn.Module) -> None:
+    """Passes a few black images through the network, which it leaves as it was.
+
+    In training these are as many as the smallest chunk, at most two, because batch normalisation needs two values.
+
+    Raises:
+        InputError: for a network that cannot take so few or so small images.
+    """
+    in_batch = cfg.train.batch_size // distributed.size() * (cfg.video.seq_len if cfg.data.type == "video" else 1)
+    in_batch *= cfg.data.k_tfm
+    chunk = min(cfg.train.chunk_size or in_batch, in_batch)
+    number = 1 if cfg.test.evaluate else min(in_batch % chunk or chunk, 2)
+    network = distributed.unwrapped(model)
+    modes = [(module, module.training) for module in network.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    device = next(network.parameters()).device
+    try:
+        with generators.untouched():
+            network.train(not cfg.test.evaluate)
+            network(torch.zeros(number, 3, cfg.data.height, cfg.data.width, device=device))
+    except (ValueError, RuntimeError, AssertionError) as error:
+        images = f"{number} {'image' if number == 1 else 'images'} of {cfg.data.height} x {cfg.data.width} pixels"
+        raise InputError(
+            f"{cfg.model.name} cannot take {images}: {error or 'its layers need another size'}. Give larger images "
+            f"(data.height, data.width), or more images at a time (train.batch_size, train.chunk_size)"
+        ) from error
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for buffer, before in buffers:
+            buffer.copy_(before)
 
 
 def build_criterion(cfg: Config, model: nn.Module, num_classes: int, steps: int | None = None) -> nn.Module | None:
@@ -188,16 +218,6 @@ def build_engine(
     Raises:
         InputError: for an unknown value, or values that exclude each other.
     """
-    table = {
-        ("image", "softmax"): native.ImageSoftmaxEngine,
-        ("video", "softmax"): native.VideoSoftmaxEngine,
-        ("image", "triplet"): native.ImageTripletEngine,
-        ("video", "triplet"): native.VideoTripletEngine,
-        ("image", "drsl"): engines.ImageDRSLEngine,
-        ("video", "drsl"): engines.VideoDRSLEngine,
-        ("image", "pml"): engines.ImagePMLEngine,
-        ("video", "pml"): engines.VideoPMLEngine,
-    }
     data_type = choose("data.type", cfg.data.type, ("image", "video"))
     loss = choose("loss.name", cfg.loss.name, ("softmax", "triplet", "drsl", "pml"))
     if cfg.loss[loss].get("weight_x", 1) == 0 and cfg.train.fixbase_epoch > 0:
@@ -209,7 +229,7 @@ def build_engine(
         arguments = _metric_arguments(cfg, criterion)
     if data_type == "video":
         arguments["pooling_method"] = choose("video.pooling_method", cfg.video.pooling_method, ("avg", "max"))
-    return table[data_type, loss](
+    return ENGINES[data_type, loss](
         datamanager,
         model,
         optimizer=optimizer,

@@ -1,196 +1,259 @@
-"""Every config key, with its default and what it is for."""
+"""Every config key: its default, what it is for, which values it takes, and what depends on it."""
 
 from __future__ import annotations
 
 import inspect
+import re
+import types
+import typing
 from typing import Any
 
 import torchreid
 
 from pml_drsl.losses import DRSLoss
-from torchreid_ext.config.derived import Key, keys_of_arguments, keys_of_options
+from torchreid_ext.data.samplers import SAMPLERS
 from torchreid_ext.engine.options import RunOptions
+from torchreid_ext.runtime.options import Key
 
-Entry = tuple[Any, str]
-"""A default and an explanation."""
+FIXED, KEPT, FREE = "fixed", "kept", "free"
+"""What a resumed run does with another value: see ``Key.on_resume``."""
 
 
-def _metric_loss(section: str, name: str) -> dict[str, Entry]:
+def _metric_loss(section: str, name: str) -> dict[str, Key]:
     """Keys that ``loss.drsl`` and ``loss.pml`` share."""
     return {
-        f"loss.{section}.miner": (
-            {},
-            "miner of pytorch_metric_learning or pml_drsl: its name, or {name: CLASS, ARGUMENT: VALUE}",
+        f"loss.{section}.miner": Key(
+            {}, "miner of pytorch_metric_learning or pml_drsl: its name, or {name: CLASS, ARGUMENT: VALUE}"
         ),
-        f"loss.{section}.reducer": (
-            {},
-            f"reducer, which turns the errors into one number, described like a miner; {{}}: the reducer of {name}",
+        f"loss.{section}.reducer": Key(
+            {}, f"reducer, which turns the errors into one number, described like a miner; {{}}: the reducer of {name}"
         ),
-        f"loss.{section}.distance": (
-            {},
-            f"distance between features, described like a miner; {{}}: the distance of {name}",
+        f"loss.{section}.distance": Key(
+            {}, f"distance between features, described like a miner; {{}}: the distance of {name}"
         ),
-        f"loss.{section}.memory_size": (
-            0,
-            "number of features of past batches to compare with (cross-batch memory), for losses that can",
+        f"loss.{section}.memory_size": Key(
+            0, "number of features of past batches to compare with (cross-batch memory), for losses that can"
         ),
-        f"loss.{section}.memory_start_epoch": (
-            -1,
-            "epochs at the start without the memory; -1: as many as train.warmup_epoch, and at least one",
+        f"loss.{section}.memory_start_epoch": Key(
+            -1, "epochs at the start without the memory; -1: as many as train.warmup_epoch, and at least one"
         ),
-        f"loss.{section}.weight_m": (1.0, f"weight of {name}"),
-        f"loss.{section}.weight_x": (1.0, "weight of the identity cross-entropy"),
+        f"loss.{section}.weight_m": Key(1.0, f"weight of {name}"),
+        f"loss.{section}.weight_x": Key(1.0, "weight of the identity cross-entropy"),
     }
 
 
 # Keys of torchreid's own default_config.py, with its defaults.
-TORCHREID: dict[str, Entry] = {
-    "use_gpu": (True, "use CUDA where there is a device"),
+TORCHREID: dict[str, Key] = {
+    "use_gpu": Key(True, "use CUDA where there is a device"),
     # model
-    "model.name": ("resnet50", "network, a name of torchreid's model zoo"),
-    "model.pretrained": (True, "load ImageNet weights (needs a network connection the first time)"),
-    "model.load_weights": (
-        "",
-        "file of weights to start from; layers that do not fit are listed and left out",
+    "model.name": Key("resnet50", "network, a name of torchreid's model zoo", on_resume=FIXED, features=True),
+    "model.pretrained": Key(True, "load ImageNet weights (needs a network connection the first time)"),
+    "model.load_weights": Key(
+        "", "file of weights to start from; layers that do not fit are listed and left out", on_resume=FREE
     ),
-    "model.resume": ("", "checkpoint to resume training from; auto: the newest in data.save_dir, if there is one"),
+    "model.resume": Key(
+        "", "checkpoint to resume training from; auto: the newest in data.save_dir, if there is one", on_resume=FREE
+    ),
     # data
-    "data.type": ("image", "image or video"),
-    "data.root": ("reid-data", "folder that holds the data sets (also --root)"),
-    "data.sources": (["market1501"], "data sets to train on (also -s)"),
-    "data.targets": (["market1501"], "data sets to test on (also -t)"),
-    "data.workers": (4, "loading processes of each training process, at most one for each core; -1: one for each core"),
-    "data.split_id": (0, "split, for data sets that have several"),
-    "data.height": (256, "image height in pixels"),
-    "data.width": (128, "image width in pixels"),
-    "data.combineall": (False, "train on train, query and gallery together"),
-    "data.transforms": (
+    "data.type": Key("image", "image or video", choices=("image", "video"), on_resume=FIXED),
+    "data.root": Key("reid-data", "folder that holds the data sets (also --root)"),
+    "data.sources": Key(["market1501"], "data sets to train on (also -s)", on_resume=FIXED),
+    "data.targets": Key(["market1501"], "data sets to test on (also -t)"),
+    "data.workers": Key(
+        4, "loading processes of each training process, at most one for each core; -1: one for each core", least=-1
+    ),
+    "data.split_id": Key(0, "split, for data sets that have several", least=0, on_resume=FIXED),
+    "data.height": Key(256, "image height in pixels", least=1, features=True),
+    "data.width": Key(128, "image width in pixels", least=1, features=True),
+    "data.combineall": Key(False, "train on train, query and gallery together", on_resume=FIXED),
+    "data.transforms": Key(
         ["random_flip"],
         "augmentations (also --transforms): random_flip, random_crop, random_patch, color_jitter, random_erase",
+        may_be_empty=True,
     ),
-    "data.k_tfm": (1, "augmented views of each image, all in one batch, which has as many times more images"),
-    "data.norm_mean": ([0.485, 0.456, 0.406], "mean of each channel"),
-    "data.norm_std": ([0.229, 0.224, 0.225], "standard deviation of each channel"),
-    "data.load_train_targets": (False, "also load the training images of the targets"),
+    "data.k_tfm": Key(
+        1, "augmented views of each image, all in one batch, which has as many times more images", least=1
+    ),
+    "data.norm_mean": Key([0.485, 0.456, 0.406], "mean of each channel", features=True),
+    "data.norm_std": Key([0.229, 0.224, 0.225], "standard deviation of each channel", features=True),
+    "data.load_train_targets": Key(False, "also load the training images of the targets"),
     # single data sets
-    "market1501.use_500k_distractors": (False, "add the 500,000 distractors to the gallery"),
-    "cuhk03.labeled_images": (False, "use the labeled images, not the detected ones"),
-    "cuhk03.classic_split": (False, "use the split of Li et al., CVPR 2014"),
+    "market1501.use_500k_distractors": Key(False, "add the 500,000 distractors to the gallery"),
+    "cuhk03.labeled_images": Key(False, "use the labeled images, not the detected ones", on_resume=FIXED),
+    "cuhk03.classic_split": Key(False, "use the split of Li et al., CVPR 2014", on_resume=FIXED),
     # sampler
-    "sampler.train_sampler": (
+    "sampler.train_sampler": Key(
         "RandomSampler",
         "RandomIdentitySampler or MPerClassSampler (for ranking losses), RandomSampler, SequentialSampler, "
         "RandomDomainSampler or RandomDatasetSampler",
+        choices=tuple(dict.fromkeys([*SAMPLERS, *torchreid.data.sampler.AVAI_SAMPLERS])),
     ),
-    "sampler.train_sampler_t": ("RandomSampler", "sampler of the targets' training images"),
-    "sampler.num_instances": (4, "images of an identity in a batch, for RandomIdentitySampler and MPerClassSampler"),
-    "sampler.num_cams": (1, "cameras in a batch, for RandomDomainSampler"),
-    "sampler.num_datasets": (1, "data sets in a batch, for RandomDatasetSampler"),
+    "sampler.train_sampler_t": Key(
+        "RandomSampler", "sampler of the targets' training images", choices=tuple(torchreid.data.sampler.AVAI_SAMPLERS)
+    ),
+    "sampler.num_instances": Key(
+        4, "images of an identity in a batch, for RandomIdentitySampler and MPerClassSampler", least=1
+    ),
+    "sampler.num_cams": Key(1, "cameras in a batch, for RandomDomainSampler", least=1),
+    "sampler.num_datasets": Key(1, "data sets in a batch, for RandomDatasetSampler", least=1),
     # video
-    "video.seq_len": (15, "images sampled of a tracklet"),
-    "video.sample_method": ("evenly", "evenly, random or all"),
-    "video.pooling_method": ("avg", "avg or max: how the features of a tracklet's images become one feature"),
+    "video.seq_len": Key(15, "images sampled of a tracklet", least=1),
+    "video.sample_method": Key("evenly", "evenly, random or all", choices=("evenly", "random", "all")),
+    "video.pooling_method": Key(
+        "avg", "avg or max: how the features of a tracklet's images become one feature", choices=("avg", "max")
+    ),
     # training
-    "train.optim": ("adam", "adam, amsgrad, sgd, rmsprop or radam"),
-    "train.lr": (0.0003, "learning rate"),
-    "train.weight_decay": (5e-4, "weight decay"),
-    "train.batch_size": (32, "images (or tracklets) in a batch, of all processes together"),
-    "train.staged_lr": (False, "give layers other than new_layers a smaller learning rate"),
-    "train.new_layers": (["classifier"], "layers that keep the full learning rate with staged_lr"),
-    "train.base_lr_mult": (0.1, "factor on the learning rate of the other layers with staged_lr"),
-    "train.lr_scheduler": ("single_step", "single_step, multi_step, cosine or none"),
-    "train.stepsize": ([20], "epochs at which the learning rate falls"),
-    "train.gamma": (0.1, "factor by which it falls"),
-    "train.seed": (1, "seed of every random number generator"),
-    "sgd.momentum": (0.9, "momentum of sgd and rmsprop"),
-    "sgd.dampening": (0.0, "dampening of the momentum"),
-    "sgd.nesterov": (False, "Nesterov momentum"),
-    "rmsprop.alpha": (0.99, "smoothing constant"),
-    "adam.beta1": (0.9, "decay rate of the first moment"),
-    "adam.beta2": (0.999, "decay rate of the second moment"),
+    "train.optim": Key(
+        "adam",
+        "adam, amsgrad, sgd, rmsprop or radam",
+        choices=("adam", "amsgrad", "sgd", "rmsprop", "radam"),
+        on_resume=FIXED,
+    ),
+    "train.lr": Key(0.0003, "learning rate", on_resume=KEPT),
+    "train.weight_decay": Key(5e-4, "weight decay", on_resume=KEPT),
+    "train.batch_size": Key(32, "images (or tracklets) in a batch, of all processes together", least=1),
+    "train.staged_lr": Key(False, "give layers other than new_layers a smaller learning rate", on_resume=KEPT),
+    "train.new_layers": Key(["classifier"], "layers that keep the full learning rate with staged_lr", on_resume=KEPT),
+    "train.base_lr_mult": Key(0.1, "factor on the learning rate of the other layers with staged_lr", on_resume=KEPT),
+    "train.lr_scheduler": Key(
+        "single_step",
+        "single_step, multi_step, cosine or none",
+        choices=("single_step", "multi_step", "cosine", "none"),
+        on_resume=FIXED,
+    ),
+    "train.stepsize": Key([20], "epochs at which the learning rate falls", least=1, on_resume=KEPT),
+    "train.gamma": Key(0.1, "factor by which it falls", on_resume=KEPT),
+    "train.seed": Key(1, "seed of every random number generator", on_resume=KEPT),
+    "sgd.momentum": Key(0.9, "momentum of sgd and rmsprop", on_resume=KEPT),
+    "sgd.dampening": Key(0.0, "dampening of the momentum", on_resume=KEPT),
+    "sgd.nesterov": Key(False, "Nesterov momentum", on_resume=KEPT),
+    "rmsprop.alpha": Key(0.99, "smoothing constant", on_resume=KEPT),
+    "adam.beta1": Key(0.9, "decay rate of the first moment", on_resume=KEPT),
+    "adam.beta2": Key(0.999, "decay rate of the second moment", on_resume=KEPT),
     # loss
-    "loss.name": ("softmax", "softmax, triplet, drsl or pml"),
-    "loss.softmax.label_smooth": (True, "smooth the labels of the identity cross-entropy (of every loss)"),
-    "loss.triplet.margin": (0.3, "distance margin"),
-    "loss.triplet.weight_t": (1.0, "weight of the triplet loss"),
-    "loss.triplet.weight_x": (0.0, "weight of the identity cross-entropy"),
+    "loss.name": Key(
+        "softmax", "softmax, triplet, drsl or pml", choices=("softmax", "triplet", "drsl", "pml"), on_resume=FIXED
+    ),
+    "loss.softmax.label_smooth": Key(True, "smooth the labels of the identity cross-entropy (of every loss)"),
+    "loss.triplet.margin": Key(0.3, "distance margin"),
+    "loss.triplet.weight_t": Key(1.0, "weight of the triplet loss"),
+    "loss.triplet.weight_x": Key(0.0, "weight of the identity cross-entropy"),
     # test
-    "test.batch_size": (100, "images (or tracklets) in a batch"),
+    "test.batch_size": Key(100, "images (or tracklets) in a batch", least=1),
 }
 
-OURS: dict[str, Entry] = {
-    "model.bnneck": (
+OURS: dict[str, Key] = {
+    "model.bnneck": Key(
         False,
         "batch normalisation neck: metric loss before it, cross-entropy and retrieval after it (Luo et al., TMM 2019)",
+        on_resume=FIXED,
+        features=True,
     ),
-    "model.last_stride": (2, "stride of the last stage, for networks with a layer4; 1 keeps its resolution"),
-    "data.validation": (
+    "model.last_stride": Key(
+        2,
+        "stride of the last stage, for networks with a layer4; 1 keeps its resolution",
+        choices=(1, 2),
+        on_resume=FIXED,
+        features=True,
+    ),
+    "data.validation": Key(
         0.0,
         "share of the training identities, in (0, 1), that is taken out of training and tested on instead of the "
         "targets; 0: none",
+        on_resume=FIXED,
     ),
-    "data.validation_seed": (0, "seed of the draw of the validation identities"),
-    "data.identities": (0, "number of training identities to draw before the validation identities; 0: all"),
-    "data.allow_overlap": (
-        False,
-        "allow images that are in two sources, or both in training and in the test",
+    "data.validation_seed": Key(0, "seed of the draw of the validation identities", least=0, on_resume=FIXED),
+    "data.identities": Key(
+        0,
+        "number of training identities to draw before the validation identities; 0: all",
+        least=0,
+        on_resume=FIXED,
     ),
-    "datasets": ({}, "data sets of your own, by name: see torchreid_ext.data.datasets.register_datasets"),
-    "train.warmup_epoch": (0, "epochs at the start over which the learning rate rises linearly to its full value"),
-    "train.sync_batchnorm": (False, "several GPUs: batch normalisation over the whole batch, not over each share"),
-    "train.timeout": (1800, "seconds after which a process that waits for another process gives up"),
-    "loss.cross_camera": (
+    "data.allow_overlap": Key(False, "allow images that are in two sources, or both in training and in the test"),
+    "datasets": Key({}, "data sets of your own, by name: see torchreid_ext.data.datasets.register_datasets"),
+    "train.warmup_epoch": Key(
+        0, "epochs at the start over which the learning rate rises linearly to its full value", least=0, on_resume=FIXED
+    ),
+    "train.sync_batchnorm": Key(False, "several GPUs: batch normalisation over the whole batch, not over each share"),
+    "train.timeout": Key(
+        1800, "seconds after which a process that waits for another process gives up", least=1, on_resume=FREE
+    ),
+    "loss.cross_camera": Key(
         False,
         "drsl and pml: leave pairs of one identity and one camera out of positives and negatives, as evaluation does",
     ),
     **_metric_loss("drsl", "DRSL"),
-    "loss.pml.loss": ("TripletMarginLoss", "class of pytorch_metric_learning.losses, or package.module.Class"),
-    "loss.pml.kwargs": ({}, "arguments of the loss; num_classes and embedding_size are filled in"),
-    "loss.pml.lr": (0.0, "learning rate of the weights that the loss has, if any; 0 takes train.lr"),
+    "loss.pml.loss": Key(
+        "TripletMarginLoss", "class of pytorch_metric_learning.losses, or package.module.Class", on_resume=FIXED
+    ),
+    "loss.pml.kwargs": Key({}, "arguments of the loss; num_classes and embedding_size are filled in"),
+    "loss.pml.lr": Key(0.0, "learning rate of the weights that the loss has, if any; 0 takes train.lr", on_resume=KEPT),
     **_metric_loss("pml", "the loss"),
-    "test.untrained": (False, "test before training too, and print both results side by side"),
+    "test.untrained": Key(False, "test before training too, and print both results side by side"),
 }
 
-_RUN = keys_of_options(RunOptions)
+
+def keys_of_arguments(section: str, kind: type) -> dict[str, Key]:
+    """A config key ``SECTION.ARGUMENT`` for each argument of a class that is a number, a bool or a string.
+
+    The default is the argument's. The explanation is the first sentence about it in the docstring's ``Args``.
+    """
+    hints = typing.get_type_hints(kind.__init__)  # type: ignore[misc]
+    explained = _explained(inspect.getdoc(kind) or "")
+    keys = {}
+    for name, parameter in inspect.signature(kind).parameters.items():
+        scalar = _scalar(hints.get(name))
+        if parameter.default is not parameter.empty and scalar is not None:
+            optional = scalar if types.NoneType in typing.get_args(hints[name]) else None
+            keys[f"{section}.{name}"] = Key(parameter.default, explained.get(name, ""), kind=optional, name=name)
+    return keys
+
+
+def _scalar(hint: Any) -> type | None:
+    """The scalar type that a type hint names, alone or beside None."""
+    parts = [part for part in typing.get_args(hint) or [hint] if part is not types.NoneType]
+    return parts[0] if len(parts) == 1 and parts[0] in (bool, int, float, str) else None
+
+
+def _explained(docstring: str) -> dict[str, str]:
+    """The first sentence about each argument in a docstring's ``Args``."""
+    _, _, section = docstring.partition("Args:\n")
+    section = re.split(r"\n(?=\S)", section)[0]
+    found = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, re.M)
+    return {name: _first_sentence(" ".join(text.split())) for name, text in found}
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"\.(?:\s+(?=[A-Z`])|$)", text)[0].replace("``", "`")
+
+
+_RUN = RunOptions.keys()
 DRSL_ARGUMENTS = keys_of_arguments("loss.drsl", DRSLoss)
 """The keys that are arguments of ``DRSLoss``, with its defaults."""
 
 
 def _by_section(keys: dict[str, Key]) -> dict[str, Key]:
     """The keys of each section together, sections in the order of their first key."""
-    folders, sections = ([*dict.fromkeys(map(name, keys))] for name in (_folder, _section))
-    order = {key: (folders.index(_folder(key)), sections.index(_section(key))) for key in keys}
-    return {key: keys[key] for key in sorted(keys, key=lambda key: order[key])}
+    folders = [*dict.fromkeys(key.partition(".")[0] for key in keys)]
+    sections = [*dict.fromkeys(key.rpartition(".")[0] for key in keys)]
+    order = {key: (folders.index(key.partition(".")[0]), sections.index(key.rpartition(".")[0])) for key in keys}
+    return dict(sorted(keys.items(), key=lambda item: order[item[0]]))
 
 
-def _folder(key: str) -> str:
-    return key.partition(".")[0]
-
-
-def _section(key: str) -> str:
-    return key.rpartition(".")[0]
-
-
-KEYS: dict[str, Key] = _by_section(
-    {key: Key(*entry) for key, entry in TORCHREID.items()}
-    | DRSL_ARGUMENTS
-    | {key: Key(*entry) for key, entry in OURS.items()}
-    | _RUN
-)
+KEYS: dict[str, Key] = _by_section(TORCHREID | DRSL_ARGUMENTS | OURS | _RUN)
 """Every config key."""
 
-_OF_TORCHREID = inspect.signature(torchreid.engine.Engine.run).parameters
-ADDED = {
-    key: KEYS[key]
+ADDED = [
+    key
     for key in KEYS
-    if key in OURS or key in DRSL_ARGUMENTS or (key in _RUN and _RUN[key].name not in _OF_TORCHREID)
-}
+    if key in OURS
+    or key in DRSL_ARGUMENTS
+    or (key in _RUN and _RUN[key].name not in inspect.signature(torchreid.engine.Engine.run).parameters)
+]
 """The keys that torchreid does not have."""
 
 OPTIONS = {key for key, entry in KEYS.items() if entry.default == {} and key != "datasets"}
 """Keys whose value is a mapping of free form."""
 
-
-def describe() -> str:
-    """All keys, two lines for each, for --help."""
-    return "\n".join(f"  {key} ({entry.default!r})\n      {entry.text}" for key, entry in KEYS.items())
+ON_RESUME = {key: entry.on_resume for key, entry in KEYS.items()}
+"""What a resumed run does with another value of a key."""

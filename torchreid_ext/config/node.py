@@ -1,9 +1,9 @@
-"""The configuration object, which merges keys from files and from the command line and refuses wrong ones."""
+"""The configuration object: it merges keys from files and from the command line, and refuses wrong ones."""
 
 from __future__ import annotations
 
 import copy
-import difflib
+import datetime
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode
 
-from pml_drsl.checks import InputError
+from pml_drsl.checks import InputError, is_real, nearest
 from torchreid_ext.config.keys import KEYS, OPTIONS
-from torchreid_ext.config.values import converted
+from torchreid_ext.runtime.options import Key
 
 
 class Config(CfgNode):
@@ -30,13 +30,21 @@ class Config(CfgNode):
         """Merges a YAML file.
 
         Raises:
-            InputError: for a file that is missing or is not a YAML mapping, an unknown key, or a wrong type of value.
+            InputError: for a file that is missing or is not a YAML mapping, a key that stands twice in a section, base
+                files in a circle, an unknown key, or a wrong type of value.
         """
-        values = _read_yaml(Path(cfg_filename))
+        self._merge_file(Path(cfg_filename), [])
+
+    def _merge_file(self, path: Path, above: list[Path]) -> None:
+        if path.resolve() in above:
+            raise InputError(f"config file {path}: base leads back to this file; remove one base of the circle")
+        values = _read_yaml(path)
         base = values.pop("base", None)
-        if base:
-            self.merge_from_file(Path(cfg_filename).parent / base)
-        self._merge(values, str(cfg_filename))
+        if base is not None:
+            if not isinstance(base, str):
+                raise InputError(f"config file {path}: base takes the name of one file, got {base!r}")
+            self._merge_file(path.parent / base, [*above, path.resolve()])
+        self._merge(values, str(path))
 
     def merge_from_list(self, cfg_list: list[Any]) -> None:
         """Merges ``[key, value, key, value, ...]``. A value is an object, or a string in the syntax of Python or YAML.
@@ -58,20 +66,33 @@ class Config(CfgNode):
             self._merge(_nested(key, self._decoded(key, value)), "the command line")
 
     def _decoded(self, key: str, word: Any) -> Any:
-        value = self._decode_cfg_value(word)
+        try:
+            value = self._decode_cfg_value(word)
+        except (TypeError, MemoryError, RecursionError):
+            value = word
         if _is_text(key, word, value):
             return word
         if not isinstance(value, str) or value[:1] not in ("{", "["):
             return value
         # YAML allows names without quotes in a mapping or a list. Python does not.
-        try:
-            return yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise InputError(f"config key {key!r}: {value} is not YAML: {error}") from error
+        return _load_yaml(value, f"config key {key!r}: {value}")
 
     def _merge(self, values: Mapping[str, Any], source: str) -> None:
         known = dict(_flatten(self))
-        for key, value in _flatten(values):
+        try:
+            pairs = list(_flatten(values))
+        except RecursionError as error:
+            raise InputError(f"a value in {source} holds itself; write it out") from error
+        for key, value in pairs:
+            section = next((name for name in known if name.startswith(f"{key}.")), "")
+            if section or key == "datasets":
+                # Nothing is set where all keys of a section are commented out.
+                if value is not None:
+                    example = section or "datasets.NAME"
+                    raise InputError(
+                        f"config key {key!r} is a section of keys, such as {example}, got {value!r} in {source}"
+                    )
+                continue
             _set(self, key, _coerce(key, value, known, source))
 
 
@@ -85,13 +106,35 @@ def _is_text(key: str, word: Any, value: Any) -> bool:
     return isinstance(default, str)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a section, of which YAML would silently lose the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _load_yaml(text: str, what: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except Exception as error:
+        # yaml's constructors raise errors of many kinds: "!!int ''" an IndexError, 2024-99-99 a ValueError.
+        raise InputError(f"{what} is not YAML: {' '.join(str(error).split())}") from error
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"config file {path} does not exist")
     try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"config file {path} is not YAML: {error}") from error
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"config file {path} is not text in UTF-8: {error}; save it in this encoding") from error
+    values = _load_yaml(text, f"config file {path}")
     if not isinstance(values, dict):
         raise InputError(f"config file {path} must hold keys and values, got {values!r}")
     return values
@@ -121,15 +164,14 @@ def _set(node: Any, key: str, value: Any) -> None:
 
 def _coerce(key: str, value: Any, known: dict[str, Any], source: str) -> Any:
     if key.startswith("datasets."):
-        if not isinstance(value, Mapping):
+        if not isinstance(value, Mapping) or key.count(".") > 1:
             raise InputError(f"config key {key!r} takes the options of a data set, got {value!r} in {source}")
         return Config({**known.get(key, {}), **value})
     if key not in known:
-        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)
-        raise InputError(f"unknown config key {key!r} in {source}; did you mean {nearest[0]!r}?")
+        raise InputError(f"unknown config key {key!r} in {source}; did you mean {nearest(key, known)!r}?")
     if key in OPTIONS:
         return _options(key, value, known[key], source)
-    return converted(key, KEYS[key], value, source)
+    return _converted(key, KEYS[key], value, source)
 
 
 def _options(key: str, value: Any, known: Config, source: str) -> Config:
@@ -143,6 +185,70 @@ def _options(key: str, value: Any, known: Config, source: str) -> Config:
         )
         raise InputError(f"config key {key!r} takes {takes}, got {value!r} in {source}")
     return Config(dict(value) if "name" in value else {**known, **value})
+
+
+def _converted(key: str, entry: Key, value: Any, source: str) -> Any:
+    """``value`` as the type of a config key, where its meaning is plain.
+
+    A whole number becomes a string where a string is wanted, ``"1e-3"`` a number, ``60.0`` a whole number, and a
+    single value a list. The entries of a list become the type of the entries of its default.
+    """
+    if value is None and entry.kind is not None:
+        return None
+    kind = entry.kind or type(entry.default)
+    if kind is list:
+        entries = list(value) if isinstance(value, (list, tuple)) else [value]
+        kind = type(entry.default[0])
+        wanted = f"a list in which every entry is {_KINDS[kind]}"
+        return [_single(kind, each, wanted, key, entry, source) for each in entries]
+    if value is False and entry.default == "off":
+        # YAML reads the word off as False.
+        return "off"
+    if entry.default == "auto" and _to_bool(value) is not None:
+        return _to_bool(value)
+    return _single(kind, value, _KINDS[kind], key, entry, source)
+
+
+def _single(kind: type, value: Any, wanted: str, key: str, entry: Key, source: str) -> Any:
+    try:
+        found = _CONVERSIONS[kind](value)
+    except (ValueError, OverflowError):
+        found = None
+    if found is None:
+        none = " or None" if entry.kind is not None else ""
+        raise InputError(
+            f"config key {key!r} takes {wanted}{none}, such as {entry.default!r}, got {value!r} in {source}"
+        )
+    return found
+
+
+def _to_bool(value: Any) -> bool | None:
+    if isinstance(value, str):
+        # YAML knows true, yes and on.
+        value = yaml.safe_load(value) if value.isalpha() else None
+    return value if isinstance(value, bool) else None
+
+
+def _to_float(value: Any) -> float | None:
+    # YAML takes 1e-3 for a string.
+    value = float(value) if isinstance(value, str) else value
+    return float(value) if is_real(value) else None
+
+
+def _to_int(value: Any) -> int | None:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    number = _to_float(value)
+    return int(number) if number is not None and number.is_integer() else None
+
+
+def _to_str(value: Any) -> str | None:
+    plain = isinstance(value, (int, float, datetime.date)) and not isinstance(value, (bool, datetime.datetime))
+    return str(value) if plain or isinstance(value, str) else None
+
+
+_CONVERSIONS = {bool: _to_bool, float: _to_float, int: _to_int, str: _to_str}
+_KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}
 
 
 def plain(value: Any) -> Any:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from pml_drsl.checks import InputError
+from pml_drsl.checks import InputError, nearest
 from torchreid_ext.images import JUNK, pattern
 
 
@@ -51,6 +50,9 @@ class SetOptions:
 LISTS = {"folder": 1, "train": 0, "test": 0, "query_cameras": 1, "junk": 0}
 """Options that are lists, with the least number of entries."""
 
+NUMBERS = {"seed": 0, "min_images": 1}
+"""Options that are whole numbers, with the least."""
+
 WITH_CSV = {"csv", "cameras", "junk"}
 """Options that a data set of a CSV may have."""
 
@@ -67,31 +69,10 @@ def make_options(name: str, given: Mapping[str, Any]) -> SetOptions:
     known = [option.name for option in fields(SetOptions)]
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
-            raise InputError(f"{where}.{key} is not an option; did you mean {near[0]!r}? Known: {', '.join(known)}")
+            near = nearest(key, known)
+            raise InputError(f"{where}.{key} is not an option; did you mean {near!r}? Known: {', '.join(known)}")
     _check_combination(where, given)
-    values = dict(given)
-    if isinstance(values.get("folder"), str):
-        values["folder"] = [values["folder"]]
-    for key, least in LISTS.items():
-        if key in values:
-            entries = values[key]
-            if isinstance(entries, str) or not isinstance(entries, (list, tuple)) or len(entries) < least:
-                kind = "one or more entries" if least else "entries"
-                raise InputError(f"{where}.{key}={entries!r} must be a list of {kind}, such as [a, b]")
-            values[key] = tuple(map(str, entries))
-    for key in ("pattern", "csv"):
-        if key in values and not isinstance(values[key], str):
-            raise InputError(f"{where}.{key}={values[key]!r} must be a string")
-    for key, least in (("seed", 0), ("min_images", 1)):
-        if key in values and (type(values[key]) is not int or values[key] < least):
-            raise InputError(f"{where}.{key}={values[key]!r} must be an integer of {least} or more")
-    fraction = values.get("test_fraction", 0.5)
-    if type(fraction) not in (int, float) or not 0.0 < fraction < 1.0:
-        raise InputError(f"{where}.test_fraction={fraction!r} must be greater than 0 and less than 1")
-    options = SetOptions(**values)
-    if options.cameras not in ("names", "none"):
-        raise InputError(f"{where}.cameras={options.cameras!r} must be names or none")
+    options = SetOptions(**{key: _checked(where, key, value) for key, value in given.items()})
     names = pattern(options.pattern, f"{where}.pattern")
     if options.cameras == "names" and "camera" not in names.groupindex:
         raise InputError(
@@ -99,6 +80,26 @@ def make_options(name: str, given: Mapping[str, Any]) -> SetOptions:
             f"none"
         )
     return options
+
+
+def _checked(where: str, key: str, value: Any) -> Any:
+    """The value of an option; a list as a tuple of strings."""
+    if key == "folder" and isinstance(value, str):
+        return (value,)
+    if key in LISTS:
+        wrong = not isinstance(value, (list, tuple)) or len(value) < LISTS[key]
+        takes = f"a list of {'one or more ' if LISTS[key] else ''}entries, such as [a, b]"
+    elif key in NUMBERS:
+        wrong, takes = type(value) is not int or value < NUMBERS[key], f"an integer of {NUMBERS[key]} or more"
+    elif key == "test_fraction":
+        wrong, takes = type(value) not in (int, float) or not 0 < value < 1, "greater than 0 and less than 1"
+    elif key == "cameras":
+        wrong, takes = value not in ("names", "none"), "names or none"
+    else:
+        wrong, takes = not isinstance(value, str), "a string"
+    if wrong:
+        raise InputError(f"{where}.{key}={value!r} must be {takes}")
+    return tuple(map(str, value)) if key in LISTS else value
 
 
 def _check_combination(where: str, given: Mapping[str, Any]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import operator
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -12,17 +14,17 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pml_drsl.checks import InputError
 from pml_drsl.evaluation.scores import RetrievalResult
-from torchreid_ext.checkpoint import resuming, states
-from torchreid_ext.checkpoint.folder import History
+from torchreid_ext import networks
+from torchreid_ext.checkpoint import checkpoint, resuming, states
+from torchreid_ext.checkpoint.folder import History, RunCheckpoints
 from torchreid_ext.data.loading import readable
 from torchreid_ext.data.repeatable import repeatable
 from torchreid_ext.data.samplers import check_trains, whole_batches
-from torchreid_ext.engine.freezing import Layers
+from torchreid_ext.engine.compatibility import check_batch_norm
 from torchreid_ext.engine.logs import EpochLog
 from torchreid_ext.engine.options import RunOptions
-from torchreid_ext.engine.saving import RunCheckpoints
-from torchreid_ext.engine.step import TrainingStep
-from torchreid_ext.engine.stepper import Stepper
+from torchreid_ext.engine.schedule import Layers
+from torchreid_ext.engine.step import Stepper, TrainingStep
 from torchreid_ext.evaluation.tester import Tester
 from torchreid_ext.runtime import distributed
 from torchreid_ext.runtime.signals import Interrupted, StopRequest
@@ -39,6 +41,7 @@ class BaseEngine(Tester, TrainingStep):
         rank1: rank-1 of the latest test, on its last target.
         best: mean mAP over the targets of the best test so far, and the epoch after which it was; -1 before any test.
         config: flat configuration of the run (dotted key, plain value), saved with it and compared when it is resumed.
+        on_resume: what a resumed run does with another value of a key of ``config``: see ``Key.on_resume``.
         options: options of the present run.
         skipped: number of steps that were skipped because their loss was not finite.
         stepper: steps the optimizers, in the precision of the run.
@@ -54,6 +57,7 @@ class BaseEngine(Tester, TrainingStep):
         self.results: dict[str, RetrievalResult] = {}
         self.best: dict[str, float] = {"mAP": -1.0, "epoch": -1}
         self.config: dict[str, Any] = {}
+        self.on_resume: dict[str, str] = {}
         self.skipped = self.batch_idx = self.max_epoch = 0
         self.stop = StopRequest()
         self.rank1 = 0.0
@@ -88,6 +92,9 @@ class BaseEngine(Tester, TrainingStep):
         self.options = chosen = RunOptions.of({"save_dir": save_dir, **options})
         for module in (*self._models.values(), *states.losses_of(self).values()):
             distributed.same_as_first(module)
+        for model in self._models.values():
+            height, width = getattr(self.datamanager, "height", 256), getattr(self.datamanager, "width", 128)
+            networks.set_memory_format(model, chosen.channels_last, height, width, half=chosen.amp != "off")
         if chosen.test_only:
             return self.test(**chosen.last_test())
         started = time.monotonic()
@@ -97,13 +104,15 @@ class BaseEngine(Tester, TrainingStep):
                 self._train_and_test(chosen, checkpoints)
         except (Interrupted, RuntimeError) as error:
             # A signal may also have reached a process of the loader, which died of it, or only another process.
-            signum = getattr(error, "signal", self.stop.signum)
+            signum = getattr(error, "signal", self.stop.signum if _is_of_a_dead_process(error) else None)
             if signum is None:
                 raise
             raise Interrupted(signum, checkpoints.interrupted(signum)) from error
         finally:
             if self.writer is not None:
+                # A later test of this engine would otherwise open the log of the run again.
                 self.writer.close()
+                self.writer = None
             self._layers.pop(self.model).open_all()
             checkpoints.forget_start()
             self.stop = StopRequest()
@@ -121,17 +130,20 @@ class BaseEngine(Tester, TrainingStep):
         self._checkpoints = RunCheckpoints(
             self, self._folder(chosen.save_dir), chosen.keep_checkpoints, self._resumed_from
         )
-        self.stepper = Stepper(chosen.amp, chosen.compiled, self.device.type, chosen.channels_last, chosen.chunk_size)
+        self.stepper = Stepper(chosen.amp, chosen.compiled, self.device.type, chosen.chunk_size)
+        if chosen.start_epoch < chosen.max_epoch:
+            check_batch_norm(self.model, self.images_in_batches(), chosen.chunk_size)
         self.start_epoch, self.max_epoch = chosen.start_epoch, chosen.max_epoch
-        self.writer = None
-        if distributed.is_first():
-            # A resumed run repeats the interrupted epoch, whose entries in the TensorBoard log are removed.
-            purge_step = self.start_epoch * len(self.train_loader) if self._resumed else None
-            self.writer = SummaryWriter(log_dir=chosen.save_dir, purge_step=purge_step)
+        # A resumed run repeats the interrupted epoch, whose entries in the TensorBoard log are removed.
+        purge_step = self.start_epoch * len(self.train_loader) if self._resumed else None
+        writers: list[SummaryWriter] = []
+        # The writer itself cannot be sent to the other processes.
+        distributed.from_first(lambda: writers.append(SummaryWriter(log_dir=chosen.save_dir, purge_step=purge_step)))
+        self.writer = writers[0] if writers else None
         return self._checkpoints
 
     def _train_and_test(self, chosen: RunOptions, checkpoints: RunCheckpoints) -> None:
-        states.restore_randomness(self, self._resumed)
+        states.restore_randomness(self, self._resumed, str(self._resumed_from))
         self._resumed = {}
         if self.start_epoch < self.max_epoch:
             print("=> Start training")
@@ -219,8 +231,8 @@ class BaseEngine(Tester, TrainingStep):
     def save_model(self, epoch: int, rank1: float, save_dir: str, is_best: bool = False) -> None:
         """Writes ``save_dir/model/model.pth.tar-EPOCH``, where EPOCH is counted from 1, as torchreid does."""
         self.rank1 = float(rank1)
-        if distributed.is_first():
-            History(self._folder(save_dir)).save(states.of_engine(self, epoch + 1), epoch + 1, is_best)
+        history = History(self._folder(save_dir))
+        distributed.from_first(lambda: history.save(states.of_engine(self, epoch + 1), epoch + 1, is_best))
 
     def resume(self, path: str, save_dir: str = "log", since: float = 0, test_only: bool = False) -> int:
         """Loads a checkpoint; returns its epoch, which is the ``start_epoch`` for ``run``.
@@ -236,16 +248,19 @@ class BaseEngine(Tester, TrainingStep):
             InputError: if there is nothing to load, if the checkpoint does not fit, or if ``config`` differs from the
                 checkpoint's in a key that cannot change.
         """
-        found = distributed.from_first(lambda: resuming.find(path, self._folder(save_dir), since))
-        if found is None:
+        newest = distributed.from_first(lambda: resuming.find(path, self._folder(save_dir), since))
+        if newest is None:
             print(f"model.resume auto: there is no checkpoint in '{self._folder(save_dir)}'; starting anew")
             return 0
-        path, state = found
-        resuming.check_fits(path, state, self.datamanager.num_train_pids, self.config, test_only)
+        path, state = newest
+        with checkpoint.fitting(path):
+            resuming.check_fits(path, state, self.datamanager.num_train_pids, self.config, self.on_resume, test_only)
         states.restore_engine(self, state, path)
+        with checkpoint.fitting(path):
+            epoch = operator.index(state["epoch"])
         self._resumed, self._resumed_from = state, Path(path)
-        print(f"Resuming from '{path}' after epoch {state['epoch']}")
-        return int(state["epoch"])
+        print(f"Resuming from '{path}' after epoch {epoch}")
+        return epoch
 
     def _folder(self, save_dir: str) -> Path:
         return Path(save_dir, self.get_model_names()[0])
@@ -263,3 +278,8 @@ class BaseEngine(Tester, TrainingStep):
 
 def _names(layers: str | list[str] | None) -> list[str]:
     return [layers] if isinstance(layers, str) else layers or []
+
+
+def _is_of_a_dead_process(error: BaseException) -> bool:
+    """Whether torch reports that a process of the loader, or another process of the run, has ended."""
+    return bool(re.search(r"DataLoader worker \(pid|Connection closed by peer", str(error)))

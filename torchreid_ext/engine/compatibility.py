@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pytorch_metric_learning import losses
@@ -66,13 +66,40 @@ def check_returns_features(model: nn.Module) -> None:
         )
 
 
+def check_batch_norm(model: nn.Module, batches: Iterable[int], chunk_size: int) -> None:
+    """Refuses batches and chunks of a single image for a network with batch normalisation, before training starts.
+
+    Args:
+        model: the network.
+        batches: numbers of images that a process may have in a batch.
+        chunk_size: largest number of images in a chunk; 0 for no chunks.
+
+    Raises:
+        InputError: naming the numbers and the fix.
+    """
+    # SyncBatchNorm sees the images of all processes.
+    alone = [nn.modules.batchnorm._BatchNorm] if distributed.size() == 1 else [nn.BatchNorm1d, nn.BatchNorm2d]
+    if not any(isinstance(module, tuple(alone)) for module in model.modules()):
+        return
+    for images in batches:
+        # The chunks of a batch differ by one image at most.
+        if images and images // (-(-images // chunk_size) if chunk_size else 1) == 1:
+            where = (
+                f"train.chunk_size {chunk_size} divides {images} images so that a chunk" if images > 1 else "a batch"
+            )
+            raise InputError(
+                f"{where} has a single image in it, and the network's batch normalisation needs two or more to compute "
+                f"a variance: make train.{'chunk_size' if images > 1 else 'batch_size'} larger"
+            )
+
+
 def loss_that_compares_images(criterion: nn.Module) -> str | None:
     """The name of a loss in the criterion that compares the images of a batch with each other; None if there is none.
 
     A loss with weights (ArcFace, proxies) compares the images with its weights instead.
     """
-    found = _parts(criterion, losses.BaseMetricLossFunction) or [criterion]
-    return next((type(loss).__name__ for loss in found if not any(p.requires_grad for p in loss.parameters())), None)
+    parts = _parts(criterion, losses.BaseMetricLossFunction) or [criterion]
+    return next((type(loss).__name__ for loss in parts if not any(p.requires_grad for p in loss.parameters())), None)
 
 
 def _parts(criterion: nn.Module, kinds: Any) -> list[Any]:

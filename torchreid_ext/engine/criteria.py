@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ import pml_drsl.distances
 import pml_drsl.losses
 import pml_drsl.miners
 import pml_drsl.reducers
-from pml_drsl.checks import InputError
+from pml_drsl.checks import InputError, nearest
 from pml_drsl.wrappers import CrossBatchMemory
 
 NOT_TRAINED = {
@@ -133,8 +132,7 @@ def build(
     if isinstance(name, str) and "." in name:
         table = {name: _imported(key, name)}
     if name not in table:
-        nearest = difflib.get_close_matches(str(name), table, n=1, cutoff=0)[0]
-        raise InputError(f"{key}: there is no {name!r}; did you mean {nearest!r}?")
+        raise InputError(f"{key}: there is no {name!r}; did you mean {nearest(name, table)!r}?")
     kind = table[name]
     known = parameters(kind)
     for argument in arguments:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torchreid_ext.engine.stepper import AMP
 from torchreid_ext.evaluation.options import EvaluationOptions
 from torchreid_ext.runtime.options import documented, option
 
@@ -15,29 +14,32 @@ from torchreid_ext.runtime.options import documented, option
 class RunOptions(EvaluationOptions):
     """Options of ``engine.run``.
 
-    A field added here is also a config key, a line of ``drsl-train --help`` and a row of the table in
-    docs/torchreid.md (``python -m torchreid_ext.config.table`` writes that table).
+    A field added here is also a config key, a line of ``drsl-train --list keys`` and a row of the table in
+    docs/torchreid.md (``python tests/support/key_table.py`` writes that table).
     """
 
-    save_dir: str = option("data.save_dir", "log", "folder for checkpoints, logs and results")
+    save_dir: str = option("data.save_dir", "log", "folder for checkpoints, logs and results", on_resume="free")
     max_epoch: int = option("train.max_epoch", 0, "epochs to train", least=0, config_default=60)
     start_epoch: int = option("train.start_epoch", 0, "epoch to start from", least=0)
     fixbase_epoch: int = option("train.fixbase_epoch", 0, "epochs at the start that train only open_layers", least=0)
     open_layers: str | list[str] | None = option(
         "train.open_layers", None, "layers trained in the first fixbase_epoch epochs", config_default=["classifier"]
     )
-    print_freq: int = option("train.print_freq", 10, "batches between two lines of the log", least=1, config_default=20)
+    print_freq: int = option(
+        "train.print_freq", 10, "batches between two lines of the log", least=1, config_default=20, on_resume="free"
+    )
     amp: str = option(
         "train.amp",
         "off",
         "precision of the network in training: off, bf16 or fp16 (with scaled gradients)",
-        choices=tuple(AMP),
+        choices=("off", "bf16", "fp16"),
     )
     compiled: bool = option("train.compile", False, "compile the network for training with torch.compile")
-    channels_last: bool = option(
+    channels_last: str | bool = option(
         "train.channels_last",
-        False,
-        "keep images and weights in channels_last memory format, which is faster on GPUs with amp",
+        "auto",
+        "memory format channels_last, in training and tests: True, False, or auto: where it is faster",
+        choices=("auto", True, False),
     )
     chunk_size: int = option(
         "train.chunk_size",
@@ -53,7 +55,7 @@ class RunOptions(EvaluationOptions):
     keep_checkpoints: int = option(
         "train.keep_checkpoints", 3, "checkpoints to keep, besides the last and the best; 0 keeps all", least=0
     )
-    test_only: bool = option("test.evaluate", False, "only test")
+    test_only: bool = option("test.evaluate", False, "only test", on_resume="free")
     eval_freq: int = option("test.eval_freq", -1, "epochs between tests; -1 tests only at the end", least=-1)
     start_eval: int = option("test.start_eval", 0, "first epoch to test after", least=0)
 

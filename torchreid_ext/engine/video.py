@@ -30,8 +30,8 @@ def _padded(images: Tensor, length: int) -> Tensor:
 
 def _frames(images: Tensor) -> tuple[Tensor, Tensor]:
     """The frames of all tracklets without the filling, shape (M, C, H, W), and the length of each, shape (N,)."""
-    there = ~images[:, :, 0, 0, 0].isnan()
-    return images[there], there.sum(1)
+    filled = ~images[:, :, 0, 0, 0].isnan()
+    return images[filled], filled.sum(1)
 
 
 class Tracklets:
@@ -58,6 +58,12 @@ class Tracklets:
         loaders = [loader for splits in self.test_loader.values() for loader in splits.values()]
         for loader in [self.train_loader, *loaders]:
             loader.collate_fn = collate_tracklets
+
+    def images_in_batches(self) -> set[int]:
+        dataset = self.train_loader.dataset
+        if dataset.sample_method == "all":
+            return set()
+        return {number * dataset.seq_len for number in super().images_in_batches()}  # type: ignore[misc]
 
     def parse_data_for_train(self, data: dict[str, Any]) -> tuple[Tensor, Tensor]:
         frames, lengths = _frames(data["img"])

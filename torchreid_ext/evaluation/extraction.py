@@ -1,4 +1,4 @@
-"""Divides the extraction of features among several processes, with the result of one process."""
+"""Extracts the features of a test set, in one process or divided among several, with the same result."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from pml_drsl.checks import InputError
 from pml_drsl.evaluation.ranking import share
@@ -28,6 +29,42 @@ class Samples:
     features: Tensor
     pids: np.ndarray[Any, Any]
     camids: np.ndarray[Any, Any]
+
+
+def extract(engine: Any, loader: Any, group: dist.ProcessGroup | None = None) -> Samples:
+    """Extracts the features of all images of a loader with the model of the engine. The features are on the CPU.
+
+    With a ``group``, each process of the group extracts its share, and every process gets all features. They are equal,
+    bit for bit, to the features that one process extracts with the same number of threads.
+
+    Raises:
+        Interrupted: if a signal asks the run to stop.
+        InputError, RuntimeError: on every process of a group, if one of them fails.
+    """
+    if group is None:
+        return _extract(engine, loader)
+    shard = shard_of_loader(loader, group)
+    device = next(engine.model.parameters()).device
+    try:
+        with first_process_model(engine, group):
+            return gather_samples(lambda: _extract(engine, shard) if len(shard) else None, device, group)
+    except Interrupted as stop:  # perhaps only another process received the signal
+        engine.stop.signum = stop.signal
+        raise
+
+
+@torch.no_grad()
+def _extract(engine: Any, loader: Any) -> Samples:
+    device = next(engine.model.parameters()).device
+    features, pids, camids = [], [], []
+    # disable=None shows the bar only on a terminal.
+    for data in tqdm(loader, desc="features", leave=False, disable=None):
+        images, batch_pids, batch_camids = engine.parse_data_for_eval(data)
+        features.append(engine.extract_features(images.to(device)).cpu())
+        pids.append(np.asarray(batch_pids))
+        camids.append(np.asarray(batch_camids))
+        engine.stop.check()
+    return Samples(torch.cat(features), np.concatenate(pids), np.concatenate(camids))
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pml_drsl.evaluation.scores import METRICS
 from torchreid_ext.runtime.options import Options, documented, option
 
 
@@ -15,16 +14,14 @@ class EvaluationOptions(Options):
     """Options of ``engine.test``."""
 
     save_dir: str = option("", "", "folder for results; an empty name writes none")
-    dist_metric: str = option("test.dist_metric", "euclidean", "euclidean or cosine", choices=METRICS)
+    dist_metric: str = option("test.dist_metric", "euclidean", "euclidean or cosine", choices=("euclidean", "cosine"))
     normalize_feature: bool = option("test.normalize_feature", False, "scale every feature to unit norm first")
     ranks: Sequence[int] = option("test.ranks", [1, 5, 10, 20], "CMC ranks to print", least=1)
     use_metric_cuhk03: bool = option(
         "cuhk03.use_metric_cuhk03", False, "score by the single-gallery-shot protocol of CUHK03"
     )
     rerank: bool = option("test.rerank", False, "re-rank by k-reciprocal neighbours in the last test")
-    visrank: bool = option(
-        "test.visrank", False, "draw the ranking of every query after the last test, and an index.html to browse them"
-    )
+    visrank: bool = option("test.visrank", False, "show the ranking of every query after the last test, on a web page")
     visrank_topk: int = option("test.visrank_topk", 10, "gallery entries to draw for each query", least=1)
     picture: int = option("test.picture", 0, "number of queries to draw on one page after the last test", least=0)
     queries: bool = option(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from pml_drsl.checks import InputError
 from torchreid_ext.pixels import read_image
+from torchreid_ext.runtime.files import replacing
 
 Colour = tuple[int, int, int]
 Entry = str | Sequence[str]
@@ -87,6 +87,11 @@ def _spread(paths: Sequence[str], most: int) -> list[str]:
     return [paths[number * len(paths) // count] for number in range(count)]
 
 
+def _rounded(distance: float) -> str:
+    """A distance with three places; a negative one that rounds to zero has no sign."""
+    return f"{round(distance, 3) + 0.0:.3f}"
+
+
 def _mark(draw: ImageDraw.ImageDraw, right: int, top: int, correct: bool) -> None:
     """Draws a tick or a cross on a disc. ``right`` and ``top`` are edges of the disc."""
     x, y = right - _MARK, top + _MARK
@@ -143,7 +148,7 @@ def ranking_picture(rows: Sequence[RankedQuery], title: str) -> Image.Image:
             if not junk:
                 _mark(draw, left + cell_width + 4, top - 4, bool(correct))
             draw.text((left, below), "junk" if junk else f"{rank}", FAINT if junk else INK, caption, anchor="lt")
-            draw.text((left + cell_width, below), f"{distance:.3f}", FAINT, caption, anchor="rt")
+            draw.text((left + cell_width, below), _rounded(distance), FAINT, caption, anchor="rt")
     return page
 
 
@@ -162,9 +167,6 @@ def save_ranking_picture(path: str | os.PathLike[str], rows: Sequence[RankedQuer
         InputError: if there are no rows.
         OSError: if an image cannot be read or the page not be written.
     """
-    page, target = ranking_picture(rows, title), Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
-        page.save(Path(temporary, "page.png"))
-        os.replace(Path(temporary, "page.png"), target)
-    return target
+    with replacing(path) as file:
+        ranking_picture(rows, title).save(file, "PNG")
+    return Path(path)

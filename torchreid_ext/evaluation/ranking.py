@@ -1,9 +1,8 @@
-"""Searches the gallery for every query: features, scores and pictures of the rankings."""
+"""Ranks the gallery for every query, prints the scores, and draws the rankings."""
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,51 +10,14 @@ import numpy as np
 import torch
 from torch import distributed as dist
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from pml_drsl.evaluation import reranking
 from pml_drsl.evaluation.scores import FeatureDistances, RankedQueries, RetrievalResult, rank_queries, summarize
-from torchreid_ext.evaluation.extraction import Samples, first_process_model, gather_samples, shard_of_loader
+from torchreid_ext.evaluation import page
+from torchreid_ext.evaluation.extraction import Samples
 from torchreid_ext.evaluation.pictures import RankedQuery, save_ranking_picture
-from torchreid_ext.runtime.signals import Interrupted
 
 Paths = tuple[Sequence[Any], Sequence[Any]]
-
-
-def extract(engine: Any, loader: Any, group: dist.ProcessGroup | None = None) -> Samples:
-    """Extracts the features of all images of a loader with the model of the engine. The features are on the CPU.
-
-    With a ``group``, each process of the group extracts its share, and every process gets all features. They are equal,
-    bit for bit, to the features that one process extracts with the same number of threads.
-
-    Raises:
-        Interrupted: if a signal asks the run to stop.
-        InputError, RuntimeError: on every process of a group, if one of them fails.
-    """
-    if group is None:
-        return _extract(engine, loader)
-    shard = shard_of_loader(loader, group)
-    device = next(engine.model.parameters()).device
-    try:
-        with first_process_model(engine, group):
-            return gather_samples(lambda: _extract(engine, shard) if len(shard) else None, device, group)
-    except Interrupted as stop:  # perhaps only another process received the signal
-        engine.stop.signum = stop.signal
-        raise
-
-
-@torch.no_grad()
-def _extract(engine: Any, loader: Any) -> Samples:
-    device = next(engine.model.parameters()).device
-    features, pids, camids = [], [], []
-    # disable=None shows the bar only on a terminal.
-    for data in tqdm(loader, desc="features", leave=False, disable=None):
-        images, batch_pids, batch_camids = engine.parse_data_for_eval(data)
-        features.append(engine.extract_features(images.to(device)).cpu())
-        pids.append(np.asarray(batch_pids))
-        camids.append(np.asarray(batch_camids))
-        engine.stop.check()
-    return Samples(torch.cat(features), np.concatenate(pids), np.concatenate(camids))
 
 
 class Search:
@@ -107,7 +69,8 @@ class Search:
     def ranking(self, index: int, topk: int, query_paths: Sequence[Any], gallery_paths: Sequence[Any]) -> RankedQuery:
         """Returns the nearest gallery entries of one query: ``topk`` valid entries, and the junk between them."""
         pid, camid = self.query.pids[index], self.query.camids[index]
-        junk = (self.gallery.pids == pid) & (self.gallery.camids == camid)
+        # Identity -1 is a badly drawn box, which has no effect either.
+        junk = (self.gallery.pids == -1) | ((self.gallery.pids == pid) & (self.gallery.camids == camid))
         distances = self.distances.distances(index, index + 1)[0].cpu().numpy()
         order = distances.argsort(kind="stable")
         # An entry is shown if fewer than topk valid entries precede it.
@@ -121,50 +84,54 @@ class Search:
         )
 
 
-def print_result(result: RetrievalResult, ranks: Iterable[int]) -> None:
+def print_result(result: RetrievalResult, ranks: Sequence[int]) -> None:
     """Prints a result in the format of torchreid."""
     print("** Results **")
     print(
         f"{result.num_query} queries, {result.num_unmatched} of them left out because they have no match; "
         f"{result.num_gallery} gallery entries, {result.num_junk / result.num_query:.1f} junk entries per query"
     )
-    print(f"mAP: {result.mAP:.1%}\nmINP: {result.mINP:.1%}\nCMC curve")
-    for rank in ranks:
-        print(f"Rank-{rank:<3}: {result.rank(rank):.1%}")
+    curve = False
+    for name, value in result.scores(ranks).items():
+        if name.startswith("rank-") and not curve:
+            print("CMC curve")
+            curve = True
+        print(f"{_title(name):<8}: {value:.1%}" if curve else f"{name}: {value:.1%}")
 
 
 def print_side_by_side(columns: dict[str, dict[str, RetrievalResult]], ranks: Sequence[int]) -> None:
     """Prints a table for each target, with one column for each test."""
     for target in next(iter(columns.values())):
-        results = {name: results[target] for name, results in columns.items()}
+        results = {name: results[target].scores(ranks) for name, results in columns.items()}
         print(f"\n{target:<12}" + "".join(f"{name:>12}" for name in results))
-        rows = [("mAP", [r.mAP for r in results.values()]), ("mINP", [r.mINP for r in results.values()])]
-        rows += [(f"Rank-{rank}", [r.rank(rank) for r in results.values()]) for rank in ranks]
-        for name, values in rows:
-            print(f"{name:<12}" + "".join(f"{value:>12.1%}" for value in values))
+        for name in next(iter(results.values())):
+            print(f"{_title(name):<12}" + "".join(f"{values[name]:>12.1%}" for values in results.values()))
 
 
-def draw_page(search: Search, paths: Paths, indices: Sequence[int], topk: int, path: Path, title: str) -> Path:
-    """Draws the rankings of some queries on one page. ``paths`` holds the image paths of queries and of the gallery."""
+def _title(name: str) -> str:
+    return name.replace("rank-", "Rank-")
+
+
+def draw_some(search: Search, paths: Paths, count: int, topk: int, path: Path, title: str) -> Path:
+    """Draws the rankings of ``count`` queries in one picture. ``paths`` holds the images of queries and gallery."""
+    # The queries are spread evenly over the query set, so that the picture shows many identities.
+    indices = np.linspace(0, len(paths[0]) - 1, min(count, len(paths[0]))).astype(int).tolist()
     return save_ranking_picture(path, [search.ranking(index, topk, *paths) for index in indices], title)
 
 
-def draw_all(search: Search, paths: Paths, topk: int, folder: Path, title: str) -> Path:
-    """Draws a page for every query, and writes ``index.html``, which shows all pages. Returns the path of the index.
+def write_pages(search: Search, paths: Paths, topk: int, path: Path, title: str) -> Path:
+    """Writes the ranking of every query on web pages, the query with the lowest average precision first.
 
-    The query with the lowest average precision comes first. Queries without a match come last.
+    Queries without a match come last.
     """
     precision = search.ranked().average_precision.nan_to_num(torch.inf).tolist()
-    order = sorted(range(len(precision)), key=precision.__getitem__)
-    figures = []
-    for index in tqdm(order, desc="rankings", leave=False, disable=None):
-        score = f"AP {precision[index]:.1%}" if precision[index] <= 1 else "no match in the gallery"
-        heading = f"query {index}, identity {search.query.pids[index]}, camera {search.query.camids[index]}: {score}"
-        page = draw_page(search, paths, [index], topk, folder / f"query_{index:05d}.png", heading)
-        figures.append(f'<p>{html.escape(heading)}<br><img loading="lazy" src="{page.name}" alt=""></p>')
-    index_page = folder / "index.html"
-    head = f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title>'
-    style = "<style>body{font-family:sans-serif}img{max-width:100%}</style>"
-    heading = f"<h1>{html.escape(title)}</h1><p>{len(order)} queries, hardest first.</p>"
-    index_page.write_text("\n".join([head + style, heading, *figures]))
-    return index_page
+    rankings = []
+    for index in sorted(range(len(precision)), key=precision.__getitem__):
+        row = search.ranking(index, topk, *paths)
+        note = f"AP {precision[index]:.1%}" if precision[index] <= 1 else "no match in the gallery"
+        matches = [
+            page.Found(page.Picture(entry), distance, "junk" if junk else "right" if correct else "wrong")
+            for entry, correct, distance, junk in row.cells
+        ]
+        rankings.append(page.Ranking(page.Picture(row.query), matches, note))
+    return page.write_pages(path, rankings, f"{len(rankings)} queries, hardest first.", title)[0]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pml_drsl.evaluation.scores import RankedQueries, RetrievalResult, summarize
-from torchreid_ext.checkpoint import checkpoint
+from pml_drsl.evaluation.scores import RankedQueries, RetrievalResult
 from torchreid_ext.evaluation import ranking
+from torchreid_ext.evaluation.extraction import extract
 from torchreid_ext.evaluation.options import EvaluationOptions
 from torchreid_ext.runtime import distributed, generators
+from torchreid_ext.runtime.files import replacing
 
 
 class Tester:
@@ -47,40 +47,42 @@ class Tester:
         group, first = distributed.group(), distributed.is_first()
         with generators.untouched():
             for target, loaders in self.test_loader.items():
-                domain = "source" if target in self.datamanager.sources else "target"
                 if first:
+                    domain = "source" if target in self.datamanager.sources else "target"
                     print(f"##### Evaluating {target} ({domain}) #####")
-                query, gallery = (ranking.extract(self, loaders[split], group) for split in ("query", "gallery"))
+                query, gallery = (extract(self, loaders[split], group) for split in ("query", "gallery"))
                 search = ranking.Search(query, gallery, chosen.dist_metric, chosen.normalize_feature, chosen.rerank)
-                ranked = search.ranked(chosen.use_metric_cuhk03, group)
-                result = summarize(ranked, max(50, *chosen.ranks))
+                result = search.evaluate(chosen.use_metric_cuhk03, max_rank=max(50, *chosen.ranks), group=group)
                 self.results[target] = result
-                if not first:
-                    continue
-                ranking.print_result(result, chosen.ranks)
-                if chosen.queries and chosen.save_dir:
-                    write_queries(search, ranked, Path(chosen.save_dir, f"queries_{target}.csv"))
-                if chosen.picture or chosen.visrank:
-                    self._draw(target, search, chosen)
-                if self.writer is not None:
-                    self.writer.add_scalar(f"Test/{target}/rank1", result.rank(1), self.epoch)
-                    self.writer.add_scalar(f"Test/{target}/mAP", result.mAP, self.epoch)
-        if chosen.save_dir and first:
-            write_metrics(self.results, chosen.save_dir)
+                # An error of the first process ends the others too, which would otherwise wait for it.
+                distributed.from_first(functools.partial(self._report, target, search, result, chosen))
+        if chosen.save_dir:
+            distributed.from_first(lambda: write_metrics(self.results, chosen.save_dir))
         return self.results
+
+    def _report(self, target: str, search: ranking.Search, result: RetrievalResult, options: EvaluationOptions) -> None:
+        """Prints, writes, draws and logs the result of a target."""
+        ranking.print_result(result, options.ranks)
+        if options.queries and options.save_dir:
+            write_queries(search, result.ranked, Path(options.save_dir, f"queries_{target}.csv"))
+        if options.picture or options.visrank:
+            self._draw(target, search, options)
+        if self.writer is not None:
+            for name, value in result.scores([1]).items():
+                # torchreid writes rank1.
+                self.writer.add_scalar(f"Test/{target}/{name.replace('-', '')}", value, self.epoch)
 
     def _draw(self, target: str, search: ranking.Search, options: EvaluationOptions) -> None:
         query, gallery = self.datamanager.fetch_test_loaders(target)
         paths = [items[0] for items in query], [items[0] for items in gallery]
         topk, save_dir = options.visrank_topk, options.save_dir
         if options.picture:
-            # The queries are spread evenly over the query set, so that the page shows many identities.
-            indices = np.linspace(0, len(query) - 1, min(options.picture, len(query))).astype(int).tolist()
-            page = Path(save_dir, f"ranking_{target}.png")
-            ranking.draw_page(search, paths, indices, topk, page, f"{target}: ranked gallery")
-            print(f'Picture of ranked results saved to "{page}"')
+            picture = Path(save_dir, f"ranking_{target}.png")
+            ranking.draw_some(search, paths, options.picture, topk, picture, f"{target}: ranked gallery")
+            print(f'Picture of ranked results saved to "{picture}"')
         if options.visrank:
-            index = ranking.draw_all(search, paths, topk, Path(save_dir, f"visrank_{target}"), f"Rankings: {target}")
+            index = Path(save_dir, f"visrank_{target}", "index.html")
+            ranking.write_pages(search, paths, topk, index, f"Rankings: {target}")
             print(f'Rankings of {len(query)} queries saved; open "{index}" in a browser')
 
 
@@ -92,12 +94,12 @@ def write_queries(search: ranking.Search, ranked: RankedQueries, path: Path) -> 
         f"{identity},{camera},{ap:.6g},{inp:.6g},{hit:g}"
         for identity, camera, ap, inp, hit in zip(*columns, strict=True)
     )
-    with checkpoint.replacing(path) as file:
+    with replacing(path) as file:
         file.write("\n".join(["identity,camera,AP,INP,rank-1", *lines, ""]).encode())
 
 
 def write_metrics(results: dict[str, RetrievalResult], save_dir: str) -> None:
     """Writes the results of each target to ``save_dir/metrics.json``."""
     text = json.dumps({target: result.to_dict() for target, result in results.items()}, indent=2) + "\n"
-    with checkpoint.replacing(Path(save_dir, "metrics.json")) as file:
+    with replacing(Path(save_dir, "metrics.json")) as file:
         file.write(text.encode())

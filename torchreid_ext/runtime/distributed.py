@@ -180,33 +180,52 @@ def share(batch: list[T]) -> list[T]:
 def from_first(function: Callable[[], T]) -> T:
     """Calls ``function`` on the first process, and returns its result on every process.
 
-    If it raises an InputError or an OSError, every process raises this error.
+    If it raises an error on the first process, every process raises one.
     """
     if size() == 1:
         return function()
     answer: list[Any] = [None, None]
+    failed: BaseException | None = None
     if is_first():
         try:
             answer[0] = function()
-        except (InputError, OSError) as error:
-            # Without this answer the other processes would wait.
-            answer[1] = error
+        except BaseException as error:
+            # Without an answer the other processes would wait. Not every error can be sent to them.
+            failed = error
+            sent = type(error) in (InputError, FileNotFoundError, PermissionError, OSError)
+            answer[1] = error if sent else ConnectionError(f"the first process stopped: {error!r}")
     dist.broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise answer[1]
+    if failed or answer[1]:
+        raise failed or answer[1]
     result: T = answer[0]
     return result
 
 
 @contextlib.contextmanager
 def one_first() -> Iterator[None]:
-    """Context: one process of each machine runs the block before the others, which then find what it downloaded."""
+    """Context: one process of each machine runs the block before the others, which then find what it downloaded.
+
+    Raises:
+        ConnectionError: on a process that did not fail, if the block raised an error on such a first process.
+    """
     leads = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if size() > 1 and not leads:
-        dist.barrier()
-    yield
-    if size() > 1 and leads:
-        dist.barrier()
+    failed: BaseException | None = None
+    if leads:
+        try:
+            yield
+        except BaseException as error:
+            failed = error
+    told: list[Any] = [failed and repr(failed)]
+    if size() > 1:
+        told *= size()
+        dist.all_gather_object(told, failed and repr(failed))
+    if failed:
+        raise failed
+    for number, why in enumerate(told):
+        if why:
+            raise ConnectionError(f"process {number} stopped: {why}")
+    if not leads:
+        yield
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -1,43 +1,70 @@
-"""Dataclasses of options: every field has a config key, a default, an explanation and a range."""
+"""What is known of a setting, and dataclasses of options, each of which is a setting too."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-from pml_drsl.checks import InputError
+from pml_drsl.checks import InputError, nearest
 
 T = TypeVar("T", bound="Options")
 
 
-def option(
-    key: str,
-    default: Any,
-    text: str,
-    *,
-    least: int | None = None,
-    choices: Collection[str] | None = None,
-    config_default: Any = None,
-) -> Any:
+@dataclass(frozen=True)
+class Key:
+    """A setting, which a config key or an argument of a function sets.
+
+    Attributes:
+        default: its value where it is not set.
+        text: what it is for.
+        least: smallest allowed whole number, also of the entries of a list.
+        choices: allowed values, also of the entries of a list.
+        on_resume: what a resumed run does with another value. ``"fixed"``: it refuses the value, because the weights or
+            the state of the optimizer would not fit. ``"kept"``: the value has no effect, because the state of the
+            optimizer, the scheduler or the generators holds it. ``"free"``: it says nothing, because the value has no
+            effect on the training. Empty: it prints the change.
+        features: whether another value gives other features from the same weights and images.
+        may_be_empty: whether a list may have no entry.
+        kind: type of its values, if they may be None; otherwise the type of the default is meant.
+        name: name of the option or argument that it sets, if the key is derived from one.
+    """
+
+    default: Any
+    text: str
+    least: int | None = None
+    choices: Collection[Any] | None = None
+    on_resume: str = ""
+    features: bool = False
+    may_be_empty: bool = False
+    kind: type | None = None
+    name: str = ""
+
+    def check(self, key: str, value: Any) -> None:
+        """Raises InputError for a value that is not allowed; ``key`` names the setting in the message."""
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if not values and not self.may_be_empty:
+            raise InputError(f"{key} takes a list of one or more entries, got {value!r}")
+        for each in values:
+            if self.choices is not None and each not in self.choices:
+                raise InputError(f"{key} must be one of {', '.join(map(str, self.choices))}, got {each!r}")
+            whole = isinstance(each, int) and not isinstance(each, bool)
+            if self.least is not None and each is not None and not (whole and each >= self.least):
+                raise InputError(f"{key} takes whole numbers of {self.least} or more, got {each!r}")
+
+
+def option(key: str, default: Any, text: str, *, config_default: Any = None, **others: Any) -> Any:
     """A field of an ``Options`` dataclass.
 
     Args:
         key: config key that sets the option; empty for an option that a config cannot set.
         default: value of the option where it is not given.
-        text: explanation, for ``--help`` and the docs.
-        least: smallest allowed value of an integer, or of every integer in a list.
-        choices: allowed values of a string.
+        text: explanation, for ``drsl-train --list keys`` and the docs.
         config_default: default of the config key, where torchreid's config has another default than its functions.
+        others: other attributes of ``Key``.
     """
-    metadata = {
-        "key": key,
-        "text": text,
-        "least": least,
-        "choices": choices,
-        "config_default": default if config_default is None else config_default,
-    }
+    setting = Key(default if config_default is None else config_default, text, **others)
+    metadata = {"key": key, "setting": setting}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -45,15 +72,15 @@ def option(
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Base class of options: checks their ranges, and refuses unknown names.
+    """Base class of options: checks their values, and refuses unknown names.
 
     Raises:
-        InputError: for a value out of its range, or a name that is not an option.
+        InputError: for a value that is not allowed, or a name that is not an option.
     """
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            check(each.metadata["key"] or each.name, getattr(self, each.name), **_limits(each.metadata))
+            each.metadata["setting"].check(each.metadata["key"] or each.name, getattr(self, each.name))
 
     @classmethod
     def of(cls: type[T], given: Mapping[str, Any]) -> T:
@@ -61,34 +88,26 @@ class Options:
         known = [each.name for each in fields(cls)]
         for name in given:
             if name not in known:
-                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-                raise InputError(f"there is no option {name!r}; did you mean {nearest!r}? Known: {', '.join(known)}")
+                near = nearest(name, known)
+                raise InputError(f"there is no option {name!r}; did you mean {near!r}? Known: {', '.join(known)}")
         return cls(**given)
+
+    @classmethod
+    def keys(cls) -> dict[str, Key]:
+        """The config keys of the options; an option without a key is left out."""
+        metadata = {each.name: each.metadata for each in fields(cls)}
+        return {data["key"]: replace(data["setting"], name=name) for name, data in metadata.items() if data["key"]}
 
     def arguments(self, of: type[Options] | None = None) -> dict[str, Any]:
         """The values by name, of all options or of the options of a base class."""
         return {each.name: getattr(self, each.name) for each in fields(of or self)}
 
 
-def _limits(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: metadata[name] for name in ("least", "choices")}
-
-
-def check(key: str, value: Any, least: int | None = None, choices: Collection[str] | None = None) -> None:
-    """Raises InputError for an integer (or one in a list) below ``least``, or a value that is not a choice."""
-    if choices is not None and value not in choices:
-        raise InputError(f"{key} must be one of {', '.join(choices)}, got {value!r}")
-    if least is None:
-        return
-    for each in value if isinstance(value, (list, tuple)) else [value]:
-        if not isinstance(each, int) or isinstance(each, bool) or each < least:
-            raise InputError(f"{key} takes whole numbers of {least} or more, got {each!r}")
-
-
 def documented(cls: type[T]) -> type[T]:
     """Decorator: adds the options of a dataclass, with their keys and explanations, to its docstring."""
     lines: Iterable[str] = (
-        f"    {each.name}: {each.metadata['text']}" + (f" (``{each.metadata['key']}``)" if each.metadata["key"] else "")
+        f"    {each.name}: {each.metadata['setting'].text}"
+        + (f" (``{each.metadata['key']}``)" if each.metadata["key"] else "")
         for each in fields(cls)
     )
     cls.__doc__ = f"{cls.__doc__}\n\nAttributes:\n" + "\n".join(lines)

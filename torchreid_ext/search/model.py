@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pml_drsl.checks import InputError
 from torchreid_ext.checkpoint import checkpoint
 from torchreid_ext.checkpoint.folder import BEST, LAST
-from torchreid_ext.config import build
+from torchreid_ext.config import KEYS, Config, build_model, flat, get_default_config
 from torchreid_ext.runtime import distributed
 
 # The height and width for which torchreid's zoo trained a network, where they are not the default ones.
@@ -38,7 +38,7 @@ class TrainedModel:
     """
 
     network: nn.Module
-    config: build.Config
+    config: Config
     path: str
     fingerprint: str
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
@@ -107,7 +107,7 @@ def load_model(
     state = checkpoint.load(path)
     config = _config(path, state, config_file, model)
     weights = _weights(path, state)
-    network = build.build_model(config, _num_classes(weights))
+    network = build_model(config, _num_classes(weights))
     _load(path, network, weights, config.model.name)
     fingerprint = _fingerprint(network, config)
     return TrainedModel(network.eval().to(_device(device)), config, path, fingerprint)
@@ -131,8 +131,8 @@ def find_checkpoint(path: str | os.PathLike[str]) -> str:
 
 def _config(
     path: str, state: Mapping[str, Any], config_file: str | os.PathLike[str] | None, model: str | None
-) -> build.Config:
-    config = build.get_default_config()
+) -> Config:
+    config = get_default_config()
     training = state.get("training")
     saved = training.get("config") if isinstance(training, Mapping) else None
     if not saved and config_file is None and model is None:
@@ -162,7 +162,7 @@ def _config(
     return config
 
 
-def _merge(config: build.Config, saved: object, path: str) -> None:
+def _merge(config: Config, saved: object, path: str) -> None:
     """Takes over a saved configuration; keys and values of another version of this package are named and left out."""
     if not isinstance(saved, Mapping):
         raise InputError(f"checkpoint {path!r} is damaged: its configuration is no mapping; give --config-file FILE")
@@ -209,10 +209,9 @@ def _load(path: str, network: nn.Module, weights: Mapping[str, Tensor], name: st
     network.load_state_dict(dict(weights), strict=False)
 
 
-def _fingerprint(network: nn.Module, config: build.Config) -> str:
+def _fingerprint(network: nn.Module, config: Config) -> str:
     digest = hashlib.sha256()
-    keys = ("name", "bnneck", "last_stride"), ("height", "width", "norm_mean", "norm_std")
-    settings = [config.model[key] for key in keys[0]] + [build.plain(config.data[key]) for key in keys[1]]
+    settings = [value for key, value in flat(config).items() if key in KEYS and KEYS[key].features]
     digest.update(repr(settings).encode())
     for name, value in sorted(network.state_dict().items()):
         if not name.endswith("num_batches_tracked"):

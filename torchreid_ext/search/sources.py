@@ -12,7 +12,7 @@ import torchreid
 
 from pml_drsl.checks import InputError
 from torchreid_ext import images
-from torchreid_ext.config import build
+from torchreid_ext.config import Config
 from torchreid_ext.data.datasets import register_datasets, without_empty_folders
 from torchreid_ext.images import Row, Table
 
@@ -108,7 +108,7 @@ def _listed(source: str, names: re.Pattern[str]) -> Table:
     return table
 
 
-def test_images(config: build.Config) -> Table:
+def test_images(config: Config) -> Table:
     """The query and the gallery on which a run's first target is tested, in the order of the run's test.
 
     Raises:

@@ -86,6 +86,19 @@ def test_large_identities_are_told_apart(search: dict[str, Any]) -> None:
     assert with_cameras(search).get_accuracy(*data(large))["mAP"] == pytest.approx(evaluate(**search).mAP)
 
 
+def test_junk_identities_change_no_metric(search: dict[str, Any]) -> None:
+    expected = with_cameras(search).get_accuracy(*data(search))
+    junk = {"query": torch.zeros(3, 8), "query_ids": [-1] * 3, "query_cams": [0] * 3}
+    junk |= {"gallery": search["query"], "gallery_ids": [-1] * 20, "gallery_cams": [9] * 20}
+    more = {key: torch.cat([torch.as_tensor(junk[key]), search[key]]) for key in search}
+    metrics = with_cameras(more).get_accuracy(*data(more))
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value), name
+    others = {key: value.masked_fill(value == -1, 77) if key.endswith("ids") else value for key, value in more.items()}
+    assert with_cameras(others, junk=[77]).get_accuracy(*data(others))["mAP"] == pytest.approx(expected["mAP"])
+    assert with_cameras(others).get_accuracy(*data(others))["mAP"] < expected["mAP"]
+
+
 def test_errors(search: dict[str, Any]) -> None:
     calculator = ReIDAccuracyCalculator(query_cams=[0] * 3, reference_cams=search["gallery_cams"], device=CPU)
     with pytest.raises(ValueError, match=r"query_cams have shape \[3\].*20"):

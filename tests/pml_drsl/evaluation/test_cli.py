@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from pml_drsl.evaluation.cli import main
 from pml_drsl.evaluation.scores import evaluate
@@ -61,6 +66,8 @@ def test_npz(tmp_path: Path, arrays: dict[str, Any], capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("header", ["set,id,camera", "camera,set,id", "set,id"])
 def test_npy_and_csv(tmp_path: Path, arrays: dict[str, Any], header: str) -> None:
     query, gallery, ids = save_npy(tmp_path, arrays, header)
+    if header == "set,id":  # as spreadsheets write UTF-8
+        Path(ids).write_bytes(b"\xef\xbb\xbf" + Path(ids).read_bytes().replace(b"\n", b"\r\n"))
     scores = tmp_path / "scores.json"
     assert main([query, gallery, "--ids", ids, "--json", str(scores)]) == 0
     if "camera" not in header:
@@ -73,6 +80,7 @@ def test_npy_and_csv(tmp_path: Path, arrays: dict[str, Any], header: str) -> Non
     [
         (["--no-cameras"], {"query_cams": None, "gallery_cams": None}),
         (["--rerank"], {"rerank": True}),
+        (["--junk", "2", "3"], {"junk": (2, 3)}),
         (["--protocol", "single-gallery-shot", "--seed", "3"], {"protocol": "single-gallery-shot", "seed": 3}),
     ],
 )
@@ -96,6 +104,7 @@ def test_bad_input_is_one_line(tmp_path: Path, arrays: dict[str, Any], capsys: p
     complete = Path(npz()[0]).read_bytes()
     objects = tmp_path / "objects.npz"
     np.savez(objects, query=np.array([{}], dtype=object))
+    rows = Path(ids).read_text()
     bad_csv = text("bad.csv", b"set,id,camera\nquery,1,1\ntrain,2,1\n")
     cases: list[tuple[list[str] | Any, str]] = [
         (["nowhere.npz"], "nowhere.npz"),
@@ -117,11 +126,22 @@ def test_bad_input_is_one_line(tmp_path: Path, arrays: dict[str, Any], capsys: p
         (lambda: [*npz(), "--json", str(tmp_path / "no" / "s.json")], "not a file in a folder that exists"),
         ([query, gallery], "need --ids"),
         ([query, gallery, gallery], "3 feature files"),
+        (lambda: [*npz(), "--json", npz()[0]], "would overwrite the input"),
+        ([query, gallery, "--ids", ids, "--json", str(tmp_path / "." / "gallery.npy")], "would overwrite the input"),
+        (lambda: [*npz(), "--json", str(tmp_path)], "not a file in a folder that exists"),
+        (lambda: [*npz(), "--junk", "nobody"], "give integers"),
         ([query, "f.npz".join([str(tmp_path) + "/", ""]), "--ids", ids], "is an .npz file"),
         ([gallery, query, "--ids", ids], "12 query lines for 40 query features"),
         ([query, gallery, "--ids", bad_csv], "line 3: 'train,2,1'"),
         ([query, gallery, "--ids", text("head.csv", b"id,cam\n")], "header is 'id,cam'"),
-        ([query, gallery, "--ids", text("binary.csv", b"\xff\xfe\x00")], "binary.csv"),
+        ([query, gallery, "--ids", text("empty.csv", b"")], "empty.csv is empty"),
+        ([query, gallery, "--ids", text("16.csv", rows.encode("utf-16"))], "16.csv, line 1: the file is UTF-16"),
+        ([query, gallery, "--ids", text("1.csv", (rows + "query,é,1").encode("latin-1"))], "line 54: the byte 0xe9"),
+        ([query, gallery, "--ids", text("s.csv", rows.replace(",", ";").encode())], "line 1: the header"),
+        ([query, gallery, "--ids", text("s.csv", rows.replace(",", ";").encode())], "save the file with commas"),
+        ([query, gallery, "--ids", text("t.csv", rows.replace(",", "\t").encode())], "it has tabs"),
+        ([query, gallery, "--ids", text("c.csv", rows.replace("set,id", "Set,ID").encode())], "small letters, set,id"),
+        ([query, gallery, "--ids", text("q.csv", (rows + 'query,"1,1').encode())], "q.csv, line"),
     ]
     for arguments, message in cases:
         assert main(arguments() if callable(arguments) else arguments) == 2
@@ -148,3 +168,98 @@ def test_a_programming_error_keeps_its_traceback(
     monkeypatch.setattr("pml_drsl.evaluation.scores.evaluate", broken)
     with pytest.raises(ValueError, match="a defect, not bad input"):
         main([str(tmp_path / "f.npz")])
+
+
+def test_junk_is_left_out_and_said(tmp_path: Path, arrays: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    arrays["gallery_ids"][:5] = -1
+    np.savez(tmp_path / "f.npz", **arrays)
+    assert main([str(tmp_path / "f.npz")]) == 0
+    assert "35 gallery images" in (first := capsys.readouterr().out.splitlines()[0])
+    assert first.endswith("5 images with a junk identity left out")
+    assert main([str(tmp_path / "f.npz"), "--junk"]) == 0
+    assert "40 gallery images" in capsys.readouterr().out
+
+
+def test_help_and_version_need_no_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; from pml_drsl.evaluation.cli import _parser; _parser()"
+    light = (
+        "import types, sys; sys.modules['pml_drsl'] = p = types.ModuleType('pml_drsl'); p.__path__ = [sys.argv[1]]; "
+    )
+    package = str(Path(sys.modules["pml_drsl"].__path__[0]))
+    run = subprocess.run([sys.executable, "-c", light + code, package], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+
+
+class TestFuzz:
+    """A damaged or crafted file ends in scores or in one line, never in a traceback."""
+
+    quiet = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+    @quiet
+    @given(data=st.data())
+    def test_npz(self, data: st.DataObject, tmp_path: Path, arrays: dict[str, Any], capsys: Any) -> None:
+        file = io.BytesIO()
+        np.savez(file, **arrays)
+        content = bytearray(file.getvalue())
+        # The headers of numpy and of zip: they alone decide what the rest means.
+        starts = [i for i in range(len(content)) if content[i : i + 6] == b"\x93NUMPY" or content[i : i + 2] == b"PK"]
+        for _ in range(data.draw(st.integers(1, 3))):
+            place = min(data.draw(st.sampled_from(starts)) + data.draw(st.integers(0, 127)), len(content) - 1)
+            content[place] = data.draw(st.integers(0, 255))
+        self.check(bytes(content[: data.draw(st.sampled_from([len(content), len(content) // 2]))]), tmp_path, capsys)
+
+    @quiet
+    @given(data=st.data())
+    def test_plain_npy_headers(self, data: st.DataObject, tmp_path: Path, arrays: dict[str, Any], capsys: Any) -> None:
+        file = io.BytesIO()
+        np.save(file, arrays["query"])
+        content = bytearray(file.getvalue())
+        for _ in range(data.draw(st.integers(1, 3))):
+            content[data.draw(st.integers(0, 127))] = data.draw(st.integers(0, 255))
+        (tmp_path / "q.npy").write_bytes(content)
+        _, gallery, ids = save_npy(tmp_path, arrays)
+        self.run([str(tmp_path / "q.npy"), gallery, "--ids", ids], capsys)
+
+    @quiet
+    @given(data=st.data())
+    def test_csv(self, data: st.DataObject, tmp_path: Path, arrays: dict[str, Any], capsys: Any) -> None:
+        query, gallery, ids = save_npy(tmp_path, arrays)
+        content = bytearray(Path(ids).read_bytes())
+        alphabet = st.sampled_from([*b'\n\r,;"\t\0 -1pc', 0x85, 0xE9, 0xFF])
+        for _ in range(data.draw(st.integers(1, 4))):
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(alphabet | st.integers(0, 255))
+        Path(ids).write_bytes(content)
+        self.run([query, gallery, "--ids", ids], capsys)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"query": np.float32(1)},
+            {"query": np.ones((12, 4), ">f4"), "gallery": np.ones((40, 4), "<f8")},
+            {"query": np.ones((12, 4), "c8")},
+            {"query": np.ones((12, 4), "m8[s]")},
+            {"query": np.ones((12, 0), "f4")},
+            {"query_ids": np.array([b"\xff"] * 12), "gallery_ids": np.array(["\xff"] * 40)},
+            {"query_ids": np.full(12, 2**63, "u8"), "gallery_ids": np.full(40, -5)},
+            {"query_ids": np.zeros(12, [("a", "i4")])},
+            {"query_ids": np.zeros((12, 1), int)},
+            {"gallery_cams": np.array(["a"] * 40)},
+        ],
+        ids=str,
+    )
+    def test_odd_arrays(self, change: dict[str, Any], tmp_path: Path, arrays: dict[str, Any], capsys: Any) -> None:
+        file = io.BytesIO()
+        np.savez(file, **(arrays | change))
+        self.check(file.getvalue(), tmp_path, capsys)
+
+    def check(self, content: bytes, folder: Path, capsys: Any) -> None:
+        (folder / "f.npz").write_bytes(content)
+        self.run([str(folder / "f.npz")], capsys)
+
+    def run(self, arguments: list[str], capsys: Any) -> None:
+        status = main(arguments)
+        output = capsys.readouterr()
+        if status == 0:
+            assert output.out
+        else:
+            assert status == 2 and len(output.err.splitlines()) == 1 and "allow_pickle" not in output.err

@@ -15,6 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
+from pml_drsl.evaluation.ranking import SCORES
 from pml_drsl.evaluation.scores import FeatureDistances, evaluate, rank_queries, summarize
 
 
@@ -200,6 +201,93 @@ def test_string_labels() -> None:
     assert numbers(**(search | named)) == numbers(**search)
 
 
+def test_junk_counts_nowhere_and_distractors_are_wrong_answers() -> None:
+    query, gallery = torch.tensor([[0.0], [9.0]]), torch.tensor([[1.0], [0.5], [9.0], [8.9]])
+
+    def mean_ap(query_ids: Any, gallery_ids: Any, **options: Any) -> float:
+        return evaluate(query, gallery, query_ids, gallery_ids, **options).mAP
+
+    assert mean_ap([1, 2], [1, -1, 2, -1]) == 1
+    assert mean_ap(["1", "2"], ["1", "-1", "2", "-1"]) == 1
+    assert mean_ap([1, 2], [1, 0, 2, 0]) == mean_ap([1, 2], [1, -1, 2, -1], junk=()) == 0.75
+    assert mean_ap([1, 2], [1, 0, 2, 7], junk=("0", 7)) == 1
+    assert mean_ap(["a", "b"], ["a", "background", "b", "-1"], junk=["background", -1]) == 1
+    assert mean_ap([1, -1], [1, -1, 2, -1]) == 1
+    for junk, message in (((0, "nobody"), "integers"), ("-1", "list")):
+        with pytest.raises(ValueError, match=message):
+            mean_ap([1, 2], [1, 0, 2, 7], junk=junk)
+    with pytest.raises(ValueError, match="all queries have a junk identity"):
+        mean_ap([-1, -1], [-1, -1, 2, 1])
+
+
+@pytest.mark.parametrize(
+    ("options", "sides", "as_text"),
+    [
+        ({}, ("query", "gallery"), False),
+        ({"rerank": True}, ("query", "gallery"), True),
+        ({"protocol": "single-gallery-shot", "chunk_size": 7}, ("gallery",), False),  # A query shifts the draws.
+    ],
+)
+def test_junk_images_change_no_figure(options: dict[str, Any], sides: tuple[str, ...], as_text: bool) -> None:
+    search = random_search()
+    expected = numbers(**search, **options)
+    rng = np.random.default_rng(1)
+    for side in sides:
+        size, number = len(search[side]), 30
+        is_junk = rng.permutation(size + number) < number  # The real images keep their order.
+        rows = rng.integers(0, size, size + number)  # Copies of real images would be the nearest of all.
+        rows[~is_junk] = np.arange(size)
+        ids = np.where(is_junk, -1, search[f"{side}_ids"][rows])
+        search[side], search[f"{side}_cams"] = search[side][rows], search[f"{side}_cams"][rows]
+        search[f"{side}_ids"] = ids.astype(str) if as_text else ids
+    if as_text:
+        search |= {key: search[key].astype(str) for key in ("query_cams", "gallery_cams")}
+    assert numbers(**search, **options) == pytest.approx(expected, abs=1e-7)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("rerank", [False, True])
+def test_features_far_from_zero_keep_their_ranking(metric: Any, rerank: bool) -> None:
+    search = random_search(num_gallery=400, dim=32)
+    centers = torch.randn(12, 32, generator=torch.Generator().manual_seed(1))
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(2))
+    offset = 3000 * direction / direction.norm() * 32**0.5
+    for side in ("query", "gallery"):
+        search[side] = search[side] + 0.5 * centers[search[f"{side}_ids"]] + offset  # float32 from here on
+    exact = search | {side: search[side].double() for side in ("query", "gallery")}
+    expected = evaluate(**exact, metric=metric, rerank=rerank)
+    assert evaluate(**search, metric=metric, rerank=rerank).mAP == pytest.approx(expected.mAP, abs=2e-3)
+    assert expected.mAP > 0.2
+
+
+def test_zero_vectors_have_cosine_distance_1_wherever_the_others_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.cat([torch.zeros(1, 8), 5 + torch.randn(3, 8, generator=generator)])
+    gallery = torch.cat([5 + torch.randn(6, 8, generator=generator), torch.zeros(1, 8)])
+    expected = 1 - torch.nn.functional.normalize(query) @ torch.nn.functional.normalize(gallery).T
+    distances = FeatureDistances(query, gallery, "cosine")
+    torch.testing.assert_close(distances.distances(0, 4), expected, atol=1e-6, rtol=0)
+    pairs = torch.cartesian_prod(torch.arange(4), torch.arange(7))
+    torch.testing.assert_close(distances.of_pairs(*pairs.T), expected.flatten(), atol=1e-6, rtol=0)
+
+
+def test_a_new_score_is_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCORES, "share-junk", lambda ranked: ranked.num_junk / ranked.num_gallery)
+    result = evaluate(**random_search())
+    expected = float(result.ranked.num_junk[result.ranked.matched].double().mean()) / 150
+    assert result.scores(ranks=(1,)).keys() == {"mAP", "mINP", "share-junk", "rank-1"}
+    assert result.scores()["share-junk"] == result.to_dict()["share-junk"] == pytest.approx(expected)
+
+
+def test_average_precision_and_identity_of_each_query() -> None:
+    search = random_search()
+    ranked = evaluate(**search).ranked
+    assert ranked.identities.tolist() == search["query_ids"].tolist()
+    for q in (0, 7, 39):
+        alone = search | {key: search[key][q : q + 1] for key in ("query", "query_ids", "query_cams")}
+        assert float(ranked.average_precision[q]) == pytest.approx(evaluate(**alone).mAP)
+
+
 @pytest.mark.parametrize("protocol", ["standard", "single-gallery-shot"])
 def test_chunks_do_not_matter(protocol: Any) -> None:
     search = random_search()
@@ -372,14 +460,18 @@ def test_optimistic_and_pessimistic_bound_mean(search: dict[str, Any]) -> None:
     assert (low.cmc <= mean.cmc).all() and (mean.cmc <= high.cmc).all()
 
 
+OPTIONS = [{}, {"protocol": "single-gallery-shot"}, {"rerank": True}]
+
+
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("protocol", ["standard", "single-gallery-shot"])
-def test_cuda_equals_cpu(protocol: Any) -> None:
+@pytest.mark.parametrize("options", OPTIONS if torch.cuda.is_available() else [])
+def test_cuda_equals_cpu(options: dict[str, Any]) -> None:
     search = random_search()
     search |= {key: search[key].mul(8).round() for key in ("query", "gallery")}
-    on_cpu = numbers(**search, protocol=protocol)
-    assert numbers(**search, protocol=protocol, device="cuda") == pytest.approx(on_cpu, abs=1e-9)
+    # Re-ranking compares neighbour lists, which rounding can change.
+    tolerance = 1e-3 if "rerank" in options else 1e-9
+    on_cpu = numbers(**search, **options)
+    assert numbers(**search, **options, device="cuda") == pytest.approx(on_cpu, abs=tolerance)
 
 
 def test_import_needs_neither_faiss_nor_torchreid() -> None:

@@ -7,7 +7,8 @@ import torch
 import yaml
 
 from torchreid_ext.benchmark import grid
-from torchreid_ext.config import build as config
+from torchreid_ext.config import build
+from torchreid_ext.config.node import flat, get_default_config
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 LISTED = [
@@ -20,12 +21,12 @@ LISTED = [
 
 @pytest.fixture(scope="module")
 def model():
-    return config.build_model(built({}), 8)
+    return build.build_model(built({}), 8)
 
 
 def built(snippet):
     (run,) = grid.plan([CONFIGS / "viper_mobilenetv2.yaml"], {"loss": snippet}, [0], ["use_gpu", "False"])
-    cfg = config.get_default_config()
+    cfg = get_default_config()
     cfg.merge_from_list([word for pair in run.configuration.items() for word in pair])
     return cfg
 
@@ -37,8 +38,8 @@ def test_every_listed_loss_and_setting_trains_a_batch(model):
     for file, name, number in LISTED:
         losses, settings = grid.read_losses(CONFIGS / file, [name])
         cfg = built({**losses[name], **([{}, *settings[name]][number])})
-        criterion = config.build_criterion(cfg, model, 8, steps=5)
-        seen.add(repr(criterion) + str(config.flat(cfg)))
+        criterion = build.build_criterion(cfg, model, 8, steps=5)
+        seen.add(repr(criterion) + str(flat(cfg)))
         if criterion is not None:
             (gradient,) = torch.autograd.grad(criterion(features, labels), features)
             assert gradient.isfinite().all() and gradient.any(), (name, number)

@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 import yaml
+from matplotlib.figure import Figure
 
 from pml_drsl.checks import InputError
 from torchreid_ext.benchmark import grid, plots, report, tuning
 from torchreid_ext.cli import benchmark
-from torchreid_ext.config import build as config
+from torchreid_ext.config.node import flat, get_default_config
 
 
 def line(loss, seed, mean, *, people=60, changes=None, varied=None, target="market1501", **keys):
@@ -17,7 +18,7 @@ def line(loss, seed, mean, *, people=60, changes=None, varied=None, target="mark
     noise = np.random.default_rng(seed).uniform(-0.2, 0.2, 2 * people)
     own = np.random.default_rng([seed, *loss.encode()]).uniform(-0.05, 0.05, 2 * people)
     ap = np.clip(mean + noise + own, 0, 1).round(5)
-    configuration = config.flat(config.get_default_config()) | {"train.seed": seed, **keys}
+    configuration = flat(get_default_config()) | {"train.seed": seed, **keys}
     scores = {
         "mAP": float(ap.mean()),
         "mINP": float(ap.mean() / 2),
@@ -70,6 +71,14 @@ def test_differences_are_paired_by_seed_and_query_and_corrected():
     assert not section.differences("none").size
 
 
+def test_a_tuned_loss_is_compared_with_the_tuned_reference():
+    results = [line(loss, 0, mean) for loss, mean in {"drsl": 0.5, "a": 0.4, "drsl-tuned": 0.7, "a-tuned": 0.4}.items()]
+    (section,) = report.sections(results)
+    table = section.differences("drsl").set_index(["loss", "score"])["mean"]
+    assert sorted({loss for loss, _ in table.index}) == ["a", "a-tuned"]
+    assert table["a-tuned", "mAP"] == pytest.approx(30, abs=5) and table["a", "mAP"] == pytest.approx(10, abs=5)
+
+
 def test_other_people_for_each_seed_are_told_from_the_same_people():
     same = report.sections([line(loss, seed, 0.5) for loss in ("drsl", "a") for seed in range(3)])
     others = report.sections(
@@ -103,9 +112,9 @@ def test_results_of_an_older_default_do_not_mix_with_the_newest():
 
 
 def test_other_queries_cannot_be_compared():
-    results = [line("drsl", 0, 0.5), line("triplet", 0, 0.5, people=50)]
-    with pytest.raises(InputError, match="other queries with seed 0"):
-        report.report(results)
+    for other in ({"people": 50}, {"varied": {"data.split_id": "2"}}):
+        with pytest.raises(InputError, match="other queries with seed 0"):
+            report.report([line("drsl", 0, 0.5), line("triplet", 0, 0.5, **other)])
 
 
 def test_the_page_keeps_what_is_around_the_report(tmp_path, capsys):
@@ -125,14 +134,11 @@ def test_the_page_keeps_what_is_around_the_report(tmp_path, capsys):
     assert benchmark.main(words) == 2 and page.read_text() == f"{report.BEGIN} only\n"
 
 
-def test_losses_with_numbers_of_negatives_become_curves(tmp_path):
+def test_losses_with_numbers_of_negatives_become_curves():
     results = [line(f"{loss}-1-to-{n}", 0, 0.5) for loss in ("drsl", "supcon") for n in (60, 15)]
-    from matplotlib.figure import Figure
-
-    figure = Figure()
-    plots._curves(figure, report.sections(results)[0], (1, 1, 1))
-    (axes,) = figure.axes
-    assert axes.get_legend_handles_labels()[1] in (["drsl", "supcon"], ["supcon", "drsl"])
+    axes = Figure().add_subplot()
+    plots._curves(axes, report.sections(results)[0].scores())
+    assert sorted(axes.get_legend_handles_labels()[1]) == ["drsl", "supcon"]
     assert [list(container.lines[0].get_xdata()) for container in axes.containers] == [[15, 60]] * 2
 
 

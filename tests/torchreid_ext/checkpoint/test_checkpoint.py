@@ -1,6 +1,7 @@
 """Checkpoint files are written atomically, are safe to read, and say which weights fit."""
 
 import os
+import pickle
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torchreid
 from torch import nn
 
+from pml_drsl.checks import InputError
 from torchreid_ext.checkpoint import checkpoint
 
 
@@ -28,11 +30,16 @@ def state_of(model, optimizer, scheduler):
     return {"epoch": 3, "rank1": 0.5, **{name: part.state_dict() for name, part in parts.items()}}
 
 
-def test_a_saved_checkpoint_resumes(tmp_path):
+def restored(path, model, optimizer, scheduler):
+    parts = {"state_dict": model, "optimizer": optimizer, "scheduler": scheduler}
+    checkpoint.restore(checkpoint.load(path), parts, path)
+
+
+def test_a_saved_checkpoint_is_restored(tmp_path):
     parts = trained()
     checkpoint.save(state_of(*parts), tmp_path / "new" / "a.pth")
     twin = trained(seed=1)
-    assert checkpoint.resume(tmp_path / "new" / "a.pth", *twin) == 3
+    restored(tmp_path / "new" / "a.pth", *twin)
     for part, other in zip(parts, twin, strict=True):
         torch.testing.assert_close(part.state_dict(), other.state_dict(), rtol=0, atol=0)
 
@@ -72,20 +79,50 @@ def test_a_pickle_bomb_is_refused_and_named(tmp_path, monkeypatch):
     assert os.listdir() == ["bomb.pth"]
 
 
-@pytest.mark.parametrize("size", [0, 1, 100, 1500])
-def test_a_truncated_file_is_refused(tmp_path, size):
+def test_truncated_and_foreign_files_are_refused_in_one_line(tmp_path):
     path = tmp_path / "a.pth"
     checkpoint.save(state_of(*trained()), path)
-    path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ValueError, match=r"a.pth' is .*damaged"):
-        checkpoint.load(path)
+    whole = path.read_bytes()
+    contents = [whole[:size] for size in (0, 1, 100, 1500)]
+    contents += [b"hello world\n", b"..", b"\x80\x02}q\x00.", bytes(range(256)), b"PK\x03\x04" + bytes(60)]
+    # What one byte changes in the pickled data of an old checkpoint, which has no checksums.
+    torch.save(state_of(*trained()), path, _use_new_zipfile_serialization=False)
+    old = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for place in rng.integers(len(old), size=150):
+        contents.append(old[:place] + bytes([old[place] ^ 0x55]) + old[place + 1 :])
+    refused = 0
+    for content in contents:
+        path.write_bytes(content)
+        try:
+            checkpoint.load(path)
+        except InputError as error:
+            refused += 1
+            assert len(str(error).splitlines()) == 1 and str(error).startswith(f"checkpoint '{path}' ")
+            assert "weights_only" not in str(error) and "torch.load" not in str(error)
+    assert refused > 30
 
 
-@pytest.mark.parametrize("content", [b"hello world\n", b"..", b"\x80\x02}q\x00.", bytes(range(256))])
-def test_a_file_of_another_kind_is_refused(tmp_path, content):
-    (tmp_path / "a.pth").write_bytes(content)
-    with pytest.raises(ValueError, match=r"a.pth' is .*damaged"):
-        checkpoint.load(tmp_path / "a.pth")
+def test_no_message_advises_to_load_unsafely(tmp_path):
+    path = tmp_path / "a.pth"
+    script = torch.jit.script(nn.Linear(1, 1))
+    script.save(path)
+    (tmp_path / "numbers.pth").write_bytes(pickle.dumps({"weight": 1.0}, protocol=4))
+    torch.save({"state_dict": nn.Linear(1, 1)}, tmp_path / "module.pth")
+    for name in ("a.pth", "numbers.pth", "module.pth"):
+        # torch itself does advise it.
+        with pytest.raises(Exception, match="weights_only"):
+            torch.load(tmp_path / name, weights_only=True)
+        with pytest.raises(InputError) as caught:
+            checkpoint.load(tmp_path / name)
+        assert "weights_only" not in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_what_a_crafted_file_names_cannot_reach_the_terminal(tmp_path):
+    torch.save({"\x1b[2J\nweight": torch.zeros(2)}, tmp_path / "a.pth")
+    with pytest.raises(InputError) as caught:
+        checkpoint.load_weights(nn.Linear(5, 5), tmp_path / "a.pth")
+    assert str(caught.value).isprintable()
 
 
 def test_any_changed_byte_in_our_checkpoints_is_detected(tmp_path):
@@ -139,19 +176,42 @@ def test_weights_of_another_model_are_refused(tmp_path):
     checkpoint.save(nn.Linear(3, 2).state_dict(), tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"no weight in .* fits the model: it has weight, bias.*check model.name"):
         checkpoint.load_weights(nn.Linear(5, 5), tmp_path / "w.pth")
-    for held, words in (({"state_dict": [1]}, "holds a list"), ({0: torch.zeros(2), "weight": 3}, "it has 0, the")):
+    for held, words in (
+        ({"state_dict": [1]}, "holds a list"),
+        ({0: torch.zeros(2), "weight": 3}, "it has 0, the"),
+        ({"weight": 3}, "holds no weights"),
+    ):
         torch.save(held, tmp_path / "w.pth")
         with pytest.raises(ValueError, match=words):
             checkpoint.load_weights(nn.Linear(5, 5), tmp_path / "w.pth")
+
+
+def test_a_complete_fit_is_demanded_of_a_trained_network(tmp_path):
+    torch.manual_seed(0)
+    saved, model = (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)) for _ in range(2))
+    weights = checkpoint.weights_of({"state_dict": saved.state_dict()}, "w.pth")
+    # Versions of torch before 0.4.1 did not count batches.
+    del weights["1.num_batches_tracked"]
+    loaded = checkpoint.fit_weights(model, weights, "w.pth", complete=True)
+    assert loaded.untouched == ["1.num_batches_tracked"] and torch.equal(model[0].weight, saved[0].weight)
+    for wrong in (
+        {**weights, "more": torch.zeros(1)},
+        {**weights, "0.bias": torch.zeros(9)},
+        dict([*weights.items()][1:]),
+    ):
+        before = model[0].bias.clone()
+        with pytest.raises(InputError, match=r"'w.pth' is not of this network: 1 weights are .*(more|0.bias|0.weight)"):
+            checkpoint.fit_weights(model, wrong, "w.pth", complete=True)
+        assert torch.equal(model[0].bias, before)
 
 
 def test_resuming_another_run_is_refused(tmp_path):
     model, optimizer, scheduler = trained()
     checkpoint.save({"state_dict": model.state_dict(), "epoch": 1}, tmp_path / "w.pth")
     with pytest.raises(ValueError, match="has no 'optimizer'"):
-        checkpoint.resume(tmp_path / "w.pth", model, optimizer, scheduler)
+        restored(tmp_path / "w.pth", model, optimizer, scheduler)
     with pytest.raises(ValueError, match="does not fit this run's state_dict"):
-        checkpoint.resume(tmp_path / "w.pth", nn.Linear(9, 9), None, None)
+        restored(tmp_path / "w.pth", nn.Linear(9, 9), None, None)
 
 
 def test_the_state_of_another_type_of_optimizer_is_refused(tmp_path):
@@ -159,7 +219,7 @@ def test_the_state_of_another_type_of_optimizer_is_refused(tmp_path):
     sgd = torch.optim.SGD(model.parameters(), lr=1)
     checkpoint.save({"state_dict": model.state_dict(), "optimizer": adam.state_dict(), "epoch": 1}, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=r"a.pth' does not fit this run's optimizer: .*amsgrad, betas, not dampening"):
-        checkpoint.resume(tmp_path / "a.pth", model, sgd, None)
+        restored(tmp_path / "a.pth", model, sgd, None)
     # The Adam of an older torch had fewer settings, and its state has fewer too.
     state = adam.state_dict()
     for setting in ("foreach", "fused", "capturable"):

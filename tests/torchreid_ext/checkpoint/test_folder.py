@@ -6,6 +6,7 @@ import pytest
 
 from torchreid_ext.checkpoint import checkpoint
 from torchreid_ext.checkpoint.folder import BEST, LAST, History
+from torchreid_ext.runtime import files
 
 
 def names(folder):
@@ -80,13 +81,15 @@ def test_a_best_checkpoint_is_marked_after_a_kill(tmp_path):
 def test_an_older_best_checkpoint_stays_the_best(tmp_path):
     checkpoint.save({"epoch": 1, "training": {"best": {"epoch": 1}}}, tmp_path / "model.pth.tar-1")
     for name in (LAST, BEST):
-        checkpoint.link(tmp_path / "model.pth.tar-1", name)
+        files.link(tmp_path / "model.pth.tar-1", name)
     History(tmp_path).load_newest()
     assert names(tmp_path) == sorted([LAST, BEST, *numbered(1)])
 
 
 def test_unfinished_files_of_a_killed_run_are_removed(tmp_path):
-    (tmp_path / f".model.pth.tar-1{checkpoint.TEMPORARY}").write_bytes(b"half")
+    temporary = files._temporary(tmp_path / "model.pth.tar-1")
+    # No process has this number.
+    temporary.with_name(temporary.name.replace(f"-{os.getpid()}-", "-99999999-")).write_bytes(b"half")
     save(History(tmp_path), [1])
     assert names(tmp_path) == sorted([LAST, *numbered(1)])
 

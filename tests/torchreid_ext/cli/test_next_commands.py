@@ -54,3 +54,10 @@ def test_programs_beside_the_launcher_are_named_with_their_folder(tmp_path, monk
         "--html",
         os.path.join(tmp_path, "search.html"),
     ]
+
+
+def test_the_whole_disk_is_not_searched(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model-best.pth.tar").write_bytes(b"")
+    line = next_commands(str(tmp_path), ["/x/query/1.png"], ["/x/b/1.png", "/y/a/2.png", "/x/b/3.png"]).splitlines()[1]
+    assert "--gallery /x/b --query" in line

@@ -1,15 +1,21 @@
 """The configuration: torchreid's keys and defaults, ours, and what happens to mistakes."""
 
+import contextlib
+import copy
+
 import pytest
 import torch
 import torchreid
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torchreid_keys import TORCHREID
 from toy_data import make_image_manager, make_video_manager
 
 from pml_drsl import DRSLoss
-from torchreid_ext import build_engine, get_default_config
-from torchreid_ext.config import build as config
-from torchreid_ext.engine import engines, native
+from pml_drsl.checks import InputError
+from torchreid_ext import build_engine, config, get_default_config
+from torchreid_ext.config.build import check_takes
+from torchreid_ext.engine import engines
 
 
 def subset(actual, wanted):
@@ -19,7 +25,7 @@ def subset(actual, wanted):
 
 
 def write(path, text):
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return str(path)
 
 
@@ -75,11 +81,37 @@ def test_data_sets_of_ones_own_are_free_keys(tmp_path):
         ("- 1", "must hold keys and values"),
         ("a: [", "is not YAML"),
         ("base: nowhere.yaml", "nowhere.yaml does not exist"),
+        ("base: wrong.yaml", "wrong.yaml: base leads back to this file"),
+        ("base: [a.yaml, b.yaml]", r"base takes the name of one file, got \['a.yaml', 'b.yaml'\]"),
+        ("train: {lr: 1}\ndata: {height: 9}\ntrain: {gamma: 1}", "'train' stands twice in .*line 3"),
+        ("data: 5", "'data' is a section of keys, such as data.type, got 5"),
+        ("datasets: 5", "'datasets' is a section of keys, such as datasets.NAME, got 5"),
+        ("datasets: {a.b: {folder: c}}", "'datasets.a.b' takes the options of a data set"),
+        ("train: &a {b: *a}", "holds itself"),
+        (f"train: {{lr: 1{'0' * 400}}}", "'train.lr' takes a number"),
+        ("data: {save_dir: 2024-99-99}", "is not YAML: month must be in"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         get_default_config().merge_from_file(write(tmp_path / "wrong.yaml", text))
+
+
+def test_base_files_in_a_circle_are_refused(tmp_path):
+    write(tmp_path / "a.yaml", "base: b.yaml")
+    with pytest.raises(ValueError, match=r"b\.yaml: base leads back to this file"):
+        get_default_config().merge_from_file(write(tmp_path / "b.yaml", "base: a.yaml"))
+
+
+def test_a_file_is_read_as_utf_8_whatever_the_system_thinks(tmp_path):
+    cfg = get_default_config()
+    cfg.merge_from_file(
+        write(tmp_path / "a.yaml", "\ufeffdata:\n  save_dir: 张\n# An empty section sets nothing.\ntrain:\ntest:")
+    )
+    assert cfg.data.save_dir == "张"
+    (tmp_path / "b.yaml").write_bytes("data: {save_dir: Müller}".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"b\.yaml is not text in UTF-8.*save it in this encoding"):
+        cfg.merge_from_file(tmp_path / "b.yaml")
 
 
 @pytest.mark.parametrize(
@@ -152,6 +184,16 @@ def test_wrong_words_are_refused():
         (["train.stepsize", "[20, 0]"], r"train.stepsize takes whole numbers of 1 or more, got 0"),
         (["data.norm_mean", "[0.5]"], r"data.norm_mean takes a number for each of the 3 channels, got \[0.5\]"),
         (["test.batch_size", "0"], r"test.batch_size takes whole numbers of 1 or more, got 0"),
+        (["data.targets", "[]"], r"data.targets takes a list of one or more entries, got \[\]"),
+        (["data.sources", "[]"], r"data.sources takes a list of one or more entries"),
+        (["test.ranks", "[]"], r"test.ranks takes a list of one or more entries"),
+        (["train.open_layers", "[]"], r"train.open_layers takes a list of one or more entries"),
+        (["train.stepsize", "[]"], r"train.stepsize takes a list of one or more entries"),
+        (["video.sample_method", "dense"], r"video.sample_method must be one of evenly, random, all, got 'dense'"),
+        (["video.pooling_method", "mean"], r"video.pooling_method must be one of avg, max"),
+        (["train.optim", "adamm"], r"train.optim must be one of adam, .*, got 'adamm'"),
+        (["data.type", "text"], "data.type must be one of image, video, got 'text'"),
+        (["sampler.train_sampler", "MySampler"], "train_sampler must be one of RandomIdentitySampler"),
     ],
 )
 def test_values_that_a_test_would_refuse_are_refused_before_training(words, message):
@@ -169,8 +211,9 @@ def test_every_transform_of_torchreid_is_known():
     config.check(cfg)
 
 
-@pytest.mark.parametrize("data_type", ["image", "video"])
-@pytest.mark.parametrize("loss", ["softmax", "triplet", "drsl", "pml"])
+@pytest.mark.parametrize(
+    ("data_type", "loss"), [("image", "softmax"), ("image", "pml"), ("video", "triplet"), ("video", "drsl")]
+)
 def test_build_engine(tmp_path, data_type, loss):
     cfg = get_default_config()
     cfg.merge_from_list(["data.type", data_type, "loss.name", loss, "model.name", "osnet_x0_25"])
@@ -181,7 +224,7 @@ def test_build_engine(tmp_path, data_type, loss):
     optimizer = config.build_optimizer(cfg, model)
     engine = build_engine(cfg, manager, model, optimizer, config.build_scheduler(cfg, optimizer))
     name = f"{data_type.title()}{ {'drsl': 'DRSL', 'pml': 'PML'}.get(loss, loss.title()) }Engine"
-    assert type(engine) is getattr(native if loss in ("softmax", "triplet") else engines, name)
+    assert type(engine) is getattr(engines, name)
     if loss in ("softmax", "triplet"):
         assert isinstance(engine, getattr(torchreid.engine, f"{data_type.title()}{loss.title()}Engine"))
     if data_type == "video":
@@ -193,7 +236,7 @@ def test_build_engine(tmp_path, data_type, loss):
     assert engine.run(str(tmp_path / "log"), max_epoch=1)
 
 
-@pytest.mark.parametrize("loss", ["drsl", "pml", "triplet"])
+@pytest.mark.parametrize("loss", ["drsl", "triplet"])
 def test_a_classifier_that_nothing_trains_is_not_opened_alone(tmp_path, loss):
     cfg = get_default_config()
     cfg.merge_from_list(["model.name", "osnet_x0_25", "model.pretrained", "False", "use_gpu", "False"])
@@ -217,17 +260,93 @@ def test_words_may_hold_yaml():
         cfg.merge_from_list(["loss.pml.kwargs", "5"])
 
 
-def test_imagenet_weights_that_cannot_be_had(monkeypatch):
-    def unreachable(**kwargs):
-        raise OSError("no route to host")
+def test_only_what_goes_wrong_with_imagenet_weights_is_blamed_on_them(monkeypatch):
+    build_model = torchreid.models.build_model
+
+    def unreachable(pretrained, **others):
+        if pretrained:
+            raise OSError("no route to host")
+        return build_model(pretrained=False, **others)
+
+    def broken(**others):
+        raise RuntimeError("a layer is wrong")
 
     cfg = get_default_config()
+    cfg.merge_from_list(["model.name", "osnet_x0_25", "use_gpu", False])
     monkeypatch.setattr(torchreid.models, "build_model", unreachable)
-    with pytest.raises(ValueError, match=r"weights of resnet50: no route to host\. .* model\.pretrained False"):
+    with pytest.raises(ValueError, match=r"weights of osnet_x0_25: no route to host\. .* model\.pretrained False"):
         config.build_model(cfg, 5)
-    cfg.model.pretrained = False
-    with pytest.raises(OSError, match="no route"):
+    monkeypatch.setattr(torchreid.models, "build_model", broken)
+    with pytest.raises(RuntimeError, match="a layer is wrong"):
         config.build_model(cfg, 5)
+
+
+PIECES = [
+    *(
+        "train",
+        "lr",
+        "loss",
+        "pml",
+        "kwargs",
+        "datasets",
+        "base",
+        "x.yaml",
+        ": ",
+        "\n",
+        "\n  ",
+        "{",
+        "}",
+        "[",
+        "]",
+        ",",
+    ),
+    *("&a ", "*a", "- ", "? ", "!!int ", "<<", "'", "1", "2024-13-01", "0x", "null", "=", "\t", "\ufeff", "\ud800"),
+]
+KEYS_OF_THREE_KINDS = ["train.lr", "loss.pml.kwargs", "datasets.a"]
+
+
+@settings(
+    max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(pieces=st.lists(st.sampled_from(PIECES), max_size=12), key=st.sampled_from(KEYS_OF_THREE_KINDS))
+def test_whatever_a_file_or_a_word_holds_only_bad_input_is_raised(tmp_path, pieces, key):
+    text = "".join(pieces)
+    (tmp_path / "x.yaml").write_text(text, encoding="utf-8", errors="surrogatepass")
+    for merge, source in (("merge_from_file", tmp_path / "x.yaml"), ("merge_from_list", [key, text])):
+        try:
+            getattr(get_default_config(), merge)(source)
+        except InputError as error:
+            assert str(error)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        # 9 images in chunks of 4 leave one.
+        (["train.batch_size", 9, "train.chunk_size", 4], "cannot take 1 image of 64 x 32 pixels: Expected more than 1"),
+        (["train.batch_size", 1], "cannot take 1 image of 64 x 32 pixels: Expected more than 1"),
+        (["data.height", 8, "data.width", 8, "model.name", "hacnn"], "hacnn cannot take 2 images of 8 x 8 pixels"),
+        (
+            ["data.height", 8, "data.width", 8, "test.evaluate", True, "model.name", "squeezenet1_1"],
+            "cannot take 1 image",
+        ),
+        (["train.batch_size", 8, "train.chunk_size", 4], None),
+        (["train.batch_size", 1, "data.k_tfm", 2], None),
+        (["train.batch_size", 1, "data.type", "video"], None),
+        (["train.batch_size", 1, "test.evaluate", True], None),
+    ],
+)
+def test_a_network_is_tried_on_the_fewest_images_that_it_will_get(words, message):
+    cfg = get_default_config()
+    cfg.merge_from_list(["model.name", "osnet_x0_25", "model.pretrained", False, "use_gpu", False])
+    cfg.merge_from_list(["data.height", 64, "data.width", 32, *words])
+    model = config.build_model(cfg, 3).train()
+    before = copy.deepcopy(model.state_dict())
+    drawn = torch.get_rng_state()
+    with contextlib.nullcontext() if message is None else pytest.raises(InputError, match=message):
+        check_takes(cfg, model)
+    assert model.training and torch.equal(torch.get_rng_state(), drawn)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_scheduler_none():
@@ -236,19 +355,10 @@ def test_scheduler_none():
     assert config.build_scheduler(cfg, torch.optim.SGD([torch.zeros(1)], lr=1)) is None
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["data.sources", "marekt1501"], "marekt1501"),
-        (["data.type", "text"], "data.type must be one of image, video, got 'text'"),
-        (["sampler.train_sampler", "MySampler"], "train_sampler must be one of"),
-    ],
-)
-def test_wrong_data_is_refused(tmp_path, words, message):
+def test_an_unknown_data_set_is_refused(tmp_path):
     cfg = get_default_config()
-    cfg.merge_from_list(["data.root", str(tmp_path), "data.sources", "toy", "data.targets", "toy", *words])
-    make_image_manager(tmp_path)  # registers toy
-    with pytest.raises(ValueError, match=message):
+    cfg.merge_from_list(["data.root", str(tmp_path), "data.sources", "marekt1501"])
+    with pytest.raises(ValueError, match="marekt1501"):
         config.build_datamanager(cfg)
 
 

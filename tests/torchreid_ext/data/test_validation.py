@@ -11,7 +11,7 @@ from people_folders import draw, make_folder, people
 
 from pml_drsl.checks import InputError
 from torchreid_ext.cli.train import main
-from torchreid_ext.config.build import build_datamanager, get_default_config
+from torchreid_ext.config import build_datamanager, get_default_config
 
 PEOPLE = [f"p{number:02}" for number in range(10)]
 

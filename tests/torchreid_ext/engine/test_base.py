@@ -4,6 +4,7 @@ import inspect
 import io
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,8 +25,8 @@ from torchreid_ext.checkpoint import checkpoint, states
 from torchreid_ext.engine import engines
 from torchreid_ext.engine.logs import EpochLog
 from torchreid_ext.engine.options import RunOptions
-from torchreid_ext.engine.stepper import Stepper
-from torchreid_ext.runtime import distributed
+from torchreid_ext.engine.step import Stepper
+from torchreid_ext.runtime import distributed, files
 from torchreid_ext.runtime.generators import seed_everything
 from torchreid_ext.runtime.signals import Interrupted, StopRequest
 
@@ -104,8 +105,7 @@ def test_a_hundred_kills(tmp_path):
     assert subprocess.run(command, timeout=1500).returncode == 0
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("signum", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
 def test_a_signal_saves_and_the_run_goes_on_as_it_would_have(tmp_path, signum, workers):
     def fresh():
         seed_everything(3)
@@ -130,9 +130,8 @@ def test_a_signal_saves_and_the_run_goes_on_as_it_would_have(tmp_path, signum, w
     assert not same(final_state(whole, 4), final_state(stopped, 4))
 
 
-@pytest.mark.parametrize("warmup", [6, 7])
-@pytest.mark.parametrize(("epoch", "batch"), [(1, 2), (2, 0), (2, 1), (3, 0)])
-def test_a_memory_that_starts_later_is_resumed_as_it_would_have_been(tmp_path, warmup, epoch, batch):
+@pytest.mark.parametrize(("epoch", "batch", "warmup"), [(1, 2, 6), (2, 0, 7), (2, 1, 6), (3, 0, 7)])
+def test_a_memory_that_starts_later_is_resumed_as_it_would_have_been(tmp_path, epoch, batch, warmup):
     """Three steps in an epoch: interrupted before, at and after the start of the memory."""
 
     def fresh():
@@ -152,6 +151,27 @@ def test_a_memory_that_starts_later_is_resumed_as_it_would_have_been(tmp_path, w
     resumed.run(str(tmp_path / "cut"), max_epoch=4, start_epoch=start, checkpoint_freq=10)
     assert same(final_state(whole, 4), final_state(resumed, 4))
     assert int(resumed.criterion.warmup_calls) == warmup and resumed.criterion.queue_idx == (12 - warmup) * 8 % 20
+
+
+@pytest.mark.parametrize(
+    ("message", "raised"),
+    [
+        ("CUDA out of memory", RuntimeError),
+        ("Caught RuntimeError in DataLoader worker process 0.", RuntimeError),
+        ("DataLoader worker (pid 12) is killed by signal: Terminated. ", Interrupted),
+    ],
+)
+def test_an_error_after_a_signal_is_raised_unless_the_signal_explains_it(tmp_path, message, raised):
+    engine = make_engine(tmp_path)
+
+    def fail(loss):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError(message)
+
+    engine.step = fail
+    with pytest.raises(raised, match=r"out of memory|Caught|stopped by SIGTERM") as caught:
+        engine.run(str(tmp_path / "log"), max_epoch=1)
+    assert type(caught.value) is raised
 
 
 def test_a_signal_in_a_test(tmp_path):
@@ -237,7 +257,9 @@ def test_a_run_that_was_killed_before_it_removed_what_it_need_not_keep(tmp_path)
     make_engine(tmp_path).run(str(tmp_path / "log"), max_epoch=3, keep_checkpoints=2)
     folder = tmp_path / "log" / "model"
     kept = sorted(path.name for path in folder.iterdir())
-    for name in ("model.pth.tar-1", f".model-best.pth.tar{checkpoint.TEMPORARY}"):
+    unfinished = files._temporary(folder / "model-best.pth.tar").name
+    # No process has this number.
+    for name in ("model.pth.tar-1", unfinished.replace(f"-{os.getpid()}-", "-99999999-")):
         (folder / name).write_bytes((folder / "model.pth.tar-2").read_bytes())
     engine = make_engine(tmp_path)
     start = engine.resume("auto", str(tmp_path / "log"))
@@ -261,6 +283,25 @@ def test_another_number_of_identities_or_another_loss_is_refused(tmp_path):
     engine.datamanager._num_train_pids = 5
     with pytest.raises(ValueError, match="was trained on 6 identities, and the sources have 5"):
         engine.resume("auto", str(tmp_path / "log"))
+
+
+def test_what_a_checkpoint_may_hold_is_refused_in_one_line(tmp_path):
+    make_engine(tmp_path, criterion=memory()).run(str(tmp_path / "log"), max_epoch=1)
+    whole = tmp_path / "log" / "model" / "model.pth.tar-1"
+    top = [("epoch", "one"), ("epoch", 1.5), ("rank1", []), ("training", 3), ("state_dict", [1]), ("optimizer", {})]
+    top += [("optimizer", {"param_groups": [], "state": {}}), ("scheduler", [1, 2])]
+    inside = [(name, 3) for name in ("losses", "memories", "sampler", "generators", "best")]
+    inside += [("skipped", "x"), ("generators", {"python": 1}), ("memories", {"criterion": {}}), ("best", {"mAP": 1})]
+    for part, wrong in (("top", top), ("training", inside)):
+        for name, value in wrong:
+            state = checkpoint.load(whole)
+            (state if part == "top" else state["training"])[name] = value
+            torch.save(state, tmp_path / "crafted.pth")
+            engine = make_engine(tmp_path, criterion=memory())
+            with pytest.raises(InputError, match=re.escape(f"checkpoint '{tmp_path / 'crafted.pth'}'")) as caught:
+                start = engine.resume(str(tmp_path / "crafted.pth"))
+                engine.run(str(tmp_path / "other"), max_epoch=2, start_epoch=start)
+            assert len(str(caught.value).splitlines()) == 1
 
 
 def test_torchreids_checkpoint_is_resumed_from(tmp_path, capsys):
@@ -388,9 +429,47 @@ def test_an_epoch_of_skipped_steps_stops_the_run(tmp_path):
 def test_spoiled_weights_are_not_saved(tmp_path):
     engine = make_engine(tmp_path)
     engine.model.body[0].running_mean[0] = float("inf")
-    with pytest.raises(FloatingPointError, match=r"body\.0\.running_mean is not finite after epoch 1"):
+    with pytest.raises(FloatingPointError, match=r"body\.0\.running_mean is not finite after epoch 0"):
         engine.run(str(tmp_path / "log"), max_epoch=2, checkpoint_freq=1, start_eval=9)
     assert not list((tmp_path / "log").rglob("*.pth.tar*"))
+
+
+def test_spoiled_weights_of_a_loss_are_noticed_before_they_are_saved_or_named(tmp_path):
+    """With ``skip_nonfinite`` every later step would be skipped, and the checkpoint of NaN called the last good one."""
+    engine = make_engine(tmp_path, criterion=pml_losses.ArcFaceLoss(6, 32))
+    step = engine.step
+
+    def spoil_weight(loss):
+        step(loss)
+        if (engine.epoch, engine.batch_idx) == (1, 2):
+            with torch.no_grad():
+                engine.criterion.W[0, 0] = math.nan
+
+    engine.step = spoil_weight
+    with pytest.raises(FloatingPointError, match=r"criterion\.W is not finite after epoch 2; .* '.*tar-1'"):
+        engine.run(str(tmp_path / "log"), max_epoch=4, skip_nonfinite=True)
+    # Nor does a checkpoint of such weights come back.
+    state = checkpoint.load(tmp_path / "log" / "model" / "model.pth.tar-1")
+    state["training"]["losses"]["criterion"]["W"][0, 0] = math.inf
+    checkpoint.save(state, tmp_path / "spoiled.pth")
+    engine = make_engine(tmp_path, criterion=pml_losses.ArcFaceLoss(6, 32))
+    with pytest.raises(InputError, match=r"spoiled\.pth': criterion\.W is not finite; resume from an earlier"):
+        engine.resume(str(tmp_path / "spoiled.pth"))
+
+
+@pytest.mark.parametrize(("batch_size", "chunk_size"), [(8, 1), (9, 2), (1, 0)])
+def test_batch_normalisation_of_one_image_is_refused_before_training(tmp_path, batch_size, chunk_size):
+    engine = make_engine(tmp_path)
+    engine.datamanager.train_loader = torch.utils.data.DataLoader(
+        engine.datamanager.train_loader.dataset, batch_size, drop_last=True
+    )
+    key = "chunk_size" if chunk_size else "batch_size"
+    with pytest.raises(InputError, match=f"alone, and the network's batch normalisation needs two.*train.{key}"):
+        engine.run(str(tmp_path / "log"), max_epoch=1, chunk_size=chunk_size)
+    assert not (tmp_path / "log").exists()
+    engine.model.body[0] = nn.Identity()
+    if chunk_size:
+        engine.run(str(tmp_path / "log"), max_epoch=1, chunk_size=chunk_size)
 
 
 # Layers.
@@ -440,6 +519,14 @@ def test_lines_and_scalars(tmp_path, capsys):
     assert tags >= {"Test/toy/mAP", "Test/toy/rank1"}
     assert [event.step for event in events.Scalars("Train/lr")] == list(range(6))
     assert [event.value for event in events.Scalars("Train/lr")] == pytest.approx([0.01] * 3 + [0.005] * 3)
+
+
+def test_a_test_after_a_run_does_not_open_its_log_again(tmp_path):
+    engine = make_engine(tmp_path)
+    engine.run(str(tmp_path / "log"), max_epoch=1)
+    logs = list((tmp_path / "log").glob("events.*"))
+    engine.test()
+    assert len(logs) == 1 and list((tmp_path / "log").glob("events.*")) == logs
 
 
 @pytest.mark.parametrize("terminal", [True, False])

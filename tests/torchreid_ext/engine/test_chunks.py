@@ -12,7 +12,7 @@ from torchreid_ext import get_default_config
 from torchreid_ext.checkpoint import states
 from torchreid_ext.config import checks
 from torchreid_ext.engine.engines import ImageDRSLEngine
-from torchreid_ext.engine.stepper import Stepper
+from torchreid_ext.engine.step import Stepper
 from torchreid_ext.networks import add_neck
 from torchreid_ext.runtime.generators import seed_everything
 

@@ -6,9 +6,8 @@ from pytorch_metric_learning import losses, miners
 from toy_data import make_image_manager, register_toys
 
 from pml_drsl import DRSLoss
-from torchreid_ext import build_engine, get_default_config
-from torchreid_ext.config import build as config
-from torchreid_ext.engine import engines, native
+from torchreid_ext import build_engine, config, get_default_config
+from torchreid_ext.engine import engines
 from torchreid_ext.runtime.generators import seed_everything
 
 
@@ -31,8 +30,8 @@ class Network(torch.nn.Module):
 
 
 ENGINES = {
-    "softmax": (native.ImageSoftmaxEngine, {}),
-    "triplet": (native.ImageTripletEngine, {"weight_t": 1, "weight_x": 1}),
+    "softmax": (engines.ImageSoftmaxEngine, {}),
+    "triplet": (engines.ImageTripletEngine, {"weight_t": 1, "weight_x": 1}),
     "drsl": (engines.ImageDRSLEngine, {}),
     "miner and cameras": (engines.ImageDRSLEngine, {"miner": miners.MultiSimilarityMiner(), "cross_camera": True}),
     "pml": (engines.ImagePMLEngine, {"criterion": losses.SupConLoss()}),

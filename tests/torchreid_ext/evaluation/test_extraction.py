@@ -17,7 +17,7 @@ from toy_data import make_image_manager, make_video_manager
 from pml_drsl.evaluation import distances as distance_rows
 from pml_drsl.evaluation.ranking import rank_queries
 from torchreid_ext.engine.engines import ImageDRSLEngine, VideoDRSLEngine
-from torchreid_ext.evaluation import extraction, ranking
+from torchreid_ext.evaluation import extraction
 from torchreid_ext.runtime.signals import Interrupted
 
 # Each case has arguments of the data manager and of `test`. There are 12 queries and 12 gallery images (6 tracklets
@@ -112,10 +112,15 @@ def work(rank_, world_size, folder):
     engine.model.eval()
     if rank_ < 2:
         loader = next(iter(engine.test_loader.values()))["gallery"]
-        found["features of two"] = ranking.extract(engine, loader, pair).features
+        found["features of two"] = extraction.extract(engine, loader, pair).features
     engine.model = DistributedDataParallel(engine.model)
     found["in DDP"] = run_test(engine, "three batches")
 
+    (folder / "file").touch()
+    try:
+        run_test(engine, "three batches", str(folder / "file" / "results"))
+    except OSError as error:
+        found["not written"] = type(error).__name__
     found["raised"] = []
     if rank_ == 2:
         Path(next(iter(engine.datamanager.test_dataset.values()))["gallery"][-1][0]).unlink()
@@ -182,7 +187,7 @@ def test_the_model_may_be_wrapped_in_ddp_and_two_processes_may_share(outcome, on
     engine = make_engine("three batches", tmp_path)
     engine.model.eval()
     assert [of_process["in DDP"] for of_process in found] == [run_test(engine, "three batches")] * 3
-    features = ranking.extract(engine, next(iter(engine.test_loader.values()))["gallery"]).features
+    features = extraction.extract(engine, next(iter(engine.test_loader.values()))["gallery"]).features
     assert all(torch.equal(of_process["features of two"], features) for of_process in found[:2])
 
 
@@ -201,6 +206,12 @@ def test_a_failure_on_one_process_ends_the_test_on_all(outcome):
     assert damage[0][1] == damage[1][1] == f"process 2 could not test: {damage[2][1]}"
     assert [name for name, _ in stop] == ["Interrupted"] * 3
     assert [of_process["asked to stop"] for of_process in found] == [15] * 3
+
+
+def test_results_that_cannot_be_written_end_the_test_on_all(outcome):
+    """Only the first process writes; the others would wait for it."""
+    _, found = outcome
+    assert found[0]["not written"] == "NotADirectoryError" and all("not written" in of_process for of_process in found)
 
 
 def test_shares_are_complete_and_even(monkeypatch):

@@ -1,9 +1,11 @@
 """Several processes train as one process does, and a process that dies ends or restarts the job."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -15,11 +17,11 @@ from killing import differing
 from torch import distributed as dist
 from toy_data import write_images
 
-from torchreid_ext import get_default_config
+from pml_drsl.checks import InputError
+from torchreid_ext import config, get_default_config
 from torchreid_ext.checkpoint import checkpoint, resuming
 from torchreid_ext.checkpoint.folder import History
 from torchreid_ext.cli.train import main
-from torchreid_ext.config import build as config
 from torchreid_ext.config import data as data_config
 from torchreid_ext.runtime import distributed
 from torchreid_ext.runtime.signals import Interrupted
@@ -254,6 +256,71 @@ def test_waiting_processes_get_an_error_when_another_hangs_or_ends(monkeypatch, 
         if ends:
             del groups[1]
         groups[0].allreduce([torch.ones(1)]).wait()
+
+
+class Wire:
+    """What two processes exchange, of which this process is first the first and then the second."""
+
+    def __init__(self, monkeypatch):
+        self.first, self.sent = True, []
+        monkeypatch.setattr(distributed, "size", lambda: 2)
+        monkeypatch.setattr(distributed, "is_first", lambda: self.first)
+        monkeypatch.setattr(dist, "broadcast_object_list", self.broadcast)
+        monkeypatch.setattr(dist, "all_gather_object", self.gather)
+
+    def broadcast(self, objects):
+        if self.first:
+            self.sent = pickle.loads(pickle.dumps(objects))
+        objects[:] = self.sent
+
+    def gather(self, told, own):
+        if self.first:
+            self.sent = [own]
+        told[:] = [self.sent[0], None]
+
+
+class Unsendable(Exception):
+    def __init__(self, one, two):
+        super().__init__(one)
+        self.lock = threading.Lock()
+
+
+@pytest.mark.parametrize("error", [TypeError("wrong type"), Unsendable("a lock", 2), KeyboardInterrupt("stop")])
+def test_no_process_waits_for_a_first_process_that_failed(monkeypatch, error):
+    def fail():
+        raise error
+
+    wire = Wire(monkeypatch)
+    with pytest.raises(type(error)):
+        distributed.from_first(fail)
+    wire.first = False
+    with pytest.raises(ConnectionError, match=f"the first process stopped: {type(error).__name__}"):
+        distributed.from_first(fail)
+
+    wire.first = True
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(type(error)), distributed.one_first():
+        fail()
+    wire.first = False
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    done = []
+    with pytest.raises(ConnectionError, match=f"process 0 stopped: {type(error).__name__}"), distributed.one_first():
+        done.append(True)
+    assert not done
+
+
+def test_bad_input_on_the_first_process_is_the_same_on_all(monkeypatch):
+    def fail():
+        raise InputError("give another value")
+
+    wire = Wire(monkeypatch)
+    for wire.first in (True, False):
+        with pytest.raises(InputError, match="give another value"):
+            distributed.from_first(fail)
+    wire.first = True
+    with distributed.one_first():
+        pass
+    assert wire.sent == [None] and distributed.from_first(lambda: 7) == 7
 
 
 def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch, capsys):

@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision import transforms
 
 from pml_drsl.checks import InputError
-from torchreid_ext.config import build
+from torchreid_ext.config import get_default_config
 from torchreid_ext.search.preprocessing import Preprocessing, as_list
 
 torchreid_transforms = torchreid.data.transforms
@@ -18,7 +18,7 @@ torchreid_transforms = torchreid.data.transforms
 
 @pytest.fixture
 def preprocessing():
-    config = build.get_default_config()
+    config = get_default_config()
     config.data.norm_mean = [0.3, 0.4, 0.5]
     return Preprocessing(SimpleNamespace(height=24, width=12, config=config))
 

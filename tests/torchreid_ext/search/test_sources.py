@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from pml_drsl.checks import InputError
-from torchreid_ext.config import build
+from torchreid_ext.config import get_default_config
 from torchreid_ext.search.sources import list_queries, list_sources, test_images
 
 
@@ -93,7 +93,7 @@ def test_sources_without_images_are_refused(tmp_path, missing):
 
 
 def test_a_target_that_is_not_there(tmp_path):
-    config = build.get_default_config()
+    config = get_default_config()
     config.data.root = str(tmp_path / "root")
     config.merge_from_list(["datasets.mine.folder", "photos", "data.targets", "mine"])
     with pytest.raises(InputError, match="photos"):

@@ -1,12 +1,13 @@
-"""Linear warm-up over torchreid's schedulers."""
+"""Layers open and close, and the learning rate warms up over torchreid's schedulers."""
 
 import math
 
 import pytest
 import torch
+from torch import nn
 
-from torchreid_ext import get_default_config
-from torchreid_ext.config import build as config
+from torchreid_ext import config, get_default_config
+from torchreid_ext.engine.schedule import Layers
 
 EPOCHS, WARMUP = 12, 4
 ALONE = {
@@ -36,13 +37,13 @@ def epochs(optimizer, scheduler, number):
     return rates
 
 
-@pytest.mark.parametrize("warmup", [0, 1, WARMUP])
 @pytest.mark.parametrize("name", ALONE)
-def test_the_rate_rises_linearly_and_then_follows_the_scheduler(name, warmup):
-    rates = epochs(*scheduled(name, warmup), EPOCHS)
-    for epoch, found in enumerate(rates):
-        factor = ALONE[name](epoch) * min(1, (epoch + 1) / max(warmup, 1))
-        assert found == pytest.approx([0.5 * factor, 3.0 * factor])
+def test_the_rate_rises_linearly_and_then_follows_the_scheduler(name):
+    for warmup in (0, 1, WARMUP):
+        rates = epochs(*scheduled(name, warmup), EPOCHS)
+        for epoch, found in enumerate(rates):
+            factor = ALONE[name](epoch) * min(1, (epoch + 1) / max(warmup, 1))
+            assert found == pytest.approx([0.5 * factor, 3.0 * factor])
 
 
 @pytest.mark.parametrize("name", ALONE)
@@ -63,3 +64,36 @@ def test_its_state_is_saved_and_resumed_safely(tmp_path, name):
 def test_a_negative_warm_up_is_refused():
     with pytest.raises(ValueError, match=r"train\.warmup_epoch must be 0 \(no warm-up\) or more, got -1"):
         scheduled("none", -1)
+
+
+def network():
+    model = nn.Sequential()
+    for name in ("stem", "body", "classifier"):
+        model.add_module(name, nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+    model.body[0].weight.requires_grad = False
+    return model
+
+
+def trainable(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel])
+def test_open_and_close(wrap):
+    model = network()
+    everything = trainable(model)
+    layers = Layers(wrap(model))
+    layers.open_only(["classifier"])
+    assert trainable(model) == {name for name in everything if name.startswith("classifier")}
+    assert (model.stem.training, model.stem[1].training, model.classifier[1].training) == (False, False, True)
+    layers.open_only(["body"])
+    assert trainable(model) == {"body.0.bias", "body.1.weight", "body.1.bias"}
+    layers.open_all()
+    assert trainable(model) == everything and model.stem[1].training
+
+
+def test_unknown_layers_are_refused():
+    layers = Layers(network())
+    layers.check(["body", "stem"])
+    with pytest.raises(ValueError, match="the model has no layer clasifier; its layers are stem, body, classifier"):
+        layers.check(["clasifier", "body"])

@@ -7,11 +7,10 @@ from pytorch_metric_learning.distances import CosineSimilarity
 
 from pml_drsl import DRSLoss
 from pml_drsl.checks import InputError
-from torchreid_ext import get_default_config
-from torchreid_ext.config import build as config
-from torchreid_ext.config.derived import Key, keys_of_arguments, keys_of_options
+from torchreid_ext import config, get_default_config
+from torchreid_ext.config.keys import keys_of_arguments
 from torchreid_ext.engine.options import RunOptions
-from torchreid_ext.runtime.options import Options, documented, option
+from torchreid_ext.runtime.options import Key, Options, documented, option
 
 
 class Loss:
@@ -36,9 +35,9 @@ class Loss:
 
 def test_keys_of_a_loss():
     assert keys_of_arguments("loss.mine", Loss) == {
-        "loss.mine.power": Key(2.0, "exponent of the error, see `f(x)`; 1 or 2", "power"),
-        "loss.mine.label": Key("angle", "which label, e.g. of Smith et al. (2020), to use", "label"),
-        "loss.mine.limit": Key(None, "largest error", "limit", int),
+        "loss.mine.power": Key(2.0, "exponent of the error, see `f(x)`; 1 or 2", name="power"),
+        "loss.mine.label": Key("angle", "which label, e.g. of Smith et al. (2020), to use", name="label"),
+        "loss.mine.limit": Key(None, "largest error", kind=int, name="limit"),
     }
 
 
@@ -52,11 +51,11 @@ def test_arguments_reach_drsl_and_its_defaults_reach_the_config(monkeypatch):
     assert built.extra_repr() == default.extra_repr()
     assert type(built.distance) is type(default.distance)
     cfg.merge_from_list(["loss.drsl.temperature", 1, "loss.drsl.sort_weight", 0.5, "loss.drsl.margin", 0.25])
-    cfg.merge_from_list(["loss.drsl.bound", str(not default.bound), "loss.drsl.query_chunk_size", 7])
+    cfg.merge_from_list(["loss.drsl.bound_power", "None", "loss.drsl.query_chunk_size", 7])
     cfg.merge_from_list(["loss.drsl.distance", "CosineSimilarity"])
     built = config.build_criterion(cfg, model, 3)
     assert (built.temperature, built.sort_weight, built.margin) == (1.0, 0.5, 0.25)
-    assert (built.bound, built.query_chunk_size) == (not default.bound, 7)
+    assert (built.bound_power, built.query_chunk_size) == (None, 7)
     assert isinstance(built.distance, CosineSimilarity)
     cfg.merge_from_list(["loss.drsl.query_chunk_size", "None"])
     assert config.build_criterion(cfg, model, 3).query_chunk_size is None
@@ -75,9 +74,9 @@ class Cooking(Options):
 
 
 def test_options():
-    assert keys_of_options(Cooking) == {
-        "stove.minutes": Key(20, "time on the stove", "minutes"),
-        "stove.fuel": Key("gas", "gas or wood", "fuel"),
+    assert Cooking.keys() == {
+        "stove.minutes": Key(20, "time on the stove", least=1, name="minutes"),
+        "stove.fuel": Key("gas", "gas or wood", choices=("gas", "wood"), name="fuel"),
     }
     assert Cooking().arguments() == {"minutes": 10, "fuel": "gas", "tastings": [5]}
     assert Cooking().tastings is not Cooking().tastings
@@ -90,6 +89,7 @@ def test_options():
         ({"minutes": 0}, "stove.minutes takes whole numbers of 1 or more, got 0"),
         ({"minutes": "10"}, "stove.minutes takes whole numbers of 1 or more, got '10'"),
         ({"minutes": True}, "got True"),
+        ({"tastings": []}, "tastings takes a list of one or more entries, got []"),
         ({"tastings": [1, -1]}, "tastings takes whole numbers of 0 or more, got -1"),
         ({"fuel": "coal"}, "stove.fuel must be one of gas, wood, got 'coal'"),
         ({"minuets": 3}, "there is no option 'minuets'; did you mean 'minutes'?"),
@@ -104,12 +104,11 @@ def test_wrong_options(given, message):
 def test_every_option_of_a_run_is_taken_from_its_key():
     cfg = get_default_config()
     changed = {}
-    for key, entry in keys_of_options(RunOptions).items():
-        value = {"train.amp": "bf16", "test.dist_metric": "cosine", "data.save_dir": "there"}.get(key)
-        if value is None:
-            value = {bool: lambda x: not x, int: lambda x: x + 2, list: lambda x: x * 2}[type(entry.default)](
-                entry.default
-            )
+    for key, entry in RunOptions.keys().items():
+        other = {bool: lambda x: not x, int: lambda x: x + 2, list: lambda x: x * 2, str: lambda x: f"{x}2"}
+        value = other[type(entry.default)](entry.default)
+        if entry.choices:
+            value = next(choice for choice in entry.choices if choice != entry.default)
         cfg.merge_from_list([key, value])
         changed[entry.name] = value
     options = config.run_options(cfg)

@@ -1,1 +1,0 @@
-"""The command ``drsl-benchmark``: experiments that compare losses, and their report."""

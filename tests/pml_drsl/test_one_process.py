@@ -1,0 +1,59 @@
+"""One process that goes through the exchange of several: by NCCL on a GPU, and by gloo as a rehearsal of that."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from pml_drsl.losses import DRSLoss
+from pml_drsl.wrappers import DistributedLossWrapper
+
+DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[torch.device]:
+    device = torch.device(request.param, 0) if request.param == "cuda" else torch.device("cpu")
+    backend, options = ("nccl", {"device_id": device}) if device.type == "cuda" else ("gloo", {})
+    dist.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1, **options)
+    yield device
+    dist.destroy_process_group()
+
+
+def loss_and_gradient(loss_fn: Callable[..., Tensor], x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.clone().requires_grad_()
+    loss = loss_fn(x, labels)
+    return loss.detach(), torch.autograd.grad(loss, x)[0]
+
+
+def test_exchanged_loss_and_gradient(device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(64, 32, generator=generator).to(device), torch.arange(64, device=device) // 4
+    expected = loss_and_gradient(DRSLoss(), x, labels)
+    for efficient in (False, True):
+        wrapper: Any = DistributedLossWrapper(DRSLoss(), efficient)
+
+        # Called with the true number of processes, 1, the wrapper would leave the exchange out.
+        def exchanged(x: Tensor, labels: Tensor, wrapper: Any = wrapper) -> Tensor:
+            return wrapper.forward_regular_loss(x, labels, None, None, None, world_size=2)  # type: ignore[no-any-return]
+
+        torch.testing.assert_close(loss_and_gradient(exchanged, x, labels), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_gradients_of_distributed_data_parallel(device: torch.device) -> None:
+    torch.manual_seed(0)
+    x, labels = torch.randn(64, 32, device=device), torch.arange(64, device=device) // 4
+    alone = nn.Linear(32, 16).to(device)
+    wrapped = DistributedDataParallel(copy.deepcopy(alone), device_ids=[device] if device.type == "cuda" else None)
+    for network in (alone, wrapped):
+        DRSLoss()(network(x), labels).backward()
+    for own, other in zip(wrapped.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, other.grad, rtol=1e-3, atol=1e-6)

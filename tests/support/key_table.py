@@ -1,0 +1,22 @@
+"""Writes the table of keys that torchreid does not have into the guide: ``python tests/support/key_table.py``."""
+
+from pathlib import Path
+
+from torchreid_ext.config.keys import ADDED, KEYS
+
+GUIDE = Path(__file__).parents[2] / "docs" / "torchreid.md"
+HEAD = "| Key | Default | What it is for |\n|---|---|---|\n"
+
+
+def with_table(guide: str) -> str:
+    """A guide's text with the rows of its table of keys replaced."""
+    rows = (f"| `{key}` | `{KEYS[key].default!r}` | {KEYS[key].text.replace('|', '/')} |\n" for key in ADDED)
+    before, _, after = guide.partition(HEAD)
+    rest = after.splitlines(keepends=True)
+    while rest and rest[0].startswith("|"):
+        rest.pop(0)
+    return f"{before}{HEAD}{''.join(rows)}{''.join(rest)}"
+
+
+if __name__ == "__main__":
+    GUIDE.write_text(with_table(GUIDE.read_text(encoding="utf-8")), encoding="utf-8")

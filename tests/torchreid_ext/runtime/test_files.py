@@ -1,0 +1,123 @@
+"""Files that several processes write: complete, never mixed, and never removed under a writer."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from torchreid_ext.runtime import files
+
+# Imported from its file: the package would import torch in every process.
+LOAD = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("files", sys.argv[1])
+files = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(files)
+"""
+WRITE = """
+from pathlib import Path
+path, letter = Path(sys.argv[2]), sys.argv[3].encode()
+for _ in range(90):
+    with files.replacing(path) as file:
+        for _ in range(20):
+            file.write(letter * 5000)
+    files.link(path, "other name")
+    files.remove_unfinished(path.parent)
+"""
+COUNT = """
+from pathlib import Path
+path = Path(sys.argv[2])
+for _ in range(50):
+    with files.locked(path):
+        number = int(path.read_text()) if path.exists() else 0
+        with files.replacing(path) as file:
+            file.write(str(number + 1).encode())
+"""
+HOLD = """
+with files.locked(sys.argv[2]):
+    open(sys.argv[3], "w").close()
+    sys.stdin.read()
+"""
+
+
+def start(script, *words):
+    command = [sys.executable, "-c", LOAD + script, files.__file__, *map(str, words)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finished(*processes):
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+
+
+def test_two_writers_of_one_path_never_fail_and_never_mix(tmp_path):
+    path = tmp_path / "file"
+    writers = [start(WRITE, path, letter) for letter in "ab"]
+    seen = set()
+    while any(writer.poll() is None for writer in writers):
+        for name in ("file", "other name"):
+            if (tmp_path / name).exists():
+                content = (tmp_path / name).read_bytes()
+                assert len(content) == 100_000 and len(set(content)) == 1
+                seen.add(content[:1])
+        time.sleep(0.002)
+    finished(*writers)
+    assert seen == {b"a", b"b"}
+    assert sorted(os.listdir(tmp_path)) == ["file", "other name"]
+
+
+def test_a_locked_file_loses_no_change(tmp_path):
+    path = tmp_path / "count"
+    finished(*(start(COUNT, path) for _ in range(3)))
+    assert path.read_text() == "150"
+    assert os.listdir(tmp_path) == ["count"]
+
+
+def test_a_process_that_waits_says_so_and_the_lock_of_a_killed_process_is_free(tmp_path):
+    path = tmp_path / "index"
+    holder = start(HOLD, path, tmp_path / "on")
+    try:
+        while not (tmp_path / "on").exists():
+            assert holder.poll() is None
+            time.sleep(0.01)
+        waiting = start("with files.locked(sys.argv[2]): pass", path)
+        assert waiting.stderr.readline() == f"waiting for another process that writes '{path}'\n"
+        assert waiting.poll() is None
+    finally:
+        holder.kill()
+        holder.communicate()
+    finished(waiting)
+
+
+def test_only_what_a_dead_process_left_is_removed(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    own = files._temporary(tmp_path / "model")
+    of_dead = own.with_name(own.name.replace(f"-{os.getpid()}-", f"-{dead.pid}-"))
+    elsewhere = [of_dead.with_name(of_dead.name.replace(files._MACHINE, machine)) for machine in ("0" * 8, "1" * 8)]
+    users = tmp_path / ".notes.tmp"
+    for path in (own, of_dead, *elsewhere, users):
+        path.write_bytes(b"half")
+    os.utime(elsewhere[0], (0, 0))
+    os.utime(users, (0, 0))
+    files.remove_unfinished(tmp_path)
+    assert set(tmp_path.iterdir()) == {own, elsewhere[1], users}
+
+
+def test_a_long_name_can_be_written(tmp_path):
+    path = tmp_path / ("é" * 125)
+    with files.replacing(path) as file:
+        file.write(b"whole")
+    assert path.read_bytes() == b"whole"
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError, match="half-way"), files.replacing(path) as file:
+        file.write(b"new")
+        raise RuntimeError("half-way")
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]

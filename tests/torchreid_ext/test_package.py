@@ -1,0 +1,62 @@
+"""The package itself: a quick import that registers with torchreid, whichever is imported first."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import pml_drsl
+import torchreid_ext
+
+USE = """
+assert "torchreid.reid.data" not in sys.modules or torchreid_first
+import torchreid
+assert torchreid.engine.ImageDRSLEngine.__module__ == "torchreid_ext.engine.engines"
+assert issubclass(torchreid.engine.VideoPMLEngine, torchreid.engine.Engine)
+assert not hasattr(torchreid.engine, "ImageDRSLEngines") and not hasattr(torchreid_ext, "Searchers")
+from torchreid_ext import ImageDRSLEngine, Searcher, build_engine
+assert ImageDRSLEngine is torchreid.engine.ImageDRSLEngine
+from torchreid_ext.data.synthetic import pedestrians
+# Drawing the images takes long.
+pedestrians.SyntheticPedestrians = lambda **options: options
+assert torchreid.data.datasets.init_image_dataset("synthetic_pedestrians", root="here") == {"root": "here"}
+"""
+FIRST = {
+    "the package": "torchreid_first = False; import torchreid_ext",
+    "torchreid": "torchreid_first = True; import torchreid; import torchreid_ext",
+    "one of its modules": "torchreid_first = True; import torchreid_ext.data.synthetic.pedestrians",
+}
+
+
+def run(code, *words):
+    command = [sys.executable, "-W", "ignore", "-c", f"import sys; {code}", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("first", FIRST)
+def test_torchreid_has_the_engines_and_data_sets_in_every_order_of_imports(first):
+    done = run(FIRST[first] + USE)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["--help"], 0, "--list keys"),
+        (["--version"], 0, "drsl-train "),
+        ([], 2, "give a configuration, such as --config-file configs/demo.yaml"),
+        (["-s", "market1501"], 2, "drsl-train: the package torch is not installed: pip install 'pml-drsl[reid]'"),
+        (["--list", "models"], 2, "drsl-train: the package torch is not installed: pip install 'pml-drsl[reid]'"),
+    ],
+)
+def test_the_command_without_torch(words, status, said):
+    """This is how a missing package looks, and what --help does not wait for."""
+    done = run("sys.modules['torch'] = None; from torchreid_ext.cli.train import main; sys.exit(main())", *words)
+    assert (done.returncode, "Traceback" in done.stderr) == (status, False), done.stderr
+    assert said in done.stdout + done.stderr
+
+
+def test_versions():
+    assert pml_drsl.__version__ == torchreid_ext.__version__ != "unknown"
+    assert not hasattr(pml_drsl, "version")

@@ -1,0 +1,69 @@
+"""Networks of timm in the place of networks of torchreid's zoo."""
+
+import copy
+
+import pytest
+import torch
+
+from pml_drsl.checks import InputError
+from torchreid_ext import config, get_default_config, networks
+
+timm = pytest.importorskip("timm")
+
+
+def images(height=64, width=32, size=4):
+    return torch.randn(size, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+SMALL = {"resnet10t": (64, 32), "vit_tiny_patch16_224": (64, 32), "mobilenetv3_small_050": (64, 32)}
+
+
+@pytest.mark.parametrize(("name", "size"), SMALL.items())
+@pytest.mark.parametrize("neck", [False, True])
+def test_a_network_of_timm_returns_what_an_engine_needs(name, size, neck):
+    torch.manual_seed(0)
+    model = networks.TimmNetwork(name, 5, "triplet", False, *size)
+    if neck:
+        networks.add_neck(model)
+    networks.set_memory_format(model, "auto", *size)
+    (dimension,) = networks.feature_sizes(model, *size)
+    logits, features = model.train()(images(*size))
+    assert logits.shape == (4, 5) and features.shape == (4, dimension)
+    logits.sum().backward()
+    assert all(p.grad is not None for p in model.backbone.parameters())
+    # Evaluation returns the pooled features of timm's own network; with a neck, what the neck makes of them.
+    model.eval()
+    wanted = model.backbone(images(*size))
+    assert torch.equal(model(images(*size)), model.classifier.neck(wanted) if neck else wanted)
+    # A network with position embeddings has them for another size.
+    if name != "vit_tiny_patch16_224":
+        plain = timm.create_model(name, num_classes=0)
+        plain.load_state_dict(model.backbone.state_dict())
+        torch.testing.assert_close(plain.eval()(images(*size)), wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_a_network_of_timm_has_its_own_size_stride_and_normalisation():
+    model = networks.TimmNetwork("resnet10t", 5, height=64, width=32)
+    shapes = []
+    model.backbone.layer4.register_forward_hook(lambda layer, given, output: shapes.append(output.shape[2:]))
+    model.eval()(images())
+    networks.set_last_stride(model, "timm/resnet10t")
+    model(images())
+    assert shapes == [(2, 1), (4, 2)]
+    (height, width), mean, _ = networks.timm_images("vit_tiny_patch16_224")
+    assert (height, width) == (224, 224) and mean == [0.5] * 3
+    with pytest.raises(InputError, match=r"model\.last_stride 1 is for"):
+        networks.set_last_stride(networks.TimmNetwork("vit_tiny_patch16_224", 5), "timm/vit_tiny_patch16_224")
+    with pytest.raises(InputError, match="timm has no network 'resnet10x'; did you mean 'timm/"):
+        networks.TimmNetwork("resnet10x", 5)
+
+
+def test_by_configuration_it_is_built_with_its_name():
+    cfg = get_default_config()
+    cfg.merge_from_list(["model.name", "timm/resnet10t", "model.pretrained", "False", "use_gpu", "False"])
+    cfg.merge_from_list(["model.bnneck", "True", "model.last_stride", "1", "data.height", "64", "data.width", "32"])
+    model = config.build_model(cfg, 5)
+    assert isinstance(model, networks.TimmNetwork) and isinstance(model.classifier, networks.NeckClassifier)
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(twin.eval()(images()), model.eval()(images()))
