@@ -1,4 +1,4 @@
-"""Writes a trained network to a file in ONNX, TorchScript or torch.export, which other programs load.
+"""Writes a trained network to an ONNX file, which other programs load.
 
 The file takes a batch of any size, [N, 3, height, width] in RGB order with values in [0, 1], and gives [N, D] features.
 The normalisation is part of the file, so do not normalise before it; with --without-normalisation, do. Before the file
@@ -11,19 +11,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from pml_drsl.checks import InputError
 from torchreid_ext.cli import console
-from torchreid_ext.search import sources
-from torchreid_ext.search.export import SUFFIXES, export, settings
-from torchreid_ext.search.model import load_model
 
 EXAMPLES = """
-    drsl-export log/demo/model/model-best.pth.tar model.onnx
+    drsl-export log/demo model.onnx
     drsl-export log/demo/model/model-best.pth.tar model.onnx --images photos --without-normalisation
-    drsl-export log/demo/model/model-best.pth.tar model.pt --torchscript
-    drsl-export log/demo/model/model-best.pth.tar model.pt2 --torch-export
+    drsl-export osnet_x0_25_msmt17.pth model.onnx --model osnet_x0_25
     drsl-export osnet.pth model.onnx --config-file configs/market1501_osnet_x0_25.yaml
 """
 
@@ -32,9 +26,9 @@ COMPARED = 16
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit status: 0, 2 for bad input, which stderr explains, or 130."""
+    """Runs the command line; returns its exit status, which :func:`torchreid_ext.cli.console.guarded` explains."""
     args = _parser().parse_args(arguments)
-    return console.guarded("drsl-export", lambda: run(args))
+    return console.guarded("drsl-export", lambda: run(args), [args.output])
 
 
 def run(args: argparse.Namespace) -> None:
@@ -43,35 +37,30 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         InputError: for bad input, a network that cannot be exported, or an exported file that is wrong.
     """
-    if Path(args.output).is_dir() or not Path(args.output).absolute().parent.is_dir():
-        raise InputError(f"{args.output!r} is not a file in a folder that exists")
-    model = load_model(args.checkpoint, args.config_file, "cpu")
+    from torchreid_ext.search.export import export, settings
+    from torchreid_ext.search.model import find_checkpoint, load_model
+    from torchreid_ext.search.sources import list_queries
+
+    checkpoint = find_checkpoint(args.checkpoint)
+    console.check_outputs({"OUTPUT": args.output}, [checkpoint, args.config_file])
+    model = load_model(checkpoint, args.config_file, "cpu", args.model)
     images = None
     if args.images:
-        entries = sources.list_folder(args.images).gallery
+        paths = [row.path for row in list_queries([args.images])]
+        console.check_outputs({"OUTPUT": args.output}, paths)
         # Evenly over the folder, so that they show different people.
-        images = [entry.path for entry in entries[:: max(1, len(entries) // COMPARED)]][:COMPARED]
-    comparison = export(model, args.output, args.kind, args.normalise, images)
-    print(comparison)
+        images = paths[:: max(1, len(paths) // COMPARED)][:COMPARED]
+    comparison = export(model, args.output, args.normalise, images)
+    console.say(str(comparison))
     about = settings(model, args.normalise)
-    print(f"{args.output!r} takes [N, 3, {about['height']}, {about['width']}]: {about['input']}")
+    console.say(f"{args.output!r} takes [N, 3, {about['height']}, {about['width']}]: {about['input']}")
     if not args.normalise:
-        print(f"mean {about['mean']}, std {about['std']}")
+        console.say(f"mean {about['mean']}, std {about['std']}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = console.parser("drsl-export", __doc__, EXAMPLES)
-    parser.add_argument("output", metavar="OUTPUT", help=f"the file to write: {', '.join(SUFFIXES.values())}")
-    kinds = parser.add_mutually_exclusive_group()
-    for kind in ("torchscript", "torch-export"):
-        kinds.add_argument(
-            f"--{kind}",
-            dest="kind",
-            action="store_const",
-            const=kind,
-            default="onnx",
-            help=f"write {kind} ({SUFFIXES[kind]}) instead of ONNX",
-        )
+    parser.add_argument("output", metavar="OUTPUT", help="the file to write: its name ends in .onnx")
     parser.add_argument(
         "--without-normalisation",
         dest="normalise",

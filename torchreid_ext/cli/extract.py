@@ -1,12 +1,13 @@
 """Extracts the features of images with a trained network, for drsl-evaluate and drsl-search.
 
-The checkpoint alone says which network it is, and how images are resized and normalised: a run of drsl-train saves its
-configuration in it. A SOURCE is one of these:
+The checkpoint of a run says which network it is, and how images are resized and normalised. Weights of torchreid's zoo
+need the name of the network: --model osnet_x0_25. A SOURCE is one of these:
 
   FOLDER      with the folders query and bounding_box_test, as in Market-1501, or one of these two folders
-  FOLDER      of images in any folders below it; where they are named IDENTITY/CAMERA_*.png, all are gallery images, and
-              the first image of each identity and camera is a query too
+  FOLDER      of images in any folders below it; where the names of all of them carry identities and cameras, as --names
+              says, the first image of each identity and camera is a query, and all are gallery images
   FILE.csv    with the columns path,pid,camid,split; images of the split train are left out
+  FILE.jpg    or any other image: a gallery image
 
 Without a SOURCE, the test images of the run itself are taken. The output is what drsl-evaluate reads: the features of
 query and gallery with identities and cameras. Where names carry no identities, it holds features and paths alone,
@@ -20,26 +21,22 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pml_drsl.checks import InputError
 from torchreid_ext.cli import console
-from torchreid_ext.runtime import distributed
-from torchreid_ext.search import sources
-from torchreid_ext.search.extraction import extract_files
-from torchreid_ext.search.feature_file import ExtractedSet, write_features
-from torchreid_ext.search.model import load_model
 
 EXAMPLES = """
-    drsl-extract log/demo/model/model-best.pth.tar --output features.npz
-    drsl-extract log/demo/model/model-best.pth.tar photos list.csv --output features.npz --skip-damaged
+    drsl-extract log/demo --output features.npz
+    drsl-extract log/demo/model/model-best.pth.tar photos list.csv --output features.npz --names folder
+    drsl-extract osnet_x0_25_msmt17.pth --model osnet_x0_25 photos --output features.npz
     drsl-extract osnet.pth --config-file configs/market1501_osnet_x0_25.yaml photos --output features.npz
     torchrun --standalone --nproc_per_node gpu -m torchreid_ext.cli.extract CHECKPOINT photos --output features.npz
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit status: 0, 2 for bad input, which stderr explains, or 130."""
-    args = _parser().parse_args(arguments)
-    return console.guarded("drsl-extract", lambda: run(args))
+    """Runs the command line; returns its exit status, which :func:`torchreid_ext.cli.console.guarded` explains."""
+    # Options may stand before, between and after the sources.
+    args = _parser().parse_intermixed_args(arguments)
+    return console.guarded("drsl-extract", lambda: run(args), [args.output])
 
 
 def run(args: argparse.Namespace) -> None:
@@ -48,16 +45,24 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         InputError: for bad input.
     """
-    if Path(args.output).suffix != ".npz" or Path(args.output).is_dir():
+    from pml_drsl.checks import InputError
+    from torchreid_ext.runtime import distributed
+    from torchreid_ext.search.extraction import ExtractedSet, extract_files, write_features
+    from torchreid_ext.search.model import load_model
+    from torchreid_ext.search.sources import list_sources, test_images
+
+    if Path(args.output).suffix != ".npz":
         raise InputError(f"--output {args.output}: the name of the file must end in .npz")
     with distributed.joined(args.device != "cpu"):
-        model = load_model(args.checkpoint, args.config_file, args.device)
-        images = sources.list_images(args.sources) if args.sources else sources.test_images(model.config)
-        if images.ignored:
-            print(f"{len(images.ignored)} files are no images and were left out, for example {images.ignored[0]!r}")
+        model = load_model(args.checkpoint, args.config_file, args.device, args.model)
+        console.check_outputs({"--output": args.output}, [model.path, args.config_file, *args.sources])
+        table = list_sources(args.sources, args.names) if args.sources else test_images(model.config)
+        console.check_outputs({"--output": args.output}, [row.path for row in table.rows])
+        if table.left_out:
+            console.say(table.about_left_out())
         sets: dict[str, ExtractedSet] = {}
         damaged: list[str] = []
-        for name, entries in (("query", images.query), ("gallery", images.gallery)):
+        for name, entries in (("query", table.query), ("gallery", table.gallery)):
             if entries:
                 found = extract_files(
                     model,
@@ -69,22 +74,21 @@ def run(args: argparse.Namespace) -> None:
                 )
                 sets[name] = ExtractedSet([entries[index] for index in found.kept], found.features)
                 damaged += found.damaged
-        labelled = images.labelled and len(sets) == 2
-        if distributed.is_first():
-            write_features(args.output, model, sets, labelled)
+        labelled = distributed.is_first() and write_features(args.output, model, sets)
         for reason in damaged:
-            print(f"left out: {reason}")
+            console.say(f"left out: {reason}")
         counts = " and ".join(f"{len(part.entries)} {name}" for name, part in sets.items())
-        print(f"{counts} features of {next(iter(sets.values())).features.shape[1]} dimensions are in {args.output!r}")
+        dim = next(iter(sets.values())).features.shape[1]
+        console.say(f"{counts} features of {dim} dimensions are in {args.output!r}")
         if labelled:
-            print(f"Scores: drsl-evaluate {args.output} --metric {model.metric}")
+            console.say(f"Scores: drsl-evaluate {args.output} --metric {model.metric}")
         else:
-            print("There are no scores to compute: that needs query and gallery images with identities and cameras")
+            console.say("There are no scores to compute: that needs query and gallery images with identities")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = console.parser("drsl-extract", __doc__, EXAMPLES)
-    parser.add_argument("sources", nargs="*", metavar="SOURCE", help="folders and CSV files")
+    parser.add_argument("sources", nargs="*", metavar="SOURCE", help="folders, CSV files and images")
     parser.add_argument("--output", required=True, metavar="FILE.npz", help="where to write the features")
     console.add_device(parser)
     return parser

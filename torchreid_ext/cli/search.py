@@ -1,47 +1,44 @@
 """Looks images up in a gallery with a trained network, and shows the nearest gallery images.
 
-The checkpoint alone says which network it is, and how images are resized, normalised and compared. The gallery is a
-folder of images, a CSV file or a features file of drsl-extract. Where names carry identities and cameras, as in
-0002_c1s1_000451_03.jpg or anna/hall_1.jpg, they are shown.
+The checkpoint of a run says which network it is, and how images are resized, normalised and compared. Weights of
+torchreid's zoo need the name of the network: --model osnet_x0_25. The gallery is a folder of images, image files, a CSV
+file or a features file of drsl-extract. Names carry identities and cameras as --names says; where they are known, they
+are shown, and matches are marked right or wrong.
 
-With --index, the features of the gallery are kept in a file, and only images that are new are read the next time.
-Below a million images the search is exact. Above, it reads a part of the index, and how much that finds is measured on
-a sample and printed.
+With --index, the features of the gallery are kept in a file, and only images that are new are read the next time. Other
+commands that change the file meanwhile wait.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
-from pml_drsl.checks import InputError
 from torchreid_ext.cli import console
-from torchreid_ext.runtime.files import replacing
-from torchreid_ext.search import page, results, sources
-from torchreid_ext.search.extraction import extract_files
-from torchreid_ext.search.feature_file import read_gallery
-from torchreid_ext.search.results import Ranked
-from torchreid_ext.search.searcher import Searcher
-from torchreid_ext.search.sources import Entry, named
+
+if TYPE_CHECKING:
+    from torchreid_ext.search.searcher import Searcher
 
 EXAMPLES = """
-    drsl-search CHECKPOINT --gallery photos --query photos/anna/hall_1.jpg
-    drsl-search CHECKPOINT --gallery photos --query street.jpg --crop 120 40 210 300 --html found.html
+    drsl-search CHECKPOINT --gallery photos --query photos/anna/hall_1.jpg --names folder
+    drsl-search osnet_x0_25_msmt17.pth --model osnet_x0_25 --gallery photos --query me.jpg
+    drsl-search CHECKPOINT --gallery photos/*.jpg --query street.jpg --crop 120 40 210 300 --html found.html
     drsl-search CHECKPOINT --gallery photos --index photos.index                      makes the index
     drsl-search CHECKPOINT --index photos.index --query street.jpg --top 5 --json -   searches it
-    drsl-search CHECKPOINT --index photos.index --gallery new_photos --remove '*/anna/*'
+    drsl-search CHECKPOINT --index photos.index --gallery new_photos --remove '*/anna/*' --prune
     drsl-search CHECKPOINT --gallery features.npz --query street.jpg --rerank
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit status: 0, 2 for bad input, which stderr explains, or 130."""
+    """Runs the command line; returns its exit status, which :func:`torchreid_ext.cli.console.guarded` explains."""
     args = _parser().parse_args(arguments)
-    return console.guarded("drsl-search", lambda: run(args))
+    return console.guarded("drsl-search", lambda: run(args), [args.index, args.json, args.html])
 
 
 def run(args: argparse.Namespace) -> None:
@@ -50,95 +47,133 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         InputError: for bad input.
     """
+    from torchreid_ext.evaluation.page import write_pages
+    from torchreid_ext.runtime.files import locked, replacing
+    from torchreid_ext.search import results
+    from torchreid_ext.search.gallery import absolute, resolved
+    from torchreid_ext.search.searcher import Searcher
+    from torchreid_ext.search.sources import list_queries
+
     _check(args)
-    kept = args.index if args.index and Path(args.index).exists() else None
-    searcher = Searcher(args.checkpoint, config_file=args.config_file, index=kept, device=args.device)
     # Text for people goes to stderr where stdout is JSON.
-    say = sys.stderr if args.json == "-" else sys.stdout
-    queries = [named(os.path.abspath(path)) for path in args.query]
-    features = searcher.extract([query.path for query in queries], args.crop) if queries else None
-    changed = _update(args, searcher, say)
-    if args.index and (changed or kept is None):
-        searcher.save(args.index)
-        print(f"The index of {len(searcher):,} images is in {args.index!r}", file=say)
-    if searcher.gallery.recall is not None and not args.rerank:
-        print(f"The {searcher.gallery.recall}", file=say)
+    out = sys.stderr if args.json == "-" else sys.stdout
+    changes = args.index and (args.gallery or args.remove or args.prune)
+    with locked(resolved(args.index)) if changes else contextlib.nullcontext():
+        kept = args.index if args.index and Path(args.index).exists() else None
+        searcher = Searcher(
+            args.checkpoint,
+            model=args.model,
+            config_file=args.config_file,
+            index=kept,
+            index_type=args.index_type,
+            device=args.device,
+        )
+        queries = [absolute(row) for row in list_queries(args.query, args.names)]
+        _check_outputs(args, [entry.path for entry in (*queries, *searcher.gallery.entries)])
+        features = searcher.extract([query.path for query in queries], args.crop) if queries else None
+        changed = _update(args, searcher, out)
+        if changes and (changed or kept is None):
+            searcher.gallery.save(args.index)
+            console.say(f"The index of {len(searcher):,} images is in {args.index!r}", out)
     if features is None:
         return
-    found = searcher.search_features(features, args.top, args.rerank)
-    rows = [Ranked(query, args.crop, matches) for query, matches in zip(queries, found, strict=True)]
+    rows = results.rankings(queries, args.crop, searcher.search_features(features, args.top, args.rerank))
     caption = results.caption(searcher, args.rerank)
-    print(f"{caption}\n\n{results.as_text(rows)}", file=say)
-    text = json.dumps(results.as_dict(searcher, rows, args.rerank), indent=2, ensure_ascii=False) + "\n"
-    if args.json == "-":
-        sys.stdout.write(text)
-    elif args.json:
+    # The escapes of JSON keep names that are no UTF-8, on terminals of any encoding.
+    text = json.dumps(results.as_dict(searcher, rows, args.rerank), indent=2) + "\n"
+    if args.json and args.json != "-":
         with replacing(args.json) as file:
             file.write(text.encode())
-    if args.html:
-        with replacing(args.html) as file:
-            file.write(page.render(rows, caption).encode())
-        print(f"\nThe page to look at is {args.html!r}", file=say)
+    pages = write_pages(args.html, rows, caption) if args.html else []
+    console.say(f"{caption}\n\n{results.as_text(rows)}", out)
+    if pages:
+        console.say(f"\nThe page to look at is {str(pages[0])!r}", out)
+    if args.json == "-":
+        sys.stdout.write(text)
 
 
 def _check(args: argparse.Namespace) -> None:
     """Raises InputError for options that cannot go together, before any work is done."""
+    from pml_drsl.checks import InputError
+
     if not args.query and not args.index:
         raise InputError("there is nothing to do: give --query IMAGE to search, or --index FILE to make an index")
     if not args.gallery and not (args.index and Path(args.index).is_file()):
         at = f"; the index {args.index!r} does not exist" if args.index else ""
         raise InputError(f"there is no gallery to search: give --gallery FOLDER{at}")
-    if args.remove and not args.index:
-        raise InputError("--remove removes images from an index: give --index FILE")
+    for option in ("remove", "prune"):
+        if getattr(args, option) and not args.index:
+            raise InputError(f"--{option} removes images from an index: give --index FILE")
     if args.top < 1:
         raise InputError(f"--top {args.top}: give 1 or more")
-    for name in ("html", "json", "index"):
-        path = getattr(args, name)
-        if path and path != "-" and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
-            raise InputError(f"--{name} {path}: that is not a file in a folder that exists")
+    _check_outputs(args, [*args.query, *args.gallery])
 
 
-def _update(args: argparse.Namespace, searcher: Searcher, say: object) -> bool:
+def _check_outputs(args: argparse.Namespace, inputs: Sequence[str]) -> None:
+    from torchreid_ext.search.model import find_checkpoint
+
+    outputs = {"--index": args.index, "--json": args.json, "--html": args.html}
+    console.check_outputs(outputs, [find_checkpoint(args.checkpoint), args.config_file, *inputs])
+
+
+def _update(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
     """Removes and adds images of the gallery; returns whether anything changed."""
+    from torchreid_ext.images import Row, Table
+    from torchreid_ext.search.extraction import extract_files, read_gallery
+    from torchreid_ext.search.gallery import absolute
+    from torchreid_ext.search.sources import list_sources
+
     changed = False
     if args.remove:
-        count = searcher.remove(args.remove)
-        print(f"Removed {count} images from the index", file=say)  # type: ignore[call-overload]
+        console.say(f"Removed {searcher.remove(args.remove):,} images from the index", out)
         changed = True
+    if args.prune:
+        gone = searcher.prune()
+        console.say(f"Removed {gone:,} images from the index, whose files are gone", out)
+        changed |= gone > 0
+    listed, left_out = list[Row](), Table()
     for source in args.gallery:
         if source.lower().endswith(".npz"):
             known = read_gallery(source, searcher.model)
-            new = [index for index, entry in enumerate(known.entries) if entry.path not in searcher.gallery]
-            entries, features = [known.entries[index] for index in new], known.features[new]
+            places = {absolute(entry): row for row, entry in enumerate(known.entries)}
+            new = [entry for entry in places if entry.path not in searcher.gallery]
+            searcher.gallery.add(new, known.features[[places[entry] for entry in new]])
+            changed |= bool(new)
         else:
-            found = sources.list_images([source])
-            absolute = [Entry(os.path.abspath(e.path), e.identity, e.camera) for e in found.gallery or found.query]
-            entries = [entry for entry in absolute if entry.path not in searcher.gallery]
-            if not entries:
-                continue
-            read = extract_files(
-                searcher.model,
-                [entry.path for entry in entries],
-                batch_size=args.batch_size,
-                workers=args.workers,
-                skip_damaged=args.skip_damaged,
-                description="gallery",
-            )
-            for reason in read.damaged:
-                print(f"left out: {reason}", file=say)  # type: ignore[call-overload]
-            entries, features = [entries[index] for index in read.kept], read.features
-        if entries:
-            searcher.add_features(entries, features)
-            changed = True
-    return changed
+            table = list_sources([source], args.names)
+            listed += map(absolute, table.gallery or table.query)
+            left_out.leave_out_all(table)
+    if left_out.left_out:
+        console.say(left_out.about_left_out(), out)
+    # An image may be given twice, by itself and with its folder.
+    entries = list({entry.path: entry for entry in listed if entry.path not in searcher.gallery}.values())
+    if not entries:
+        return changed
+    _check_outputs(args, [entry.path for entry in entries])
+    read = extract_files(
+        searcher.model,
+        [entry.path for entry in entries],
+        batch_size=args.batch_size,
+        workers=args.workers,
+        skip_damaged=args.skip_damaged,
+        description="gallery",
+    )
+    for reason in read.damaged:
+        console.say(f"left out: {reason}", out)
+    searcher.gallery.add([entries[index] for index in read.kept], read.features)
+    return True
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = console.parser("drsl-search", __doc__, EXAMPLES)
     parser.add_argument(
-        "--gallery", nargs="+", default=[], metavar="SOURCE", help="folders, CSV files or .npz files of drsl-extract"
+        "--gallery",
+        nargs="+",
+        default=[],
+        metavar="SOURCE",
+        help="folders, images, CSV files or .npz files of drsl-extract",
     )
-    parser.add_argument("--query", nargs="+", default=[], metavar="IMAGE", help="images to look up")
+    parser.add_argument("--query", nargs="+", default=[], metavar="IMAGE", help="images to look up, or their folders")
     parser.add_argument("--top", type=int, default=10, metavar="K", help="gallery images to show (%(default)s)")
     parser.add_argument("--rerank", action="store_true", help="re-rank by k-reciprocal neighbours (slower)")
     parser.add_argument(
@@ -152,7 +187,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", metavar="FILE", help="write what was found as JSON; - for stdout")
     parser.add_argument("--index", metavar="FILE", help="keep the features of the gallery in this file")
     parser.add_argument(
-        "--remove", nargs="+", default=[], metavar="PATTERN", help="images to remove from the index: '*/anna/*'"
+        "--remove",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="images to remove from the index: their paths as they are printed, or '*/anna/*'",
+    )
+    parser.add_argument("--prune", action="store_true", help="remove images from the index whose files are gone")
+    parser.add_argument(
+        "--index-type",
+        metavar="STRING",
+        help="another index than the exact one, a string of faiss.index_factory: 'IVF1024,Flat;nprobe=32'",
     )
     console.add_device(parser)
     return parser

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from pml_drsl.checks import InputError
-from torchreid_ext.data.loading import read_image
+from torchreid_ext.pixels import read_image
 from torchreid_ext.runtime.files import replacing
 
 Box = tuple[int, int, int, int]

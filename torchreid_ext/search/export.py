@@ -1,4 +1,4 @@
-"""Exports a trained network to ONNX, TorchScript or torch.export, and compares what was written with the network."""
+"""Exports a trained network to ONNX, and compares what was written with the network."""
 
 from __future__ import annotations
 
@@ -23,9 +23,6 @@ from torchreid_ext.data.synthetic.drawing import CAMERAS, draw_image, draw_scene
 from torchreid_ext.runtime.files import replacing
 from torchreid_ext.search.model import TrainedModel
 from torchreid_ext.search.preprocessing import ImageLike, Preprocessing
-
-SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "torch-export": ".pt2"}
-"""The formats, and how the name of a file of each ends."""
 
 TOLERANCE = 1e-4
 """The largest difference that an exported network may have, as a share of the largest feature value."""
@@ -80,7 +77,6 @@ class ExportedNetwork(nn.Module):
 def export(
     model: TrainedModel,
     path: str | os.PathLike[str],
-    kind: str = "onnx",
     normalise: bool = True,
     images: Sequence[ImageLike] | None = None,
 ) -> Comparison:
@@ -91,17 +87,21 @@ def export(
 
     Args:
         model: the model, on the CPU.
-        path: the file to write; its name ends as ``SUFFIXES`` says.
-        kind: ``"onnx"``, ``"torchscript"`` or ``"torch-export"``.
+        path: the file to write; its name ends in ``.onnx``.
         normalise: include the normalisation, so that the file takes images in [0, 1].
         images: two different images or more to compare with; None draws eight pedestrians.
 
     Raises:
-        InputError: for a name with another ending, too few or too similar images, a network that the format cannot
-            express, or a file whose features differ from torch's. Nothing is written then.
+        InputError: for a name with another ending, too few or too similar images, a network that ONNX cannot express, a
+            package that is missing, or a file whose features differ from torch's. Nothing is written then.
     """
-    if Path(path).suffix != SUFFIXES[kind]:
-        raise InputError(f"{os.fspath(path)!r}: the name of a {kind} file must end in {SUFFIXES[kind]}")
+    if Path(path).suffix != ".onnx":
+        raise InputError(f"{os.fspath(path)!r}: the name of the file must end in .onnx")
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            importlib.import_module(package)
+        except ModuleNotFoundError as error:
+            raise InputError(f"ONNX needs the package {package}: pip install {package}") from error
     shown = drawn_images() if images is None else list(images)
     prepare = Preprocessing(model)
     resized = torch.stack([prepare.resized(image) for image in shown]) if shown else torch.empty(0)
@@ -116,17 +116,17 @@ def export(
     # Normalised by numpy where the file leaves that to its user, as the user would do it.
     fed = resized.numpy() if normalise else _normalised(resized.numpy(), model)
     with tempfile.TemporaryDirectory() as folder:
-        temporary = Path(folder, f"model{SUFFIXES[kind]}")
-        _write(model, temporary, kind, normalise, resized)
+        temporary = Path(folder, "model.onnx")
+        _write(model, temporary, normalise, resized)
         try:
-            found = [_run(temporary, kind, part) for part in (fed, fed[:1], fed[1:2])]
-        except Exception as error:  # each of the three programs that run the files has errors of its own
-            raise _refusal(model, f"the file cannot be run with {len(fed)} images and with one", kind, error) from error
+            found = [_run(temporary, part) for part in (fed, fed[:1], fed[1:2])]
+        except Exception as error:  # onnxruntime has errors of its own
+            raise _refusal(model, f"the file cannot be run with {len(fed)} images and with one", error) from error
         parts = expected, expected[:1], expected[1:2]
         difference = max(_difference(mine, torchs) for mine, torchs in zip(found, parts, strict=True))
         comparison = Comparison(len(shown), difference, largest, spread)
         if not difference <= TOLERANCE * largest:
-            raise InputError(f"the exported {kind} file is wrong and was not written: {comparison}")
+            raise InputError(f"the exported file is wrong and was not written: {comparison}")
         with open(temporary, "rb") as source, replacing(path) as target:
             shutil.copyfileobj(source, target)
     return comparison
@@ -169,55 +169,33 @@ def _normalised(images: np.ndarray[Any, Any], model: TrainedModel) -> np.ndarray
     return (images - mean) / std
 
 
-def _write(model: TrainedModel, path: Path, kind: str, normalise: bool, images: Tensor) -> None:
-    network, about = ExportedNetwork(model, normalise).eval(), settings(model, normalise)
-    example = images[:2]
-    if kind == "onnx":
-        _needs("onnx", "onnxscript", "onnxruntime")
+def _write(model: TrainedModel, path: Path, normalise: bool, images: Tensor) -> None:
+    network, example = ExportedNetwork(model, normalise).eval(), images[:2]
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            # They speak of the exporters' own future, not of this network.
+            # They speak of the exporter's own future, not of this network.
             warnings.simplefilter("ignore")
-            if kind == "torchscript":
-                traced = torch.jit.trace(network, example, check_trace=False)
-                torch.jit.save(traced, str(path), _extra_files={"settings.json": json.dumps(about)})
-                return
-            dynamic = {"images": {0: torch.export.Dim("batch")}}
-            program = torch.export.export(network, (example,), dynamic_shapes=dynamic)
-            if kind == "torch-export":
-                torch.export.save(program, path, extra_files={"settings.json": json.dumps(about)})
-                return
+            program = torch.export.export(
+                network, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
+            )
             written: Any = torch.onnx.export(
                 program, (example,), dynamo=True, verbose=False, input_names=["images"], output_names=["features"]
             )
-            written.model.metadata_props.update(about)
+            written.model.metadata_props.update(settings(model, normalise))
             written.save(path, external_data=False)
     except Exception as error:
-        # Each exporter has errors of its own, and the network's code may raise any other.
-        raise _refusal(model, "the network cannot be expressed", kind, error) from error
+        # The exporter has errors of its own, and the network's code may raise any other.
+        raise _refusal(model, "the network cannot be expressed", error) from error
 
 
-def _refusal(model: TrainedModel, what: str, kind: str, error: Exception) -> InputError:
+def _refusal(model: TrainedModel, what: str, error: Exception) -> InputError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-    return InputError(f"{model.config.model.name} cannot be exported to {kind}: {what}: {reason}")
+    return InputError(f"{model.config.model.name} cannot be exported to ONNX: {what}: {reason}")
 
 
-def _run(path: Path, kind: str, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _run(path: Path, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The features that the written file gives, by the program that others would run it with."""
-    if kind == "onnx":
-        runtime = importlib.import_module("onnxruntime")
-        session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        (features,) = session.run(["features"], {"images": images})
-        return np.asarray(features)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        loaded: Any = torch.jit.load(str(path)) if kind == "torchscript" else torch.export.load(path).module()
-        return np.asarray(loaded(torch.from_numpy(images)).numpy())
-
-
-def _needs(*packages: str) -> None:
-    for package in packages:
-        try:
-            importlib.import_module(package)
-        except ModuleNotFoundError as error:
-            raise InputError(f"ONNX needs the package {package}: pip install {package}") from error
+    runtime = importlib.import_module("onnxruntime")
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (features,) = session.run(["features"], {"images": images})
+    return np.asarray(features)

@@ -1,7 +1,8 @@
-"""Extracts the features of a list of images: in batches, with a progress bar, and by several processes together."""
+"""Extracts the features of a list of images, by several processes together if there are, and keeps them in a file."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,17 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from pml_drsl.checks import InputError
+from pml_drsl.evaluation.arrays import load_arrays
 from pml_drsl.evaluation.ranking import share
 from torchreid_ext.evaluation.extraction import Samples, gather_samples
+from torchreid_ext.images import Row
 from torchreid_ext.runtime import distributed
+from torchreid_ext.runtime.files import replacing
 from torchreid_ext.search.model import TrainedModel
 from torchreid_ext.search.preprocessing import Preprocessing
+
+# Beside the arrays of drsl-evaluate, which ignores these.
+_FINGERPRINT, _PATHS = "model_fingerprint", "{}_paths"
 
 
 @dataclass(frozen=True)
@@ -119,3 +126,70 @@ def _extract(
     if not parts:
         return None
     return Samples(torch.cat(parts), np.array(kept), np.array(kept))
+
+
+@dataclass(frozen=True)
+class ExtractedSet:
+    """Images of a query set or a gallery, and their features.
+
+    Attributes:
+        entries: the N images.
+        features: [N, D] their features.
+    """
+
+    entries: list[Row]
+    features: Tensor
+
+
+def write_features(path: str | os.PathLike[str], model: TrainedModel, sets: dict[str, ExtractedSet]) -> bool:
+    """Writes features in the format that ``drsl-evaluate`` reads, whole or not at all.
+
+    Identities are written where those of all images are known, and cameras likewise.
+
+    Args:
+        path: the .npz file.
+        model: the model that they are of.
+        sets: ``"query"`` and ``"gallery"``, or one of them.
+
+    Returns:
+        Whether ``drsl-evaluate`` can compute scores: there are both sets, and all identities are known.
+    """
+    rows = [row for extracted in sets.values() for row in extracted.entries]
+    arrays: dict[str, Any] = {_FINGERPRINT: np.array(model.fingerprint)}
+    for name, extracted in sets.items():
+        arrays[name] = extracted.features.numpy()
+        arrays[_PATHS.format(name)] = np.array([os.path.abspath(row.path) for row in extracted.entries])
+        if all(row.identity for row in rows):
+            arrays[f"{name}_ids"] = np.array([row.identity for row in extracted.entries])
+            if all(row.camera for row in rows):
+                arrays[f"{name}_cams"] = np.array([row.camera for row in extracted.entries])
+    with replacing(path) as file:
+        np.savez(file, **arrays)
+    return {"query_ids", "gallery_ids"} <= set(arrays)
+
+
+def read_gallery(path: str | os.PathLike[str], model: TrainedModel) -> ExtractedSet:
+    """The gallery of a file that :func:`write_features` wrote.
+
+    Raises:
+        InputError: for a file that is damaged, of another format, without a gallery or of another model.
+        OSError: for a file that cannot be opened.
+    """
+    arrays = load_arrays(path)
+    missing = [name for name in (_FINGERPRINT, "gallery", _PATHS.format("gallery")) if name not in arrays]
+    if missing:
+        raise InputError(f"{os.fspath(path)!r} lacks {', '.join(missing)}: give a file of a gallery from drsl-extract")
+    if str(arrays[_FINGERPRINT]) != model.fingerprint:
+        raise InputError(
+            f"{os.fspath(path)!r} holds features of another model than {model.path!r}, and features of two models "
+            f"cannot be compared: extract them again with this checkpoint"
+        )
+    features, paths = arrays["gallery"], arrays[_PATHS.format("gallery")]
+    columns = [paths, *(arrays.get(f"gallery_{name}", np.full(paths.shape, "")) for name in ("ids", "cams"))]
+    if features.ndim != 2 or features.dtype.kind != "f" or any(part.shape != features.shape[:1] for part in columns):
+        raise InputError(
+            f"{os.fspath(path)!r}: gallery must hold [images, dimensions] numbers, and its paths, identities and "
+            f"cameras one value for each image; extract them again"
+        )
+    entries = [Row(*map(str, row)) for row in zip(*columns, strict=True)]
+    return ExtractedSet(entries, torch.from_numpy(features.astype(np.float32)))

@@ -1,25 +1,127 @@
-"""Keeps the images of a gallery together with the index of their features, in memory and in one file."""
+"""Keeps the images of a gallery with their features, finds the nearest ones, and reads and writes them as one file."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, astuple
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pml_drsl.checks import InputError
 from pml_drsl.evaluation import reranking
+from pml_drsl.evaluation.arrays import load_arrays
+from torchreid_ext.images import Row
 from torchreid_ext.runtime.files import replacing
-from torchreid_ext.search.feature_file import load_arrays
-from torchreid_ext.search.index import EXACT_BELOW, FeatureIndex, Recall
 from torchreid_ext.search.model import TrainedModel
-from torchreid_ext.search.sources import Entry
 
-_ARRAYS = ("settings", "entries", "numbers", "index")
+EXACT = "Flat"
+"""faiss's name of the exact index."""
+
+# faiss computes distances to more queries than this at once as |q|^2 - 2 qg + |g|^2, which loses the small distances of
+# features that lie far from the origin.
+_ACCURATE_BLOCK = 16
+
+Array = np.ndarray[Any, Any]
+
+
+class FeatureIndex:
+    """The features of N images in rows, and faiss's index of them.
+
+    Distances are those of ``pml_drsl.evaluation``: squared Euclidean, or 1 - cosine similarity. Several threads may
+    search at once, but only while no other thread adds or removes.
+
+    Args:
+        dim: dimensions of a feature.
+        metric: ``"euclidean"`` or ``"cosine"``.
+        kind: a string of ``faiss.index_factory``, and after a semicolon parameters of faiss's ``ParameterSpace``:
+            ``"IVF1024,Flat;nprobe=32"``. Any index but ``"Flat"`` is made anew from all features before the first
+            search after a change.
+    """
+
+    def __init__(self, dim: int, metric: str, kind: str = EXACT) -> None:
+        self.dim, self.metric, self.kind = dim, metric, kind
+        # Features of unit norm have twice the cosine distance as squared Euclidean distance.
+        self._exact = _faiss().IndexFlatL2(dim)
+        self._other: Any = None
+
+    def __len__(self) -> int:
+        return int(self._exact.ntotal)
+
+    def add(self, features: Tensor, normalised: bool = False) -> None:
+        """Adds [N, D] features below the rows that are there.
+
+        Args:
+            features: the features.
+            normalised: whether they have unit norm already, where the metric is cosine.
+
+        Raises:
+            InputError: for features that are not finite.
+        """
+        self._exact.add(self._vectors(features, normalised))
+        self._other = None
+
+    def remove(self, rows: Sequence[int]) -> None:
+        """Removes rows; the rows below move up."""
+        self._exact.remove_ids(np.array(rows, dtype=np.int64))
+        self._other = None
+
+    def features(self) -> Tensor:
+        """[N, D] features; of unit norm where the metric is cosine."""
+        # pytorch-metric-learning makes faiss return tensors in the place of arrays.
+        return torch.as_tensor(self._exact.reconstruct_n(0, len(self)))
+
+    def search(self, queries: Tensor, top: int) -> tuple[Array, Array]:
+        """The nearest features of each query, nearest first.
+
+        Args:
+            queries: [Q, D].
+            top: how many; at most as many as there are are found.
+
+        Returns:
+            [Q, top] rows, -1 where fewer were found, and [Q, top] distances.
+
+        Raises:
+            InputError: for queries that are not finite, or a kind of index that faiss cannot make of these features.
+        """
+        vectors, top = self._vectors(queries), min(top, len(self))
+        block = len(vectors) if self.metric == "cosine" else _ACCURATE_BLOCK
+        index = self._exact if self.kind == EXACT else self._made()
+        parts = [index.search(vectors[at : at + block], top) for at in range(0, len(vectors), max(block, 1))]
+        found, rows = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return rows, np.maximum(found, 0) / (2 if self.metric == "cosine" else 1)
+
+    def _made(self) -> Any:
+        if self._other is None:
+            faiss, vectors = _faiss(), self.features().numpy()
+            factory, _, parameters = self.kind.partition(";")
+            try:
+                index = faiss.index_factory(self.dim, factory)
+                index.train(vectors)
+                index.add(vectors)
+                if parameters:
+                    faiss.ParameterSpace().set_index_parameters(index, parameters)
+            except (RuntimeError, AssertionError) as error:
+                reason = " ".join(str(error).split()).rpartition(": ")[2] or type(error).__name__
+                raise InputError(
+                    f"--index-type {self.kind!r}: faiss cannot make this index of {len(self):,} features with "
+                    f"{self.dim} dimensions: {reason}"
+                ) from error
+            self._other = index
+        return self._other
+
+    def _vectors(self, features: Tensor, normalised: bool = False) -> Array:
+        as_given = normalised or self.metric != "cosine"
+        vectors = features.float() if as_given else F.normalize(features.float())
+        if not torch.isfinite(vectors).all():
+            raise InputError("features must be finite, and some are NaN or infinite")
+        return np.ascontiguousarray(vectors.numpy())
 
 
 class Gallery:
@@ -27,37 +129,33 @@ class Gallery:
 
     Args:
         model: the model that makes the features; those of another model are refused.
-        exact_below: number of images from which the search is approximate.
+        kind: kind of the index; see :class:`FeatureIndex`.
+
+    Attributes:
+        entries: the images, in the order in which they were added. A path of a file is absolute; an image that was
+            added under a name has this name in place of a path.
     """
 
-    def __init__(self, model: TrainedModel, exact_below: int = EXACT_BELOW) -> None:
-        self.model, self.exact_below = model, exact_below
+    def __init__(self, model: TrainedModel, kind: str = EXACT) -> None:
+        self.model, self.kind = model, kind
+        self.entries: list[Row] = []
+        self._names: set[str] = set()
         self._index: FeatureIndex | None = None
-        self._entries: dict[int, Entry] = {}
-        self._numbers: dict[str, int] = {}
+        self._read: tuple[str, object] | None = None
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.entries)
 
     def __contains__(self, path: str) -> bool:
-        return path in self._numbers
+        return path in self._names
 
-    @property
-    def entries(self) -> list[Entry]:
-        """The images, in the order in which they were added."""
-        return list(self._entries.values())
-
-    @property
-    def recall(self) -> Recall | None:
-        """How much the search finds, where it is approximate; None where it is exact."""
-        return None if self._index is None else self._index.recall
-
-    def add(self, entries: Sequence[Entry], features: Tensor) -> None:
+    def add(self, entries: Sequence[Row], features: Tensor, normalised: bool = False) -> None:
         """Adds images with their features.
 
         Args:
             entries: N images; none of their paths is in the gallery.
             features: [N, D].
+            normalised: whether they have unit norm already, where the metric is cosine.
 
         Raises:
             InputError: for a path that is in the gallery or given twice, features of another number of dimensions, or
@@ -70,40 +168,62 @@ class Gallery:
             new.add(entry.path)
         if features.ndim != 2 or len(features) != len(entries):
             raise InputError(f"{len(entries)} images need as many features, got shape {list(features.shape)}")
-        if self._index is None:
-            self._index = FeatureIndex(features.shape[1], self.model.metric, self.exact_below)
-        if features.shape[1] != self._index.dim:
-            raise InputError(f"features have {features.shape[1]} dimensions, and the gallery's have {self._index.dim}")
-        first = max(self._entries, default=-1) + 1
-        numbers = np.arange(first, first + len(entries), dtype=np.int64)
+        index = self._index or FeatureIndex(features.shape[1], self.model.metric, self.kind)
+        if features.shape[1] != index.dim:
+            raise InputError(f"features have {features.shape[1]} dimensions, and the gallery's have {index.dim}")
         if len(entries):
-            self._index.add(features, numbers)
-        self._note(zip(numbers.tolist(), entries, strict=True))
+            index.add(features, normalised)
+        self._index = index
+        self.entries += [Row(*entry[:3]) for entry in entries]
+        self._names |= new
 
-    def remove(self, patterns: Sequence[str]) -> list[Entry]:
+    def remove(self, patterns: Sequence[str]) -> list[Row]:
         """Removes images and returns them.
 
         Args:
-            patterns: paths; ``*``, ``?`` and ``[]`` stand for characters, slashes too.
+            patterns: names and paths, absolute or from the current folder. In any other word ``*``, ``?`` and ``[]``
+                stand for characters, slashes too. ``"*"`` is every image.
 
         Raises:
-            InputError: for a pattern that no image matches. Nothing is removed then.
+            InputError: for a pattern that no image matches, or another pattern than ``"*"`` that every image matches.
+                Nothing is removed then.
         """
-        found: dict[int, Entry] = {}
+        found: set[int] = set()
         for pattern in patterns:
-            here = {number: entry for number, entry in self._entries.items() if fnmatchcase(entry.path, pattern)}
-            if pattern in self:
-                here[self._numbers[pattern]] = self._entries[self._numbers[pattern]]
+            whole = {pattern, resolved(pattern)}
+            here = {row for row, entry in enumerate(self.entries) if entry.path in whole} or {
+                row
+                for row, entry in enumerate(self.entries)
+                if fnmatchcase(entry.path, pattern) or fnmatchcase(shown(entry.path), pattern)
+            }
             if not here:
                 raise InputError(f"no image of the gallery matches {pattern!r}")
+            if len(here) == len(self) > 1 and pattern != "*":
+                raise InputError(
+                    f"{pattern!r} matches all {len(self):,} images of the gallery: to remove all, give '*'"
+                )
             found |= here
-        if self._index is not None and found:
-            self._index.remove(np.array(list(found), dtype=np.int64))
-        for number, entry in found.items():
-            del self._entries[number], self._numbers[entry.path]
-        return list(found.values())
+        return self._without(found)
 
-    def nearest(self, queries: Tensor, top: int, rerank: bool = False) -> list[list[tuple[Entry, float]]]:
+    def prune(self) -> list[Row]:
+        """Removes the images whose files are no longer there, and returns them. Images under names stay."""
+        return self._without(
+            {
+                row
+                for row, entry in enumerate(self.entries)
+                if os.path.isabs(entry.path) and not os.path.isfile(entry.path)
+            }
+        )
+
+    def _without(self, rows: set[int]) -> list[Row]:
+        gone = [entry for row, entry in enumerate(self.entries) if row in rows]
+        if self._index is not None and rows:
+            self._index.remove(sorted(rows))
+        self.entries = [entry for row, entry in enumerate(self.entries) if row not in rows]
+        self._names -= {entry.path for entry in gone}
+        return gone
+
+    def nearest(self, queries: Tensor, top: int, rerank: bool = False) -> list[list[tuple[Row, float]]]:
         """The nearest images of each query with their distances, nearest first.
 
         Args:
@@ -121,57 +241,138 @@ class Gallery:
         if queries.shape[1] != self._index.dim:
             raise InputError(f"queries have {queries.shape[1]} dimensions, and the gallery has {self._index.dim}")
         if rerank:
-            held = np.array(list(self._entries), dtype=np.int64)
-            features = self._index.features(held)
-            ranked = reranking.rerank(queries.float(), features, metric=self.model.metric)  # type: ignore[arg-type]
+            metric: Any = self.model.metric
+            ranked = reranking.rerank(queries.float(), self._index.features(), metric=metric)
             distances, places = ranked.rows(0, len(queries)).topk(min(top, len(self)), largest=False)
-            numbers, found = held[places.numpy()], distances.numpy()
+            rows, found = places.numpy(), distances.numpy()
         else:
-            numbers, found = self._index.search(queries, top)
+            rows, found = self._index.search(queries, top)
         return [
-            [(self._entries[number], float(distance)) for number, distance in zip(*row, strict=True) if number >= 0]
-            for row in zip(numbers.tolist(), found.tolist(), strict=True)
+            [(self.entries[row], float(distance)) for row, distance in zip(*pair, strict=True) if row >= 0]
+            for pair in zip(rows.tolist(), found.tolist(), strict=True)
         ]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the gallery to a file, whole or not at all.
+        """Writes the gallery to a file, whole or not at all. Call it inside ``files.locked``.
+
+        Paths below the folder of the file are written relative to it, so that the folder may move.
 
         Raises:
-            InputError: for a gallery to which nothing was ever added.
+            InputError: for a gallery to which nothing was ever added, or a file that another process has changed since
+                this gallery was read from it.
         """
         if self._index is None:
             raise InputError("the gallery is empty: there is no index to write")
-        settings = {"fingerprint": self.model.fingerprint, "dim": self._index.dim, "metric": self._index.metric}
-        settings["recall"] = None if self.recall is None else asdict(self.recall)
-        texts = {"settings": settings, "entries": [astuple(entry) for entry in self._entries.values()]}
-        arrays = {name: np.frombuffer(json.dumps(value).encode(), np.uint8) for name, value in texts.items()}
-        numbers = np.array(list(self._entries), dtype=np.int64)
-        with replacing(path) as file:
-            np.savez(file, allow_pickle=False, **arrays, numbers=numbers, index=self._index.to_bytes())
+        target = resolved(os.fspath(path))
+        folder = os.path.join(os.path.dirname(target), "")
+        settings = {
+            "version": 2, "fingerprint": self.model.fingerprint, "metric": self._index.metric, "kind": self.kind,
+        }  # fmt: skip
+        rows = [
+            [entry.path.removeprefix(folder), entry.identity, entry.camera, entry.path.startswith(folder)]
+            for entry in self.entries
+        ]
+        arrays: dict[str, Any] = {
+            name: np.frombuffer(json.dumps(value).encode(), np.uint8)
+            for name, value in {"settings": settings, "entries": rows}.items()
+        }
+        if self._read is not None and self._read[0] == target and self._read[1] != _stamp(target):
+            raise InputError(
+                f"{os.fspath(path)!r} was changed by another process since it was read: read it again, and repeat the "
+                f"changes"
+            )
+        with replacing(target) as file:
+            np.savez(file, **arrays, features=self._index.features().numpy())
+        self._read = target, _stamp(target)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: TrainedModel, exact_below: int = EXACT_BELOW) -> Gallery:
+    def load(cls, path: str | os.PathLike[str], model: TrainedModel, kind: str | None = None) -> Gallery:
         """The gallery that :meth:`save` wrote.
 
+        Args:
+            path: the file.
+            model: the model that made it.
+            kind: kind of the index; None for the kind that the file names.
+
         Raises:
-            InputError: for a file that is missing, cut short, damaged or no index, or an index of another model.
+            InputError: for a file that is cut short, damaged or no index, or an index of another model.
+            OSError: for a file that cannot be opened.
         """
-        arrays = load_arrays(path)
-        if set(arrays) != set(_ARRAYS):
-            raise InputError(f"{os.fspath(path)!r} is not an index of drsl-search")
-        settings, entries = (json.loads(arrays[name].tobytes()) for name in ("settings", "entries"))
-        if settings["fingerprint"] != model.fingerprint or settings["metric"] != model.metric:
+        target = resolved(os.fspath(path))
+        stamp = _stamp(target)
+        try:
+            arrays = load_arrays(path)
+            settings, rows = (json.loads(arrays[name].tobytes()) for name in ("settings", "entries"))
+            fingerprint, metric = settings["fingerprint"], settings["metric"]
+            features = arrays["features"] if "features" in arrays else _older(arrays["index"], arrays["numbers"])
+            stored = str(settings.get("kind", EXACT))
+            entries = [_entry(row, os.path.dirname(target)) for row in rows]
+            if features.dtype != np.float32 or features.ndim != 2 or not 1 <= features.shape[1] < 2**20:
+                raise ValueError("features")
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise InputError(f"{os.fspath(path)!r} is damaged, or not an index of drsl-search: make it anew") from error
+        if fingerprint != model.fingerprint or metric != model.metric:
             raise InputError(
                 f"{os.fspath(path)!r} is the index of another model than {model.path!r}, and features of two models "
                 f"cannot be compared: give the checkpoint that made it, or make a new index"
             )
-        gallery = cls(model, exact_below)
-        gallery._index = FeatureIndex.from_bytes(arrays["index"], settings["dim"], settings["metric"], exact_below)
-        gallery._index.recall = settings["recall"] and Recall(**settings["recall"])
-        gallery._note(zip(arrays["numbers"].tolist(), (Entry(*entry) for entry in entries), strict=True))
+        gallery = cls(model, stored if kind is None else kind)
+        try:
+            gallery.add(entries, torch.from_numpy(np.require(features, requirements="W")), normalised=True)
+        except InputError as error:
+            raise InputError(f"{os.fspath(path)!r} is damaged: {error}") from error
+        gallery._read = target, stamp
         return gallery
 
-    def _note(self, numbered: Iterable[tuple[int, Entry]]) -> None:
-        for number, entry in numbered:
-            self._entries[number] = entry
-            self._numbers[entry.path] = number
+
+def resolved(path: str) -> str:
+    """The absolute path of a file below the true names of its folders; the file itself may be a link."""
+    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+
+
+def absolute(entry: Row) -> Row:
+    """The same image with its absolute path, as :func:`resolved` gives it."""
+    return entry._replace(path=resolved(entry.path))
+
+
+def shown(path: str) -> str:
+    """A path as a user would type it: relative to the current folder where it is below it."""
+    relative = os.path.relpath(path) if os.path.isabs(path) else path
+    return path if relative.startswith("..") else relative
+
+
+def _stamp(path: str) -> object:
+    """What changes with every write of a file; None for a file that is not there."""
+    try:
+        about = os.stat(path)
+    except OSError:
+        return None
+    return about.st_ino, about.st_mtime_ns, about.st_size
+
+
+def _entry(row: Iterable[Any], folder: str) -> Row:
+    path, identity, camera, *relative = row
+    if not all(isinstance(text, str) for text in (path, identity, camera)):
+        raise TypeError("the texts of an entry")
+    entry = Row(path, identity, camera)
+    if relative == [True]:
+        return entry._replace(path=os.path.join(folder, path))
+    return entry._replace(path=resolved(path)) if os.path.isabs(path) else entry
+
+
+def _older(data: Array, numbers: Array) -> Array:
+    """The features in the exact index that older versions kept as faiss writes it.
+
+    They are read here, because faiss trusts the bytes that it is given.
+    """
+    raw, count = data.tobytes(), len(numbers)
+    dim = int.from_bytes(raw[4:8], "little")
+    start, size = 82, 4 * dim * count
+    if raw[:4] != b"IxM2" or raw[37:41] != b"IxF2" or raw[start + size + 8 :] != numbers.astype("<i8").tobytes():
+        raise ValueError("not an exact index")
+    return np.frombuffer(raw[start : start + size], "<f4").reshape(count, dim)
+
+
+def _faiss() -> Any:
+    # Not imported with the package: torch and faiss each bring a copy of OpenMP, and the two copies collide on macOS.
+    return importlib.import_module("faiss")

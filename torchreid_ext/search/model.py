@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,14 +16,12 @@ from torch import Tensor, nn
 
 from pml_drsl.checks import InputError
 from torchreid_ext.checkpoint import checkpoint
+from torchreid_ext.checkpoint.folder import BEST, LAST
 from torchreid_ext.config import KEYS, Config, build_model, flat, get_default_config
+from torchreid_ext.runtime import distributed
 
-# The keys of a run's configuration that say how an image becomes a feature, and how two features are compared.
-USED = (
-    "model.name", "model.bnneck", "model.last_stride", "loss.name", "data.type", "data.height", "data.width",
-    "data.norm_mean", "data.norm_std", "data.root", "data.targets", "data.split_id", "datasets", "test.batch_size",
-    "test.dist_metric", "test.normalize_feature",
-)  # fmt: skip
+# The height and width for which torchreid's zoo trained a network, where they are not the default ones.
+_SIZES = {"hacnn": (160, 64)}
 
 
 @dataclass(frozen=True)
@@ -87,57 +86,107 @@ def load_model(
     path: str | os.PathLike[str],
     config_file: str | os.PathLike[str] | None = None,
     device: torch.device | str | None = None,
+    model: str | None = None,
 ) -> TrainedModel:
-    """Loads a checkpoint of this package with the configuration in it, or any checkpoint with a configuration file.
+    """Loads a checkpoint with its configuration, or another one by the name of its network or a configuration file.
 
     Args:
-        path: the checkpoint, for example ``log/demo/model/model-best.pth.tar``.
+        path: the checkpoint, for example ``log/demo/model/model-best.pth.tar``, or the folder of a run, whose best
+            checkpoint is taken.
         config_file: a YAML file of torchreid's keys and ours. It overrides the configuration in the checkpoint.
         device: where to compute; None takes the GPU where there is one.
+        model: name of the network. With neither a configuration in the checkpoint nor a file, the rest is what
+            torchreid's zoo was trained with, which stderr says: its size of images, ImageNet's normalisation and cosine
+            distance.
 
     Raises:
         InputError: for a checkpoint that is missing, damaged, without a configuration or not of the network that its
             configuration names, and for a device that is not there.
     """
+    path = find_checkpoint(path)
     state = checkpoint.load(path)
-    config = _config(path, state, config_file)
+    config = _config(path, state, config_file, model)
     weights = _weights(path, state)
     network = build_model(config, _num_classes(weights))
     _load(path, network, weights, config.model.name)
     fingerprint = _fingerprint(network, config)
-    return TrainedModel(network.eval().to(_device(device)), config, os.fspath(path), fingerprint)
+    return TrainedModel(network.eval().to(_device(device)), config, path, fingerprint)
+
+
+def find_checkpoint(path: str | os.PathLike[str]) -> str:
+    """The checkpoint itself, or the best or else the last checkpoint in the folder of a run.
+
+    Raises:
+        InputError: for a folder without one.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return os.fspath(path)
+    for place in (folder / "model", folder):
+        for name in (BEST, LAST):
+            if (place / name).is_file():
+                return str(place / name)
+    raise InputError(f"the folder {os.fspath(path)!r} holds no model/{BEST}: give a checkpoint, or the folder of a run")
 
 
 def _config(
-    path: str | os.PathLike[str], state: Mapping[str, Any], config_file: str | os.PathLike[str] | None
+    path: str, state: Mapping[str, Any], config_file: str | os.PathLike[str] | None, model: str | None
 ) -> Config:
     config = get_default_config()
     training = state.get("training")
     saved = training.get("config") if isinstance(training, Mapping) else None
-    if not saved and config_file is None:
+    if not saved and config_file is None and model is None:
         beside = Path(path).absolute().parent.parent / "config.yaml"
-        found = f", for example {str(beside)!r}" if beside.is_file() else " that the network was trained with"
+        found = f", for example {str(beside)!r}" if beside.is_file() else ""
         raise InputError(
-            f"checkpoint {os.fspath(path)!r} holds no configuration, so its network is unknown: give --config-file "
-            f"FILE (config_file in Python), the YAML file{found}"
+            f"checkpoint {path!r} holds no configuration, so its network is unknown: give --model NAME (model in "
+            f"Python) for weights of torchreid's zoo, for example osnet_x0_25, or --config-file FILE (config_file in "
+            f"Python), the YAML file that the network was trained with{found}"
         )
-    for key, value in (saved or {}).items():
-        # A key of another version of this package says nothing of the network.
-        if key in USED or key.startswith("datasets."):
-            # A string is read as Python writes it, or a folder named 2024 would become a number.
-            config.merge_from_list([key, repr(value) if isinstance(value, str) else value])
+    if saved:
+        _merge(config, saved, path)
     if config_file is not None:
         config.merge_from_file(Path(config_file))
+    if model is not None:
+        config.model.name = model
+        if not saved and config_file is None:
+            config.data.height, config.data.width = _SIZES.get(model, (config.data.height, config.data.width))
+            config.test.dist_metric = "cosine"
+            _note(
+                f"{path!r} holds no configuration: taking {model} with images of {config.data.height} x "
+                f"{config.data.width} pixels, ImageNet's normalisation and cosine distance, unless --config-file says "
+                f"otherwise"
+            )
     # The weights come from the checkpoint, and the device is chosen here.
     config.model.pretrained = config.use_gpu = config.train.sync_batchnorm = False
     return config
 
 
-def _weights(path: str | os.PathLike[str], state: Mapping[str, Any]) -> dict[str, Tensor]:
+def _merge(config: Config, saved: object, path: str) -> None:
+    """Takes over a saved configuration; keys and values of another version of this package are named and left out."""
+    if not isinstance(saved, Mapping):
+        raise InputError(f"checkpoint {path!r} is damaged: its configuration is no mapping; give --config-file FILE")
+    ignored = []
+    for key, value in saved.items():
+        try:
+            # A string is read as Python writes it, or a folder named 2024 would become a number.
+            config.merge_from_list([str(key), repr(value) if isinstance(value, str) else value])
+        except InputError:
+            ignored.append(str(key))
+    if ignored:
+        _note(f"{path!r} was written by another version, and these keys were ignored: {', '.join(sorted(ignored))}")
+
+
+def _note(text: str) -> None:
+    if distributed.is_first():
+        print(text, file=sys.stderr)
+
+
+def _weights(path: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
     held = state.get("state_dict", state)
     if not isinstance(held, Mapping) or not held or not all(isinstance(value, Tensor) for value in held.values()):
-        raise InputError(f"checkpoint {os.fspath(path)!r} holds no weights: it needs a dictionary of tensors")
-    return {name.removeprefix("module."): value for name, value in held.items()}
+        raise InputError(f"checkpoint {path!r} holds no weights: it needs a dictionary of tensors")
+    return {str(name).removeprefix("module."): value for name, value in held.items()}
 
 
 def _num_classes(weights: Mapping[str, Tensor]) -> int:
@@ -146,14 +195,14 @@ def _num_classes(weights: Mapping[str, Tensor]) -> int:
     return rows[-1] if rows else 1
 
 
-def _load(path: str | os.PathLike[str], network: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
+def _load(path: str, network: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
     own = network.state_dict()
     # Versions of torch before 0.4.1 did not count batches, and a network in evaluation mode does not need the count.
     wrong = [key for key in own if not key.endswith("num_batches_tracked") and key not in weights]
     wrong += [key for key, value in weights.items() if key not in own or own[key].shape != value.shape]
     if wrong:
         raise InputError(
-            f"checkpoint {os.fspath(path)!r} is not of {name!r} as its configuration describes it: {len(wrong)} "
+            f"checkpoint {path!r} is not of {name!r} as its configuration describes it: {len(wrong)} "
             f"weights are missing, too many or of another shape, for example {wrong[0]!r}. Check model.name, "
             f"model.bnneck and model.last_stride of the configuration"
         )

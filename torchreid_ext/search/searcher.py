@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from pml_drsl.checks import InputError
-from torchreid_ext.search.gallery import Gallery
+from torchreid_ext.images import Row
+from torchreid_ext.runtime.files import locked
+from torchreid_ext.search.gallery import EXACT, Gallery, absolute, resolved
 from torchreid_ext.search.model import load_model
 from torchreid_ext.search.preprocessing import Box, ImageLike, Preprocessing, as_list
-from torchreid_ext.search.sources import Entry, named
+from torchreid_ext.search.sources import NAMES, named
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Match:
 
     Attributes:
         rank: its place, from 1.
-        name: its path, or the name under which it was added.
+        name: its absolute path, or the name under which it was added.
         distance: from the query: squared Euclidean, or 1 - cosine similarity, as the model was tested; between 0 and 1
             after re-ranking.
         identity: whom it shows, as its name says; empty if unknown.
@@ -46,11 +48,18 @@ class Searcher:
     'photos/anna/hall_1.jpg'
 
     Args:
-        checkpoint: a checkpoint of this package, or any other with ``config_file``.
+        checkpoint: a checkpoint of this package or the folder of its run, or any other checkpoint with ``model`` or
+            ``config_file``.
+        model: name of the network, for weights of torchreid's zoo: see :func:`torchreid_ext.search.model.load_model`.
         config_file: YAML configuration of the network, for a checkpoint that holds none.
         index: a file that :meth:`save` or ``drsl-search --index`` wrote; None for an empty gallery.
+        index_type: kind of faiss's index, a string of ``faiss.index_factory`` such as ``"HNSW32"``, see
+            :class:`torchreid_ext.search.gallery.FeatureIndex`; None for the kind of ``index``, which is exact unless
+            another one was chosen.
         device: where to compute; None takes the GPU where there is one.
         batch_size: images in a batch; None for ``test.batch_size`` of the configuration.
+        names: how names of images carry identities and cameras: ``"market"`` (``0002_c1s1_000451_03.jpg``),
+            ``"folder"`` (``anna/hall_1.jpg``) or another one of :func:`torchreid_ext.images.pattern`.
 
     Attributes:
         model: the network, its configuration and its fingerprint.
@@ -64,17 +73,24 @@ class Searcher:
         self,
         checkpoint: str | os.PathLike[str],
         *,
+        model: str | None = None,
         config_file: str | os.PathLike[str] | None = None,
         index: str | os.PathLike[str] | None = None,
+        index_type: str | None = None,
         device: torch.device | str | None = None,
         batch_size: int | None = None,
+        names: str = NAMES,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch_size {batch_size}: give 1 or more")
-        self.model = load_model(checkpoint, config_file, device)
+        self.names = names
+        self.model = load_model(checkpoint, config_file, device, model)
         self.batch_size = batch_size or int(self.model.config.test.batch_size)
         self.preprocessing = Preprocessing(self.model)
-        self.gallery = Gallery(self.model) if index is None else Gallery.load(index, self.model)
+        if index is None:
+            self.gallery = Gallery(self.model, index_type or EXACT)
+        else:
+            self.gallery = Gallery.load(index, self.model, index_type)
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -108,8 +124,8 @@ class Searcher:
 
         Args:
             images: as for :meth:`extract`.
-            names: of the images; paths are their own names. A name such as ``0002_c1s1_000451_03.jpg`` or
-                ``anna/hall_1.jpg`` carries an identity and a camera.
+            names: of the images, which may carry identities and cameras. An image that is a path has its absolute path
+                for a name.
 
         Raises:
             InputError: for images without names, a name that is in the gallery already, or an image that cannot be
@@ -119,27 +135,40 @@ class Searcher:
         if names is None:
             if not all(isinstance(image, (str, os.PathLike)) for image in given):
                 raise InputError("images that are not paths need names: give as many names as images")
-            names = [os.fspath(image) for image in given]  # type: ignore[arg-type]
-        if len(names) != len(given):
-            raise InputError(f"{len(given)} images need as many names, got {len(names)}")
-        self.add_features([named(name) for name in names], self.extract(given))
-
-    def add_features(self, entries: Sequence[Entry], features: Tensor) -> None:
-        """Adds images whose features, [N, D], were extracted with this model before; see :meth:`add`."""
+            entries = [absolute(named(os.fspath(image), self.names)) for image in given]  # type: ignore[arg-type]
+        else:
+            entries = [named(name, self.names) for name in ([names] if isinstance(names, str) else names)]
+        if len(entries) != len(given):
+            raise InputError(f"{len(given)} images need as many names, got {len(entries)}")
+        features = self.extract(given)
         with self._lock:
             self.gallery.add(entries, features)
 
-    def remove(self, names: Sequence[str]) -> int:
+    def add_features(self, entries: Sequence[Row], features: Tensor) -> None:
+        """Adds images whose features, [N, D], were extracted with this model before; see :meth:`add`."""
+        known = [absolute(entry) if os.path.isfile(entry.path) else entry for entry in entries]
+        with self._lock:
+            self.gallery.add(known, features)
+
+    def remove(self, names: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> int:
         """Removes images from the gallery and returns how many.
 
         Args:
-            names: of the images; ``*``, ``?`` and ``[]`` stand for characters.
+            names: one or several names and paths of images, or patterns, in which ``*``, ``?`` and ``[]`` stand for
+                characters. Only ``"*"`` removes all images.
 
         Raises:
-            InputError: for a name that is not in the gallery. Nothing is removed then.
+            InputError: for a name that is not in the gallery, or another pattern that matches all of it. Nothing is
+                removed then.
         """
+        given = [names] if isinstance(names, (str, os.PathLike)) else names
         with self._lock:
-            return len(self.gallery.remove(names))
+            return len(self.gallery.remove([os.fspath(name) for name in given]))
+
+    def prune(self) -> int:
+        """Removes the images whose files are no longer there, and returns how many."""
+        with self._lock:
+            return len(self.gallery.prune())
 
     def search(
         self,
@@ -179,8 +208,11 @@ class Searcher:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the gallery and its index to a file, whole or not at all.
 
+        It waits while another process writes the file.
+
         Raises:
-            InputError: for a gallery to which nothing was ever added.
+            InputError: for a gallery to which nothing was ever added, or a file that another process has changed since
+                this gallery was read from it.
         """
-        with self._lock:
+        with self._lock, locked(resolved(os.fspath(path))):
             self.gallery.save(path)

@@ -1,11 +1,12 @@
-"""drsl-search finds, writes a page that is whole in itself, keeps an index, and refuses bad input in one line."""
+"""drsl-search finds, keeps an index, overwrites no input, and refuses bad input in one line."""
 
-import html.parser
 import json
 import os
 import re
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,13 +14,13 @@ import trained
 from PIL import Image
 
 from torchreid_ext import Searcher
-from torchreid_ext.cli import extract, search
-from torchreid_ext.search import page
-from torchreid_ext.search.results import Ranked
+from torchreid_ext.cli import console, extract, search
+from torchreid_ext.images import Row
+from torchreid_ext.runtime.files import locked
+from torchreid_ext.search.results import as_text, rankings
 from torchreid_ext.search.searcher import Match
-from torchreid_ext.search.sources import Entry
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def photos(model, tmp_path_factory):
 
 
 def run(*words):
-    return search.main([*map(str, words), "--workers", "0", "--device", "cpu"])
+    return search.main([*map(str, words), "--workers", "0", "--device", "cpu", "--names", "folder"])
 
 
 def complaint(capsys):
@@ -56,9 +57,9 @@ def test_text_json_and_python_agree(model, photos, tmp_path, capsys):
     out = capsys.readouterr().out
     found = json.loads((tmp_path / "r.json").read_text())
     (asked,) = found["queries"]
-    assert found["gallery"] == 24 and found["metric"] == "cosine" and found["recall"] is None
+    assert found["gallery"] == 24 and found["metric"] == "cosine"
     assert asked["path"] == str(query) and (asked["identity"], asked["camera"]) == ("pérson 2", "cam0")
-    searcher = Searcher(model, device="cpu")
+    searcher = Searcher(model.parents[1], device="cpu", names="folder")
     searcher.add(sorted(map(str, photos.rglob("*.png"))))
     expected = searcher.search(query, top=3)[0]
     assert asked["matches"][0]["path"] == str(query) and asked["matches"][0]["same_identity"] is True
@@ -67,7 +68,28 @@ def test_text_json_and_python_agree(model, photos, tmp_path, capsys):
         assert re.search(rf"{match['rank']} .*{match['distance']:.4f}.*camera {match['camera']}", out)
     assert run(model, "--gallery", photos, "--query", query, "--top", 3, "--json", "-") == 0
     printed = capsys.readouterr()
-    assert json.loads(printed.out) == found and "pérson 2" in printed.err
+    assert json.loads(printed.out) == found and printed.out.isascii() and "pérson 2" in printed.err
+    # A run's folder stands for its checkpoint, image files for their folder, and folders for several queries.
+    several = ["--gallery", *sorted(photos.rglob("*.png")), "--query", photos / "pérson 2", "--top", 3]
+    assert run(model.parents[1], *several, "--json", "-") == 0
+    again = json.loads(capsys.readouterr().out)
+    assert len(again["queries"]) == 4 and again["gallery"] == 24
+    row = next(row for row in again["queries"] if row["path"] == str(query))
+    assert row["identity"] == "pérson 2" and [match["path"] for match in row["matches"]] == [
+        match["path"] for match in asked["matches"]
+    ]
+
+
+def test_weights_of_the_zoo_are_searched_with_before_any_training(model, photos, tmp_path, capsys):
+    torch.save(torch.load(model, weights_only=True)["state_dict"], tmp_path / "zoo.pth")
+    query = photos / "pérson 2" / "cam0_<1>&.png"
+    words = [tmp_path / "zoo.pth", "--model", "osnet_x0_25", "--gallery", photos, "--query", query]
+    assert run(*words) == 0
+    printed = capsys.readouterr()
+    assert "osnet_x0_25 with images of 256 x 128 pixels" in printed.err
+    assert re.search(r" 1  0\.0000 +same", printed.out)
+    assert run(words[0], *words[3:]) == 2
+    assert "--model NAME" in complaint(capsys)
 
 
 def test_a_part_of_a_larger_picture(model, photos, tmp_path):
@@ -118,9 +140,123 @@ def test_an_index_is_made_searched_added_to_and_removed_from(model, photos, tmp_
     assert "Removed 4 images" in capsys.readouterr().out
     assert run(model, "--index", index, "--query", query, "--json", "-") == 0
     assert "pérson 2" not in {m["identity"] for m in json.loads(capsys.readouterr().out)["queries"][0]["matches"]}
+    # What is printed can be removed, and what is gone is pruned.
+    assert run(model, "--index", index, "--query", query, "--top", 1) == 0
+    printed = capsys.readouterr().out.splitlines()[-1].split("  ")[-1]
+    copied = shutil.copy(printed, tmp_path / "copy.png")
+    assert run(model, "--index", index, "--remove", printed, "--gallery", copied) == 0
+    Path(copied).unlink()
+    assert run(model, "--index", index, "--prune") == 0
+    out = capsys.readouterr().out
+    assert "Removed 1 images from the index\n" in out and "Removed 1 images from the index, whose files" in out
+    assert run(model, "--index", index, "--remove", "*pérson*") == 2
+    assert "matches all 19 images" in complaint(capsys)
+    assert run(model, "--index", index, "--query", query, "--index-type", "IVF99,Flat") == 2
+    assert "--index-type 'IVF99,Flat'" in complaint(capsys)
     index.write_bytes(before[: len(before) // 2])
     assert run(model, "--index", index, "--query", query) == 2
     assert "damaged" in complaint(capsys)
+
+
+def start(*words, **options):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | options.pop("env", {})
+    words = [sys.executable, "-W", "ignore", "-m", "torchreid_ext.cli.search", *map(str, words), "--device", "cpu"]
+    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def test_a_second_writer_waits_and_says_so(model, photos, tmp_path):
+    index = tmp_path / "index"
+    with locked(index):
+        waiting = start(model, "--index", index, "--gallery", photos / "pérson 1")
+        line = waiting.stderr.readline().decode()
+        assert str(index) in line and "waiting" in line and not index.exists()
+        assert run_locked(model, photos / "pérson 2", index) == 4
+    assert waiting.wait(100) == 0, waiting.stderr.read()
+    assert len(Searcher(model, index=index, device="cpu")) == 8
+
+
+def run_locked(model, folder, index):
+    searcher = Searcher(model, device="cpu", names="folder")
+    searcher.add(sorted(map(str, folder.iterdir())))
+    searcher.gallery.save(index)
+    return len(searcher)
+
+
+def test_an_interrupted_search_says_what_it_has_written(model, photos, tmp_path, monkeypatch, capsys):
+    words = [model, "--gallery", photos / "pérson 1", "--query", photos / "pérson 1" / "cam0_<1>&.png"]
+    words += ["--index", tmp_path / "index", "--html", tmp_path / "p.html"]
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torchreid_ext.search.results.caption", interrupt)
+    assert run(*words) == 130
+    assert capsys.readouterr().err.endswith(f"interrupted; written before that: {str(tmp_path / 'index')!r}\n")
+    assert run(*words) == 130  # the index had all images and was not written again
+    assert capsys.readouterr().err == "drsl-search: interrupted; nothing was written\n"
+
+
+def test_a_reader_that_stops_early_is_no_error(model, photos, tmp_path):
+    """And a terminal that knows no UTF-8 shows what it can."""
+    names = [f"{photos / 'pérson 1'}/cam0_<1>&.png"] * 3
+    words = [model, "--gallery", photos, "--query", *names, "--top", 24, "--html", tmp_path / "p.html"]
+    child = start(*words, env={"PYTHONIOENCODING": "latin-1", "PYTHONUNBUFFERED": "1"})
+    child.stdout.readline()
+    child.stdout.close()
+    assert child.wait(100) in (0, 141)
+    assert child.stderr.read() == b"" and (tmp_path / "p.html").exists()
+
+
+def test_a_name_that_is_no_utf8_goes_everywhere(model, photos, tmp_path, capsys):
+    strange = os.fsdecode(b"caf\xe9\x1b[2J.png")
+    shutil.copy(photos / "pérson 2" / "cam0_<1>&.png", tmp_path / strange)
+    assert extract.main([str(model), str(tmp_path), "--output", str(tmp_path / "f.npz"), "--device", "cpu"]) == 0
+    words = ["--query", tmp_path / strange, "--json", tmp_path / "r.json", "--html", tmp_path / "p.html"]
+    assert run(model, "--gallery", tmp_path / "f.npz", "--index", tmp_path / "index", *words) == 0
+    assert run(model, "--index", tmp_path / "index", *words) == 0
+    out = capsys.readouterr().out
+    assert r"caf\udce9\x1b[2J.png" in out and "\x1b" not in out
+    (asked,) = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["queries"]
+    assert asked["matches"][0]["path"] == str(tmp_path / strange) and asked["matches"][0]["distance"] < 1e-6
+    assert r"caf\udce9" in (tmp_path / "p.html").read_text(encoding="utf-8")
+
+
+def test_nothing_that_is_read_is_overwritten(model, photos, tmp_path, capsys):
+    gallery = tmp_path / "gallery"
+    shutil.copytree(photos / "pérson 1", gallery)
+    picture, query = next(gallery.iterdir()), shutil.copy(photos / "pérson 2" / "cam0_<1>&.png", tmp_path / "q.png")
+    own = shutil.copy(model, tmp_path / "checkpoint.pth")
+    (tmp_path / "link").symlink_to(picture)
+    assert run(model, "--index", tmp_path / "index", "--gallery", gallery) == 0
+    capsys.readouterr()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    both = ["--gallery", gallery, "--query", query]
+    for words in (
+        [*both, "--html", query],
+        [*both, "--json", own],
+        [*both, "--html", picture],
+        [*both, "--json", tmp_path / "link"],
+        [*both, "--index", query],
+        [*both, "--json", tmp_path / "new", "--html", tmp_path / "new"],
+        ["--index", tmp_path / "index", "--query", query, "--json", tmp_path / "index"],
+        ["--index", tmp_path / "index", "--query", query, "--html", picture],
+    ):
+        assert run(own, *words) == 2
+        assert "would overwrite" in complaint(capsys)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_ordinary_photos_get_no_marks_and_names_no_power_over_the_terminal(capsys):
+    evil = "photos/\x1b[31m\u202egnp.\n.png"
+    query, match = Row("a.png", "", ""), Match(1, evil, -1e-9, "anna", "")
+    (row,) = rankings([query], None, [[match]])
+    assert row.matches[0].mark == "" and "-0.0000" not in as_text([row]) and "other" not in as_text([row])
+    assert [row.matches[0].mark for row in rankings([Row("a", "anna")] * 2, None, [[match], []]) if row.matches] == [
+        "right"
+    ]
+    console.say(as_text([row]))
+    out = capsys.readouterr().out
+    assert not any(sign in out for sign in "\x1b\u202e") and "\\x1b[31m\\u202egnp.\\n.png" in out
 
 
 def test_two_galleries_with_the_same_names_are_told_apart_by_their_paths(model, photos, tmp_path, capsys):
@@ -145,6 +281,8 @@ def test_two_galleries_with_the_same_names_are_told_apart_by_their_paths(model, 
         (["--gallery", "G", "--query", "Q", "--crop", "0", "0", "99", "5"], "16 pixels wide and 32 high"),
         (["--gallery", "G", "--query", "Q", "--top", "0"], "--top 0"),
         (["--gallery", "G", "--query", "Q", "--html", "nowhere/p.html"], "--html nowhere/p.html"),
+        (["--gallery", "G", "--query", "Q", "--prune"], "give --index"),
+        (["--gallery", "G", "--query", "Q", "--names", "nonsense"], "--names 'nonsense'"),
         (["--gallery", "TEXTS", "--query", "Q"], "--skip-damaged"),
         (["--gallery", "G", "--query", "Q", "--remove", "x"], "give --index"),
     ],
@@ -163,97 +301,6 @@ def test_bad_input(model, photos, tmp_path, capsys, monkeypatch, words, message)
     output = tmp_path / "out"
     output.mkdir()
     outputs = ["--json", output / "r.json"] if "--html" in words else ["--html", output / "p.html"]
-    assert run(model, *(names.get(word, word) for word in words), *outputs) == 2
+    words = [names.get(word, word) for word in words]
+    assert search.main([*map(str, [model, *words, *outputs]), "--workers", "0", "--device", "cpu"]) == 2
     assert message in complaint(capsys) and not list(output.iterdir())
-
-
-class Text(html.parser.HTMLParser):
-    """What a page shows, and every address in it."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.words, self.addresses, self.hidden = [], [], 0
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.hidden += tag in ("script", "style")
-        self.addresses += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
-
-    def handle_endtag(self, tag):
-        self.hidden -= tag in ("script", "style")
-
-    def handle_data(self, data):
-        if not self.hidden:
-            self.words.append(data)
-
-
-def check_page(text, found):
-    read = Text(text)
-    shown = " ".join(" ".join(read.words).split())
-    assert read.addresses and all(address.startswith("data:image/jpeg;base64,") for address in read.addresses)
-    assert len(read.addresses) == sum(1 + len(asked["matches"]) for asked in found["queries"])
-    assert f"{found['gallery']} gallery images" in shown
-    places = []
-    for asked in found["queries"]:
-        places.append(shown.index(f"query identity {asked['identity']} camera {asked['camera']}"))
-        for match in asked["matches"]:
-            about = f"identity {match['identity']} camera {match['camera']} "
-            name = "/".join(match["path"].split("/")[-2:])
-            mark = "✓" if match["same_identity"] else "✗"
-            line = f"{mark} {match['rank']} {match['distance']:.4f} {about}{name}"
-            places.append(shown.index(line, places[-1]))
-    assert places == sorted(places)
-
-
-@pytest.fixture(scope="module")
-def written(model, photos, tmp_path_factory):
-    """A page and the JSON of the same search."""
-    folder = tmp_path_factory.mktemp("written")
-    queries = [photos / f"pérson {number}" / "cam0_<1>&.png" for number in (1, 4)]
-    files = ["--html", folder / "page é.html", "--json", folder / "r.json"]
-    assert run(model, "--gallery", photos, "--query", *queries, "--top", 5, *files) == 0
-    return folder / "page é.html", json.loads((folder / "r.json").read_text())
-
-
-def test_the_page_is_whole_in_itself_and_says_what_the_json_says(written):
-    path, found = written
-    text = path.read_text()
-    check_page(text, found)
-    assert "default-src 'none'" in text and not re.search(r"https?://|url\(|@import|fetch\(", text)
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed here: apt-get install chromium")
-def test_a_browser_shows_what_the_json_says_and_asks_the_network_for_nothing(written, tmp_path):
-    path, found = written
-    flags = [
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={tmp_path / 'net.json'}",
-        "--net-log-capture-mode=IncludeSensitive", "--virtual-time-budget=2000", "--dump-dom",
-    ]  # fmt: skip
-    # The script of the page runs here: it writes to the title how many pictures the browser could decode.
-    probe = (
-        '<script>addEventListener("load", () => document.title = [...document.images]'
-        ".filter(image => image.naturalWidth > 0).length)</script>"
-    )
-    probed = path.with_name("probed.html")
-    probed.write_text(path.read_text().replace("</body>", f"{probe}</body>"))
-    done = subprocess.run([CHROMIUM, *flags, probed.as_uri()], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    check_page(done.stdout, found)
-    pictures = sum(1 + len(asked["matches"]) for asked in found["queries"])
-    assert f"<title>{pictures}</title>" in done.stdout
-    log = (tmp_path / "net.json").read_text(errors="replace")
-    asked_for = set(re.findall(r'"url":"((?:https?|wss?|ftp)://[^"]+)"', log))
-    assert '"events"' in log
-    # The browser's own services are not the page's.
-    assert not [url for url in asked_for if not re.search(r"google|gstatic|gvt1", url)], asked_for
-
-
-def test_names_do_not_become_parts_of_the_page(tmp_path):
-    evil = "</span><script>alert(1)</script>%%BODY%%"
-    rows = [Ranked(Entry(evil, evil, evil), None, [Match(1, evil, 0.5, "", "")])]
-    text = page.render(rows, "caption %%TITLE%%")
-    assert "<script>alert" not in text and text.count("<section") == 1 and "caption %%TITLE%%" in text
-    assert text.count("the picture cannot be read") == 2
-    assert '<span class="mark"' not in text  # without identities nothing is right or wrong

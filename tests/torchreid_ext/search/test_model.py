@@ -9,9 +9,8 @@ import trained
 
 from pml_drsl.checks import InputError
 from torchreid_ext.checkpoint import checkpoint
-from torchreid_ext.config import flat, get_default_config
 from torchreid_ext.networks import add_neck
-from torchreid_ext.search.model import USED, load_model
+from torchreid_ext.search.model import load_model
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +71,50 @@ def test_the_fingerprint_tells_models_apart(plain, necked, tmp_path):
     assert len(marks) == 3
 
 
-def test_keys_of_another_version_do_not_matter(plain, tmp_path):
+def test_the_whole_configuration_is_loaded_and_keys_of_another_version_are_named(plain, tmp_path, capsys):
     state = checkpoint.load(plain)
-    state["training"]["config"] |= {"loss.drsl.forgotten": 1, "data.root": "2024"}
+    state["training"]["config"] |= {"loss.drsl.forgotten": 1, "test.batch_size": "many", "data.root": "2024"}
+    state["training"]["config"] |= {"loss.drsl.miner": {"name": "MultiSimilarityMiner"}, "train.lr": 0.25}
     checkpoint.save(state, tmp_path / "old.pth")
-    assert load_model(tmp_path / "old.pth").config.data.root == "2024"
+    config = load_model(tmp_path / "old.pth").config
+    assert config.data.root == "2024" and config.train.lr == 0.25
+    assert config.loss.drsl.miner == {"name": "MultiSimilarityMiner"} and config.sampler.num_instances == 4
+    assert "ignored: loss.drsl.forgotten, test.batch_size\n" in capsys.readouterr().err
+    state["training"]["config"] = ["no mapping"]
+    checkpoint.save(state, tmp_path / "old.pth")
+    with pytest.raises(InputError, match="its configuration is no mapping"):
+        load_model(tmp_path / "old.pth")
+
+
+def test_the_folder_of_a_run_stands_for_its_best_checkpoint(plain, tmp_path):
+    best = load_model(plain, device="cpu")
+    for folder in (plain.parent, plain.parents[1]):
+        assert load_model(folder, device="cpu").path == str(plain) == best.path
+    (tmp_path / "model").mkdir()
+    last = tmp_path / "model" / "model-last.pth.tar"
+    last.write_bytes(plain.read_bytes())
+    assert load_model(tmp_path, device="cpu").path == str(last)
+    last.unlink()
+    with pytest.raises(InputError, match="holds no model/model-best"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "size"), [("osnet_x0_25", (256, 128)), ("hacnn", (160, 64))])
+def test_weights_of_the_zoo_need_only_the_name_of_the_network(tmp_path, capsys, name, size):
+    torch.manual_seed(0)
+    network = torchreid.models.build_model(name, 7, pretrained=False, use_gpu=False).eval()
+    torch.save(network.state_dict(), tmp_path / "zoo.pth")
+    model = load_model(tmp_path / "zoo.pth", device="cpu", model=name)
+    images = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        assert torch.equal(model.features(images), network(images))
+    assert (model.height, model.width, model.metric) == (*size, "cosine")
+    assert model.config.data.norm_mean == [0.485, 0.456, 0.406]
+    assert f"taking {name} with images of {size[0]} x {size[1]} pixels" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"give --model NAME.*or --config-file FILE"):
+        load_model(tmp_path / "zoo.pth")
+    with pytest.raises(InputError, match="is not of 'resnet18'"):
+        load_model(tmp_path / "zoo.pth", model="resnet18")
 
 
 def test_a_checkpoint_of_torchreids_needs_a_config_file(tmp_path):
@@ -124,9 +162,3 @@ def test_torchreids_own_tools_load_a_checkpoint_without_a_neck(plain):
     torchreid.utils.load_pretrained_weights(network, str(plain))
     with torch.no_grad():
         assert torch.equal(network.eval()(images), expected)
-
-
-def test_configurations_of_other_options_are_not_needed():
-    # Every key that is read from a checkpoint exists.
-    known = flat(get_default_config())
-    assert set(USED) - {"datasets"} <= set(known)

@@ -1,0 +1,76 @@
+"""What every command shares: a quick --help, one line for what stops it, and output that no terminal refuses."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pml_drsl.checks import InputError
+from torchreid_ext.cli import console, export, extract, search
+from torchreid_ext.runtime import terminal
+
+ROOT = Path(__file__).parents[3]
+
+HELP = """
+import sys
+from torchreid_ext.cli import export, extract, search
+for command in (export, extract, search):
+    try:
+        command.main(["--help"])
+    except SystemExit as end:
+        assert end.code == 0
+print(sorted({"torch", "torchreid", "numpy", "PIL"} & set(sys.modules)))
+"""
+
+
+def test_help_does_not_load_torch():
+    done = subprocess.run([sys.executable, "-c", HELP], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and done.stdout.endswith("\n[]\n"), done.stdout[-500:] + done.stderr
+
+
+@pytest.mark.parametrize("command", [search, extract, export])
+def test_every_command_says_its_version(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        command.main(["--version"])
+    assert end.value.code == 0 and terminal.version() in capsys.readouterr().out
+
+
+def failing(error):
+    def work():
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (InputError("a value\nof two lines"), 2, "name: a value of two lines\n"),
+        (FileNotFoundError(2, "No such file", "x\x1b[0m"), 2, r"name: [Errno 2] No such file: 'x\x1b[0m'"),
+        (ModuleNotFoundError("No module named 'faiss.x'", name="faiss.x"), 2, "package faiss.x is not installed"),
+        (KeyboardInterrupt(), 130, "name: interrupted; nothing was written\n"),
+    ],
+)
+def test_what_stops_a_command_is_said_in_one_line(capsys, error, status, words):
+    assert console.guarded("name", failing(error)) == status
+    err = capsys.readouterr().err
+    assert words in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("a defect"), ModuleNotFoundError("x", name="torchreid_ext.nothing"), ModuleNotFoundError("x")]
+)
+def test_a_defect_keeps_its_traceback(error):
+    with pytest.raises(type(error)) as caught:
+        console.guarded("name", failing(error))
+    assert caught.value is error
+
+
+def test_any_text_can_be_printed_in_any_encoding(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert console.guarded("name", lambda: console.say("gällery \udcff \x9b2J 人")) == 0
+    stream.flush()
+    assert stream.buffer.getvalue() == rb"g\xe4llery \udcff \x9b2J \u4eba" + b"\n"

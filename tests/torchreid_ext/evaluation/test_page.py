@@ -1,0 +1,180 @@
+"""The page shows what it was given, asks the network for nothing, and can be used by keyboard alone."""
+
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from torchreid_ext.evaluation import page
+from torchreid_ext.evaluation.page import Found, Picture, Ranking, number, write_pages
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+class Text(html.parser.HTMLParser):
+    """What a page shows, every address in it, and the accessible names of its buttons."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.words, self.addresses, self.names, self.hidden = [], [], [], 0
+        self.feed(text)
+        self.shown = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.hidden += tag in ("script", "style")
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
+        self.names += [dict(attrs)["aria-label"] for _ in [0] if tag == "button" and "aria-label" in dict(attrs)]
+
+    def handle_endtag(self, tag):
+        self.hidden -= tag in ("script", "style")
+
+    def handle_data(self, data):
+        if not self.hidden:
+            self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Two queries with three matches each: right, junk and wrong."""
+    folder = tmp_path_factory.mktemp("my phótos & <more>")
+    files = []
+    for index in range(4):
+        pixels = np.full((40 + index, 20, 3), 60 * index, np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+        files.append(str(folder / f"{index}.png"))
+    matches = [
+        Found(Picture(files[1], "anna", "c2"), -1e-9, "right"),
+        Found(Picture(files[2], "anna", "c1"), 0.25, "junk"),
+        Found(Picture([*files, *files], "ben", "c3"), 1.5, "wrong"),
+    ]
+    query = Picture(files[0], "anna", "c1", crop=(0, 0, 10, 20))
+    return [Ranking(query, matches, "AP 50.0%"), Ranking(Picture(files[3]), matches[:2])]
+
+
+@pytest.fixture(scope="module")
+def written(rows, tmp_path_factory):
+    (path,) = write_pages(tmp_path_factory.mktemp("pages") / "page é.html", rows, "5 images", "A title")
+    return path
+
+
+def check(text):
+    read = Text(text)
+    assert len(read.addresses) == 7 and all(address.startswith("data:image/jpeg;base64,") for address in read.addresses)
+    places = [
+        read.shown.index(words)
+        for words in (
+            "A title 5 images", "0.png - AP 50.0% query identity anna camera c1 part 0, 0 to 10, 20",
+            "✓ 1 0.0000 identity anna camera c2 same identity", "- junk 0.2500 identity anna camera c1",
+            "✗ 2 1.5000 identity ben camera c3 another identity", "0.png and 7 more", "3.png query my ph",
+        )
+    ]  # fmt: skip
+    assert places == sorted(places) and "-0.0000" not in text
+    assert read.names[:4] == [
+        "query, identity anna, camera c1, part 0, 0 to 10, 20, 0.png",
+        "rank 1, distance 0.0000, identity anna, camera c2, same identity, 1.png",
+        "junk, distance 0.2500, identity anna, camera c1, same identity and camera, left out, 2.png",
+        "rank 2, distance 1.5000, identity ben, camera c3, another identity, 0.png",
+    ]
+
+
+def test_the_page_shows_what_it_was_given_and_is_whole_in_itself(written):
+    text = written.read_text(encoding="utf-8")
+    check(text)
+    assert "default-src 'none'" in text and 'name="viewport"' in text
+    assert not re.search(r"https?://|url\(|@import|fetch\(", text)
+
+
+def test_names_do_not_become_parts_of_the_page(tmp_path):
+    evil = "</span><script>alert(1)</script>%%BODY%%\udcff"
+    found = Found(Picture(evil, evil), 0.5)
+    write_pages(tmp_path / "p.html", [Ranking(Picture(evil, evil, evil), [found], evil)], "caption %%TITLE%%")
+    text = (tmp_path / "p.html").read_text(encoding="utf-8")
+    assert "<script>alert" not in text and text.count("<section") == 1 and "caption %%TITLE%%" in text
+    assert text.count("the picture cannot be read") == 2
+    assert '<span class="mark"' not in text  # without identities nothing is right or wrong
+
+
+def test_many_queries_are_on_several_pages_that_link_to_each_other(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "QUERIES_PER_PAGE", 2)
+    pages = write_pages(tmp_path / "p.html", rows * 2 + rows[:1], "caption")
+    assert [path.name for path in pages] == ["p.html", "p-2.html", "p-3.html"]
+    texts = [path.read_text(encoding="utf-8") for path in pages]
+    assert [text.count("<section") for text in texts] == [2, 2, 1] and 'id="query5"' in texts[2]
+    assert 'href="p-3.html"' in texts[0] and 'href="p.html"' in texts[2]
+
+
+def test_distances_have_no_negative_zero():
+    assert [number(value) for value in (-1e-9, 0.0, -0.00006, 0.12345)] == ["0.0000", "0.0000", "-0.0001", "0.1235"]
+
+
+PROBE = """<script>addEventListener("load", () => {
+  const press = key => document.dispatchEvent(new KeyboardEvent("keydown", {key, cancelable: true, bubbles: true}));
+  const dialog = document.querySelector("dialog"), seen = {};
+  const shown = () => dialog.open ? dialog.getAttribute("aria-label").split(",")[0] : "closed";
+  const focused = () => (document.activeElement.getAttribute("aria-label") || "none").split(",")[0];
+  seen.pictures = [...document.images].filter(image => image.naturalWidth > 0).length;
+  seen.scrolls = press("ArrowDown");
+  const cards = document.querySelectorAll("main .card");
+  cards[0].focus();
+  seen.scrollsWithFocus = press("ArrowDown");
+  press("ArrowRight");
+  seen.moved = focused();
+  document.activeElement.click();
+  seen.walk = [shown()];
+  for (const key of ["ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft", "ArrowDown", "ArrowUp"]) {
+    press(key);
+    seen.walk.push(shown());
+  }
+  seen.close = dialog.querySelector("button").textContent;
+  seen.markInDialog = getComputedStyle(dialog.querySelector(".mark")).display;
+  seen.wordsInDialog = getComputedStyle(dialog.querySelector(".words")).display;
+  press("Escape");
+  seen.escaped = [shown(), focused()];
+  document.activeElement.click();
+  press("ArrowRight");
+  dialog.querySelector("button").click();
+  setTimeout(() => {
+    seen.after = [shown(), focused()];
+    seen.wide = document.documentElement.scrollWidth <= innerWidth;
+    document.title = JSON.stringify(seen);
+  }, 50);
+});</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed here: apt-get install chromium")
+def test_a_browser_shows_it_walks_through_it_and_asks_the_network_for_nothing(written, tmp_path):
+    flags = [
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={tmp_path / 'net.json'}", "--window-size=500,800",
+        "--net-log-capture-mode=IncludeSensitive", "--virtual-time-budget=2000", "--dump-dom",
+    ]  # fmt: skip
+    probed = written.with_name("probed.html")
+    probed.write_text(written.read_text(encoding="utf-8").replace("</body>", f"{PROBE}</body>"), encoding="utf-8")
+    done = subprocess.run([CHROMIUM, *flags, probed.as_uri()], capture_output=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout.decode())[1]))
+    assert seen == {
+        "pictures": 7,
+        # The browser may scroll: no one took the key.
+        "scrolls": True,
+        "scrollsWithFocus": True,
+        "moved": "rank 1",
+        "walk": ["rank 1", "junk", "rank 2", "rank 2", "junk", "junk", "junk"],
+        "close": "Close",
+        "markInDialog": "none",
+        "wordsInDialog": "block",
+        "escaped": ["closed", "junk"],
+        "after": ["closed", "rank 2"],
+        "wide": True,
+    }
+    asked_for = set(
+        re.findall(r'"url":"((?:https?|wss?|ftp)://[^"]+)"', (tmp_path / "net.json").read_text(errors="replace"))
+    )
+    # The browser's own services are not the page's.
+    assert not [url for url in asked_for if not re.search(r"google|gstatic|gvt1", url)], asked_for

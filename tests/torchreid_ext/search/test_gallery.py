@@ -1,0 +1,362 @@
+"""A gallery finds what a slow search in float64 finds, keeps its file whole, and refuses what is not its own."""
+
+import itertools
+import json
+import os
+import random
+import signal
+import time
+import types
+import zipfile
+import zlib
+
+import faiss
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pml_drsl.checks import InputError
+from torchreid_ext.images import Row
+from torchreid_ext.runtime.files import locked
+from torchreid_ext.search import gallery as module
+from torchreid_ext.search.extraction import ExtractedSet, read_gallery, write_features
+from torchreid_ext.search.gallery import FeatureIndex, Gallery, resolved
+
+
+def model(metric="cosine", fingerprint="0123"):
+    return types.SimpleNamespace(metric=metric, fingerprint=fingerprint, path="model.pth")
+
+
+def draw(number, dim=8, seed=0):
+    return torch.randn(number, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def slowly(queries, features, metric):
+    """All distances, by a definition in float64."""
+    left, right = queries.double()[:, None], features.double()[None]
+    if metric == "cosine":
+        return 1 - torch.cosine_similarity(left, right, dim=2)
+    return (left - right).square().sum(dim=2)
+
+
+@pytest.mark.parametrize(
+    ("metric", "offset"), [("euclidean", 0), ("euclidean", 3000), ("cosine", 0)], ids=["squared", "far away", "cosine"]
+)
+def test_the_nearest_are_those_of_a_slow_search(metric, offset):
+    """Features that all lie far from the origin keep their small distances."""
+    features, queries = draw(300) + offset, draw(40, seed=1) + offset
+    index = FeatureIndex(8, metric)
+    index.add(features[:50])
+    index.add(features[50:])
+    rows, distances = index.search(queries, 5)
+    expected, order = slowly(queries, features, metric).sort(dim=1)
+    assert np.array_equal(rows, order[:, :5].numpy())
+    assert np.abs(distances - expected[:, :5].numpy()).max() < 1e-5
+    assert index.search(queries, 1000)[0].shape == (40, 300) and (distances >= 0).all()
+
+
+@pytest.mark.parametrize("kind", ["Flat", "IVF4,Flat;nprobe=4", "HNSW32"])
+def test_adding_removing_and_reranking_with_every_kind_of_index(kind):
+    features = draw(300)
+    gallery = Gallery(model("euclidean"), kind)
+    gallery.add([Row(f"a{row}") for row in range(300)], features)
+    assert [entry.path for entry, _ in gallery.nearest(features[[7]], 1)[0]] == ["a7"]
+    gallery.remove(["a7", "a9"])
+    names = [entry.path for entry, _ in gallery.nearest(features[[7]], 298)[0]]
+    # A graph may leave some out; what is removed is never found.
+    assert len(names) > 200 and not {"a7", "a9"} & set(names)
+    gallery.add([Row("again")], features[[7]])
+    assert gallery.nearest(features[[7]], 1)[0][0][0].path == "again"
+    assert gallery.nearest(features[[8]], 1, rerank=True)[0][0][0].path == "a8"
+    gallery.remove(["*"])
+    with pytest.raises(InputError, match="gallery is empty"):
+        gallery.nearest(features[[7]], 1)
+
+
+@pytest.mark.parametrize("kind", ["nonsense", "IVF4096,Flat", "IVF4,Flat;nothing=4", "IDMap,Flat"])
+def test_an_index_that_faiss_cannot_make_is_refused_in_one_line(kind):
+    gallery = Gallery(model(), kind)
+    gallery.add([Row("a"), Row("b")], draw(2))
+    with pytest.raises(InputError, match="--index-type") as caught:
+        gallery.nearest(draw(1), 1)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_added_or_removed_changes_nothing():
+    gallery, features = Gallery(model()), draw(4)
+    with pytest.raises(InputError, match="NaN"):
+        gallery.add([Row("x")], torch.full((1, 3), float("nan")))
+    gallery.add([Row(name) for name in ("a/1", "a/2", "b/1", "b[1]")], features)
+    before = gallery.nearest(features, 4)
+    for entries, wrong, words in [
+        ([Row("a/1")], features[:1], "is in the gallery already"),
+        ([Row("x"), Row("x")], features[:2], "is in the gallery already"),
+        ([Row("x")], features[:2], "1 images need as many features"),
+        ([Row("x")], torch.zeros(1, 3), "3 dimensions"),
+        ([Row("x")], torch.full((1, 8), float("inf")), "NaN or infinite"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            gallery.add(entries, wrong)
+    for patterns, words in [
+        (["a/1", "nobody"], "matches 'nobody'"),
+        (["**"], "matches all 4 images.*give '\\*'"),
+        (["?*"], "matches all 4 images"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            gallery.remove(patterns)
+    assert gallery.nearest(features, 4) == before
+    # A name with the characters of a pattern is itself first.
+    assert [entry.path for entry in gallery.remove(["b[1]"])] == ["b[1]"]
+    assert [entry.path for entry in gallery.remove(["a/*"])] == ["a/1", "a/2"]
+
+
+def saved(folder, name="index"):
+    """A gallery of five files below a folder, one file elsewhere and one name, saved in the folder."""
+    gallery = Gallery(model())
+    paths = [folder / "photos" / f"{number}.jpg" for number in range(5)]
+    paths.append(folder.parent / f"{folder.name} elsewhere.jpg")
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    entries = [Row(resolved(str(path)), str(row), "c") for row, path in enumerate(paths)]
+    gallery.add([*entries, Row("a name.jpg")], draw(7))
+    gallery.save(folder / name)
+    return gallery
+
+
+def test_a_gallery_comes_back_from_its_file_and_moves_with_its_folder(tmp_path):
+    gallery = saved(tmp_path / "one")
+    again = Gallery.load(tmp_path / "one" / "index", model())
+    assert again.entries == gallery.entries and again.nearest(draw(2), 7) == gallery.nearest(draw(2), 7)
+    (tmp_path / "one").rename(tmp_path / "two")
+    moved = Gallery.load(tmp_path / "two" / "index", model())
+    paths = [entry.path for entry in moved.entries]
+    assert paths[0] == str(tmp_path / "two" / "photos" / "0.jpg") and paths[6] == "a name.jpg"
+    assert paths[5] == str(tmp_path / "one elsewhere.jpg")
+    # A link to the folder is another way to the same images.
+    (tmp_path / "link").symlink_to(tmp_path / "two")
+    assert resolved(str(tmp_path / "link" / "photos" / "3.jpg")) in moved
+    (tmp_path / "two" / "photos" / "3.jpg").unlink()
+    assert [entry.path for entry in moved.prune()] == [str(tmp_path / "two" / "photos" / "3.jpg")] and len(moved) == 6
+
+
+def test_what_is_printed_can_be_removed(tmp_path, monkeypatch):
+    gallery = saved(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    printed = [module.shown(entry.path) for entry in gallery.entries]
+    assert printed[0] == os.path.join("photos", "0.jpg")
+    for number, name in enumerate(printed):
+        assert len(gallery.remove([name])) == 1 and len(gallery) == 6 - number
+
+
+def test_an_index_that_another_process_changed_is_not_overwritten(tmp_path):
+    saved(tmp_path)
+    first, second = (Gallery.load(tmp_path / "index", model()) for _ in range(2))
+    for gallery in (first, second):
+        gallery.add([Row(f"new {id(gallery)}")], draw(1, seed=5))
+    first.save(tmp_path / "index")
+    first.remove(["a name.jpg"])
+    first.save(tmp_path / "index")  # its own changes are no one else's
+    with pytest.raises(InputError, match="was changed by another process"):
+        second.save(tmp_path / "index")
+    assert Gallery.load(tmp_path / "index", model()).entries == first.entries
+
+
+def test_the_files_of_older_versions_are_read(tmp_path):
+    """They hold an index as faiss writes it, and with numpy before 2.1 the keyword allow_pickle."""
+    features = torch.nn.functional.normalize(draw(4))
+    index = faiss.IndexIDMap2(faiss.IndexFlatL2(8))
+    index.add_with_ids(features.numpy(), np.array([3, 5, 6, 9]))
+    texts = {
+        "settings": {"fingerprint": "0123", "dim": 8, "metric": "cosine", "recall": None},
+        "entries": [[str(tmp_path / f"{row}.jpg"), "", ""] for row in range(4)],
+    }
+    arrays = {name: np.frombuffer(json.dumps(value).encode(), np.uint8) for name, value in texts.items()}
+    arrays |= {
+        "numbers": np.array([3, 5, 6, 9]),
+        "index": faiss.serialize_index(index),
+        "allow_pickle": np.array(False),
+    }
+    np.savez(tmp_path / "old", **arrays)
+    gallery = Gallery.load(tmp_path / "old.npz", model())
+    for row in range(4):
+        ((entry, distance),) = gallery.nearest(features[[row]], 1)[0]
+        assert entry.path == str(tmp_path / f"{row}.jpg") and distance < 1e-6
+    arrays["numbers"] = arrays["numbers"][::-1]
+    np.savez(tmp_path / "old", **arrays)
+    with pytest.raises(InputError, match="damaged, or not an index of drsl-search"):
+        Gallery.load(tmp_path / "old.npz", model())
+
+
+def test_an_index_of_another_model_is_refused(tmp_path):
+    saved(tmp_path)
+    for other in (model(fingerprint="other"), model(metric="euclidean")):
+        with pytest.raises(InputError, match="index of another model"):
+            Gallery.load(tmp_path / "index", other)
+
+
+def test_a_write_that_fails_leaves_the_old_index(tmp_path, monkeypatch):
+    gallery = saved(tmp_path)
+    before = (tmp_path / "index").read_bytes()
+    gallery.remove(["a name.jpg"])
+
+    def fail(file, **arrays):
+        file.write(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(module.np, "savez", fail)
+    with pytest.raises(OSError, match="no space"):
+        gallery.save(tmp_path / "index")
+    assert (tmp_path / "index").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "photos"]
+    with pytest.raises(InputError, match="gallery is empty"):
+        Gallery(model()).save(tmp_path / "index")
+
+
+def features_file(path):
+    entries = [Row(str(path.parent / f"{row}.jpg"), str(row), "1") for row in range(4)]
+    gallery = ExtractedSet(entries, draw(4))
+    write_features(path, model(), {"query": gallery, "gallery": gallery})
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    saved(folder, "index.npz")
+    features_file(folder / "features.npz")
+    return folder
+
+
+def refused(path):
+    """Whether a file is refused in one line without advice to load it unsafely; any other error fails the test."""
+    outcomes = []
+    for read in (Gallery.load, read_gallery):
+        try:
+            read(path, model())
+            outcomes.append(False)
+        except InputError as error:
+            text = str(error)
+            assert "\n" not in text and "pickle" not in text and "max_header_size" not in text
+            outcomes.append(True)
+    return all(outcomes)
+
+
+@given(st.data())
+@settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+def test_changed_bytes_give_no_traceback(files, data):
+    """With the checksums mended, so that numpy reads what was changed."""
+    name = data.draw(st.sampled_from(["index.npz", "features.npz"]))
+    with np.load(files / name) as loaded:
+        raw = {key: loaded.zip.read(f"{key}.npy") for key in loaded.files}
+    with zipfile.ZipFile(files / "changed.npz", "w") as archive:
+        chosen = data.draw(st.sampled_from(sorted(raw)))
+        for key, content in raw.items():
+            changed = bytearray(content)
+            if key == chosen:
+                for _ in range(data.draw(st.integers(1, 3))):
+                    # Most changes fall into the header, which is a Python literal.
+                    place = data.draw(st.integers(0, min(len(changed), data.draw(st.sampled_from([130, 10**6]))) - 1))
+                    changed[place] = data.draw(st.integers(0, 255))
+            archive.writestr(f"{key}.npy", bytes(changed))
+    refused(files / "changed.npz")
+    whole = bytearray((files / name).read_bytes())
+    whole[data.draw(st.integers(0, len(whole) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    (files / "changed.npz").write_bytes(whole[: data.draw(st.sampled_from([len(whole), len(whole) // 2]))])
+    refused(files / "changed.npz")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2**70) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.data())
+@settings(max_examples=100, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+def test_wrong_contents_with_valid_checksums_are_refused(files, data):
+    name = data.draw(st.sampled_from(["index.npz", "features.npz"]))
+    with np.load(files / name) as loaded:
+        arrays = {key: loaded[key] for key in loaded.files}
+    key = data.draw(
+        st.sampled_from(["settings", "entries", "features"] if name == "index.npz" else ["gallery", "gallery_paths"])
+    )
+    if key in ("settings", "entries"):
+        arrays[key] = np.frombuffer(json.dumps(data.draw(JSON)).encode() or b" ", np.uint8)
+    else:
+        shape = data.draw(st.sampled_from([(), (0,), (3,), (3, 8), (4, 8, 1), (7, 0), (4, 0, 8)]))
+        arrays[key] = np.zeros(shape, data.draw(st.sampled_from(["f4", "i8", "U3", "c8", "?", "V4", "M8[s]"])))
+    np.savez(files / "changed.npz", **arrays)
+    assert refused(files / "changed.npz")
+
+
+@pytest.mark.parametrize("content", [b"", b"no index", b"PK\x03\x04", None], ids=["empty", "text", "zip", "array"])
+def test_what_is_no_file_of_arrays_is_refused(tmp_path, content):
+    path = tmp_path / "file.npz"
+    path.write_bytes(content or b"")
+    if content is None:
+        with open(path, "wb") as file:
+            np.save(file, np.zeros(3))
+    assert refused(path)
+    with pytest.raises(FileNotFoundError):
+        refused(tmp_path / "nowhere.npz")
+    np.savez(path, settings=np.array([{}], dtype=object))
+    assert refused(path)
+
+
+def write_for_ever(path, log, worker):
+    """Adds images to one index, one after the other; a name is logged when its index is on the disk."""
+    # The threads of the parent are not in a forked child.
+    faiss.omp_set_num_threads(1)
+    torch.set_num_threads(1)
+    for number in itertools.count():
+        name = f"{worker}-{number}"
+        with locked(path):
+            gallery = Gallery.load(path, model()) if os.path.exists(path) else Gallery(model())
+            gallery.add([Row(name, str(worker))], draw(1, seed=seed_of(name)))
+            gallery.save(path)
+        with open(log, "a") as file:
+            file.write(f"{name}\n")
+
+
+def seed_of(name):
+    return zlib.crc32(name.encode())
+
+
+def start(*arguments):
+    child = os.fork()
+    if not child:
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where a child says that it waits
+            write_for_ever(*arguments)
+        finally:
+            os._exit(1)
+    return child
+
+
+@pytest.mark.slow
+def test_two_processes_that_write_one_index_and_are_killed_lose_nothing(tmp_path):
+    rng, index, log = random.Random(0), tmp_path / "index", tmp_path / "log"
+    children, started, until = [], 0, time.monotonic() + 15
+    while time.monotonic() < until:
+        while len(children) < 2:
+            children.append(start(index, log, f"w{started}"))
+            started += 1
+        time.sleep(rng.uniform(0.1, 1))
+        killed = children.pop(rng.randrange(2))
+        assert os.waitpid(killed, os.WNOHANG) == (0, 0)  # none ends by itself
+        os.kill(killed, signal.SIGKILL)
+        os.waitpid(killed, 0)
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    gallery, logged = Gallery.load(index, model()), log.read_text().split()
+    names = [entry.path for entry in gallery.entries]
+    assert started > 10 and len(logged) > started and set(logged) <= set(names)
+    # At most one image of each process is in the index and was not logged before the kill.
+    assert len(names) <= len(logged) + started
+    queries = torch.cat([draw(1, seed=seed_of(name)) for name in names])
+    for name, ((entry, distance),) in zip(names, gallery.nearest(queries, 1), strict=True):
+        assert entry.path == name and entry.identity == name.split("-")[0] and distance < 1e-6
