@@ -202,7 +202,7 @@ def test_channels_last_changes_nothing_but_the_memory_format(neck):
     model = build()
     if neck:
         networks.add_neck(model)
-    model.conv2.eval()
+    model.double().conv2.eval()
     modes = [module.training for module in model.modules()]
     twin = copy.deepcopy(model)
     networks.set_memory_format(twin, False, 64, 32)
@@ -212,9 +212,9 @@ def test_channels_last_changes_nothing_but_the_memory_format(neck):
     for (name, value), (other, same) in zip(model.state_dict().items(), twin.state_dict().items(), strict=True):
         assert name == other and torch.equal(value, same)
     for training in (True, False):
-        outputs = [network.train(training)(images()) for network in (model, twin)]
-        torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-4)
-    assert twin.conv1(images()).is_contiguous(memory_format=torch.channels_last)
+        outputs = [network.train(training)(images().double()) for network in (model, twin)]
+        torch.testing.assert_close(*outputs, rtol=1e-8, atol=1e-10)
+    assert twin.conv1(images().double()).is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(("name", "size"), [("osnet_ibn_x1_0", (64, 32)), ("pcb_p6", (192, 64))])

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -223,7 +224,8 @@ def test_last_best_and_retention(tmp_path, monkeypatch):
         results = test(**kwargs)
         # The mean over the targets decides.
         value = next(scores)
-        one, other = (type(results["toy"])(**{**vars(results["toy"]), "mAP": value + sign * 0.1}) for sign in (-1, 1))
+        toy = results["toy"]
+        one, other = (replace(toy, means=toy.means | {"mAP": value + sign * 0.1}) for sign in (-1, 1))
         return {"one": one, "other": other}
 
     monkeypatch.setattr(engine, "test", scored)
@@ -464,7 +466,7 @@ def test_batch_normalisation_of_one_image_is_refused_before_training(tmp_path, b
         engine.datamanager.train_loader.dataset, batch_size, drop_last=True
     )
     key = "chunk_size" if chunk_size else "batch_size"
-    with pytest.raises(InputError, match=f"alone, and the network's batch normalisation needs two.*train.{key}"):
+    with pytest.raises(InputError, match=f"a single image in it, and the network's batch normalisation .*{key} larger"):
         engine.run(str(tmp_path / "log"), max_epoch=1, chunk_size=chunk_size)
     assert not (tmp_path / "log").exists()
     engine.model.body[0] = nn.Identity()
@@ -508,7 +510,8 @@ def test_lines_and_scalars(tmp_path, capsys):
     # Every second batch, and the last one of each epoch.
     assert [line[0] for line in lines] == [f"epoch: [{epoch}/2][{batch}/3]" for epoch in (1, 2) for batch in (2, 3)]
     assert [part.split()[0] for part in lines[0]] == [
-        "epoch:", "time", "data", "eta", "loss_m", "retrieval_error", "num_queries", "loss_x", "acc", "lr",
+        "epoch:", "time", "data", "eta", "loss_m", "retrieval_error", "sort_error", "num_queries", "loss_x",
+        "acc", "lr",
     ]  # fmt: skip
     assert [line[-1] for line in lines] == ["lr 0.010000"] * 2 + ["lr 0.005000"] * 2
     # No progress bar into a file.
@@ -517,6 +520,9 @@ def test_lines_and_scalars(tmp_path, capsys):
     tags = set(events.Tags()["scalars"])
     assert tags >= {"Train/loss_m", "Train/loss_x", "Train/retrieval_error", "Train/lr"}
     assert tags >= {"Test/toy/mAP", "Test/toy/rank1"}
+    # The share of errors, where the loss is the sum of its bound and of the error of sorting.
+    errors, terms = ([event.value for event in events.Scalars(f"Train/{n}")] for n in ("retrieval_error", "loss_m"))
+    assert all(0 <= error <= 1 for error in errors) and not set(errors) & set(terms)
     assert [event.step for event in events.Scalars("Train/lr")] == list(range(6))
     assert [event.value for event in events.Scalars("Train/lr")] == pytest.approx([0.01] * 3 + [0.005] * 3)
 
