@@ -173,9 +173,8 @@ def rank_queries(
         dist.all_gather_object(of_all, parts, group)
         parts = [part for of_process in of_all for part in of_process]
     ap, inp, first, positives, junks = (torch.cat(column) for column in zip(*parts, strict=True))
-    ranked = RankedQueries(
-        ap, inp, first, positives, junks, is_junk, label_array(query_ids), num_gallery - len(ignored)
-    )
+    identities = label_array(query_ids)
+    ranked = RankedQueries(ap, inp, first, positives, junks, is_junk, identities, num_gallery - len(ignored))
     if not bool(ranked.matched.any()):
         raise InputError(_why_no_match(ids, ranked, cams is not None, gallery_starts_with_query))
     return ranked
