@@ -32,7 +32,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"{__name__}.{name}")
     if name in __all__:
         modules = (importlib.import_module(f"{__name__}.{module}") for module in _MODULES)
-        return next(value for module in modules if (value := vars(module).get(name)) is not None)
+        return next(vars(module)[name] for module in modules if name in vars(module))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

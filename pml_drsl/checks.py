@@ -33,15 +33,7 @@ def is_whole(value: object) -> bool:
 
 
 def check_arguments(kind: type, names: Iterable[str]) -> None:
-    """Refuses keyword arguments that no constructor of a class or of its base classes has.
-
-    Args:
-        kind: the class.
-        names: names of the keyword arguments that were given.
-
-    Raises:
-        InputError: naming the argument, and the nearest argument that there is.
-    """
+    """Refuses keyword arguments that no constructor of a class has, with an ``InputError`` that names the nearest."""
     parameters = [inspect.signature(base.__init__).parameters for base in kind.__mro__ if "__init__" in vars(base)]  # type: ignore[misc]
     known = {name for each in parameters for name in each if name not in ("self", "args", "kwargs")}
     for name in names:

@@ -5,32 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pytorch_metric_learning.distances import (
-    BaseDistance,
-    BatchedDistance,
-    CosineSimilarity,
-    DotProductSimilarity,
-    LpDistance,
-)
+from pytorch_metric_learning import distances as pml
+from pytorch_metric_learning.distances import BaseDistance, LpDistance
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pml_drsl.checks import InputError
-from pml_drsl.precision import full_precision
+from pml_drsl.machine import full_precision
+from pml_drsl.pairs import Pairs
 
 # Below this norm torch.nn.functional.normalize divides by a constant: such a vector has no direction.
 SMALLEST_NORM = 1e-12
-_COSINE = CosineSimilarity()
+_COSINE = pml.CosineSimilarity()
 
 
 def distance_matrix(distance: BaseDistance, x: Tensor, ref: Tensor | None = None, fused: bool = True) -> Tensor:
     """The distances of ``x`` and ``ref``, shape (N, M), smaller is nearer: a similarity has its sign changed.
 
     With ``fused``, Euclidean distances and inner products have a gradient of their own, which can be differentiated
-    once. It is computed in full precision, even if the backward pass runs with TensorFloat-32 or under autocast. It
-    takes one matrix product less if a batch is compared with itself. Any other distance, and every distance without
-    ``fused``, is plain autograd inside ``full_precision``; its backward pass follows the user's settings. A vector
-    without direction gets no gradient if the distance normalises its embeddings.
+    once. It is computed in full precision, whatever the backward pass runs with, and takes one matrix product less if
+    a batch is compared with itself. All else is plain autograd inside ``full_precision``; its backward pass follows the
+    user's settings. A vector without direction gets no gradient if the distance normalises its embeddings.
 
     Args:
         distance: a distance of pytorch-metric-learning that returns a matrix.
@@ -45,7 +40,7 @@ def distance_matrix(distance: BaseDistance, x: Tensor, ref: Tensor | None = None
     known = is_known(distance) and not distance.collect_stats
     if known and fused:
         if distance.normalize_embeddings:
-            x, ref = normalize(x), None if ref is None else normalize(ref)
+            x, ref = _Normalized.apply(x), None if ref is None else _Normalized.apply(ref)
         if euclidean:
             mat: Tensor = _EuclideanDistances.apply(x, ref)
             return mat if distance.power == 1 else mat.pow(distance.power)
@@ -59,35 +54,24 @@ def distance_matrix(distance: BaseDistance, x: Tensor, ref: Tensor | None = None
             mat = _plain_euclidean(distance.maybe_normalize(x), distance.maybe_normalize(x if ref is None else ref))
             return mat if distance.power == 1 else mat.pow(distance.power)
         mat = distance(x, ref)
-    if not is_known(distance):
-        _check_finite(mat.detach(), distance)
+    if not is_known(distance) and not bool(torch.isfinite(mat.detach()).all()):
+        why = "SNRDistance does so for an embedding whose values are all equal"
+        name = type(distance).__name__
+        raise InputError(f"distance {name} gave infinite or NaN values; {why}; give another distance or embeddings")
     return -mat if distance.is_inverted else mat
 
 
 def angular_dissimilarity(
-    distance: BaseDistance,
-    of_pairs: Tensor,
-    x: Tensor,
-    ref: Tensor,
-    query: Tensor,
-    candidate: Tensor,
-    fused: bool = True,
+    distance: BaseDistance, of_pairs: Tensor, x: Tensor, ref: Tensor, pairs: Pairs, fused: bool = True
 ) -> Tensor:
     """The angular dissimilarity ``u = (1 - cos) / 2`` of pairs, shape (E,), in [0, 1].
 
-    If possible it comes from the distances of the pairs. A zero vector has no angle; it counts as orthogonal to every
-    other vector (u = 1/2) and gets no gradient.
-
-    Args:
-        distance: the distance that gave ``of_pairs``.
-        of_pairs: what ``distance_matrix`` gives for each pair, shape (E,).
-        x: embeddings of the queries, shape (N, dim).
-        ref: embeddings of the candidates, shape (M, dim); ``x`` itself if the batch is compared with itself.
-        query: query of each pair, shape (E,), integer.
-        candidate: candidate of each pair, shape (E,), integer.
-        fused: as in ``distance_matrix``.
+    If possible it comes from ``of_pairs``, the distance of each pair from ``distance_matrix``. A zero vector has no
+    angle; it counts as orthogonal to every other vector (u = 1/2) and gets no gradient. ``ref`` is ``x`` itself if the
+    batch is compared with itself.
     """
     euclidean = isinstance(distance, LpDistance)
+    query, candidate = pairs.query, pairs.positive
     if not is_known(distance) or distance.power > (2 if euclidean else 1):
         cosines = distance_matrix(_COSINE, x, None if ref is x else ref, fused)
         return 0.5 + 0.5 * cosines[query, candidate]
@@ -98,8 +82,7 @@ def angular_dissimilarity(
     ref_norm = x_norm if ref is x else torch.linalg.vector_norm(ref, dim=1)
     if squared is not None and distance.normalize_embeddings:  # of unit vectors: |x - y|^2 = 2 - 2 cos = 4 u
         defined = (x_norm > SMALLEST_NORM)[query] & (ref_norm > SMALLEST_NORM)[candidate]
-        quarter: Tensor = torch.where(defined, 0.25 * squared, 0.5)
-        return quarter
+        return torch.where(defined, 0.25 * squared, 0.5)
     x_norm, ref_norm = x_norm[query], ref_norm[candidate]
     norms = x_norm * ref_norm
     defined = norms > 0
@@ -109,45 +92,23 @@ def angular_dissimilarity(
 
 def check_distance(distance: object) -> None:
     """Refuses a distance that DRSL cannot rank by, with an ``InputError`` that says why."""
-    if isinstance(distance, BatchedDistance):
-        raise InputError(
-            f"distance must return the matrix of distances, and BatchedDistance returns none; give the distance inside "
-            f"it, {distance.distance!r}, and query_chunk_size to save memory"
-        )
+    if isinstance(distance, pml.BatchedDistance):
+        why = "distance must return the matrix of distances, and BatchedDistance returns none"
+        raise InputError(f"{why}; give the distance inside it, {distance.distance!r}, and query_chunk_size")
     if not isinstance(distance, BaseDistance):
-        raise InputError(
-            f"distance must be a distance of pytorch_metric_learning.distances, such as LpDistance() or "
-            f"CosineSimilarity(), got {distance!r}"
-        )
-    if distance.is_inverted and not (distance.power >= 1 and distance.power == int(distance.power)):
-        raise InputError(
-            f"distance has power={distance.power}, and that power of a negative similarity is not a number; give "
-            f"power=1"
-        )
-    if distance.power < 1 or (isinstance(distance, LpDistance) and distance.p < 1):
-        raise InputError(
-            f"distance has p={distance.p} and power={distance.power}; below 1 the gradient of a distance of 0, or of "
-            f"one difference of 0, is infinite; give 1 or more"
-        )
-
-
-def _check_finite(mat: Tensor, distance: BaseDistance) -> None:
-    if not bool(torch.isfinite(mat).all()):
-        raise InputError(
-            f"distance {type(distance).__name__} gave infinite or NaN values; SNRDistance does so for an embedding "
-            f"whose values are all equal; give another distance or other embeddings"
-        )
+        wanted = "a distance of pytorch_metric_learning.distances, such as LpDistance()"
+        raise InputError(f"distance must be {wanted}, got {distance!r}")
+    power = distance.power
+    if distance.is_inverted and not (power >= 1 and power == int(power)):
+        raise InputError(f"distance has power={power}, and that power of a negative similarity is not a number; give 1")
+    if power < 1 or (isinstance(distance, LpDistance) and distance.p < 1):
+        why = "below 1 the gradient at a distance or difference of 0 is infinite"
+        raise InputError(f"distance has p={distance.p} and power={power}; {why}; give 1 or more")
 
 
 def is_known(distance: BaseDistance) -> bool:
     """Whether a distance is the Euclidean distance or an inner product, which are computed here."""
-    return type(distance) in (LpDistance, CosineSimilarity, DotProductSimilarity) and distance.p == 2
-
-
-def normalize(x: Tensor) -> Tensor:
-    """``x``, shape (N, dim), with vectors of norm 1. A vector without direction becomes 0 and gets no gradient."""
-    normalized: Tensor = _Normalized.apply(x)
-    return normalized
+    return type(distance) in (LpDistance, pml.CosineSimilarity, pml.DotProductSimilarity) and distance.p == 2
 
 
 def _without_gradient_of_zeros(x: Tensor) -> Tensor:
@@ -157,10 +118,7 @@ def _without_gradient_of_zeros(x: Tensor) -> Tensor:
 
 
 def _plain_euclidean(x: Tensor, ref: Tensor) -> Tensor:
-    """``torch.cdist(x, ref)`` by operations that can be differentiated any number of times.
-
-    The root has no gradient at 0: such distances are constants.
-    """
+    """``torch.cdist(x, ref)`` that can be differentiated any number of times. Distances of 0 are constants."""
     squared = x.square().sum(1, keepdim=True) + ref.square().sum(1) - 2 * (x @ ref.T)
     positive = squared > 0
     return torch.where(positive, torch.where(positive, squared, 1).sqrt(), 0)
@@ -172,7 +130,9 @@ def _plus_transposed(w: Tensor) -> Tensor:
 
 
 class _Normalized(torch.autograd.Function):
-    """``y = x / norm``. Its gradient, ``(grad - y (y . grad)) / norm``, takes a third of the passes of autograd's."""
+    """Vectors of norm 1; one without direction becomes 0 and gets no gradient. The gradient of ``y = x / norm``,
+    ``(grad - y (y . grad)) / norm``, takes a third of the passes of autograd's.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

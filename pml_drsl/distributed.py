@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,11 +19,10 @@ from pml_drsl.pairs import IndicesTuple, Pairs
 
 
 class DistributedMinerWrapper(pml_distributed.DistributedMinerWrapper):
-    """Mines the batch of all processes, for ``pml_drsl.distributed.DistributedLossWrapper``.
+    """Mines the batch of all processes, for ``DistributedLossWrapper``.
 
-    It returns the same indices on every process. They index the embeddings of all processes in order of rank. With
-    ``efficient=True`` each process mines its own queries only, and the indices are then gathered. Processes may hold
-    different numbers of embeddings.
+    It returns the same indices on every process. They index the embeddings of all processes in order of rank, whose
+    numbers may differ. With ``efficient=True`` each process mines its own queries, and the indices are then gathered.
     """
 
     def forward(
@@ -48,20 +47,18 @@ class DistributedMinerWrapper(pml_distributed.DistributedMinerWrapper):
 class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
     """PML's ``DistributedLossWrapper`` with an efficient mode that is exact for ``DRSLoss``.
 
-    Both modes return the loss of the whole batch. Every process gets the same value (PML's wrapper returns the value
-    times the number of processes). Run ``backward()`` on every process. Under ``DistributedDataParallel`` both modes
-    give the gradient of one process on the whole batch, with any reducer, regularizer or distance, and with any number
-    of embeddings in each process. The whole batch consists of the embeddings of all processes in order of rank. The
-    indices of an ``indices_tuple`` point into it and must be the same on every process, as
-    ``pml_drsl.distributed.DistributedMinerWrapper`` gives them.
+    Both modes return the loss of the whole batch, the embeddings of all processes in order of rank, whose numbers may
+    differ. Every process gets the same value (PML's wrapper returns it times the number of processes) and must run
+    ``backward()``. Under ``DistributedDataParallel`` both modes give the gradient of one process on the whole batch.
+    The indices of an ``indices_tuple`` point into the whole batch and must be the same on every process, as those of
+    ``DistributedMinerWrapper`` are.
 
-    ``efficient=False`` takes any loss, and ``CrossBatchMemory``. Every process computes the whole loss with the random
-    numbers of the first process, and sends the gradient to its own embeddings only. Weights of the loss get the
-    gradient of one process on the whole batch. A memory is the same on every process.
+    ``efficient=False`` takes any loss, and ``CrossBatchMemory``, which is then the same on every process. Every process
+    computes the whole loss with the random numbers of the first process, and sends the gradient to its own embeddings
+    only. Weights of the loss get the gradient of one process on the whole batch.
 
     ``efficient=True`` takes ``DRSLoss`` only. Every process computes the errors of its own queries, and the errors are
-    gathered before they are reduced. (PML's efficient mode gathers embeddings without their gradient. References of
-    other processes then get no gradient, which differs from the gradient of the whole batch.)
+    gathered before they are reduced. (PML's efficient mode gathers embeddings without their gradient.)
 
     Raises:
         InputError: for ``efficient=True`` with a loss that is not ``DRSLoss``, or for a memory called with ``ref_emb``.
@@ -110,8 +107,7 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
         # In order of rank, so that every process has the same memory. PML's wrapper puts each process's own part first.
         _, all_emb, all_labels = _gather_batch(emb, labels)
         if enqueue_mask is not None:
-            # Not every backend gathers bool tensors.
-            enqueue_mask = _gather(enqueue_mask.to(emb.device, torch.uint8))[0].bool()
+            enqueue_mask = _gather(enqueue_mask.to(emb.device, torch.uint8))[0].bool()  # not every backend gathers bool
         with draws_of_first(emb.device):
             return self.loss(all_emb, all_labels, indices_tuple, enqueue_mask)  # type: ignore[no-any-return]
 
@@ -122,9 +118,7 @@ def gather_batch(*parts: Tensor) -> tuple[Tensor, ...]:
     Every process must compute the same loss of them. Its gradient then goes to the process's own part, times the number
     of processes, by which ``DistributedDataParallel`` divides again. One process gets its parts back unchanged.
     """
-    if is_single_process():
-        return parts
-    return tuple(_gather(part)[0] for part in parts)
+    return parts if is_single_process() else tuple(_gather(part)[0] for part in parts)
 
 
 @contextmanager
@@ -133,19 +127,16 @@ def draws_of_first(device: torch.device) -> Iterator[None]:
     if is_single_process():
         yield
         return
-    on_device = device.type == "cuda"
-    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if on_device else [])]
+    cuda = [device] if device.type == "cuda" else []
+    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(each) for each in cuda)]
     for state in states:
         sent = state.to(device)
         dist.broadcast(sent, 0)
         state.copy_(sent)
-    if dist.get_rank() == 0:
-        yield
-        return
-    with torch.random.fork_rng([device] if on_device else []):
+    with torch.random.fork_rng(cuda) if dist.get_rank() else nullcontext():
         torch.set_rng_state(states[0])
-        if on_device:
-            torch.cuda.set_rng_state(states[1], device)
+        for each in cuda:
+            torch.cuda.set_rng_state(states[1], each)
         yield
 
 
@@ -161,20 +152,14 @@ def _sharing_queries(loss: DRSLoss, sizes: list[int]) -> Iterator[None]:
         rank, parts = dist.get_rank(), pairs.split(sizes)
         # A process without a pair still has to take part in every gathering, forward and backward.
         nothing = embeddings[:0].sum() + ref_emb[:0].sum()
-        names = [
-            "retrieval",
-            *(["sort"] if loss.sort_weight > 0 else []),
-            *(["smoothed"] if loss.collect_stats else []),
-        ]
+        names = ["retrieval"] + ["sort"] * (loss.sort_weight > 0) + ["smoothed"] * loss.collect_stats
         errors = embeddings.new_zeros(0, len(names))
         if parts[rank].num_queries > 0:
             own = compute(embeddings.split(sizes)[rank], ref_emb, parts[rank])
             errors = torch.stack([own[name] for name in names], dim=1)
         gathered: Tensor = _Gather.apply(errors + nothing, [len(part.query) for part in parts], True)
-        return {
-            name: part.detach() if name == "smoothed" else part
-            for name, part in zip(names, gathered.unbind(1), strict=True)
-        }
+        of_all = dict(zip(names, gathered.unbind(1), strict=True))
+        return {name: part.detach() if name == "smoothed" else part for name, part in of_all.items()}
 
     loss.shared = shared
     try:
@@ -186,7 +171,7 @@ def _sharing_queries(loss: DRSLoss, sizes: list[int]) -> Iterator[None]:
 def _gather_batch(
     emb: Tensor, labels: Tensor | None, share_gradients: bool = False
 ) -> tuple[list[int], Tensor, Tensor | None]:
-    """Number of embeddings of each process, and the embeddings and labels of all processes, in order of rank."""
+    """The number of embeddings of each process, and all embeddings and labels in order of rank."""
     all_emb, sizes = _gather(emb, share_gradients)
     return sizes, all_emb, None if labels is None else _gather(labels.to(emb.device))[0]
 
@@ -201,10 +186,8 @@ def _gather(x: Tensor, share_gradients: bool = False) -> tuple[Tensor, list[int]
 
 
 class _Gather(torch.autograd.Function):
-    """Concatenates the tensors of all processes.
-
-    With ``share_gradients`` the gradient of a process's part is the sum of the gradients of all copies of it. Without,
-    every process computes the same loss, and the gradient is that of the process's own copy, times their number.
+    """Concatenates the tensors of all processes. With ``share_gradients`` the gradient of a part is the sum over all
+    copies. Without, all compute the same loss, and it is that of the process's own copy, times their number.
     """
 
     @staticmethod
@@ -220,8 +203,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        if ctx.share_gradients:
-            grad = grad.clone(memory_format=torch.contiguous_format)
-            dist.all_reduce(grad)
-            return grad[ctx.mine], None, None
-        return grad[ctx.mine] * dist.get_world_size(), None, None
+        if not ctx.share_gradients:
+            return grad[ctx.mine] * dist.get_world_size(), None, None
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad[ctx.mine], None, None

@@ -18,9 +18,8 @@ of RankNet (Burges et al., ICML 2005), ``B(x) = log2(1 + exp(x / temperature))``
 
     bound(i)     = log(1 + odds(i) ** p) / p
 
-It is a softplus of the log odds, with sharpness p in (0, 1]. At p = 1 it is minus the logarithm of the precision,
-``-log(1 - retrieval(i))``. A smaller p gives a larger value, and a slope that falls more slowly as the odds fall: a
-pair whose order is right already still moves.
+It is a softplus of the log odds, with sharpness p in (0, 1]. At p = 1 it is ``-log(1 - retrieval(i))``. A smaller p
+gives a larger value, and a slope that falls more slowly as the odds fall: a pair whose order is right still moves.
 """
 
 from __future__ import annotations
@@ -37,8 +36,7 @@ from torch.utils.checkpoint import checkpoint
 from pml_drsl import fused
 from pml_drsl.pairs import Pairs
 
-BLOCK = 2**20
-"""Comparisons of one block of queries, at most, if there is more than one query in it."""
+BLOCK = 2**20  # Comparisons of one block of queries, at most, if there is more than one query in it.
 
 
 def errors(
@@ -53,7 +51,7 @@ def errors(
     """The two errors of each (query, positive) pair; the module's docstring has the equations.
 
     The Q x K x M comparisons, K the largest number of positives of a query, are made a block of queries at a time, and
-    made again in the backward pass. The memory needed is that of the distances, Q x M, and of one block.
+    made again in the backward pass. Memory is needed for the distances, Q x M, and for one block.
 
     Args:
         distances: shape (Q, M), smaller is nearer.
@@ -79,10 +77,9 @@ def errors(
     u = () if dissimilarity is None else (d.new_zeros(shape).index_put(cells, dissimilarity(d)),)
     rank_pos, *sort = _in_blocks(functools.partial(_rank_and_sort, temperature=temperature), pairs, peers, *u)
     if bound_power is None:
-        retrieval = false_pos / (rank_pos + false_pos)
-    else:
-        log_odds = false_pos.log() + shift - rank_pos.log()
-        retrieval = F.softplus(log_odds, beta=bound_power)  # log(1 + odds ** p) / p
+        return false_pos / (rank_pos + false_pos), sort[0] if sort else None
+    log_odds = false_pos.log() + shift - rank_pos.log()
+    retrieval = F.softplus(log_odds, beta=bound_power)  # log(1 + odds ** p) / p
     return retrieval, sort[0] if sort else None
 
 
@@ -104,13 +101,9 @@ def _count_ahead(
 
 
 def _rank_and_sort(pairs: Pairs, peers: Tensor, u: Tensor | None = None, *, temperature: float) -> tuple[Tensor, ...]:
-    """``rank_pos(i)``, and ``sort(i)`` if there are dissimilarities, of shape (E,).
+    """``rank_pos(i)``, and ``sort(i)`` if there are dissimilarities ``u``, of shape (E,).
 
-    Args:
-        pairs: the pairs.
-        peers: distances of the positives of each query, shape (Q, K), infinite where it has no more.
-        u: their dissimilarities, of the same shape.
-        temperature: as in ``errors``.
+    ``peers`` are the distances of the positives of each query, shape (Q, K), infinite where it has no more.
     """
     d = peers[pairs.query, pairs.column]
     ahead = torch.sigmoid((d[:, None] - peers[pairs.query]) / temperature)  # G(d_i - d_j)
@@ -124,10 +117,7 @@ def _rank_and_sort(pairs: Pairs, peers: Tensor, u: Tensor | None = None, *, temp
 def _in_blocks(function: Callable[..., tuple[Tensor, ...]], pairs: Pairs, *matrices: Tensor) -> tuple[Tensor, ...]:
     """``function(pairs, *matrices)``, for a block of queries at a time, computed again in the backward pass.
 
-    Args:
-        function: returns tensors of shape (E,), for the pairs and rows that it is given.
-        pairs: the pairs.
-        *matrices: of shape (Q, columns).
+    The function returns tensors of shape (E,) for the pairs and the rows of the matrices that it is given.
     """
     rows = max(1, BLOCK // max(1, pairs.width * matrices[0].shape[1]))
     if rows >= len(pairs.counts):

@@ -1,7 +1,6 @@
-"""The fast count of DRSL's negatives: block by block, so that the Q x K x M comparisons are never kept.
+"""The fast count of DRSL's negatives, which never keeps all comparisons; tests compare it with ``functional``.
 
-Symbols: Q queries, M candidates, K positives of a query, E (query, positive) pairs. Tests compare this file with the
-plain count of ``functional``.
+Symbols: Q queries, M candidates, K positives of a query, E (query, positive) pairs.
 """
 
 from __future__ import annotations
@@ -34,31 +33,19 @@ def count_ahead(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The smoothed number of negatives that precede the positive of each of E pairs in the ranking of its query.
 
-    With ``d_e`` the distance of the positive, and the sum over the negatives n of its query::
-
-        count(e) = sum over n of G(d_e - d_n + margin)
-
-    (the rank of Smooth-AP, Brown et al., ECCV 2020, eq. 5). The comparisons are made block by block, in the forward
-    pass and again in the backward pass. Only comparisons that fit in one block of the CPU are kept.
+    With ``d_e`` the distance of the positive, ``count(e) = sum over n of G(d_e - d_n + margin)`` over the negatives of
+    its query (the rank of Smooth-AP, Brown et al., ECCV 2020, eq. 5). The comparisons are made block by block, in the
+    forward pass and again in the backward pass. Only comparisons that fit in one block of the CPU are kept.
 
     With ``bound``, ``B(x) = log2(1 + exp(x / temperature))`` stands in place of G. The logarithm of the count is then
     ``count.log() + shift``: a positive that is more than ``DEPTH`` temperatures ahead of all negatives is compared as
     if it were ``DEPTH`` ahead, where B is an exponential function, and the rest is its shift. A count of float32
     numbers would otherwise become 0.
 
-    Args:
-        distances: distances of the candidates of each query, shape (Q, M), smaller is nearer.
-        pairs: the positives and negatives.
-        temperature: softness of the comparison, > 0, in units of distance.
-        margin: a negative counts unless it follows by at least this distance.
-        bound: count with B, which is at least the true count, and whose slope does not vanish for a negative that is
-            far ahead.
-
-    Returns:
-        ``(d, count, shift)``, each of shape (E,). The first two are differentiable (once) in ``distances``.
+    Returns ``(d, count, shift)``, each of shape (E,). The first two are differentiable (once) in ``distances``. The
+    other arguments are those of ``functional.errors``.
     """
-    d, count, shift = _CountAhead.apply(distances, _Settings(pairs, temperature, margin, bound))
-    return d, count, shift
+    return _CountAhead.apply(distances, _Settings(pairs, temperature, margin, bound))  # type: ignore[no-any-return]
 
 
 class _Settings(NamedTuple):
@@ -67,23 +54,14 @@ class _Settings(NamedTuple):
     margin: float
     bound: bool
 
-    def thresholds(self, d: Tensor) -> Tensor:
-        return (d + self.margin if self.margin else d) / self.temperature
-
     def raised(self, threshold: Tensor, z: Tensor, row: Tensor) -> Tensor:
         """Thresholds, in units of the temperature, that are no more than DEPTH ahead of the nearest in their row."""
         return torch.maximum(threshold, (z.amin(1) - DEPTH)[row]) if self.bound else threshold
 
 
 class _Block(NamedTuple):
-    """A range of the pairs, and what is computed for it.
-
-    Attributes:
-        pairs: the range of the pairs.
-        rows: the range of the queries of these pairs.
-        row: query of each pair, shape (pairs,), counted from the first of ``rows``.
-        x: how far each candidate is ahead of each pair, in units of the temperature, shape (pairs, M): the argument
-            of the sigmoid in G. It may be modified in place until the next block is made.
+    """A range of the pairs and of their queries; the query of each pair, counted from the first of ``rows``; and ``x``,
+    how far each pair is behind each candidate, in units of the temperature, shape (pairs, M). The next block reuses it.
     """
 
     pairs: slice
@@ -99,9 +77,9 @@ class _CountAhead(torch.autograd.Function):
     def forward(ctx: Any, distances: Tensor, settings: _Settings) -> tuple[Tensor, Tensor, Tensor]:
         query, bound = settings.pairs.query, settings.bound
         d = distances[query, settings.pairs.positive]
-        threshold = settings.thresholds(d)
+        threshold = (d + settings.margin if settings.margin else d) / settings.temperature
         ctx.settings, ctx.kept, ctx.slope = settings, None, None
-        kernels = _kernels_for(distances)
+        kernels = _kernels(distances.device.type)
         if kernels is not None:
             z = _scaled(distances, settings)
             raised = settings.raised(threshold, z, query)
@@ -130,10 +108,9 @@ class _CountAhead(torch.autograd.Function):
         settings = ctx.settings
         query, own = settings.pairs.query, settings.pairs.positive
         grad_count = grad_count / settings.temperature
-        if ctx.slope is not None:
+        kernels = _kernels(distances.device.type)
+        if kernels is not None:
             z = _scaled(distances, settings)
-            kernels = _kernels_for(distances)
-            assert kernels is not None
             grad_distances = kernels.gradient(z, raised, query, grad_count, settings.bound)
             grad_own = grad_count * ctx.slope
         else:
@@ -166,13 +143,10 @@ def _scaled(distances: Tensor, settings: _Settings) -> Tensor:
 def _blocks(
     distances: Tensor, threshold: Tensor, settings: _Settings, raised: Tensor | None = None
 ) -> Iterator[_Block]:
-    """The blocks of the pairs, in order. They share one buffer.
+    """The blocks of the pairs, in order, which share one buffer.
 
-    Args:
-        distances: shape (Q, M).
-        threshold: of each pair, in units of the temperature, shape (E,).
-        settings: of the count.
-        raised: where raised thresholds are written, shape (E,); None if ``threshold`` has them.
+    ``threshold`` of each pair, shape (E,), is in units of the temperature. Raised thresholds are written into
+    ``raised``, shape (E,); it is None if ``threshold`` has them.
     """
     query = settings.pairs.query
     size = CPU_BLOCK if distances.device.type == "cpu" else DEVICE_BLOCK
@@ -200,14 +174,9 @@ def _ranges(query: Tensor, step: int, num_queries: int, mask: SparseMask) -> Ite
         yield slice(block * step, (block + 1) * step), slice(first, last), mask.part(slice(*part), slice(first, last))
 
 
-def _kernels_for(distances: Tensor) -> ModuleType | None:
-    """The Triton kernels, if they can do the work."""
-    return _kernels() if distances.device.type == "cuda" else None
-
-
 @functools.cache
-def _kernels() -> ModuleType | None:
-    if importlib.util.find_spec("triton") is None:
+def _kernels(device_type: str) -> ModuleType | None:
+    if device_type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
     kernels = importlib.import_module("pml_drsl.kernels")
     one = torch.zeros(1, device="cuda")

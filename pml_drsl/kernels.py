@@ -79,15 +79,7 @@ def count(z: Tensor, x: Tensor, query: Tensor, bound: bool = False) -> tuple[Ten
 
 
 def gradient(z: Tensor, x: Tensor, query: Tensor, grad: Tensor, bound: bool = False) -> Tensor:
-    """Gradient of ``(grad * count).sum()`` in ``z``, shape (Q, C).
-
-    Args:
-        z: as in ``count``.
-        x: as in ``count``.
-        query: as in ``count``.
-        grad: gradient of each count, shape (E,).
-        bound: as in ``count``.
-    """
+    """The gradient of ``(grad * count).sum()`` in ``z``, shape (Q, C); ``grad`` has shape (E,). See ``count``."""
     out = torch.empty_like(z)
     first = torch.searchsorted(query, torch.arange(len(z) + 1, device=query.device))
     kernel: Any = _gradient

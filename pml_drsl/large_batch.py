@@ -5,8 +5,8 @@ The network runs on the batch chunk by chunk: once without a graph, and once mor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -20,23 +20,17 @@ from pml_drsl.checks import InputError, is_whole
 class LargeBatch(nn.Module):
     """The loss of a whole batch, for a network that has memory for a part of the batch alone.
 
-    The network embeds the images chunk by chunk, without a graph. The loss compares all embeddings. ``backward()``
-    computes the gradient of the loss with respect to the embeddings, then embeds each chunk again, now with a graph,
-    and sends the chunk's part of that gradient into the weights. The weights get the gradient of the whole batch, up to
-    rounding. Accumulating the losses of small batches does not give that gradient: many small rankings are not one
-    large ranking. The price is a second forward pass of the network. The method is that of Revaud et al., "Learning
-    with Average Precision" (ICCV 2019), and of Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory
-    Limited Setup" (2021).
+    The network embeds the images chunk by chunk, without a graph, and the loss compares all embeddings. ``backward()``
+    embeds each chunk again, now with a graph, and sends the chunk's part of the loss's gradient into the weights. They
+    get the gradient of the whole batch, up to rounding, which accumulating the losses of small batches does not give.
+    The price is a second forward pass. (Revaud et al., ICCV 2019; Gao et al., arXiv:2101.06983.)
 
     The memory needed is that of one chunk's graph, and of the embeddings and the loss of the whole batch. A batch that
     fits in one chunk takes the ordinary path, with one forward pass.
 
-    - Random layers, such as dropout, draw the same numbers for a chunk in both passes, from torch's generators of the
-      CPU and of the CUDA devices in use.
-    - Batch normalisation in training sees one chunk at a time, as it sees one process's share without SyncBatchNorm:
-      its output depends on ``chunk_size``. Its running statistics are updated by the first pass alone, so that every
-      image counts once.
-    - Autocast: both passes run under the autocast that is on when the batch is embedded. ``GradScaler`` works as usual.
+    - Random layers draw the same numbers for a chunk in both passes, and both run under the same autocast.
+    - Batch normalisation in training sees one chunk at a time, so its output depends on ``chunk_size``. Its running
+      statistics are updated by the first pass alone, so that every image counts once.
     - ``DistributedDataParallel``: give the wrapped network, and ``pml_drsl.wrappers.DistributedLossWrapper`` round the
       loss. ``chunk_size`` is that of one process. Gradients are reduced once a step, with the last chunk.
     - ``torch.autograd.grad`` cannot be used for the network's weights, whose gradients are added to ``.grad``. There is
@@ -51,8 +45,7 @@ class LargeBatch(nn.Module):
     Args:
         network: takes images, shape (N, ...), and returns embeddings, shape (N, D), or tuples, lists or dictionaries of
             tensors of length N.
-        loss: a loss of pytorch-metric-learning or of this package, in a memory or another wrapper or not, or any
-            function of what the network returns and of the labels.
+        loss: any function of what the network returns and of the labels, such as a loss of pytorch-metric-learning.
         chunk_size: largest number of images that the network embeds at a time, >= 1. The chunks of a batch differ by
             one image at most: with a ``chunk_size`` of 16, 20 images are embedded as 10 and 10.
         miner: a miner of pytorch-metric-learning, for a network that returns embeddings alone. It sees the whole batch.
@@ -62,11 +55,7 @@ class LargeBatch(nn.Module):
     """
 
     def __init__(
-        self,
-        network: nn.Module,
-        loss: Callable[..., Tensor],
-        chunk_size: int,
-        miner: Callable[..., Any] | None = None,
+        self, network: nn.Module, loss: Callable[..., Tensor], chunk_size: int, miner: Callable[..., Any] | None = None
     ) -> None:
         super().__init__()
         _check_chunks(network, chunk_size)
@@ -81,8 +70,7 @@ class LargeBatch(nn.Module):
             **loss_arguments: further arguments of the loss, such as ``indices_tuple``, ``ref_emb`` or ``enqueue_mask``.
 
         Raises:
-            InputError: as ``forward_in_chunks``, for labels of another length than the images, or for an
-                ``indices_tuple`` beside a miner.
+            InputError: as ``forward_in_chunks``; for labels of another length; for an ``indices_tuple`` with a miner.
         """
         if isinstance(images, Tensor) and images.ndim and len(labels) != len(images):
             raise InputError(f"there are {len(images)} images and {len(labels)} labels; give one label for each image")
@@ -91,10 +79,8 @@ class LargeBatch(nn.Module):
             if "indices_tuple" in loss_arguments:
                 raise InputError("an indices_tuple was given, and there is a miner, which makes one; leave one out")
             if not isinstance(output, Tensor):
-                raise InputError(
-                    f"the network returned a {type(output).__name__}, and a miner takes embeddings alone; call the "
-                    f"miner in a loss function of your own"
-                )
+                given = f"the network returned a {type(output).__name__}, and a miner takes embeddings alone"
+                raise InputError(f"{given}; call the miner in a loss function of your own")
             loss_arguments["indices_tuple"] = self.miner(output.detach(), labels)
         return self.loss(output, labels, **loss_arguments)
 
@@ -106,17 +92,11 @@ def forward_in_chunks(network: nn.Module, images: Tensor, chunk_size: int) -> An
     """What ``network(images)`` returns, computed and differentiated with the memory of one chunk.
 
     This is the part of ``LargeBatch`` before the loss, for a training step of another shape: call it in place of the
-    network, and go on as usual. ``LargeBatch`` says what holds for random layers, batch normalisation, autocast and
-    ``DistributedDataParallel``.
-
-    Args:
-        network: takes images, and returns a tensor of length N, or tuples, lists or dictionaries of such tensors.
-        images: the batch, shape (N, ...), N >= 1.
-        chunk_size: largest number of images in a chunk, >= 1.
+    network. ``LargeBatch`` describes the arguments and what holds for random layers, batch normalisation and the like.
 
     Raises:
-        InputError: for a network that is no ``nn.Module``, a ``chunk_size`` that is no integer of 1 or more, images
-            that are no tensor or an empty one, or an output of another kind or length.
+        InputError: as ``LargeBatch``, or for images that are no tensor of shape (N, ...) with N >= 1, or for an output
+            of another kind or length.
     """
     _check_chunks(network, chunk_size)
     if not isinstance(images, Tensor) or images.ndim == 0 or len(images) == 0:
@@ -134,7 +114,6 @@ def forward_in_chunks(network: nn.Module, images: Tensor, chunk_size: int) -> An
 
 
 def _check_chunks(network: nn.Module, chunk_size: int) -> None:
-    """Raises InputError for a network that is no module, or a ``chunk_size`` that is no integer of 1 or more."""
     if not isinstance(network, nn.Module):
         raise InputError(f"network must be a torch.nn.Module, got {type(network).__name__}")
     if not is_whole(chunk_size) or chunk_size < 1:
@@ -144,15 +123,11 @@ def _check_chunks(network: nn.Module, chunk_size: int) -> None:
 def _check_output(output: Any, number: int) -> None:
     for part in tree_leaves(output):
         if not isinstance(part, Tensor):
-            raise InputError(
-                f"the network must return a tensor, or tuples, lists or dictionaries of tensors; what it returned has "
-                f"an object of type {type(part).__name__} in it"
-            )
+            wanted = "the network must return a tensor, or tuples, lists or dictionaries of tensors"
+            raise InputError(f"{wanted}; what it returned has an object of type {type(part).__name__} in it")
         if part.ndim == 0 or len(part) != number:
-            raise InputError(
-                f"the network returned a tensor of shape {tuple(part.shape)} for {number} images; every tensor must "
-                f"have one row for each image"
-            )
+            given = f"the network returned a tensor of shape {tuple(part.shape)} for {number} images"
+            raise InputError(f"{given}; every tensor must have one row for each image")
 
 
 class _InChunks(torch.autograd.Function):
@@ -178,14 +153,10 @@ class _InChunks(torch.autograd.Function):
 
 
 class _TwoPasses:
-    """The two forward passes of one batch, and what the second pass needs in order to repeat the first.
-
-    Attributes:
-        structure: how the network nests its output tensors, known after the first pass.
-    """
+    """The two forward passes of one batch, and what the second pass needs in order to repeat the first."""
 
     def __init__(self, network: nn.Module, images: Tensor, number: int) -> None:
-        self.structure: Any = None
+        self.structure: Any = None  # How the network nests its output tensors, known after the first pass.
         self._network, self._number = network, number
         used = {tensor.device for tensor in (images, *network.parameters())}
         self._cuda = sorted({device.index for device in used if device.type == "cuda"})
@@ -205,56 +176,46 @@ class _TwoPasses:
             _check_output(output, len(chunk))
             leaves, self.structure = tree_flatten(output)
             parts.append(leaves)
-        # Autocast keeps the half-precision copies of the weights until it ends. Some releases of torch also keep the
-        # copies made here, which have no graph: the second pass must not find them.
+        # Autocast may keep the half-precision copies of the weights that were made here, which have no graph: the
+        # second pass must not find them.
         torch.clear_autocast_cache()
         return [torch.cat(part) for part in zip(*parts, strict=True)]
 
     def second(self, images: Tensor, gradients: Sequence[Tensor | None], of_images: Tensor | None) -> None:
-        """Adds the gradient of every weight to its ``.grad``, and writes the gradient of the images into a tensor.
+        """Adds the gradient of every weight to its ``.grad``, and writes the gradient of the images into ``of_images``.
 
-        Args:
-            images: the batch again.
-            gradients: of the loss with respect to each tensor that ``first`` returned; None for no gradient.
-            of_images: the tensor to write into, of the images' shape; None if the images need no gradient.
+        ``gradients`` are those of each tensor that ``first`` returned; None for no gradient.
         """
-        reached = {index: part.tensor_split(self._number) for index, part in enumerate(gradients) if part is not None}
-        places = None if of_images is None else of_images.tensor_split(self._number)
+        split = [[None] * self._number if part is None else part.tensor_split(self._number) for part in gradients]
         after = _copies(self._network)
         # Batch normalisation and the like go through the same states again.
         _put_back(self._network, self._buffers)
         try:
-            for number, chunk in enumerate(images.tensor_split(self._number)):
-                chunk = chunk.detach().requires_grad_(places is not None)
-                self._back_propagate(number, chunk, {index: parts[number] for index, parts in reached.items()})
-                if places is not None and chunk.grad is not None:
-                    places[number].copy_(chunk.grad)
+            for number, (chunk, *parts) in enumerate(zip(images.tensor_split(self._number), *split, strict=True)):
+                chunk = chunk.detach().requires_grad_(of_images is not None)
+                self._back_propagate(number, chunk, parts)
+                if of_images is not None and chunk.grad is not None:
+                    of_images.tensor_split(self._number)[number].copy_(chunk.grad)
         finally:
             _put_back(self._network, after)
 
-    def _back_propagate(self, number: int, chunk: Tensor, gradients: dict[int, Tensor]) -> None:
+    def _back_propagate(self, number: int, chunk: Tensor, gradients: Sequence[Tensor | None]) -> None:
         is_last = number == self._number - 1
         # DistributedDataParallel reduces what has added up when it sees the last chunk.
         add_up = nullcontext if is_last else getattr(self._network, "no_sync", nullcontext)
         with torch.enable_grad(), add_up():
-            with self._as_in_first_pass(number):
+            with ExitStack() as stack:  # Random numbers and autocast are as in the first pass.
+                stack.enter_context(torch.random.fork_rng(self._cuda))
+                for settings in self._autocast:
+                    stack.enter_context(torch.autocast(*settings))
+                cpu, *cuda = self._random[number]
+                torch.set_rng_state(cpu)
+                for device, state in zip(self._cuda, cuda, strict=True):
+                    torch.cuda.set_rng_state(state, device)
                 leaves = tree_leaves(self._network(chunk))
-            trained = [index for index in gradients if leaves[index].requires_grad]
-            if trained:
-                torch.autograd.backward([leaves[i] for i in trained], [gradients[i] for i in trained])
-
-    @contextmanager
-    def _as_in_first_pass(self, number: int) -> Iterator[None]:
-        """Within, random numbers and autocast are as they were when the first pass came to a chunk."""
-        with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(self._cuda))
-            for settings in self._autocast:
-                stack.enter_context(torch.autocast(*settings))
-            cpu, *cuda = self._random[number]
-            torch.set_rng_state(cpu)
-            for device, state in zip(self._cuda, cuda, strict=True):
-                torch.cuda.set_rng_state(state, device)
-            yield
+            reached = [(a, b) for a, b in zip(leaves, gradients, strict=True) if b is not None and a.requires_grad]
+            if reached:
+                torch.autograd.backward([leaf for leaf, _ in reached], [gradient for _, gradient in reached])
 
 
 def _copies(network: nn.Module) -> dict[str, Tensor]:
@@ -263,6 +224,6 @@ def _copies(network: nn.Module) -> dict[str, Tensor]:
 
 def _put_back(network: nn.Module, copies: dict[str, Tensor]) -> None:
     for name, buffer in network.named_buffers():
-        # Through .data, which autograd does not count as a change. The graph of another forward pass of this network
-        # may hold the buffer, and the buffer has its values again before that graph is used.
+        # Through .data, which autograd does not count as a change: the graph of another forward pass may hold the
+        # buffer, which has its values again before that graph is used.
         buffer.data.copy_(copies[name])

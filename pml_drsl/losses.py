@@ -11,18 +11,18 @@ from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity
 from pytorch_metric_learning.losses import BaseMetricLossFunction
 from torch import Tensor
 
-from pml_drsl import checks, functional
-from pml_drsl.checks import InputError
+from pml_drsl import functional
+from pml_drsl.checks import InputError, check_arguments, check_embeddings, check_labels, is_real, is_whole
 from pml_drsl.distances import angular_dissimilarity, check_distance, distance_matrix
+from pml_drsl.machine import full_precision
 from pml_drsl.pairs import IndicesTuple, Pairs, pairs_from_indices, pairs_from_labels
-from pml_drsl.precision import full_precision
 from pml_drsl.reducers import PerQueryReducer, check_reducer
 
 # Distances of one chunk of queries, in elements, where `query_chunk_size` does not say: 64 MiB of float32.
 CHUNK_ELEMENTS = 2**24
+# Errors of each (query, positive) pair, shape (E,), by name: "retrieval" (what is trained), "sort" if there is a sort,
+# and with statistics "smoothed", the retrieval error itself, without a graph.
 Errors = dict[str, Tensor]
-"""Errors of each (query, positive) pair, shape (E,), by name: "retrieval" (what is trained), "sort" if there is a sort,
-and with statistics "smoothed", the retrieval error itself, without a graph."""
 Compute = Callable[[Tensor, Tensor, Pairs], Errors]
 
 
@@ -59,8 +59,8 @@ class DRSLoss(BaseMetricLossFunction):
             False, which is plain autograd.
         **kwargs: arguments of ``BaseMetricLossFunction``: ``distance`` (default: ``CosineSimilarity()``; a
             similarity enters with its sign changed; ``BatchedDistance`` and ``p`` or ``power`` below 1, whose gradient
-            is infinite at a distance of 0, are refused), ``reducer``
-            (default: ``PerQueryReducer``), ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``.
+            is infinite at a distance of 0, are refused), ``reducer`` (default: ``PerQueryReducer``),
+            ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``.
 
     Raises:
         InputError: a ``ValueError``; for an unknown argument or a hyper-parameter out of range, at construction; for
@@ -77,17 +77,17 @@ class DRSLoss(BaseMetricLossFunction):
         fused: bool = True,
         **kwargs: Any,
     ) -> None:
-        checks.check_arguments(type(self), kwargs)
+        check_arguments(type(self), kwargs)
         super().__init__(**kwargs)
-        if not (checks.is_real(temperature) and temperature > 0):
+        if not (is_real(temperature) and temperature > 0):
             raise InputError(f"temperature must be a number above 0, got {temperature!r}; try 0.05")
-        if not (checks.is_real(sort_weight) and sort_weight >= 0):
+        if not (is_real(sort_weight) and sort_weight >= 0):
             raise InputError(f"sort_weight must be a number of at least 0, got {sort_weight!r}; 0 turns sorting off")
-        if not checks.is_real(margin):
+        if not is_real(margin):
             raise InputError(f"margin must be a finite number, got {margin!r}; 0 asks for the right order and no more")
-        if bound_power is not None and not (checks.is_real(bound_power) and 0 < bound_power <= 1):
+        if bound_power is not None and not (is_real(bound_power) and 0 < bound_power <= 1):
             raise InputError(f"bound_power must be None, or a number above 0 and at most 1, got {bound_power!r}")
-        if query_chunk_size is not None and not (checks.is_whole(query_chunk_size) and query_chunk_size > 0):
+        if query_chunk_size is not None and not (is_whole(query_chunk_size) and query_chunk_size > 0):
             raise InputError(f"query_chunk_size must be None or an integer above 0, got {query_chunk_size!r}")
         if not isinstance(fused, bool):
             raise InputError(f"fused must be True or False, got {fused!r}")
@@ -96,7 +96,7 @@ class DRSLoss(BaseMetricLossFunction):
         self.bound_power = None if bound_power is None else float(bound_power)
         self.query_chunk_size = None if query_chunk_size is None else int(query_chunk_size)
         self.fused = fused
-        # Where several processes share the queries of a batch, this says how (`pml_drsl.distributed` sets it).
+        # Where several processes share the queries of a batch, this says how (`DistributedLossWrapper` sets it).
         self.shared: Callable[[Compute, Tensor, Tensor, Pairs], Errors] | None = None
         settings = ["temperature", "sort_weight", "margin", *([] if bound_power is None else ["bound_power"])]
         self.add_to_recordable_attributes(list_of_names=settings, is_stat=False)
@@ -125,17 +125,15 @@ class DRSLoss(BaseMetricLossFunction):
             embeddings: shape (batch, dim).
             labels: shape (batch,), integer; None if there is an ``indices_tuple``.
             indices_tuple: pairs or triplets of a miner, which are then the positives and negatives.
-            ref_emb: the candidates, shape (references, dim). Without it, or if it is the same object as ``embeddings``,
-                a query is no candidate of its own. Otherwise every reference is a candidate, even if ``ref_labels`` is
-                the same object as ``labels``, as for two views of a batch. (The losses of PML decide by the object of
-                the labels: give them a copy of the labels for the second view.)
+            ref_emb: the candidates, shape (references, dim). A query is no candidate of its own without them, or if
+                they are the same object as ``embeddings``. (The losses of PML decide by the object of the labels.)
             ref_labels: labels of the candidates, shape (references,), integer.
         """
-        checks.check_embeddings("embeddings", embeddings)
-        checks.check_labels("labels", labels, len(embeddings))
+        check_embeddings("embeddings", embeddings)
+        check_labels("labels", labels, len(embeddings))
         if ref_emb is not None:
-            checks.check_embeddings("ref_emb", ref_emb, embeddings.shape[1])
-            checks.check_labels("ref_labels", ref_labels, len(ref_emb))
+            check_embeddings("ref_emb", ref_emb, embeddings.shape[1])
+            check_labels("ref_labels", ref_labels, len(ref_emb))
         if indices_tuple is None and (labels is None or (ref_emb is not None and ref_labels is None)):
             raise InputError("labels (and ref_labels with ref_emb) are required where no indices_tuple is given")
         # At temperature 0.01 a half-precision similarity has no usable ranks.
@@ -163,21 +161,16 @@ class DRSLoss(BaseMetricLossFunction):
             pairs = pairs_from_labels(labels, ref_labels, same=ref_emb is embeddings)
         if pairs.num_queries == 0:
             return self.zero_losses()  # type: ignore[no-any-return]
-        if self.shared is None:
-            errors = self.compute_errors(embeddings, ref_emb, pairs)
-        else:
-            errors = self.shared(self.compute_errors, embeddings, ref_emb, pairs)
+        compute = self.compute_errors if self.shared is None else functools.partial(self.shared, self.compute_errors)
+        errors = compute(embeddings, ref_emb, pairs)
         if self.collect_stats:
             weight = pairs.weights(embeddings.dtype)
             self.retrieval_error = torch.dot(errors["smoothed"], weight)
             self.num_queries = pairs.num_queries
             if "sort" in errors:
                 self.sort_error = torch.dot(errors["sort"].detach(), weight)
-        of_pairs = {
-            "indices": (pairs.query, pairs.positive),
-            "reduction_type": "pos_pair",
-            "divisor": pairs.num_queries,  # for a DivisorReducer
-        }
+        of_pairs: dict[str, Any] = {"indices": (pairs.query, pairs.positive), "reduction_type": "pos_pair"}
+        of_pairs["divisor"] = pairs.num_queries  # for a DivisorReducer
         # Unlike PML's zero_loss, this needs no pass over the embeddings.
         no_loss = {"losses": embeddings.new_zeros(()), "indices": None, "reduction_type": "already_reduced"}
         return {
@@ -197,19 +190,16 @@ class DRSLoss(BaseMetricLossFunction):
 
     def _errors_of_chunk(self, x: Tensor, ref: Tensor, pairs: Pairs) -> Errors:
         distances = distance_matrix(self.distance, x, None if ref is x else ref, self.fused)
+        angle = functools.partial(angular_dissimilarity, self.distance, x=x, ref=ref, pairs=pairs, fused=self.fused)
         errors_of = functools.partial(
             functional.errors, pairs=pairs, temperature=self.temperature, margin=self.margin, use_fused=self.fused
         )
-
-        def dissimilarity(d: Tensor) -> Tensor:
-            return angular_dissimilarity(self.distance, d, x, ref, pairs.query, pairs.positive, self.fused)
-
-        angle = dissimilarity if self.sort_weight > 0 else None
-        retrieval, sort = errors_of(distances, bound_power=self.bound_power, dissimilarity=angle)
+        retrieval, sort = errors_of(
+            distances, bound_power=self.bound_power, dissimilarity=angle if self.sort_weight > 0 else None
+        )
         errors = {"retrieval": retrieval} if sort is None else {"retrieval": retrieval, "sort": sort}
         if self.collect_stats:
-            is_bound = self.bound_power is not None
-            errors["smoothed"] = errors_of(distances.detach())[0] if is_bound else retrieval.detach()
+            errors["smoothed"] = retrieval.detach() if self.bound_power is None else errors_of(distances.detach())[0]
         return errors
 
     def _sub_loss_names(self) -> list[str]:

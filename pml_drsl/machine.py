@@ -1,18 +1,23 @@
-"""What this machine has: processor cores, and the memory that this process has used."""
+"""What this machine has and does: processor cores, the memory of this process, and the precision of products."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import sys
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+_lock = threading.Lock()
+_depth = 0
+_before: list[Any] = []
 
 
 def available_cores() -> int:
     """The number of processor cores that this process may use, at least 1."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_process_bytes() -> int | None:
@@ -21,19 +26,56 @@ def peak_process_bytes() -> int | None:
         import resource
     except ImportError:
         return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def reset_peak_process_bytes() -> None:
-    """Makes ``peak_process_bytes`` start again from the memory that this process holds now. It does so only on Linux.
-
-    Memory that the process has freed goes back to the system first. The process would otherwise still hold it, and a
-    measurement would miss that it is used again.
-    """
+    """Makes ``peak_process_bytes`` start again from the memory that this process holds now, on Linux only."""
     if sys.platform != "linux":
         return
+    # A measurement would miss that freed memory which the process still holds is used again.
     with suppress(AttributeError):  # Not every C library can give memory back.
         ctypes.CDLL(None).malloc_trim(0)
     with suppress(OSError), open("/proc/self/clear_refs", "w") as file:
         file.write("5")
+
+
+@contextmanager
+def full_precision(device_type: str) -> Iterator[None]:
+    """Matrix products without autocast, TensorFloat-32 or bfloat16, whose ranks differ; settings are restored.
+
+    The settings belong to the process. The first block that is entered saves them and the last block that is left
+    restores them, so blocks may be nested, and may run in several threads, as the backward pass of several GPUs does.
+    """
+    import torch  # The commands count the cores before they need torch.
+
+    global _depth, _before
+    with _lock:
+        if _depth == 0:
+            _before = _set_precision(None)
+        _depth += 1
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        with _lock:
+            _depth -= 1
+            if _depth == 0:
+                _set_precision(_before)
+
+
+def _set_precision(values: list[Any] | None) -> list[Any]:
+    """Switches to full precision, or to what an earlier call returned. Returns the values before."""
+    import torch
+
+    # The getter of torch 2.4 raises in later versions once their per-backend switches have been used.
+    backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    switches: list[Any] = [backend for backend in backends if hasattr(backend, "fp32_precision")]
+    if not switches:
+        before = [torch.get_float32_matmul_precision()]
+        torch.set_float32_matmul_precision(values[0] if values else "highest")
+        return before
+    before = [switch.fp32_precision for switch in switches]
+    for switch, value in zip(switches, values or ["ieee"] * len(switches), strict=True):
+        switch.fp32_precision = value
+    return before

@@ -8,22 +8,22 @@ import numpy as np
 import torch
 from pytorch_metric_learning.miners import BaseMiner
 from pytorch_metric_learning.utils import common_functions as c_f
+from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
 from pml_drsl.checks import InputError, check_arguments, is_real, is_whole
+from pml_drsl.machine import full_precision
 from pml_drsl.pairs import IndicesTuple
-from pml_drsl.precision import full_precision
 
 Strategy = Literal["hard", "semihard", "random"]
 FourIndices = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class RankingMiner(BaseMiner):
-    """A miner that ranks the candidates of each query.
+    """A miner that ranks the candidates of each query, by distances in full precision.
 
-    Unlike PML's miners it can be told which candidate is the query itself, if the references contain the queries, as in
-    a cross-batch memory or with embeddings gathered from other processes. Otherwise the query would count as its own
-    nearest positive. Distances are computed in full precision, in float32 or float64.
+    Unlike PML's miners it can be told which candidate is the query itself, in a cross-batch memory or among embeddings
+    gathered from other processes. Otherwise the query would count as its own nearest positive.
     """
 
     def forward(
@@ -37,12 +37,9 @@ class RankingMiner(BaseMiner):
         """Pairs (a1, p, a2, n).
 
         Args:
-            embeddings: embeddings of the queries, shape (Q, dim).
-            labels: labels of the queries, shape (Q,), integer.
-            ref_emb: embeddings of the candidates, shape (M, dim). If it is None or the same object as ``embeddings``,
-                the candidates are the queries, and no query is its own candidate. (PML's miners decide by the object
-                of the labels, so that two views of a batch need two label tensors.)
-            ref_labels: labels of the candidates, shape (M,), integer.
+            embeddings, labels: those of the queries, shapes (Q, dim) and (Q,), integer labels.
+            ref_emb, ref_labels: those of the candidates, shapes (M, dim) and (M,). If ``ref_emb`` is None or the same
+                object as ``embeddings``, no query is its own candidate. (PML decides by the object of the labels.)
             own: the candidate that is the query itself, shape (Q,), integer; needs ``ref_emb``.
         """
         self.reset_stats()
@@ -56,15 +53,14 @@ class RankingMiner(BaseMiner):
                 own = torch.arange(len(labels), device=labels.device)
             if own is not None:
                 positives[torch.arange(len(own), device=own.device), own] = False
+            output = (torch.empty(0, dtype=torch.long, device=labels.device),) * 4
             if positives.numel() > 0:
                 output = self.select(embeddings, ref_emb, positives, negatives)
-            else:
-                output = (torch.empty(0, dtype=torch.long, device=labels.device),) * 4
         self.output_assertion(output)
         return output
 
     def select(self, embeddings: Tensor, ref_emb: Tensor, positives: Tensor, negatives: Tensor) -> FourIndices:
-        """The pairs (a1, p, a2, n) to keep of the positives and negatives, both of shape (Q, M), bool."""
+        """The pairs to keep of the positives and negatives, both of shape (Q, M), bool."""
         raise NotImplementedError
 
 
@@ -73,15 +69,12 @@ class RankViolationMiner(RankingMiner):
     that precede some positive.
 
     A negative n precedes a positive p of the same query where ``d_n - d_p < margin``, in units of distance (for a
-    similarity: ``s_p - s_n < margin``). Works with any distance, ``ref_emb``, cross-batch memory and classes of any
-    size. Returns pairs (a1, p, a2, n).
+    similarity: ``s_p - s_n < margin``). Works with any distance, ``ref_emb`` and cross-batch memory. Returns pairs
+    (a1, p, a2, n).
 
     Args:
         margin: distance by which a negative must follow a positive not to count as a violation; any finite number.
         **kwargs: arguments of ``BaseMiner``: ``distance`` (default: ``LpDistance``), ``collect_stats``.
-
-    Raises:
-        InputError: for a margin that is not a finite number.
     """
 
     def __init__(self, margin: float = 0.0, **kwargs: Any) -> None:
@@ -117,8 +110,8 @@ class NegativeBudgetMiner(RankingMiner):
             FaceNet, Schroff et al., CVPR 2015). ``"random"``: any, with equal probability.
         positives: positives kept for each query, drawn at random; None keeps all. With 1, the ratio of negatives to
             positives can exceed the number of identities.
-        seed: seed of the random draws, 0 or more; two seeds draw independently. The number of draws is part of the
-            ``state_dict``. None draws from torch's global generator.
+        seed: seed of the random draws, 0 or more. The number of draws is part of the ``state_dict``. None draws from
+            torch's global generator.
         **kwargs: arguments of ``BaseMiner``: ``distance`` (default: ``LpDistance``), ``collect_stats``.
 
     Raises:
@@ -152,8 +145,10 @@ class NegativeBudgetMiner(RankingMiner):
         self.add_to_recordable_attributes(name="negatives_per_positive", is_stat=False)
 
     def select(self, embeddings: Tensor, ref_emb: Tensor, positives: Tensor, negatives: Tensor) -> FourIndices:
-        if self.positives is not None:
-            positives = self._some(positives, self.positives)
+        if self.positives is not None:  # a random choice of the positives of each query
+            cost = self._random(len(positives), positives.shape[1], positives.device).masked_fill(~positives, torch.inf)
+            chosen = cost.topk(min(self.positives, positives.shape[1]), largest=False).indices
+            positives = positives & torch.zeros_like(positives).scatter_(1, chosen, True)
         num_positives = positives.sum(1)
         budget = (self.negatives_per_positive * num_positives).round().long().clamp_(min=1)
         budget = torch.where(num_positives > 0, budget, 0).minimum(negatives.sum(1))
@@ -165,12 +160,6 @@ class NegativeBudgetMiner(RankingMiner):
         a1, p = positives.nonzero(as_tuple=True)
         return a1, p, a2, chosen[a2, place]
 
-    def _some(self, positives: Tensor, number: int) -> Tensor:
-        """At most so many of the positives of each query, drawn at random, shape (Q, M), bool."""
-        cost = self._random(positives.shape[0], positives.shape[1], positives.device).masked_fill(~positives, torch.inf)
-        chosen = cost.topk(min(number, positives.shape[1]), largest=False).indices
-        return positives & torch.zeros_like(positives).scatter_(1, chosen, True)
-
     def _cost(self, embeddings: Tensor, ref_emb: Tensor, positives: Tensor) -> Tensor:
         """The cost of keeping each candidate, shape (Q, M), finite. Negatives of low cost are kept first."""
         if self.strategy == "random":
@@ -179,16 +168,14 @@ class NegativeBudgetMiner(RankingMiner):
         if self.strategy == "hard":
             return d
         nearest_positive = d.masked_fill(~positives, torch.inf).amin(1, keepdim=True)
-        nearest_positive = torch.where(positives.any(1, keepdim=True), nearest_positive, 0)
-        beyond = d - nearest_positive
-        largest = beyond.abs().amax(1, keepdim=True)
-        return torch.where(beyond > 0, beyond, largest - beyond + 1)
+        beyond = d - torch.where(positives.any(1, keepdim=True), nearest_positive, 0)
+        return torch.where(beyond > 0, beyond, beyond.abs().amax(1, keepdim=True) - beyond + 1)
 
     def _random(self, rows: int, columns: int, device: torch.device) -> Tensor:
         if self.seed is None:
             return torch.rand(rows, columns, device=device)
-        # Every call draws on the CPU, from a generator of its own. The draws are then the same on every device, and
-        # two seeds draw independently. The buffer lets a restored run go on with the draws it would have made.
+        # A generator of its own for each call, on the CPU: the draws are the same on every device, two seeds draw
+        # independently, and a restored run goes on with the draws it would have made.
         (mixed,) = np.random.SeedSequence((self.seed, int(self.num_calls))).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(mixed))
         self.num_calls += 1
@@ -207,27 +194,17 @@ def _distances(distance: torch.nn.Module, embeddings: Tensor, ref_emb: Tensor) -
 
 
 def mine_without_self(
-    miner: BaseMiner, emb: Tensor, labels: Tensor, refs: Tensor, ref_labels: Tensor | None, own: Tensor | None
+    miner: BaseMiner | None, emb: Tensor, labels: Tensor, refs: Tensor, ref_labels: Tensor | None, own: Tensor | None
 ) -> IndicesTuple:
-    """The indices that a miner returns, without the pairs of a query and itself.
+    """The indices that any miner of PML returns, or of all pairs without a miner, but no pair of a query and itself.
 
-    Args:
-        miner: any miner of pytorch-metric-learning.
-        emb: embeddings of the queries, shape (Q, dim).
-        labels: labels of the queries, shape (Q,).
-        refs: embeddings of the candidates, shape (M, dim).
-        ref_labels: labels of the candidates, shape (M,).
-        own: the candidate that is the query itself, shape (Q,), integer; None if no candidate is a query.
+    That is the candidate ``own[query]``; ``own`` is None if no candidate is a query.
     """
     if isinstance(miner, RankingMiner):
         return miner(emb, labels, refs, ref_labels, own)  # type: ignore[no-any-return]
-    return without_self(miner(emb, labels, refs, ref_labels), own)
-
-
-def without_self(indices: IndicesTuple, own: Tensor | None) -> IndicesTuple:
-    """Pairs or triplets without the positives that are their query itself, the candidate ``own[query]``."""
+    indices = lmu.get_all_pairs_indices(labels, ref_labels) if miner is None else miner(emb, labels, refs, ref_labels)
     if own is None:
-        return indices
+        return indices  # type: ignore[no-any-return]
     keep = own[indices[0]] != indices[1]
     number = 3 if len(indices) == 3 else 2
-    return (*(index[keep] for index in indices[:number]), *indices[number:])  # type: ignore[return-value]
+    return (*(index[keep] for index in indices[:number]), *indices[number:])

@@ -19,11 +19,8 @@ IndicesTuple = tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Ten
 class SparseMask:
     """Sparse (query, candidate) mask. A dense mask would need an extra pass over the distance matrix.
 
-    Attributes:
-        query: query of each listed pair, shape (L,), integer, ascending.
-        candidate: candidate of each listed pair, shape (L,), integer. No pair occurs twice.
-        included: True if the mask contains the listed pairs, False if it contains all other pairs.
-        own: the candidate that is the query itself, shape (Q,), integer, if there is one. The mask excludes it.
+    It lists pairs, each once, ascending by ``query``, and contains them (``included``) or all others, without the
+    candidate ``own``, shape (Q,), that is the query itself.
     """
 
     query: Tensor
@@ -32,15 +29,12 @@ class SparseMask:
     own: Tensor | None = None
 
     def part(self, pairs: slice, rows: slice) -> SparseMask:
-        """The mask of a range of queries, from the range of the listed pairs that belongs to these queries."""
+        """The mask of a range of queries, whose pairs are a range of the listed pairs."""
         own = None if self.own is None else self.own[rows]
         return SparseMask(self.query[pairs] - rows.start, self.candidate[pairs], self.included, own)
 
     def mask_excluded(self, y: Tensor) -> Tensor:
-        """Sets excluded candidates of ``y``, shape (Q, M), to +inf, so that they are never ranked ahead.
-
-        May modify ``y`` in place.
-        """
+        """Sets excluded candidates of ``y``, shape (Q, M), to +inf, perhaps in place: they are never ranked ahead."""
         if self.included:
             kept = y[self.query, self.candidate]
             return torch.full_like(y, torch.inf).index_put_((self.query, self.candidate), kept)
@@ -54,8 +48,7 @@ class Pairs:
     """The positives and negatives of a batch. Queries without a negative have no positives listed.
 
     Attributes:
-        query: query of each (query, positive) pair, shape (E,), integer, ascending.
-        positive: candidate of each pair, shape (E,), integer. No pair occurs twice.
+        query, positive: the (query, positive) pairs, shape (E,), integer, each once, ascending by query.
         column: place of each pair among the pairs of its query, shape (E,), integer, from 0.
         counts: number of listed positives of each query, shape (Q,).
         width: largest number of positives of one query.
@@ -76,42 +69,32 @@ class Pairs:
         return 1 / (self.counts[self.query] * self.num_queries).to(dtype)
 
     def split(self, sizes: int | Sequence[int]) -> list[Pairs]:
-        """The pairs of consecutive ranges of queries, each numbered from 0, as ``torch.split`` divides the queries.
-
-        The ``num_queries`` of a range is the number of its queries that have a pair.
-
-        Args:
-            sizes: number of queries of every range (the last may have fewer), or the number of each range.
-        """
+        """The pairs of consecutive ranges of queries, each numbered from 0, as ``torch.split`` divides the queries."""
         total = len(self.counts)
         ends = [*range(sizes, total, sizes), total] if isinstance(sizes, int) else list(accumulate(sizes))
         edges = torch.tensor([0, *ends], device=self.query.device)
         with_pair = torch.cat([edges[:1], (self.counts > 0).cumsum(0)])[edges]
         listed = [torch.searchsorted(query, edges) for query in (self.query, self.negatives.query)]
         bounds = torch.stack([edges, *listed, with_pair], 1).tolist()  # one wait for the device
-        parts = []
-        for (first, pair, negative, before), (last, next_pair, next_negative, after) in pairwise(bounds):
-            of_pairs, rows = slice(pair, next_pair), slice(first, last)
-            part = Pairs(
-                self.query[of_pairs] - first,
-                self.positive[of_pairs],
-                self.column[of_pairs],
-                self.counts[rows],
+        return [
+            Pairs(
+                self.query[pair:next_pair] - first,
+                self.positive[pair:next_pair],
+                self.column[pair:next_pair],
+                self.counts[first:last],
                 self.width,
                 after - before,
-                self.negatives.part(slice(negative, next_negative), rows),
+                self.negatives.part(slice(negative, next_negative), slice(first, last)),
             )
-            parts.append(part)
-        return parts
+            for (first, pair, negative, before), (last, next_pair, next_negative, after) in pairwise(bounds)
+        ]
 
 
 def pairs_from_labels(labels: Tensor, ref_labels: Tensor, same: bool) -> Pairs:
     """The pairs of ``lmu.get_all_pairs_indices(labels, ref_labels)``, without its N^2 indices.
 
-    Args:
-        labels: labels of the queries, shape (Q,), integer.
-        ref_labels: labels of the candidates, shape (M,), integer.
-        same: True if the candidates are the queries, in the same order. A query is then no candidate of its own.
+    The labels of the queries and of the candidates, shapes (Q,) and (M,), are integers. ``same``: the candidates are
+    the queries, in the same order. A query is then no candidate of its own.
     """
     of_refs, order = ref_labels.long().sort(stable=True)
     of_queries = labels.long().contiguous()
@@ -136,8 +119,7 @@ def pairs_from_indices(indices_tuple: IndicesTuple, num_queries: int, num_refs: 
     """The pairs of a miner: 3 tensors (anchors, positives, negatives) or 4 (anchors, positives, anchors, negatives).
 
     Raises:
-        InputError: for another number of tensors, for indices out of range, or for a pair that is both positive and
-            negative.
+        InputError: for another number of tensors, indices out of range, or a pair that is both positive and negative.
     """
     a1, p, a2, n = _check_indices(indices_tuple, num_queries, num_refs, device)
     positives, negatives = _unique_ascending(a1 * num_refs + p, a2 * num_refs + n)
@@ -145,14 +127,11 @@ def pairs_from_indices(indices_tuple: IndicesTuple, num_queries: int, num_refs: 
         nearest = negatives[torch.searchsorted(negatives, positives).clamp_(max=len(negatives) - 1)]
         both = nearest == positives
         if bool(both.any()):
-            pair = divmod(int(positives[both][0]), num_refs)
-            raise InputError(
-                f"indices_tuple has the pair {pair} both as a positive and as a negative; give every pair one role"
-            )
+            given = f"the pair {divmod(int(positives[both][0]), num_refs)} both as a positive and as a negative"
+            raise InputError(f"indices_tuple has {given}; give every pair one role")
     has_negative = torch.zeros(num_queries, dtype=torch.bool, device=device).index_fill_(0, a2, True)
+    positives = positives[has_negative[positives // max(1, num_refs)]]
     query = positives // max(1, num_refs)
-    kept = has_negative[query].nonzero().squeeze(1)
-    query, positives = query[kept], positives[kept]
     counts = torch.zeros(num_queries, dtype=torch.long, device=device).index_add_(0, query, torch.ones_like(query))
     _, width, number = _totals(counts)
     of_negatives = negatives // max(1, num_refs)
@@ -163,10 +142,7 @@ def pairs_from_indices(indices_tuple: IndicesTuple, num_queries: int, num_refs: 
 
 def _totals(counts: Tensor) -> list[int]:
     """The sum, the maximum, and the number of counts above 0. The device is synchronised once for all three."""
-    if len(counts) == 0:
-        return [0, 0, 0]
-    totals: list[int] = torch.stack([counts.sum(), counts.max(), (counts > 0).sum()]).tolist()
-    return totals
+    return torch.stack([counts.sum(), counts.max(), (counts > 0).sum()]).tolist() if len(counts) else [0, 0, 0]
 
 
 def _columns(query: Tensor, counts: Tensor) -> Tensor:
@@ -184,24 +160,18 @@ def _check_indices(
     indices_tuple: IndicesTuple, num_queries: int, num_refs: int, device: torch.device
 ) -> tuple[Tensor, ...]:
     if len(indices_tuple) not in (3, 4):
-        raise InputError(
-            f"indices_tuple must have 3 tensors (anchors, positives, negatives) or 4 (anchors, positives, anchors, "
-            f"negatives), got {len(indices_tuple)}"
-        )
+        wanted = "3 tensors (anchors, positives, negatives) or 4 (anchors, positives, anchors, negatives)"
+        raise InputError(f"indices_tuple must have {wanted}, got {len(indices_tuple)}")
     indices = tuple(index.to(device).long() for index in lmu.convert_to_pairs(indices_tuple, None))
     for (anchor, other), name in ((indices[:2], "positive"), (indices[2:], "negative")):
         if anchor.shape != other.shape or anchor.ndim != 1:
-            raise InputError(
-                f"indices_tuple needs 1-D anchors and {name}s of one length, got shapes {tuple(anchor.shape)} and "
-                f"{tuple(other.shape)}"
-            )
+            shapes = f"{tuple(anchor.shape)} and {tuple(other.shape)}"
+            raise InputError(f"indices_tuple needs 1-D anchors and {name}s of one length, got shapes {shapes}")
     names, sizes = ("anchor", "positive", "anchor", "negative"), (num_queries, num_refs) * 2
     zero = torch.zeros((), dtype=torch.long, device=device)
-    ends = torch.stack([end for index in indices for end in (index.aminmax() if len(index) else (zero, zero))])
-    values = ends.tolist()
-    for index, size, name, low, high in zip(indices, sizes, names, values[::2], values[1::2], strict=True):
+    ends = [torch.stack([*index.aminmax()] if len(index) else [zero, zero]) for index in indices]
+    for index, size, name, (low, high) in zip(indices, sizes, names, torch.stack(ends).tolist(), strict=True):
         if len(index) and not 0 <= low <= high < size:
-            raise InputError(
-                f"indices_tuple has {name} indices from {low} to {high}, outside the {size} embeddings they point into"
-            )
+            given = f"{name} indices from {low} to {high}"
+            raise InputError(f"indices_tuple has {given}, outside the {size} embeddings they point into")
     return indices

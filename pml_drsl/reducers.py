@@ -30,9 +30,6 @@ class PerQueryReducer(_QueryReducer):
 
     Args:
         reducer: reduces the queries' averages, one "element" each. Default: their mean.
-
-    Raises:
-        InputError: for a ``reducer`` that is not a reducer.
     """
 
     def __init__(self, reducer: BaseReducer | None = None, **kwargs: Any) -> None:
@@ -77,11 +74,7 @@ class PerIdentityReducer(_QueryReducer):
 def _averages(losses: Tensor, group: Tensor, number: int, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Average loss of each group, shape (number,), and whether the group has a loss; 0 where it has none.
 
-    Args:
-        losses: shape (L,).
-        group: group of each loss, shape (L,), integer, in [0, number).
-        number: number of groups.
-        counted: whether each loss counts, shape (L,), bool; a loss that does not count must be 0. None counts all.
+    ``group`` is the group of each loss, in [0, number). A loss that is not ``counted`` must be 0; None counts all.
     """
     ones = torch.ones_like(losses) if counted is None else counted.to(losses)
     counts = losses.new_zeros(number).index_add_(0, group, ones)
@@ -90,23 +83,16 @@ def _averages(losses: Tensor, group: Tensor, number: int, counted: Tensor | None
 
 
 def check_reducer(reducer: torch.nn.Module, labels: Tensor | None, batch_size: int, num_refs: int) -> None:
-    """Refuses a batch on which one of PML's reducers would fail without saying why.
-
-    Raises:
-        InputError: with the reason and what to use instead.
-    """
+    """Refuses, with an ``InputError``, a batch on which one of PML's reducers would fail without saying why."""
     for part in reducer.modules():
         if isinstance(part, PerAnchorReducer) and num_refs > batch_size:
-            raise InputError(
-                f"PerAnchorReducer has no room for {num_refs} references of {batch_size} embeddings; give a "
-                f"pml_drsl.reducers.PerQueryReducer"
-            )
+            given = f"{num_refs} references of {batch_size} embeddings"
+            raise InputError(f"PerAnchorReducer has no room for {given}; give a pml_drsl.reducers.PerQueryReducer")
         if isinstance(part, ClassWeightedReducer):
             number = len(part.weights)
             if labels is None:
                 raise InputError("ClassWeightedReducer needs labels: call the loss with them")
             if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < number:
-                raise InputError(
-                    f"ClassWeightedReducer has weights for the labels 0 to {number - 1}, and the batch has labels "
-                    f"from {int(labels.min())} to {int(labels.max())}; number the classes from 0 and weigh them all"
-                )
+                given = f"the batch has labels from {int(labels.min())} to {int(labels.max())}"
+                have = f"ClassWeightedReducer has weights for the labels 0 to {number - 1}"
+                raise InputError(f"{have}, and {given}; number the classes from 0 and weigh them all")

@@ -23,6 +23,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,6 @@ def run(args: argparse.Namespace) -> pd.DataFrame:
 
     Raises:
         InputError: if an argument is out of its range.
-        ModuleNotFoundError: if pandas is not installed.
     """
     import pandas as pd
     import torch
@@ -98,10 +98,7 @@ def run(args: argparse.Namespace) -> pd.DataFrame:
 
 
 def make_step(name: str, size: int, dim: int, device: str) -> Step:
-    """Forward and backward of one of ``LOSSES``, or of the distance matrix alone (``FLOOR``).
-
-    ``size`` is the number of embeddings, a multiple of ``PER_IDENTITY``.
-    """
+    """Forward and backward of one of ``LOSSES``, or of the distance matrix alone (``FLOOR``), with ``size`` images."""
     import torch
     from pytorch_metric_learning import losses
     from pytorch_metric_learning.distances import LpDistance
@@ -120,7 +117,7 @@ def make_step(name: str, size: int, dim: int, device: str) -> Step:
 def make_search(name: str, size: int, dim: int, device: str) -> Step:
     """The evaluation of random features around the centers of their identities, or its distances alone (``FLOOR``).
 
-    ``size`` is the number of gallery images. A search finds some of the matches, but not all (mAP is about 25 %).
+    The gallery has ``size`` images. A search finds some of the matches, but not all (mAP is about 25 %).
     """
     import torch
 
@@ -141,16 +138,12 @@ def make_search(name: str, size: int, dim: int, device: str) -> Step:
 
 
 def take_turns(steps: Mapping[str, Step], seconds: float, device: str) -> dict[str, list[float]]:
-    """The times of each step in seconds. The steps take turns for about ``seconds``, and for at least three rounds.
-
-    The clock counts the processor time of the process where it has one thread: on a busy machine this leaves out the
-    time of other programs.
-    """
+    """The times of each step in seconds. The steps take turns for about ``seconds``, and for at least three rounds."""
     import torch
     from torch.utils import benchmark
 
     options: dict[str, Any] = {"num_threads": torch.get_num_threads()}
-    if device == "cpu" and torch.get_num_threads() == 1:
+    if device == "cpu" and torch.get_num_threads() == 1:  # The processor's time leaves out that of other programs.
         options["timer"] = time.process_time
     timers = {name: benchmark.Timer("step()", globals={"step": step}, **options) for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -164,17 +157,13 @@ def take_turns(steps: Mapping[str, Step], seconds: float, device: str) -> dict[s
 
 def summarize(times: Mapping[str, Sequence[float]], peaks: Mapping[str, float | None]) -> Iterator[dict[str, Any]]:
     """The rows of one size. The ratio is the median of the rounds' ratios, which other work on the machine spares."""
+    nan = float("nan")
     for name, peak in peaks.items():
         own = times.get(name, ())
-        ratios = [mine / floor for mine, floor in zip(own, times.get(FLOOR, own), strict=bool(own))]
-        nan = float("nan")
-        yield {
-            "loss": name,
-            "seconds": median(own) if own else nan,
-            "ratio": median(ratios) if own and FLOOR in times else nan,
-            "peak_mib": nan if peak is None else peak,
-            "rounds": len(own),
-        }
+        ratios = [mine / floor for mine, floor in zip(own, times.get(FLOOR, ()), strict=False)]
+        seconds, ratio = median(own or [nan]), median(ratios or [nan])
+        peak = nan if peak is None else peak
+        yield {"loss": name, "seconds": seconds, "ratio": ratio, "peak_mib": peak, "rounds": len(own)}
 
 
 def peak_mib(step: Step, gib: float, device: str) -> float | None:
@@ -186,19 +175,14 @@ def peak_mib(step: Step, gib: float, device: str) -> float | None:
 
     from pml_drsl.machine import peak_process_bytes, reset_peak_process_bytes
 
+    on_cuda = device == "cuda"
     try:
         with _limited(gib, device):
             step()  # Libraries allocate memory at their first use.
-            if device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-                before: int | None = torch.cuda.memory_allocated()
-                step()
-                after: int | None = torch.cuda.max_memory_allocated()
-            else:
-                reset_peak_process_bytes()
-                before = peak_process_bytes()
-                step()
-                after = peak_process_bytes()
+            (torch.cuda.reset_peak_memory_stats if on_cuda else reset_peak_process_bytes)()
+            before = torch.cuda.memory_allocated() if on_cuda else peak_process_bytes()
+            step()
+            after = torch.cuda.max_memory_allocated() if on_cuda else peak_process_bytes()
     except (RuntimeError, MemoryError) as error:
         if "alloc" not in str(error) and "memory" not in str(error):
             raise
@@ -211,45 +195,42 @@ def _limited(gib: float, device: str) -> Iterator[None]:
     """Lets allocations fail that need more than ``gib`` beyond the memory in use. Not all systems have such a limit."""
     import torch
 
+    limit = int(gib * 2**30)
     if device == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
+        restore: Step = partial(torch.cuda.set_per_process_memory_fraction, 1.0)
+    else:
         try:
-            yield
-        finally:
-            torch.cuda.set_per_process_memory_fraction(1.0)
-        return
-    try:
-        import resource
+            import resource
 
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-    except (ImportError, OSError):
-        yield
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + int(gib * 2**30), hard))
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+        except (ImportError, OSError):
+            yield
+            return
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + limit, before[1]))
+        restore = partial(resource.setrlimit, resource.RLIMIT_AS, before)
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        restore()
 
 
 def report(rows: pd.DataFrame) -> str:
     """Tables in Markdown: times divided by the distance matrix's, the distance matrix's milliseconds, and memory."""
     parts = []
     for dim, of_dim in rows.groupby("dim"):
-        milliseconds = of_dim.assign(milliseconds=1e3 * of_dim["seconds"])
-        for column, title in (
-            ("ratio", "time / time of the distance matrix alone"),
-            ("milliseconds", "time in milliseconds"),
-            ("peak_mib", "memory of a step in MiB"),
+        for values, digits, title in (
+            (of_dim["ratio"], 2, "time / time of the distance matrix alone"),
+            (of_dim["seconds"] * 1e3, 1, "time in milliseconds"),
+            (of_dim["peak_mib"], 1, "memory of a step in MiB"),
         ):
-            table = milliseconds.pivot(index="size", columns="loss", values=column)[list(of_dim["loss"].unique())]
+            table = of_dim.assign(value=values).pivot(index="size", columns="loss", values="value")
+            table = table[list(of_dim["loss"].unique())]
             lines = [["size", *table.columns], ["---:"] * (len(table.columns) + 1)]
-            digits = 2 if column == "ratio" else 1
-            for size, values in table.iterrows():
-                cells = ["does not fit" if value != value else f"{value:,.{digits}f}" for value in values]
-                lines.append([f"{size:,}", *cells])
+            for size, row in table.iterrows():
+                lines.append([f"{size:,}", *("does not fit" if x != x else f"{x:,.{digits}f}" for x in row)])
             text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
             parts.append(f"{dim:,} dimensions, {title}:\n\n{text}\n")
     return "\n".join(parts)

@@ -1,7 +1,4 @@
-"""pytorch-metric-learning's wrappers CrossBatchMemory and SelfSupervisedLoss, for ``DRSLoss`` too.
-
-PML admits losses to these wrappers by class name. The subclasses here admit one more.
-"""
+"""pytorch-metric-learning's wrappers of losses, for ``DRSLoss`` too: PML admits losses to them by class name."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from torch import Tensor, nn
 from pml_drsl.checks import InputError, check_arguments, is_whole
 from pml_drsl.distributed import DistributedLossWrapper, DistributedMinerWrapper
 from pml_drsl.losses import DRSLoss
-from pml_drsl.miners import mine_without_self, without_self
+from pml_drsl.miners import mine_without_self
 from pml_drsl.pairs import IndicesTuple
 
 __all__ = ["CrossBatchMemory", "DistributedLossWrapper", "DistributedMinerWrapper", "SelfSupervisedLoss"]
@@ -34,20 +31,16 @@ class SelfSupervisedLoss(losses.SelfSupervisedLoss):
 class CrossBatchMemory(losses.CrossBatchMemory):
     """PML's ``CrossBatchMemory``, which also accepts ``DRSLoss``, with a warm-up.
 
-    The references of a batch are the embeddings in the memory: the embeddings of earlier batches and of the batch
-    itself. No query is its own positive: PML forgets that in a batch of one. ``RankViolationMiner`` and
-    ``NegativeBudgetMiner`` are told which entry of the memory is the query itself.
+    The references of a batch are the embeddings in the memory, of earlier batches and of the batch itself. No query is
+    its own positive (PML forgets that in a batch of one). The miners of this package are told which entry is the query.
 
-    Which pairs the loss gets: the pairs that ``miner`` chooses in the memory, or all pairs with the memory if there is
-    no miner. An ``indices_tuple`` given to a call is added to these pairs, as in PML. Its indices point into the batch,
-    as every miner returns them; positives and negatives are looked up in the memory. (PML takes them for positions in
-    the memory, which hold other images after the first batch.) To have mined pairs only, give the miner to the memory.
+    The loss gets the pairs that ``miner`` chooses in the memory, or all pairs without a miner. An ``indices_tuple``
+    given to a call is added to these pairs, as in PML. Its indices point into the batch, as every miner returns them.
+    (PML takes them for positions in the memory, which hold other images after the first batch.)
 
-    Wang et al. (XBM, CVPR 2020) start the memory after a warm-up. The features of an untrained network drift, so the
-    features of earlier batches cannot be compared with the features of the present batch. During the warm-up the loss
-    is computed on the batch alone, with gradients in both embeddings of a pair, and nothing is stored. The memory is
-    therefore empty when the warm-up ends. The number of finished warm-up calls is a buffer, so that a restored run
-    goes on exactly.
+    Wang et al. (XBM, CVPR 2020) start the memory after a warm-up, because the features of an untrained network drift.
+    During the warm-up the loss is computed on the batch alone, with gradients in both embeddings of a pair, and nothing
+    is stored. The number of finished warm-up calls is a buffer, so that a restored run goes on exactly.
 
     Args:
         loss: a loss of PML that supports a memory, or ``DRSLoss``.
@@ -55,11 +48,9 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         memory_size: number of embeddings in the memory, at least a batch.
         miner: a miner of PML that chooses pairs of the batch and the memory; None for all pairs.
         warmup: number of calls, 0 or more, before the memory starts.
-        **kwargs: arguments of PML's ``CrossBatchMemory``.
 
     Raises:
-        InputError: for a ``warmup`` that is not an integer of at least 0; for a batch larger than the memory, or for
-            indices outside the batch, when called.
+        InputError: for another ``warmup``; for a batch larger than the memory, or indices outside it, when called.
     """
 
     def __init__(
@@ -97,31 +88,26 @@ class CrossBatchMemory(losses.CrossBatchMemory):
             embeddings: shape (N, embedding_size).
             labels: shape (N,), integer.
             indices_tuple: pairs or triplets of the batch, to add; not with ``enqueue_mask``.
-            enqueue_mask: shape (N,), bool: the embeddings to store; the others are the queries. None makes every
-                embedding a query and stores it.
+            enqueue_mask: shape (N,), bool: the embeddings to store; the others are the queries. None: all are both.
         """
         if indices_tuple is not None and enqueue_mask is not None:
             raise InputError("indices_tuple and enqueue_mask exclude each other; give one of them")
         number = len(embeddings) if enqueue_mask is None else int(enqueue_mask.sum())
         if number > self.memory_size:
             raise InputError(f"{number} embeddings do not fit in a memory_size of {self.memory_size}; make it larger")
-        if self.warmup and int(self.warmup_calls) < self.warmup:
-            self.warmup_calls += 1
-            return self._loss_of_batch(embeddings, labels.to(embeddings.device), indices_tuple, enqueue_mask)
-        return super().forward(embeddings, labels, indices_tuple, enqueue_mask)  # type: ignore[no-any-return]
-
-    def _loss_of_batch(
-        self, x: Tensor, labels: Tensor, indices_tuple: IndicesTuple | None, enqueue_mask: Tensor | None
-    ) -> Tensor:
-        """The loss without the memory: the references are what the batch would store."""
-        if enqueue_mask is not None:
-            stored, labels_stored = x[enqueue_mask].detach(), labels[enqueue_mask]
-            x, labels = x[~enqueue_mask], labels[~enqueue_mask]
-            indices = self.create_indices_tuple(x, labels, stored, labels_stored, None, False)
-            return self.loss(x, labels, indices, stored, labels_stored)  # type: ignore[no-any-return]
-        self.curr_batch_idx = torch.arange(len(x), device=x.device)
-        indices = self.create_indices_tuple(x, labels, x, labels, indices_tuple, True)
-        return self.loss(x, labels, indices)  # type: ignore[no-any-return]
+        if not self.warmup or int(self.warmup_calls) >= self.warmup:
+            return super().forward(embeddings, labels, indices_tuple, enqueue_mask)  # type: ignore[no-any-return]
+        # Without the memory the references are what the batch would store.
+        self.warmup_calls += 1
+        x, labels = embeddings, labels.to(embeddings.device)
+        if enqueue_mask is None:
+            self.curr_batch_idx = torch.arange(len(x), device=x.device)
+            indices = self.create_indices_tuple(x, labels, x, labels, indices_tuple, True)
+            return self.loss(x, labels, indices)  # type: ignore[no-any-return]
+        stored, labels_stored = x[enqueue_mask].detach(), labels[enqueue_mask]
+        x, labels = x[~enqueue_mask], labels[~enqueue_mask]
+        indices = self.create_indices_tuple(x, labels, stored, labels_stored, None, False)
+        return self.loss(x, labels, indices, stored, labels_stored)  # type: ignore[no-any-return]
 
     def create_indices_tuple(
         self,
@@ -133,10 +119,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         do_remove_self_comparisons: bool,
     ) -> IndicesTuple:
         own = self.curr_batch_idx if do_remove_self_comparisons else None
-        if self.miner:
-            indices = mine_without_self(self.miner, embeddings, labels, E_mem, L_mem, own)
-        else:
-            indices = without_self(lmu.get_all_pairs_indices(labels, L_mem), own)
+        indices = mine_without_self(self.miner, embeddings, labels, E_mem, L_mem, own)
         if input_indices_tuple is None:
             return indices
         given = self._in_memory(input_indices_tuple)
@@ -151,10 +134,11 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         number = len(self.curr_batch_idx)
         for index in indices:
             if len(index) and not 0 <= int(index.min()) <= int(index.max()) < number:
-                raise InputError(
-                    f"indices_tuple has indices from {int(index.min())} to {int(index.max())}, outside the batch of "
-                    f"{number} embeddings; give the pairs of the batch, or give the miner to CrossBatchMemory"
+                given = (
+                    f"indices from {int(index.min())} to {int(index.max())}, outside the batch of {number} embeddings"
                 )
+                cure = "give the pairs of the batch, or give the miner to CrossBatchMemory"
+                raise InputError(f"indices_tuple has {given}; {cure}")
         anchors = (0,) if len(indices) == 3 else (0, 2)
         on_device = [index.to(self.curr_batch_idx.device) for index in indices]
         mapped = (index if i in anchors else self.curr_batch_idx[index] for i, index in enumerate(on_device))

@@ -1,9 +1,8 @@
-"""Retrieval scores of features (mAP, mINP, CMC), re-ranking, and the command ``drsl-evaluate``.
-
-The choices stand here, so that the command's ``--help`` need not import torch.
-"""
+"""Retrieval scores of features (mAP, mINP, CMC), re-ranking, and the command ``drsl-evaluate``."""
 
 from typing import Literal
+
+# The choices stand here, so that the command's ``--help`` need not import torch.
 
 Metric = Literal["euclidean", "cosine"]
 Ties = Literal["mean", "optimistic", "pessimistic"]

@@ -1,4 +1,4 @@
-"""Reads the files of ``drsl-evaluate``: features in .npz or .npy files, and identities in a CSV file.
+"""What an evaluation is given: files of features (.npz, .npy) and of identities (CSV), and labels of any kind.
 
 A stranger may have made the files. Pickles are never read, and every fault of a file is one line that names it.
 """
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from pml_drsl.checks import InputError
 
@@ -22,31 +24,21 @@ CAMERAS = ("query_cams", "gallery_cams")
 COLUMNS = ("set", "id", "camera")
 
 NumpyArray: TypeAlias = np.ndarray[Any, Any]
+Array: TypeAlias = Tensor | NumpyArray
+Labels: TypeAlias = Array | Sequence[int] | Sequence[str]
+Junk: TypeAlias = Sequence[int | str]
 
 
 def load_arrays(path: str | os.PathLike[str]) -> dict[str, NumpyArray]:
     """All arrays of an .npz file, in the byte order of this machine.
 
     Raises:
-        InputError: if the file is damaged or has another format, or an array holds pickled objects, which could run
-            code.
+        InputError: if the file is damaged or has another format, or holds pickled objects, which could run code.
         OSError: if the file cannot be opened.
     """
     loaded = _load(path)
     if isinstance(loaded, np.ndarray):
         raise InputError(f"{os.fspath(path)} holds a single array: give an .npz file, which names its arrays")
-    return loaded
-
-
-def load_array(path: str | os.PathLike[str]) -> NumpyArray:
-    """The array of an .npy file, in the byte order of this machine.
-
-    Raises:
-        InputError, OSError: as ``load_arrays``.
-    """
-    loaded = _load(path)
-    if not isinstance(loaded, np.ndarray):
-        raise InputError(f"{os.fspath(path)} is an .npz file, which names its arrays: give an .npy file")
     return loaded
 
 
@@ -64,38 +56,27 @@ def _load(path: str | os.PathLike[str]) -> NumpyArray | dict[str, NumpyArray]:
         except Exception as error:
             # numpy's message about pickles advises to allow them. An unknown format gives this message too.
             why = "" if "pickle" in str(error) else f" ({str(error).strip() or type(error).__name__})"
-            raise InputError(
-                f"{os.fspath(path)} is not a readable .npz or .npy file of plain arrays{why}: write it again with "
-                "numpy.savez or numpy.save"
-            ) from error
+            fault = f"{os.fspath(path)} is not a readable .npz or .npy file of plain arrays{why}"
+            raise InputError(f"{fault}: write it again with numpy.savez or numpy.save") from error
 
 
 def _native(array: Any) -> NumpyArray:
-    """An array in the byte order of this machine, which torch needs.
-
-    Raises:
-        ValueError: if it is no array, which a file of an archive may be.
-    """
     if not isinstance(array, np.ndarray):
         raise ValueError("an archive may hold arrays only")
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def read_npz(path: str) -> dict[str, Any]:
-    """The arguments of ``evaluate`` from an .npz file. Other arrays are ignored.
+    """The arguments of ``evaluate`` from an .npz file. Other arrays are ignored, but no misspelt camera array.
 
     Raises:
-        InputError: if the file has another format, an array is missing, or the name of an array looks like a
-            misspelt camera array.
-        OSError: if the file cannot be read.
+        InputError, OSError: as ``load_arrays``, or if an array is missing.
     """
     loaded = load_arrays(path)
     missing = [name for name in REQUIRED if name not in loaded]
     if missing:
-        raise InputError(
-            f"{path} lacks {', '.join(missing)}: it needs {', '.join(REQUIRED)}, and {' and '.join(CAMERAS)} if there "
-            f"are cameras; it holds {', '.join(loaded) or 'nothing'}"
-        )
+        needs = f"it needs {', '.join(REQUIRED)}, and {' and '.join(CAMERAS)} if there are cameras"
+        raise InputError(f"{path} lacks {', '.join(missing)}: {needs}; it holds {', '.join(loaded) or 'nothing'}")
     known = (*REQUIRED, *CAMERAS)
     for name in set(loaded) - set(known):
         near = difflib.get_close_matches(name, [camera for camera in CAMERAS if camera not in loaded], n=1)
@@ -108,8 +89,7 @@ def read_npy(paths: Sequence[str], ids: str | None) -> dict[str, Any]:
     """The arguments of ``evaluate`` from two .npy files, query and gallery, and the CSV file of their identities.
 
     Raises:
-        InputError: if there are not two files, a file has another format, or the CSV file does not match the arrays.
-        OSError: if a file cannot be read.
+        InputError, OSError: as ``load_arrays``, or if the CSV file does not match the arrays.
     """
     if len(paths) != 2:
         raise InputError(f"{len(paths)} feature files given: give one .npz, or two .npy (query, gallery) with --ids")
@@ -117,52 +97,42 @@ def read_npy(paths: Sequence[str], ids: str | None) -> dict[str, Any]:
         raise InputError("two feature files need --ids IDS.csv, with columns set,id,camera (see --help)")
     data: dict[str, Any] = {}
     for name, path in zip(("query", "gallery"), paths, strict=True):
-        data[name] = load_array(path)
-        if data[name].ndim != 2:
+        data[name] = _load(path)
+        if not isinstance(data[name], np.ndarray):
+            raise InputError(f"{path} is an .npz file, which names its arrays: give an .npy file")
+        if data[name].ndim != 2 or len(data[name]) == 0:
             raise InputError(f"{path} has shape {list(data[name].shape)}: give [images, dimensions]")
     labels = _read_csv(ids)
     for side in ("query", "gallery"):
         if len(labels[side]) != len(data[side]):
             raise InputError(f"{ids} has {len(labels[side])} {side} lines for {len(data[side])} {side} features")
-        data[f"{side}_ids"] = np.array([line[0] for line in labels[side]], dtype=str)
-        if labels["columns"] == list(COLUMNS):
-            data[f"{side}_cams"] = np.array([line[1] for line in labels[side]], dtype=str)
+        data |= zip((f"{side}_ids", f"{side}_cams"), np.array(labels[side], dtype=str).T, strict=False)
     return data
 
 
-def _read_csv(path: str) -> dict[str, list[Any]]:
-    """The (id, camera) pairs of the lines of each set, and the names of the columns under "columns".
-
-    Raises:
-        InputError: naming the file, the line and the cure.
-        OSError: if the file cannot be opened.
-    """
-    labels: dict[str, list[Any]] = {"query": [], "gallery": []}
+def _read_csv(path: str) -> dict[str, list[list[str]]]:
+    """The identity, and the camera if there is one, of each line of the two sets."""
+    labels: dict[str, list[list[str]]] = {"query": [], "gallery": []}
     reader = csv.reader(_lines(path), strict=True)
     columns: list[str] = []
     try:
         for values in reader:
             values = [value.strip() for value in values]
+            row = dict(zip(columns, values, strict=False))
             if not any(values):  # The line is empty.
                 continue
             if not columns:
-                columns = values
-                _check_header(path, reader.line_num, columns)
-                continue
-            row = dict(zip(columns, values, strict=False))
-            if len(values) != len(columns) or "" in values or row["set"] not in labels:
-                raise InputError(
-                    f"{path}, line {reader.line_num}: {','.join(values)!r} is not {','.join(columns)} with set query "
-                    f"or gallery: correct the line"
-                )
-            labels[row["set"]].append((row["id"], row.get("camera")))
+                columns = _checked_header(path, reader.line_num, values)
+            elif len(values) != len(columns) or "" in values or row["set"] not in labels:
+                where, fault = f"{path}, line {reader.line_num}", f"{','.join(values)!r} is not {','.join(columns)}"
+                raise InputError(f"{where}: {fault} with set query or gallery: correct the line")
+            else:
+                labels[row["set"]].append([row[name] for name in COLUMNS[1:] if name in row])
     except csv.Error as error:
-        raise InputError(
-            f"{path}, line {reader.line_num}: {error}: write plain values, without quotes and line breaks"
-        ) from error
+        where = f"{path}, line {reader.line_num}"
+        raise InputError(f"{where}: {error}: write plain values, without quotes and line breaks") from error
     if not columns:
         raise InputError(f"{path} is empty: line 1 must be set,id,camera")
-    labels["columns"] = [name for name in COLUMNS if name in columns]
     return labels
 
 
@@ -175,15 +145,14 @@ def _lines(path: str) -> list[str]:
         return content.decode("utf-8-sig").splitlines(keepends=True)
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise InputError(
-            f"{path}, line {line}: the byte 0x{content[error.start]:02x} is not UTF-8: save the file as CSV in UTF-8, "
-            f"or convert it (iconv -f latin1 -t utf-8)"
-        ) from error
+        fault = f"{path}, line {line}: the byte 0x{content[error.start]:02x} is not UTF-8"
+        cure = "save the file as CSV in UTF-8, or convert it (iconv -f latin1 -t utf-8)"
+        raise InputError(f"{fault}: {cure}") from error
 
 
-def _check_header(path: str, line: int, columns: Sequence[str]) -> None:
+def _checked_header(path: str, line: int, columns: list[str]) -> list[str]:
     if sorted(columns) in (sorted(COLUMNS), sorted(COLUMNS[:2])):
-        return
+        return columns
     header, cure = ",".join(columns), "it needs set,id,camera, or set,id without cameras"
     for separator, name in ((";", "semicolons"), ("\t", "tabs")):
         if separator in header:
@@ -191,3 +160,62 @@ def _check_header(path: str, line: int, columns: Sequence[str]) -> None:
     if sorted(map(str.lower, columns)) in (sorted(COLUMNS), sorted(COLUMNS[:2])):
         cure = f"write it in small letters, {header.lower()}"
     raise InputError(f"{path}, line {line}: the header is {header!r}: {cure}")
+
+
+def label_array(labels: Labels) -> NumpyArray:
+    """Labels as an array of numbers or of text. Bytes become text."""
+    array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    return np.char.decode(array, "latin-1") if array.dtype.kind == "S" else array
+
+
+def shared_labels(query: Labels, gallery: Labels, num_query: int, num_gallery: int, name: str) -> tuple[Tensor, Tensor]:
+    """Numbers the labels of the queries and of the gallery from 0; equal labels get equal numbers.
+
+    Returns two int64 tensors on the CPU. ``name`` is ``"ids"``, ``"cams"`` or ``"labels"``, for error messages.
+
+    Raises:
+        InputError: if there is not one label for each feature, or the labels are not integers or strings.
+    """
+    sides: list[NumpyArray] = []
+    for side, labels, count in (("query", query, num_query), ("gallery", gallery, num_gallery)):
+        array = label_array(labels)
+        if array.shape != (count,):
+            raise InputError(f"{side}_{name} have shape {list(array.shape)}: give one for each of {count} features")
+        if array.dtype.kind not in "iubU":
+            raise InputError(f"{side}_{name} are {array.dtype}: give integers or strings")
+        sides.append(array)
+    together = np.concatenate(sides) if (sides[0].dtype.kind == "U") == (sides[1].dtype.kind == "U") else None
+    # Signed and unsigned integers of 64 bits have no common type but float64, which cannot tell large ones apart.
+    if together is None or together.dtype.kind == "f":
+        raise InputError(f"query_{name} are {sides[0].dtype} and gallery_{name} {sides[1].dtype}: give the same kind")
+    _, indices = np.unique(together, return_inverse=True)
+    numbers = torch.from_numpy(indices.astype(np.int64).reshape(-1))
+    return numbers[:num_query], numbers[num_query:]
+
+
+def number_identities(
+    query: Labels, gallery: Labels, num_query: int, num_gallery: int, junk: Junk, name: str = "ids"
+) -> tuple[Tensor, Tensor]:
+    """Numbers identities as ``shared_labels`` does. Junk identities get -1; "-1" stands for -1 too, and -1 for "-1".
+
+    Raises:
+        InputError: as ``shared_labels``, or if a junk identity is a name, and the identities are integers.
+    """
+    numbers = shared_labels(query, gallery, num_query, num_gallery, name)
+    sides = []
+    for labels, of_side in zip((query, gallery), numbers, strict=True):
+        is_junk = torch.from_numpy(np.isin(label_array(labels), _junk_like(label_array(labels), junk)))
+        sides.append(of_side.masked_fill(is_junk, -1))
+    return sides[0], sides[1]
+
+
+def _junk_like(labels: NumpyArray, junk: Junk) -> list[int] | list[str]:
+    """The junk identities in the type of the labels."""
+    if isinstance(junk, str):
+        raise InputError(f"junk={junk!r}: give a list of identities, such as [{junk!r}]")
+    if labels.dtype.kind == "U":
+        return [str(identity) for identity in junk]
+    try:
+        return [int(identity) for identity in junk]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"junk={list(junk)!r}: the identities are integers, so give integers") from error

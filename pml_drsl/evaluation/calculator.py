@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pml_drsl.checks import InputError
 from pml_drsl.evaluation import JUNK, RANKS, Metric, SearchProtocol, Ties
-from pml_drsl.evaluation.distances import Array, FeatureDistances, as_features, squared_norms
-from pml_drsl.evaluation.identities import Junk, Labels, number_identities
+from pml_drsl.evaluation.arrays import Array, Junk, Labels, number_identities
+from pml_drsl.evaluation.distances import FeatureDistances, as_features, squared_norms
 from pml_drsl.evaluation.ranking import SCORES, RankedQueries, rank_queries
 
 REID_METRICS = (*SCORES, "cmc", *(f"rank_{k}" for k in RANKS))
@@ -29,7 +29,7 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
     computed only when the constructor's ``include`` names them (NMI and AMI need faiss).
 
     A tester passes embeddings and labels, but no cameras. Give the cameras in the order of the data sets to the
-    constructor, or to ``set_cameras`` before other data is tested. Their number must be the number of embeddings::
+    constructor, or to ``set_cameras`` before other data is tested::
 
         calculator = ReIDAccuracyCalculator(query_cams=query_cams, reference_cams=gallery_cams)
         tester = testers.GlobalEmbeddingSpaceTester(accuracy_calculator=calculator)
@@ -43,12 +43,7 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
         exclude: metrics not to compute.
         query_cams: cameras of the queries, shape (Q,), or None for retrieval without cameras.
         reference_cams: cameras of the reference set (the gallery), shape (M,).
-        metric: ``"euclidean"`` or ``"cosine"``.
-        ties: see ``pml_drsl.evaluation.scores.evaluate``.
-        protocol: see ``evaluate``.
-        max_rank: length of ``cmc``.
-        seed: see ``evaluate``.
-        junk: identities of images that have no effect on the re-ID metrics, integers.
+        metric, ties, protocol, max_rank, seed, junk: see ``pml_drsl.evaluation.scores.evaluate``.
         **kwargs: arguments of ``AccuracyCalculator``: ``avg_of_avgs``, ``return_per_class``, ``device`` and others.
 
     Raises:
@@ -73,12 +68,8 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
     ) -> None:
         if kwargs.get("label_comparison_fn") is not None:
             raise InputError("label_comparison_fn is not supported: identities are compared for equality")
-        self.metric = metric
-        self.ties = ties
-        self.protocol = protocol
-        self.max_rank = max_rank
-        self.seed = seed
-        self.junk = junk
+        self.metric, self.ties, self.protocol = metric, ties, protocol
+        self.max_rank, self.seed, self.junk = max_rank, seed, junk
         # PML finds its metrics by the names of these attributes.
         for name in REID_METRICS:
             setattr(self, f"calculate_{name}", partial(self._calculate, name))
@@ -91,14 +82,8 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
         super().__init__(include=tuple(include) or REID_METRICS, exclude=tuple(exclude), **kwargs)
 
     def set_cameras(self, query_cams: Labels | None, reference_cams: Labels | None) -> None:
-        """Sets the cameras of the data that is tested next.
-
-        Args:
-            query_cams: cameras of the queries in the order of the data set, shape (Q,), or None for no cameras.
-            reference_cams: cameras of the reference set, shape (M,), or None for no cameras.
-        """
-        self.query_cams = query_cams
-        self.reference_cams = reference_cams
+        """Sets the cameras of the data that is tested next, in the order of the data sets, or None for no cameras."""
+        self.query_cams, self.reference_cams = query_cams, reference_cams
 
     def get_accuracy(
         self,
@@ -115,8 +100,7 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
         Features are compared in float32. Large identity numbers stay distinct.
 
         Raises:
-            InputError: if labels are not one integer for each embedding, the number of cameras is not the number of
-                embeddings, embeddings contain NaN or infinity, or no query has a match.
+            InputError: if labels or cameras are not one for each embedding, as ``evaluate``, or not integers.
         """
         if reference is None or reference_labels is None:
             reference, reference_labels, ref_includes_query = query, query_labels, True
@@ -124,49 +108,28 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
         for side, features in (("query", query), ("reference", reference)):
             squared_norms(as_features(features, side).float(), side)
         # PML converts labels to float32, which cannot tell identities above 2^24 apart. Numbers from 0 avoid this.
-        labels = number_identities(
-            _as_integers(query_labels, "query"),
-            _as_integers(reference_labels, "reference"),
-            len(query),
-            len(reference),
-            self.junk,
-            "labels",
-        )
-        metrics: dict[str, Any] = super().get_accuracy(
+        given = _as_integers(query_labels, "query"), _as_integers(reference_labels, "reference")
+        labels = number_identities(*given, len(query), len(reference), self.junk, "labels")
+        return super().get_accuracy(  # type: ignore[no-any-return]
             query, labels[0], reference, labels[1], ref_includes_query, tuple(include), tuple(exclude)
         )
-        return metrics
 
     def _get_accuracy(self, function_dict: dict[str, Callable[..., Any]], **kwargs: Any) -> dict[str, Any]:
         """Ranks once for all metrics; PML calls this after preparing inputs and before the ``calculate_`` methods."""
         if any(name in REID_METRICS for name in function_dict):
-            kwargs["ranked"] = rank_queries(
-                FeatureDistances(kwargs["query"], kwargs["reference"], self.metric),
-                kwargs["query_labels"].long(),
-                kwargs["reference_labels"].long(),
-                self.query_cams,
-                self.reference_cams,
-                ties=self.ties,
-                protocol=self.protocol,
-                seed=self.seed,
-                gallery_starts_with_query=kwargs["ref_includes_query"],
-                junk=JUNK,  # ``get_accuracy`` has numbered the junk identities -1.
-            )
-        metrics: dict[str, Any] = super()._get_accuracy(function_dict, **kwargs)
-        return metrics
+            distances = FeatureDistances(kwargs["query"], kwargs["reference"], self.metric)
+            ids = kwargs["query_labels"].long(), kwargs["reference_labels"].long()
+            cams, with_query = (self.query_cams, self.reference_cams), kwargs["ref_includes_query"]
+            # ``get_accuracy`` has numbered the junk identities -1.
+            options: dict[str, Any] = {"ties": self.ties, "protocol": self.protocol, "seed": self.seed, "junk": JUNK}
+            kwargs["ranked"] = rank_queries(distances, *ids, *cams, gallery_starts_with_query=with_query, **options)
+        return super()._get_accuracy(function_dict, **kwargs)  # type: ignore[no-any-return]
 
     def _calculate(self, name: str, ranked: RankedQueries, query_labels: Tensor, **kwargs: Any) -> Any:
         """One of ``REID_METRICS``, from the arguments that PML gives to every metric."""
         of_queries = ranked.hits(self.max_rank) if name == "cmc" else ranked.scores()[name.replace("_", "-")]
-        return self._average(of_queries, ranked, query_labels)
-
-    def _average(self, values: Tensor, ranked: RankedQueries, query_labels: Tensor) -> Any:
-        """Mean of values of shape (Q,) or (Q, R) over the matched queries.
-
-        With ``avg_of_avgs`` it is the mean of the identities' means; with ``return_per_class`` it is their list.
-        """
         matched = ranked.matched
-        values = values[matched]
+        values = of_queries[matched]
         if self.avg_of_avgs or self.return_per_class:
             identity = query_labels.long().cpu()[matched]
             counts = torch.bincount(identity)
@@ -185,10 +148,8 @@ def _as_integers(labels: Array, side: str) -> Tensor:
     if tensor.dim() == 2 and tensor.shape[1] == 1:
         tensor = tensor.squeeze(1)
     if tensor.dim() != 1:
-        raise InputError(
-            f"{side} labels have shape {list(tensor.shape)}: give one identity per embedding, "
-            "and cameras through set_cameras"
-        )
+        given = f"{side} labels have shape {list(tensor.shape)}"
+        raise InputError(f"{given}: give one identity per embedding, and cameras through set_cameras")
     integers = tensor.long()
     if not torch.equal(integers.to(tensor.dtype), tensor):
         raise InputError(f"{side} labels are not integers: {tensor[integers.to(tensor.dtype) != tensor][0]}")

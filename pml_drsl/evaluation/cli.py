@@ -27,7 +27,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pml_drsl.evaluation import METRICS, PROTOCOLS, RANKS, TIES
 
@@ -45,11 +45,7 @@ EPILOG = """examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line.
-
-    Returns:
-        The exit status: 0, or 2 for bad input, which is explained in one line on stderr.
-    """
+    """Runs the command line. Returns 0, or 2 for bad input, which one line on stderr explains."""
     args = _parser().parse_args(arguments)
     from pml_drsl.checks import InputError
 
@@ -67,12 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> tuple[RetrievalResult, bool, int]:
-    """The result, whether there were cameras, and the number of images with a junk identity.
-
-    Raises:
-        InputError: for bad input.
-        OSError: if a file cannot be opened.
-    """
+    """The result, whether there were cameras, and the number of images with a junk identity."""
     import torch
 
     from pml_drsl.checks import InputError
@@ -94,24 +85,14 @@ def _evaluate(args: argparse.Namespace) -> tuple[RetrievalResult, bool, int]:
     data = read_npz(args.features[0]) if len(args.features) == 1 else read_npy(args.features, args.ids)
     if args.no_cameras:
         data = {name: array for name, array in data.items() if name not in CAMERAS}
-    result = evaluate(
-        **data,
-        metric=args.metric,
-        ties=args.ties,
-        protocol=args.protocol,
-        rerank=args.rerank,
-        seed=args.seed,
-        junk=args.junk,
-        max_rank=max(50, *args.ranks),
-        device=device,
-        progress=sys.stderr.isatty(),
-    )
+    options = {name: getattr(args, name) for name in ("metric", "ties", "protocol", "rerank", "seed", "junk")}
+    max_rank, progress = max(50, *args.ranks), sys.stderr.isatty()
+    result = evaluate(**data, **options, max_rank=max_rank, device=device, progress=progress)
     left_out = len(data["query"]) - result.num_query + len(data["gallery"]) - result.num_gallery
     return result, "query_cams" in data, left_out
 
 
 def _check_output(output: str, inputs: Sequence[str]) -> None:
-    """Raises InputError if a file cannot be written at ``output``, or is one of the inputs."""
     from pml_drsl.checks import InputError
 
     path = Path(output)
@@ -123,62 +104,38 @@ def _check_output(output: str, inputs: Sequence[str]) -> None:
 
 
 def report(result: RetrievalResult, ranks: Sequence[int], has_cameras: bool, left_out: int) -> str:
-    """A line that describes the search, and then one line for each score.
-
-    Args:
-        result: the scores.
-        ranks: the ranks to show.
-        has_cameras: whether the images have cameras.
-        left_out: number of images with a junk identity.
-    """
+    """A line that describes the search, ``left_out`` images of junk identities too, and a line for each score."""
     protocol = f"{result.num_junk} junk pairs left out" if has_cameras else "no cameras: nothing left out"
-    lines = [
-        f"{result.num_query} queries ({result.num_unmatched} without a match, not scored), "
-        f"{result.num_gallery} gallery images, {protocol}"
-        + (f"; {left_out} images with a junk identity left out" if left_out else "")
-    ]
-    return "\n".join(lines + [f"{name:<8} {value:7.2%}" for name, value in result.scores(ranks).items()])
+    junk = f"; {left_out} images with a junk identity left out" if left_out else ""
+    unmatched = f"({result.num_unmatched} without a match, not scored)"
+    first = f"{result.num_query} queries {unmatched}, {result.num_gallery} gallery images, {protocol}{junk}"
+    return "\n".join([first, *(f"{name:<8} {value:7.2%}" for name, value in result.scores(ranks).items())])
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "drsl-evaluate", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+    def option(name: str, about: str, **kwargs: Any) -> None:
+        parser.add_argument(name, help=about, **kwargs)
+
     parser.add_argument("--version", action="version", version=f"%(prog)s {metadata.version('pml-drsl')}")
-    parser.add_argument("features", nargs="+", metavar="FILE", help="FEATURES.npz, or QUERY.npy GALLERY.npy")
-    parser.add_argument("--ids", metavar="IDS.csv", help="identities and cameras of the two .npy files")
-    parser.add_argument("--metric", choices=METRICS, default="euclidean", help="distance (%(default)s)")
-    parser.add_argument(
-        "--ties",
-        choices=TIES,
-        default="mean",
-        help="whether a wrong image at the distance of a match counts half, after the match or before it (%(default)s)",
-    )
-    parser.add_argument("--rerank", action="store_true", help="re-rank by k-reciprocal neighbours first (slower)")
-    parser.add_argument(
-        "--protocol",
-        choices=PROTOCOLS,
-        default="standard",
-        help="how CMC is measured (%(default)s, as for Market-1501)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draws of single-gallery-shot (%(default)s)")
-    parser.add_argument(
-        "--junk",
-        nargs="*",
-        default=["-1"],
-        metavar="ID",
-        help="identities of images that have no effect (-1); without an ID, every image counts",
-    )
-    parser.add_argument("--no-cameras", action="store_true", help="ignore cameras, so that nothing is junk")
-    parser.add_argument(
-        "--ranks", type=int, nargs="+", default=list(RANKS), metavar="K", help="ranks to print (1 5 10 20)"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write all scores, the CMC curve and the counts here")
-    parser.add_argument(
-        "--device",
-        choices=["cpu", "cuda"],
-        help="where to compute (cuda if there is a device, else cpu)",
-    )
+    option("features", "FEATURES.npz, or QUERY.npy GALLERY.npy", nargs="+", metavar="FILE")
+    option("--ids", "identities and cameras of the two .npy files", metavar="IDS.csv")
+    option("--metric", "distance (%(default)s)", choices=METRICS, default="euclidean")
+    about = "whether a wrong image at the distance of a match counts half, after the match or before it (%(default)s)"
+    option("--ties", about, choices=TIES, default="mean")
+    option("--rerank", "re-rank by k-reciprocal neighbours first (slower)", action="store_true")
+    about = "how CMC is measured (%(default)s, as for Market-1501)"
+    option("--protocol", about, choices=PROTOCOLS, default="standard")
+    option("--seed", "seed of the draws of single-gallery-shot (%(default)s)", type=int, default=0)
+    about = "identities of images that have no effect (-1); without an ID, every image counts"
+    option("--junk", about, nargs="*", default=["-1"], metavar="ID")
+    option("--no-cameras", "ignore cameras, so that nothing is junk", action="store_true")
+    option("--ranks", "ranks to print (1 5 10 20)", type=int, nargs="+", default=list(RANKS), metavar="K")
+    option("--json", "write all scores, the CMC curve and the counts here", metavar="FILE")
+    option("--device", "where to compute (cuda if there is a device, else cpu)", choices=["cpu", "cuda"])
     return parser
 
 

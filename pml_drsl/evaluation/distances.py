@@ -1,29 +1,25 @@
-"""Distances from queries to a gallery, a few rows at a time, so that the whole matrix never exists.
-
-``FeatureDistances`` computes rows from features. ``pml_drsl.evaluation.reranking.RerankedDistances`` computes re-ranked
-rows. Both implement ``DistanceRows``.
-"""
+"""Distances from queries to a gallery, a few rows at a time, so that the whole matrix never exists."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Sequence
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pml_drsl.checks import InputError
 from pml_drsl.evaluation import METRICS, Metric
-from pml_drsl.precision import full_precision
+from pml_drsl.evaluation.arrays import Array
+from pml_drsl.machine import full_precision
 
-Array: TypeAlias = Tensor | np.ndarray[Any, Any]
 # 64 MiB of float32 distances are enough for fast matrix products.
 ELEMENTS_PER_CHUNK = 2**24
 
 
 class DistanceRows(Protocol):
-    """Distances of ``num_query`` queries to ``num_gallery`` gallery entries, computed on demand."""
+    """Distances of queries to gallery entries, computed on demand, of features or re-ranked."""
 
     @property
     def num_query(self) -> int: ...
@@ -43,18 +39,16 @@ class DistanceRows(Protocol):
 class FeatureDistances:
     """Euclidean or cosine distances between two sets of features.
 
-    Distances are computed in float64 if the queries or the gallery are float64, and in float32 otherwise, without
-    TensorFloat-32 and autocast. Gallery entries with identical features (for ``"cosine"``: after normalisation) have
-    identical distances, bit for bit, so that ties between them are found. Between different features, rounding can
-    hide a tie.
+    Distances are computed in float64 if either side is float64, and in float32 otherwise, in full precision. Gallery
+    entries with identical features (for ``"cosine"``: after normalisation) have identical distances, bit for bit, so
+    that ties between them are found. Between different features, rounding can hide a tie.
 
     The cosine distance ``1 - q.g / (|q| |g|)`` is half the squared distance of the normalised features. Both metrics
     therefore come from ``|g|^2 / 2 - q.g``. This term loses the digits of small distances where the features lie far
     from zero, so features are centred first: see ``_center``.
 
     Args:
-        query: floating-point tensor or array of shape (Q, D), with D at least 1.
-        gallery: floating-point tensor or array of shape (M, D).
+        query, gallery: floating-point tensors or arrays of shapes (Q, D) and (M, D), with D at least 1.
         metric: ``"euclidean"``, or ``"cosine"`` for 1 - cosine similarity. A zero vector has cosine distance 1.
         device: where to compute; None for the device of ``query``.
 
@@ -66,14 +60,11 @@ class FeatureDistances:
     def __init__(
         self, query: Array, gallery: Array, metric: Metric = "euclidean", *, device: torch.device | str | None = None
     ) -> None:
-        if metric not in METRICS:
-            raise InputError(f"unknown metric {metric!r}: choose one of {', '.join(map(repr, METRICS))}")
+        check_option("metric", metric, METRICS)
         query, gallery = as_features(query, "query"), as_features(gallery, "gallery")
         if query.shape[1] != gallery.shape[1]:
-            raise InputError(
-                f"query features have {query.shape[1]} dimensions and gallery features {gallery.shape[1]}: "
-                "extract both with the same model"
-            )
+            given = f"query features have {query.shape[1]} dimensions and gallery features {gallery.shape[1]}"
+            raise InputError(f"{given}: extract both with the same model")
         dtype = torch.float64 if torch.float64 in (query.dtype, gallery.dtype) else torch.float32
         device = query.device if device is None else torch.device(device)
         query, gallery = query.to(device, dtype), gallery.to(device, dtype)
@@ -85,9 +76,7 @@ class FeatureDistances:
         center = _center(gallery)
         if center is not None:
             query, gallery = query - center, gallery - center
-        self.metric = metric
-        self.query = query
-        self.gallery = gallery
+        self.metric, self.query, self.gallery = metric, query, gallery
         self._query_lifts, self._gallery_lifts = lifts
         self._query_halves = squared_norms(query, "query") / 2 + lifts[0]
         self._gallery_halves = squared_norms(gallery, "gallery") / 2 + lifts[1]
@@ -102,10 +91,7 @@ class FeatureDistances:
         return len(self.gallery)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Half squared distances minus a constant for each query, shape (stop - start, M): ``|g|^2 / 2 - q.g``.
-
-        This is faster than the distances and rounds less. The order is the order of the distances.
-        """
+        """Half squared distances minus a constant for each query, ``|g|^2 / 2 - q.g``: faster, with less rounding."""
         query = self.query[start:stop]
         with torch.no_grad(), full_precision(query.device.type):
             rows = torch.addmm(self._gallery_halves, query, self.gallery.T, alpha=-1)
@@ -119,15 +105,7 @@ class FeatureDistances:
         return self._of_halves(self.rows(start, stop).add_(self._query_halves[start:stop, None]))
 
     def of_pairs(self, queries: Tensor, entries: Tensor) -> Tensor:
-        """The distances of P pairs of a query and a gallery entry, as ``distances`` defines them, on the CPU.
-
-        Args:
-            queries: numbers of the queries, int64 of shape (P,).
-            entries: numbers of the gallery entries, int64 of shape (P,).
-
-        Returns:
-            Distances of shape (P,).
-        """
+        """The distances of pairs of a query and a gallery entry, int64 of shape (P,), as ``distances``, on the CPU."""
         step, parts = rows_per_chunk(self.query.shape[1]), []
         for left, right in zip(queries.split(step), entries.split(step), strict=True):
             halves = self.query[left].sub_(self.gallery[right]).square_().sum(dim=1).div_(2)
@@ -141,9 +119,8 @@ class FeatureDistances:
 
 
 def _lift(features: Tensor, metric: Metric) -> Tensor:
-    """What to add to half squared distances of normalised features, shape (N,): 1/2 for zero vectors, 0 for others.
-
-    A zero vector has cosine distance 1 from every vector, but half a squared distance of 1/2 from a normalised one.
+    """What to add to half squared distances of normalised features, shape (N,): 1/2 for zero vectors, whose cosine
+    distance to all vectors is 1, and 0 for others.
     """
     if metric != "cosine":
         return features.new_zeros(len(features))
@@ -171,16 +148,13 @@ def _center(gallery: Tensor) -> Tensor | None:
     return center if bool(center.any()) else None
 
 
+def check_option(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise InputError(f"unknown {name} {value!r}: choose one of {', '.join(map(repr, allowed))}")
+
+
 def rows_per_chunk(num_columns: int, chunk_size: int | None = None) -> int:
-    """The number of rows to compute at once: ``chunk_size``, or as many as fit in 64 MiB of float32.
-
-    Args:
-        num_columns: number of columns of a row.
-        chunk_size: number of rows, at least 1, or None.
-
-    Raises:
-        InputError: if ``chunk_size`` is below 1.
-    """
+    """The number of rows to compute at once: ``chunk_size`` (an InputError below 1), or 64 MiB of float32."""
     if chunk_size is None:
         return max(1, ELEMENTS_PER_CHUNK // max(1, num_columns))
     if chunk_size < 1:
@@ -189,11 +163,7 @@ def rows_per_chunk(num_columns: int, chunk_size: int | None = None) -> int:
 
 
 def as_features(features: Array, name: str) -> Tensor:
-    """Features as a detached tensor of shape (N, D), with N and D at least 1.
-
-    Raises:
-        InputError: if the features have another shape, or are not floating-point numbers.
-    """
+    """Features as a detached floating-point tensor of shape (N, D), N and D at least 1; anything else: InputError."""
     try:
         tensor = torch.as_tensor(features).detach()
     except (TypeError, ValueError) as error:  # Text, objects or a foreign byte order.
@@ -207,52 +177,37 @@ def as_features(features: Array, name: str) -> Tensor:
 
 
 def squared_norms(features: Tensor, name: str) -> Tensor:
-    """Squared norms of features of shape (N, D), shape (N,).
-
-    Raises:
-        InputError: if features contain NaN or infinity, or if squared norms or squared distances overflow.
-    """
+    """Squared norms of features, shape (N,). An InputError if they are not finite, or squared distances overflow."""
     with full_precision(features.device.type):
         squares: Tensor = torch.linalg.vecdot(features, features)
     # A squared distance is at most four times the larger squared norm.
     if not bool((4 * squares).isfinite().all()):
         bad = ~features.isfinite().all(dim=1)
         if bool(bad.any()):
-            raise InputError(
-                f"{int(bad.sum())} of {len(features)} {name} features contain NaN or infinity "
-                f"(first: row {int(bad.nonzero()[0])}): look for a diverged model or a half-precision overflow"
-            )
-        raise InputError(
-            f"{name} features reach {float(features.abs().max()):.3g}, whose squares overflow {features.dtype}: "
-            "scale them down or give float64"
-        )
+            given = f"{int(bad.sum())} of {len(features)} {name} features contain NaN or infinity"
+            first = f"(first: row {int(bad.nonzero()[0])})"
+            raise InputError(f"{given} {first}: look for a diverged model or a half-precision overflow")
+        given = f"{name} features reach {float(features.abs().max()):.3g}, whose squares overflow {features.dtype}"
+        raise InputError(f"{given}: scale them down or give float64")
     return squares
 
 
 def _repeated_rows(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Finds the rows of features of shape (N, D) that repeat an earlier row.
+    """The rows that repeat an earlier row, and the first row with the same values of each, int64 of shape (R,).
 
     ``torch.unique(dim=0)`` finds the same rows in about the same time, but it takes three copies of the features.
-
-    Returns:
-        The repeating rows, and for each of them the first row with the same values: two int64 tensors of shape (R,).
     """
     integer = torch.int64 if features.dtype == torch.float64 else torch.int32
-    count, device = len(features), features.device
     generator = torch.Generator().manual_seed(0)
-    weights = torch.randint(-(2**62), 2**62, (features.shape[1],), generator=generator).to(device)
+    weights = torch.randint(-(2**62), 2**62, (features.shape[1],), generator=generator).to(features.device)
     step = max(1, 2**18 // features.shape[1])  # The integers of one step stay in the processor's cache.
     # Adding 0 turns -0.0 into 0.0.
-    hashes = torch.cat(
-        [((features[i : i + step] + 0.0).view(integer) * weights).sum(dim=1) for i in range(0, count, step)]
-    )
+    hashes = torch.cat([((part + 0.0).view(integer) * weights).sum(dim=1) for part in features.split(step)])
     group = torch.unique(hashes, return_inverse=True)[1]
-    rows = torch.arange(count, device=device)
-    first = torch.full_like(rows, count).scatter_reduce_(0, group, rows, "amin")[group]
+    rows = torch.arange(len(features), device=features.device)
+    first = torch.full_like(rows, len(features)).scatter_reduce_(0, group, rows, "amin")[group]
     copies = (first != rows).nonzero().squeeze(1)
-    originals = first[copies]
     # Different rows may have equal hashes.
-    same = torch.ones(len(copies), dtype=torch.bool, device=device)
-    for i in range(0, len(copies), step):
-        same[i : i + step] = (features[copies[i : i + step]] == features[originals[i : i + step]]).all(dim=1)
-    return copies[same], originals[same]
+    pairs = zip(copies.split(step), first[copies].split(step), strict=True)
+    same = torch.cat([(features[copy] == features[original]).all(dim=1) for copy, original in pairs])
+    return copies[same], first[copies][same]

@@ -1,8 +1,7 @@
 """Ranks the gallery of each query by the re-ID protocol, and says at which place each match stands.
 
 The place of a match is one plus the number of gallery entries before it. The loss smooths the same counts
-(``rank_pos`` and ``false_pos`` in ``pml_drsl.functional``); here the temperature is 0. Only distances are sorted, not
-the entries they belong to: the counts are then found by binary search.
+(``rank_pos`` and ``false_pos`` in ``pml_drsl.functional``); here the temperature is 0. Only distances are sorted.
 """
 
 from __future__ import annotations
@@ -20,17 +19,11 @@ from tqdm import tqdm
 
 from pml_drsl.checks import InputError
 from pml_drsl.evaluation import JUNK, PROTOCOLS, RANKS, TIES, SearchProtocol, Ties
-from pml_drsl.evaluation.distances import DistanceRows, rows_per_chunk
-from pml_drsl.evaluation.identities import (
-    Identities,
-    Junk,
-    Labels,
-    SingleShots,
-    label_array,
-    number_identities,
-    shared_labels,
-)
+from pml_drsl.evaluation.arrays import Junk, Labels, label_array, number_identities, shared_labels
+from pml_drsl.evaluation.distances import DistanceRows, check_option, rows_per_chunk
 
+# The single-gallery-shot protocol draws this many galleries for each query, as torchreid does.
+NUM_REPEATS = 10
 SHARE_OF_TIED: dict[Ties, float] = {"mean": 0.5, "optimistic": 0.0, "pessimistic": 1.0}
 
 
@@ -44,8 +37,7 @@ class RankedQueries:
             last match (Ye et al., TPAMI 2022).
         first_places: float64 of shape (Q, S): the place of the nearest match (1 is best), in S equally likely cases.
             A case is an order of ties or a drawn gallery. CMC is the mean over the cases.
-        num_positives: int64 of shape (Q,): number of matches in the gallery.
-        num_junk: int64 of shape (Q,): number of gallery entries that the protocol removed.
+        num_positives, num_junk: int64 of shape (Q,): matches in the gallery, and entries that the protocol removed.
         is_junk: bool of shape (Q,): whether the query has a junk identity. Such a query has no match.
         identities: array of shape (Q,): the identity of each query, as it was given.
         num_gallery: size of the gallery, without the entries that have a junk identity.
@@ -68,10 +60,7 @@ class RankedQueries:
     def hits(self, max_rank: int = 50) -> Tensor:
         """The CMC of each query: float64 of shape (Q, min(max_rank, gallery size)), in [0, 1].
 
-        Column k - 1 is the probability that a match is among the first k entries.
-
-        Raises:
-            InputError: if ``max_rank`` is below 1.
+        Column k - 1 is the probability that a match is among the first k entries. ``max_rank`` is at least 1.
         """
         if max_rank < 1:
             raise InputError(f"max_rank={max_rank}: give a positive rank")
@@ -108,23 +97,14 @@ def rank_queries(
     progress: bool = False,
     group: dist.ProcessGroup | None = None,
 ) -> RankedQueries:
-    """Ranks the gallery of every query by the re-ID protocol, which ``evaluation.scores.evaluate`` describes.
+    """Ranks the gallery of every query by the re-ID protocol.
+
+    ``pml_drsl.evaluation.scores.evaluate`` describes the protocol and the arguments that are not here.
 
     Args:
         distances: distances of Q queries to M gallery entries; see ``DistanceRows``.
-        query_ids: identities of the queries, shape (Q,), integers or strings.
-        gallery_ids: identities of the gallery, shape (M,).
-        query_cams: cameras of the queries, shape (Q,), or None (with ``gallery_cams``) for retrieval without cameras.
-        gallery_cams: cameras of the gallery, shape (M,).
-        ties: how to score a match and a negative at the same distance; see ``evaluate``.
-        protocol: ``"standard"`` (of Market-1501) or ``"single-gallery-shot"`` (of CUHK03).
-        seed: seed of the draws of ``"single-gallery-shot"``.
         gallery_starts_with_query: whether the first Q gallery entries are the queries themselves. Each query is then
             removed from its own gallery.
-        junk: identities of images that have no effect: gallery entries are no matches and no wrong answers, and
-            queries are not scored.
-        chunk_size: number of queries to rank at once; None for about 64 MiB of distances.
-        progress: show a progress bar on stderr.
         group: processes that share the queries, in whole chunks. Every process must give the same arguments. Every
             process gets the result that one process would get with the same number of threads, bit for bit.
 
@@ -132,8 +112,8 @@ def rank_queries(
         InputError: if labels have a wrong shape or type, only one camera list is given, an option is unknown, or no
             query has a match.
     """
-    _check_option("ties", ties, TIES)
-    _check_option("protocol", protocol, PROTOCOLS)
+    check_option("ties", ties, TIES)
+    check_option("protocol", protocol, PROTOCOLS)
     num_query, num_gallery = distances.num_query, distances.num_gallery
     ids = number_identities(query_ids, gallery_ids, num_query, num_gallery, junk)
     if (query_cams is None) != (gallery_cams is None):
@@ -183,19 +163,9 @@ def rank_queries(
 def _rank_rows(
     rows: Tensor, members: Tensor, valid: Tensor, removed: Tensor, ties: Ties, shots: SingleShots | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ranks one chunk of q queries. Overwrites ``rows``.
+    """The first four attributes of ``RankedQueries`` for a chunk of q queries. Overwrites ``rows``, shape (q, M).
 
-    Args:
-        rows: distances, shape (q, M).
-        members: gallery entries of each query's identity, shape (q, C).
-        valid: False where a member is padding, shape (q, C).
-        removed: members that the protocol removes, shape (q, C).
-        ties: see ``evaluate``.
-        shots: the galleries of ``"single-gallery-shot"``, or None.
-
-    Returns:
-        Average precision, shape (q,); inverse negative penalty, shape (q,); first places, shape (q, S); number of
-        positives, shape (q,).
+    The members of each query's identity, ``valid`` (False for padding) and ``removed`` by the protocol: shape (q, C).
     """
     num_positives = (valid & ~removed).sum(dim=1)
     device = rows.device
@@ -230,18 +200,11 @@ def _rank_rows(
 
 
 def _count_before(rows: Tensor, thresholds: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts the entries of each row that are below each threshold, and equal to each threshold. Overwrites the rows.
+    """The number of entries of each row, shape (q, M), below and at each threshold, shape (q, K). Overwrites the rows.
 
-    On a CPU, numpy sorts numbers by the processor's vector instructions, about ten times as fast as ``torch.sort``,
-    which also says where each number was. It is also faster than a search of each entry among the thresholds.
-
-    Args:
-        rows: distances, shape (q, M).
-        thresholds: distances, shape (q, K).
-        last: the largest threshold that matters, shape (q, 1). Counts of larger thresholds are wrong.
-
-    Returns:
-        Two int64 tensors of shape (q, K).
+    ``last`` is the largest threshold that matters, shape (q, 1). Counts of larger thresholds are wrong. On a CPU, numpy
+    sorts by the processor's vector instructions, about ten times as fast as ``torch.sort``, which also says where each
+    number was.
     """
     # Equal entries are sorted fast. Entries after the last match need no order among themselves.
     torch.minimum(rows, torch.nextafter(last, torch.full_like(last, torch.inf)), out=rows)
@@ -255,15 +218,63 @@ def _count_before(rows: Tensor, thresholds: Tensor, last: Tensor) -> tuple[Tenso
     return earlier, torch.searchsorted(rows, thresholds, right=True) - earlier
 
 
+class Identities:
+    """The gallery grouped by identity: ``order[starts[i] : starts[i] + counts[i]]`` are the entries of identity i.
+
+    The identities, shape (M,), are numbers from 0; -1 for an entry that is in no group.
+    """
+
+    def __init__(self, gallery_ids: Tensor, num_identities: int) -> None:
+        self.order = gallery_ids.argsort(stable=True)
+        self.counts = torch.bincount(gallery_ids[gallery_ids >= 0], minlength=num_identities)
+        self.starts = self.counts.cumsum(0) - self.counts + (gallery_ids < 0).sum()
+
+    def members(self, identities: Tensor) -> tuple[Tensor, Tensor]:
+        """The gallery entries of some identities, shape (q, C) with C >= 1, and False where an entry is padding.
+
+        The identity -1 has no entries. Padding repeats the identity's first entry.
+        """
+        counts = torch.where(identities < 0, 0, self.counts[identities])[:, None]
+        column = torch.arange(max(1, int(counts.max())))[None, :]
+        valid = column < counts
+        places = self.starts[identities][:, None] + torch.where(valid, column, 0)
+        return self.order[places.clamp_(max=len(self.order) - 1)], valid
+
+
+class SingleShots:
+    """Galleries of CUHK03's single-gallery-shot protocol: new galleries for each query, with one entry per identity."""
+
+    def __init__(self, groups: Identities, seed: int) -> None:
+        self.order = groups.order
+        present = groups.counts > 0
+        self.starts, self.counts = groups.starts[present], groups.counts[present]
+        self.generator = np.random.default_rng(seed)
+        self.draws_per_query = NUM_REPEATS * (len(self.counts) + 1)
+
+    def skip(self, num_queries: int) -> None:
+        """Moves the random generator on, as if so many queries had drawn their galleries."""
+        self.generator.bit_generator.advance(num_queries * self.draws_per_query)  # type: ignore[attr-defined]
+
+    def negatives_before(self, rows: Tensor, thresholds: Tensor, num_positives: Tensor) -> tuple[Tensor, Tensor]:
+        """The number of drawn negatives closer than the drawn positive of each query, and of those at its distance.
+
+        Both have the shape (q, ``NUM_REPEATS``). ``rows`` are the distances of the negatives, shape (q, M), infinite at
+        entries of the query's identity. ``thresholds`` are those of its positives, in the first columns.
+        """
+        # One stream of random numbers in the order of the queries makes results independent of the chunks.
+        shape = (len(rows), NUM_REPEATS, len(self.counts) + 1)
+        draws = torch.from_numpy(self.generator.random(shape))
+        chosen = self.order[self.starts + (draws[..., :-1] * self.counts).long()].to(rows.device)
+        negatives = rows.gather(1, chosen.flatten(1)).view(chosen.shape)
+        which = (draws[..., -1].to(rows.device) * num_positives[:, None]).long()
+        threshold = thresholds.gather(1, which)[:, :, None]
+        return (negatives < threshold).sum(dim=2), (negatives == threshold).sum(dim=2)
+
+
 def share(number: int, group: dist.ProcessGroup) -> slice:
     """The part of ``number`` consecutive items that belongs to this process. Parts differ by at most one item."""
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     return slice(number * rank // world_size, number * (rank + 1) // world_size)
-
-
-def _check_option(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise InputError(f"unknown {name} {value!r}: choose one of {', '.join(map(repr, allowed))}")
 
 
 def _why_no_match(ids: tuple[Tensor, Tensor], ranked: RankedQueries, has_cams: bool, with_query: bool) -> str:
@@ -274,9 +285,8 @@ def _why_no_match(ids: tuple[Tensor, Tensor], ranked: RankedQueries, has_cams: b
     if shared == 0:
         return f"{message}: no query identity occurs in the gallery; check that both use the same identity labels"
     message += f": the identities of {shared} occur there, but only as entries that the protocol leaves out"
-    if has_cams:
-        return (
-            f"{message} ({int(ranked.num_junk.sum())} entries of the query's identity and camera). A match must come "
-            "from another camera than its query: check query_cams and gallery_cams, or leave both out"
-        )
-    return f"{message} (the query itself)" if with_query else message
+    if not has_cams:
+        return f"{message} (the query itself)" if with_query else message
+    junk = f"({int(ranked.num_junk.sum())} entries of the query's identity and camera)"
+    cure = "check query_cams and gallery_cams, or leave both out"
+    return f"{message} {junk}. A match must come from another camera than its query: {cure}"

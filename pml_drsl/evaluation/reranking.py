@@ -1,9 +1,8 @@
 """Re-ranking by k-reciprocal neighbours (Zhong, Zheng, Cao, Li, CVPR 2017), in little memory.
 
-Two images are similar if their neighbours are similar. Each image is encoded by its k-reciprocal neighbours, as a
-vector with a few dozen non-zero entries. The Jaccard distance of two codes is mixed with the original distance. Only
-neighbour lists, codes and a few rows of distances are in memory, never a matrix of all images by all images. Equation
-numbers are from the paper. The results equal the results of its published code, which torchreid contains.
+Each image is encoded by its k-reciprocal neighbours, as a vector with a few dozen non-zero entries. The Jaccard
+distance of two codes is mixed with the original distance. No matrix of all images by all images is in memory. Equation
+numbers are from the paper. The results equal those of its published code, which torchreid contains.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from tqdm import tqdm
 
 from pml_drsl.checks import InputError
 from pml_drsl.evaluation import Metric
-from pml_drsl.evaluation.distances import Array, FeatureDistances, as_features, rows_per_chunk
+from pml_drsl.evaluation.arrays import Array
+from pml_drsl.evaluation.distances import FeatureDistances, as_features, rows_per_chunk
 
 # Each row compares neighbours with k1^3 / 2 booleans.
 ROWS_PER_STEP = 256
@@ -39,14 +39,11 @@ def rerank(
     divided by the largest distance of its row and then squared.
 
     Args:
-        query: floating-point features of shape (Q, D).
-        gallery: floating-point features of shape (M, D).
+        query, gallery: floating-point features of shapes (Q, D) and (M, D).
         k1: number of neighbours that may be reciprocal, at least 1.
-        k2: number of neighbours whose codes are averaged (local query expansion), at least 1. 1 turns averaging off.
+        k2: number of neighbours whose codes are averaged (local query expansion); 1 turns averaging off.
         lambda_value: weight of the original distance, in [0, 1].
-        metric: ``"euclidean"`` or ``"cosine"``.
-        device: where to compute distances; None for the device of ``query``.
-        progress: show a progress bar on stderr.
+        metric, device, progress: see ``pml_drsl.evaluation.scores.evaluate``.
 
     Raises:
         InputError: if a parameter is out of its range, or ``FeatureDistances`` refuses the features.
@@ -67,19 +64,14 @@ def rerank(
 class RerankedDistances:
     """Rows of re-ranked distances: ``(1 - lambda) * Jaccard + lambda * original`` (eq. 12). ``rerank`` creates it.
 
-    Args:
-        original: distances of Q queries to M gallery entries.
-        largest: largest original distance of each query to any image, shape (Q,).
-        encoded: sparse codes of all images, queries first, shape (Q + M, Q + M). Each row sums to 1 or is empty.
-        lambda_value: weight of the original distance, in [0, 1].
+    ``largest`` is the largest original distance of each query to any image, shape (Q,). The sparse codes of all images,
+    queries first, have shape (Q + M, Q + M). Each row sums to 1 or is empty.
     """
 
     def __init__(
         self, original: FeatureDistances, largest: Tensor, encoded: sparse.csr_array, lambda_value: float
     ) -> None:
-        self.original = original
-        self.lambda_value = lambda_value
-        self._largest = largest
+        self.original, self.lambda_value, self._largest = original, lambda_value, largest
         self._queries = encoded[: original.num_query]
         self._gallery = encoded[original.num_query :].tocsc()  # A column lists the images that have a neighbour.
 
@@ -98,7 +90,7 @@ class RerankedDistances:
         return jaccard.mul_(1 - self.lambda_value).add_(original, alpha=self.lambda_value)
 
     def distances(self, start: int, stop: int) -> Tensor:
-        """The same as ``rows``, because re-ranked rows do not differ from the distances by a constant."""
+        """The same as ``rows``: re-ranked rows do not differ from the distances by a constant."""
         return self.rows(start, stop)
 
     def _jaccard(self, queries: sparse.csr_array) -> Tensor:
@@ -127,11 +119,7 @@ def _normalise(distances: Tensor, largest: Tensor) -> Tensor:
 
 
 def _nearest(among: FeatureDistances, count: int, progress: bool) -> tuple[Tensor, Tensor]:
-    """The nearest images of each of N images, and its largest distance.
-
-    Returns:
-        Nearest images with the image itself, nearest first, shape (N, min(count, N)); largest distances, shape (N,).
-    """
+    """The nearest images of each of N images, itself too, shape (N, min(count, N)), and its largest distance, (N,)."""
     size = among.num_query
     step = rows_per_chunk(size)
     neighbours, largest = [], []
@@ -147,12 +135,8 @@ def _nearest(among: FeatureDistances, count: int, progress: bool) -> tuple[Tenso
 def _reciprocal(neighbours: Tensor) -> Tensor:
     """Whether each neighbour has the image among its own neighbours too, bool of shape (N, k) (eq. 3)."""
     images = torch.arange(len(neighbours))[:, None, None]
-    return torch.cat(
-        [
-            (neighbours[neighbours[i : i + ROWS_PER_STEP]] == images[i : i + ROWS_PER_STEP]).any(dim=2)
-            for i in range(0, len(neighbours), ROWS_PER_STEP)
-        ]
-    )
+    steps = zip(neighbours.split(ROWS_PER_STEP), images.split(ROWS_PER_STEP), strict=True)
+    return torch.cat([(neighbours[mine] == image).any(dim=2) for mine, image in steps])
 
 
 def _encode(among: FeatureDistances, neighbours: Tensor, largest: Tensor, k1: int) -> sparse.csr_array:
@@ -162,12 +146,10 @@ def _encode(among: FeatureDistances, neighbours: Tensor, largest: Tensor, k1: in
     """
     size = len(neighbours)
     full, half = neighbours[:, : k1 + 1], neighbours[:, : round(k1 / 2) + 1]
-    full_reciprocal, half_reciprocal = _reciprocal(full), _reciprocal(half)
+    images, half_reciprocal = torch.arange(size)[:, None], _reciprocal(half)
     pairs = []
-    for start in range(0, size, ROWS_PER_STEP):
-        step = slice(start, start + ROWS_PER_STEP)
-        image = torch.arange(size)[step, None]
-        mine, is_mine = full[step], full_reciprocal[step]
+    steps = (rows.split(ROWS_PER_STEP) for rows in (images, full, _reciprocal(full)))
+    for image, mine, is_mine in zip(*steps, strict=True):
         theirs, is_theirs = half[mine], half_reciprocal[mine]  # (n, k1 + 1, k1 / 2 + 1)
         known = ((theirs[..., None] == mine[:, None, None, :]) & is_mine[:, None, None, :]).any(dim=3) & is_theirs
         # A neighbour's set joins if more than two thirds of the set are among the image's own neighbours.
@@ -176,8 +158,7 @@ def _encode(among: FeatureDistances, neighbours: Tensor, largest: Tensor, k1: in
         pairs.append((image * size + mine)[is_mine])
         pairs.append((image[..., None] * size + theirs)[added])
     rows, columns = np.divmod(np.unique(torch.cat(pairs).numpy()), size)
-    pairs_on_device = (torch.from_numpy(indices).to(among.query.device) for indices in (rows, columns))
-    distances = among.of_pairs(*pairs_on_device)
+    distances = among.of_pairs(*(torch.from_numpy(of_pairs).to(among.query.device) for of_pairs in (rows, columns)))
     weights = torch.exp(-_normalise(distances, largest[rows].cpu())).double().numpy()
     weights /= np.bincount(rows, weights, size)[rows]
     return sparse.csr_array((weights.astype(np.float32), (rows, columns)), shape=(size, size))

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pml_drsl.checks import InputError
 from pml_drsl.evaluation import JUNK, METRICS, PROTOCOLS, RANKS, TIES, Metric, SearchProtocol, Ties, reranking
-from pml_drsl.evaluation.distances import Array, DistanceRows, FeatureDistances, as_features
-from pml_drsl.evaluation.identities import Junk, Labels, label_array, number_identities, shared_labels
+from pml_drsl.evaluation.arrays import Array, Junk, Labels, label_array, number_identities, shared_labels
+from pml_drsl.evaluation.distances import DistanceRows, FeatureDistances, as_features
 from pml_drsl.evaluation.ranking import SCORES, RankedQueries, rank_queries
 
 __all__ = [
@@ -63,18 +63,13 @@ class RetrievalResult:
         return self.means["mINP"]
 
     def scores(self, ranks: Sequence[int] = RANKS) -> dict[str, float]:
-        """All scores by name: the means, and "rank-k" for each of the ranks.
-
-        Raises:
-            InputError: see ``rank``.
-        """
+        """All scores by name: the means, and "rank-k" for each of the ranks; see ``rank``."""
         return self.means | {f"rank-{k}": self.rank(k) for k in ranks}
 
     def rank(self, k: int) -> float:
         """Rank-k: the share of queries that have a match among their first k gallery entries, in [0, 1].
 
-        Raises:
-            InputError: if k is below 1, or larger than a CMC that ``max_rank`` shortened.
+        An InputError for a k below 1, or larger than a CMC that ``max_rank`` shortened.
         """
         if k < 1 or (k > len(self.cmc) and len(self.cmc) < self.num_gallery):
             raise InputError(f"rank {k} is outside 1..{len(self.cmc)}: evaluate with a larger max_rank")
@@ -118,30 +113,23 @@ def evaluate(
         ``"optimistic"``: the match comes first.
         ``"pessimistic"``: the negative comes first.
         ``"mean"``: each counts half before the other, as ``sigmoid(0) = 1/2`` in the loss. Then 1 - mAP is the limit
-        of the loss's retrieval error at temperature 0. A match has ``e`` negatives before it and ``t`` negatives
-        tied with it, and ``p`` matches before it and ``s`` other matches tied with it. With ``r = 1 + p + s / 2``,
-        its precision is ``r / (r + e + t / 2)``. INP uses (number of matches) + ``e + t / 2`` of the last match as
-        the place of that match. CMC is the mean of the optimistic and the pessimistic curve.
+        of the loss's retrieval error at temperature 0. A match with ``e`` negatives and ``p`` matches before it, and
+        ``t`` and ``s`` tied with it, has the precision ``r / (r + e + t / 2)``, where ``r = 1 + p + s / 2``. INP takes
+        ``e + t / 2`` of the last match. CMC is the mean of the optimistic and the pessimistic curve.
 
     ``protocol`` says how CMC is measured:
         ``"standard"``: on the whole gallery.
-        ``"single-gallery-shot"``: the first protocol of CUHK03. CMC is the average over 10 galleries for each query.
-        Each gallery has one entry of each identity, drawn at random. mAP and mINP use the whole gallery, as in
-        torchreid.
+        ``"single-gallery-shot"``: the first protocol of CUHK03. CMC is the average over 10 galleries for each query,
+        with one entry of each identity, drawn at random. mAP and mINP use the whole gallery, as in torchreid.
 
     Args:
-        query: features of shape (Q, D), a tensor or an array of any floating-point type.
-        gallery: features of shape (M, D).
-        query_ids: identities of the queries, shape (Q,), integers or strings.
-        gallery_ids: identities of the gallery, shape (M,).
-        query_cams: cameras of the queries, shape (Q,). For retrieval without cameras, leave out both camera lists.
-        gallery_cams: cameras of the gallery, shape (M,).
+        query, gallery: features of shapes (Q, D) and (M, D), tensors or arrays of any floating-point type.
+        query_ids, gallery_ids: identities, shapes (Q,) and (M,), integers or strings.
+        query_cams, gallery_cams: cameras, shapes (Q,) and (M,). For retrieval without cameras, leave out both.
         metric: ``"euclidean"`` or ``"cosine"``.
-        ties: ``"mean"``, ``"optimistic"`` or ``"pessimistic"``.
-        protocol: ``"standard"`` or ``"single-gallery-shot"``.
+        ties, protocol: see above.
         max_rank: length of the CMC, at least 1. A smaller gallery shortens the CMC.
-        rerank: re-rank by k-reciprocal neighbours first, with the defaults of
-            ``pml_drsl.evaluation.reranking.rerank``.
+        rerank: re-rank by k-reciprocal neighbours first; see ``pml_drsl.evaluation.reranking.rerank``.
         seed: seed of the draws of ``"single-gallery-shot"``. Global random generators are not used.
         junk: identities of images that have no effect, integers or strings. -1 stands for "-1" too.
         device: where to compute; None for the device of ``query``.
@@ -162,44 +150,21 @@ def evaluate(
         distances = reranking.rerank(query, gallery, metric=metric, device=device, progress=progress)
     else:
         distances = FeatureDistances(query, gallery, metric, device=device)
-    ranked = rank_queries(
-        distances,
-        query_ids,
-        gallery_ids,
-        query_cams,
-        gallery_cams,
-        ties=ties,
-        protocol=protocol,
-        seed=seed,
-        junk=junk,
-        chunk_size=chunk_size,
-        progress=progress,
-    )
-    return summarize(ranked, max_rank)
+    labels = query_ids, gallery_ids, query_cams, gallery_cams
+    options: dict[str, Any] = {"ties": ties, "protocol": protocol, "seed": seed, "junk": junk, "chunk_size": chunk_size}
+    return summarize(rank_queries(distances, *labels, progress=progress, **options), max_rank)
 
 
 def _keep(kept: Tensor, features: Tensor, ids: Labels, cams: Labels | None) -> tuple[Tensor, Labels, Labels | None]:
     """The images that ``kept``, bool of shape (N,), selects."""
     if bool(kept.all()):
         return features, ids, cams
-    where = kept.numpy()
-    return (
-        features[kept.to(features.device)],
-        label_array(ids)[where],
-        None if cams is None else label_array(cams)[where],
-    )
+    cams = None if cams is None else label_array(cams)[kept.numpy()]
+    return features[kept.to(features.device)], label_array(ids)[kept.numpy()], cams
 
 
 def summarize(ranked: RankedQueries, max_rank: int = 50) -> RetrievalResult:
-    """The mean scores of ranked queries, over the queries that have a match.
-
-    Args:
-        ranked: the output of ``rank_queries``.
-        max_rank: length of the CMC, at least 1.
-
-    Raises:
-        InputError: if ``max_rank`` is below 1.
-    """
+    """The mean scores of what ``rank_queries`` gave, over the queries with a match; ``max_rank`` as in ``evaluate``."""
     matched = ranked.matched
     return RetrievalResult(
         means={name: float(of_queries(ranked)[matched].mean()) for name, of_queries in SCORES.items()},

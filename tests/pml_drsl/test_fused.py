@@ -20,10 +20,10 @@ from pml_drsl.losses import DRSLoss
 from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
 from pytorch_metric_learning.miners import PairMarginMiner
 
-eager = fused._kernels_for
+eager = fused._kernels
 calls = []
 
-def interpreted(distances):
+def interpreted(device_type):
     calls.append(True)
     return kernels
 
@@ -41,7 +41,7 @@ for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         loss_fn = DRSLoss(**{"temperature": 0.1, **options})
         for arguments in ((x, labels), (x, labels, None, ref, ref_labels), (x, labels, PairMarginMiner()(x, labels))):
             results = []
-            for fused._kernels_for in (eager, interpreted):
+            for fused._kernels in (eager, interpreted):
                 loss = loss_fn(*arguments)
                 inputs = [x] if len(arguments) < 4 else [x, ref]
                 results.append((loss, *torch.autograd.grad(loss, inputs)))
@@ -96,7 +96,7 @@ def test_where_the_kernels_do_not_run_it_says_so_and_goes_on(monkeypatch):
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *sizes, device: zeros(*sizes))
     with pytest.warns(UserWarning, match="slower path: Failed to find C compiler"):
-        assert fused._kernels.__wrapped__() is None
+        assert fused._kernels.__wrapped__("cuda") is None
 
 
 def test_kernels_start_on_the_device_of_their_tensors(monkeypatch):

@@ -8,8 +8,8 @@ from batches import DEVICES, make_batch, make_loss
 from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity, LpDistance
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pml_drsl.machine import full_precision
 from pml_drsl.miners import NegativeBudgetMiner, RankViolationMiner
-from pml_drsl.precision import full_precision
 
 PRODUCTS = {"mm", "addmm", "_euclidean_dist", "_cdist_forward"}
 
