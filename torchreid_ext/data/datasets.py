@@ -1,14 +1,9 @@
-"""Makes torchreid data sets from folders of images or CSVs that a configuration describes.
-
-The import of this module registers ``synthetic_pedestrians`` (images) and ``synthetic_tracklets`` (video).
-:func:`register_datasets` registers the data sets of a configuration. Each of them is a :class:`ConfiguredDataset`, and
-:mod:`torchreid_ext.data.splits` reads it.
-"""
+"""Makes torchreid data sets from folders of images or CSVs that a configuration describes."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +12,7 @@ import torchreid
 from pml_drsl.checks import InputError
 from torchreid_ext.data.options import SetOptions, make_options
 from torchreid_ext.data.splits import check_splits, read_csv, read_folder
-from torchreid_ext.data.synthetic.pedestrians import NAME as PEDESTRIANS
-from torchreid_ext.data.synthetic.pedestrians import SyntheticPedestrians
-from torchreid_ext.data.synthetic.tracklets import NAME as TRACKLETS
-from torchreid_ext.data.synthetic.tracklets import SyntheticTracklets
 from torchreid_ext.images import SPLITS, Table
-
-__all__ = [
-    "ConfiguredDataset",
-    "SyntheticPedestrians",
-    "SyntheticTracklets",
-    "register_datasets",
-    "without_empty_folders",
-]
 
 Item = tuple[str, int, int]
 """A path, the number of an identity and the number of a camera, as in torchreid's data sets."""
@@ -165,20 +148,6 @@ def register_datasets(datasets: Mapping[str, Mapping[str, Any]]) -> None:
         except ValueError as error:
             raise InputError(f"datasets: torchreid has its own {name!r} already; choose another name") from error
         _entries[name] = entry
-
-
-def _register(register: Callable[[str, type], None], name: str, dataset: type) -> None:
-    # If this module is reloaded, the data set is already registered.
-    with contextlib.suppress(ValueError):
-        register(name, dataset)
-
-
-def _register_synthetic() -> None:
-    _register(torchreid.data.register_image_dataset, PEDESTRIANS, SyntheticPedestrians)
-    _register(torchreid.data.register_video_dataset, TRACKLETS, SyntheticTracklets)
-
-
-_register_synthetic()
 
 
 @contextlib.contextmanager
