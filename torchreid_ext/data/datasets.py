@@ -25,17 +25,16 @@ def _numbers(names: Iterable[str]) -> dict[str, int]:
 def _numbered(table: Table) -> list[list[Item]]:
     """Train, query and gallery with numbers from 0 in place of names.
 
-    A camera has the same number in every split; an image whose camera is not known has a camera of its own. The cameras
-    of the training images come first, so that their numbers have no gaps, on which torchreid relies when it joins data
-    sets.
+    A camera has the same number in every split. The cameras of the training images come first, so that their numbers
+    have no gaps: torchreid relies on that when it joins data sets.
     """
     train, test = table.train, table.query + table.gallery
     trained, tested = (_numbers(row.identity for row in rows) for rows in (train, test))
-    cameras = _numbers(row.camera or row.path for row in train)
-    for camera in sorted({row.camera or row.path for row in test} - set(cameras)):
+    cameras = _numbers(row.seen_by for row in train)
+    for camera in sorted({row.seen_by for row in test} - set(cameras)):
         cameras[camera] = len(cameras)
     pairs = ((train, trained), (table.query, tested), (table.gallery, tested))
-    return [[(row.path, pids[row.identity], cameras[row.camera or row.path]) for row in rows] for rows, pids in pairs]
+    return [[(row.path, pids[row.identity], cameras[row.seen_by]) for row in rows] for rows, pids in pairs]
 
 
 class ConfiguredDataset(torchreid.data.ImageDataset):

@@ -268,8 +268,8 @@ def check_splits(name: str, table: Table, mode: str) -> None:
 def _check_matches(where: str, query: list[Row], gallery: list[Row]) -> None:
     cameras = defaultdict(set)
     for row in gallery:
-        cameras[row.identity].add(row.camera or row.path)
-    unmatched = [row for row in query if not cameras[row.identity] - {row.camera or row.path}]
+        cameras[row.identity].add(row.seen_by)
+    unmatched = [row for row in query if not cameras[row.identity] - {row.seen_by}]
     if unmatched and len(unmatched) == len(query):
         raise InputError(
             f"{where}: no query has a match in the gallery from another camera, for example {unmatched[0].path} of "

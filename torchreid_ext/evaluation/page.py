@@ -11,7 +11,7 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pml_drsl.checks import InputError
 from torchreid_ext.pixels import read_image
@@ -22,6 +22,9 @@ Box = tuple[int, int, int, int]
 
 # Twice the size at which the page shows a picture, for screens with many pixels.
 THUMBNAIL = (256, 512)
+
+EMPTY = (236, 236, 236)
+"""The colour beside an image that does not fill its place."""
 
 QUERIES_PER_PAGE = 100
 """More queries than this are written on several pages, because every page holds its own pictures."""
@@ -92,6 +95,17 @@ class Ranking:
     query: Picture
     matches: Sequence[Found]
     note: str = ""
+
+
+def tiled(images: Sequence[Image.Image], size: tuple[int, int]) -> Image.Image:
+    """One image of ``size`` in pixels: an image, or up to four of them in two columns, each as large as it fits."""
+    columns = 2 if len(images) > 1 else 1
+    cell = size[0] // columns, size[1] // columns
+    whole = Image.new("RGB", size, EMPTY)
+    for number, image in enumerate(images):
+        fitted = ImageOps.pad(image, cell, Image.Resampling.LANCZOS, color=EMPTY)
+        whole.paste(fitted, (number % columns * cell[0], number // columns * cell[1]))
+    return whole
 
 
 def write_pages(
@@ -176,8 +190,9 @@ def _card(picture: Picture, kind: str, name: str, distance: float | None = None)
     rows.append(f'<span class="path short">{escape("/".join(Path(picture.path).parts[-2:]))}</span>')
     rows.append(f'<span class="path full">{escape(full)}</span>')
     mark = f'<span class="mark">{sign}</span>' if sign else ""
+    label = escape(", ".join(filter(None, spoken)))
     return (
-        f'<button type="button" class="{f"card {kind}".strip()}" aria-label="{escape(", ".join(filter(None, spoken)))}">'
+        f'<button type="button" class="{f"card {kind}".strip()}" aria-label="{label}">'
         f'{_image(picture)}{mark}<span class="caption">{"".join(rows)}</span></button>'
     )
 
@@ -190,11 +205,7 @@ def _image(picture: Picture) -> str:
         return '<span class="missing">the picture cannot be read</span>'
     shown = images[0] if picture.crop is None else images[0].crop(picture.crop)
     if len(images) > 1:
-        cell = THUMBNAIL[0] // 2, THUMBNAIL[1] // 2
-        shown = Image.new("RGB", THUMBNAIL, (236, 236, 236))
-        for index, image in enumerate(images):
-            image.thumbnail(cell, Image.Resampling.LANCZOS)
-            shown.paste(image, (index % 2 * cell[0], index // 2 * cell[1]))
+        shown = tiled(images, THUMBNAIL)
     shown.thumbnail(THUMBNAIL, Image.Resampling.LANCZOS)
     file = io.BytesIO()
     shown.save(file, "JPEG", quality=85)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from pml_drsl.checks import InputError
-from torchreid_ext.evaluation.page import Picture, Ranking
+from torchreid_ext.evaluation.page import Picture, Ranking, tiled
 from torchreid_ext.pixels import read_image
 from torchreid_ext.runtime.files import replacing
 
@@ -20,7 +20,6 @@ WRONG: Colour = (206, 32, 48)
 INK: Colour = (34, 34, 34)
 FAINT: Colour = (110, 110, 110)
 PAPER: Colour = (255, 255, 255)
-EMPTY: Colour = (236, 236, 236)
 FRAMES = {"right": RIGHT, "wrong": WRONG, "junk": (190, 190, 190), "query": INK}
 
 _IMAGE = (96, 192)
@@ -32,13 +31,7 @@ _MARK = 13
 
 def _paste(page: Image.Image, picture: Picture, left: int, top: int, kind: str) -> None:
     """Pastes a picture with a frame, whose corner is at ``left`` and ``top``."""
-    images = [read_image(file) for file in picture.shown]
-    columns = 2 if len(images) > 1 else 1
-    size = _IMAGE[0] // columns, _IMAGE[1] // columns
-    cell = Image.new("RGB", _IMAGE, EMPTY)
-    for number, image in enumerate(images):
-        fitted = ImageOps.pad(image, size, Image.Resampling.LANCZOS, color=EMPTY)
-        cell.paste(fitted, (number % columns * size[0], number // columns * size[1]))
+    cell = tiled([read_image(file) for file in picture.shown], _IMAGE)
     if kind == "junk":
         cell = Image.blend(ImageOps.grayscale(cell).convert("RGB"), Image.new("RGB", _IMAGE, PAPER), 0.5)
     page.paste(ImageOps.expand(cell, _FRAME, FRAMES[kind]), (left, top))

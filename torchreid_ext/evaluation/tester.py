@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pml_drsl.evaluation.scores import RankedQueries, RetrievalResult
 from torchreid_ext.evaluation import ranking
 from torchreid_ext.evaluation.extraction import extract
@@ -112,13 +114,10 @@ class Tester:
 def write_queries(search: ranking.Search, ranked: RankedQueries, path: Path) -> None:
     """Writes a line for each query: identity, camera, AP, INP and rank-1; the scores are ``nan`` without a match."""
     scores = ranked.average_precision, ranked.inverse_negative_penalty, ranked.hits(1)[:, 0]
-    columns = [search.query.pids.tolist(), search.query.camids.tolist(), *(score.tolist() for score in scores)]
-    lines = (
-        f"{identity},{camera},{ap:.6g},{inp:.6g},{hit:g}"
-        for identity, camera, ap, inp, hit in zip(*columns, strict=True)
-    )
+    table = np.column_stack([search.query.pids, search.query.camids, *scores])
+    head, form = "identity,camera,AP,INP,rank-1", ("%d", "%d", "%.6g", "%.6g", "%g")
     with replacing(path) as file:
-        file.write("\n".join(["identity,camera,AP,INP,rank-1", *lines, ""]).encode())
+        np.savetxt(file, table, form, delimiter=",", header=head, comments="")
 
 
 def write_metrics(results: dict[str, RetrievalResult], save_dir: str) -> None:
