@@ -32,7 +32,7 @@ __all__ = [
     "get_default_config",
 ]
 
-# This package evaluates by pml_drsl.evaluation.scores, so that torchreid's missing Cython code costs nothing.
+# This package evaluates by itself, so that torchreid's missing Cython code costs nothing.
 warnings.filterwarnings("ignore", message="Cython evaluation")
 
 _ENGINES = ("ImageDRSLEngine", "ImagePMLEngine", "VideoDRSLEngine", "VideoPMLEngine")
@@ -61,15 +61,14 @@ def _register(torchreid: Any) -> None:
             raise AttributeError(f"module 'torchreid.engine' has no attribute {name!r}")
         return __getattr__(name)
 
+    def dataset(name: str) -> Any:
+        return lambda **options: getattr(importlib.import_module("torchreid_ext.data.synthetic"), name)(**options)
+
     torchreid.engine.__getattr__ = engine
     # If this module is reloaded, the data sets are already registered.
     with contextlib.suppress(ValueError):
-        torchreid.data.register_image_dataset("synthetic_pedestrians", _dataset("pedestrians", "SyntheticPedestrians"))
-        torchreid.data.register_video_dataset("synthetic_tracklets", _dataset("tracklets", "SyntheticTracklets"))
-
-
-def _dataset(module: str, name: str) -> Any:
-    return lambda **options: getattr(importlib.import_module(f"torchreid_ext.data.synthetic.{module}"), name)(**options)
+        torchreid.data.register_image_dataset("synthetic_pedestrians", dataset("SyntheticPedestrians"))
+        torchreid.data.register_video_dataset("synthetic_tracklets", dataset("SyntheticTracklets"))
 
 
 class _AfterTorchreid(MetaPathFinder):

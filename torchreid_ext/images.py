@@ -1,7 +1,4 @@
-"""Lists images in one table (path, identity, camera, split): from folders, CSV files and torchreid's data sets.
-
-Training, search, extraction and the benchmark all read this table.
-"""
+"""Lists images in one table (path, identity, camera, split): from folders, CSV files and torchreid's data sets."""
 
 from __future__ import annotations
 
@@ -50,6 +47,11 @@ class Row(NamedTuple):
     camera: str = ""
     split: str = ""
 
+    @property
+    def seen_by(self) -> str:
+        """The camera; an image whose camera is not known has a camera of its own."""
+        return self.camera or self.path
+
 
 @dataclass
 class Table:
@@ -70,17 +72,14 @@ class Table:
 
     @property
     def train(self) -> list[Row]:
-        """The rows to train on."""
         return self.of("train")
 
     @property
     def query(self) -> list[Row]:
-        """The query images of the test."""
         return self.of("query")
 
     @property
     def gallery(self) -> list[Row]:
-        """The gallery images of the test."""
         return self.of("gallery")
 
     def leave_out(self, reason: str, name: str) -> None:
@@ -94,14 +93,13 @@ class Table:
 
     def about_left_out(self) -> str:
         """A line on the files that were left out; empty if there is none."""
-        parts = [f"{len(names)} {reason} ({_examples(names)})" for reason, names in self.left_out.items()]
+        parts = []
+        for reason, names in self.left_out.items():
+            examples = ", ".join(map(repr, names[:2])) + (", ..." if len(names) > 2 else "")
+            if not HEIF and any(name.lower().endswith(".heic") for name in names):
+                examples += "; pip install pillow-heif to read .heic"
+            parts.append(f"{len(names)} {reason} ({examples})")
         return f"left out: {'; '.join(parts)}" if parts else ""
-
-
-def _examples(names: Sequence[str]) -> str:
-    heic = not HEIF and any(name.lower().endswith(".heic") for name in names)
-    hint = "; pip install pillow-heif to read .heic" if heic else ""
-    return ", ".join(repr(name) for name in names[:2]) + (", ..." if len(names) > 2 else "") + hint
 
 
 def pattern(names: str, option: str = "names") -> re.Pattern[str]:
@@ -194,14 +192,12 @@ def list_folder(folder: str, names: re.Pattern[str], junk: Collection[str] = JUN
 
 
 def with_queries(rows: Iterable[Row]) -> list[Row]:
-    """Test images as queries and gallery: the first image of each identity and camera is a query, all are the gallery.
-
-    An image whose camera is not known counts as seen by a camera of its own.
-    """
-    rows = list(rows)
-    first = {(row.identity, row.camera or row.path): row for row in reversed(rows)}
-    chosen = [row for row in rows if first[row.identity, row.camera or row.path] is row]
-    return [row._replace(split="query") for row in chosen] + [row._replace(split="gallery") for row in rows]
+    """Test images as queries and gallery: all are the gallery, the first of each identity and camera is a query too."""
+    gallery = [row._replace(split="gallery") for row in rows]
+    first: dict[tuple[str, str], Row] = {}
+    for row in gallery:
+        first.setdefault((row.identity, row.seen_by), row._replace(split="query"))
+    return [*first.values(), *gallery]
 
 
 def from_torchreid(dataset: Any) -> Table:
@@ -279,7 +275,6 @@ def _records(file: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str,
 
 
 def _check_head(file: str, head: Sequence[str], columns: Sequence[str]) -> None:
-    """Raises InputError for a first line that does not name all columns."""
     missing = [column for column in columns if column not in head]
     if not missing:
         return

@@ -19,8 +19,8 @@ TIMM = "timm/"
 class TimmNetwork(nn.Module):
     """A network of timm that returns what the engines need, as networks of torchreid's zoo do.
 
-    In training it returns the logits, shape (N, classes), or ``(logits, features)`` if it was built with
-    ``loss="triplet"``; otherwise the features, shape (N, D).
+    In training it returns the logits, shape (N, classes), or ``(logits, features)`` for ``loss="triplet"``; otherwise
+    the features, shape (N, D).
 
     Args:
         name: name of the network in timm.
@@ -69,9 +69,6 @@ class TimmNetwork(nn.Module):
 
 def timm_images(name: str) -> tuple[tuple[int, int], list[float], list[float]]:
     """What a network of timm was trained on: height and width of its images, and the mean and deviation of channels.
-
-    Args:
-        name: name of the network in timm.
 
     Raises:
         InputError: for an unknown name, or where timm is not installed.
@@ -152,13 +149,16 @@ class _WithNeck(nn.Module):
         heads: list[Head] = list(given) if isinstance(given, (list, tuple)) else [given]
         if not mode:
             return torch.cat([head.after for head in heads], 1)
-        logits = _single_or_all([head.logits for head in heads])
-        return logits if self.loss == "softmax" else (logits, _single_or_all([head.before for head in heads]))
+        logits: Any = [head.logits for head in heads]
+        features: Any = [head.before for head in heads]
+        if len(heads) == 1:
+            logits, features = logits[0], features[0]
+        return logits if self.loss == "softmax" else (logits, features)
 
 
 @functools.cache
 def _class_with_neck(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class of networks of ``kind`` with a neck, always the same class for the same ``kind``."""
+    """The class of networks of ``kind`` with a neck, always the same for the same ``kind``."""
     return type(f"{kind.__name__}WithNeck", (_WithNeck, kind), {})
 
 
@@ -168,49 +168,40 @@ def _blank(kind: Any) -> nn.Module:
     return made.__new__(made)
 
 
-def _single_or_all(tensors: list[Tensor]) -> Tensor | list[Tensor]:
-    return tensors[0] if len(tensors) == 1 else tensors
-
-
 def add_neck(model: nn.Module) -> None:
     """Puts a neck before each classifier of a network of the zoo, in place.
 
     In training the network returns its logits, and also the features before the necks if it was built with
-    ``loss="triplet"``. In evaluation it returns the features after the necks, concatenated. A network with several
-    classifiers (``pcb_p6``: one for each part; ``hacnn``: global and local) has one feature for each classifier. The
-    layers keep their names, so that weights of the network without a neck load; only the biases of the classifiers are
-    gone.
+    ``loss="triplet"``. In evaluation it returns the features after the necks, concatenated. There is one feature for
+    each classifier (``pcb_p6``: of each part; ``hacnn``: global and local). The layers keep their names, so that
+    weights of the network without a neck load; only the biases of the classifiers are gone.
 
     Raises:
         InputError: for a network without a linear layer named ``classifier...``.
     """
-    has_classifier = False
-    for name, child in list(model.named_children()):
+    kind: Any = type(model)
+    replaced: dict[str, nn.Module] = {}
+    for name, child in model.named_children():
         if not name.startswith("classifier"):
             continue
         if isinstance(child, nn.Linear):
-            setattr(model, name, NeckClassifier(child))
-            has_classifier = True
+            replaced[name] = NeckClassifier(child)
         elif isinstance(child, nn.ModuleList) and all(isinstance(part, nn.Linear) for part in child):
-            setattr(model, name, nn.ModuleList(NeckClassifier(part) for part in child))  # type: ignore[arg-type]
-            has_classifier = True
-    kind: Any = type(model)
-    if not has_classifier:
+            replaced[name] = nn.ModuleList(NeckClassifier(part) for part in child)  # type: ignore[arg-type]
+    if not replaced:
         raise InputError(
             f"model.bnneck: {kind.__name__} has no linear layer named classifier to put a neck before; set it to False"
         )
+    for name, classifier in replaced.items():
+        setattr(model, name, classifier)
     model.__class__ = _class_with_neck(kind)
 
 
 def set_last_stride(model: nn.Module, name: str) -> None:
     """Sets the stride of the last stage of a network to 1, in place, so that the stage keeps its resolution.
 
-    Args:
-        model: a network whose last stage is named ``layer4``, as in every kind of ResNet.
-        name: name of the network for messages.
-
     Raises:
-        InputError: for a network without a ``layer4``.
+        InputError: for a network, ``name``, without a ``layer4``, which every kind of ResNet has.
     """
     stage = getattr(model, "layer4", None)
     if not isinstance(stage, nn.Module):
@@ -267,12 +258,7 @@ def set_memory_format(model: nn.Module, channels_last: bool | str, height: int, 
 def feature_sizes(model: nn.Module, height: int, width: int) -> list[int]:
     """The dimension of each feature that a network built with ``loss="triplet"`` returns in training.
 
-    One black image is passed through the network. The state of the network does not change.
-
-    Args:
-        model: the network.
-        height: height of its images in pixels.
-        width: width of its images in pixels.
+    One black image of ``height`` times ``width`` pixels is passed through the network, whose state does not change.
     """
     _, features = _on_a_black_image(distributed.unwrapped(model), height, width, training=True)
     return [part.shape[1] for part in (features if isinstance(features, (list, tuple)) else [features])]
@@ -280,7 +266,6 @@ def feature_sizes(model: nn.Module, height: int, width: int) -> list[int]:
 
 @torch.no_grad()
 def _on_a_black_image(network: nn.Module, height: int, width: int, training: bool) -> Any:
-    """What a network returns for one black image, in training or not. The state of the network does not change."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     # Only the network itself is in training mode, so that it returns its features. Its layers stay in evaluation mode

@@ -20,9 +20,6 @@ Array: TypeAlias = np.ndarray[Any, Any]
 # The errors that Pillow raises for damaged files. DecompressionBombError means that the image is suspiciously large.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
-_FROM_16_BIT = 257
-"""65,535 / 255: the factor from 8-bit to 16-bit values."""
-
 try:  # Pillow reads photos of iPhones with this optional package.
     importlib.import_module("pillow_heif").register_heif_opener()
 except ImportError:
@@ -68,12 +65,9 @@ def read_image(image: str | os.PathLike[str] | Image.Image | Array) -> Image.Ima
     except InputError:
         raise
     except _DAMAGE as error:
-        reason = f"it is damaged ({error})"
-        if isinstance(error, UnidentifiedImageError):
-            reason = "it is not an image"
-        elif isinstance(error, Image.DecompressionBombError):
-            reason = f"it is too large ({error})"
-        raise InputError(f"cannot read image {path!r}: {reason}; restore it or remove it") from error
+        what = "too large" if isinstance(error, Image.DecompressionBombError) else "damaged"
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else f"{what} ({error})"
+        raise InputError(f"cannot read image {path!r}: it is {reason}; restore it or remove it") from error
 
 
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -88,10 +82,8 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
         return _from_16_bit(np.asarray(image), image.info.get("transparency"))
     if image.mode in ("F", "I"):
         kind = "floating-point numbers" if image.mode == "F" else "32-bit integers"
-        raise InputError(
-            f"cannot read image {name}: its pixels are {kind}, whose black and white are not defined; save it with 8 "
-            f"or 16 bits"
-        )
+        undefined = f"its pixels are {kind}, whose black and white are not defined"
+        raise InputError(f"cannot read image {name}: {undefined}; save it with 8 or 16 bits")
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
@@ -99,8 +91,8 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _from_16_bit(pixels: Array, transparent: Any = None) -> Image.Image:
-    """An RGB image of 16-bit values; grey pixels of the value ``transparent`` become white."""
-    eight = np.round(pixels / _FROM_16_BIT).clip(0, 255).astype(np.uint8)
+    """An RGB image of 16-bit values, 257 (65,535 / 255) to each 8-bit one; those of ``transparent`` become white."""
+    eight = np.round(pixels / 257).clip(0, 255).astype(np.uint8)
     if isinstance(transparent, int):
         eight[pixels == transparent] = 255
     return Image.fromarray(eight).convert("RGB")

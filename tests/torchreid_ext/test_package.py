@@ -17,15 +17,15 @@ assert issubclass(torchreid.engine.VideoPMLEngine, torchreid.engine.Engine)
 assert not hasattr(torchreid.engine, "ImageDRSLEngines") and not hasattr(torchreid_ext, "Searchers")
 from torchreid_ext import ImageDRSLEngine, Searcher, build_engine
 assert ImageDRSLEngine is torchreid.engine.ImageDRSLEngine
-from torchreid_ext.data.synthetic import pedestrians
+from torchreid_ext.data import synthetic
 # Drawing the images takes long.
-pedestrians.SyntheticPedestrians = lambda **options: options
+synthetic.SyntheticPedestrians = lambda **options: options
 assert torchreid.data.datasets.init_image_dataset("synthetic_pedestrians", root="here") == {"root": "here"}
 """
 FIRST = {
     "the package": "torchreid_first = False; import torchreid_ext",
     "torchreid": "torchreid_first = True; import torchreid; import torchreid_ext",
-    "one of its modules": "torchreid_first = True; import torchreid_ext.data.synthetic.pedestrians",
+    "one of its modules": "torchreid_first = True; import torchreid_ext.data.synthetic",
 }
 
 

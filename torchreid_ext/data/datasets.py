@@ -1,35 +1,18 @@
-"""Makes torchreid data sets from folders of images or CSVs that a configuration describes.
-
-The import of this module registers ``synthetic_pedestrians`` (images) and ``synthetic_tracklets`` (video).
-:func:`register_datasets` registers the data sets of a configuration. Each of them is a :class:`ConfiguredDataset`, and
-:mod:`torchreid_ext.data.splits` reads it.
-"""
+"""Makes torchreid data sets from folders of images or CSVs that a configuration describes."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import functools
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torchreid
 
 from pml_drsl.checks import InputError
-from torchreid_ext.data.options import SetOptions, make_options
-from torchreid_ext.data.splits import check_splits, read_csv, read_folder
-from torchreid_ext.data.synthetic.pedestrians import NAME as PEDESTRIANS
-from torchreid_ext.data.synthetic.pedestrians import SyntheticPedestrians
-from torchreid_ext.data.synthetic.tracklets import NAME as TRACKLETS
-from torchreid_ext.data.synthetic.tracklets import SyntheticTracklets
+from torchreid_ext.data.splits import SetOptions, check_splits, make_options, read
 from torchreid_ext.images import SPLITS, Table
-
-__all__ = [
-    "ConfiguredDataset",
-    "SyntheticPedestrians",
-    "SyntheticTracklets",
-    "register_datasets",
-    "without_empty_folders",
-]
 
 Item = tuple[str, int, int]
 """A path, the number of an identity and the number of a camera, as in torchreid's data sets."""
@@ -40,30 +23,29 @@ def _numbers(names: Iterable[str]) -> dict[str, int]:
 
 
 def _numbered(table: Table) -> list[list[Item]]:
-    """Replaces names by numbers from 0, in the order of the names, and returns train, query and gallery.
+    """Train, query and gallery with numbers from 0 in place of names.
 
-    The identities for training have their own numbers. A camera has the same number in every split; an image whose
-    camera is not known has a camera of its own. The cameras of the training images come first, so that their numbers
+    A camera has the same number in every split. The cameras of the training images come first, so that their numbers
     have no gaps: torchreid relies on that when it joins data sets.
     """
     train, test = table.train, table.query + table.gallery
     trained, tested = (_numbers(row.identity for row in rows) for rows in (train, test))
-    cameras = _numbers(row.camera or row.path for row in train)
-    for camera in sorted({row.camera or row.path for row in test} - set(cameras)):
+    cameras = _numbers(row.seen_by for row in train)
+    for camera in sorted({row.seen_by for row in test} - set(cameras)):
         cameras[camera] = len(cameras)
     pairs = ((train, trained), (table.query, tested), (table.gallery, tested))
-    return [[(row.path, pids[row.identity], cameras[row.camera or row.path]) for row in rows] for rows, pids in pairs]
+    return [[(row.path, pids[row.identity], cameras[row.seen_by]) for row in rows] for rows, pids in pairs]
 
 
 class ConfiguredDataset(torchreid.data.ImageDataset):
     """A torchreid image data set described by options instead of code.
 
-    Identities and cameras may have any names. The identities for training are numbered 0..n-1, as classifiers need
-    them. The identities of query and gallery are numbered together, also from 0.
+    Identities and cameras may have any names. The identities for training are numbered from 0, and so are those of
+    query and gallery together.
 
     Args:
         name: name of the data set, for messages.
-        options: from :func:`torchreid_ext.data.options.make_options`.
+        options: from :func:`torchreid_ext.data.splits.make_options`.
         root: the folder that contains the ``folder`` or the ``csv`` of the options.
         mode: train, query or gallery; a data set without a test set has no other mode than train.
         combineall: train on train, query and gallery together.
@@ -90,7 +72,7 @@ class ConfiguredDataset(torchreid.data.ImageDataset):
         **kwargs: Any,
     ) -> None:
         self.name = name
-        self.table = read_csv(name, options, root) if options.csv is not None else read_folder(name, options, root)
+        self.table = read(name, options, root)
         check_splits(name, self.table, mode)
         splits = _numbered(self.table)
         # torchreid's constructor looks at the first item of every split, also of one that is empty.
@@ -125,21 +107,8 @@ class ConfiguredDataset(torchreid.data.ImageDataset):
         self.train = self.train + [(path, pids[pid], camid, dataset) for path, pid, camid, dataset in tested]
 
 
-class _Entry:
-    """The entry of a configured data set in torchreid's registry. When called, it makes the data set.
-
-    torchreid refuses to register a name twice. A second configuration in the same process therefore replaces the
-    options of this entry.
-    """
-
-    def __init__(self, name: str, options: SetOptions) -> None:
-        self.name, self.options = name, options
-
-    def __call__(self, **kwargs: Any) -> ConfiguredDataset:
-        return ConfiguredDataset(self.name, self.options, **kwargs)
-
-
-_entries: dict[str, _Entry] = {}
+# torchreid refuses to register a name twice. A second configuration in the same process replaces the options here.
+_registered: dict[str, SetOptions] = {}
 
 
 def register_datasets(datasets: Mapping[str, Mapping[str, Any]]) -> None:
@@ -147,7 +116,7 @@ def register_datasets(datasets: Mapping[str, Mapping[str, Any]]) -> None:
 
     All options are checked before any name is registered. Files are read only when a data manager makes the data set.
     A name that this function registered before gets the new options. The options are the attributes of
-    :class:`torchreid_ext.data.options.SetOptions`.
+    :class:`torchreid_ext.data.splits.SetOptions`.
 
     Args:
         datasets: the options of each data set, by its name.
@@ -155,30 +124,18 @@ def register_datasets(datasets: Mapping[str, Mapping[str, Any]]) -> None:
     Raises:
         InputError: for an unknown option, for a value out of range, or for a name that torchreid already uses.
     """
-    entries = {name: _Entry(name, make_options(name, options)) for name, options in datasets.items()}
-    for name, entry in entries.items():
-        if name in _entries:
-            _entries[name].options = entry.options
-            continue
-        try:
-            torchreid.data.register_image_dataset(name, entry)
-        except ValueError as error:
-            raise InputError(f"datasets: torchreid has its own {name!r} already; choose another name") from error
-        _entries[name] = entry
+    checked = {name: make_options(name, options) for name, options in datasets.items()}
+    for name, options in checked.items():
+        if name not in _registered:
+            try:
+                torchreid.data.register_image_dataset(name, functools.partial(_registered_dataset, name))
+            except ValueError as error:
+                raise InputError(f"datasets: torchreid has its own {name!r} already; choose another name") from error
+        _registered[name] = options
 
 
-def _register(register: Callable[[str, type], None], name: str, dataset: type) -> None:
-    # If this module is reloaded, the data set is already registered.
-    with contextlib.suppress(ValueError):
-        register(name, dataset)
-
-
-def _register_synthetic() -> None:
-    _register(torchreid.data.register_image_dataset, PEDESTRIANS, SyntheticPedestrians)
-    _register(torchreid.data.register_video_dataset, TRACKLETS, SyntheticTracklets)
-
-
-_register_synthetic()
+def _registered_dataset(name: str, **kwargs: Any) -> ConfiguredDataset:
+    return ConfiguredDataset(name, _registered[name], **kwargs)
 
 
 @contextlib.contextmanager

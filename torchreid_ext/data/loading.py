@@ -1,22 +1,19 @@
-"""Wraps data loaders so that images are read as everywhere in this package, and an unreadable image is an error.
-
-torchreid's own ``read_image`` tries for ever to read a damaged image, leaves photos on their side, and makes 16-bit
-images white.
-"""
+"""Wraps data loaders: images are read as everywhere in this package, and every training sample carries its own seed."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from pml_drsl.checks import InputError
-from torchreid_ext.pixels import read_image as read_image
+from torchreid_ext.pixels import read_image
+from torchreid_ext.runtime import distributed, generators
 
 
 @lru_cache
@@ -51,6 +48,9 @@ class WrappedDataset(Dataset[Any]):
 
 class ReadableDataset(WrappedDataset):
     """A torchreid data set whose images are read with :func:`torchreid_ext.pixels.read_image`.
+
+    torchreid's own reader tries for ever to read a damaged image, leaves photos on their side, and makes 16-bit images
+    white.
 
     A data set that reads in its own way has its images checked before it reads an entry for the first time.
 
@@ -121,3 +121,83 @@ def rebuilt(loader: DataLoader[Any], dataset: Any, **changes: Any) -> DataLoader
         else:
             options.update(batch_size=loader.batch_size, sampler=loader.sampler, drop_last=loader.drop_last)
     return DataLoader(dataset, **options | changes)
+
+
+class Draw(NamedTuple):
+    """One entry of a batch: the index of a sample, the seed of the epoch, and the position in the epoch."""
+
+    sample: int
+    epoch_seed: int
+    position: int
+
+
+class SeededBatches(Sampler[list[Draw]]):
+    """The batches of a batch sampler, with a seed for every index. Each process gets its share of every batch.
+
+    All batches of an epoch are drawn from the global generators when the epoch begins, however far a loader reads
+    ahead. The first process draws the batches for all processes, the same as in a run of one process. Each other
+    process then seeds its generators with its own seed, so that dropout differs between processes.
+    """
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        batches, epoch_seed = distributed.from_first(self._draw)
+        if not distributed.is_first():
+            generators.seed_everything(epoch_seed + distributed.rank())
+        position = 0
+        for batch in batches:
+            yield distributed.share([Draw(sample, epoch_seed, position + i) for i, sample in enumerate(batch)])
+            position += len(batch)
+
+    def _draw(self) -> tuple[list[list[int]], int]:
+        return list(self.batches), int(torch.randint(2**62, ()))
+
+
+class SeededDataset(WrappedDataset):
+    """Reads each sample of a data set with the seed of its ``Draw``.
+
+    At the start of each epoch, the patches that torchreid's ``random_patch`` cut from earlier images are removed.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        super().__init__(dataset)
+        self._epoch_seed: int | None = None
+
+    def __getitem__(self, draw: Draw) -> Any:
+        if draw.epoch_seed != self._epoch_seed:
+            self._epoch_seed = draw.epoch_seed
+            for step in getattr(getattr(self, "transform", None), "transforms", []):
+                if hasattr(step, "patchpool"):
+                    step.patchpool.clear()
+        with generators.seeded(draw.epoch_seed + draw.position):
+            return self.dataset[draw.sample]
+
+
+def repeatable(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Returns a loader like ``loader``, whose epochs depend only on the state of the global generators at their start.
+
+    torchreid's augmentations draw from the global generators of the process that reads an image. With a seed for every
+    sample, the result does not depend on the number of workers, or on what they read before. A resumed epoch is
+    therefore equal to the epoch of a run that was never interrupted. The workers stay alive from epoch to epoch.
+
+    Raises:
+        InputError: if the loader does not make batches.
+    """
+    if isinstance(loader.dataset, SeededDataset):
+        return loader
+    if loader.batch_sampler is None:
+        raise InputError("the training loader must make batches: give it a batch_size or a batch_sampler")
+    return rebuilt(
+        loader,
+        SeededDataset(loader.dataset),
+        batch_sampler=SeededBatches(loader.batch_sampler),
+        persistent_workers=loader.num_workers > 0,
+        # A loader draws the seeds of its workers from its generator, once in their life. With the global generator, a
+        # resumed run would make one more draw than a run that was not interrupted.
+        generator=torch.Generator(),
+    )

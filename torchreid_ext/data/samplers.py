@@ -85,13 +85,7 @@ class IdentitySampler(Sampler[int]):
 class PerClassSampler(MPerClassSampler):
     """pytorch-metric-learning's ``MPerClassSampler``, whose order does not depend on earlier epochs.
 
-    Args:
-        pids: identity of each training sample.
-        batch_size: samples in a batch, a multiple of ``num_instances`` and at least twice that.
-        num_instances: samples of an identity in a batch.
-
-    Raises:
-        InputError: as ``IdentitySampler``.
+    The arguments and the errors are those of ``IdentitySampler``.
     """
 
     def __init__(self, pids: Sequence[int], batch_size: int, num_instances: int) -> None:
@@ -144,7 +138,7 @@ def check_trains(datamanager: Any) -> None:
     dataset: Any = loader.dataset
     name = type(sampler).__name__
     try:
-        drawn, batches, samples = len(sampler), len(loader), len(dataset)
+        drawn, batches = len(sampler), len(loader)
     except TypeError as error:
         raise InputError(
             f"{name} has no length, which the log and the schedule need: give it a method __len__ that returns the "
@@ -152,8 +146,8 @@ def check_trains(datamanager: Any) -> None:
         ) from error
     if drawn < (loader.batch_size or 1) or batches == 0:
         raise InputError(
-            f"a batch of {loader.batch_size} cannot be filled: {name} draws {drawn} of the {samples} "
-            f"training samples an epoch; make train.batch_size smaller"
+            f"a batch of {loader.batch_size} cannot be filled: {name} draws {drawn} of the {len(dataset)} training "
+            f"samples an epoch; make train.batch_size smaller"
         )
     if datamanager.num_train_pids < 2:
         raise InputError(
@@ -162,12 +156,7 @@ def check_trains(datamanager: Any) -> None:
 
 
 def warn_if_positives_are_rare(loader: DataLoader[Any], loss: str) -> None:
-    """Warns if a loss needs several images of an identity in a batch and the sampler does not provide them.
-
-    Args:
-        loader: the training loader.
-        loss: name of the loss for the message.
-    """
+    """Warns if a loss needs several images of an identity in a batch and the sampler does not provide them."""
     host = torchreid.data.sampler
     by_chance = (RandomSampler, SequentialSampler, host.RandomDomainSampler, host.RandomDatasetSampler)
     # A loader with a batch sampler of the user's own has a default sampler too, but does not use it.
@@ -177,37 +166,25 @@ def warn_if_positives_are_rare(loader: DataLoader[Any], loss: str) -> None:
     if used and single_view and distributed.is_first():
         warnings.warn(
             f"{loss} needs several images of an identity in a batch, which {type(loader.sampler).__name__} brings "
-            f"together by chance alone: give the data manager train_sampler='RandomIdentitySampler' (in a config, "
-            f"sampler.train_sampler)",
+            f"together by chance alone: set train_sampler='RandomIdentitySampler' (in a config, sampler.train_sampler)",
             stacklevel=3,
         )
 
 
 def check_batch(pids: Sequence[int], batch_size: int, num_instances: int) -> int:
-    """The number of identities in a batch.
-
-    Args:
-        pids: identity of each training sample.
-        batch_size: samples in a batch.
-        num_instances: samples of an identity in a batch.
-
-    Raises:
-        InputError: if a batch cannot be filled with whole groups of at least two identities.
-    """
+    """The number of identities in a batch, which must be whole groups of at least two identities."""
     if num_instances < 1 or batch_size % num_instances:
         raise InputError(
             f"train.batch_size {batch_size} is not a multiple of sampler.num_instances {num_instances}: an identity "
             f"would straddle two batches"
         )
     wanted, there = batch_size // num_instances, len(set(pids))
+    sizes = f"train.batch_size {batch_size} with sampler.num_instances {num_instances}"
     if wanted < 2:
-        raise InputError(
-            f"train.batch_size {batch_size} with sampler.num_instances {num_instances} leaves one identity in a "
-            f"batch, and nothing to tell it from: make the batch larger"
-        )
+        raise InputError(f"{sizes} leaves one identity in a batch, and nothing to tell it from: make the batch larger")
     if there < wanted:
         raise InputError(
-            f"the sampler cannot fill a batch: train.batch_size {batch_size} with sampler.num_instances "
-            f"{num_instances} needs {wanted} identities, and the sources have {there}; make the batch smaller"
+            f"the sampler cannot fill a batch: {sizes} needs {wanted} identities, and the sources have {there}; make "
+            f"the batch smaller"
         )
     return wanted

@@ -1,21 +1,121 @@
-"""Divides the images of a configured data set among training, query and gallery, and checks that they can be used."""
+"""The options of a configured data set, and how they divide its images among training, query and gallery."""
 
 from __future__ import annotations
 
 import random
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from pml_drsl.checks import InputError
 from torchreid_ext import images
-from torchreid_ext.data.options import SetOptions
-from torchreid_ext.images import Row, Table
+from torchreid_ext.images import JUNK, Row, Table
+from torchreid_ext.runtime.options import Options, documented, option
 
 Named = tuple[str, Row]
 """The path of an image below the folder of its data set, and its row."""
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class SetOptions(Options):
+    """The options of a data set (``datasets.NAME``)."""
+
+    folder: Sequence[str] = option(
+        "", [""], "folder below ``data.root``, or a list of them: one name in two folders is one person; '' is the root"
+    )
+    csv: str | None = option(
+        "", None, "path below ``data.root`` of a CSV (``torchreid_ext.images.read_csv``) in place of a folder", kind=str
+    )
+    pattern: str = option(
+        "", "folder", "how paths below a folder carry names: an argument of ``torchreid_ext.images.pattern``"
+    )
+    cameras: str = option(
+        "",
+        "names",
+        "``names`` (or the column camid) carry cameras, and images without one are left out; ``none``: cameras do not "
+        "matter, and every other image of an identity is a match",
+        choices=("names", "none"),
+    )
+    train: Sequence[str] | None = option(
+        "",
+        None,
+        "files to train on: paths relative to ``folder`` of files, or of folders with all files below them. ``*``, "
+        "``?`` and ``[]`` match characters of one name, ``**`` any number of folders",
+        kind=list,
+        may_be_empty=True,
+    )
+    test: Sequence[str] | None = option(
+        "",
+        None,
+        "files to test on, likewise. One of both may be empty; if both are missing, identities are split at random",
+        kind=list,
+        may_be_empty=True,
+    )
+    test_fraction: float = option("", 0.5, "share of the identities to test on, between 0 and 1")
+    seed: int = option("", 0, "seed of the random split", least=0)
+    query_cameras: Sequence[str] | None = option(
+        "",
+        None,
+        "cameras whose test images are queries, and all others the gallery; see ``torchreid_ext.images.with_queries``",
+        kind=list,
+    )
+    min_images: int = option("", 1, "identities with fewer images are left out", least=1)
+    junk: Sequence[str] = option("", list(JUNK), "identities whose images are left out everywhere", may_be_empty=True)
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value, setting = getattr(self, each.name), each.metadata["setting"]
+            kind = setting.kind or type(setting.default)
+            if type(value) is not kind and not (value is None and setting.kind):
+                wanted = {list: "a list, such as [a, b]", str: "a string", int: "a whole number", float: "a number"}
+                raise InputError(f"{each.name} takes {wanted[kind]}, got {value!r}")
+        super().__post_init__()
+        if not 0 < self.test_fraction < 1:
+            raise InputError(f"test_fraction must be greater than 0 and less than 1, got {self.test_fraction}")
+
+
+def make_options(name: str, given: Mapping[str, Any]) -> SetOptions:
+    """Checks the options of the data set ``name``.
+
+    Raises:
+        InputError: for an unknown option, options that exclude each other, or a value out of range.
+    """
+    where = f"datasets.{name}"
+    if not isinstance(given, Mapping):
+        raise InputError(f"{where}={given!r} must be a mapping of options, such as {{folder: images}}")
+    values = {
+        key: [str(v) for v in value] if isinstance(value, (list, tuple)) else value for key, value in given.items()
+    }
+    if isinstance(values.get("folder"), str):
+        values["folder"] = [values["folder"]]
+    try:
+        options = SetOptions.of(values)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    of_csv = {"csv", "cameras", "junk"}
+    if "csv" in given and not of_csv.issuperset(given):
+        other = sorted(set(given) - of_csv)
+        raise InputError(f"{where} has csv and {other}: a CSV takes {sorted(of_csv)} alone, remove the others")
+    if (options.train is None) != (options.test is None):
+        raise InputError(f"{where} has only one of train and test: give both, or neither for a random split")
+    if options.train == options.test == []:
+        raise InputError(f"{where}.train and {where}.test are both empty: name files in one of them")
+    if options.train is not None and not {"test_fraction", "seed"}.isdisjoint(given):
+        raise InputError(f"{where} has train and test, so there is no random split: remove test_fraction and seed")
+    if options.cameras == "none" and options.query_cameras is not None:
+        raise InputError(f"{where} has query_cameras and cameras: none, which contradict each other: remove one")
+    names = images.pattern(options.pattern, f"{where}.pattern")
+    if options.cameras == "names" and "camera" not in names.groupindex:
+        raise InputError(
+            f"{where}.pattern={options.pattern!r} has no group camera: add (?P<camera>...), or set {where}.cameras: "
+            f"none"
+        )
+    return options
 
 
 def selects(entry: str, path: str) -> bool:
@@ -37,29 +137,22 @@ def selects(entry: str, path: str) -> bool:
     return match([part for part in entry.split("/") if part not in ("", ".")], path.split("/"))
 
 
-def read_csv(name: str, options: SetOptions, root: str) -> Table:
-    """The table of the data set ``name``, from a CSV.
+def read(name: str, options: SetOptions, root: str) -> Table:
+    """The table of the data set ``name``, from folders of images or a CSV below ``root``.
+
+    Links are followed. An image that several paths of a folder reach counts once in each split.
 
     Raises:
-        InputError: as :func:`torchreid_ext.images.read_csv`.
-    """
-    file = Path(root).expanduser().absolute() / str(options.csv)
-    if not file.is_file():
-        raise InputError(f"datasets.{name}: there is no CSV {file}: set data.root (--root) or datasets.{name}.csv")
-    return images.read_csv(str(file), options.cameras != "none", options.junk)
-
-
-def read_folder(name: str, options: SetOptions, root: str) -> Table:
-    """The table of the data set ``name``, from folders of images.
-
-    Links are followed. An image that several paths reach counts once in each split.
-
-    Raises:
-        InputError: if a folder does not exist, no file matches the pattern, an entry of a split selects nothing, a
-            query camera is unknown, a link is broken or leads to a folder above itself, or several paths give one
-            image different identities or cameras.
+        InputError: if a folder or a file does not exist, no file matches the pattern, an entry of a split selects
+            nothing, a query camera is unknown, a link is broken or leads to a folder above itself, several paths give
+            one image different identities or cameras, or a CSV is wrong.
     """
     where, table = f"datasets.{name}", Table()
+    if options.csv is not None:
+        file = Path(root).expanduser().absolute() / options.csv
+        if not file.is_file():
+            raise InputError(f"{where}: there is no CSV {file}: set data.root (--root) or {where}.csv")
+        return images.read_csv(str(file), options.cameras != "none", options.junk)
     found, real_paths = _matching(where, options, root, table)
     count = Counter(row.identity for row in _unique(where, (row for _, row in found), real_paths))
     found = [(path, row) for path, row in found if count[row.identity] >= options.min_images]
@@ -69,10 +162,7 @@ def read_folder(name: str, options: SetOptions, root: str) -> Table:
 
 
 def _matching(where: str, options: SetOptions, root: str, table: Table) -> tuple[list[Named], dict[str, str]]:
-    """The images whose names match the pattern, in the order of their names, and the real path of each.
-
-    The table gets the files that are left out.
-    """
+    """The images that match, in the order of their names, and the real path of each; ``table`` gets the other files."""
     names = images.pattern(options.pattern, f"{where}.pattern")
     found: list[Named] = []
     real_paths: dict[str, str] = {}
@@ -103,11 +193,7 @@ def _matching(where: str, options: SetOptions, root: str, table: Table) -> tuple
 
 
 def _unique(where: str, rows: Iterable[Row], real_paths: Mapping[str, str]) -> list[Row]:
-    """Returns the first row of each image.
-
-    Raises:
-        InputError: if one image has different identities or cameras.
-    """
+    """The first row of each image, which must have the same identity and camera in all its rows."""
     first: dict[str, Row] = {}
     for row in rows:
         other = first.setdefault(real_paths[row.path], row)
@@ -120,7 +206,7 @@ def _unique(where: str, rows: Iterable[Row], real_paths: Mapping[str, str]) -> l
 
 
 def _split(where: str, options: SetOptions, found: list[Named]) -> tuple[list[Row], list[Row]]:
-    """Returns the images for training and for test: by the entries of ``train`` and ``test``, or at random."""
+    """The images for training and for test: by the entries of ``train`` and ``test``, or at random."""
     if options.train is None or options.test is None:
         pids = sorted({row.identity for _, row in found})
         random.Random(options.seed).shuffle(pids)
@@ -130,10 +216,8 @@ def _split(where: str, options: SetOptions, found: list[Named]) -> tuple[list[Ro
     for key, entries in (("train", options.train), ("test", options.test)):
         for entry in entries:
             if not any(selects(entry, path) for path, _ in found):
-                raise InputError(
-                    f"{where}.{key}: {entry!r} selects none of the {len(found)} images, "
-                    f"for example {found[0][0] if found else 'none'!r}"
-                )
+                example = found[0][0] if found else "none"
+                raise InputError(f"{where}.{key}: {entry!r} selects none of {len(found)} images, such as {example!r}")
     train = [row for path, row in found if any(selects(entry, path) for entry in options.train)]
     return train, [row for path, row in found if any(selects(entry, path) for entry in options.test)]
 
@@ -167,9 +251,8 @@ def check_splits(name: str, table: Table, mode: str) -> None:
     for split in needed:
         if not table.of(split):
             hint = "; to train without a test set, set data.validation, or other data.targets" if not gallery else ""
-            raise InputError(
-                f"{where}: the split {split!r} has no image: see how train, query and gallery are chosen{hint}"
-            )
+            chosen = "see how train, query and gallery are chosen"
+            raise InputError(f"{where}: the split {split!r} has no image: {chosen}{hint}")
     trained = {row.identity for row in train}
     if len(trained) == 1:
         raise InputError(f"{where}: all training images show one identity, {trained.pop()!r}: two or more are needed")
@@ -183,10 +266,10 @@ def check_splits(name: str, table: Table, mode: str) -> None:
 
 
 def _check_matches(where: str, query: list[Row], gallery: list[Row]) -> None:
-    cameras: dict[str, set[str]] = {}
+    cameras = defaultdict(set)
     for row in gallery:
-        cameras.setdefault(row.identity, set()).add(row.camera or row.path)
-    unmatched = [row for row in query if not cameras.get(row.identity, set()) - {row.camera or row.path}]
+        cameras[row.identity].add(row.seen_by)
+    unmatched = [row for row in query if not cameras[row.identity] - {row.seen_by}]
     if unmatched and len(unmatched) == len(query):
         raise InputError(
             f"{where}: no query has a match in the gallery from another camera, for example {unmatched[0].path} of "

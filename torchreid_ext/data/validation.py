@@ -6,7 +6,7 @@ import contextlib
 import copy
 import os
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch.utils.data import BatchSampler, SequentialSampler
@@ -49,11 +49,13 @@ def hold_out(manager: Any, identities: int, share: float, seed: int, batch_size:
             training or for validation, or no query with a match from another camera.
     """
     loader, dataset = manager.train_loader, manager.train_loader.dataset
-    kept = by_first_path(dataset.train)
+    # The numbers of identities may depend on the order in which a file system lists its files; the first paths do not.
+    first = {pid: path for path, pid, *_ in sorted(dataset.train, reverse=True)}
+    kept = sorted((path, pid) for pid, path in first.items())
     if identities > len(kept):
         raise InputError(f"data.identities {identities}: the sources have {len(kept)} training identities")
     if identities:
-        kept = sorted(shuffled(kept, 0)[:identities])
+        kept = sorted(_drawn(kept, identities, seed=0))
     pids = [pid for _, pid in kept]
     tested: list[Item] = []
     if share:
@@ -63,7 +65,7 @@ def hold_out(manager: Any, identities: int, share: float, seed: int, batch_size:
                 f"data.validation {share} of {len(kept)} training identities is {number}: training and validation "
                 f"need two identities or more each"
             )
-        held = {pid for _, pid in shuffled(kept, seed)[:number]}
+        held = {pid for _, pid in _drawn(kept, number, seed)}
         tested = sorted(item for item in dataset.train if item[1] in held)
         pids = [pid for pid in pids if pid not in held]
     numbers = {pid: number for number, pid in enumerate(sorted(pids))}
@@ -77,22 +79,10 @@ def hold_out(manager: Any, identities: int, share: float, seed: int, batch_size:
     print(f"=> {len(numbers)} identities with {len(train)} images are trained on, {len(tested)} images are held out")
 
 
-def by_first_path(items: Collection[Item]) -> list[tuple[str, int]]:
-    """The first path and the number of each identity, in the order of the paths.
-
-    The numbers themselves may depend on the order in which a file system lists its files.
-    """
-    first: dict[int, str] = {}
-    for path, pid, *_ in items:
-        first[pid] = min(path, first.get(pid, path))
-    return sorted((path, pid) for pid, path in first.items())
-
-
-def shuffled(items: Sequence[tuple[str, int]], seed: int) -> list[tuple[str, int]]:
-    """The items in a random order that depends on the seed alone."""
+def _drawn(items: list[tuple[str, int]], number: int, seed: int) -> list[tuple[str, int]]:
     order = list(items)
     random.Random(seed).shuffle(order)
-    return order
+    return order[:number]
 
 
 def _test_on(manager: Any, dataset: Any, gallery: list[Item], batch_size: int) -> None:

@@ -17,8 +17,7 @@ from pml_drsl.evaluation.scores import RetrievalResult
 from torchreid_ext import networks
 from torchreid_ext.checkpoint import checkpoint, resuming, states
 from torchreid_ext.checkpoint.folder import History, RunCheckpoints
-from torchreid_ext.data.loading import readable
-from torchreid_ext.data.repeatable import repeatable
+from torchreid_ext.data.loading import readable, repeatable
 from torchreid_ext.data.samplers import check_trains, whole_batches
 from torchreid_ext.engine.compatibility import check_batch_norm
 from torchreid_ext.engine.logs import EpochLog

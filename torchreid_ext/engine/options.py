@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torchreid_ext.evaluation.options import EvaluationOptions
+from torchreid_ext.evaluation.tester import EvaluationOptions
 from torchreid_ext.runtime.options import documented, option
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,15 +56,19 @@ def extract(engine: Any, loader: Any, group: dist.ProcessGroup | None = None) ->
 @torch.no_grad()
 def _extract(engine: Any, loader: Any) -> Samples:
     device = next(engine.model.parameters()).device
-    features, pids, camids = [], [], []
+    parts = []
     # disable=None shows the bar only on a terminal.
     for data in tqdm(loader, desc="features", leave=False, disable=None):
-        images, batch_pids, batch_camids = engine.parse_data_for_eval(data)
-        features.append(engine.extract_features(images.to(device)).cpu())
-        pids.append(np.asarray(batch_pids))
-        camids.append(np.asarray(batch_camids))
+        images, pids, camids = engine.parse_data_for_eval(data)
+        features = engine.extract_features(images.to(device)).cpu()
+        parts.append(Samples(features, np.asarray(pids), np.asarray(camids)))
         engine.stop.check()
-    return Samples(torch.cat(features), np.concatenate(pids), np.concatenate(camids))
+    return _joined(parts)
+
+
+def _joined(parts: list[Samples]) -> Samples:
+    pids, camids = (np.concatenate([getattr(part, name) for part in parts]) for name in ("pids", "camids"))
+    return Samples(torch.cat([part.features for part in parts]), pids, camids)
 
 
 @contextmanager
@@ -106,30 +110,6 @@ def shard_of_loader(loader: DataLoader[Any], group: dist.ProcessGroup) -> DataLo
     return rebuilt(loader, loader.dataset, batch_sampler=batches)
 
 
-class _Report(NamedTuple):
-    """What a process tells the others after its part of the extraction.
-
-    Attributes:
-        failed: whether the extraction failed or was interrupted.
-        signum: the signal that interrupted it, or None.
-        is_of_input: whether the failure is an InputError or an OSError.
-        message: the message of the error.
-        shape: shape of the features, or None if this process had no images.
-        dtype: type of the features.
-        pids: identities, shape (N,).
-        camids: cameras, shape (N,).
-    """
-
-    failed: bool = False
-    signum: int | None = None
-    is_of_input: bool = False
-    message: str = ""
-    shape: torch.Size | None = None
-    dtype: torch.dtype = torch.float32
-    pids: Any = None
-    camids: Any = None
-
-
 def gather_samples(extract: Callable[[], Samples | None], device: torch.device, group: dist.ProcessGroup) -> Samples:
     """Calls ``extract`` on each process, and returns the samples of all processes, in the order of their ranks.
 
@@ -145,41 +125,39 @@ def gather_samples(extract: Callable[[], Samples | None], device: torch.device, 
         InputError: if ``extract`` raised an InputError or an OSError on another process, or no process has an image.
         RuntimeError: if ``extract`` raised any other error on another process.
     """
-    own, error = None, None
+    own: Samples | None = None
+    failed: BaseException | None = None
+    failure: tuple[Any, ...] | None = None
     try:
         own = extract()
-    except (Exception, Interrupted) as caught:  # the other processes must be told, because they would wait
-        error = caught
-    report = _Report()
-    if error is not None:
-        signum, is_of_input = getattr(error, "signal", None), isinstance(error, (InputError, OSError))
-        report = _Report(failed=True, signum=signum, is_of_input=is_of_input, message=str(error))
-    elif own is not None:
-        report = _Report(shape=own.features.shape, dtype=own.features.dtype, pids=own.pids, camids=own.camids)
+    except (Exception, Interrupted) as error:  # the other processes must be told, because they would wait
+        failed, failure = error, (RuntimeError, f"process {dist.get_rank(group)} could not test: {error}")
+        if isinstance(error, (InputError, OSError)):
+            failure = InputError, failure[1]
+        elif isinstance(error, Interrupted):
+            failure = Interrupted, error.signal, str(error)
+    about = None if own is None else (own.features.shape, own.features.dtype, own.pids, own.camids)
     reports: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(reports, report, group)
-    if error is not None:
-        raise error
-    for rank, other in enumerate(reports):
-        if other.failed and other.signum is not None:
-            raise Interrupted(other.signum, other.message)
-        if other.failed:
-            kind = InputError if other.is_of_input else RuntimeError
-            raise kind(f"process {rank} could not test: {other.message}")
+    dist.all_gather_object(reports, (failure, about), group)
+    if failed is not None:
+        raise failed
+    for other, _ in reports:
+        if other is not None:
+            kind, *arguments = other
+            raise kind(*arguments)
 
-    features, pids, camids = [], [], []
-    for rank, other in enumerate(reports):
-        if other.shape is None:
+    parts = []
+    for rank, (_, about) in enumerate(reports):
+        if about is None:
             continue
+        shape, dtype, pids, camids = about
         if own is not None and rank == dist.get_rank(group):
-            part = own.features.to(device)
+            features = own.features.to(device)
         else:
-            part = torch.empty(other.shape, dtype=other.dtype, device=device)
+            features = torch.empty(shape, dtype=dtype, device=device)
         # Shares differ in size, and all_gather would pad every share to the largest. So there is a broadcast for each.
-        dist.broadcast(part, src=dist.get_global_rank(group, rank), group=group)
-        features.append(part.cpu())
-        pids.append(other.pids)
-        camids.append(other.camids)
-    if not features:
+        dist.broadcast(features, src=dist.get_global_rank(group, rank), group=group)
+        parts.append(Samples(features.cpu(), pids, camids))
+    if not parts:
         raise InputError("none of the processes has an image whose features it could extract")
-    return Samples(torch.cat(features), np.concatenate(pids), np.concatenate(camids))
+    return _joined(parts)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from html import escape
 from importlib import resources
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pml_drsl.checks import InputError
 from torchreid_ext.pixels import read_image
@@ -22,6 +22,9 @@ Box = tuple[int, int, int, int]
 
 # Twice the size at which the page shows a picture, for screens with many pixels.
 THUMBNAIL = (256, 512)
+
+EMPTY = (236, 236, 236)
+"""The colour beside an image that does not fill its place."""
 
 QUERIES_PER_PAGE = 100
 """More queries than this are written on several pages, because every page holds its own pictures."""
@@ -55,6 +58,13 @@ class Picture:
         """The image file, or the first one of a tracklet."""
         return self.files if isinstance(self.files, str) else self.files[0]
 
+    @property
+    def shown(self) -> list[str]:
+        """At most four of the image files, one from each quarter of a tracklet."""
+        files = [self.files] if isinstance(self.files, str) else self.files
+        count = min(4, len(files))
+        return [files[index * len(files) // count] for index in range(count)]
+
 
 @dataclass(frozen=True)
 class Found:
@@ -87,6 +97,17 @@ class Ranking:
     note: str = ""
 
 
+def tiled(images: Sequence[Image.Image], size: tuple[int, int]) -> Image.Image:
+    """One image of ``size`` in pixels: an image, or up to four of them in two columns, each as large as it fits."""
+    columns = 2 if len(images) > 1 else 1
+    cell = size[0] // columns, size[1] // columns
+    whole = Image.new("RGB", size, EMPTY)
+    for number, image in enumerate(images):
+        fitted = ImageOps.pad(image, cell, Image.Resampling.LANCZOS, color=EMPTY)
+        whole.paste(fitted, (number % columns * cell[0], number // columns * cell[1]))
+    return whole
+
+
 def write_pages(
     path: str | os.PathLike[str], rankings: Sequence[Ranking], caption: str, title: str = "Search results"
 ) -> list[Path]:
@@ -107,7 +128,7 @@ def write_pages(
     for number, page in enumerate(pages):
         start = number * QUERIES_PER_PAGE
         sections = _sections(rankings[start : start + QUERIES_PER_PAGE], start + 1)
-        parts = {"TITLE": [_text(title)], "CAPTION": [_text(caption)], "PAGES": [_links(pages, number)]}
+        parts = {"TITLE": [escape(title)], "CAPTION": [escape(caption)], "PAGES": [_links(pages, number)]}
         with replacing(page) as file:
             # The template is split once, so that the name of a file is never taken for a place in it.
             for index, piece in enumerate(template.split("%%")):
@@ -123,15 +144,11 @@ def number(distance: float) -> str:
     return text.removeprefix("-") if float(text) == 0 else text
 
 
-def _text(text: str) -> str:
-    return html.escape(text)
-
-
 def _links(pages: Sequence[Path], current: int) -> str:
     if len(pages) == 1:
         return ""
     links = [
-        f"<b>{index + 1}</b>" if index == current else f'<a href="{_text(page.name)}">{index + 1}</a>'
+        f"<b>{index + 1}</b>" if index == current else f'<a href="{escape(page.name)}">{index + 1}</a>'
         for index, page in enumerate(pages)
     ]
     return f'<nav aria-label="Pages">Page {" ".join(links)}</nav>'
@@ -139,9 +156,9 @@ def _links(pages: Sequence[Path], current: int) -> str:
 
 def _sections(rankings: Sequence[Ranking], first: int) -> Iterator[str]:
     for index, row in enumerate(rankings, first):
-        note = f" - {_text(row.note)}" if row.note else ""
+        note = f" - {escape(row.note)}" if row.note else ""
         yield (
-            f'<section aria-labelledby="query{index}">\n<h2 id="query{index}">{_text(Path(row.query.path).name)}{note}'
+            f'<section aria-labelledby="query{index}">\n<h2 id="query{index}">{escape(Path(row.query.path).name)}{note}'
             f'</h2>\n<div class="row">\n{_card(row.query, "query", "query")}\n<ol>\n'
         )
         rank = 0
@@ -154,10 +171,11 @@ def _sections(rankings: Sequence[Ranking], first: int) -> Iterator[str]:
 
 def _card(picture: Picture, kind: str, name: str, distance: float | None = None) -> str:
     sign, words = _MARKS.get(kind, ("", ""))
-    about = [f"identity {picture.identity}" if picture.identity else ""]
-    about.append(f"camera {picture.camera}" if picture.camera else "")
-    about.append("part {}, {} to {}, {}".format(*picture.crop) if picture.crop else "")
-    about = [text for text in about if text]
+    about = [f"identity {picture.identity}"] * bool(picture.identity) + [f"camera {picture.camera}"] * bool(
+        picture.camera
+    )
+    if picture.crop:
+        about.append("part {}, {} to {}, {}".format(*picture.crop))
     full = picture.path if isinstance(picture.files, str) else f"{picture.path} and {len(picture.files) - 1} more"
     spoken = [f"rank {name}" if name.isdigit() else name]
     line = f"<b>{name}</b>"
@@ -165,35 +183,29 @@ def _card(picture: Picture, kind: str, name: str, distance: float | None = None)
         spoken.append(f"distance {number(distance)}")
         line += f'<span class="distance">{number(distance)}</span>'
     spoken += [*about, words, Path(picture.path).name]
-    rows = [f'<span class="line">{line}</span>', *(f'<span class="about">{_text(text)}</span>' for text in about)]
+    rows = [f'<span class="line">{line}</span>', *(f'<span class="about">{escape(text)}</span>' for text in about)]
     if sign:
         rows.append(f'<span class="words">{words}</span>')
     # The end of the path fits below a thumbnail; the enlarged picture shows the whole path.
-    rows.append(f'<span class="path short">{_text("/".join(Path(picture.path).parts[-2:]))}</span>')
-    rows.append(f'<span class="path full">{_text(full)}</span>')
+    rows.append(f'<span class="path short">{escape("/".join(Path(picture.path).parts[-2:]))}</span>')
+    rows.append(f'<span class="path full">{escape(full)}</span>')
     mark = f'<span class="mark">{sign}</span>' if sign else ""
+    label = escape(", ".join(filter(None, spoken)))
     return (
-        f'<button type="button" class="{f"card {kind}".strip()}" aria-label="{_text(", ".join(filter(None, spoken)))}">'
+        f'<button type="button" class="{f"card {kind}".strip()}" aria-label="{label}">'
         f'{_image(picture)}{mark}<span class="caption">{"".join(rows)}</span></button>'
     )
 
 
 def _image(picture: Picture) -> str:
-    files = [picture.files] if isinstance(picture.files, str) else picture.files
-    # A tracklet is shown by four of its images, one from each quarter.
-    count = min(4, len(files))
     try:
-        images = [read_image(files[index * len(files) // count]) for index in range(count)]
+        images = [read_image(file) for file in picture.shown]
     except InputError:
         # An index may outlive its images, and a name given in Python is no file.
         return '<span class="missing">the picture cannot be read</span>'
     shown = images[0] if picture.crop is None else images[0].crop(picture.crop)
-    if count > 1:
-        cell = THUMBNAIL[0] // 2, THUMBNAIL[1] // 2
-        shown = Image.new("RGB", THUMBNAIL, (236, 236, 236))
-        for index, image in enumerate(images):
-            image.thumbnail(cell, Image.Resampling.LANCZOS)
-            shown.paste(image, (index % 2 * cell[0], index // 2 * cell[1]))
+    if len(images) > 1:
+        shown = tiled(images, THUMBNAIL)
     shown.thumbnail(THUMBNAIL, Image.Resampling.LANCZOS)
     file = io.BytesIO()
     shown.save(file, "JPEG", quality=85)

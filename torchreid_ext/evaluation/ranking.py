@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from pml_drsl.evaluation import reranking
-from pml_drsl.evaluation.scores import FeatureDistances, RankedQueries, RetrievalResult, rank_queries, summarize
+from pml_drsl.evaluation.scores import FeatureDistances, RetrievalResult, rank_queries, summarize
 from torchreid_ext.evaluation import page
 from torchreid_ext.evaluation.extraction import Samples
-from torchreid_ext.evaluation.pictures import RankedQuery, save_ranking_picture
+from torchreid_ext.evaluation.page import Found, Picture, Ranking
+from torchreid_ext.evaluation.pictures import save_ranking_picture
 
 Paths = tuple[Sequence[Any], Sequence[Any]]
 
@@ -51,12 +53,8 @@ class Search:
 
         The processes of ``group`` share the queries. Every one of them must call this method.
         """
-        return summarize(self.ranked(single_gallery_shot, group), max_rank)
-
-    def ranked(self, single_gallery_shot: bool = False, group: dist.ProcessGroup | None = None) -> RankedQueries:
-        """Returns the scores of each query. The arguments are those of ``evaluate``."""
         query, gallery = self.query, self.gallery
-        return rank_queries(
+        ranked = rank_queries(
             self.distances,
             query.pids,
             gallery.pids,
@@ -65,23 +63,26 @@ class Search:
             protocol="single-gallery-shot" if single_gallery_shot else "standard",
             group=group,
         )
+        return summarize(ranked, max_rank)
 
-    def ranking(self, index: int, topk: int, query_paths: Sequence[Any], gallery_paths: Sequence[Any]) -> RankedQuery:
-        """Returns the nearest gallery entries of one query: ``topk`` valid entries, and the junk between them."""
+    def ranking(self, index: int, topk: int, paths: Paths) -> Ranking:
+        """Returns the nearest gallery entries of one query: ``topk`` valid entries, and the junk between them.
+
+        Args:
+            index: number of the query.
+            topk: number of valid entries.
+            paths: the images of queries and gallery: each a path, or the paths of a tracklet.
+        """
         pid, camid = self.query.pids[index], self.query.camids[index]
         # Identity -1 is a badly drawn box, which has no effect either.
         junk = (self.gallery.pids == -1) | ((self.gallery.pids == pid) & (self.gallery.camids == camid))
+        marks = np.select([junk, self.gallery.pids == pid], ["junk", "right"], "wrong")
         distances = self.distances.distances(index, index + 1)[0].cpu().numpy()
         order = distances.argsort(kind="stable")
         # An entry is shown if fewer than topk valid entries precede it.
         shown = order[np.cumsum(~junk[order]) - ~junk[order] < topk]
-        return RankedQuery(
-            query_paths[index],
-            [gallery_paths[entry] for entry in shown],
-            (self.gallery.pids[shown] == pid).tolist(),
-            distances[shown].tolist(),
-            junk[shown].tolist(),
-        )
+        matches = [Found(Picture(paths[1][entry]), float(distances[entry]), str(marks[entry])) for entry in shown]
+        return Ranking(Picture(paths[0][index]), matches)
 
 
 def print_result(result: RetrievalResult, ranks: Sequence[int]) -> None:
@@ -112,26 +113,21 @@ def _title(name: str) -> str:
     return name.replace("rank-", "Rank-")
 
 
-def draw_some(search: Search, paths: Paths, count: int, topk: int, path: Path, title: str) -> Path:
+def draw_some(search: Search, paths: Paths, count: int, topk: int, path: Path, title: str) -> None:
     """Draws the rankings of ``count`` queries in one picture. ``paths`` holds the images of queries and gallery."""
     # The queries are spread evenly over the query set, so that the picture shows many identities.
     indices = np.linspace(0, len(paths[0]) - 1, min(count, len(paths[0]))).astype(int).tolist()
-    return save_ranking_picture(path, [search.ranking(index, topk, *paths) for index in indices], title)
+    save_ranking_picture(path, [search.ranking(index, topk, paths) for index in indices], title)
 
 
-def write_pages(search: Search, paths: Paths, topk: int, path: Path, title: str) -> Path:
+def write_pages(search: Search, paths: Paths, topk: int, path: Path, title: str) -> None:
     """Writes the ranking of every query on web pages, the query with the lowest average precision first.
 
     Queries without a match come last.
     """
-    precision = search.ranked().average_precision.nan_to_num(torch.inf).tolist()
+    precision = search.evaluate().ranked.average_precision.nan_to_num(torch.inf).tolist()
     rankings = []
     for index in sorted(range(len(precision)), key=precision.__getitem__):
-        row = search.ranking(index, topk, *paths)
         note = f"AP {precision[index]:.1%}" if precision[index] <= 1 else "no match in the gallery"
-        matches = [
-            page.Found(page.Picture(entry), distance, "junk" if junk else "right" if correct else "wrong")
-            for entry, correct, distance, junk in row.cells
-        ]
-        rankings.append(page.Ranking(page.Picture(row.query), matches, note))
-    return page.write_pages(path, rankings, f"{len(rankings)} queries, hardest first.", title)[0]
+        rankings.append(replace(search.ranking(index, topk, paths), note=note))
+    page.write_pages(path, rankings, f"{len(rankings)} queries, hardest first.", title)

@@ -4,15 +4,40 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pml_drsl.evaluation.scores import RankedQueries, RetrievalResult
 from torchreid_ext.evaluation import ranking
 from torchreid_ext.evaluation.extraction import extract
-from torchreid_ext.evaluation.options import EvaluationOptions
 from torchreid_ext.runtime import distributed, generators
 from torchreid_ext.runtime.files import replacing
+from torchreid_ext.runtime.options import Options, documented, option
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions(Options):
+    """Options of ``engine.test``."""
+
+    save_dir: str = option("", "", "folder for results; an empty name writes none")
+    dist_metric: str = option("test.dist_metric", "euclidean", "euclidean or cosine", choices=("euclidean", "cosine"))
+    normalize_feature: bool = option("test.normalize_feature", False, "scale every feature to unit norm first")
+    ranks: Sequence[int] = option("test.ranks", [1, 5, 10, 20], "CMC ranks to print", least=1)
+    use_metric_cuhk03: bool = option(
+        "cuhk03.use_metric_cuhk03", False, "score by the single-gallery-shot protocol of CUHK03"
+    )
+    rerank: bool = option("test.rerank", False, "re-rank by k-reciprocal neighbours in the last test")
+    visrank: bool = option("test.visrank", False, "show the ranking of every query after the last test, on a web page")
+    visrank_topk: int = option("test.visrank_topk", 10, "gallery entries to draw for each query", least=1)
+    picture: int = option("test.picture", 0, "number of queries to draw on one page after the last test", least=0)
+    queries: bool = option(
+        "test.queries", False, "write queries_TARGET.csv: identity, camera, AP, INP and rank-1 of every query"
+    )
 
 
 class Tester:
@@ -89,13 +114,10 @@ class Tester:
 def write_queries(search: ranking.Search, ranked: RankedQueries, path: Path) -> None:
     """Writes a line for each query: identity, camera, AP, INP and rank-1; the scores are ``nan`` without a match."""
     scores = ranked.average_precision, ranked.inverse_negative_penalty, ranked.hits(1)[:, 0]
-    columns = [search.query.pids.tolist(), search.query.camids.tolist(), *(score.tolist() for score in scores)]
-    lines = (
-        f"{identity},{camera},{ap:.6g},{inp:.6g},{hit:g}"
-        for identity, camera, ap, inp, hit in zip(*columns, strict=True)
-    )
+    table = np.column_stack([search.query.pids, search.query.camids, *scores])
+    head, form = "identity,camera,AP,INP,rank-1", ("%d", "%d", "%.6g", "%.6g", "%g")
     with replacing(path) as file:
-        file.write("\n".join(["identity,camera,AP,INP,rank-1", *lines, ""]).encode())
+        np.savetxt(file, table, form, delimiter=",", header=head, comments="")
 
 
 def write_metrics(results: dict[str, RetrievalResult], save_dir: str) -> None:

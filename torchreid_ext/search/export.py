@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pml_drsl.checks import InputError
-from torchreid_ext.data.synthetic.drawing import CAMERAS, draw_image, draw_scene, make_person
+from torchreid_ext.data.drawing import CAMERAS, draw_image, draw_scene, make_person
 from torchreid_ext.runtime.files import replacing
 from torchreid_ext.search.model import TrainedModel
 from torchreid_ext.search.preprocessing import ImageLike, Preprocessing

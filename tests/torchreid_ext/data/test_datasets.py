@@ -19,8 +19,7 @@ from people_folders import draw, make_folder, people
 from pml_drsl.checks import InputError
 from torchreid_ext.cli.train import main
 from torchreid_ext.data.datasets import ConfiguredDataset, register_datasets
-from torchreid_ext.data.options import make_options
-from torchreid_ext.data.splits import selects
+from torchreid_ext.data.splits import make_options, selects
 
 PEOPLE = [f"p{number}" for number in range(8)]
 
@@ -297,24 +296,24 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            ({"foldr": "x"}, ["foldr", "'folder'"]),
+            ({"foldr": "x"}, ["'foldr'", "'folder'"]),
             ({"csv": "a.csv", "folder": "x"}, ["csv", "folder"]),
             ({"train": ["a"]}, ["only one of train and test"]),
             ({"train": ["a"], "test": ["b"], "seed": 1}, ["remove test_fraction and seed"]),
-            ({"train": "a", "test": ["b"]}, ["train='a'", "list"]),
-            ({"query_cameras": []}, ["query_cameras=[]"]),
-            ({"test_fraction": 1.0}, ["test_fraction=1.0"]),
-            ({"test_fraction": True}, ["test_fraction=True"]),
-            ({"seed": -1}, ["seed=-1"]),
-            ({"min_images": 0}, ["min_images=0"]),
-            ({"folder": 3}, ["folder=3"]),
+            ({"train": "a", "test": ["b"]}, ["train takes a list", "'a'"]),
+            ({"query_cameras": []}, ["query_cameras takes a list of one or more", "[]"]),
+            ({"test_fraction": 1.0}, ["test_fraction", "1.0"]),
+            ({"test_fraction": True}, ["test_fraction", "True"]),
+            ({"seed": -1}, ["seed", "-1"]),
+            ({"min_images": 0}, ["min_images", "got 0"]),
+            ({"folder": 3}, ["folder takes a list", "3"]),
             ({"pattern": "("}, ["regular expression"]),
             ({"pattern": "markt"}, ["pattern 'markt'", "market, msmt17, veri, folder"]),
             ({"pattern": "(?P<identity>a)"}, ["(?P<camera>...)", "cameras: none"]),
-            ({"cameras": "some"}, ["cameras='some'", "names or none"]),
+            ({"cameras": "some"}, ["cameras must be one of names, none", "'some'"]),
             ({"cameras": "none", "query_cameras": ["a"]}, ["query_cameras and cameras: none"]),
             ({"train": [], "test": []}, ["both empty"]),
-            ({"folder": []}, ["folder=[]"]),
+            ({"folder": []}, ["folder takes a list of one or more", "[]"]),
         ],
     )
     def test_a_wrong_option_is_named_and_nothing_registered(self, options: dict[str, Any], words: list[str]) -> None:

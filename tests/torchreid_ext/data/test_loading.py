@@ -17,7 +17,8 @@ import torchreid
 from PIL import Image
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
-from torchreid_ext.data.loading import ReadableDataset, read_image, readable
+from torchreid_ext.data.loading import ReadableDataset, readable
+from torchreid_ext.pixels import read_image
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from toy_data import make_image_manager, make_video_manager
 
-from torchreid_ext.data.repeatable import repeatable
+from torchreid_ext.data.loading import repeatable
 from torchreid_ext.runtime.generators import restore, seed_everything, state
 
 AUGMENTED = ["random_flip", "random_crop", "random_patch", "color_jitter", "random_erase"]

@@ -9,9 +9,9 @@ import torchreid
 
 import torchreid_ext
 from torchreid_ext import build_engine, config, get_default_config
+from torchreid_ext.data import synthetic
 from torchreid_ext.data.samplers import steps_per_epoch
-from torchreid_ext.data.synthetic import tracklets as synthetic_tracklets
-from torchreid_ext.data.synthetic.tracklets import SyntheticTracklets, draw_tracklets
+from torchreid_ext.data.synthetic import SyntheticTracklets
 from torchreid_ext.engine.video import collate_tracklets
 
 
@@ -20,9 +20,8 @@ def root(tmp_path_factory):
     """Twelve identities in place of 64."""
     folder = tmp_path_factory.mktemp("video")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synthetic_tracklets, "TRAIN_PIDS", range(1, 7))
-        patch.setattr(synthetic_tracklets, "TEST_PIDS", range(7, 13))
-        draw_tracklets(folder / "synthetic_tracklets")
+        patch.setattr(synthetic, "TRACKED", {"train": range(1, 7), "test": range(7, 13)})
+        SyntheticTracklets.draw(folder / "synthetic_tracklets")
     return folder
 
 
@@ -60,17 +59,16 @@ def test_torchreids_own_reader_finds_the_same(root):
 
 
 def test_the_seed_decides(tmp_path, monkeypatch):
-    monkeypatch.setattr(synthetic_tracklets, "TRAIN_PIDS", range(1, 2))
-    monkeypatch.setattr(synthetic_tracklets, "TEST_PIDS", range(2, 3))
+    monkeypatch.setattr(synthetic, "TRACKED", {"train": range(1, 2), "test": range(2, 3)})
     pixels = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        draw_tracklets(tmp_path / name, seed)
+        SyntheticTracklets.draw(tmp_path / name, seed)
         files = sorted((tmp_path / name).rglob("*.jpg"))
         pixels.append({hashlib.sha256(file.read_bytes()).hexdigest() for file in files})
         assert len(pixels[-1]) == len(files)
     assert pixels[0] == pixels[1] and not pixels[0] & pixels[2]
     with pytest.raises(ValueError, match="seed=-1 must be 0 or more"):
-        draw_tracklets(tmp_path / "d", -1)
+        SyntheticTracklets.draw(tmp_path / "d", -1)
 
 
 def test_another_recipe_is_refused(root, tmp_path):

@@ -11,7 +11,7 @@ from toy_data import make_image_manager, make_video_manager
 
 from pml_drsl.evaluation.scores import summarize
 from torchreid_ext.engine.engines import ImageDRSLEngine, VideoDRSLEngine
-from torchreid_ext.evaluation import tester
+from torchreid_ext.evaluation import ranking
 from torchreid_ext.evaluation.ranking import Samples, Search, print_result, print_side_by_side
 
 
@@ -55,7 +55,7 @@ def test_the_curve_reaches_the_largest_rank(tmp_path, monkeypatch):
     model = torchreid.models.build_model("osnet_x0_25", manager.num_train_pids, loss="triplet", pretrained=False)
     engine = ImageDRSLEngine(manager, model, torch.optim.SGD(model.parameters(), lr=0.1), use_gpu=False)
     asked = []
-    monkeypatch.setattr(tester, "summarize", lambda ranked, most: asked.append(most) or summarize(ranked, most))
+    monkeypatch.setattr(ranking, "summarize", lambda ranked, most: asked.append(most) or summarize(ranked, most))
     engine.test(ranks=[1, 100])
     assert asked == [100]
 
@@ -65,16 +65,19 @@ def test_a_ranking_marks_junk_and_shows_topk_other_entries():
     search = Search(query, gallery)
     paths = [f"q{i}" for i in range(5)], [f"g{i}" for i in range(40)]
     for index in range(5):
-        row = search.ranking(index, 7, *paths)
-        entries = [int(path[1:]) for path in row.gallery]
+        row = search.ranking(index, 7, paths)
+        entries = [int(found.picture.path[1:]) for found in row.matches]
         distances = (gallery.features - query.features[index]).square().sum(1)
         assert entries == distances.argsort().tolist()[: len(entries)]
-        assert row.correct == [bool(gallery.pids[entry] == query.pids[index]) for entry in entries]
+        same = [bool(gallery.pids[entry] == query.pids[index]) for entry in entries]
         same_camera = [bool(gallery.camids[entry] == query.camids[index]) for entry in entries]
-        assert row.junk == [a and b for a, b in zip(row.correct, same_camera, strict=True)]
-        assert len(entries) - sum(row.junk) == 7
-        np.testing.assert_allclose(row.distances, distances[entries], rtol=1e-4)
-    assert len(search.ranking(0, 1000, *paths).gallery) == 40
+        marks = [
+            "wrong" if not person else "junk" if camera else "right"
+            for person, camera in zip(same, same_camera, strict=True)
+        ]
+        assert [found.mark for found in row.matches] == marks and len(marks) - marks.count("junk") == 7
+        np.testing.assert_allclose([found.distance for found in row.matches], distances[entries], rtol=1e-4)
+    assert len(search.ranking(0, 1000, paths).matches) == 40
 
 
 @pytest.mark.parametrize(
@@ -103,8 +106,8 @@ def test_an_image_of_nobody_is_neither_right_nor_wrong():
     query, gallery = samples(0, 1, pids=1), samples(1, 4)
     gallery.pids[:] = [-1, 0, 1, -1]
     gallery.camids[:] = 9
-    row = Search(query, gallery).ranking(0, 4, ["q"], list("abcd"))
-    assert {name: junk for name, junk in zip(row.gallery, row.junk, strict=True) if junk} == {"a": True, "d": True}
+    row = Search(query, gallery).ranking(0, 4, (["q"], list("abcd")))
+    assert {found.picture.path for found in row.matches if found.mark == "junk"} == {"a", "d"}
 
 
 def test_results_are_printed_in_torchreids_format(capsys):

@@ -18,10 +18,10 @@ import torch
 import torchreid
 from PIL import Image
 
-import torchreid_ext.data.datasets
-from torchreid_ext.data.synthetic import pedestrians
-from torchreid_ext.data.synthetic.drawing import CAMERAS, draw_image, draw_scene, make_person
-from torchreid_ext.data.synthetic.pedestrians import LAYOUT, SyntheticPedestrians, draw_pedestrians
+import torchreid_ext
+from torchreid_ext.data import synthetic
+from torchreid_ext.data.drawing import CAMERAS, draw_image, draw_scene, make_person
+from torchreid_ext.data.synthetic import LAYOUT, SyntheticPedestrians
 
 SPLITS = ("bounding_box_train", "query", "bounding_box_test")
 
@@ -30,16 +30,15 @@ SPLITS = ("bounding_box_train", "query", "bounding_box_test")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root folder with the complete drawn data set."""
     folder = tmp_path_factory.mktemp("3_c1")
-    draw_pedestrians(folder / "synthetic_pedestrians")
+    SyntheticPedestrians.draw(folder / "synthetic_pedestrians")
     return folder
 
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draws only six identities and two distractors, for tests of the procedure."""
-    monkeypatch.setattr(pedestrians, "TRAIN_PIDS", range(1, 4))
-    monkeypatch.setattr(pedestrians, "TEST_PIDS", range(4, 7))
-    monkeypatch.setattr(pedestrians, "DISTRACTORS", 2)
+    monkeypatch.setattr(synthetic, "PEDESTRIANS", {"train": range(1, 4), "test": range(4, 7)})
+    monkeypatch.setattr(synthetic, "DISTRACTORS", 2)
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -100,7 +99,7 @@ class TestSet:
 class TestDrawing:
     def test_the_images_depend_only_on_the_seed(self, tmp_path: Path, few: None) -> None:
         for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-            draw_pedestrians(tmp_path / name, seed)
+            SyntheticPedestrians.draw(tmp_path / name, seed)
             random.random()
             np.random.random()
         a, b, c = (contents(tmp_path / name) for name in "abc")
@@ -135,7 +134,7 @@ class TestDrawing:
                 raise KeyboardInterrupt
             return draw_image(*args)
 
-        monkeypatch.setattr(pedestrians, "draw_image", stop)
+        monkeypatch.setattr(synthetic, "draw_image", stop)
         with pytest.raises(KeyboardInterrupt):
             SyntheticPedestrians(str(tmp_path), verbose=False)
         assert next(calls) > 20 and list(tmp_path.iterdir()) == []
@@ -143,19 +142,19 @@ class TestDrawing:
     def test_processes_that_draw_at_the_same_time_agree(self, tmp_path: Path, few: None) -> None:
         target = tmp_path / "synthetic_pedestrians"
         context = multiprocessing.get_context("fork")
-        processes = [context.Process(target=draw_pedestrians, args=(target,)) for _ in range(3)]
+        processes = [context.Process(target=SyntheticPedestrians.draw, args=(target,)) for _ in range(3)]
         for process in processes:
             process.start()
         for process in processes:
             process.join(60)
         assert [process.exitcode for process in processes] == [0, 0, 0]
         assert [path.name for path in tmp_path.iterdir()] == ["synthetic_pedestrians"]
-        draw_pedestrians(tmp_path / "alone")
+        SyntheticPedestrians.draw(tmp_path / "alone")
         assert contents(target) == contents(tmp_path / "alone")
 
     def test_negative_seed(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="seed=-1"):
-            draw_pedestrians(tmp_path / "x", -1)
+            SyntheticPedestrians.draw(tmp_path / "x", -1)
 
 
 class TestRecipe:
@@ -165,7 +164,7 @@ class TestRecipe:
         before = contents(root)
         with pytest.raises(ValueError, match=r"'seed': 0.*'seed': 1.*delete it"):
             SyntheticPedestrians(str(root), seed=1, verbose=False)
-        monkeypatch.setattr(pedestrians, "VERSION", 2)
+        monkeypatch.setattr(SyntheticPedestrians, "version", 2)
         with pytest.raises(ValueError, match="'version': 2"):
             SyntheticPedestrians(str(root), verbose=False)
         assert contents(root) == before
@@ -176,7 +175,7 @@ class TestRecipe:
             SyntheticPedestrians(str(tmp_path), verbose=False)
 
     def test_damaged_recipe(self, tmp_path: Path, few: None) -> None:
-        draw_pedestrians(tmp_path / "synthetic_pedestrians")
+        SyntheticPedestrians.draw(tmp_path / "synthetic_pedestrians")
         file = tmp_path / "synthetic_pedestrians" / "recipe.json"
         assert json.loads(file.read_text())["seed"] == 0
         file.write_text("{")
@@ -204,6 +203,6 @@ class TestRecipe:
 
 
 def test_importing_twice_registers_once() -> None:
-    torchreid_ext.data.datasets._register_synthetic()
+    torchreid_ext._register(torchreid)
     with pytest.raises(ValueError, match="already exists"):
         torchreid.data.register_image_dataset("synthetic_pedestrians", SyntheticPedestrians)

@@ -1,0 +1,256 @@
+"""The data sets ``synthetic_pedestrians`` (images) and ``synthetic_tracklets`` (video), which are drawn on first use.
+
+The drawing needs no internet. The names of folders and files are those of Market-1501 and MARS, so a real copy can
+replace it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torchreid
+from PIL import Image
+from scipy.io import savemat
+from tqdm import tqdm
+
+from pml_drsl.checks import InputError
+from torchreid_ext.data.drawing import CAMERAS, draw_image, draw_scene, make_person
+
+LAYOUT = "Market-1501-v15.09.15"
+PEDESTRIANS = {"train": range(1, 101), "test": range(101, 161)}
+"""The identities of ``synthetic_pedestrians``."""
+CAMERAS_PER_PERSON, SHOTS_PER_CAMERA, QUERIES_PER_PERSON, DISTRACTORS = 5, 2, 3, 60
+TRACKED = {"train": range(1, 41), "test": range(41, 65)}
+"""The identities of ``synthetic_tracklets``."""
+CAMERAS_PER_TRACKED, TRACKLETS_PER_CAMERA, FRAMES = 3, 2, range(3, 7)
+
+# Random streams are seeded by (seed, stream, ...). The stream of a pedestrian is its pid, so these numbers are far
+# away. The streams of the two data sets differ, so that no person is in both.
+_SCENES, _DISTRACTORS, _VIDEO_SCENES, _TRACKED = 1_000_000, 2_000_000, 3_000_000, 4_000_000
+_FILE_NAME = re.compile(r"(?P<pid>-1|\d+)_c(?P<camid>\d)")
+
+
+class _Drawn:
+    """Mixed into a reader of torchreid: the folder is drawn when it does not exist.
+
+    Attributes:
+        dataset_dir: name of the data set and of its folder.
+        version: version of the recipe. Raise it with every change that changes a pixel, a name or a split.
+        layout: whose names the folders and files have.
+        own: subfolders that identify the user's own data in this layout.
+    """
+
+    dataset_dir: str
+    version = 1
+    layout: str
+    own: tuple[str, ...]
+
+    def __init__(self, root: str = "", seed: int = 0, **kwargs: Any) -> None:
+        folder = Path(root).expanduser().absolute() / self.dataset_dir
+        if not folder.exists():
+            self.draw(folder, seed)
+        self._check_recipe(folder, self._recipe(seed))
+        super().__init__(root=root, **kwargs)  # type: ignore[call-arg]
+
+    @classmethod
+    def draw(cls, folder: str | os.PathLike[str], seed: int = 0) -> None:
+        """Draws the data set into a new ``folder``. If the drawing is interrupted, no folder is left.
+
+        The files are drawn in a temporary folder beside ``folder``, which is renamed when it is complete. If another
+        process was faster, its folder is kept.
+
+        Args:
+            folder: the folder to create; its parent is created where it is missing.
+            seed: the people, the backgrounds and the images depend only on this seed.
+
+        Raises:
+            InputError: if ``seed`` is negative.
+            OSError: if the folder cannot be written.
+        """
+        if seed < 0:
+            raise InputError(f"seed={seed} must be 0 or more")
+        destination = Path(folder)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as temporary:
+            # A temporary folder excludes other users. A folder inside it has the usual permissions.
+            drawing = Path(temporary, destination.name)
+            drawing.mkdir()
+            cls._fill(drawing, seed)
+            (drawing / "recipe.json").write_text(json.dumps(cls._recipe(seed), indent=2) + "\n", encoding="utf-8")
+            try:
+                drawing.rename(destination)
+            except OSError:
+                if not destination.is_dir():
+                    raise
+
+    @staticmethod
+    def _fill(drawing: Path, seed: int) -> None:
+        """Draws the files into an empty folder."""
+        raise NotImplementedError
+
+    @classmethod
+    def _recipe(cls, seed: int) -> dict[str, Any]:
+        return {"name": cls.dataset_dir, "version": cls.version, "seed": seed}
+
+    def _check_recipe(self, folder: Path, recipe: dict[str, Any]) -> None:
+        """Refuses a folder that was drawn from another recipe, and warns of one that is the user's own.
+
+        The folder is not drawn again, because another process may be reading it.
+        """
+        file = folder / "recipe.json"
+        if not file.exists():
+            if not any((folder / name).is_dir() for name in self.own):
+                raise InputError(
+                    f"{folder} has neither {file.name} nor {self.own[0]}: delete it to have it drawn again"
+                )
+            warnings.warn(
+                f"{folder} has no {file.name}: it is read as your own in {self.layout}'s layout", stacklevel=3
+            )
+            return
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{file} is damaged ({error}): delete {folder} to have it drawn again") from error
+        if found != recipe:
+            raise InputError(
+                f"{folder} was drawn as {found}, but {recipe} is wanted: delete it to have it drawn again, or choose "
+                f"another data.root"
+            )
+
+
+def _scenes(seed: int, stream: int) -> list[Image.Image]:
+    return [draw_scene(np.random.default_rng([seed, stream, c]), camera) for c, camera in enumerate(CAMERAS)]
+
+
+def _pictures(seed: int) -> Iterator[tuple[str, Image.Image]]:
+    """Yields the name (``FOLDER/NAME.jpg``) and the image of every picture. Each has its own random stream."""
+    scenes = _scenes(seed, _SCENES)
+    for part, pid in ((part, pid) for part, pids in PEDESTRIANS.items() for pid in pids):
+        rng = np.random.default_rng([seed, pid])
+        person = make_person(rng)
+        for visit, camera in enumerate(rng.permutation(len(CAMERAS))[:CAMERAS_PER_PERSON].tolist()):
+            for shot in range(1, SHOTS_PER_CAMERA + 1):
+                is_query = part == "test" and visit < QUERIES_PER_PERSON and shot == 1
+                folder = "query" if is_query else f"bounding_box_{part}"
+                image_rng = np.random.default_rng([seed, pid, camera, shot])
+                name = f"{pid:04d}_c{camera + 1}s1_{pid * 100 + visit:06d}_{shot:02d}.jpg"
+                yield f"{folder}/{name}", draw_image(image_rng, person, CAMERAS[camera], scenes[camera])
+    for number in range(DISTRACTORS):
+        rng = np.random.default_rng([seed, _DISTRACTORS, number])
+        camera = number % len(CAMERAS)
+        # Half of the distractors are people who are in no query; the other half are false detections.
+        somebody = make_person(rng) if number < DISTRACTORS // 2 else None
+        name = f"0000_c{camera + 1}s1_{number:06d}_01.jpg"
+        yield f"bounding_box_test/{name}", draw_image(rng, somebody, CAMERAS[camera], scenes[camera])
+
+
+class SyntheticPedestrians(_Drawn, torchreid.data.datasets.Market1501):
+    """torchreid's reader of Market-1501, for a folder that is drawn when it does not exist.
+
+    There are 100 identities for training and 60 others for testing. Each identity is seen by 5 of 6 cameras, twice by
+    each camera. Each test identity has three queries. The gallery contains 60 distractors (pid 0). The 1660 images are
+    64 pixels wide and 128 high.
+
+    Args:
+        root: the folder above ``synthetic_pedestrians``; created where it is missing.
+        seed: seed of the people, the backgrounds and the images.
+        kwargs: the arguments of any torchreid image data set.
+
+    Raises:
+        InputError: if the folder was drawn by another recipe or seed, or if a file is not named as in Market-1501.
+        RuntimeError: if a folder of Market-1501's layout is missing (from torchreid).
+    """
+
+    dataset_dir, layout, own = "synthetic_pedestrians", "Market-1501", (LAYOUT, "bounding_box_train")
+
+    @staticmethod
+    def _fill(drawing: Path, seed: int) -> None:
+        for split in ("bounding_box_train", "query", "bounding_box_test"):
+            (drawing / LAYOUT / split).mkdir(parents=True)
+        total = sum(map(len, PEDESTRIANS.values())) * CAMERAS_PER_PERSON * SHOTS_PER_CAMERA + DISTRACTORS
+        # disable=None: no bar unless stderr is a terminal.
+        for name, image in tqdm(_pictures(seed), "drawing pedestrians", total, disable=None, delay=1, leave=False):
+            image.save(drawing / LAYOUT / name, quality=90)
+
+    def process_dir(self, dir_path: str, relabel: bool = False) -> list[tuple[str, int, int]]:
+        """Lists a folder's images as (path, pid, camid from 0), sorted by name; ``relabel`` makes pids 0..n-1.
+
+        torchreid's own method takes the files in the order of the file system. It also searches for the pid in the
+        whole path, so that a parent folder named ``3_c1`` would give the identity.
+        """
+        rows = []
+        for path in sorted(Path(dir_path).glob("*.jpg")):
+            found = _FILE_NAME.match(path.name)
+            if found is None or not 1 <= int(found["camid"]) <= 6:
+                raise InputError(f"{path} is not named as in Market-1501, such as 0002_c1s1_000451_03.jpg")
+            if int(found["pid"]) != -1:
+                rows.append((str(path), int(found["pid"]), int(found["camid"]) - 1))
+        if relabel:
+            labels = {pid: label for label, pid in enumerate(sorted({pid for _, pid, _ in rows}))}
+            rows = [(path, labels[pid], camid) for path, pid, camid in rows]
+        return rows
+
+
+def _tracklets(seed: int, pids: range) -> Iterator[tuple[int, int, dict[str, Image.Image]]]:
+    """Yields every tracklet: its identity, its camera from 1, and its frames by their names.
+
+    Each has its own random stream.
+    """
+    scenes = _scenes(seed, _VIDEO_SCENES)
+    for pid in pids:
+        rng = np.random.default_rng([seed, _TRACKED + pid])
+        person = make_person(rng)
+        for camera in rng.permutation(len(CAMERAS))[:CAMERAS_PER_TRACKED].tolist():
+            for track in range(1, TRACKLETS_PER_CAMERA + 1):
+                frames = np.random.default_rng([seed, _TRACKED + pid, camera, track])
+                numbers = range(1, int(frames.choice(FRAMES)) + 1)
+                names = [f"{pid:04d}C{camera + 1}T{track:04d}F{number:03d}.jpg" for number in numbers]
+                images = {name: draw_image(frames, person, CAMERAS[camera], scenes[camera]) for name in names}
+                yield pid, camera + 1, images
+
+
+class SyntheticTracklets(_Drawn, torchreid.data.datasets.Mars):
+    """torchreid's reader of MARS, for a folder that is drawn when it does not exist.
+
+    There are 40 identities for training and 24 others for testing. Each identity is seen by 3 of 6 cameras, and has two
+    tracklets for each of them. A tracklet has 3 to 6 frames, 64 pixels wide and 128 high. The first tracklet of each
+    test identity and camera is a query.
+
+    Args:
+        root: the folder above ``synthetic_tracklets``; created where it is missing.
+        seed: seed of the people, the backgrounds and the images.
+        kwargs: the arguments of any torchreid video data set.
+
+    Raises:
+        InputError: if the folder was drawn by another recipe or seed.
+        RuntimeError: if a file of MARS's layout is missing (from torchreid).
+    """
+
+    dataset_dir, layout, own = "synthetic_tracklets", "MARS", ("bbox_train",)
+
+    @staticmethod
+    def _fill(drawing: Path, seed: int) -> None:
+        info = drawing / "info"
+        info.mkdir()
+        for part, pids in tqdm(TRACKED.items(), "drawing tracklets", disable=None, delay=1, leave=False):
+            names: list[str] = []
+            rows = []
+            for pid, camera, frames in _tracklets(seed, pids):
+                home = drawing / f"bbox_{part}" / f"{pid:04d}"
+                home.mkdir(parents=True, exist_ok=True)
+                for name, image in frames.items():
+                    image.save(home / name, quality=90)
+                rows.append((len(names) + 1, len(names) + len(frames), pid, camera))
+                names += frames
+            (info / f"{part}_name.txt").write_text("\n".join(names) + "\n")
+            savemat(info / f"tracks_{part}_info.mat", {f"track_{part}_info": np.array(rows)})
+        # The first tracklet of each test identity and camera, counted from 1.
+        savemat(info / "query_IDX.mat", {"query_IDX": np.arange(1, len(rows) + 1, TRACKLETS_PER_CAMERA)})

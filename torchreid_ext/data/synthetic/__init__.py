@@ -1,1 +1,0 @@
-"""Data sets that are drawn on first use: pedestrians (images) and tracklets (video)."""
