@@ -17,9 +17,8 @@ from typing import Any
 import yaml
 
 from pml_drsl.checks import InputError
-from torchreid_ext.config.checks import check
 from torchreid_ext.config.keys import KEYS
-from torchreid_ext.config.node import flat, get_default_config, plain
+from torchreid_ext.config.node import check, flat, get_default_config, plain
 
 Snippet = Mapping[str, Any]
 """Config keys with values, nested as in YAML, or dotted."""
@@ -27,13 +26,6 @@ Snippet = Mapping[str, Any]
 SETTINGS = "settings"
 LOSSES = "losses.yaml"
 """The file of losses beside the first configuration file, unless another is given."""
-
-NOT_COMPARED = {
-    "data.root", "data.save_dir", "data.workers", "model.resume", "train.print_freq", "train.timeout",
-    "train.checkpoint_freq", "train.keep_checkpoints", "test.picture", "test.visrank", "test.visrank_topk",
-    "test.untrained", "test.queries", "test.ranks", "test.batch_size", "test.eval_freq", "test.start_eval",
-}  # fmt: skip
-"""Keys without an effect on the scores of the last test: two runs that differ in them alone are the same run."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +68,7 @@ def same(mine: Mapping[str, Any], other: Mapping[str, Any], without: Iterable[st
 
 def comparable(configuration: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a flat configuration that have an effect on scores. Weights are told by the name of their file."""
-    kept = {key: value for key, value in configuration.items() if key not in NOT_COMPARED}
+    kept = {key: value for key, value in configuration.items() if key not in KEYS or KEYS[key].scores}
     if kept.get("model.load_weights"):
         kept["model.load_weights"] = Path(kept["model.load_weights"]).name
     return kept
@@ -162,7 +154,7 @@ def plan(
                 cfg = get_default_config()
                 cfg.merge_from_file(file)
                 try:
-                    cfg.merge_from_list([word for pair in _flattened(snippet) for word in pair])
+                    cfg.merge_from_list([word for pair in snippet.items() for word in pair])
                 except InputError as error:
                     raise InputError(f"loss {loss}: {error}") from error
                 cfg.data.root = root or cfg.data.root
@@ -171,14 +163,6 @@ def plan(
                 check(cfg)
                 runs.append(Run(file, loss, snippet, fixed, of_seed, seed, flat(cfg)))
     return runs
-
-
-def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and f"{prefix}{key}" not in KEYS and prefix != "datasets.":
-            yield from _flattened(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

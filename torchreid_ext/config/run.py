@@ -23,10 +23,9 @@ from torchreid_ext.config.build import (
     build_scheduler,
     check_takes,
 )
-from torchreid_ext.config.checks import run_options
 from torchreid_ext.config.data import build_datamanager
 from torchreid_ext.config.keys import ON_RESUME
-from torchreid_ext.config.node import Config, flat, plain
+from torchreid_ext.config.node import Config, check, flat, plain, run_options
 from torchreid_ext.data.samplers import steps_per_epoch
 from torchreid_ext.evaluation import ranking
 from torchreid_ext.runtime import distributed, files, generators
@@ -44,13 +43,7 @@ def prepare(cfg: Config) -> Any:
             "or model.load_weights FILE. To test a network before any training, set test.untrained True and "
             "train.max_epoch 0 instead"
         )
-    try:
-        cfg.data.save_dir.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"data.save_dir {cfg.data.save_dir!r} has bytes that are not UTF-8, and TensorBoard cannot write there: "
-            f"choose another name"
-        ) from error
+    check(cfg)
     generators.seed_everything(cfg.train.seed)
     with distributed.one_first():
         datamanager = build_datamanager(cfg)
