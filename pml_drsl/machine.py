@@ -1,4 +1,4 @@
-"""What this machine has: processor cores, and the memory that this process has used."""
+"""What this machine has: processor cores, and the memory of this process."""
 
 from __future__ import annotations
 
@@ -37,3 +37,18 @@ def reset_peak_process_bytes() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     with suppress(OSError), open("/proc/self/clear_refs", "w") as file:
         file.write("5")
+
+
+def keep_freed_memory() -> None:
+    """Lets the process keep the memory that it frees, instead of giving it back to the system and asking for it again.
+
+    A training step allocates the same large tensors again and again, and the system clears all memory that it gives.
+    Only glibc, the C library of most Linux systems, can be told so; elsewhere nothing happens.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    with suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        trim_threshold, mmap_max = -1, -4
+        mallopt(mmap_max, 0)  # Large blocks come from the heap, too.
+        mallopt(trim_threshold, -1)  # The heap never shrinks.

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from pml_drsl import console
 from pml_drsl.checks import InputError
-from torchreid_ext.cli import console, export, extract, search
-from torchreid_ext.runtime import terminal
+from torchreid_ext.cli import export, extract, search
 
 ROOT = Path(__file__).parents[3]
 
@@ -34,7 +34,7 @@ def test_help_does_not_load_torch():
 def test_every_command_says_its_version(command, capsys):
     with pytest.raises(SystemExit) as end:
         command.main(["--version"])
-    assert end.value.code == 0 and terminal.version() in capsys.readouterr().out
+    assert end.value.code == 0 and console.version() in capsys.readouterr().out
 
 
 def failing(error):
