@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fcntl
 import gzip
 import hashlib
@@ -16,14 +15,14 @@ from typing import Any
 
 import yaml
 
-from pml_drsl.checks import InputError
+from pml_drsl.checks import InputError, nearest
 from torchreid_ext.config.keys import KEYS
 from torchreid_ext.config.node import check, flat, get_default_config, plain
 
 Snippet = Mapping[str, Any]
 """Config keys with values, nested as in YAML, or dotted."""
 
-SETTINGS = "settings"
+SETTINGS, TUNED = "settings", "-tuned"
 LOSSES = "losses.yaml"
 """The file of losses beside the first configuration file, unless another is given."""
 
@@ -35,7 +34,7 @@ class Run:
     Attributes:
         config: the configuration file.
         loss: name of the loss in the file of losses.
-        snippet: the keys that this loss sets, nested as in YAML.
+        snippet: the keys that this loss sets.
         changes: keys that the user changes in all runs, with their values as words of the command line.
         varied: keys that have another value for each seed, likewise.
         seed: value of ``train.seed``.
@@ -74,15 +73,14 @@ def comparable(configuration: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def fingerprint(configuration: Mapping[str, Any]) -> str:
-    """A short hash of the keys that have an effect on scores."""
-    text = json.dumps(comparable(configuration), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def _default(key: str, otherwise: Any) -> Any:
     """The default of a key. A key that is gone had no effect that this version knows of."""
     return plain(KEYS[key].default) if key in KEYS else otherwise
+
+
+def fingerprint(configuration: Mapping[str, Any]) -> str:
+    """A short hash of the keys that have an effect on scores."""
+    return hashlib.sha256(json.dumps(comparable(configuration), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_losses(path: Path, names: Sequence[str] | None) -> tuple[dict[str, Snippet], dict[str, list[Snippet]]]:
@@ -106,8 +104,8 @@ def read_losses(path: Path, names: Sequence[str] | None) -> tuple[dict[str, Snip
         raise InputError(f"{path} must hold config keys for each loss, as supcon: {{loss: {{name: pml, ...}}}}")
     for name in names or ():
         if name not in losses:
-            nearest = difflib.get_close_matches(name, losses, n=1, cutoff=0)
-            raise InputError(f"{path} has no loss {name!r}; did you mean {nearest[0]!r}? It has: {', '.join(losses)}")
+            near = nearest(name, losses)
+            raise InputError(f"{path} has no loss {name!r}; did you mean {near!r}? It has: {', '.join(losses)}")
     chosen: dict[str, dict[str, Any]] = {name: dict(losses[name]) for name in (names or losses)}
     settings: dict[str, list[Snippet]] = {name: snippet.pop(SETTINGS, []) for name, snippet in chosen.items()}
     for name, listed in settings.items():

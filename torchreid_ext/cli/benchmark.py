@@ -57,11 +57,11 @@ def _tune(words: Sequence[str]) -> int:
     if len(grid["files"]) > 1 or not args.output:
         raise InputError("tune takes one CONFIG.yaml, and --output FILE.yaml for the settings that it chooses")
 
-    from torchreid_ext.benchmark import tuning
+    from torchreid_ext.benchmark import runner
 
     losses, settings = args.chosen
-    best, scores, failed = tuning.tune(losses, settings, grid, args.results, args.workers)
-    tuning.write(args.output, best, scores)
+    best, scores, failed = runner.tune(losses, settings, grid, args.results, args.workers)
+    runner.write_tuned(args.output, best, scores)
     return min(1, failed)
 
 
@@ -111,7 +111,7 @@ def _report(words: Sequence[str]) -> int:
     parser.add_argument("--figure", type=Path, metavar="FILE.png", help="figure to draw")
     args = parser.parse_args(words)
 
-    from torchreid_ext.benchmark import grid, plots, report
+    from torchreid_ext.benchmark import grid, report
 
     for path in args.results:
         if not path.is_file():
@@ -123,7 +123,7 @@ def _report(words: Sequence[str]) -> int:
     else:
         print(text)
     if args.figure:
-        plots.draw(report.sections(results, args.losses), args.figure)
+        report.draw(report.sections(results, args.losses), args.figure)
     return 0
 
 

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 import yaml
-from PIL import Image
-from torch import Tensor
+from torchvision.utils import save_image
 
 from pml_drsl.checks import InputError
 from pml_drsl.console import message
@@ -153,7 +153,7 @@ class _Tee:
         return False
 
 
-COLUMNS, STEPS = 8, 3
+STEPS = 3
 
 
 class _EnoughError(Exception):
@@ -174,7 +174,8 @@ def dry_run(cfg: Config) -> None:
     path = Path(cfg.data.save_dir, "batch.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     images = engine.training_batch(batches[0]).images.reshape(-1, 3, cfg.data.height, cfg.data.width)
-    contact_sheet(images, cfg.data.norm_mean, cfg.data.norm_std).save(path)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (cfg.data.norm_mean, cfg.data.norm_std))
+    save_image(images.cpu() * std + mean, path, nrow=8, padding=0)
     print(f"A batch of {len(images)} images, as the network gets them, is drawn in {path}")
     # The first steps are slower than the others.
     seconds = steps * times[-1]
@@ -207,21 +208,3 @@ def _try(cfg: Config, engine: Any, steps: int) -> tuple[list[Any], list[float]]:
     ):
         engine.run(**run_options(cfg).arguments() | {"save_dir": folder, "start_epoch": 0, "max_epoch": 1})
     return batches, [end - start for start, end in itertools.pairwise(moments)]
-
-
-def contact_sheet(images: Tensor, mean: list[float], std: list[float]) -> Image.Image:
-    """The images of a batch in rows of 8, with normalisation undone.
-
-    Args:
-        images: [N, 3, height, width] normalised images.
-        mean: of each channel.
-        std: of each channel.
-    """
-    colours = images.cpu() * images.new_tensor(std, device="cpu").view(3, 1, 1)
-    colours += images.new_tensor(mean, device="cpu").view(3, 1, 1)
-    pixels = (colours.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    height, width = pixels.shape[1:3]
-    sheet = Image.new("RGB", (min(len(pixels), COLUMNS) * width, -(-len(pixels) // COLUMNS) * height))
-    for number, image in enumerate(pixels):
-        sheet.paste(Image.fromarray(image), (number % COLUMNS * width, number // COLUMNS * height))
-    return sheet
