@@ -55,7 +55,7 @@ def guarded(
         # A path in another encoding than the terminal's would end the command while it prints.
         if isinstance(stream, io.TextIOWrapper):  # not so where a notebook or a test has replaced it
             stream.reconfigure(errors="backslashreplace")
-    before = {path: _stamp(path) for path in outputs if path and path != "-"}
+    before = {path: file_stamp(path) for path in outputs if path and path != "-"}
     # In a run of several processes, all but the first give their number.
     process = os.environ.get("RANK", "0") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "0"
     who = f"{name}:" if process == "0" else f"{name}: process {process}:"
@@ -67,7 +67,7 @@ def guarded(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt as stop:
-        written = [path for path, stamp in before.items() if _stamp(path) != stamp]
+        written = [path for path, stamp in before.items() if file_stamp(path) != stamp]
         what = f"interrupted; written before that: {', '.join(map(repr, written))}" if written else stopped
         if process == "0":
             say(f"{who} {stop if str(stop) else what}", sys.stderr)
@@ -115,8 +115,8 @@ def check_outputs(outputs: dict[str, str | None], inputs: Iterable[str | None]) 
         others[os.path.realpath(path)] = f"the file of {option}"
 
 
-def _stamp(path: str) -> object:
-    """What changes when a file is replaced; None for a file that is not there."""
+def file_stamp(path: str) -> object:
+    """What changes with every write of a file; None for a file that is not there."""
     try:
         about = os.stat(path)
     except OSError:

@@ -28,7 +28,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from pml_drsl.checks import InputError
-from pml_drsl.console import guarded
+from pml_drsl.console import check_outputs, guarded
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -261,8 +261,7 @@ def _check(args: argparse.Namespace) -> None:
     for size in args.sizes:
         if size % PER_IDENTITY or size < 2 * PER_IDENTITY:
             raise InputError(f"--sizes {size}: give multiples of {PER_IDENTITY} from {2 * PER_IDENTITY} on")
-    if args.csv and (Path(args.csv).is_dir() or not Path(args.csv).absolute().parent.is_dir()):
-        raise InputError(f"--csv {args.csv}: not a file in a folder that exists")
+    check_outputs({"--csv": args.csv}, ())
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device cuda: torch {torch.__version__} finds no CUDA device here")
 

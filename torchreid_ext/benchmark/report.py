@@ -128,8 +128,7 @@ def sections(results: Sequence[Mapping[str, Any]], losses: Sequence[str] | None 
 def _recipe(line: Mapping[str, Any]) -> tuple[str, str, tuple[tuple[str, str], ...]]:
     configuration = line["configuration"]
     network = configuration["model.name"] + (" with the neck" if configuration["model.bnneck"] else "")
-    changes = {key: value for key, value in line["changes"].items() if key in comparable({key: value})}
-    return line["config"], network, tuple(sorted(comparable(changes).items()))
+    return line["config"], network, tuple(sorted(comparable(line["changes"]).items()))
 
 
 def _section(target: str, network: str, lines: Sequence[Mapping[str, Any]]) -> Section:
