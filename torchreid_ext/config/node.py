@@ -281,7 +281,7 @@ def check(cfg: Config) -> None:
         cfg.data.save_dir.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"data.save_dir {cfg.data.save_dir!r} is not UTF-8, and TensorBoard cannot write there: choose another name"
+            f"data.save_dir {cfg.data.save_dir!r} has bytes that are not UTF-8, which TensorBoard needs: choose another"
         ) from error
     tracklets_differ = cfg.data.type == "video" and cfg.video.sample_method == "all"
     if cfg.train.chunk_size and cfg.train.sync_batchnorm and tracklets_differ:

@@ -21,14 +21,7 @@ from pml_drsl.checks import InputError
 from pml_drsl.console import message
 from pml_drsl.evaluation.scores import RetrievalResult
 from torchreid_ext.checkpoint import checkpoint, resuming
-from torchreid_ext.config.build import (
-    build_criterion,
-    build_engine,
-    build_model,
-    build_optimizer,
-    build_scheduler,
-    check_takes,
-)
+from torchreid_ext.config import build
 from torchreid_ext.config.data import build_datamanager
 from torchreid_ext.config.keys import ON_RESUME
 from torchreid_ext.config.node import Config, check, flat, plain, run_options
@@ -53,14 +46,15 @@ def prepare(cfg: Config) -> Any:
     generators.seed_everything(cfg.train.seed)
     with distributed.one_first():
         datamanager = build_datamanager(cfg)
-        model = build_model(cfg, datamanager.num_train_pids)
+        model = build.build_model(cfg, datamanager.num_train_pids)
     print(f"Model {cfg.model.name}: {sum(p.numel() for p in model.parameters()):,} parameters")
-    check_takes(cfg, model)
+    build.check_takes(cfg, model)
     if cfg.model.load_weights:
         print(checkpoint.load_weights(model, cfg.model.load_weights))
-    criterion = build_criterion(cfg, model, datamanager.num_train_pids, steps_per_epoch(datamanager))
-    optimizer = build_optimizer(cfg, model, criterion)
-    engine = build_engine(cfg, datamanager, model, optimizer, build_scheduler(cfg, optimizer), criterion)
+    criterion = build.build_criterion(cfg, model, datamanager.num_train_pids, steps_per_epoch(datamanager))
+    optimizer = build.build_optimizer(cfg, model, criterion)
+    scheduler = build.build_scheduler(cfg, optimizer)
+    engine = build.build_engine(cfg, datamanager, model, optimizer, scheduler, criterion)
     engine.config, engine.on_resume = flat(cfg), ON_RESUME
     return engine
 
@@ -86,31 +80,22 @@ def train(cfg: Config) -> tuple[Any, dict[str, RetrievalResult]]:
         if cfg.test.evaluate and not start_epoch:
             raise InputError("test.evaluate: model.resume auto found no checkpoint to test")
     if not cfg.test.evaluate and distributed.is_first():
-        write_config(cfg)
+        with files.replacing(Path(cfg.data.save_dir, "config.yaml")) as file:  # which --config-file reads again
+            file.write(yaml.safe_dump(plain(cfg), sort_keys=False).encode())
 
     columns, options = {}, run_options(cfg)
     if cfg.test.untrained and not cfg.test.evaluate and not start_epoch:
         print("=> Test before training")
-        folder = str(Path(cfg.data.save_dir, "untrained"))
-        columns["untrained"] = engine.test(**options.last_test() | {"visrank": False, "save_dir": folder})
+        untrained = str(Path(cfg.data.save_dir, "untrained"))
+        columns["untrained"] = engine.test(**options.last_test() | {"visrank": False, "save_dir": untrained})
     columns["trained"] = engine.run(**options.arguments() | {"start_epoch": start_epoch})
     if len(columns) > 1 and columns["trained"]:
         ranking.print_side_by_side(columns, cfg.test.ranks)
-    print(_written(Path(cfg.data.save_dir)))
-    return engine, columns["trained"]
-
-
-def write_config(cfg: Config) -> None:
-    """Writes the whole configuration to ``config.yaml`` beside the results. ``--config-file`` reads it again."""
-    with files.replacing(Path(cfg.data.save_dir, "config.yaml")) as file:
-        file.write(yaml.safe_dump(plain(cfg), sort_keys=False).encode())
-
-
-def _written(folder: Path) -> str:
-    """What a run left in its folder, in words."""
     parts = {"checkpoints": "model/*.pth.tar*", "TensorBoard log": "events.*", "metrics.json": "metrics.json"}
-    found = [name for name, pattern in parts.items() if any(folder.glob(pattern))]
-    return f'Written to "{folder}": {", ".join(found)}'
+    folder = Path(cfg.data.save_dir)
+    written = [name for name, pattern in parts.items() if any(folder.glob(pattern))]
+    print(f'Written to "{folder}": {", ".join(written)}')
+    return engine, columns["trained"]
 
 
 @contextlib.contextmanager
