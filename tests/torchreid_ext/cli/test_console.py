@@ -68,6 +68,15 @@ def test_a_defect_keeps_its_traceback(error):
     assert caught.value is error
 
 
+def test_of_several_processes_the_first_speaks_for_all_and_the_others_give_their_number(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, told in (("0", "name: a value\nname: stopped\n"), ("1", "name: process 1: a value\n")):
+        monkeypatch.setenv("RANK", rank)
+        assert console.guarded("name", failing(InputError("a value"))) == 2
+        assert console.guarded("name", failing(KeyboardInterrupt()), stopped="stopped") == 130
+        assert capsys.readouterr().err == told
+
+
 def test_any_text_can_be_printed_in_any_encoding(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
