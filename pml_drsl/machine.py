@@ -79,3 +79,18 @@ def _set_precision(values: list[Any] | None) -> list[Any]:
     for switch, value in zip(switches, values or ["ieee"] * len(switches), strict=True):
         switch.fp32_precision = value
     return before
+
+
+def keep_freed_memory() -> None:
+    """Lets the process keep the memory that it frees, instead of giving it back to the system and asking for it again.
+
+    A training step allocates the same large tensors again and again, and the system clears all memory that it gives.
+    Only glibc, the C library of most Linux systems, can be told so; elsewhere nothing happens.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    with suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        trim_threshold, mmap_max = -1, -4
+        mallopt(mmap_max, 0)  # Large blocks come from the heap, too.
+        mallopt(trim_threshold, -1)  # The heap never shrinks.

@@ -28,6 +28,9 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from pml_drsl.checks import InputError
+from pml_drsl.console import check_outputs, guarded
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -42,25 +45,16 @@ Step = Callable[[], object]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line. Returns 0, or 2 for bad input or a missing package, which one line on stderr explains."""
+    """Runs the command line; returns its exit status, which :func:`pml_drsl.console.guarded` explains."""
     args = _parser().parse_args(arguments)
-    from pml_drsl.checks import InputError
 
-    try:
+    def work() -> None:
         rows = run(args)
         if args.csv:
             rows.to_csv(args.csv, index=False)
-    except ModuleNotFoundError as error:
-        if error.name not in ("pandas", "tqdm"):
-            raise
-        message = f"it needs {error.name}: pip install 'pml-drsl[benchmark]'"
-    except (InputError, OSError) as error:
-        message = str(error)
-    else:
         print(report(rows))
-        return 0
-    print(f"drsl-benchmark speed: {message}", file=sys.stderr)
-    return 2
+
+    return guarded("drsl-benchmark speed", work, [args.csv], extra="benchmark")
 
 
 def run(args: argparse.Namespace) -> pd.DataFrame:
@@ -240,8 +234,6 @@ def _check(args: argparse.Namespace) -> None:
     """Raises InputError for an argument out of its range."""
     import torch
 
-    from pml_drsl.checks import InputError
-
     for name in ("sizes", "dims", "seconds", "memory", "threads"):
         value = getattr(args, name)
         least = min(value) if isinstance(value, list) else value
@@ -250,8 +242,7 @@ def _check(args: argparse.Namespace) -> None:
     for size in args.sizes:
         if size % PER_IDENTITY or size < 2 * PER_IDENTITY:
             raise InputError(f"--sizes {size}: give multiples of {PER_IDENTITY} from {2 * PER_IDENTITY} on")
-    if args.csv and (Path(args.csv).is_dir() or not Path(args.csv).absolute().parent.is_dir()):
-        raise InputError(f"--csv {args.csv}: not a file in a folder that exists")
+    check_outputs({"--csv": args.csv}, ())
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device cuda: torch {torch.__version__} finds no CUDA device here")
 

@@ -45,7 +45,7 @@ _HOMES = dict.fromkeys(_ENGINES, "torchreid_ext.engine.engines") | {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from torchreid_ext.runtime.terminal import version
+        from pml_drsl.console import version
 
         return version()
     if name not in _HOMES:

@@ -25,10 +25,11 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pml_drsl.checks import InputError
+from pml_drsl.console import check_outputs, guarded, version
 from pml_drsl.evaluation import METRICS, PROTOCOLS, RANKS, TIES
 
 if TYPE_CHECKING:
@@ -45,28 +46,22 @@ EPILOG = """examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line. Returns 0, or 2 for bad input, which one line on stderr explains."""
+    """Runs the command line; returns its exit status, which :func:`pml_drsl.console.guarded` explains."""
     args = _parser().parse_args(arguments)
-    from pml_drsl.checks import InputError
+    return guarded("drsl-evaluate", lambda: _run(args), [args.json])
 
-    try:
-        result, has_cameras, left_out = _evaluate(args)
-        if args.json:
-            Path(args.json).write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
-    except (InputError, OSError) as error:
-        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        line = " ".join(text.split()).encode(sys.stderr.encoding or "utf-8", "backslashreplace")
-        print(f"drsl-evaluate: {line.decode(sys.stderr.encoding or 'utf-8')}", file=sys.stderr)
-        return 2
+
+def _run(args: argparse.Namespace) -> None:
+    result, has_cameras, left_out = _evaluate(args)
+    if args.json:
+        Path(args.json).write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
     print(report(result, args.ranks, has_cameras, left_out))
-    return 0
 
 
 def _evaluate(args: argparse.Namespace) -> tuple[RetrievalResult, bool, int]:
     """The result, whether there were cameras, and the number of images with a junk identity."""
     import torch
 
-    from pml_drsl.checks import InputError
     from pml_drsl.evaluation.arrays import CAMERAS, read_npy, read_npz
     from pml_drsl.evaluation.scores import evaluate
 
@@ -76,7 +71,7 @@ def _evaluate(args: argparse.Namespace) -> tuple[RetrievalResult, bool, int]:
         raise InputError(f"--seed {args.seed}: seeds start at 0")
     inputs = [*args.features, *([args.ids] if args.ids else [])]
     if args.json:
-        _check_output(args.json, inputs)
+        check_outputs({"--json": args.json}, inputs)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no CUDA device here")
@@ -90,17 +85,6 @@ def _evaluate(args: argparse.Namespace) -> tuple[RetrievalResult, bool, int]:
     result = evaluate(**data, **options, max_rank=max_rank, device=device, progress=progress)
     left_out = len(data["query"]) - result.num_query + len(data["gallery"]) - result.num_gallery
     return result, "query_cams" in data, left_out
-
-
-def _check_output(output: str, inputs: Sequence[str]) -> None:
-    from pml_drsl.checks import InputError
-
-    path = Path(output)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise InputError(f"--json {output}: not a file in a folder that exists")
-    for given in inputs:
-        if path.exists() and Path(given).exists() and path.samefile(given):
-            raise InputError(f"--json {output} would overwrite the input {given}: give another name")
 
 
 def report(result: RetrievalResult, ranks: Sequence[int], has_cameras: bool, left_out: int) -> str:
@@ -120,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     def option(name: str, about: str, **kwargs: Any) -> None:
         parser.add_argument(name, help=about, **kwargs)
 
-    parser.add_argument("--version", action="version", version=f"%(prog)s {metadata.version('pml-drsl')}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version()}")
     option("features", "FEATURES.npz, or QUERY.npy GALLERY.npy", nargs="+", metavar="FILE")
     option("--ids", "identities and cameras of the two .npy files", metavar="IDS.csv")
     option("--metric", "distance (%(default)s)", choices=METRICS, default="euclidean")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fcntl
 import gzip
 import hashlib
@@ -16,24 +15,16 @@ from typing import Any
 
 import yaml
 
-from pml_drsl.checks import InputError
-from torchreid_ext.config.checks import check
+from pml_drsl.checks import InputError, nearest
 from torchreid_ext.config.keys import KEYS
-from torchreid_ext.config.node import flat, get_default_config, plain
+from torchreid_ext.config.node import check, flat, get_default_config, plain
 
 Snippet = Mapping[str, Any]
 """Config keys with values, nested as in YAML, or dotted."""
 
-SETTINGS = "settings"
+SETTINGS, TUNED = "settings", "-tuned"
 LOSSES = "losses.yaml"
 """The file of losses beside the first configuration file, unless another is given."""
-
-NOT_COMPARED = {
-    "data.root", "data.save_dir", "data.workers", "model.resume", "train.print_freq", "train.timeout",
-    "train.checkpoint_freq", "train.keep_checkpoints", "test.picture", "test.visrank", "test.visrank_topk",
-    "test.untrained", "test.queries", "test.ranks", "test.batch_size", "test.eval_freq", "test.start_eval",
-}  # fmt: skip
-"""Keys without an effect on the scores of the last test: two runs that differ in them alone are the same run."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +34,7 @@ class Run:
     Attributes:
         config: the configuration file.
         loss: name of the loss in the file of losses.
-        snippet: the keys that this loss sets, nested as in YAML.
+        snippet: the keys that this loss sets.
         changes: keys that the user changes in all runs, with their values as words of the command line.
         varied: keys that have another value for each seed, likewise.
         seed: value of ``train.seed``.
@@ -76,21 +67,20 @@ def same(mine: Mapping[str, Any], other: Mapping[str, Any], without: Iterable[st
 
 def comparable(configuration: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a flat configuration that have an effect on scores. Weights are told by the name of their file."""
-    kept = {key: value for key, value in configuration.items() if key not in NOT_COMPARED}
+    kept = {key: value for key, value in configuration.items() if key not in KEYS or KEYS[key].scores}
     if kept.get("model.load_weights"):
         kept["model.load_weights"] = Path(kept["model.load_weights"]).name
     return kept
 
 
-def fingerprint(configuration: Mapping[str, Any]) -> str:
-    """A short hash of the keys that have an effect on scores."""
-    text = json.dumps(comparable(configuration), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def _default(key: str, otherwise: Any) -> Any:
     """The default of a key. A key that is gone had no effect that this version knows of."""
     return plain(KEYS[key].default) if key in KEYS else otherwise
+
+
+def fingerprint(configuration: Mapping[str, Any]) -> str:
+    """A short hash of the keys that have an effect on scores."""
+    return hashlib.sha256(json.dumps(comparable(configuration), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_losses(path: Path, names: Sequence[str] | None) -> tuple[dict[str, Snippet], dict[str, list[Snippet]]]:
@@ -114,8 +104,8 @@ def read_losses(path: Path, names: Sequence[str] | None) -> tuple[dict[str, Snip
         raise InputError(f"{path} must hold config keys for each loss, as supcon: {{loss: {{name: pml, ...}}}}")
     for name in names or ():
         if name not in losses:
-            nearest = difflib.get_close_matches(name, losses, n=1, cutoff=0)
-            raise InputError(f"{path} has no loss {name!r}; did you mean {nearest[0]!r}? It has: {', '.join(losses)}")
+            near = nearest(name, losses)
+            raise InputError(f"{path} has no loss {name!r}; did you mean {near!r}? It has: {', '.join(losses)}")
     chosen: dict[str, dict[str, Any]] = {name: dict(losses[name]) for name in (names or losses)}
     settings: dict[str, list[Snippet]] = {name: snippet.pop(SETTINGS, []) for name, snippet in chosen.items()}
     for name, listed in settings.items():
@@ -162,7 +152,7 @@ def plan(
                 cfg = get_default_config()
                 cfg.merge_from_file(file)
                 try:
-                    cfg.merge_from_list([word for pair in _flattened(snippet) for word in pair])
+                    cfg.merge_from_list([word for pair in snippet.items() for word in pair])
                 except InputError as error:
                     raise InputError(f"loss {loss}: {error}") from error
                 cfg.data.root = root or cfg.data.root
@@ -171,14 +161,6 @@ def plan(
                 check(cfg)
                 runs.append(Run(file, loss, snippet, fixed, of_seed, seed, flat(cfg)))
     return runs
-
-
-def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and f"{prefix}{key}" not in KEYS and prefix != "datasets.":
-            yield from _flattened(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

@@ -1,26 +1,32 @@
-"""The report of a file of results: tables of scores, and comparisons with one loss."""
+"""The report of a file of results: tables of scores, comparisons with one loss, and a figure."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from pml_drsl.checks import InputError
-from torchreid_ext.benchmark.grid import comparable, same
+from torchreid_ext.benchmark.grid import TUNED, comparable, same
 from torchreid_ext.benchmark.statistics import compare, holm
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SCORES = ("mAP", "rank-1", "mINP")
 COMPARED = {"mAP": "AP", "rank-1": "hit"}
 """The scores that are compared, and the scores of each query whose means they are."""
 
 LEVEL = 0.05
-TUNED = "-tuned"
 BEGIN = "<!-- drsl-benchmark report: begin -->"
 END = "<!-- drsl-benchmark report: end -->"
+WITH_NEGATIVES = re.compile(r"(?P<loss>.+)-1-to-(?P<negatives>\d+)")
+"""A loss that was trained with so many negatives for one positive, in ``configs/losses_rare.yaml``."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +128,7 @@ def sections(results: Sequence[Mapping[str, Any]], losses: Sequence[str] | None 
 def _recipe(line: Mapping[str, Any]) -> tuple[str, str, tuple[tuple[str, str], ...]]:
     configuration = line["configuration"]
     network = configuration["model.name"] + (" with the neck" if configuration["model.bnneck"] else "")
-    changes = {key: value for key, value in line["changes"].items() if key in comparable({key: value})}
-    return line["config"], network, tuple(sorted(comparable(changes).items()))
+    return line["config"], network, tuple(sorted(comparable(line["changes"]).items()))
 
 
 def _section(target: str, network: str, lines: Sequence[Mapping[str, Any]]) -> Section:
@@ -215,3 +220,41 @@ def insert(path: Path, text: str) -> None:
     if not begin or not end:
         raise InputError(f"{path} needs the lines {BEGIN} and {END}, between which the report goes")
     path.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")
+
+
+def draw(sections: Sequence[Section], path: Path) -> None:
+    """Draws one panel for each section, mean and standard deviation of mAP and rank-1; the suffix gives the format.
+
+    Where the names of losses tell the number of negatives for each positive, the panel has a curve of mAP for each.
+    """
+    # matplotlib takes long to import, and only a figure needs it.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6 * len(sections), 4), layout="constrained")
+    for number, section in enumerate(sections, 1):
+        axes, scores = figure.add_subplot(1, len(sections), number), section.scores().fillna(0)
+        curves = any(WITH_NEGATIVES.fullmatch(loss) for loss in section.lines)
+        (_curves if curves else _points)(axes, scores)
+        axes.set_title(f"{section.target}, {section.network}")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _points(axes: Axes, scores: pd.DataFrame) -> None:
+    heights = np.arange(len(scores))[::-1]
+    for score, marker, shift in (("mAP", "o", 0.1), ("rank-1", "s", -0.1)):
+        mean, deviation = scores[(score, "mean")], scores[(score, "sd")]
+        axes.errorbar(mean, heights + shift, xerr=deviation, fmt=marker, label=score, capsize=2)
+    axes.set_yticks(heights, scores.index)
+    axes.set_xlabel("%")
+
+
+def _curves(axes: Axes, scores: pd.DataFrame) -> None:
+    parts = scores.index.str.extract(WITH_NEGATIVES.pattern).set_index(scores.index)
+    rows = scores["mAP"].assign(loss=parts["loss"], negatives=parts["negatives"].astype(float))
+    for loss, curve in rows.sort_values("negatives").groupby("loss", sort=False):
+        axes.errorbar(curve["negatives"], curve["mean"], yerr=curve["sd"], marker="o", label=loss, capsize=2)
+    axes.set_xscale("log")
+    axes.set_xlabel("negatives for each positive")
+    axes.set_ylabel("mAP (%)")

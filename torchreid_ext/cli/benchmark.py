@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pml_drsl.checks import InputError
+from pml_drsl.console import guarded
 from pml_drsl.machine import available_cores
 
 EPILOG = """commands:
@@ -39,14 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("command", choices=commands)
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="its options; see COMMAND --help")
     args = parser.parse_args(arguments)
-    try:
-        return commands[args.command](args.words)
-    except (InputError, OSError) as error:
-        print(f"drsl-benchmark: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("drsl-benchmark: stopped; the same command goes on from the results that are there", file=sys.stderr)
-        return 128 + signal.SIGINT
+    stopped = "stopped; the same command goes on from the results that are there"
+    return guarded("drsl-benchmark", lambda: commands[args.command](args.words), (), stopped, "reid,benchmark")
 
 
 def _run(words: Sequence[str]) -> int:
@@ -63,34 +57,35 @@ def _tune(words: Sequence[str]) -> int:
     if len(grid["files"]) > 1 or not args.output:
         raise InputError("tune takes one CONFIG.yaml, and --output FILE.yaml for the settings that it chooses")
 
-    from torchreid_ext.benchmark import tuning
+    from torchreid_ext.benchmark import runner
 
     losses, settings = args.chosen
-    best, scores, failed = tuning.tune(losses, settings, grid, args.results, args.workers)
-    tuning.write(args.output, best, scores)
+    best, scores, failed = runner.tune(losses, settings, grid, args.results, args.workers)
+    runner.write_tuned(args.output, best, scores)
     return min(1, failed)
 
 
 def _grid(words: Sequence[str], command: str, text: str) -> tuple[argparse.Namespace, dict[str, Any]]:
     """The options of ``run`` and ``tune``, and the arguments of ``grid.plan`` but for the losses."""
     parser = argparse.ArgumentParser(f"drsl-benchmark {command}", description=text)
-    parser.add_argument("words", nargs="+", metavar="CONFIG.yaml ... [KEY VALUE ...]",
-                        help="configuration files, and config keys to change in all runs")  # fmt: skip
-    parser.add_argument("--losses", nargs="+", metavar="NAME", help="losses of the file of losses; default: all")
-    parser.add_argument("--losses-file", type=Path, metavar="FILE", help="default: losses.yaml beside the first CONFIG")
-    parser.add_argument("--seeds", type=int, default=3 if command == "run" else 1, metavar="N",
-                        help="seeds 0 to N - 1 (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--vary", nargs="+", action="append", default=[], metavar="KEY_VALUES",
-                        help="a key and its value for each seed: data.split_id 0 2 4")  # fmt: skip
-    parser.add_argument("--results", type=Path, required=True, metavar="FILE",
-                        help="JSON lines; runs that are in this file already are not made again")  # fmt: skip
-    parser.add_argument("--workers", type=int, default=available_cores(), metavar="N",
-                        help="runs at the same time; default: one for each core")  # fmt: skip
-    parser.add_argument("--root", metavar="FOLDER", help="folder that holds the data sets")
+    add = parser.add_argument
+    add("words", nargs="+", metavar="CONFIG.yaml ... [KEY VALUE ...]",
+        help="configuration files, and config keys to change in all runs")  # fmt: skip
+    add("--losses", nargs="+", metavar="NAME", help="losses of the file of losses; default: all")
+    add("--losses-file", type=Path, metavar="FILE", help="default: losses.yaml beside the first CONFIG")
+    seeds = 3 if command == "run" else 1
+    add("--seeds", type=int, default=seeds, metavar="N", help="seeds 0 to N - 1 (default: %(default)s)")
+    add("--vary", nargs="+", action="append", default=[], metavar="KEY_VALUES",
+        help="a key and its value for each seed: data.split_id 0 2 4")  # fmt: skip
+    add("--results", type=Path, required=True, metavar="FILE",
+        help="JSON lines; runs that are in this file already are not made again")  # fmt: skip
+    add("--workers", type=int, default=available_cores(), metavar="N",
+        help="runs at the same time; default: one for each core")  # fmt: skip
+    add("--root", metavar="FOLDER", help="folder that holds the data sets")
     if command == "run":
-        parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep checkpoints and logs there")
+        add("--keep", type=Path, metavar="FOLDER", help="keep checkpoints and logs there")
     else:
-        parser.add_argument("--output", type=Path, metavar="FILE", help="file of losses to write")
+        add("--output", type=Path, metavar="FILE", help="file of losses to write")
     args = parser.parse_intermixed_args(list(words))
     for name, number in (("--seeds", args.seeds), ("--workers", args.workers)):
         if number < 1:
@@ -116,7 +111,7 @@ def _report(words: Sequence[str]) -> int:
     parser.add_argument("--figure", type=Path, metavar="FILE.png", help="figure to draw")
     args = parser.parse_args(words)
 
-    from torchreid_ext.benchmark import grid, plots, report
+    from torchreid_ext.benchmark import grid, report
 
     for path in args.results:
         if not path.is_file():
@@ -128,7 +123,7 @@ def _report(words: Sequence[str]) -> int:
     else:
         print(text)
     if args.figure:
-        plots.draw(report.sections(results, args.losses), args.figure)
+        report.draw(report.sections(results, args.losses), args.figure)
     return 0
 
 

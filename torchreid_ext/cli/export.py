@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from pml_drsl.console import check_outputs, guarded, say
 from torchreid_ext.cli import console
 
 EXAMPLES = """
@@ -26,9 +27,9 @@ COMPARED = 16
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit status, which :func:`torchreid_ext.cli.console.guarded` explains."""
+    """Runs the command line; returns its exit status, which :func:`pml_drsl.console.guarded` explains."""
     args = _parser().parse_args(arguments)
-    return console.guarded("drsl-export", lambda: run(args), [args.output])
+    return guarded("drsl-export", lambda: run(args), [args.output])
 
 
 def run(args: argparse.Namespace) -> None:
@@ -42,34 +43,29 @@ def run(args: argparse.Namespace) -> None:
     from torchreid_ext.search.sources import list_queries
 
     checkpoint = find_checkpoint(args.checkpoint)
-    console.check_outputs({"OUTPUT": args.output}, [checkpoint, args.config_file])
+    check_outputs({"OUTPUT": args.output}, [checkpoint, args.config_file])
     model = load_model(checkpoint, args.config_file, "cpu", args.model)
     images = None
     if args.images:
         paths = [row.path for row in list_queries([args.images])]
-        console.check_outputs({"OUTPUT": args.output}, paths)
+        check_outputs({"OUTPUT": args.output}, paths)
         # Evenly over the folder, so that they show different people.
         images = paths[:: max(1, len(paths) // COMPARED)][:COMPARED]
     comparison = export(model, args.output, args.normalise, images)
-    console.say(str(comparison))
+    say(str(comparison))
     about = settings(model, args.normalise)
-    console.say(f"{args.output!r} takes [N, 3, {about['height']}, {about['width']}]: {about['input']}")
+    say(f"{args.output!r} takes [N, 3, {about['height']}, {about['width']}]: {about['input']}")
     if not args.normalise:
-        console.say(f"mean {about['mean']}, std {about['std']}")
+        say(f"mean {about['mean']}, std {about['std']}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = console.parser("drsl-export", __doc__, EXAMPLES)
     parser.add_argument("output", metavar="OUTPUT", help="the file to write: its name ends in .onnx")
-    parser.add_argument(
-        "--without-normalisation",
-        dest="normalise",
-        action="store_false",
-        help="leave the normalisation out of the file: whoever uses it must normalise",
-    )
-    parser.add_argument(
-        "--images", metavar="FOLDER", help="compare with images of this folder (drawn pedestrians otherwise)"
-    )
+    parser.add_argument("--without-normalisation", dest="normalise", action="store_false",
+                        help="leave the normalisation out of the file: whoever uses it must normalise")  # fmt: skip
+    parser.add_argument("--images", metavar="FOLDER",
+                        help="compare with images of this folder (drawn pedestrians otherwise)")  # fmt: skip
     return parser
 
 

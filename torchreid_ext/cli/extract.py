@@ -21,6 +21,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pml_drsl.checks import InputError
+from pml_drsl.console import check_outputs, guarded, say
 from torchreid_ext.cli import console
 
 EXAMPLES = """
@@ -33,10 +35,10 @@ EXAMPLES = """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit status, which :func:`torchreid_ext.cli.console.guarded` explains."""
+    """Runs the command line; returns its exit status, which :func:`pml_drsl.console.guarded` explains."""
     # Options may stand before, between and after the sources.
     args = _parser().parse_intermixed_args(arguments)
-    return console.guarded("drsl-extract", lambda: run(args), [args.output])
+    return guarded("drsl-extract", lambda: run(args), [args.output])
 
 
 def run(args: argparse.Namespace) -> None:
@@ -45,7 +47,6 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         InputError: for bad input.
     """
-    from pml_drsl.checks import InputError
     from torchreid_ext.runtime import distributed
     from torchreid_ext.search.extraction import ExtractedSet, extract_files, write_features
     from torchreid_ext.search.model import load_model
@@ -55,35 +56,29 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--output {args.output}: the name of the file must end in .npz")
     with distributed.joined(args.device != "cpu"):
         model = load_model(args.checkpoint, args.config_file, args.device, args.model)
-        console.check_outputs({"--output": args.output}, [model.path, args.config_file, *args.sources])
+        check_outputs({"--output": args.output}, [model.path, args.config_file, *args.sources])
         table = list_sources(args.sources, args.names) if args.sources else test_images(model.config)
-        console.check_outputs({"--output": args.output}, [row.path for row in table.rows])
+        check_outputs({"--output": args.output}, [row.path for row in table.rows])
         if table.left_out:
-            console.say(table.about_left_out())
+            say(table.about_left_out())
+        given = {option: getattr(args, option) for option in ("batch_size", "workers", "skip_damaged")}
         sets: dict[str, ExtractedSet] = {}
         damaged: list[str] = []
         for name, entries in (("query", table.query), ("gallery", table.gallery)):
             if entries:
-                found = extract_files(
-                    model,
-                    [entry.path for entry in entries],
-                    batch_size=args.batch_size,
-                    workers=args.workers,
-                    skip_damaged=args.skip_damaged,
-                    description=name,
-                )
+                found = extract_files(model, [entry.path for entry in entries], description=name, **given)
                 sets[name] = ExtractedSet([entries[index] for index in found.kept], found.features)
                 damaged += found.damaged
         labelled = distributed.is_first() and write_features(args.output, model, sets)
         for reason in damaged:
-            console.say(f"left out: {reason}")
+            say(f"left out: {reason}")
         counts = " and ".join(f"{len(part.entries)} {name}" for name, part in sets.items())
         dim = next(iter(sets.values())).features.shape[1]
-        console.say(f"{counts} features of {dim} dimensions are in {args.output!r}")
+        say(f"{counts} features of {dim} dimensions are in {args.output!r}")
         if labelled:
-            console.say(f"Scores: drsl-evaluate {args.output} --metric {model.metric}")
+            say(f"Scores: drsl-evaluate {args.output} --metric {model.metric}")
         else:
-            console.say("There are no scores to compute: that needs query and gallery images with identities")
+            say("There are no scores to compute: that needs query and gallery images with identities")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from pml_drsl.checks import InputError
+from pml_drsl.console import check_outputs, guarded, say
 from torchreid_ext.cli import console
 
 if TYPE_CHECKING:
@@ -36,9 +38,9 @@ EXAMPLES = """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit status, which :func:`torchreid_ext.cli.console.guarded` explains."""
+    """Runs the command line; returns its exit status, which :func:`pml_drsl.console.guarded` explains."""
     args = _parser().parse_args(arguments)
-    return console.guarded("drsl-search", lambda: run(args), [args.index, args.json, args.html])
+    return guarded("drsl-search", lambda: run(args), [args.index, args.json, args.html])
 
 
 def run(args: argparse.Namespace) -> None:
@@ -60,21 +62,15 @@ def run(args: argparse.Namespace) -> None:
     changes = args.index and (args.gallery or args.remove or args.prune)
     with locked(resolved(args.index)) if changes else contextlib.nullcontext():
         kept = args.index if args.index and Path(args.index).exists() else None
-        searcher = Searcher(
-            args.checkpoint,
-            model=args.model,
-            config_file=args.config_file,
-            index=kept,
-            index_type=args.index_type,
-            device=args.device,
-        )
+        given = {name: getattr(args, name) for name in ("model", "config_file", "index_type", "device")}
+        searcher = Searcher(args.checkpoint, index=kept, **given)
         queries = [absolute(row) for row in list_queries(args.query, args.names)]
         _check_outputs(args, [entry.path for entry in (*queries, *searcher.gallery.entries)])
         features = searcher.extract([query.path for query in queries], args.crop) if queries else None
         changed = _update(args, searcher, out)
         if changes and (changed or kept is None):
             searcher.gallery.save(args.index)
-            console.say(f"The index of {len(searcher):,} images is in {args.index!r}", out)
+            say(f"The index of {len(searcher):,} images is in {args.index!r}", out)
     if features is None:
         return
     rows = results.rankings(queries, args.crop, searcher.search_features(features, args.top, args.rerank))
@@ -85,17 +81,15 @@ def run(args: argparse.Namespace) -> None:
         with replacing(args.json) as file:
             file.write(text.encode())
     pages = write_pages(args.html, rows, caption) if args.html else []
-    console.say(f"{caption}\n\n{results.as_text(rows)}", out)
+    say(f"{caption}\n\n{results.as_text(rows)}", out)
     if pages:
-        console.say(f"\nThe page to look at is {str(pages[0])!r}", out)
+        say(f"\nThe page to look at is {str(pages[0])!r}", out)
     if args.json == "-":
         sys.stdout.write(text)
 
 
 def _check(args: argparse.Namespace) -> None:
     """Raises InputError for options that cannot go together, before any work is done."""
-    from pml_drsl.checks import InputError
-
     if not args.query and not args.index:
         raise InputError("there is nothing to do: give --query IMAGE to search, or --index FILE to make an index")
     if not args.gallery and not (args.index and Path(args.index).is_file()):
@@ -113,7 +107,7 @@ def _check_outputs(args: argparse.Namespace, inputs: Sequence[str]) -> None:
     from torchreid_ext.search.model import find_checkpoint
 
     outputs = {"--index": args.index, "--json": args.json, "--html": args.html}
-    console.check_outputs(outputs, [find_checkpoint(args.checkpoint), args.config_file, *inputs])
+    check_outputs(outputs, [find_checkpoint(args.checkpoint), args.config_file, *inputs])
 
 
 def _update(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
@@ -125,11 +119,11 @@ def _update(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
 
     changed = False
     if args.remove:
-        console.say(f"Removed {searcher.remove(args.remove):,} images from the index", out)
+        say(f"Removed {searcher.remove(args.remove):,} images from the index", out)
         changed = True
     if args.prune:
         gone = searcher.prune()
-        console.say(f"Removed {gone:,} images from the index, whose files are gone", out)
+        say(f"Removed {gone:,} images from the index, whose files are gone", out)
         changed |= gone > 0
     listed, left_out = list[Row](), Table()
     for source in args.gallery:
@@ -144,61 +138,38 @@ def _update(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
             listed += map(absolute, table.gallery or table.query)
             left_out.leave_out_all(table)
     if left_out.left_out:
-        console.say(left_out.about_left_out(), out)
+        say(left_out.about_left_out(), out)
     # An image may be given twice, by itself and with its folder.
     entries = list({entry.path: entry for entry in listed if entry.path not in searcher.gallery}.values())
     if not entries:
         return changed
     _check_outputs(args, [entry.path for entry in entries])
-    read = extract_files(
-        searcher.model,
-        [entry.path for entry in entries],
-        batch_size=args.batch_size,
-        workers=args.workers,
-        skip_damaged=args.skip_damaged,
-        description="gallery",
-    )
+    given = {name: getattr(args, name) for name in ("batch_size", "workers", "skip_damaged")}
+    read = extract_files(searcher.model, [entry.path for entry in entries], description="gallery", **given)
     for reason in read.damaged:
-        console.say(f"left out: {reason}", out)
+        say(f"left out: {reason}", out)
     searcher.gallery.add([entries[index] for index in read.kept], read.features)
     return True
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = console.parser("drsl-search", __doc__, EXAMPLES)
-    parser.add_argument(
-        "--gallery",
-        nargs="+",
-        default=[],
-        metavar="SOURCE",
-        help="folders, images, CSV files or .npz files of drsl-extract",
-    )
-    parser.add_argument("--query", nargs="+", default=[], metavar="IMAGE", help="images to look up, or their folders")
-    parser.add_argument("--top", type=int, default=10, metavar="K", help="gallery images to show (%(default)s)")
-    parser.add_argument("--rerank", action="store_true", help="re-rank by k-reciprocal neighbours (slower)")
-    parser.add_argument(
-        "--crop",
-        nargs=4,
-        type=int,
-        metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
-        help="use this part of the query, in pixels: a person in a larger picture",
-    )
-    parser.add_argument("--html", metavar="PAGE", help="write one page with all pictures in it, for any browser")
-    parser.add_argument("--json", metavar="FILE", help="write what was found as JSON; - for stdout")
-    parser.add_argument("--index", metavar="FILE", help="keep the features of the gallery in this file")
-    parser.add_argument(
-        "--remove",
-        nargs="+",
-        default=[],
-        metavar="PATTERN",
-        help="images to remove from the index: their paths as they are printed, or '*/anna/*'",
-    )
-    parser.add_argument("--prune", action="store_true", help="remove images from the index whose files are gone")
-    parser.add_argument(
-        "--index-type",
-        metavar="STRING",
-        help="another index than the exact one, a string of faiss.index_factory: 'IVF1024,Flat;nprobe=32'",
-    )
+    add = parser.add_argument
+    add("--gallery", nargs="+", default=[], metavar="SOURCE",
+        help="folders, images, CSV files or .npz files of drsl-extract")  # fmt: skip
+    add("--query", nargs="+", default=[], metavar="IMAGE", help="images to look up, or their folders")
+    add("--top", type=int, default=10, metavar="K", help="gallery images to show (%(default)s)")
+    add("--rerank", action="store_true", help="re-rank by k-reciprocal neighbours (slower)")
+    add("--crop", nargs=4, type=int, metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
+        help="use this part of the query, in pixels: a person in a larger picture")  # fmt: skip
+    add("--html", metavar="PAGE", help="write one page with all pictures in it, for any browser")
+    add("--json", metavar="FILE", help="write what was found as JSON; - for stdout")
+    add("--index", metavar="FILE", help="keep the features of the gallery in this file")
+    add("--remove", nargs="+", default=[], metavar="PATTERN",
+        help="images to remove from the index: their paths as they are printed, or '*/anna/*'")  # fmt: skip
+    add("--prune", action="store_true", help="remove images from the index whose files are gone")
+    add("--index-type", metavar="STRING",
+        help="another index than the exact one, a string of faiss.index_factory: 'IVF1024,Flat;nprobe=32'")  # fmt: skip
     console.add_device(parser)
     return parser
 

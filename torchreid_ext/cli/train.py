@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import signal
+import os
+import shlex
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torchreid_ext.runtime import terminal
+from pml_drsl.checks import InputError
+from pml_drsl.console import guarded, version
+from pml_drsl.machine import keep_freed_memory
 
 if TYPE_CHECKING:
     from torchreid_ext.config import Config
@@ -28,94 +32,49 @@ examples:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line.
-
-    Bad input, a loss that is not finite and an error of the file system are explained on stderr in one line. Any other
-    error is a defect of the program: it is raised, so that its traceback is printed.
-
-    Returns:
-        The exit status: 0 for success, 2 for an error that is explained in one line, or 128 plus the number of the
-        signal for a run that SIGTERM or SIGINT stopped.
-    """
-    terminal.safe_streams()
+    """Runs the command line; returns its exit status, which :func:`pml_drsl.console.guarded` explains."""
     parser = _parser()
     args = parser.parse_args(arguments)
     if not any(vars(args).values()):
-        parser.print_usage(sys.stderr)
-        print(
-            "drsl-train: give a configuration, such as --config-file configs/demo.yaml; --help says more",
-            file=sys.stderr,
-        )
-        return 2
-    try:
-        return _list(args.list) if args.list else _run(args)
-    except ModuleNotFoundError as error:
-        print(f"drsl-train: {terminal.missing_package(error)}", file=sys.stderr)
-        return 2
+        parser.error("give a configuration, such as --config-file configs/demo.yaml; --help says more")
+    return guarded("drsl-train", lambda: _list(*args.list) if args.list else _run(args), stopped="stopped")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "drsl-train", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {terminal.version()}")
-    parser.add_argument("--list", nargs="+", metavar=("WHAT", "WORD"), help="list what there is, instead of training")
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="show data and network, draw a batch and estimate the time, instead of training",
-    )
-    parser.add_argument("--config-file", metavar="FILE", help="YAML file of config keys")
-    parser.add_argument("-s", "--sources", nargs="+", metavar="NAME", help="data sets to train on")
-    parser.add_argument("-t", "--targets", nargs="+", metavar="NAME", help="data sets to test on")
-    parser.add_argument("--transforms", nargs="+", metavar="NAME", help="augmentations")
-    parser.add_argument("--root", metavar="FOLDER", help="folder that holds the data sets")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys to change, in pairs")
+    add = parser.add_argument
+    add("--version", action="version", version=f"%(prog)s {version()}")
+    add("--list", nargs="+", metavar=("WHAT", "WORD"), help="list what there is, instead of training")
+    add("--dry-run", action="store_true",
+        help="show data and network, draw a batch and estimate the time, instead of training")  # fmt: skip
+    add("--config-file", metavar="FILE", help="YAML file of config keys")
+    add("-s", "--sources", nargs="+", metavar="NAME", help="data sets to train on")
+    add("-t", "--targets", nargs="+", metavar="NAME", help="data sets to test on")
+    add("--transforms", nargs="+", metavar="NAME", help="augmentations")
+    add("--root", metavar="FOLDER", help="folder that holds the data sets")
+    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys to change, in pairs")
     return parser
 
 
-def _list(words: list[str]) -> int:
-    from pml_drsl.checks import InputError
-    from torchreid_ext.cli.lists import listed
-
-    try:
-        print(listed(words[0], " ".join(words[1:])))
-    except InputError as error:
-        print(f"drsl-train: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> None:
     # These imports take seconds, because they import torch. --help does not wait for them.
-    from pml_drsl.checks import InputError
-    from torchreid_ext.cli.dry_run import dry_run
-    from torchreid_ext.cli.next_commands import next_commands
-    from torchreid_ext.config.run import logged, message, train
-    from torchreid_ext.runtime import distributed, memory
+    from torchreid_ext.config import run
+    from torchreid_ext.runtime import distributed
 
-    memory.keep_freed_memory()
-    try:
-        cfg = read_config(args)
-        if args.dry_run:
-            dry_run(cfg)
-            return 0
-        folder, name = Path(cfg.data.save_dir), "test" if cfg.test.evaluate else "train"
-        with distributed.joined(cfg.use_gpu, cfg.train.timeout), logged(folder, name):
-            engine, _ = train(cfg)
-            if cfg.data.type == "image" and not cfg.test.evaluate:
-                manager = engine.datamanager
-                splits = manager.fetch_test_loaders(manager.targets[0])
-                print(next_commands(cfg.data.save_dir, *([item[0] for item in split] for split in splits)))
-    except (InputError, FloatingPointError, OSError) as error:
-        who = "" if distributed.is_first() else f" process {distributed.rank()}:"
-        print(f"drsl-train:{who} {message(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        if distributed.is_first():
-            print(f"drsl-train: {stop or 'stopped'}", file=sys.stderr)
-        return 128 + getattr(stop, "signal", signal.SIGINT)
-    return 0
+    keep_freed_memory()
+    cfg = read_config(args)
+    if args.dry_run:
+        run.dry_run(cfg)
+        return
+    folder, name = Path(cfg.data.save_dir), "test" if cfg.test.evaluate else "train"
+    with distributed.joined(cfg.use_gpu, cfg.train.timeout), run.logged(folder, name):
+        engine, _ = run.train(cfg)
+        if cfg.data.type == "image" and not cfg.test.evaluate:
+            manager = engine.datamanager
+            splits = manager.fetch_test_loaders(manager.targets[0])
+            print(next_commands(cfg.data.save_dir, *([item[0] for item in split] for split in splits)))
 
 
 def read_config(args: argparse.Namespace) -> Config:
@@ -125,13 +84,78 @@ def read_config(args: argparse.Namespace) -> Config:
     cfg = get_default_config()
     if args.config_file:
         cfg.merge_from_file(args.config_file)
-    flags = {"root": args.root, "sources": args.sources, "targets": args.targets, "transforms": args.transforms}
-    for name, value in flags.items():
-        if value:
-            cfg.data[name] = value
+    for name in ("root", "sources", "targets", "transforms"):
+        cfg.data[name] = getattr(args, name) or cfg.data[name]
     cfg.merge_from_list(args.opts)
     check(cfg)
     return cfg
+
+
+def _list(what: str, *words: str) -> None:
+    """Prints what a configuration can name, of which only the entries with the words in them, in any case."""
+    import torchreid
+
+    from torchreid_ext.config import KEYS
+    from torchreid_ext.engine.criteria import NOT_TRAINED, TABLES, parameters
+
+    def classes(table: Mapping[str, type]) -> list[str]:
+        return [f"{name}({', '.join(parameters(kind))})" for name, kind in table.items() if name not in NOT_TRAINED]
+
+    datasets = vars(torchreid.data.datasets)
+    lists: dict[str, Iterable[str]] = {
+        "keys": [f"{key} ({entry.default!r})\n    {entry.text}" for key, entry in KEYS.items()],
+        "models": sorted(vars(torchreid.models)["__model_factory"]),
+        "losses": sorted(classes(TABLES["loss"])),
+        "miners": sorted(classes(TABLES["miner"])),
+        "datasets": [
+            f"{name} ({kind})" for kind in ("image", "video") for name in sorted(datasets[f"__{kind}_datasets"])
+        ],
+    }
+    if what not in lists:
+        raise InputError(f"--list takes one of {', '.join(lists)}, got {what!r}")
+    word = " ".join(words)
+    found = [entry for entry in lists[what] if word.lower() in entry.lower()]
+    if not found:
+        raise InputError(f"none of the {what} has {word!r} in its name or text")
+    print("\n".join(found))
+
+
+def next_commands(save_dir: str, query: Sequence[str], gallery: Sequence[str]) -> str:
+    """The two commands that a user would type next, with the paths of the run; empty if it saved no best checkpoint.
+
+    Args:
+        save_dir: folder of the run.
+        query: query images of a target.
+        gallery: gallery images of the same target.
+    """
+    from torchreid_ext.checkpoint.folder import BEST
+
+    checkpoint = Path(save_dir, "model", BEST)
+    if not checkpoint.is_file():
+        return ""
+    folders = {os.path.dirname(os.path.abspath(path)) for path in gallery}
+    shared = Path(os.path.commonpath(folders))
+    # Images on two disks share no folder but the root, which nobody wants to search: then one of the folders will do.
+    folder = str(shared) if shared != Path(shared.anchor) and shared != Path.home() else min(folders)
+    page, exported = str(Path(save_dir, "search.html")), str(Path(save_dir, "model.onnx"))
+    words = ["--gallery", _short(folder), "--query", _short(query[0]), "--html", page]
+    return "\n  ".join([
+        "Next, look a person up in the gallery, and export the network:",
+        shlex.join([_program("drsl-search"), str(checkpoint), *words]),
+        shlex.join([_program("drsl-export"), str(checkpoint), exported]),
+    ])  # fmt: skip
+
+
+def _short(path: str) -> str:
+    relative = os.path.relpath(path)
+    return path if relative.startswith("..") else relative
+
+
+def _program(name: str) -> str:
+    """How to start a command: beside drsl-train, where that is not on the path."""
+    started = Path(sys.argv[0])
+    beside = started.with_name(name)
+    return str(beside) if started.name == "drsl-train" and started.parent != Path() and beside.exists() else name
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """Configuration: the keys, their checks, and the objects that a configuration describes."""
 
 from torchreid_ext.config.build import build_criterion, build_engine, build_model, build_optimizer, build_scheduler
-from torchreid_ext.config.checks import check, run_options
 from torchreid_ext.config.data import build_datamanager
 from torchreid_ext.config.keys import KEYS
-from torchreid_ext.config.node import Config, flat, get_default_config, plain
+from torchreid_ext.config.node import Config, check, flat, get_default_config, plain, run_options
 from torchreid_ext.config.run import prepare, train
 
 __all__ = [

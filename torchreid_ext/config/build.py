@@ -12,9 +12,8 @@ from torch.optim import Optimizer
 
 from pml_drsl.checks import InputError
 from torchreid_ext import networks
-from torchreid_ext.config.checks import choose
 from torchreid_ext.config.keys import DRSL_ARGUMENTS
-from torchreid_ext.config.node import Config
+from torchreid_ext.config.node import Config, check, picked
 from torchreid_ext.data.samplers import steps_per_epoch
 from torchreid_ext.engine import criteria
 from torchreid_ext.engine.engines import ENGINES
@@ -59,19 +58,16 @@ def _from_the_zoo(cfg: Config, num_classes: int, use_gpu: bool) -> nn.Module:
 
     try:
         return build(cfg.model.pretrained)
-    except InputError:
-        raise
     except Exception as error:
         if isinstance(error, KeyError) and "Unknown model" in str(error):
             raise InputError(f"model.name: {error.args[0]}") from error
-        if not cfg.model.pretrained:
+        if isinstance(error, InputError) or not cfg.model.pretrained:
             raise
-        # torchreid downloads weights in several ways, each with errors of its own. An error of the network itself comes
-        # again without the weights.
+        # torchreid's downloads raise errors of many kinds. An error of the network itself comes again without weights.
         build(False)
         raise InputError(
-            f"cannot get the ImageNet weights of {cfg.model.name}: {error}. Connect to the network, or train from "
-            f"random weights with model.pretrained False"
+            f"cannot get the ImageNet weights of {name}: {error}. Connect to the network, or train from random weights "
+            f"with model.pretrained False"
         ) from error
 
 
@@ -80,9 +76,7 @@ def check_takes(cfg: Config, model: nn.Module) -> None:
     """Passes a few black images through the network, which it leaves as it was.
 
     In training these are as many as the smallest chunk, at most two, because batch normalisation needs two values.
-
-    Raises:
-        InputError: for a network that cannot take so few or so small images.
+    Raises InputError for a network that cannot take so few or so small images.
     """
     in_batch = cfg.train.batch_size // distributed.size() * (cfg.video.seq_len if cfg.data.type == "video" else 1)
     in_batch *= cfg.data.k_tfm
@@ -122,18 +116,15 @@ def build_criterion(cfg: Config, model: nn.Module, num_classes: int, steps: int 
     Raises:
         InputError: for an unknown class or argument, or a combination that cannot be trained.
     """
-    described = {
-        "drsl": {
-            "name": "DRSLoss",
-            **{entry.name: cfg.loss.drsl[entry.name] for entry in DRSL_ARGUMENTS.values()},
-            "collect_stats": True,
-        },
-        "pml": {"name": cfg.loss.pml.loss, **cfg.loss.pml.kwargs},
-    }
     name = cfg.loss.name
-    if name not in described:
-        if cfg.loss.cross_camera:
-            raise InputError(f"loss.cross_camera is for loss.name drsl and pml, got {name!r}")
+    if name == "drsl":
+        arguments = {entry.name: cfg.loss.drsl[entry.name] for entry in DRSL_ARGUMENTS.values()}
+        described = {"name": "DRSLoss", **arguments, "collect_stats": True}
+    elif name == "pml":
+        described = {"name": cfg.loss.pml.loss, **cfg.loss.pml.kwargs}
+    elif cfg.loss.cross_camera:
+        raise InputError(f"loss.cross_camera is for loss.name drsl and pml, got {name!r}")
+    else:
         return None
     sizes = networks.feature_sizes(model, cfg.data.height, cfg.data.width)
     memory_warmup = criteria.memory_warmup(f"loss.{name}", cfg.loss[name], cfg.train.warmup_epoch, steps)
@@ -143,9 +134,7 @@ def build_criterion(cfg: Config, model: nn.Module, num_classes: int, steps: int 
             f"{cfg.train.max_epoch}: it is never used; set loss.{name}.memory_start_epoch",
             stacklevel=2,
         )
-    criterion = criteria.build_criterion(
-        f"loss.{name}", cfg.loss[name], described[name], num_classes, sizes, memory_warmup
-    )
+    criterion = criteria.build_criterion(f"loss.{name}", cfg.loss[name], described, num_classes, sizes, memory_warmup)
     return criterion.to(next(model.parameters()).device)
 
 
@@ -158,18 +147,13 @@ def build_optimizer(cfg: Config, model: nn.Module, criterion: nn.Module | None =
     try:
         optimizer = torchreid.optim.build_optimizer(
             model,
-            optim=cfg.train.optim,
-            lr=cfg.train.lr,
-            weight_decay=cfg.train.weight_decay,
+            **picked(cfg.train, "optim", "lr", "weight_decay", "staged_lr", "new_layers", "base_lr_mult"),
             momentum=cfg.sgd.momentum,
             sgd_dampening=cfg.sgd.dampening,
             sgd_nesterov=cfg.sgd.nesterov,
             rmsprop_alpha=cfg.rmsprop.alpha,
             adam_beta1=cfg.adam.beta1,
             adam_beta2=cfg.adam.beta2,
-            staged_lr=cfg.train.staged_lr,
-            new_layers=cfg.train.new_layers,
-            base_lr_mult=cfg.train.base_lr_mult,
         )
     except ValueError as error:
         raise InputError(f"train.optim {cfg.train.optim!r}: {error}") from error
@@ -191,11 +175,7 @@ def build_scheduler(cfg: Config, optimizer: Optimizer) -> Any:
     if cfg.train.lr_scheduler != "none":
         try:
             scheduler = torchreid.optim.build_lr_scheduler(
-                optimizer,
-                lr_scheduler=cfg.train.lr_scheduler,
-                stepsize=cfg.train.stepsize,
-                gamma=cfg.train.gamma,
-                max_epoch=cfg.train.max_epoch,
+                optimizer, **picked(cfg.train, "lr_scheduler", "stepsize", "gamma", "max_epoch")
             )
         except (ValueError, TypeError) as error:
             raise InputError(f"train.lr_scheduler {cfg.train.lr_scheduler!r}: {error}") from error
@@ -216,20 +196,23 @@ def build_engine(
         criterion: from ``build_criterion``; None builds it here.
 
     Raises:
-        InputError: for an unknown value, or values that exclude each other.
+        InputError: for a value that is not allowed, or values that exclude each other.
     """
-    data_type = choose("data.type", cfg.data.type, ("image", "video"))
-    loss = choose("loss.name", cfg.loss.name, ("softmax", "triplet", "drsl", "pml"))
-    if cfg.loss[loss].get("weight_x", 1) == 0 and cfg.train.fixbase_epoch > 0:
+    check(cfg)
+    loss, section = cfg.loss.name, cfg.loss[cfg.loss.name]
+    if section.get("weight_x", 1) == 0 and cfg.train.fixbase_epoch > 0:
         raise InputError(f"train.fixbase_epoch trains the classifier alone, which loss.{loss}.weight_x 0 leaves out")
     if criterion is None:
         criterion = build_criterion(cfg, model, datamanager.num_train_pids, steps_per_epoch(datamanager))
-    arguments = dict(cfg.loss.triplet) if loss == "triplet" else {}
+    arguments = dict(section) if loss == "triplet" else {}
     if criterion is not None:
-        arguments = _metric_arguments(cfg, criterion)
-    if data_type == "video":
-        arguments["pooling_method"] = choose("video.pooling_method", cfg.video.pooling_method, ("avg", "max"))
-    return ENGINES[data_type, loss](
+        # A memory has the miner, which ranks its features too.
+        miner = None if section.memory_size else criteria.build_miner(f"loss.{loss}", section)
+        arguments = {"criterion": criterion, "miner": miner, "cross_camera": cfg.loss.cross_camera}
+        arguments |= picked(section, "weight_m", "weight_x")
+    if cfg.data.type == "video":
+        arguments["pooling_method"] = cfg.video.pooling_method
+    return ENGINES[cfg.data.type, loss](
         datamanager,
         model,
         optimizer=optimizer,
@@ -238,15 +221,3 @@ def build_engine(
         label_smooth=cfg.loss.softmax.label_smooth,
         **arguments,
     )
-
-
-def _metric_arguments(cfg: Config, criterion: nn.Module) -> dict[str, Any]:
-    section = cfg.loss[cfg.loss.name]
-    return {
-        "criterion": criterion,
-        "weight_m": section.weight_m,
-        "weight_x": section.weight_x,
-        # A memory has the miner, which ranks its features too.
-        "miner": None if section.memory_size else criteria.build_miner(f"loss.{cfg.loss.name}", section),
-        "cross_camera": cfg.loss.cross_camera,
-    }

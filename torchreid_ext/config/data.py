@@ -11,8 +11,7 @@ import torchreid
 
 from pml_drsl.checks import InputError
 from pml_drsl.machine import available_cores
-from torchreid_ext.config.checks import check, choose
-from torchreid_ext.config.node import Config
+from torchreid_ext.config.node import Config, check, picked
 from torchreid_ext.data.datasets import register_datasets, without_empty_folders
 from torchreid_ext.data.loading import rebuilt
 from torchreid_ext.data.samplers import SAMPLERS
@@ -29,76 +28,62 @@ def build_datamanager(cfg: Config) -> Any:
     """
     check(cfg)
     register_datasets(cfg.datasets)
-    samplers = dict.fromkeys([*SAMPLERS, *torchreid.data.sampler.AVAI_SAMPLERS])
-    sampler = choose("sampler.train_sampler", cfg.sampler.train_sampler, samplers)
-    managers = {"image": torchreid.data.ImageDataManager, "video": torchreid.data.VideoDataManager}
-    data_type = choose("data.type", cfg.data.type, managers)
-    if data_type == "video" and cfg.data.k_tfm > 1:
+    sampler, video = cfg.sampler.train_sampler, cfg.data.type == "video"
+    if video and cfg.data.k_tfm > 1:
         raise InputError(
             f"data.k_tfm must be 1 for video, whose tracklets have several frames already; got {cfg.data.k_tfm}"
         )
-    check_shares(data_type, cfg.data.identities, cfg.data.validation)
+    check_shares(cfg.data.type, cfg.data.identities, cfg.data.validation)
     reduced = bool(cfg.data.identities or cfg.data.validation)
+    replaced = reduced or sampler in SAMPLERS
     with _input_errors(cfg), without_empty_folders(Path(cfg.data.root)):
-        manager = managers[data_type](
-            **_arguments(cfg, data_type),
-            # A sampler of our own, or of fewer images, replaces this one below.
-            train_sampler="SequentialSampler" if reduced or sampler in SAMPLERS else sampler,
-        )
+        kind = torchreid.data.VideoDataManager if video else torchreid.data.ImageDataManager
+        manager = kind(**_arguments(cfg), train_sampler="SequentialSampler" if replaced else sampler)
         # torchreid loses this number when it joins several sources.
         manager.train_loader.dataset.k_tfm = cfg.data.k_tfm
         if reduced:
             hold_out(manager, cfg.data.identities, cfg.data.validation, cfg.data.validation_seed, cfg.test.batch_size)
-        if reduced or sampler in SAMPLERS:
+        if replaced:
             loader = manager.train_loader
-            drawn = _sampler(cfg, sampler, loader.dataset.train)
-            manager.train_loader = rebuilt(loader, loader.dataset, sampler=drawn)
+            manager.train_loader = rebuilt(loader, loader.dataset, sampler=_sampler(cfg, loader.dataset.train))
     if not cfg.data.allow_overlap:
         check_overlap(manager, tested=not cfg.data.combineall)
     return manager
 
 
-def _sampler(cfg: Config, name: str, items: list[Any]) -> Any:
+_GROUPS = ("num_instances", "num_cams", "num_datasets")
+
+
+def _sampler(cfg: Config, items: list[Any]) -> Any:
     """A training sampler, of our own or of torchreid, for items whose second entry is the identity."""
+    name, batch_size = cfg.sampler.train_sampler, cfg.train.batch_size
     if name in SAMPLERS:
-        return SAMPLERS[name]([item[1] for item in items], cfg.train.batch_size, cfg.sampler.num_instances)
-    options = {key: cfg.sampler[key] for key in ("num_instances", "num_cams", "num_datasets")}
-    return torchreid.data.sampler.build_train_sampler(items, name, batch_size=cfg.train.batch_size, **options)
+        return SAMPLERS[name]([item[1] for item in items], batch_size, cfg.sampler.num_instances)
+    options = picked(cfg.sampler, *_GROUPS)
+    return torchreid.data.sampler.build_train_sampler(items, name, batch_size=batch_size, **options)
 
 
-def _arguments(cfg: Config, data_type: str) -> dict[str, Any]:
+def _arguments(cfg: Config) -> dict[str, Any]:
     """The arguments of a data manager, except the training sampler."""
-    by_type = {
-        "image": {
-            "k_tfm": cfg.data.k_tfm,
-            "load_train_targets": cfg.data.load_train_targets,
-            "train_sampler_t": cfg.sampler.train_sampler_t,
+    names = ("root", "sources", "height", "width", "transforms", "norm_mean", "norm_std", "split_id", "combineall")
+    arguments = picked(cfg.data, *names) | picked(cfg.sampler, *_GROUPS)
+    if cfg.data.type == "video":
+        arguments |= picked(cfg.video, "seq_len", "sample_method")
+    else:
+        arguments |= picked(cfg.data, "k_tfm", "load_train_targets") | picked(cfg.sampler, "train_sampler_t")
+        arguments |= {
             "cuhk03_labeled": cfg.cuhk03.labeled_images,
             "cuhk03_classic_split": cfg.cuhk03.classic_split,
             "market1501_500k": cfg.market1501.use_500k_distractors,
-        },
-        "video": {"seq_len": cfg.video.seq_len, "sample_method": cfg.video.sample_method},
-    }
+        }
     return {
-        "root": cfg.data.root,
-        "sources": cfg.data.sources,
+        **arguments,
         # With validation identities, the targets are not tested on, and need not be there.
         "targets": [] if cfg.data.validation and not cfg.data.load_train_targets else cfg.data.targets,
-        "height": cfg.data.height,
-        "width": cfg.data.width,
-        "transforms": cfg.data.transforms,
-        "norm_mean": cfg.data.norm_mean,
-        "norm_std": cfg.data.norm_std,
         "use_gpu": cfg.use_gpu,
-        "split_id": cfg.data.split_id,
-        "combineall": cfg.data.combineall,
         "batch_size_train": cfg.train.batch_size,
         "batch_size_test": cfg.test.batch_size,
         "workers": _workers(cfg.data.workers),
-        "num_instances": cfg.sampler.num_instances,
-        "num_cams": cfg.sampler.num_cams,
-        "num_datasets": cfg.sampler.num_datasets,
-        **by_type[data_type],
     }
 
 
@@ -111,9 +96,9 @@ def _input_errors(cfg: Config) -> Iterator[None]:
         # torchreid's samplers and data sets check their arguments with assertions that have no message.
         raise InputError(
             f"{str(error) or 'the sampler cannot fill a batch'}: train.batch_size {cfg.train.batch_size}, "
-            f"sampler.train_sampler {cfg.sampler.train_sampler!r}, sampler.num_instances {cfg.sampler.num_instances}, "
-            f"sampler.num_cams {cfg.sampler.num_cams}, sampler.num_datasets {cfg.sampler.num_datasets}. A batch needs "
-            f"batch_size / num_instances identities that the sources have, and equal shares for cameras or data sets"
+            f"sampler.train_sampler {cfg.sampler.train_sampler!r}, "
+            f"{', '.join(f'sampler.{name} {cfg.sampler[name]}' for name in _GROUPS)}. A batch needs batch_size / "
+            f"num_instances identities that the sources have, and equal shares for cameras or data sets"
         ) from error
     except InputError:
         raise
@@ -128,10 +113,7 @@ def _input_errors(cfg: Config) -> Iterator[None]:
 
 
 def _workers(wanted: int) -> int:
-    """The number of loading processes: ``wanted``, but at most one for each core of this process; -1 is one for each.
-
-    The training processes of a machine share its cores.
-    """
+    """At most one loading process for each core, which a machine's training processes share; -1: one for each."""
     cores = max(1, available_cores() // distributed.on_this_machine())
     if wanted > cores:
         of_each = " for each training process" if distributed.on_this_machine() > 1 else ""

@@ -6,7 +6,7 @@ import inspect
 import re
 import types
 import typing
-from typing import Any
+from functools import partial
 
 import torchreid
 
@@ -15,8 +15,8 @@ from torchreid_ext.data.samplers import SAMPLERS
 from torchreid_ext.engine.options import RunOptions
 from torchreid_ext.runtime.options import Key
 
-FIXED, KEPT, FREE = "fixed", "kept", "free"
-"""What a resumed run does with another value: see ``Key.on_resume``."""
+# What a resumed run does with another value: see ``Key.on_resume``.
+_fixed, _kept, _free = (partial(Key, on_resume=word) for word in ("fixed", "kept", "free"))
 
 
 def _metric_loss(section: str, name: str) -> dict[str, Key]:
@@ -46,26 +46,27 @@ def _metric_loss(section: str, name: str) -> dict[str, Key]:
 TORCHREID: dict[str, Key] = {
     "use_gpu": Key(True, "use CUDA where there is a device"),
     # model
-    "model.name": Key("resnet50", "network, a name of torchreid's model zoo", on_resume=FIXED, features=True),
+    "model.name": _fixed("resnet50", "network, a name of torchreid's model zoo", features=True),
     "model.pretrained": Key(True, "load ImageNet weights (needs a network connection the first time)"),
-    "model.load_weights": Key(
-        "", "file of weights to start from; layers that do not fit are listed and left out", on_resume=FREE
-    ),
-    "model.resume": Key(
-        "", "checkpoint to resume training from; auto: the newest in data.save_dir, if there is one", on_resume=FREE
+    "model.load_weights": _free("", "file of weights to start from; layers that do not fit are listed and left out"),
+    "model.resume": _free(
+        "", "checkpoint to resume training from; auto: the newest in data.save_dir, if there is one", scores=False
     ),
     # data
-    "data.type": Key("image", "image or video", choices=("image", "video"), on_resume=FIXED),
-    "data.root": Key("reid-data", "folder that holds the data sets (also --root)"),
-    "data.sources": Key(["market1501"], "data sets to train on (also -s)", on_resume=FIXED),
+    "data.type": _fixed("image", "image or video", choices=("image", "video")),
+    "data.root": Key("reid-data", "folder that holds the data sets (also --root)", scores=False),
+    "data.sources": _fixed(["market1501"], "data sets to train on (also -s)"),
     "data.targets": Key(["market1501"], "data sets to test on (also -t)"),
     "data.workers": Key(
-        4, "loading processes of each training process, at most one for each core; -1: one for each core", least=-1
+        4,
+        "loading processes of each training process, at most one for each core; -1: one for each core",
+        least=-1,
+        scores=False,
     ),
-    "data.split_id": Key(0, "split, for data sets that have several", least=0, on_resume=FIXED),
+    "data.split_id": _fixed(0, "split, for data sets that have several", least=0),
     "data.height": Key(256, "image height in pixels", least=1, features=True),
     "data.width": Key(128, "image width in pixels", least=1, features=True),
-    "data.combineall": Key(False, "train on train, query and gallery together", on_resume=FIXED),
+    "data.combineall": _fixed(False, "train on train, query and gallery together"),
     "data.transforms": Key(
         ["random_flip"],
         "augmentations (also --transforms): random_flip, random_crop, random_patch, color_jitter, random_erase",
@@ -79,8 +80,8 @@ TORCHREID: dict[str, Key] = {
     "data.load_train_targets": Key(False, "also load the training images of the targets"),
     # single data sets
     "market1501.use_500k_distractors": Key(False, "add the 500,000 distractors to the gallery"),
-    "cuhk03.labeled_images": Key(False, "use the labeled images, not the detected ones", on_resume=FIXED),
-    "cuhk03.classic_split": Key(False, "use the split of Li et al., CVPR 2014", on_resume=FIXED),
+    "cuhk03.labeled_images": _fixed(False, "use the labeled images, not the detected ones"),
+    "cuhk03.classic_split": _fixed(False, "use the split of Li et al., CVPR 2014"),
     # sampler
     "sampler.train_sampler": Key(
         "RandomSampler",
@@ -103,93 +104,76 @@ TORCHREID: dict[str, Key] = {
         "avg", "avg or max: how the features of a tracklet's images become one feature", choices=("avg", "max")
     ),
     # training
-    "train.optim": Key(
-        "adam",
-        "adam, amsgrad, sgd, rmsprop or radam",
-        choices=("adam", "amsgrad", "sgd", "rmsprop", "radam"),
-        on_resume=FIXED,
+    "train.optim": _fixed(
+        "adam", "adam, amsgrad, sgd, rmsprop or radam", choices=("adam", "amsgrad", "sgd", "rmsprop", "radam")
     ),
-    "train.lr": Key(0.0003, "learning rate", on_resume=KEPT),
-    "train.weight_decay": Key(5e-4, "weight decay", on_resume=KEPT),
+    "train.lr": _kept(0.0003, "learning rate"),
+    "train.weight_decay": _kept(5e-4, "weight decay"),
     "train.batch_size": Key(32, "images (or tracklets) in a batch, of all processes together", least=1),
-    "train.staged_lr": Key(False, "give layers other than new_layers a smaller learning rate", on_resume=KEPT),
-    "train.new_layers": Key(["classifier"], "layers that keep the full learning rate with staged_lr", on_resume=KEPT),
-    "train.base_lr_mult": Key(0.1, "factor on the learning rate of the other layers with staged_lr", on_resume=KEPT),
-    "train.lr_scheduler": Key(
+    "train.staged_lr": _kept(False, "give layers other than new_layers a smaller learning rate"),
+    "train.new_layers": _kept(["classifier"], "layers that keep the full learning rate with staged_lr"),
+    "train.base_lr_mult": _kept(0.1, "factor on the learning rate of the other layers with staged_lr"),
+    "train.lr_scheduler": _fixed(
         "single_step",
         "single_step, multi_step, cosine or none",
         choices=("single_step", "multi_step", "cosine", "none"),
-        on_resume=FIXED,
     ),
-    "train.stepsize": Key([20], "epochs at which the learning rate falls", least=1, on_resume=KEPT),
-    "train.gamma": Key(0.1, "factor by which it falls", on_resume=KEPT),
-    "train.seed": Key(1, "seed of every random number generator", on_resume=KEPT),
-    "sgd.momentum": Key(0.9, "momentum of sgd and rmsprop", on_resume=KEPT),
-    "sgd.dampening": Key(0.0, "dampening of the momentum", on_resume=KEPT),
-    "sgd.nesterov": Key(False, "Nesterov momentum", on_resume=KEPT),
-    "rmsprop.alpha": Key(0.99, "smoothing constant", on_resume=KEPT),
-    "adam.beta1": Key(0.9, "decay rate of the first moment", on_resume=KEPT),
-    "adam.beta2": Key(0.999, "decay rate of the second moment", on_resume=KEPT),
+    "train.stepsize": _kept([20], "epochs at which the learning rate falls", least=1),
+    "train.gamma": _kept(0.1, "factor by which it falls"),
+    "train.seed": _kept(1, "seed of every random number generator"),
+    "sgd.momentum": _kept(0.9, "momentum of sgd and rmsprop"),
+    "sgd.dampening": _kept(0.0, "dampening of the momentum"),
+    "sgd.nesterov": _kept(False, "Nesterov momentum"),
+    "rmsprop.alpha": _kept(0.99, "smoothing constant"),
+    "adam.beta1": _kept(0.9, "decay rate of the first moment"),
+    "adam.beta2": _kept(0.999, "decay rate of the second moment"),
     # loss
-    "loss.name": Key(
-        "softmax", "softmax, triplet, drsl or pml", choices=("softmax", "triplet", "drsl", "pml"), on_resume=FIXED
-    ),
+    "loss.name": _fixed("softmax", "softmax, triplet, drsl or pml", choices=("softmax", "triplet", "drsl", "pml")),
     "loss.softmax.label_smooth": Key(True, "smooth the labels of the identity cross-entropy (of every loss)"),
     "loss.triplet.margin": Key(0.3, "distance margin"),
     "loss.triplet.weight_t": Key(1.0, "weight of the triplet loss"),
     "loss.triplet.weight_x": Key(0.0, "weight of the identity cross-entropy"),
     # test
-    "test.batch_size": Key(100, "images (or tracklets) in a batch", least=1),
+    "test.batch_size": Key(100, "images (or tracklets) in a batch", least=1, scores=False),
 }
 
 OURS: dict[str, Key] = {
-    "model.bnneck": Key(
+    "model.bnneck": _fixed(
         False,
         "batch normalisation neck: metric loss before it, cross-entropy and retrieval after it (Luo et al., TMM 2019)",
-        on_resume=FIXED,
         features=True,
     ),
-    "model.last_stride": Key(
-        2,
-        "stride of the last stage, for networks with a layer4; 1 keeps its resolution",
-        choices=(1, 2),
-        on_resume=FIXED,
-        features=True,
+    "model.last_stride": _fixed(
+        2, "stride of the last stage, for networks with a layer4; 1 keeps its resolution", choices=(1, 2), features=True
     ),
-    "data.validation": Key(
+    "data.validation": _fixed(
         0.0,
         "share of the training identities, in (0, 1), that is taken out of training and tested on instead of the "
         "targets; 0: none",
-        on_resume=FIXED,
     ),
-    "data.validation_seed": Key(0, "seed of the draw of the validation identities", least=0, on_resume=FIXED),
-    "data.identities": Key(
-        0,
-        "number of training identities to draw before the validation identities; 0: all",
-        least=0,
-        on_resume=FIXED,
+    "data.validation_seed": _fixed(0, "seed of the draw of the validation identities", least=0),
+    "data.identities": _fixed(
+        0, "number of training identities to draw before the validation identities; 0: all", least=0
     ),
     "data.allow_overlap": Key(False, "allow images that are in two sources, or both in training and in the test"),
     "datasets": Key({}, "data sets of your own, by name: see torchreid_ext.data.datasets.register_datasets"),
-    "train.warmup_epoch": Key(
-        0, "epochs at the start over which the learning rate rises linearly to its full value", least=0, on_resume=FIXED
+    "train.warmup_epoch": _fixed(
+        0, "epochs at the start over which the learning rate rises linearly to its full value", least=0
     ),
     "train.sync_batchnorm": Key(False, "several GPUs: batch normalisation over the whole batch, not over each share"),
-    "train.timeout": Key(
-        1800, "seconds after which a process that waits for another process gives up", least=1, on_resume=FREE
+    "train.timeout": _free(
+        1800, "seconds after which a process that waits for another process gives up", least=1, scores=False
     ),
     "loss.cross_camera": Key(
         False,
         "drsl and pml: leave pairs of one identity and one camera out of positives and negatives, as evaluation does",
     ),
     **_metric_loss("drsl", "DRSL"),
-    "loss.pml.loss": Key(
-        "TripletMarginLoss", "class of pytorch_metric_learning.losses, or package.module.Class", on_resume=FIXED
-    ),
+    "loss.pml.loss": _fixed("TripletMarginLoss", "class of pytorch_metric_learning.losses, or package.module.Class"),
     "loss.pml.kwargs": Key({}, "arguments of the loss; num_classes and embedding_size are filled in"),
-    "loss.pml.lr": Key(0.0, "learning rate of the weights that the loss has, if any; 0 takes train.lr", on_resume=KEPT),
+    "loss.pml.lr": _kept(0.0, "learning rate of the weights that the loss has, if any; 0 takes train.lr"),
     **_metric_loss("pml", "the loss"),
-    "test.untrained": Key(False, "test before training too, and print both results side by side"),
+    "test.untrained": Key(False, "test before training too, and print both results side by side", scores=False),
 }
 
 
@@ -202,32 +186,23 @@ def keys_of_arguments(section: str, kind: type) -> dict[str, Key]:
     explained = _explained(inspect.getdoc(kind) or "")
     keys = {}
     for name, parameter in inspect.signature(kind).parameters.items():
-        scalar = _scalar(hints.get(name))
-        if parameter.default is not parameter.empty and scalar is not None:
-            optional = scalar if types.NoneType in typing.get_args(hints[name]) else None
-            keys[f"{section}.{name}"] = Key(parameter.default, explained.get(name, ""), kind=optional, name=name)
+        types_of = {*(typing.get_args(hints.get(name)) or [hints.get(name)])}
+        optional = types.NoneType in types_of
+        scalars = types_of - {types.NoneType}
+        if parameter.default is not parameter.empty and len(scalars) == 1 and scalars <= {bool, int, float, str}:
+            scalar = scalars.pop() if optional else None
+            keys[f"{section}.{name}"] = Key(parameter.default, explained.get(name, ""), kind=scalar, name=name)
     return keys
-
-
-def _scalar(hint: Any) -> type | None:
-    """The scalar type that a type hint names, alone or beside None."""
-    parts = [part for part in typing.get_args(hint) or [hint] if part is not types.NoneType]
-    return parts[0] if len(parts) == 1 and parts[0] in (bool, int, float, str) else None
 
 
 def _explained(docstring: str) -> dict[str, str]:
     """The first sentence about each argument in a docstring's ``Args``."""
-    _, _, section = docstring.partition("Args:\n")
-    section = re.split(r"\n(?=\S)", section)[0]
+    section = re.split(r"\n(?=\S)", docstring.partition("Args:\n")[2])[0]
     found = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, re.M)
-    return {name: _first_sentence(" ".join(text.split())) for name, text in found}
+    texts = {name: " ".join(text.split()).replace("``", "`") for name, text in found}
+    return {name: re.split(r"\.(?:\s+(?=[A-Z`])|$)", text)[0] for name, text in texts.items()}
 
 
-def _first_sentence(text: str) -> str:
-    return re.split(r"\.(?:\s+(?=[A-Z`])|$)", text)[0].replace("``", "`")
-
-
-_RUN = RunOptions.keys()
 DRSL_ARGUMENTS = keys_of_arguments("loss.drsl", DRSLoss)
 """The keys that are arguments of ``DRSLoss``, with its defaults."""
 
@@ -237,19 +212,14 @@ def _by_section(keys: dict[str, Key]) -> dict[str, Key]:
     folders = [*dict.fromkeys(key.partition(".")[0] for key in keys)]
     sections = [*dict.fromkeys(key.rpartition(".")[0] for key in keys)]
     order = {key: (folders.index(key.partition(".")[0]), sections.index(key.rpartition(".")[0])) for key in keys}
-    return dict(sorted(keys.items(), key=lambda item: order[item[0]]))
+    return {key: keys[key] for key in sorted(keys, key=order.__getitem__)}
 
 
-KEYS: dict[str, Key] = _by_section(TORCHREID | DRSL_ARGUMENTS | OURS | _RUN)
+KEYS: dict[str, Key] = _by_section(TORCHREID | DRSL_ARGUMENTS | OURS | RunOptions.keys())
 """Every config key."""
 
-ADDED = [
-    key
-    for key in KEYS
-    if key in OURS
-    or key in DRSL_ARGUMENTS
-    or (key in _RUN and _RUN[key].name not in inspect.signature(torchreid.engine.Engine.run).parameters)
-]
+_TAKEN = inspect.signature(torchreid.engine.Engine.run).parameters
+ADDED = [key for key, entry in KEYS.items() if key not in TORCHREID and entry.name not in _TAKEN]
 """The keys that torchreid does not have."""
 
 OPTIONS = {key for key, entry in KEYS.items() if entry.default == {} and key != "datasets"}

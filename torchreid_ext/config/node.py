@@ -1,10 +1,11 @@
-"""The configuration object: it merges keys from files and from the command line, and refuses wrong ones."""
+"""The configuration object: merges keys from files and from the command line, and refuses wrong keys and values."""
 
 from __future__ import annotations
 
 import copy
 import datetime
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,12 @@ from yacs.config import CfgNode
 
 from pml_drsl.checks import InputError, is_real, nearest
 from torchreid_ext.config.keys import KEYS, OPTIONS
-from torchreid_ext.runtime.options import Key
+from torchreid_ext.data.samplers import SAMPLERS
+from torchreid_ext.engine.options import RunOptions
+from torchreid_ext.runtime import distributed
+
+TRANSFORMS = ("random_flip", "random_crop", "random_patch", "color_jitter", "random_erase")
+"""Augmentations that torchreid knows, in any case. It ignores any other name silently."""
 
 
 class Config(CfgNode):
@@ -54,28 +60,24 @@ class Config(CfgNode):
         Raises:
             InputError: for an odd number of words, an unknown key, or a wrong type of value.
         """
-        cfg_list = [word for word in cfg_list if word != "--"]
-        if len(cfg_list) % 2:
-            raise InputError(
-                f"options come as KEY VALUE pairs, got {len(cfg_list)} words: {' '.join(map(str, cfg_list))}"
-            )
-        flags = [key for key in cfg_list[::2] if str(key).startswith("-")]
-        if flags:
-            raise InputError(f"{flags[0]} stands after KEY VALUE pairs: options with a dash come before all of them")
-        for key, value in zip(cfg_list[::2], cfg_list[1::2], strict=True):
-            self._merge(_nested(key, self._decoded(key, value)), "the command line")
+        words = [word for word in cfg_list if word != "--"]
+        if len(words) % 2:
+            raise InputError(f"options come as KEY VALUE pairs, got {len(words)} words: {' '.join(map(str, words))}")
+        for key, value in zip(words[::2], words[1::2], strict=True):
+            if str(key).startswith("-"):
+                raise InputError(f"{key} stands after KEY VALUE pairs: options with a dash come before all of them")
+            decoded = self._decoded(key, value) if isinstance(value, str) else value
+            self._merge(_nested(key, decoded), "the command line")
 
-    def _decoded(self, key: str, word: Any) -> Any:
-        try:
+    def _decoded(self, key: str, word: str) -> Any:
+        value: Any = word
+        with suppress(TypeError, MemoryError, RecursionError):
             value = self._decode_cfg_value(word)
-        except (TypeError, MemoryError, RecursionError):
-            value = word
-        if _is_text(key, word, value):
+        if _is_text(key, value):
             return word
-        if not isinstance(value, str) or value[:1] not in ("{", "["):
-            return value
         # YAML allows names without quotes in a mapping or a list. Python does not.
-        return _load_yaml(value, f"config key {key!r}: {value}")
+        in_yaml = isinstance(value, str) and value[:1] in ("{", "[")
+        return _load_yaml(value, f"config key {key!r}: {value}") if in_yaml else value
 
     def _merge(self, values: Mapping[str, Any], source: str) -> None:
         known = dict(_flatten(self))
@@ -84,26 +86,22 @@ class Config(CfgNode):
         except RecursionError as error:
             raise InputError(f"a value in {source} holds itself; write it out") from error
         for key, value in pairs:
-            section = next((name for name in known if name.startswith(f"{key}.")), "")
-            if section or key == "datasets":
-                # Nothing is set where all keys of a section are commented out.
-                if value is not None:
-                    example = section or "datasets.NAME"
-                    raise InputError(
-                        f"config key {key!r} is a section of keys, such as {example}, got {value!r} in {source}"
-                    )
-                continue
-            _set(self, key, _coerce(key, value, known, source))
+            inside = "datasets.NAME" if key == "datasets" else next((k for k in known if k.startswith(f"{key}.")), "")
+            if not inside:
+                _set(self, key, _coerce(key, value, known, source))
+            elif value is not None:  # Nothing is set where all keys of a section are commented out.
+                raise InputError(
+                    f"config key {key!r} is a section of keys, such as {inside}, got {value!r} in {source}"
+                )
 
 
-def _is_text(key: str, word: Any, value: Any) -> bool:
-    """Whether a word is a string as it stands, although Python reads something else: the folder 2024_01, say."""
-    if key not in KEYS or not isinstance(word, str) or isinstance(value, str):
+def _is_text(key: str, value: Any) -> bool:
+    """Whether a word is a string as it stands, although Python reads ``value``: the folder 2024_01, say."""
+    if key not in KEYS or isinstance(value, str):
         return False
     default = KEYS[key].default
-    if isinstance(default, list):
-        return isinstance(default[0], str) and not isinstance(value, (list, tuple))
-    return isinstance(default, str)
+    many = isinstance(default, list) and not isinstance(value, (list, tuple))
+    return isinstance(default[0] if many else default, str)
 
 
 class _Loader(yaml.SafeLoader):
@@ -169,69 +167,57 @@ def _coerce(key: str, value: Any, known: dict[str, Any], source: str) -> Any:
         return Config({**known.get(key, {}), **value})
     if key not in known:
         raise InputError(f"unknown config key {key!r} in {source}; did you mean {nearest(key, known)!r}?")
-    if key in OPTIONS:
-        return _options(key, value, known[key], source)
-    return _converted(key, KEYS[key], value, source)
+    return _options(key, value, known[key], source) if key in OPTIONS else _converted(key, value, source)
 
 
 def _options(key: str, value: Any, known: Config, source: str) -> Config:
-    if isinstance(value, str) and not key.endswith(".kwargs"):
+    named = not key.endswith(".kwargs")
+    if isinstance(value, str) and named:
         value = {"name": value} if value else None
     if value is None:
         return Config()
     if not isinstance(value, Mapping):
-        takes = (
-            "{ARGUMENT: VALUE, ...}" if key.endswith(".kwargs") else "a class's name, or {name: CLASS, ARGUMENT: VALUE}"
-        )
+        takes = "a class's name, or {name: CLASS, ARGUMENT: VALUE}" if named else "{ARGUMENT: VALUE, ...}"
         raise InputError(f"config key {key!r} takes {takes}, got {value!r} in {source}")
     return Config(dict(value) if "name" in value else {**known, **value})
 
 
-def _converted(key: str, entry: Key, value: Any, source: str) -> Any:
+def _converted(key: str, value: Any, source: str) -> Any:
     """``value`` as the type of a config key, where its meaning is plain.
 
     A whole number becomes a string where a string is wanted, ``"1e-3"`` a number, ``60.0`` a whole number, and a
     single value a list. The entries of a list become the type of the entries of its default.
     """
+    entry = KEYS[key]
+    default = entry.default
     if value is None and entry.kind is not None:
         return None
-    kind = entry.kind or type(entry.default)
-    if kind is list:
-        entries = list(value) if isinstance(value, (list, tuple)) else [value]
-        kind = type(entry.default[0])
-        wanted = f"a list in which every entry is {_KINDS[kind]}"
-        return [_single(kind, each, wanted, key, entry, source) for each in entries]
-    if value is False and entry.default == "off":
-        # YAML reads the word off as False.
+    if value is False and default == "off":  # YAML reads the word off as False.
         return "off"
-    if entry.default == "auto" and _to_bool(value) is not None:
+    if default == "auto" and _to_bool(value) is not None:
         return _to_bool(value)
-    return _single(kind, value, _KINDS[kind], key, entry, source)
-
-
-def _single(kind: type, value: Any, wanted: str, key: str, entry: Key, source: str) -> Any:
-    try:
-        found = _CONVERSIONS[kind](value)
-    except (ValueError, OverflowError):
-        found = None
-    if found is None:
-        none = " or None" if entry.kind is not None else ""
-        raise InputError(
-            f"config key {key!r} takes {wanted}{none}, such as {entry.default!r}, got {value!r} in {source}"
-        )
-    return found
+    is_list = isinstance(default, list)
+    convert, wanted = _KINDS[type(default[0]) if is_list else entry.kind or type(default)]
+    found = []
+    for each in value if is_list and isinstance(value, (list, tuple)) else [value]:
+        converted = None
+        with suppress(ValueError, OverflowError):
+            converted = convert(each)
+        if converted is None:
+            takes = f"{'a list in which every entry is ' * is_list}{wanted}{' or None' * (entry.kind is not None)}"
+            raise InputError(f"config key {key!r} takes {takes}, such as {default!r}, got {each!r} in {source}")
+        found.append(converted)
+    return found if is_list else found[0]
 
 
 def _to_bool(value: Any) -> bool | None:
     if isinstance(value, str):
-        # YAML knows true, yes and on.
-        value = yaml.safe_load(value) if value.isalpha() else None
+        value = yaml.safe_load(value) if value.isalpha() else None  # YAML knows true, yes and on.
     return value if isinstance(value, bool) else None
 
 
 def _to_float(value: Any) -> float | None:
-    # YAML takes 1e-3 for a string.
-    value = float(value) if isinstance(value, str) else value
+    value = float(value) if isinstance(value, str) else value  # YAML takes 1e-3 for a string.
     return float(value) if is_real(value) else None
 
 
@@ -247,8 +233,12 @@ def _to_str(value: Any) -> str | None:
     return str(value) if plain or isinstance(value, str) else None
 
 
-_CONVERSIONS = {bool: _to_bool, float: _to_float, int: _to_int, str: _to_str}
-_KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}
+_KINDS: dict[type, tuple[Callable[[Any], Any], str]] = {
+    bool: (_to_bool, "True or False"),
+    int: (_to_int, "a whole number"),
+    float: (_to_float, "a number"),
+    str: (_to_str, "a string"),
+}
 
 
 def plain(value: Any) -> Any:
@@ -263,9 +253,48 @@ def flat(cfg: Config) -> dict[str, Any]:
     return {key: plain(value) for key, value in _flatten(cfg)}
 
 
+def picked(section: Config, *names: str) -> dict[str, Any]:
+    """Some values of a section by name, as arguments of the same name."""
+    return {name: section[name] for name in names}
+
+
 def get_default_config() -> Config:
     """A configuration with all keys (``torchreid_ext.config.keys``) at their defaults."""
     cfg = Config()
     for key, entry in KEYS.items():
         _set(cfg, key, Config() if entry.default == {} else entry.default)
     return cfg
+
+
+def check(cfg: Config) -> None:
+    """Raises InputError for values that are not allowed, and for values that exclude each other."""
+    for key, value in flat(cfg).items():
+        if key in KEYS:
+            KEYS[key].check(key, value)
+    for name in cfg.data.transforms:
+        if name.lower() not in TRANSFORMS:
+            raise InputError(f"data.transforms must be one of {', '.join(TRANSFORMS)}, got {name!r}")
+    for key in ("norm_mean", "norm_std"):
+        if len(cfg.data[key]) != 3:
+            raise InputError(f"data.{key} takes a number for each of the 3 channels, got {cfg.data[key]}")
+    try:
+        cfg.data.save_dir.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"data.save_dir {cfg.data.save_dir!r} has bytes that are not UTF-8, which TensorBoard needs: choose another"
+        ) from error
+    tracklets_differ = cfg.data.type == "video" and cfg.video.sample_method == "all"
+    if cfg.train.chunk_size and cfg.train.sync_batchnorm and tracklets_differ:
+        raise InputError(
+            "train.sync_batchnorm needs as many chunks in every process, but with video.sample_method all the numbers "
+            "of images differ; set train.sync_batchnorm to False, or train.chunk_size to 0"
+        )
+    if not cfg.test.evaluate:
+        in_groups = cfg.sampler.train_sampler in SAMPLERS
+        distributed.check_share(cfg.train.batch_size, cfg.sampler.num_instances if in_groups else 1)
+
+
+def run_options(cfg: Config) -> RunOptions:
+    """The options of ``engine.run``. Raises InputError for a value that is not allowed."""
+    values = flat(cfg)
+    return RunOptions(**{entry.name: values[key] for key, entry in RunOptions.keys().items()})

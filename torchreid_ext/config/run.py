@@ -1,32 +1,30 @@
-"""Trains and tests as a configuration says, and keeps a log of it."""
+"""Trains and tests as a configuration says, and keeps a log of it, or shows what would be trained on."""
 
 from __future__ import annotations
 
 import contextlib
+import io
+import itertools
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 import yaml
+from torchvision.utils import save_image
 
 from pml_drsl.checks import InputError
+from pml_drsl.console import message
 from pml_drsl.evaluation.scores import RetrievalResult
 from torchreid_ext.checkpoint import checkpoint, resuming
-from torchreid_ext.config.build import (
-    build_criterion,
-    build_engine,
-    build_model,
-    build_optimizer,
-    build_scheduler,
-    check_takes,
-)
-from torchreid_ext.config.checks import run_options
+from torchreid_ext.config import build
 from torchreid_ext.config.data import build_datamanager
 from torchreid_ext.config.keys import ON_RESUME
-from torchreid_ext.config.node import Config, flat, plain
+from torchreid_ext.config.node import Config, check, flat, plain, run_options
 from torchreid_ext.data.samplers import steps_per_epoch
 from torchreid_ext.evaluation import ranking
 from torchreid_ext.runtime import distributed, files, generators
@@ -44,24 +42,19 @@ def prepare(cfg: Config) -> Any:
             "or model.load_weights FILE. To test a network before any training, set test.untrained True and "
             "train.max_epoch 0 instead"
         )
-    try:
-        cfg.data.save_dir.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"data.save_dir {cfg.data.save_dir!r} has bytes that are not UTF-8, and TensorBoard cannot write there: "
-            f"choose another name"
-        ) from error
+    check(cfg)
     generators.seed_everything(cfg.train.seed)
     with distributed.one_first():
         datamanager = build_datamanager(cfg)
-        model = build_model(cfg, datamanager.num_train_pids)
+        model = build.build_model(cfg, datamanager.num_train_pids)
     print(f"Model {cfg.model.name}: {sum(p.numel() for p in model.parameters()):,} parameters")
-    check_takes(cfg, model)
+    build.check_takes(cfg, model)
     if cfg.model.load_weights:
         print(checkpoint.load_weights(model, cfg.model.load_weights))
-    criterion = build_criterion(cfg, model, datamanager.num_train_pids, steps_per_epoch(datamanager))
-    optimizer = build_optimizer(cfg, model, criterion)
-    engine = build_engine(cfg, datamanager, model, optimizer, build_scheduler(cfg, optimizer), criterion)
+    criterion = build.build_criterion(cfg, model, datamanager.num_train_pids, steps_per_epoch(datamanager))
+    optimizer = build.build_optimizer(cfg, model, criterion)
+    scheduler = build.build_scheduler(cfg, optimizer)
+    engine = build.build_engine(cfg, datamanager, model, optimizer, scheduler, criterion)
     engine.config, engine.on_resume = flat(cfg), ON_RESUME
     return engine
 
@@ -87,31 +80,22 @@ def train(cfg: Config) -> tuple[Any, dict[str, RetrievalResult]]:
         if cfg.test.evaluate and not start_epoch:
             raise InputError("test.evaluate: model.resume auto found no checkpoint to test")
     if not cfg.test.evaluate and distributed.is_first():
-        write_config(cfg)
+        with files.replacing(Path(cfg.data.save_dir, "config.yaml")) as file:  # which --config-file reads again
+            file.write(yaml.safe_dump(plain(cfg), sort_keys=False).encode())
 
     columns, options = {}, run_options(cfg)
     if cfg.test.untrained and not cfg.test.evaluate and not start_epoch:
         print("=> Test before training")
-        folder = str(Path(cfg.data.save_dir, "untrained"))
-        columns["untrained"] = engine.test(**options.last_test() | {"visrank": False, "save_dir": folder})
+        untrained = str(Path(cfg.data.save_dir, "untrained"))
+        columns["untrained"] = engine.test(**options.last_test() | {"visrank": False, "save_dir": untrained})
     columns["trained"] = engine.run(**options.arguments() | {"start_epoch": start_epoch})
     if len(columns) > 1 and columns["trained"]:
         ranking.print_side_by_side(columns, cfg.test.ranks)
-    print(_written(Path(cfg.data.save_dir)))
-    return engine, columns["trained"]
-
-
-def write_config(cfg: Config) -> None:
-    """Writes the whole configuration to ``config.yaml`` beside the results. ``--config-file`` reads it again."""
-    with files.replacing(Path(cfg.data.save_dir, "config.yaml")) as file:
-        file.write(yaml.safe_dump(plain(cfg), sort_keys=False).encode())
-
-
-def _written(folder: Path) -> str:
-    """What a run left in its folder, in words."""
     parts = {"checkpoints": "model/*.pth.tar*", "TensorBoard log": "events.*", "metrics.json": "metrics.json"}
-    found = [name for name, pattern in parts.items() if any(folder.glob(pattern))]
-    return f'Written to "{folder}": {", ".join(found)}'
+    folder = Path(cfg.data.save_dir)
+    written = [name for name, pattern in parts.items() if any(folder.glob(pattern))]
+    print(f'Written to "{folder}": {", ".join(written)}')
+    return engine, columns["trained"]
 
 
 @contextlib.contextmanager
@@ -137,16 +121,6 @@ def logged(folder: Path, name: str) -> Iterator[None]:
             raise
 
 
-def message(error: BaseException) -> str:
-    """The message of an error; of an error in a loading process, to which torch adds its traceback, the last line."""
-    text = str(error)
-    if "in DataLoader worker process" not in text:
-        return text
-    kind = type(error)
-    last = text.rstrip().splitlines()[-1]
-    return last.removeprefix(f"{kind.__module__}.").removeprefix(f"{kind.__name__}: ")
-
-
 class _Tee:
     def __init__(self, *streams: TextIO) -> None:
         self._streams = streams
@@ -162,3 +136,60 @@ class _Tee:
 
     def isatty(self) -> bool:
         return False
+
+
+STEPS = 3
+
+
+class _EnoughError(Exception):
+    """As many steps as a dry run takes."""
+
+
+def dry_run(cfg: Config) -> None:
+    """Prints the data sets and the size of the network, draws a batch and estimates the time of an epoch.
+
+    torchreid prints the data sets. The batch is written to ``batch.png`` in ``data.save_dir``; nothing else is kept.
+
+    Raises:
+        InputError: for whatever a run would refuse.
+    """
+    engine = prepare(cfg)
+    steps = steps_per_epoch(engine.datamanager)
+    batches, times = _try(cfg, engine, min(STEPS, steps))
+    path = Path(cfg.data.save_dir, "batch.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = engine.training_batch(batches[0]).images.reshape(-1, 3, cfg.data.height, cfg.data.width)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (cfg.data.norm_mean, cfg.data.norm_std))
+    save_image(images.cpu() * std + mean, path, nrow=8, padding=0)
+    print(f"A batch of {len(images)} images, as the network gets them, is drawn in {path}")
+    # The first steps are slower than the others.
+    seconds = steps * times[-1]
+    print(
+        f"An epoch of {steps} steps takes about {seconds:.0f} s; {cfg.train.max_epoch} epochs, without tests, about "
+        f"{cfg.train.max_epoch * seconds / 60:.0f} min"
+    )
+
+
+def _try(cfg: Config, engine: Any, steps: int) -> tuple[list[Any], list[float]]:
+    """The first batches, and the seconds of a step on each of them with its wait for the batch."""
+    batches: list[Any] = []
+    moments = [time.perf_counter()]
+    step = engine.forward_backward
+
+    def watched(batch: Any) -> Any:
+        batches.append(batch)
+        # The values to log are numbers, so that a GPU has finished the step.
+        summary = step(batch)
+        moments.append(time.perf_counter())
+        if len(batches) == steps:
+            raise _EnoughError
+        return summary
+
+    engine.forward_backward = watched
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.suppress(_EnoughError),
+    ):
+        engine.run(**run_options(cfg).arguments() | {"save_dir": folder, "start_epoch": 0, "max_epoch": 1})
+    return batches, [end - start for start, end in itertools.pairwise(moments)]

@@ -18,7 +18,9 @@ class RunOptions(EvaluationOptions):
     docs/torchreid.md (``python tests/support/key_table.py`` writes that table).
     """
 
-    save_dir: str = option("data.save_dir", "log", "folder for checkpoints, logs and results", on_resume="free")
+    save_dir: str = option(
+        "data.save_dir", "log", "folder for checkpoints, logs and results", on_resume="free", scores=False
+    )
     max_epoch: int = option("train.max_epoch", 0, "epochs to train", least=0, config_default=60)
     start_epoch: int = option("train.start_epoch", 0, "epoch to start from", least=0)
     fixbase_epoch: int = option("train.fixbase_epoch", 0, "epochs at the start that train only open_layers", least=0)
@@ -26,7 +28,13 @@ class RunOptions(EvaluationOptions):
         "train.open_layers", None, "layers trained in the first fixbase_epoch epochs", config_default=["classifier"]
     )
     print_freq: int = option(
-        "train.print_freq", 10, "batches between two lines of the log", least=1, config_default=20, on_resume="free"
+        "train.print_freq",
+        10,
+        "batches between two lines of the log",
+        least=1,
+        config_default=20,
+        on_resume="free",
+        scores=False,
     )
     amp: str = option(
         "train.amp",
@@ -51,13 +59,19 @@ class RunOptions(EvaluationOptions):
     skip_nonfinite: bool = option(
         "train.skip_nonfinite", False, "skip a step whose loss is NaN or infinite, instead of stopping"
     )
-    checkpoint_freq: int = option("train.checkpoint_freq", 1, "epochs between checkpoints", least=1)
+    checkpoint_freq: int = option("train.checkpoint_freq", 1, "epochs between checkpoints", least=1, scores=False)
     keep_checkpoints: int = option(
-        "train.keep_checkpoints", 3, "checkpoints to keep, besides the last and the best; 0 keeps all", least=0
+        "train.keep_checkpoints",
+        3,
+        "checkpoints to keep, besides the last and the best; 0 keeps all",
+        least=0,
+        scores=False,
     )
     test_only: bool = option("test.evaluate", False, "only test", on_resume="free")
-    eval_freq: int = option("test.eval_freq", -1, "epochs between tests; -1 tests only at the end", least=-1)
-    start_eval: int = option("test.start_eval", 0, "first epoch to test after", least=0)
+    eval_freq: int = option(
+        "test.eval_freq", -1, "epochs between tests; -1 tests only at the end", least=-1, scores=False
+    )
+    start_eval: int = option("test.start_eval", 0, "first epoch to test after", least=0, scores=False)
 
     def tests_after(self, epoch: int) -> bool:
         """Whether there is a test after an epoch, counted from 1, that is not the last."""

@@ -1,7 +1,6 @@
-"""Helpers for a run of several processes, which torchrun starts.
+"""Helpers for a run of several processes, which torchrun starts; in a run of one process they change nothing.
 
-In a run of one process every function here changes nothing. Each process gets a share of every batch. The first process
-(rank 0) draws the batches, prints, logs and saves.
+Each process gets a share of every batch. The first process (rank 0) draws the batches, prints, logs and saves.
 """
 
 from __future__ import annotations
@@ -78,11 +77,10 @@ def joined(use_gpu: bool = True, timeout: int = 1800) -> Iterator[None]:
 
 
 def _place(timeout: datetime.timedelta) -> dict[str, Any]:
-    """Returns the store where the processes find each other, and the rank of this process.
+    """The store where the processes find each other, and the rank of this process.
 
     torchrun may keep one store for all starts of a run, with the addresses of processes that died. Therefore each start
-    gets its own prefix in the store. With several machines there is no such prefix, because each machine counts its own
-    starts.
+    gets a prefix of its own there. Several machines could not agree on it, because each counts its own starts.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
@@ -140,20 +138,21 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) if launched() else 0
 
 
+def _gathered(value: T) -> list[T]:
+    """What each process gave."""
+    values: list[Any] = [value] * size()
+    if size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def largest(number: int) -> int:
     """The largest number that any process gave."""
-    if size() == 1:
-        return number
-    numbers: list[Any] = [None] * size()
-    dist.all_gather_object(numbers, number)
-    return max(numbers)
+    return max(_gathered(number))
 
 
 def check_share(batch_size: int, num_instances: int = 1) -> None:
-    """Raises InputError if a batch cannot be divided equally among the processes.
-
-    Each share must consist of complete groups of ``num_instances`` samples.
-    """
+    """Raises InputError if a batch has no equal shares for the processes, of complete groups of ``num_instances``."""
     if size() > 1 and batch_size % (size() * num_instances):
         groups = f" in complete groups of sampler.num_instances {num_instances}" if num_instances > 1 else ""
         raise InputError(
@@ -163,11 +162,7 @@ def check_share(batch_size: int, num_instances: int = 1) -> None:
 
 
 def share(batch: list[T]) -> list[T]:
-    """Returns this process's share of a batch.
-
-    Raises:
-        InputError: if the batch cannot be divided equally.
-    """
+    """This process's share of a batch. Raises InputError if the batch cannot be divided equally."""
     if len(batch) % size():
         raise InputError(
             f"a batch of {len(batch)} cannot be divided equally among {size()} processes; if it is the last batch of "
@@ -178,10 +173,7 @@ def share(batch: list[T]) -> list[T]:
 
 
 def from_first(function: Callable[[], T]) -> T:
-    """Calls ``function`` on the first process, and returns its result on every process.
-
-    If it raises an error on the first process, every process raises one.
-    """
+    """Calls ``function`` on the first process; returns its result, or raises an error of it, on every process."""
     if size() == 1:
         return function()
     answer: list[Any] = [None, None]
@@ -215,10 +207,7 @@ def one_first() -> Iterator[None]:
             yield
         except BaseException as error:
             failed = error
-    told: list[Any] = [failed and repr(failed)]
-    if size() > 1:
-        told *= size()
-        dist.all_gather_object(told, failed and repr(failed))
+    told = _gathered(failed and repr(failed))
     if failed:
         raise failed
     for number, why in enumerate(told):
@@ -243,9 +232,9 @@ def mean(value: Tensor) -> Tensor:
 
 
 def local_mean_scale(number: int, device: torch.device) -> float:
-    """The factor that makes the mean over the processes of a local mean equal to the mean over all samples.
+    """The factor on a mean over ``number`` samples of this process, or on its gradients.
 
-    Multiply a mean over ``number`` samples of this process by this factor. The same holds for its gradients.
+    With it, the mean over the processes equals the mean over all samples.
     """
     if size() == 1:
         return 1.0
@@ -255,16 +244,10 @@ def local_mean_scale(number: int, device: torch.device) -> float:
 
 
 def agreed(summary: dict[str, float], signum: int | None) -> tuple[dict[str, float], int | None]:
-    """Returns the mean of each value over the processes, and the signal that any process received.
-
-    Args:
-        summary: values by name. Every process has the same names.
-        signum: the signal that this process received, or None.
-    """
+    """The mean of each value over the processes, which have the same names, and the signal that any received."""
     if size() == 1:
         return summary, signum
-    gathered: list[Any] = [None] * size()
-    dist.all_gather_object(gathered, (summary, signum))
+    gathered = _gathered((summary, signum))
     means = {name: sum(values[name] for values, _ in gathered) / size() for name in summary}
     return means, max((number for _, number in gathered if number is not None), default=None)
 

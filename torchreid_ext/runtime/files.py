@@ -51,10 +51,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 
 def link(path: Path, name: str) -> None:
-    """Gives a file a second name in its folder, and replaces the file that had this name.
-
-    It makes a copy where the file system has no hard links.
-    """
+    """Gives a file a second name in its folder, instead of the file that had it; a copy without hard links."""
     second = path.with_name(name)
     temporary = _temporary(second)
     try:
@@ -135,19 +132,15 @@ def _temporary(path: Path) -> Path:
 
 
 def _is_left(path: Path, machine: str, process: int) -> bool:
-    if machine == _MACHINE and os.name == "posix":
-        return not _runs(process)
-    return time.time() - path.stat().st_mtime > _DAY
-
-
-def _runs(process: int) -> bool:
+    if machine != _MACHINE or os.name != "posix":
+        return time.time() - path.stat().st_mtime > _DAY
     try:
         os.kill(process, 0)
     except ProcessLookupError:
-        return False
+        return True
     except PermissionError:
         pass  # It runs as another user.
-    return True
+    return False
 
 
 def _sync_folder(folder: Path) -> None:

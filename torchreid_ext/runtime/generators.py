@@ -30,10 +30,7 @@ def state() -> dict[str, Any]:
 
 
 def restore(saved: dict[str, Any]) -> None:
-    """Sets the generators to a state that ``state`` returned.
-
-    The state of CUDA is restored only where the number of devices is the same as it was.
-    """
+    """Sets the generators to what ``state`` returned; those of CUDA only where there are as many devices."""
     version, keys, gauss = saved["python"]
     random.setstate((version, tuple(keys), gauss))
     keys, position, has_gauss, cached_gauss = saved["numpy"]
@@ -55,10 +52,7 @@ def untouched() -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Context: seeds the generators of the CPU for the block, and restores them at its end.
-
-    This is fast enough to do for every image.
-    """
+    """Context: seeds the generators of the CPU for the block, and restores them; fast enough to do for every image."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)

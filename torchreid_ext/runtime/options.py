@@ -25,6 +25,7 @@ class Key:
             optimizer, the scheduler or the generators holds it. ``"free"``: it says nothing, because the value has no
             effect on the training. Empty: it prints the change.
         features: whether another value gives other features from the same weights and images.
+        scores: whether another value may give other scores in the last test of a run.
         may_be_empty: whether a list may have no entry.
         kind: type of its values, if they may be None; otherwise the type of the default is meant.
         name: name of the option or argument that it sets, if the key is derived from one.
@@ -36,6 +37,7 @@ class Key:
     choices: Collection[Any] | None = None
     on_resume: str = ""
     features: bool = False
+    scores: bool = True
     may_be_empty: bool = False
     kind: type | None = None
     name: str = ""

@@ -13,11 +13,7 @@ from torchreid_ext.runtime import distributed
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run stops because a signal asked for it.
-
-    Attributes:
-        signal: the signal that the process received.
-    """
+    """The run stops because a signal asked for it, which is the attribute ``signal``."""
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
@@ -25,12 +21,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Context: records SIGTERM and SIGINT, which would otherwise end the process. A second signal ends the process.
+    """Context: records SIGTERM or SIGINT, which would otherwise end the process, in ``signum``; a second one does.
 
-    Outside the main thread the context does nothing, because python allows signal handlers only in the main thread.
-
-    Attributes:
-        signum: the number of the recorded signal, or None.
+    Outside the main thread the context does nothing, because python allows signal handlers only there.
     """
 
     def __init__(self) -> None:

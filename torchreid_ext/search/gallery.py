@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pml_drsl.checks import InputError
+from pml_drsl.console import file_stamp
 from pml_drsl.evaluation import reranking
 from pml_drsl.evaluation.arrays import load_arrays
 from torchreid_ext.images import Row
@@ -276,14 +277,14 @@ class Gallery:
             name: np.frombuffer(json.dumps(value).encode(), np.uint8)
             for name, value in {"settings": settings, "entries": rows}.items()
         }
-        if self._read is not None and self._read[0] == target and self._read[1] != _stamp(target):
+        if self._read is not None and self._read[0] == target and self._read[1] != file_stamp(target):
             raise InputError(
                 f"{os.fspath(path)!r} was changed by another process since it was read: read it again, and repeat the "
                 f"changes"
             )
         with replacing(target) as file:
             np.savez(file, **arrays, features=self._index.features().numpy())
-        self._read = target, _stamp(target)
+        self._read = target, file_stamp(target)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: TrainedModel, kind: str | None = None) -> Gallery:
@@ -299,7 +300,7 @@ class Gallery:
             OSError: for a file that cannot be opened.
         """
         target = resolved(os.fspath(path))
-        stamp = _stamp(target)
+        stamp = file_stamp(target)
         try:
             arrays = load_arrays(path)
             settings, rows = (json.loads(arrays[name].tobytes()) for name in ("settings", "entries"))
@@ -339,15 +340,6 @@ def shown(path: str) -> str:
     """A path as a user would type it: relative to the current folder where it is below it."""
     relative = os.path.relpath(path) if os.path.isabs(path) else path
     return path if relative.startswith("..") else relative
-
-
-def _stamp(path: str) -> object:
-    """What changes with every write of a file; None for a file that is not there."""
-    try:
-        about = os.stat(path)
-    except OSError:
-        return None
-    return about.st_ino, about.st_mtime_ns, about.st_size
 
 
 def _entry(row: Iterable[Any], folder: str) -> Row:

@@ -8,7 +8,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from pml_drsl.checks import InputError
-from torchreid_ext.benchmark import grid, plots, report, tuning
+from torchreid_ext.benchmark import grid, report, runner
 from torchreid_ext.cli import benchmark
 from torchreid_ext.config.node import flat, get_default_config
 
@@ -136,7 +136,7 @@ def test_the_page_keeps_what_is_around_the_report(tmp_path, capsys):
 def test_losses_with_numbers_of_negatives_become_curves():
     results = [line(f"{loss}-1-to-{n}", 0, 0.5) for loss in ("drsl", "supcon") for n in (60, 15)]
     axes = Figure().add_subplot()
-    plots._curves(axes, report.sections(results)[0].scores())
+    report._curves(axes, report.sections(results)[0].scores())
     assert sorted(axes.get_legend_handles_labels()[1]) == ["drsl", "supcon"]
     assert [list(container.lines[0].get_xdata()) for container in axes.containers] == [[15, 60]] * 2
 
@@ -159,17 +159,17 @@ def test_tuning_tries_the_settings_with_the_best_weight(tmp_path, monkeypatch, f
                 )
         return sum(run.loss in fails for run in runs)
 
-    monkeypatch.setattr(tuning, "run_all", run_all)
-    monkeypatch.setattr(tuning, "plan", lambda **grid_: [_validated(run) for run in grid.plan(**grid_)])
+    monkeypatch.setattr(runner, "run_all", run_all)
+    monkeypatch.setattr(runner, "plan", lambda **grid_: [_validated(run) for run in grid.plan(**grid_)])
     (tmp_path / "demo.yaml").write_text("loss: {name: softmax}\n")
     arguments = {"files": [tmp_path / "demo.yaml"], "seeds": range(2), "words": [], "varied": [], "root": None}
     settings = {"drsl": [{"loss.drsl.temperature": 0.5}, {"loss.drsl.temperature": 0.05}]}
-    best, scores, failed = tuning.tune({"drsl": DRSL}, settings, arguments, tmp_path / "results.jsonl", 1)
+    best, scores, failed = runner.tune({"drsl": DRSL}, settings, arguments, tmp_path / "results.jsonl", 1)
     weight = 1.0 if fails else 3.0
     assert best == {"drsl": {**DRSL, "loss.drsl.weight_m": weight, "loss.drsl.temperature": 0.05}}
     assert len(scores) == (5 if fails else 6) and failed == 2 * len(fails)
     assert scores[f"drsl*{weight:g}+2"] == pytest.approx(0.6 + 0.01 * weight)
-    tuning.write(tmp_path / "tuned.yaml", best, scores)
+    runner.write_tuned(tmp_path / "tuned.yaml", best, scores)
     assert yaml.safe_load((tmp_path / "tuned.yaml").read_text()) == {"drsl-tuned": best["drsl"]}
     losses, _ = grid.read_losses(tmp_path / "tuned.yaml", None)
     (run,) = grid.plan([tmp_path / "demo.yaml"], losses, [0])

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from pml_drsl import console
 from pml_drsl.checks import InputError
-from torchreid_ext.cli import console, export, extract, search
-from torchreid_ext.runtime import terminal
+from torchreid_ext.cli import export, extract, search
 
 ROOT = Path(__file__).parents[3]
 
@@ -34,7 +34,7 @@ def test_help_does_not_load_torch():
 def test_every_command_says_its_version(command, capsys):
     with pytest.raises(SystemExit) as end:
         command.main(["--version"])
-    assert end.value.code == 0 and terminal.version() in capsys.readouterr().out
+    assert end.value.code == 0 and console.version() in capsys.readouterr().out
 
 
 def failing(error):
@@ -66,6 +66,15 @@ def test_a_defect_keeps_its_traceback(error):
     with pytest.raises(type(error)) as caught:
         console.guarded("name", failing(error))
     assert caught.value is error
+
+
+def test_of_several_processes_the_first_speaks_for_all_and_the_others_give_their_number(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, told in (("0", "name: a value\nname: stopped\n"), ("1", "name: process 1: a value\n")):
+        monkeypatch.setenv("RANK", rank)
+        assert console.guarded("name", failing(InputError("a value"))) == 2
+        assert console.guarded("name", failing(KeyboardInterrupt()), stopped="stopped") == 130
+        assert capsys.readouterr().err == told
 
 
 def test_any_text_can_be_printed_in_any_encoding(monkeypatch):

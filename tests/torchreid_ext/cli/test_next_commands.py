@@ -8,7 +8,7 @@ import pytest
 import trained
 
 from torchreid_ext.cli import export, search
-from torchreid_ext.cli.next_commands import next_commands
+from torchreid_ext.cli.train import next_commands
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ import torch
 import trained
 from PIL import Image
 
+from pml_drsl import console
 from torchreid_ext import Searcher
-from torchreid_ext.cli import console, extract, search
+from torchreid_ext.cli import extract, search
 from torchreid_ext.images import Row
 from torchreid_ext.runtime.files import locked
 from torchreid_ext.search.results import as_text, rankings

@@ -10,7 +10,7 @@ from toy_data import make_image_manager
 from pml_drsl.checks import InputError
 from torchreid_ext import get_default_config
 from torchreid_ext.checkpoint import states
-from torchreid_ext.config import checks
+from torchreid_ext.config import check
 from torchreid_ext.engine.engines import ImageDRSLEngine
 from torchreid_ext.engine.step import Stepper
 from torchreid_ext.networks import add_neck
@@ -139,7 +139,7 @@ def test_bad_values_are_refused(tmp_path):
     cfg = get_default_config()
     cfg.train.chunk_size, cfg.train.sync_batchnorm = 8, True
     cfg.data.type, cfg.video.sample_method = "video", "evenly"
-    checks.check(cfg)
+    check(cfg)
     cfg.video.sample_method = "all"
     with pytest.raises(InputError, match="needs as many chunks in every process"):
-        checks.check(cfg)
+        check(cfg)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from torchreid_ext.runtime import memory
+from pml_drsl import machine
 
 # Counts the pages that the system has to give anew while the same 64 MB are allocated and freed.
 COUNT = """
@@ -31,7 +31,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
 def test_freed_memory_is_not_asked_for_again():
     pages = [
-        int(subprocess.check_output([sys.executable, "-c", COUNT, memory.__file__, word]))
+        int(subprocess.check_output([sys.executable, "-c", COUNT, machine.__file__, word]))
         for word in ("keep", "as it is")
     ]
     assert pages[0] < 100 < pages[1]
@@ -41,7 +41,7 @@ def test_nothing_happens_elsewhere(monkeypatch):
     def refuse(name):
         raise OSError(name)
 
-    monkeypatch.setattr(memory.ctypes, "CDLL", refuse)
-    memory.keep_freed_memory()
+    monkeypatch.setattr(machine.ctypes, "CDLL", refuse)
+    machine.keep_freed_memory()
     monkeypatch.setattr(sys, "platform", "darwin")
-    memory.keep_freed_memory()
+    machine.keep_freed_memory()
