@@ -61,21 +61,18 @@ def run(args: argparse.Namespace) -> None:
         if table.left_out:
             console.say(table.about_left_out())
         sets: dict[str, ExtractedSet] = {}
-        damaged: list[str] = []
         for name, entries in (("query", table.query), ("gallery", table.gallery)):
             if entries:
-                found = extract_files(
+                sets[name] = extract_files(
                     model,
-                    [entry.path for entry in entries],
+                    entries,
                     batch_size=args.batch_size,
                     workers=args.workers,
                     skip_damaged=args.skip_damaged,
                     description=name,
                 )
-                sets[name] = ExtractedSet([entries[index] for index in found.kept], found.features)
-                damaged += found.damaged
         labelled = distributed.is_first() and write_features(args.output, model, sets)
-        for reason in damaged:
+        for reason in (reason for part in sets.values() for reason in part.damaged):
             console.say(f"left out: {reason}")
         counts = " and ".join(f"{len(part.entries)} {name}" for name, part in sets.items())
         dim = next(iter(sets.values())).features.shape[1]

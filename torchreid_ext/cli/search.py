@@ -49,10 +49,8 @@ def run(args: argparse.Namespace) -> None:
     """
     from torchreid_ext.evaluation.page import write_pages
     from torchreid_ext.runtime.files import locked, replacing
-    from torchreid_ext.search import results
-    from torchreid_ext.search.gallery import absolute, resolved
-    from torchreid_ext.search.searcher import Searcher
-    from torchreid_ext.search.sources import list_queries
+    from torchreid_ext.search import searcher as search
+    from torchreid_ext.search.sources import absolute, list_queries, resolved
 
     _check(args)
     # Text for people goes to stderr where stdout is JSON.
@@ -60,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     changes = args.index and (args.gallery or args.remove or args.prune)
     with locked(resolved(args.index)) if changes else contextlib.nullcontext():
         kept = args.index if args.index and Path(args.index).exists() else None
-        searcher = Searcher(
+        searcher = search.Searcher(
             args.checkpoint,
             model=args.model,
             config_file=args.config_file,
@@ -77,15 +75,15 @@ def run(args: argparse.Namespace) -> None:
             console.say(f"The index of {len(searcher):,} images is in {args.index!r}", out)
     if features is None:
         return
-    rows = results.rankings(queries, args.crop, searcher.search_features(features, args.top, args.rerank))
-    caption = results.caption(searcher, args.rerank)
+    rows = search.rankings(queries, args.crop, searcher.search_features(features, args.top, args.rerank))
+    caption = search.caption(searcher, args.rerank)
     # The escapes of JSON keep names that are no UTF-8, on terminals of any encoding.
-    text = json.dumps(results.as_dict(searcher, rows, args.rerank), indent=2) + "\n"
+    text = json.dumps(search.as_dict(searcher, rows, args.rerank), indent=2) + "\n"
     if args.json and args.json != "-":
         with replacing(args.json) as file:
             file.write(text.encode())
     pages = write_pages(args.html, rows, caption) if args.html else []
-    console.say(f"{caption}\n\n{results.as_text(rows)}", out)
+    console.say(f"{caption}\n\n{search.as_text(rows)}", out)
     if pages:
         console.say(f"\nThe page to look at is {str(pages[0])!r}", out)
     if args.json == "-":
@@ -120,8 +118,7 @@ def _update(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
     """Removes and adds images of the gallery; returns whether anything changed."""
     from torchreid_ext.images import Row, Table
     from torchreid_ext.search.extraction import extract_files, read_gallery
-    from torchreid_ext.search.gallery import absolute
-    from torchreid_ext.search.sources import list_sources
+    from torchreid_ext.search.sources import absolute, list_sources
 
     changed = False
     if args.remove:
@@ -152,7 +149,7 @@ def _update(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
     _check_outputs(args, [entry.path for entry in entries])
     read = extract_files(
         searcher.model,
-        [entry.path for entry in entries],
+        entries,
         batch_size=args.batch_size,
         workers=args.workers,
         skip_damaged=args.skip_damaged,
@@ -160,7 +157,7 @@ def _update(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
     )
     for reason in read.damaged:
         console.say(f"left out: {reason}", out)
-    searcher.gallery.add([entries[index] for index in read.kept], read.features)
+    searcher.gallery.add(read.entries, read.features)
     return True
 
 
