@@ -20,7 +20,7 @@ from pml_drsl.miners import RankViolationMiner
 from pml_drsl.wrappers import CrossBatchMemory
 from torchreid_ext.checkpoint import states
 from torchreid_ext.engine import engines
-from torchreid_ext.engine.logs import EpochLog
+from torchreid_ext.engine.epoch import EpochLog
 from torchreid_ext.runtime import distributed
 from torchreid_ext.runtime.generators import seed_everything
 

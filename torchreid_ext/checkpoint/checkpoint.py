@@ -46,20 +46,11 @@ def save(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
             file.flush()
             refused = _refused(file.name)
             if refused:
-                raise InputError(
-                    f"a checkpoint must hold only tensors, numbers and containers, not {', '.join(refused)}"
-                )
+                raise InputError(f"a checkpoint must hold only tensors, numbers and containers, not {_some(refused)}")
     except (OSError, RuntimeError) as error:
         # torch raises its own error, and keeps the error of the failed write as its context.
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise OSError(
-            f"cannot write checkpoint {os.fspath(path)!r}: {reason}; what was saved before is kept"
-        ) from error
-
-
-def _refused(path: Any) -> list[str]:
-    with torch.serialization.safe_globals(_NUMPY_SCALAR):
-        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        raise OSError(f"cannot write {_named(path)}: {reason}; what was saved before is kept") from error
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -69,7 +60,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         InputError: if the file is missing or damaged, or holds anything but tensors, numbers and containers.
     """
     if not os.path.isfile(path):
-        raise InputError(f"checkpoint {os.fspath(path)!r} does not exist")
+        raise InputError(f"{_named(path)} does not exist")
     try:
         with torch.serialization.safe_globals(_NUMPY_SCALAR):
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -86,12 +77,21 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
                 # This fails if the file is so damaged that torch does not recognize it as a checkpoint.
                 refused = _refused(path)
         what = f"refused: it asks for {_some(refused)}" if refused else f"damaged, or no checkpoint{_reason(error)}"
-        raise InputError(f"checkpoint {os.fspath(path)!r} is {what}") from error
+        raise InputError(f"{_named(path)} is {what}") from error
     if damaged:
-        raise InputError(f"checkpoint {os.fspath(path)!r} is damaged: the checksum of {_one_line(damaged)} is wrong")
+        raise InputError(f"{_named(path)} is damaged: the checksum of {_one_line(damaged)} is wrong")
     if not isinstance(state, dict):
-        raise InputError(f"checkpoint {os.fspath(path)!r} holds a {type(state).__name__}, not a dictionary of weights")
+        raise InputError(f"{_named(path)} holds a {type(state).__name__}, not a dictionary of weights")
     return state
+
+
+def _refused(path: Any) -> list[str]:
+    with torch.serialization.safe_globals(_NUMPY_SCALAR):
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+
+
+def _named(path: str | os.PathLike[str]) -> str:
+    return f"checkpoint {os.fspath(path)!r}"
 
 
 def _reason(error: Exception) -> str:
@@ -104,6 +104,10 @@ def _one_line(text: str) -> str:
     """A text that may come from a damaged file, without line breaks and control characters, and not too long."""
     text = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
     return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def _some(names: list[str]) -> str:
+    return _one_line(", ".join(names[:5]) + (", ..." if len(names) > 5 else ""))
 
 
 @dataclass(frozen=True)
@@ -132,26 +136,27 @@ class Loaded:
 
 
 def weights_of(state: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The weights in a checkpoint by name, without the prefix that ``DataParallel`` puts before every name.
-
-    Args:
-        state: what ``load`` returned: a checkpoint of a run, or the weights themselves.
-        path: the file, for the message.
+    """The weights by name in what ``load`` returned: a checkpoint of a run, or the weights themselves.
 
     Raises:
-        InputError: if there is no tensor.
+        InputError: if there is no tensor; it names ``path``.
     """
     held = state.get("state_dict", state)
     if not isinstance(held, Mapping):
-        raise InputError(f"checkpoint {os.fspath(path)!r} holds a {type(held).__name__}, not a dictionary of weights")
-    weights = {str(name).removeprefix("module."): value for name, value in held.items() if isinstance(value, Tensor)}
+        raise InputError(f"{_named(path)} holds a {type(held).__name__}, not a dictionary of weights")
+    weights = {name: value for name, value in _plain_names(held).items() if isinstance(value, Tensor)}
     if not weights:
-        raise InputError(f"checkpoint {os.fspath(path)!r} holds no weights: it needs a dictionary of tensors")
+        raise InputError(f"{_named(path)} holds no weights: it needs a dictionary of tensors")
     return weights
 
 
+def _plain_names(state: Mapping[Any, Any]) -> dict[str, Any]:
+    # DataParallel and DistributedDataParallel put this prefix before every name.
+    return {str(name).removeprefix("module."): value for name, value in state.items()}
+
+
 def fit_weights(
-    model: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLike[str], complete: bool = False
+    model: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLike[str], complete: str = ""
 ) -> Loaded:
     """Loads the weights that fit a model, and returns which did and which did not.
 
@@ -159,8 +164,8 @@ def fit_weights(
         model: the model, which may be inside ``DataParallel``.
         weights: what ``weights_of`` returned.
         path: the file, for the messages.
-        complete: refuse weights that are missing, too many or of another shape. Networks that torch saved before 0.4.1
-            lack the number of batches that their batch normalisation saw; it may be missing.
+        complete: name of the network, to refuse weights that are missing, too many or of another shape. Networks that
+            torch saved before 0.4.1 lack the number of batches that their batch normalisation saw; it may be missing.
 
     Raises:
         InputError: if no weight fits; with ``complete``, if any does not.
@@ -168,34 +173,26 @@ def fit_weights(
     target = distributed.unwrapped(model)
     own = target.state_dict()
     fitting = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
+    unused, untouched = sorted(weights.keys() - fitting.keys()), sorted(own.keys() - fitting.keys())
+    wrong = sorted({*unused, *(name for name in untouched if not name.endswith("num_batches_tracked"))})
+    if complete and wrong:
+        raise InputError(
+            f"{_named(path)} is not of {complete!r} as its configuration describes it: {len(wrong)} weights are "
+            f"missing, too many or of another shape: {_some(wrong)}. Check model.name, model.bnneck and "
+            f"model.last_stride"
+        )
     if not fitting:
         raise InputError(
             f"no weight in {os.fspath(path)!r} fits the model: it has {_some(list(weights))}, the model "
             f"{_some(list(own))}; check model.name"
-        )
-    unused, untouched = sorted(weights.keys() - fitting.keys()), sorted(own.keys() - fitting.keys())
-    wrong = [*(name for name in untouched if not name.endswith("num_batches_tracked")), *unused]
-    if complete and wrong:
-        raise InputError(
-            f"checkpoint {os.fspath(path)!r} is not of this network: {len(set(wrong))} weights are missing, too many "
-            f"or of another shape: {_some(wrong)}. Check model.name, model.bnneck and model.last_stride"
         )
     target.load_state_dict(own | fitting)
     return Loaded(os.fspath(path), list(fitting), unused, untouched)
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> Loaded:
-    """Loads the weights of a checkpoint that fit the model, and returns which did and which did not.
-
-    Raises:
-        InputError: if the file cannot be read, or no weight fits.
-    """
+    """Loads the weights of a checkpoint that fit the model; see :func:`load` and :func:`fit_weights`."""
     return fit_weights(model, weights_of(load(path), path), path)
-
-
-def _some(names: list[str]) -> str:
-    """The first few names, for a message."""
-    return _one_line(", ".join(names[:5]) + (", ..." if len(names) > 5 else ""))
 
 
 @contextlib.contextmanager
@@ -213,7 +210,7 @@ def fitting(path: str | os.PathLike[str], part: str = "state") -> Iterator[None]
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = _one_line(str(error) or type(error).__name__)
-        raise InputError(f"checkpoint {os.fspath(path)!r} does not fit this run's {part}: {reason}") from error
+        raise InputError(f"{_named(path)} does not fit this run's {part}: {reason}") from error
 
 
 def restore(state: dict[str, Any], parts: dict[str, Any], path: str | os.PathLike[str]) -> None:
@@ -226,29 +223,17 @@ def restore(state: dict[str, Any], parts: dict[str, Any], path: str | os.PathLik
         if part is None:
             continue
         if name not in state:
-            raise InputError(
-                f"checkpoint {os.fspath(path)!r} has no {name!r}; take its weights with model.load_weights"
-            )
-        if isinstance(part, nn.Module):
-            part = distributed.unwrapped(part)
+            raise InputError(f"{_named(path)} has no {name!r}; take its weights with model.load_weights")
+        saved = state[name]
         with fitting(path, name):
-            part.load_state_dict(_renamed(state[name], part, path))
-
-
-def _renamed(state: dict[str, Any], part: Any, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The state with the names that ``part`` uses.
-
-    Raises:
-        InputError: if the state is of another type of optimizer. torch would load such a state.
-    """
-    if isinstance(part, nn.Module):
-        # DataParallel and DistributedDataParallel put this prefix before every name.
-        return {name.removeprefix("module."): value for name, value in state.items()}
-    if isinstance(part, Optimizer):
-        given, own = (set(groups[0]) & _TELLING for groups in (state["param_groups"], part.param_groups))
-        if given != own:
-            raise InputError(
-                f"checkpoint {os.fspath(path)!r} does not fit this run's optimizer: its optimizer has "
-                f"{', '.join(sorted(given))}, not {', '.join(sorted(own))}"
-            )
-    return state
+            if isinstance(part, nn.Module):
+                part, saved = distributed.unwrapped(part), _plain_names(saved)
+            elif isinstance(part, Optimizer):
+                # torch would load the state of another type of optimizer.
+                given, own = (set(groups[0]) & _TELLING for groups in (saved["param_groups"], part.param_groups))
+                if given != own:
+                    raise InputError(
+                        f"{_named(path)} does not fit this run's optimizer: its optimizer has "
+                        f"{', '.join(sorted(given))}, not {', '.join(sorted(own))}"
+                    )
+            part.load_state_dict(saved)

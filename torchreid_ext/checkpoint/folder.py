@@ -1,8 +1,9 @@
-"""The checkpoints of a run in their folder: the numbered ones, the last, the best, and what a run writes when."""
+"""The checkpoints of a run in their folder: which it writes when, which it keeps, and from which it goes on."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 from pathlib import Path
@@ -23,8 +24,7 @@ class History:
         keep: number of numbered checkpoints to keep, >= 0; 0 keeps all. The last and the best are always kept.
 
     Attributes:
-        newest: the checkpoint that this object saved last, or None.
-        saved_epoch: the epoch of this checkpoint, or -1.
+        newest: the checkpoint that this object saved last, or None; ``saved_epoch`` is its epoch, or -1.
 
     Raises:
         InputError: for a negative ``keep``.
@@ -62,10 +62,9 @@ class History:
             numbered[number].unlink(missing_ok=True)
 
     def load_newest(self, since: float = 0) -> tuple[Path, dict[str, Any]] | None:
-        """Returns the path and the state of the newest readable checkpoint, or None if there are no checkpoints.
+        """The path and the state of the newest readable checkpoint; None if there are no checkpoints.
 
-        Args:
-            since: time in seconds since 1970. Checkpoints that were written before it are ignored.
+        Checkpoints that were written before the time ``since``, in seconds since 1970, are ignored.
 
         Raises:
             InputError: if there are checkpoints but none can be read.
@@ -99,14 +98,28 @@ class History:
         return {int(match[1]): path for path, match in names.items() if match}
 
 
+def first_start(folder: Path) -> float | None:
+    """The time of the first start of this run, if torchrun has restarted it since; the first start notes the time."""
+    if not distributed.launched():
+        return None
+    # A machine counts only the restarts of its own processes.
+    again = distributed.largest(distributed.restarts()) > 0
+    note, run = folder / ".started", os.environ["TORCHELASTIC_RUN_ID"]
+
+    def noted() -> float | None:
+        # The note may be from an earlier run, if this run was restarted before it could write a note.
+        if again and note.exists() and note.read_text() == run:
+            return note.stat().st_mtime
+        note.write_text(run)
+        return None
+
+    return distributed.from_first(noted)
+
+
 class RunCheckpoints:
     """Saves the state of an engine between epochs; the first of several processes writes the files.
 
-    Args:
-        engine: the engine.
-        folder: folder of the checkpoints.
-        keep: number of checkpoints to keep besides the last and the best; 0 keeps all.
-        newest: the checkpoint from which the run was resumed, or None.
+    ``newest`` is the checkpoint from which the run was resumed, or None; for the other arguments see ``History``.
     """
 
     def __init__(self, engine: Any, folder: Path, keep: int, newest: Path | None) -> None:
@@ -118,8 +131,7 @@ class RunCheckpoints:
     def begin_epoch(self) -> None:
         """Remembers the state in which an epoch begins, to be saved if the epoch is interrupted.
 
-        Raises:
-            FloatingPointError: if a weight is not finite.
+        It raises FloatingPointError if a weight is not finite.
         """
         epoch = self._engine.epoch
         self._check_finite(epoch)
@@ -128,14 +140,7 @@ class RunCheckpoints:
         self._start = states.copied(states.of_engine(self._engine, epoch)) if needed else None
 
     def save(self, is_best: bool) -> None:
-        """Saves the state after the present epoch.
-
-        Args:
-            is_best: whether the latest test is the best so far.
-
-        Raises:
-            FloatingPointError: if a weight is not finite.
-        """
+        """Saves the state after the present epoch; raises FloatingPointError if a weight is not finite."""
         engine, history = self._engine, self._history
         done = engine.epoch + 1
         self._check_finite(done)

@@ -1,4 +1,4 @@
-"""Collects the state of a run for a checkpoint, and restores it."""
+"""Collects the state of a run for a checkpoint, checks that it fits another start of the run, and restores it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ from torchreid_ext.runtime import distributed, generators
 
 
 def of_engine(engine: Any, epoch: int) -> dict[str, Any]:
-    """Returns the state of an engine after ``epoch`` epochs. The names are torchreid's where torchreid has names.
-
-    The tensors are not copied, so they change when training goes on. ``copied`` makes a copy.
-    """
+    """The state of an engine after ``epoch`` epochs, by torchreid's names where it has some; ``copied`` copies it."""
     first, *others = engine.get_model_names()
     return _of_parts(engine, first) | {
         "epoch": epoch,
@@ -29,7 +26,7 @@ def of_engine(engine: Any, epoch: int) -> dict[str, Any]:
             "losses": {name: loss.state_dict() for name, loss in losses_of(engine).items()},
             "memories": {name: _memory_fills(loss) for name, loss in losses_of(engine).items()},
             "scaler": engine.stepper.scaler.state_dict(),
-            "sampler": _of_sampler(engine.train_loader.batch_sampler),
+            "sampler": _of_sampler(engine),
             "generators": generators.state(),
             "best": dict(engine.best),
             "skipped": engine.skipped,
@@ -70,6 +67,64 @@ def restore_engine(engine: Any, state: dict[str, Any], path: str) -> None:
         raise InputError(f"checkpoint {path!r}: {name} is not finite; resume from an earlier checkpoint")
 
 
+def check_fits(engine: Any, state: dict[str, Any], path: str, test_only: bool) -> None:
+    """Checks that a checkpoint fits this run, and prints the differences between their configurations.
+
+    Raises:
+        InputError: if the number of identities differs, if the number of processes differs (unless ``test_only``), or
+            if a key of the configuration differs that cannot change.
+    """
+    training = state.get("training")
+    if training is None:
+        print(f"'{path}' was saved by torchreid and has no random state: training goes on, but not exactly as before")
+        return
+    before, now = training["num_train_pids"], engine.datamanager.num_train_pids
+    if before != now:
+        raise InputError(f"'{path}' was trained on {before} identities, and the sources have {now}")
+    # Older checkpoints, all from runs of one process, do not have this field.
+    processes = training.get("processes", 1)
+    if processes != distributed.size() and not test_only:
+        raise InputError(
+            f"'{path}' was trained by {processes} processes, and this run has {distributed.size()}: start it with the "
+            f"same number (torchrun --nnodes times --nproc_per_node, or drsl-train alone for one process), or start a "
+            f"new run in another data.save_dir, from these weights with model.load_weights"
+        )
+    if engine.config and training["config"]:
+        for line in compare(training["config"], engine.config, engine.on_resume):
+            print(f"Config differs from the checkpoint's: {line}")
+
+
+def compare(saved: dict[str, Any], current: dict[str, Any], on_resume: dict[str, str]) -> list[str]:
+    """A line for each dotted key whose value differs between the configurations of a checkpoint and of this run.
+
+    ``on_resume`` says what a resumed run does with another value of a key: see ``torchreid_ext.runtime.options.Key``.
+
+    Raises:
+        InputError: if keys differ that cannot change; the message names them.
+    """
+    on_resume = on_resume | {f"datasets.{name}": "fixed" for name in saved.get("data.sources", [])}
+    if saved.get("train.lr_scheduler") == "cosine":
+        # After its last epoch, the cosine would rise again.
+        on_resume["train.max_epoch"] = "fixed"
+    lines, refused = [], []
+    for key in sorted(saved.keys() | current.keys()):
+        before, now, effect = saved.get(key), current.get(key), on_resume.get(key)
+        if before == now or effect == "free":
+            continue
+        line = f"{key}: {before!r} -> {now!r}"
+        # A key that the checkpoint lacks is newer than the checkpoint; by default it changes nothing.
+        if effect == "fixed" and key in saved:
+            refused.append(line)
+        else:
+            lines.append(line + (" (the checkpoint's is kept)" if effect == "kept" else ""))
+    if refused:
+        raise InputError(
+            f"cannot resume with another {'; '.join(refused)}. Set it back, or start a new run in another "
+            f"data.save_dir, from these weights with model.load_weights"
+        )
+    return lines
+
+
 def not_finite(engine: Any) -> str | None:
     """The name of a weight of an engine's models or losses that is NaN or infinite; None if all are finite."""
     tensors = {name: value for model in engine._models.values() for name, value in model.state_dict().items()}
@@ -79,7 +134,7 @@ def not_finite(engine: Any) -> str | None:
 
 
 def restore_randomness(engine: Any, state: dict[str, Any], path: str) -> None:
-    """Restores the generators, the sampler and the gradient scaler. Call it right before training goes on.
+    """Restores the generators, the sampler and the gradient scaler, right before training goes on.
 
     Raises:
         InputError: if a part is missing or does not fit.
@@ -90,22 +145,22 @@ def restore_randomness(engine: Any, state: dict[str, Any], path: str) -> None:
     with checkpoint.fitting(path):
         if training["scaler"] and engine.stepper.scaler.is_enabled():
             engine.stepper.scaler.load_state_dict(training["scaler"])
-        _restore_sampler(engine.train_loader.batch_sampler, training["sampler"])
+        sampler, saved = _sampler(engine), training["sampler"]
+        if "state_dict" in saved and hasattr(sampler, "load_state_dict"):
+            sampler.load_state_dict(saved["state_dict"])
+        elif "generator" in saved and isinstance(getattr(sampler, "generator", None), torch.Generator):
+            sampler.generator.set_state(saved["generator"])
         generators.restore(training["generators"])
 
 
 def losses_of(engine: Any) -> dict[str, nn.Module]:
-    """Returns the losses of an engine: all its modules except its models."""
+    """The losses of an engine: all its modules except its models."""
     models = {id(model) for model in engine._models.values()}
     return {name: part for name, part in vars(engine).items() if isinstance(part, nn.Module) and id(part) not in models}
 
 
 def keep_buffers(modules: list[nn.Module]) -> Callable[[], None]:
-    """Copies the buffers that a forward pass changes: statistics of batch normalisation, cross-batch memories.
-
-    Returns:
-        A function that restores these buffers.
-    """
+    """Copies the buffers that a forward pass changes (statistics, memories); returns a function that restores them."""
     buffers = [{name: buffer.clone() for name, buffer in module.named_buffers()} for module in modules]
     fills = [_memory_fills(module) for module in modules]
 
@@ -121,7 +176,7 @@ def keep_buffers(modules: list[nn.Module]) -> Callable[[], None]:
 
 
 def copied(state: Any) -> Any:
-    """Returns a copy of a state on the CPU. Training does not change the copy."""
+    """A copy of a state on the CPU, which training does not change."""
     if isinstance(state, Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):
@@ -159,23 +214,16 @@ def _memory_fills(module: nn.Module) -> dict[str, dict[str, Any]]:
     }
 
 
-def _of_sampler(batches: Any) -> dict[str, Any]:
+def _of_sampler(engine: Any) -> dict[str, Any]:
     # Most samplers draw from the global generators and have no state.
-    sampler = _innermost(batches)
+    sampler = _sampler(engine)
     if hasattr(sampler, "state_dict"):
         return {"state_dict": sampler.state_dict()}
     generator = getattr(sampler, "generator", None)
     return {"generator": generator.get_state()} if isinstance(generator, torch.Generator) else {}
 
 
-def _restore_sampler(batches: Any, saved: dict[str, Any]) -> None:
-    sampler = _innermost(batches)
-    if "state_dict" in saved and hasattr(sampler, "load_state_dict"):
-        sampler.load_state_dict(saved["state_dict"])
-    elif "generator" in saved and isinstance(getattr(sampler, "generator", None), torch.Generator):
-        sampler.generator.set_state(saved["generator"])
-
-
-def _innermost(batches: Any) -> Any:
-    """Returns the sampler inside ``SeededBatches`` and torch's ``BatchSampler``."""
-    return getattr(batches.batches, "sampler", batches.batches)
+def _sampler(engine: Any) -> Any:
+    """The sampler inside ``SeededBatches`` and torch's ``BatchSampler``."""
+    batches = engine.train_loader.batch_sampler.batches
+    return getattr(batches, "sampler", batches)

@@ -63,14 +63,11 @@ def run(args: argparse.Namespace) -> None:
             say(table.about_left_out())
         given = {option: getattr(args, option) for option in ("batch_size", "workers", "skip_damaged")}
         sets: dict[str, ExtractedSet] = {}
-        damaged: list[str] = []
         for name, entries in (("query", table.query), ("gallery", table.gallery)):
             if entries:
-                found = extract_files(model, [entry.path for entry in entries], description=name, **given)
-                sets[name] = ExtractedSet([entries[index] for index in found.kept], found.features)
-                damaged += found.damaged
+                sets[name] = extract_files(model, entries, description=name, **given)
         labelled = distributed.is_first() and write_features(args.output, model, sets)
-        for reason in damaged:
+        for reason in (reason for part in sets.values() for reason in part.damaged):
             say(f"left out: {reason}")
         counts = " and ".join(f"{len(part.entries)} {name}" for name, part in sets.items())
         dim = next(iter(sets.values())).features.shape[1]

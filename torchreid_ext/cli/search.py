@@ -51,10 +51,8 @@ def run(args: argparse.Namespace) -> None:
     """
     from torchreid_ext.evaluation.page import write_pages
     from torchreid_ext.runtime.files import locked, replacing
-    from torchreid_ext.search import results
-    from torchreid_ext.search.gallery import absolute, resolved
-    from torchreid_ext.search.searcher import Searcher
-    from torchreid_ext.search.sources import list_queries
+    from torchreid_ext.search import searcher as search
+    from torchreid_ext.search.sources import absolute, list_queries, resolved
 
     _check(args)
     # Text for people goes to stderr where stdout is JSON.
@@ -63,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     with locked(resolved(args.index)) if changes else contextlib.nullcontext():
         kept = args.index if args.index and Path(args.index).exists() else None
         given = {name: getattr(args, name) for name in ("model", "config_file", "index_type", "device")}
-        searcher = Searcher(args.checkpoint, index=kept, **given)
+        searcher = search.Searcher(args.checkpoint, index=kept, **given)
         queries = [absolute(row) for row in list_queries(args.query, args.names)]
         _check_outputs(args, [entry.path for entry in (*queries, *searcher.gallery.entries)])
         features = searcher.extract([query.path for query in queries], args.crop) if queries else None
@@ -73,15 +71,15 @@ def run(args: argparse.Namespace) -> None:
             say(f"The index of {len(searcher):,} images is in {args.index!r}", out)
     if features is None:
         return
-    rows = results.rankings(queries, args.crop, searcher.search_features(features, args.top, args.rerank))
-    caption = results.caption(searcher, args.rerank)
+    rows = search.rankings(queries, args.crop, searcher.search_features(features, args.top, args.rerank))
+    caption = search.caption(searcher, args.rerank)
     # The escapes of JSON keep names that are no UTF-8, on terminals of any encoding.
-    text = json.dumps(results.as_dict(searcher, rows, args.rerank), indent=2) + "\n"
+    text = json.dumps(search.as_dict(searcher, rows, args.rerank), indent=2) + "\n"
     if args.json and args.json != "-":
         with replacing(args.json) as file:
             file.write(text.encode())
     pages = write_pages(args.html, rows, caption) if args.html else []
-    say(f"{caption}\n\n{results.as_text(rows)}", out)
+    say(f"{caption}\n\n{search.as_text(rows)}", out)
     if pages:
         say(f"\nThe page to look at is {str(pages[0])!r}", out)
     if args.json == "-":
@@ -114,8 +112,7 @@ def _update(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
     """Removes and adds images of the gallery; returns whether anything changed."""
     from torchreid_ext.images import Row, Table
     from torchreid_ext.search.extraction import extract_files, read_gallery
-    from torchreid_ext.search.gallery import absolute
-    from torchreid_ext.search.sources import list_sources
+    from torchreid_ext.search.sources import absolute, list_sources
 
     changed = False
     if args.remove:
@@ -145,10 +142,10 @@ def _update(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
         return changed
     _check_outputs(args, [entry.path for entry in entries])
     given = {name: getattr(args, name) for name in ("batch_size", "workers", "skip_damaged")}
-    read = extract_files(searcher.model, [entry.path for entry in entries], description="gallery", **given)
+    read = extract_files(searcher.model, entries, description="gallery", **given)
     for reason in read.damaged:
         say(f"left out: {reason}", out)
-    searcher.gallery.add([entries[index] for index in read.kept], read.features)
+    searcher.gallery.add(read.entries, read.features)
     return True
 
 

@@ -17,7 +17,7 @@ from torchreid_ext.config.node import Config, check, picked
 from torchreid_ext.data.samplers import steps_per_epoch
 from torchreid_ext.engine import criteria
 from torchreid_ext.engine.engines import ENGINES
-from torchreid_ext.engine.schedule import warmed_up
+from torchreid_ext.engine.epoch import warmed_up
 from torchreid_ext.runtime import distributed, generators
 
 

@@ -20,7 +20,8 @@ from torchvision.utils import save_image
 from pml_drsl.checks import InputError
 from pml_drsl.console import message
 from pml_drsl.evaluation.scores import RetrievalResult
-from torchreid_ext.checkpoint import checkpoint, resuming
+from torchreid_ext.checkpoint import checkpoint
+from torchreid_ext.checkpoint.folder import first_start
 from torchreid_ext.config import build
 from torchreid_ext.config.data import build_datamanager
 from torchreid_ext.config.keys import ON_RESUME
@@ -69,7 +70,7 @@ def train(cfg: Config) -> tuple[Any, dict[str, RetrievalResult]]:
         InputError: as ``prepare``, and for a checkpoint that does not fit.
     """
     print(f"Configuration\n{cfg}\n")
-    since = resuming.first_start(Path(cfg.data.save_dir))
+    since = first_start(Path(cfg.data.save_dir))
     engine = prepare(cfg)
     # The configuration keeps its own start_epoch, so that config.yaml starts the whole run again.
     start_epoch = cfg.train.start_epoch

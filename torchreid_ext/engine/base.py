@@ -15,14 +15,13 @@ from torch.utils.tensorboard import SummaryWriter
 from pml_drsl.checks import InputError
 from pml_drsl.evaluation.scores import RetrievalResult
 from torchreid_ext import networks
-from torchreid_ext.checkpoint import checkpoint, resuming, states
+from torchreid_ext.checkpoint import checkpoint, states
 from torchreid_ext.checkpoint.folder import History, RunCheckpoints
 from torchreid_ext.data.loading import readable, repeatable
 from torchreid_ext.data.samplers import check_trains, whole_batches
 from torchreid_ext.engine.compatibility import check_batch_norm
-from torchreid_ext.engine.logs import EpochLog
+from torchreid_ext.engine.epoch import EpochLog, Layers
 from torchreid_ext.engine.options import RunOptions
-from torchreid_ext.engine.schedule import Layers
 from torchreid_ext.engine.step import Stepper, TrainingStep
 from torchreid_ext.evaluation.tester import Tester
 from torchreid_ext.runtime import distributed
@@ -103,7 +102,8 @@ class BaseEngine(Tester, TrainingStep):
                 self._train_and_test(chosen, checkpoints)
         except (Interrupted, RuntimeError) as error:
             # A signal may also have reached a process of the loader, which died of it, or only another process.
-            signum = getattr(error, "signal", self.stop.signum if _is_of_a_dead_process(error) else None)
+            dead = re.search(r"DataLoader worker \(pid|Connection closed by peer", str(error))
+            signum = getattr(error, "signal", self.stop.signum if dead else None)
             if signum is None:
                 raise
             raise Interrupted(signum, checkpoints.interrupted(signum)) from error
@@ -112,7 +112,7 @@ class BaseEngine(Tester, TrainingStep):
                 # A later test of this engine would otherwise open the log of the run again.
                 self.writer.close()
                 self.writer = None
-            self._layers.pop(self.model).open_all()
+            self._layers.pop(self.model).open()
             checkpoints.forget_start()
             self.stop = StopRequest()
         if self.skipped:
@@ -122,13 +122,11 @@ class BaseEngine(Tester, TrainingStep):
 
     def _prepare(self, chosen: RunOptions) -> RunCheckpoints:
         """Makes what a run needs, and refuses options that do not fit the model."""
-        layers = Layers(self.model)
+        self._layers = {self.model: Layers(self.model)}
         if chosen.fixbase_epoch > 0:
-            layers.check(_names(chosen.open_layers))
-        self._layers = {self.model: layers}
-        self._checkpoints = RunCheckpoints(
-            self, self._folder(chosen.save_dir), chosen.keep_checkpoints, self._resumed_from
-        )
+            self._layers[self.model].check(_names(chosen.open_layers))
+        folder, resumed_from = self._folder(chosen.save_dir), self._resumed_from
+        self._checkpoints = RunCheckpoints(self, folder, chosen.keep_checkpoints, resumed_from)
         self.stepper = Stepper(chosen.amp, chosen.compiled, self.device.type, chosen.chunk_size)
         if chosen.start_epoch < chosen.max_epoch:
             check_batch_norm(self.model, self.images_in_batches(), chosen.chunk_size)
@@ -162,8 +160,8 @@ class BaseEngine(Tester, TrainingStep):
     def _test_and_save(self, chosen: RunOptions, checkpoints: RunCheckpoints) -> None:
         """Tests and saves after the present epoch, where the options say so."""
         done = self.epoch + 1
-        last = done == self.max_epoch
-        tested, is_best = last or chosen.tests_after(done), False
+        last, is_best = done == self.max_epoch, False
+        tested = last or (chosen.eval_freq > 0 and done >= chosen.start_eval and done % chosen.eval_freq == 0)
         if last:
             print("=> Final test")
         if tested:
@@ -178,13 +176,7 @@ class BaseEngine(Tester, TrainingStep):
             checkpoints.save(is_best)
 
     def train(self, print_freq: int = 10, fixbase_epoch: int = 0, open_layers: str | list[str] | None = None) -> None:
-        """Trains one epoch.
-
-        Raises:
-            FloatingPointError: if a loss is not finite; with ``skip_nonfinite``, if the loss of every batch is not.
-            InputError: if the training loader gives no batch.
-            Interrupted: if a signal asked the run to stop.
-        """
+        """Trains one epoch; raises as ``run``, also InputError if the training loader gives no batch."""
         self.set_model_mode("train")
         self.two_stepped_transfer_learning(self.epoch, fixbase_epoch, open_layers)
         self.num_batches = len(self.train_loader)
@@ -223,9 +215,9 @@ class BaseEngine(Tester, TrainingStep):
         layers = self._layers.setdefault(model, Layers(model))
         if epoch < fixbase_epoch and open_layers is not None:
             print(f"* Only train {open_layers} (epoch: {epoch + 1}/{fixbase_epoch})")
-            layers.open_only(_names(open_layers))
+            layers.open(_names(open_layers))
         else:
-            layers.open_all()
+            layers.open()
 
     def save_model(self, epoch: int, rank1: float, save_dir: str, is_best: bool = False) -> None:
         """Writes ``save_dir/model/model.pth.tar-EPOCH``, where EPOCH is counted from 1, as torchreid does."""
@@ -237,27 +229,27 @@ class BaseEngine(Tester, TrainingStep):
         """Loads a checkpoint; returns its epoch, which is the ``start_epoch`` for ``run``.
 
         Args:
-            path: a checkpoint of this package or of torchreid, or ``"auto"`` for the newest checkpoint in
-                ``save_dir`` that can be read.
-            save_dir: folder of the run, for ``"auto"``.
-            since: for ``"auto"``, ignore checkpoints written before this time, in seconds since 1970.
+            path: a checkpoint of this package or of torchreid, or ``"auto"`` for the newest checkpoint in ``save_dir``
+                that can be read and was written at the time ``since`` or later, in seconds since 1970.
             test_only: accept a checkpoint that another number of processes trained.
 
         Raises:
             InputError: if there is nothing to load, if the checkpoint does not fit, or if ``config`` differs from the
                 checkpoint's in a key that cannot change.
         """
-        newest = distributed.from_first(lambda: resuming.find(path, self._folder(save_dir), since))
-        if newest is None:
-            print(f"model.resume auto: there is no checkpoint in '{self._folder(save_dir)}'; starting anew")
+        folder = self._folder(save_dir)
+        found = distributed.from_first(
+            lambda: History(folder).load_newest(since) if path == "auto" else (Path(path), checkpoint.load(path))
+        )
+        if found is None:
+            print(f"model.resume auto: there is no checkpoint in '{folder}'; starting anew")
             return 0
-        path, state = newest
+        path, state = str(found[0]), found[1]
         with checkpoint.fitting(path):
-            resuming.check_fits(path, state, self.datamanager.num_train_pids, self.config, self.on_resume, test_only)
-        states.restore_engine(self, state, path)
-        with checkpoint.fitting(path):
+            states.check_fits(self, state, path, test_only)
+            states.restore_engine(self, state, path)
             epoch = operator.index(state["epoch"])
-        self._resumed, self._resumed_from = state, Path(path)
+        self._resumed, self._resumed_from = state, found[0]
         print(f"Resuming from '{path}' after epoch {epoch}")
         return epoch
 
@@ -277,8 +269,3 @@ class BaseEngine(Tester, TrainingStep):
 
 def _names(layers: str | list[str] | None) -> list[str]:
     return [layers] if isinstance(layers, str) else layers or []
-
-
-def _is_of_a_dead_process(error: BaseException) -> bool:
-    """Whether torch reports that a process of the loader, or another process of the run, has ended."""
-    return bool(re.search(r"DataLoader worker \(pid|Connection closed by peer", str(error)))

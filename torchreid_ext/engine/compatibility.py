@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from pytorch_metric_learning import losses
@@ -15,39 +15,47 @@ from torchreid_ext.runtime import distributed
 
 
 def check_criterion(criterion: Any, optimizer: Optimizer, miner: nn.Module | None, cross_camera: bool) -> None:
-    """Refuses a criterion that an engine could not train with, or would not train.
+    """Refuses a criterion that an engine could not train with, or would not train, in other modules too.
 
-    Losses inside ``MultipleLosses``, ``PerFeature`` and any other module are checked too.
-
-    Args:
-        criterion: a loss of pytorch-metric-learning, or a module that contains losses.
-        optimizer: the optimizer, which must have all weights of the criterion.
-        miner: the miner of the engine, which chooses pairs or triplets of the batch; None for none.
-        cross_camera: whether pairs of one identity and one camera are left out.
+    The optimizer must have all weights of the criterion. With ``cross_camera`` pairs of one identity and one camera are
+    left out.
 
     Raises:
         InputError: naming the loss, the reason and the fix.
     """
     if not isinstance(criterion, nn.Module):
         raise InputError(f"criterion must be a loss of pytorch_metric_learning, got {criterion!r}")
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for part in list(criterion) if isinstance(criterion, PerFeature) else [criterion]:
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if any(p.requires_grad and id(p) not in trained for p in part.parameters()):
             raise InputError(
                 f"{type(part).__name__} has weights that the optimizer does not train; make the optimizer with "
                 f"build_optimizer(cfg, model, criterion), or call "
                 f"optimizer.add_param_group({{'params': criterion.parameters()}})"
             )
-    if cross_camera:
-        _check_takes_pairs(criterion)
-    if miner is not None or cross_camera:
-        _check_has_no_miners(criterion)
-    if miner is not None:
-        _check_has_no_memory(criterion)
-    for several in _parts(criterion, losses.MultipleLosses):
-        for name, own_miner in _miners_of(several):
-            if own_miner is not None:
-                _check_has_no_memory(several.losses[name])
+    for loss in _parts(criterion, WITHOUT_PAIRS) if cross_camera else []:
+        in_memory = isinstance(loss, losses.CrossBatchMemory)
+        why = "does not know the cameras in its memory" if in_memory else "takes no pairs"
+        raise InputError(
+            f"cross_camera chooses the pairs of the loss, and {type(loss).__name__} {why}; turn cross_camera off"
+        )
+    sums = _parts(criterion, losses.MultipleLosses)
+    if (miner is not None or cross_camera) and any(each.miners for each in sums):
+        raise InputError(
+            "MultipleLosses has miners of its own and takes no other pairs: give the engine neither miner nor "
+            "cross_camera, or give MultipleLosses no miners"
+        )
+    mined = [] if miner is None else [criterion]
+    for each in sums:
+        if each.miners is not None:
+            names = each.miners.keys() if each.is_dict else range(len(each.miners))
+            mined += [each.losses[name] for name in names if each.miners[name] is not None]
+    if any(_parts(loss, losses.CrossBatchMemory) for loss in mined):
+        raise InputError(
+            "a miner gives indices of images of the batch, and the CrossBatchMemory reads them as indices of its "
+            "memory: give the miner to the memory, CrossBatchMemory(..., miner=...), and no miner to the engine or "
+            "to MultipleLosses"
+        )
 
 
 def check_returns_features(model: nn.Module) -> None:
@@ -69,10 +77,7 @@ def check_returns_features(model: nn.Module) -> None:
 def check_batch_norm(model: nn.Module, batches: Iterable[int], chunk_size: int) -> None:
     """Refuses batches and chunks of a single image for a network with batch normalisation, before training starts.
 
-    Args:
-        model: the network.
-        batches: numbers of images that a process may have in a batch.
-        chunk_size: largest number of images in a chunk; 0 for no chunks.
+    ``batches`` are the numbers of images that a process may have in a batch; ``chunk_size`` is 0 for no chunks.
 
     Raises:
         InputError: naming the numbers and the fix.
@@ -104,35 +109,3 @@ def loss_that_compares_images(criterion: nn.Module) -> str | None:
 
 def _parts(criterion: nn.Module, kinds: Any) -> list[Any]:
     return [part for part in criterion.modules() if isinstance(part, kinds)]
-
-
-def _miners_of(several: losses.MultipleLosses) -> Iterator[tuple[Any, nn.Module | None]]:
-    if several.miners is None:
-        return iter(())
-    return iter(several.miners.items() if several.is_dict else enumerate(several.miners))
-
-
-def _check_takes_pairs(criterion: nn.Module) -> None:
-    for loss in _parts(criterion, WITHOUT_PAIRS):
-        in_memory = isinstance(loss, losses.CrossBatchMemory)
-        why = "does not know the cameras in its memory" if in_memory else "takes no pairs"
-        raise InputError(
-            f"cross_camera chooses the pairs of the loss, and {type(loss).__name__} {why}; turn cross_camera off"
-        )
-
-
-def _check_has_no_miners(criterion: nn.Module) -> None:
-    if any(several.miners for several in _parts(criterion, losses.MultipleLosses)):
-        raise InputError(
-            "MultipleLosses has miners of its own and takes no other pairs: give the engine neither miner nor "
-            "cross_camera, or give MultipleLosses no miners"
-        )
-
-
-def _check_has_no_memory(criterion: nn.Module) -> None:
-    if _parts(criterion, losses.CrossBatchMemory):
-        raise InputError(
-            "a miner gives indices of images of the batch, and the CrossBatchMemory reads them as indices of its "
-            "memory: give the miner to the memory, CrossBatchMemory(..., miner=...), and no miner to the engine or "
-            "to MultipleLosses"
-        )

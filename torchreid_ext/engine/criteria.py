@@ -10,7 +10,7 @@ from typing import Any
 
 from pytorch_metric_learning import distances, losses, miners, reducers, regularizers
 from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
-from torch import nn
+from torch import Tensor, nn
 
 import pml_drsl.distances
 import pml_drsl.losses
@@ -34,29 +34,11 @@ NOT_TRAINED = {
 }
 """Names of ``pytorch_metric_learning.losses`` that ``loss.pml.loss`` refuses, with the reason."""
 
-FROM_THE_DATA = {
-    "num_classes": "classes",
-    "embedding_size": "size",
-    # P2SGradLoss calls its embedding size so.
-    "descriptors_dim": "size",
-}
-"""Required arguments of losses that are filled in: the number of training identities and the size of the features."""
-
-WITHOUT_PAIRS = (
-    losses.CrossBatchMemory,
-    losses.FastAPLoss,
-    losses.InstanceLoss,
-    losses.LargeMarginSoftmaxLoss,
-    losses.NCALoss,
-    losses.NormalizedSoftmaxLoss,
-    losses.NPairsLoss,
-    losses.P2SGradLoss,
-    losses.PNPLoss,
-    losses.ProxyAnchorLoss,
-    losses.RankedListLoss,
-    losses.SmoothAPLoss,
-    losses.SoftTripleLoss,
+_NAMES = (
+    "CrossBatchMemory FastAPLoss InstanceLoss LargeMarginSoftmaxLoss NCALoss NormalizedSoftmaxLoss NPairsLoss "
+    "P2SGradLoss PNPLoss ProxyAnchorLoss RankedListLoss SmoothAPLoss SoftTripleLoss"
 )
+WITHOUT_PAIRS: tuple[type, ...] = tuple(getattr(losses, name) for name in _NAMES.split())
 """Losses that cannot leave out the pairs that an ``indices_tuple`` leaves out. They refuse it, or take it for weights.
 The memory would need the cameras of its embeddings, which it does not store."""
 
@@ -111,9 +93,7 @@ def _signature(kind: type) -> str:
 def build(
     key: str, spec: Mapping[str, Any], table: Mapping[str, type], from_the_data: Mapping[str, int] | None = None
 ) -> Any:
-    """Builds the object that ``{"name": CLASS, ARGUMENT: VALUE, ...}`` describes.
-
-    A value that is such a description itself becomes an object too, at any depth.
+    """Builds the object that ``{"name": CLASS, ARGUMENT: VALUE, ...}`` describes, as are values at any depth.
 
     Args:
         key: config key, for messages.
@@ -152,11 +132,7 @@ def build(
 
 
 def _imported(key: str, name: str) -> type:
-    """The class of a dotted path, ``package.module.Class``: the loss or the miner of a user.
-
-    Raises:
-        InputError: if it cannot be imported, or is no class in the manner of pytorch-metric-learning.
-    """
+    """The class of a dotted path, ``package.module.Class``: the loss or the miner of a user."""
     module, _, last = name.rpartition(".")
     try:
         kind = getattr(importlib.import_module(module), last)
@@ -193,7 +169,7 @@ def build_criterion(
     Args:
         key: the section's name, for messages.
         section: ``distance``, ``reducer``, ``miner`` and ``memory_size``.
-        loss: description of the loss, ``{"name": CLASS, ARGUMENT: VALUE, ...}``.
+        loss: description of the loss, for ``build``.
         num_classes: number of training identities.
         sizes: dimensions of each of the network's features.
         memory_warmup: number of training steps before the memory starts.
@@ -201,31 +177,39 @@ def build_criterion(
     Raises:
         InputError: as ``build``, for a ``memory_size`` below 0, or for a loss that does not support a memory.
     """
+    memory_size = section["memory_size"]
+    if memory_size < 0:
+        raise InputError(f"{key}.memory_size must be 0 (no memory) or more, got {memory_size}")
     described = {part: section[part] for part in ("distance", "reducer") if section[part]}
     for part, spec in described.items():
-        # This object is built only to check the description under its own key. Each loss gets an object of its own,
-        # because the object keeps statistics.
+        # Only to check the description under its own key: each loss gets an object of its own, which keeps statistics.
         build(f"{key}.{part}", spec, TABLES[part])
     criteria: list[nn.Module] = []
     for size in sizes:
-        from_the_data = {name: num_classes if what == "classes" else size for name, what in FROM_THE_DATA.items()}
+        # P2SGradLoss calls its embedding size descriptors_dim.
+        from_the_data = {"num_classes": num_classes, "embedding_size": size, "descriptors_dim": size}
         criterion = build(
             f"{key}.loss" if "loss" in section else key, {**described, **loss}, TABLES["loss"], from_the_data
         )
-        criteria.append(_with_memory(key, criterion, section, size, memory_warmup))
-    has_state = next(iter(criteria[0].parameters()), None) is not None or section["memory_size"]
+        if memory_size:
+            supported = CrossBatchMemory.supported_losses()
+            if type(criterion).__name__ not in supported:
+                raise InputError(
+                    f"{key}.memory_size is {memory_size}, but {type(criterion).__name__} does not support a memory; "
+                    f"set it to 0, or take one of {', '.join(supported)}"
+                )
+            miner = build_miner(key, section)
+            criterion = CrossBatchMemory(criterion, size, memory_size, miner, warmup=memory_warmup)
+        criteria.append(criterion)
+    has_state = next(iter(criteria[0].parameters()), None) is not None or memory_size
     return PerFeature(criteria) if has_state and len(criteria) > 1 else criteria[0]
 
 
 def memory_warmup(key: str, section: Mapping[str, Any], warmup_epoch: int, steps_per_epoch: int | None) -> int:
     """The number of training steps before the cross-batch memory of a config's section starts.
 
-    Args:
-        key: the section's name, for messages.
-        section: ``memory_size`` and ``memory_start_epoch``, the number of epochs without the memory. -1 stands for the
-            epochs in which the learning rate rises, and for at least one epoch.
-        warmup_epoch: number of epochs in which the learning rate rises.
-        steps_per_epoch: number of training steps in an epoch; None if it is not known.
+    ``memory_start_epoch`` of the section is the number of epochs without the memory. -1 stands for the ``warmup_epoch``
+    epochs in which the learning rate rises, and for at least one epoch. The number of steps in an epoch may be None.
 
     Raises:
         InputError: for a ``memory_start_epoch`` below -1, or if the steps of an epoch are needed and not known.
@@ -245,21 +229,26 @@ def memory_warmup(key: str, section: Mapping[str, Any], warmup_epoch: int, steps
     return start * steps_per_epoch
 
 
-def _with_memory(key: str, criterion: nn.Module, section: Mapping[str, Any], size: int, warmup: int) -> nn.Module:
-    memory_size, name = section["memory_size"], type(criterion).__name__
-    if memory_size < 0:
-        raise InputError(f"{key}.memory_size must be 0 (no memory) or more, got {memory_size}")
-    if memory_size == 0:
-        return criterion
-    supported = CrossBatchMemory.supported_losses()
-    if name not in supported:
-        raise InputError(
-            f"{key}.memory_size is {memory_size}, but {name} does not support a memory; set it to 0, or take one of "
-            f"{', '.join(supported)}"
-        )
-    return CrossBatchMemory(criterion, size, memory_size, build_miner(key, section), warmup=warmup)
-
-
 def build_miner(key: str, section: Mapping[str, Any]) -> Any:
     """Builds the miner of a config's section; None if it has no miner. Raises InputError as ``build``."""
     return build(f"{key}.miner", section["miner"], TABLES["miner"]) if section["miner"] else None
+
+
+def cross_camera_pairs(pids: Tensor, camids: Tensor, mined: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
+    """The pairs of a batch, without the pairs of one identity and one camera; all negatives stay.
+
+    Args:
+        pids: identities, shape (N,), integer.
+        camids: cameras, shape (N,), integer.
+        mined: the choice of a miner, pairs (a1, p, a2, n) or triplets (a, p, n) of indices below N; None for all pairs.
+
+    Returns:
+        Pairs (a1, p, a2, n), or triplets if the miner chose triplets.
+    """
+    if mined is None:
+        same = pids[:, None] == pids
+        positive = same & (camids[:, None] != camids)
+        return (*positive.nonzero(as_tuple=True), *(~same).nonzero(as_tuple=True))
+    a, p, *negatives = mined
+    kept = camids[a] != camids[p]
+    return (a[kept], p[kept], *(negatives if len(mined) == 4 else [negatives[0][kept]]))

@@ -17,9 +17,8 @@ from pml_drsl.losses import DRSLoss
 from torchreid_ext.data.samplers import warn_if_positives_are_rare
 from torchreid_ext.engine.base import BaseEngine
 from torchreid_ext.engine.compatibility import check_criterion, check_returns_features, loss_that_compares_images
-from torchreid_ext.engine.criteria import PerFeature
-from torchreid_ext.engine.step import Batch, cross_camera_pairs
-from torchreid_ext.engine.video import Tracklets
+from torchreid_ext.engine.criteria import PerFeature, cross_camera_pairs
+from torchreid_ext.engine.step import Batch, Tracklets
 from torchreid_ext.runtime import distributed
 
 
@@ -103,20 +102,21 @@ class ImagePMLEngine(BaseEngine):
         terms: list[Tensor] = []
         summary: dict[str, float] = {}
         if self.weight_m > 0:
-            loss_m = self._metric_loss(features, batch.pids, self._cameras(batch))
+            if self.cross_camera and batch.camids is None:
+                raise InputError("cross_camera needs the camera of each image, and the loader gives no 'camid'")
+            loss_m = self._metric_loss(features, batch.pids, batch.camids if self.cross_camera else None)
             terms.append(self.weight_m * loss_m)
             summary["loss_m"] = loss_m.item()
             summary |= self._criterion_stats()
         if self.weight_x > 0:
-            scale = self.local_mean_scale(batch.pids)
-            loss_x = torch.stack([self.cross_entropy(y, batch.pids) for y in logits]).mean() * scale
+            loss_x = torch.stack([self.cross_entropy(y, batch.pids) for y in logits]).mean()
+            loss_x, values = self.classified("loss_x", loss_x, logits, batch.pids)
             terms.append(self.weight_x * loss_x)
-            summary["loss_x"] = loss_x.item()
-            summary["acc"] = torchreid.metrics.accuracy(logits[0], batch.pids)[0].item() * scale
+            summary |= values
         return torch.stack(terms).sum(), summary
 
     def _split(self, output: Any) -> tuple[list[Tensor], list[Tensor]]:
-        """The logits and the features of each head in the model's output."""
+        """The logits and the features of each head."""
         if self.weight_m == 0 and isinstance(output, Tensor):
             return [output], []
         if not isinstance(output, (tuple, list)) or len(output) != 2:
@@ -133,14 +133,6 @@ class ImagePMLEngine(BaseEngine):
                     f"build it with num_classes={num_pids}"
                 )
         return logits, features
-
-    def _cameras(self, batch: Batch) -> Tensor | None:
-        """The cameras if the pairs of the loss depend on them, and None if they do not."""
-        if not self.cross_camera:
-            return None
-        if batch.camids is None:
-            raise InputError("cross_camera needs the camera of each image, and the loader gives no 'camid'")
-        return batch.camids
 
     def _metric_loss(self, features: list[Tensor], pids: Tensor, camids: Tensor | None) -> Tensor:
         """The mean of the criterion over the features of a model with several heads."""
@@ -195,13 +187,7 @@ class _DRSLByDefault:
     """Mixed into an engine: its ``criterion`` is ``DRSLoss()`` by default."""
 
     def __init__(
-        self,
-        datamanager: Any,
-        model: nn.Module,
-        optimizer: Optimizer,
-        criterion: nn.Module | None = None,
-        *args: Any,
-        **kwargs: Any,
+        self, datamanager: Any, model: nn.Module, optimizer: Optimizer, criterion: Any = None, *args: Any, **kwargs: Any
     ) -> None:
         criterion = DRSLoss(collect_stats=True) if criterion is None else criterion
         super().__init__(datamanager, model, optimizer, criterion, *args, **kwargs)  # type: ignore[call-arg]
@@ -218,22 +204,15 @@ class ImageDRSLEngine(_DRSLByDefault, ImagePMLEngine):
 
 
 class VideoDRSLEngine(_DRSLByDefault, VideoPMLEngine):
-    """``VideoPMLEngine`` whose criterion is ``DRSLoss()`` by default.
-
-    Example::
-
-        engine = torchreid_ext.VideoDRSLEngine(datamanager, model, optimizer, pooling_method="avg")
-        results = engine.run(max_epoch=60, save_dir="log/mars")
-    """
+    """``VideoPMLEngine`` whose criterion is ``DRSLoss()`` by default."""
 
 
 class SoftmaxStep(BaseEngine):
     """Mixed into torchreid's softmax engines: the cross-entropy of the logits."""
 
     def compute_losses(self, output: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        scale = self.local_mean_scale(batch.pids)
-        loss = self.compute_loss(self.criterion, output, batch.pids) * scale
-        return loss, {"loss": loss.item(), "acc": torchreid.metrics.accuracy(output, batch.pids)[0].item() * scale}
+        loss = self.compute_loss(self.criterion, output, batch.pids)
+        return self.classified("loss", loss, output, batch.pids)
 
 
 class TripletStep(BaseEngine):
@@ -256,11 +235,10 @@ class TripletStep(BaseEngine):
             terms.append(self.weight_t * loss_t)
             summary["loss_t"] = loss_t.item()
         if self.weight_x > 0:
-            scale = self.local_mean_scale(batch.pids)
-            loss_x = self.compute_loss(self.criterion_x, logits, batch.pids) * scale
+            loss_x = self.compute_loss(self.criterion_x, logits, batch.pids)
+            loss_x, values = self.classified("loss_x", loss_x, logits, batch.pids)
             terms.append(self.weight_x * loss_x)
-            accuracy = torchreid.metrics.accuracy(logits, batch.pids)[0].item()
-            summary |= {"loss_x": loss_x.item(), "acc": accuracy * scale}
+            summary |= values
         return torch.stack(terms).sum(), summary
 
 

@@ -73,10 +73,6 @@ class RunOptions(EvaluationOptions):
     )
     start_eval: int = option("test.start_eval", 0, "first epoch to test after", least=0, scores=False)
 
-    def tests_after(self, epoch: int) -> bool:
-        """Whether there is a test after an epoch, counted from 1, that is not the last."""
-        return self.eval_freq > 0 and epoch >= self.start_eval and epoch % self.eval_freq == 0
-
     def last_test(self) -> dict[str, Any]:
         """The arguments of the test at the end of the run."""
         return self.arguments(EvaluationOptions)

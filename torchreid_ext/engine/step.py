@@ -12,6 +12,7 @@ import torchreid
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.data import default_collate
 
 from pml_drsl.checks import InputError
 from pml_drsl.large_batch import forward_in_chunks
@@ -21,6 +22,7 @@ from torchreid_ext.engine.options import RunOptions
 from torchreid_ext.runtime import distributed
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+POOLING: dict[str, Callable[[Tensor], Tensor]] = {"avg": lambda frames: frames.mean(0), "max": lambda f: f.amax(0)}
 
 
 class Batch(NamedTuple):
@@ -36,18 +38,9 @@ class Batch(NamedTuple):
     pids: Tensor
     camids: Tensor | None
 
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
-        camids = None if self.camids is None else self.camids.to(device, non_blocking=True)
-        return Batch(self.images.to(device, non_blocking=True), self.pids.to(device, non_blocking=True), camids)
-
 
 class TrainingStep(torchreid.engine.Engine):
-    """The part of an engine that takes training steps; see ``BaseEngine``.
-
-    A step has four parts, each a method: ``training_batch`` reads the batch, ``forward`` gives the output of the
-    network, ``compute_losses`` (of each engine) gives the loss, and ``step`` steps the optimizers.
-    """
+    """The part of an engine that takes training steps, with a method for each part of a step; see ``BaseEngine``."""
 
     options: RunOptions
     stepper: Stepper
@@ -65,16 +58,26 @@ class TrainingStep(torchreid.engine.Engine):
     def training_batch(self, data: dict[str, Any]) -> Batch:
         """The images, identities and cameras of a batch of the loader, on the model's device."""
         images, pids = self.parse_data_for_train(data)
-        camids = self.parse_cameras(data) if "camid" in data else None
-        return Batch(images, pids, camids).to(self.device)
+        camids = None
+        if "camid" in data:
+            camids = self.repeated(data["camid"], data["img"]).to(self.device, non_blocking=True)
+        return Batch(images.to(self.device, non_blocking=True), pids.to(self.device, non_blocking=True), camids)
 
     def parse_data_for_train(self, data: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The images and identities of a batch of the loader; every augmented view is an image of its own."""
-        return views_as_images(data["img"]), for_each_view(data["pid"], data["img"])
+        return self.as_images(data["img"]), self.repeated(data["pid"], data["img"])
 
-    def parse_cameras(self, data: dict[str, Any]) -> Tensor:
-        """The camera of each of the images, shape (N,)."""
-        return for_each_view(data["camid"], data["img"])
+    def as_images(self, given: Any) -> Tensor:
+        """The images (N, C, H, W) of a batch; of torchreid's list of k augmented views of each, all views (k * N, ...).
+
+        The views of an image stay together. The batches of all processes, one after the other, then have the order that
+        the batch of one process has, which matters to a cross-batch memory.
+        """
+        return given if isinstance(given, Tensor) else torch.stack(list(given), dim=1).flatten(0, 1)
+
+    def repeated(self, labels: Tensor, given: Any) -> Tensor:
+        """The labels of a batch, shape (N,), once for each of the images that ``as_images`` makes of it."""
+        return labels if isinstance(given, Tensor) else labels.repeat_interleave(len(given))
 
     def images_in_batches(self) -> set[int]:
         """The numbers of images in this process's share of a batch, as far as they are known before training."""
@@ -93,13 +96,15 @@ class TrainingStep(torchreid.engine.Engine):
         return self.stepper.forward(self.model, images)
 
     def compute_losses(self, output: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        """The loss of a batch, a scalar, and the values to log by name.
-
-        Args:
-            output: what ``forward`` returned for ``batch.images``.
-            batch: this process's share of the batch.
-        """
+        """The loss, a scalar, of what ``forward`` returned for ``batch.images``, and the values to log by name."""
         raise NotImplementedError
+
+    def classified(self, name: str, loss: Tensor, logits: Any, pids: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """A mean over the logits of this process, and the values to log, so that the processes' mean is over all."""
+        scale = self.local_mean_scale(pids)
+        accuracy = torchreid.metrics.accuracy(logits, pids)[0].item()
+        loss = loss * scale
+        return loss, {name: loss.item(), "acc": accuracy * scale}
 
     def local_mean_scale(self, pids: Tensor) -> float:
         """The factor that makes the mean over the processes of a local mean equal to the mean over all samples."""
@@ -112,21 +117,18 @@ class TrainingStep(torchreid.engine.Engine):
             FloatingPointError: if the loss is not finite, unless ``skip_nonfinite`` is set.
         """
         value = distributed.mean(loss)
-        if self.options.skip_nonfinite and not torch.isfinite(value):
-            self._put_back()
-            self.skipped += 1
-            print(f"Skipped epoch {self.epoch + 1}, batch {self.batch_idx + 1}: the loss is {value.item()}")
+        if torch.isfinite(value):
+            self.stepper.step(loss, [optimizer for optimizer in self._optims.values() if optimizer is not None])
             return
-        self.check_finite(value)
-        self.stepper.step(loss, [optimizer for optimizer in self._optims.values() if optimizer is not None])
-
-    def check_finite(self, loss: Tensor) -> None:
-        """Raises FloatingPointError for a loss that is NaN or infinite, before the loss reaches the weights."""
-        if not torch.isfinite(loss):
+        place = f"epoch {self.epoch + 1}, batch {self.batch_idx + 1}"
+        if not self.options.skip_nonfinite:
             raise FloatingPointError(
-                f"the loss is {loss.item()} in epoch {self.epoch + 1}, batch {self.batch_idx + 1}: "
-                f"try a smaller learning rate, now {self.get_current_lr()}{self._last_good()}"
+                f"the loss is {value.item()} in {place}: try a smaller learning rate, now {self.get_current_lr()}"
+                f"{self._last_good()}"
             )
+        self._put_back()
+        self.skipped += 1
+        print(f"Skipped {place}: the loss is {value.item()}")
 
     @property
     def device(self) -> torch.device:
@@ -137,6 +139,68 @@ class TrainingStep(torchreid.engine.Engine):
         return self._checkpoints.last_good() if self._checkpoints else "; no checkpoint was saved"
 
 
+class Tracklets:
+    """Mixed into an engine: trains on the frames of tracklets and tests on their features, pooled by a method.
+
+    torchreid's video engines do the same, but take no tracklets of different lengths in a batch.
+
+    Raises:
+        InputError: for another ``pooling_method`` than ``"avg"`` and ``"max"``.
+    """
+
+    model: Any
+    train_loader: Any
+    test_loader: Any
+
+    def __init__(self, *args: Any, pooling_method: str = "avg", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if pooling_method not in POOLING:
+            raise InputError(f"pooling_method must be 'avg' or 'max', got {pooling_method!r}")
+        self.pooling_method = pooling_method
+        loaders = [loader for splits in self.test_loader.values() for loader in splits.values()]
+        for loader in [self.train_loader, *loaders]:
+            loader.collate_fn = collate_tracklets
+
+    def images_in_batches(self) -> set[int]:
+        dataset = self.train_loader.dataset
+        if dataset.sample_method == "all":
+            return set()
+        return {number * dataset.seq_len for number in super().images_in_batches()}  # type: ignore[misc]
+
+    def as_images(self, given: Tensor) -> Tensor:
+        return _frames(given)[0]
+
+    def repeated(self, labels: Tensor, given: Tensor) -> Tensor:
+        return labels.repeat_interleave(_frames(given)[1])
+
+    def local_mean_scale(self, pids: Tensor) -> float:
+        return distributed.local_mean_scale(len(pids), pids.device)
+
+    def extract_features(self, images: Tensor) -> Tensor:
+        frames, lengths = _frames(images)
+        pool = POOLING[self.pooling_method]
+        return torch.stack([pool(features) for features in self.model(frames).split(lengths.tolist())])
+
+
+def _frames(images: Tensor) -> tuple[Tensor, Tensor]:
+    """The frames of all tracklets without the filling, shape (M, C, H, W), and the length of each, shape (N,)."""
+    filled = ~images[:, :, 0, 0, 0].isnan()
+    return images[filled], filled.sum(1)
+
+
+def collate_tracklets(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of tracklets, shape (N, longest, C, H, W); shorter ones are filled up with frames of NaN.
+
+    Their lengths differ with ``video.sample_method: all``.
+    """
+    longest = max(len(item["img"]) for item in items)
+
+    def padded(images: Tensor) -> Tensor:
+        return torch.cat([images, images.new_full((longest - len(images), *images.shape[1:]), torch.nan)])
+
+    return default_collate([{**item, "img": padded(item["img"])} for item in items])
+
+
 class Stepper:
     """Runs the network in the precision of ``amp``, and steps the optimizers, in every process of a run alike.
 
@@ -144,14 +208,8 @@ class Stepper:
     network, and every parameter of the optimizers besides, gets the mean of the processes' gradients.
 
     Args:
-        amp: ``"off"``, ``"bf16"`` or ``"fp16"``; with ``"fp16"`` gradients are scaled.
-        compiled: compile the network for training, with ``torch.compile``.
+        amp, compiled, chunk_size: see ``RunOptions``; ``pml_drsl.LargeBatch`` explains the chunks.
         device_type: of the network, ``"cpu"`` or ``"cuda"``.
-        chunk_size: largest number of images that the network takes at a time, with the gradients of the whole batch, as
-            ``pml_drsl.LargeBatch`` explains; 0 gives the network the whole batch.
-
-    Attributes:
-        scaler: of the gradients; it does nothing but for ``"fp16"``.
 
     Raises:
         InputError: for another ``amp``.
@@ -216,46 +274,3 @@ def _in_float32(output: Any) -> Any:
     if isinstance(output, (tuple, list)):
         return type(output)(_in_float32(value) for value in output)
     return output
-
-
-def views_as_images(images: Tensor | Sequence[Tensor]) -> Tensor:
-    """The augmented views of a batch as images: view 0 of the first image, view 1 of the first image, and so on.
-
-    The views of an image stay together. The batches of all processes, one after the other, then have the order that
-    the batch of one process has, which matters to a cross-batch memory.
-
-    Args:
-        images: the images, shape (N, C, H, W); with torchreid's ``k_tfm`` above 1, a list of k such tensors.
-
-    Returns:
-        All views, shape (k * N, C, H, W).
-    """
-    if isinstance(images, Tensor):
-        return images
-    return torch.stack(list(images), dim=1).flatten(0, 1)
-
-
-def for_each_view(labels: Tensor, images: Tensor | Sequence[Tensor]) -> Tensor:
-    """The labels of a batch, shape (N,), repeated for the views that ``views_as_images`` returns, shape (k * N,)."""
-    return labels if isinstance(images, Tensor) else labels.repeat_interleave(len(images))
-
-
-def cross_camera_pairs(pids: Tensor, camids: Tensor, mined: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
-    """The pairs of a batch, without the pairs of one identity and one camera.
-
-    Args:
-        pids: identities, shape (N,), integer.
-        camids: cameras, shape (N,), integer.
-        mined: the choice of a miner, pairs (a1, p, a2, n) or triplets (a, p, n) of indices below N; None for all pairs.
-
-    Returns:
-        Pairs (a1, p, a2, n), or triplets if the miner chose triplets. Each positive has another camera than its anchor.
-        All negatives stay, because a negative has another identity than its anchor.
-    """
-    if mined is None:
-        same = pids[:, None] == pids
-        positive = same & (camids[:, None] != camids)
-        return (*positive.nonzero(as_tuple=True), *(~same).nonzero(as_tuple=True))
-    a, p, *negatives = mined
-    kept = camids[a] != camids[p]
-    return (a[kept], p[kept], *(negatives if len(mined) == 4 else [negatives[0][kept]]))

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from pml_drsl.checks import InputError
 from torchreid_ext.data.drawing import CAMERAS, draw_image, draw_scene, make_person
 from torchreid_ext.runtime.files import replacing
-from torchreid_ext.search.model import TrainedModel
-from torchreid_ext.search.preprocessing import ImageLike, Preprocessing
+from torchreid_ext.search.model import ImageLike, Preprocessing, TrainedModel
 
 TOLERANCE = 1e-4
 """The largest difference that an exported network may have, as a share of the largest feature value."""
@@ -30,19 +29,11 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far the features of an exported network are from those of the network itself.
-
-    Attributes:
-        images: number of images that were compared.
-        difference: the largest difference of a feature value.
-        largest: the largest feature value, without its sign.
-        spread: the largest difference of a feature value between two of the images.
-    """
+    """The largest ``difference`` of a feature value that a file gives for some images, and the ``largest`` value."""
 
     images: int
     difference: float
     largest: float
-    spread: float
 
     def __str__(self) -> str:
         return (
@@ -52,12 +43,7 @@ class Comparison:
 
 
 class ExportedNetwork(nn.Module):
-    """What is exported: a network in evaluation mode, after the normalisation of its images if that is included.
-
-    Args:
-        model: the model.
-        normalise: take images in [0, 1] and normalise them; otherwise take normalised images.
-    """
+    """What is exported: a network, with ``normalise`` after the normalisation of its images, which lie in [0, 1]."""
 
     # torch 2.6 calls the result of a mean in the network "mean" too, and does not tell the two apart.
     norm_mean: Tensor
@@ -103,7 +89,7 @@ def export(
         except ModuleNotFoundError as error:
             raise InputError(f"ONNX needs the package {package}: pip install {package}") from error
     shown = drawn_images() if images is None else list(images)
-    prepare = Preprocessing(model)
+    prepare = Preprocessing(model.config)
     resized = torch.stack([prepare.resized(image) for image in shown]) if shown else torch.empty(0)
     expected = model.features(prepare.normalised(resized)).numpy() if shown else np.empty((0, 1))
     spread = float(np.ptp(expected, axis=0).max()) if len(shown) > 1 else 0.0
@@ -113,19 +99,24 @@ def export(
             f"the features of the {len(shown)} images to compare with differ by {spread:.2g} at most, too little to "
             f"notice a mistake in the exported file: give two images or more that look different"
         )
-    # Normalised by numpy where the file leaves that to its user, as the user would do it.
-    fed = resized.numpy() if normalise else _normalised(resized.numpy(), model)
+    fed = (resized if normalise else prepare.normalised(resized)).numpy()
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder, "model.onnx")
         _write(model, temporary, normalise, resized)
+        differences: list[float] = []
         try:
-            found = [_run(temporary, part) for part in (fed, fed[:1], fed[1:2])]
+            # The program that others would run it with.
+            runtime = importlib.import_module("onnxruntime")
+            session = runtime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
+            for part in (slice(None), slice(0, 1), slice(1, 2)):
+                (found,) = session.run(["features"], {"images": fed[part]})
+                # An exported batch size gives another shape.
+                same = found.shape == expected[part].shape
+                differences.append(np.abs(found - expected[part]).max() if same else np.inf)
         except Exception as error:  # onnxruntime has errors of its own
             raise _refusal(model, f"the file cannot be run with {len(fed)} images and with one", error) from error
-        parts = expected, expected[:1], expected[1:2]
-        difference = max(_difference(mine, torchs) for mine, torchs in zip(found, parts, strict=True))
-        comparison = Comparison(len(shown), difference, largest, spread)
-        if not difference <= TOLERANCE * largest:
+        comparison = Comparison(len(shown), float(np.max(differences)), largest)
+        if not comparison.difference <= TOLERANCE * largest:
             raise InputError(f"the exported file is wrong and was not written: {comparison}")
         with open(temporary, "rb") as source, replacing(path) as target:
             shutil.copyfileobj(source, target)
@@ -157,18 +148,6 @@ def drawn_images(number: int = 8) -> list[Image.Image]:
     return pictures
 
 
-def _difference(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
-    """The largest difference of two arrays; infinite where their shapes differ, which an exported batch size causes."""
-    return float(np.abs(found - expected).max()) if found.shape == expected.shape else np.inf
-
-
-def _normalised(images: np.ndarray[Any, Any], model: TrainedModel) -> np.ndarray[Any, Any]:
-    mean, std = (np.array(values, np.float32).reshape(1, 3, 1, 1) for values in (
-        model.config.data.norm_mean, model.config.data.norm_std,
-    ))  # fmt: skip
-    return (images - mean) / std
-
-
 def _write(model: TrainedModel, path: Path, normalise: bool, images: Tensor) -> None:
     network, example = ExportedNetwork(model, normalise).eval(), images[:2]
     try:
@@ -191,11 +170,3 @@ def _write(model: TrainedModel, path: Path, normalise: bool, images: Tensor) -> 
 def _refusal(model: TrainedModel, what: str, error: Exception) -> InputError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
     return InputError(f"{model.config.model.name} cannot be exported to ONNX: {what}: {reason}")
-
-
-def _run(path: Path, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The features that the written file gives, by the program that others would run it with."""
-    runtime = importlib.import_module("onnxruntime")
-    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    (features,) = session.run(["features"], {"images": images})
-    return np.asarray(features)

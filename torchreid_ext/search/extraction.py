@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,26 +20,25 @@ from torchreid_ext.evaluation.extraction import Samples, gather_samples
 from torchreid_ext.images import Row
 from torchreid_ext.runtime import distributed
 from torchreid_ext.runtime.files import replacing
-from torchreid_ext.search.model import TrainedModel
-from torchreid_ext.search.preprocessing import Preprocessing
+from torchreid_ext.search.model import Preprocessing, TrainedModel
 
 # Beside the arrays of drsl-evaluate, which ignores these.
 _FINGERPRINT, _PATHS = "model_fingerprint", "{}_paths"
 
 
 @dataclass(frozen=True)
-class Features:
-    """Features of those images of a list that could be read.
+class ExtractedSet:
+    """Images and their features.
 
     Attributes:
-        features: [N, D] features on the CPU, in the order of the list.
-        kept: [N] positions of the images in the list.
-        damaged: what was wrong with each of the other images, which are named.
+        entries: the N images.
+        features: [N, D] their features on the CPU.
+        damaged: what was wrong with each image that could not be read, which is named.
     """
 
+    entries: list[Row]
     features: Tensor
-    kept: list[int]
-    damaged: list[str]
+    damaged: list[str] = field(default_factory=list)
 
 
 class _Files(Dataset[Any]):
@@ -60,21 +59,21 @@ class _Files(Dataset[Any]):
 
 def extract_files(
     model: TrainedModel,
-    paths: Sequence[str],
+    entries: Sequence[Row],
     *,
     batch_size: int | None = None,
     workers: int = 0,
     skip_damaged: bool = False,
     description: str = "features",
-) -> Features:
-    """The features of image files.
+) -> ExtractedSet:
+    """The features of one or more image files that can be read, in their order.
 
     In a run of several processes that torchrun started, inside ``distributed.joined``, each process extracts a share of
     the batches, and every process has all features.
 
     Args:
         model: the model.
-        paths: the files; one or more.
+        entries: the files.
         batch_size: images in a batch; None for ``test.batch_size`` of the model's configuration.
         workers: loading processes, >= 0.
         skip_damaged: leave out an image that cannot be read, instead of raising an error.
@@ -86,16 +85,27 @@ def extract_files(
     size = int(model.config.test.batch_size) if batch_size is None else batch_size
     if size < 1 or workers < 0:
         raise InputError(f"batch size {size} and workers {workers}: give 1 or more and 0 or more")
-    batches = [list(range(start, min(start + size, len(paths)))) for start in range(0, len(paths), size)]
+    batches = [list(range(start, min(start + size, len(entries)))) for start in range(0, len(entries), size)]
     group = distributed.group()
     if group is not None:
         batches = batches[share(len(batches), group)]
-    files = _Files(paths, Preprocessing(model))
+    files = _Files([entry.path for entry in entries], Preprocessing(model.config))
     loader = DataLoader(files, batch_sampler=batches, num_workers=min(workers, len(batches)), collate_fn=list)
     damaged: list[str] = []
 
     def extract() -> Samples | None:
-        return _extract(model, tqdm(loader, desc=description, leave=False, disable=None), skip_damaged, damaged)
+        """The features with the positions of their images in place of identities and cameras."""
+        parts, kept = list[Tensor](), list[int]()
+        for batch in tqdm(loader, desc=description, leave=False, disable=None):
+            read = [(index, image) for index, image in batch if isinstance(image, Tensor)]
+            reasons = [image for _, image in batch if isinstance(image, str)]
+            if reasons and not skip_damaged:
+                raise InputError(f"{reasons[0]}, or leave such images out with --skip-damaged")
+            damaged.extend(reasons)
+            if read:
+                parts.append(model.features(torch.stack([image for _, image in read])))
+                kept += [index for index, _ in read]
+        return Samples(torch.cat(parts), np.array(kept), np.array(kept)) if parts else None
 
     if group is None:
         found = extract()
@@ -105,51 +115,14 @@ def extract_files(
         torch.distributed.all_gather_object(told, damaged, group)
         damaged = [reason for reasons in told for reason in reasons]
     if found is None:
-        raise InputError(f"none of the {len(paths)} images can be read, for example: {damaged[0]}")
-    return Features(found.features, found.pids.tolist(), damaged)
-
-
-def _extract(
-    model: TrainedModel, batches: Iterable[list[tuple[int, Tensor | str]]], skip_damaged: bool, damaged: list[str]
-) -> Samples | None:
-    """The features of the images of some batches, with their positions in place of identities and cameras."""
-    parts, kept = [], list[int]()
-    for batch in batches:
-        read = [(index, image) for index, image in batch if isinstance(image, Tensor)]
-        reasons = [image for _, image in batch if isinstance(image, str)]
-        if reasons and not skip_damaged:
-            raise InputError(f"{reasons[0]}, or leave such images out with --skip-damaged")
-        damaged.extend(reasons)
-        if read:
-            parts.append(model.features(torch.stack([image for _, image in read])))
-            kept += [index for index, _ in read]
-    if not parts:
-        return None
-    return Samples(torch.cat(parts), np.array(kept), np.array(kept))
-
-
-@dataclass(frozen=True)
-class ExtractedSet:
-    """Images of a query set or a gallery, and their features.
-
-    Attributes:
-        entries: the N images.
-        features: [N, D] their features.
-    """
-
-    entries: list[Row]
-    features: Tensor
+        raise InputError(f"none of the {len(entries)} images can be read, for example: {damaged[0]}")
+    return ExtractedSet([entries[index] for index in found.pids], found.features, damaged)
 
 
 def write_features(path: str | os.PathLike[str], model: TrainedModel, sets: dict[str, ExtractedSet]) -> bool:
-    """Writes features in the format that ``drsl-evaluate`` reads, whole or not at all.
+    """Writes features of ``"query"``, ``"gallery"`` or both in ``drsl-evaluate``'s .npz format, whole or not at all.
 
     Identities are written where those of all images are known, and cameras likewise.
-
-    Args:
-        path: the .npz file.
-        model: the model that they are of.
-        sets: ``"query"`` and ``"gallery"``, or one of them.
 
     Returns:
         Whether ``drsl-evaluate`` can compute scores: there are both sets, and all identities are known.

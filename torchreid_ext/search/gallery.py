@@ -21,6 +21,7 @@ from pml_drsl.evaluation.arrays import load_arrays
 from torchreid_ext.images import Row
 from torchreid_ext.runtime.files import replacing
 from torchreid_ext.search.model import TrainedModel
+from torchreid_ext.search.sources import resolved, shown
 
 EXACT = "Flat"
 """faiss's name of the exact index."""
@@ -35,15 +36,13 @@ Array = np.ndarray[Any, Any]
 class FeatureIndex:
     """The features of N images in rows, and faiss's index of them.
 
-    Distances are those of ``pml_drsl.evaluation``: squared Euclidean, or 1 - cosine similarity. Several threads may
-    search at once, but only while no other thread adds or removes.
+    Several threads may search at once, but only while no other thread adds or removes.
 
     Args:
         dim: dimensions of a feature.
-        metric: ``"euclidean"`` or ``"cosine"``.
+        metric: ``"euclidean"``, squared, or ``"cosine"``, 1 - similarity.
         kind: a string of ``faiss.index_factory``, and after a semicolon parameters of faiss's ``ParameterSpace``:
-            ``"IVF1024,Flat;nprobe=32"``. Any index but ``"Flat"`` is made anew from all features before the first
-            search after a change.
+            ``"IVF1024,Flat;nprobe=32"``. Any index but ``"Flat"`` is made anew by the first search after a change.
     """
 
     def __init__(self, dim: int, metric: str, kind: str = EXACT) -> None:
@@ -56,11 +55,7 @@ class FeatureIndex:
         return int(self._exact.ntotal)
 
     def add(self, features: Tensor, normalised: bool = False) -> None:
-        """Adds [N, D] features below the rows that are there.
-
-        Args:
-            features: the features.
-            normalised: whether they have unit norm already, where the metric is cosine.
+        """Adds [N, D] features below the rows that are there; ``normalised`` ones have the metric's norm already.
 
         Raises:
             InputError: for features that are not finite.
@@ -79,11 +74,7 @@ class FeatureIndex:
         return torch.as_tensor(self._exact.reconstruct_n(0, len(self)))
 
     def search(self, queries: Tensor, top: int) -> tuple[Array, Array]:
-        """The nearest features of each query, nearest first.
-
-        Args:
-            queries: [Q, D].
-            top: how many; at most as many as there are are found.
+        """The ``top`` nearest features of each query, [Q, D], nearest first.
 
         Returns:
             [Q, top] rows, -1 where fewer were found, and [Q, top] distances.
@@ -151,12 +142,7 @@ class Gallery:
         return path in self._names
 
     def add(self, entries: Sequence[Row], features: Tensor, normalised: bool = False) -> None:
-        """Adds images with their features.
-
-        Args:
-            entries: N images; none of their paths is in the gallery.
-            features: [N, D].
-            normalised: whether they have unit norm already, where the metric is cosine.
+        """Adds N images with their features, [N, D]; ``normalised`` ones have the metric's norm already.
 
         Raises:
             InputError: for a path that is in the gallery or given twice, features of another number of dimensions, or
@@ -179,11 +165,9 @@ class Gallery:
         self._names |= new
 
     def remove(self, patterns: Sequence[str]) -> list[Row]:
-        """Removes images and returns them.
+        """Removes images by their names or paths, absolute or from the current folder, and returns them.
 
-        Args:
-            patterns: names and paths, absolute or from the current folder. In any other word ``*``, ``?`` and ``[]``
-                stand for characters, slashes too. ``"*"`` is every image.
+        In any other word ``*``, ``?`` and ``[]`` stand for characters, slashes too. ``"*"`` is every image.
 
         Raises:
             InputError: for a pattern that no image matches, or another pattern than ``"*"`` that every image matches.
@@ -191,12 +175,7 @@ class Gallery:
         """
         found: set[int] = set()
         for pattern in patterns:
-            whole = {pattern, resolved(pattern)}
-            here = {row for row, entry in enumerate(self.entries) if entry.path in whole} or {
-                row
-                for row, entry in enumerate(self.entries)
-                if fnmatchcase(entry.path, pattern) or fnmatchcase(shown(entry.path), pattern)
-            }
+            here = self._matching(pattern)
             if not here:
                 raise InputError(f"no image of the gallery matches {pattern!r}")
             if len(here) == len(self) > 1 and pattern != "*":
@@ -208,13 +187,15 @@ class Gallery:
 
     def prune(self) -> list[Row]:
         """Removes the images whose files are no longer there, and returns them. Images under names stay."""
-        return self._without(
-            {
-                row
-                for row, entry in enumerate(self.entries)
-                if os.path.isabs(entry.path) and not os.path.isfile(entry.path)
-            }
-        )
+        paths = enumerate(entry.path for entry in self.entries)
+        return self._without({row for row, path in paths if os.path.isabs(path) and not os.path.isfile(path)})
+
+    def _matching(self, pattern: str) -> set[int]:
+        paths, whole = [entry.path for entry in self.entries], (pattern, resolved(pattern))
+        named = {row for row, path in enumerate(paths) if path in whole}
+        return named or {
+            row for row, path in enumerate(paths) if fnmatchcase(path, pattern) or fnmatchcase(shown(path), pattern)
+        }
 
     def _without(self, rows: set[int]) -> list[Row]:
         gone = [entry for row, entry in enumerate(self.entries) if row in rows]
@@ -225,12 +206,9 @@ class Gallery:
         return gone
 
     def nearest(self, queries: Tensor, top: int, rerank: bool = False) -> list[list[tuple[Row, float]]]:
-        """The nearest images of each query with their distances, nearest first.
+        """The ``top`` nearest images of each query, [Q, D], with their distances, nearest first.
 
-        Args:
-            queries: [Q, D] features.
-            top: how many images, >= 1.
-            rerank: re-rank all images by k-reciprocal neighbours; distances then lie in [0, 1].
+        ``rerank`` re-ranks all images by k-reciprocal neighbours; distances then lie in [0, 1].
 
         Raises:
             InputError: for an empty gallery, ``top`` below 1, or queries of another number of dimensions.
@@ -266,34 +244,24 @@ class Gallery:
             raise InputError("the gallery is empty: there is no index to write")
         target = resolved(os.fspath(path))
         folder = os.path.join(os.path.dirname(target), "")
-        settings = {
-            "version": 2, "fingerprint": self.model.fingerprint, "metric": self._index.metric, "kind": self.kind,
-        }  # fmt: skip
+        about = {"version": 2, "fingerprint": self.model.fingerprint, "metric": self._index.metric, "kind": self.kind}
         rows = [
             [entry.path.removeprefix(folder), entry.identity, entry.camera, entry.path.startswith(folder)]
             for entry in self.entries
         ]
-        arrays: dict[str, Any] = {
-            name: np.frombuffer(json.dumps(value).encode(), np.uint8)
-            for name, value in {"settings": settings, "entries": rows}.items()
-        }
+        settings, entries = (np.frombuffer(json.dumps(value).encode(), np.uint8) for value in (about, rows))
         if self._read is not None and self._read[0] == target and self._read[1] != file_stamp(target):
             raise InputError(
                 f"{os.fspath(path)!r} was changed by another process since it was read: read it again, and repeat the "
                 f"changes"
             )
         with replacing(target) as file:
-            np.savez(file, **arrays, features=self._index.features().numpy())
+            np.savez(file, settings=settings, entries=entries, features=self._index.features().numpy())
         self._read = target, file_stamp(target)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: TrainedModel, kind: str | None = None) -> Gallery:
-        """The gallery that :meth:`save` wrote.
-
-        Args:
-            path: the file.
-            model: the model that made it.
-            kind: kind of the index; None for the kind that the file names.
+        """The gallery that :meth:`save` wrote with this model; ``kind`` None takes the kind that the file names.
 
         Raises:
             InputError: for a file that is cut short, damaged or no index, or an index of another model.
@@ -304,7 +272,7 @@ class Gallery:
         try:
             arrays = load_arrays(path)
             settings, rows = (json.loads(arrays[name].tobytes()) for name in ("settings", "entries"))
-            fingerprint, metric = settings["fingerprint"], settings["metric"]
+            made_by = settings["fingerprint"], settings["metric"]
             features = arrays["features"] if "features" in arrays else _older(arrays["index"], arrays["numbers"])
             stored = str(settings.get("kind", EXACT))
             entries = [_entry(row, os.path.dirname(target)) for row in rows]
@@ -312,7 +280,7 @@ class Gallery:
                 raise ValueError("features")
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise InputError(f"{os.fspath(path)!r} is damaged, or not an index of drsl-search: make it anew") from error
-        if fingerprint != model.fingerprint or metric != model.metric:
+        if made_by != (model.fingerprint, model.metric):
             raise InputError(
                 f"{os.fspath(path)!r} is the index of another model than {model.path!r}, and features of two models "
                 f"cannot be compared: give the checkpoint that made it, or make a new index"
@@ -326,37 +294,19 @@ class Gallery:
         return gallery
 
 
-def resolved(path: str) -> str:
-    """The absolute path of a file below the true names of its folders; the file itself may be a link."""
-    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
-
-
-def absolute(entry: Row) -> Row:
-    """The same image with its absolute path, as :func:`resolved` gives it."""
-    return entry._replace(path=resolved(entry.path))
-
-
-def shown(path: str) -> str:
-    """A path as a user would type it: relative to the current folder where it is below it."""
-    relative = os.path.relpath(path) if os.path.isabs(path) else path
-    return path if relative.startswith("..") else relative
-
-
 def _entry(row: Iterable[Any], folder: str) -> Row:
     path, identity, camera, *relative = row
     if not all(isinstance(text, str) for text in (path, identity, camera)):
         raise TypeError("the texts of an entry")
-    entry = Row(path, identity, camera)
     if relative == [True]:
-        return entry._replace(path=os.path.join(folder, path))
-    return entry._replace(path=resolved(path)) if os.path.isabs(path) else entry
+        path = os.path.join(folder, path)
+    elif os.path.isabs(path):
+        path = resolved(path)
+    return Row(path, identity, camera)
 
 
 def _older(data: Array, numbers: Array) -> Array:
-    """The features in the exact index that older versions kept as faiss writes it.
-
-    They are read here, because faiss trusts the bytes that it is given.
-    """
+    # The exact index that older versions kept as faiss writes it; faiss would trust any bytes that it is given.
     raw, count = data.tobytes(), len(numbers)
     dim = int.from_bytes(raw[4:8], "little")
     start, size = 82, 4 * dim * count

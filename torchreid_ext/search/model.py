@@ -1,4 +1,4 @@
-"""Loads a trained network, and everything that is needed to use it, from a checkpoint alone."""
+"""A trained network in use: it is loaded from a checkpoint alone, and prepares its images itself."""
 
 from __future__ import annotations
 
@@ -6,19 +6,28 @@ import hashlib
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms import functional as transforms
 
 from pml_drsl.checks import InputError
 from torchreid_ext.checkpoint import checkpoint
 from torchreid_ext.checkpoint.folder import BEST, LAST
 from torchreid_ext.config import KEYS, Config, build_model, flat, get_default_config
+from torchreid_ext.evaluation.page import Box
+from torchreid_ext.pixels import check_not_empty, read_image
 from torchreid_ext.runtime import distributed
+
+ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any] | Tensor"
+"""One image: a path, a PIL image or an array, as :func:`torchreid_ext.pixels.read_image` takes them; or a [3, H, W]
+tensor, uint8 or floating in [0, 1]. It is not normalised yet."""
 
 # The height and width for which torchreid's zoo trained a network, where they are not the default ones.
 _SIZES = {"hacnn": (160, 64)}
@@ -49,16 +58,6 @@ class TrainedModel:
         return next(self.network.parameters()).device
 
     @property
-    def height(self) -> int:
-        """Height of the network's images in pixels."""
-        return int(self.config.data.height)
-
-    @property
-    def width(self) -> int:
-        """Width of the network's images in pixels."""
-        return int(self.config.data.width)
-
-    @property
     def metric(self) -> str:
         """``"euclidean"`` or ``"cosine"``: the distance by which the run was tested.
 
@@ -69,17 +68,85 @@ class TrainedModel:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """The features of normalised images.
-
-        Args:
-            images: [N, 3, height, width].
-
-        Returns:
-            [N, D] features on the CPU.
-        """
+        """The features, [N, D] on the CPU, of normalised images, [N, 3, height, width]."""
         # A network with a neck changes its mode inside its forward pass, which two threads must not do at once.
         with self._lock:
             return self.network(images.to(self.device)).cpu()
+
+
+class Preprocessing:
+    """Resizes and normalises images as the test of the run with this configuration did.
+
+    It holds no network, so that loading processes may be sent it.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.size = [int(config.data.height), int(config.data.width)]
+        self.mean, self.std = list(config.data.norm_mean), list(config.data.norm_std)
+
+    def resized(self, image: ImageLike, crop: Box | None = None) -> Tensor:
+        """[3, height, width] values in [0, 1] of one image, or of the part ``crop`` of it.
+
+        Raises:
+            InputError: for an image that cannot be read, an array or a tensor of another shape, type or range, or a
+                crop that does not lie within the image.
+        """
+        given = _from_tensor(image.detach().cpu()) if isinstance(image, Tensor) else _read(image)
+        if isinstance(given, Image.Image):
+            part = given if crop is None else given.crop(_checked(crop, given.width, given.height))
+            return transforms.to_tensor(transforms.resize(part, self.size))
+        if crop is not None:
+            left, top, right, bottom = _checked(crop, given.shape[2], given.shape[1])
+            given = given[:, top:bottom, left:right]
+        return transforms.resize(given, self.size, antialias=True).clamp(0, 1)
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """[..., 3, height, width] normalised images from values in [0, 1]."""
+        return transforms.normalize(images, self.mean, self.std)
+
+    def __call__(self, image: ImageLike, crop: Box | None = None) -> Tensor:
+        """[3, height, width]: the resized and normalised image; see :meth:`resized`."""
+        return self.normalised(self.resized(image, crop))
+
+
+def as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
+    """A list of images from one image, several images, or a batch in one array or tensor of four dimensions."""
+    if isinstance(images, (Tensor, np.ndarray)):
+        return list(images) if images.ndim == 4 else [images]
+    return [images] if isinstance(images, (str, os.PathLike, Image.Image)) else list(images)
+
+
+def _read(image: object) -> Image.Image:
+    if isinstance(image, (str, os.PathLike, Image.Image, np.ndarray)):
+        return read_image(image)
+    raise InputError(f"a {type(image).__name__} is not an image: give a path, a PIL image, an array or a tensor")
+
+
+def _from_tensor(image: Tensor) -> Image.Image | Tensor:
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise InputError(f"a tensor of shape {list(image.shape)} is not an image: give [3, H, W], or [N, 3, H, W]")
+    check_not_empty(image.shape)
+    if image.dtype == torch.uint8:
+        return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    if not image.is_floating_point():
+        raise InputError(f"a tensor of type {image.dtype} is not an image: give uint8, or floating values in [0, 1]")
+    lowest, highest = float(image.min()), float(image.max())
+    if not (lowest >= 0 and highest <= 1):
+        raise InputError(
+            f"a tensor with values from {lowest:.3g} to {highest:.3g} is not an image: give values in [0, 1], which "
+            f"are normalised here with the model's own mean and standard deviation"
+        )
+    return image.float()
+
+
+def _checked(crop: Box, width: int, height: int) -> Box:
+    left, top, right, bottom = crop
+    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+        raise InputError(
+            f"crop {left} {top} {right} {bottom} (left, top, right, bottom) does not lie within the image, which is "
+            f"{width} pixels wide and {height} high"
+        )
+    return crop
 
 
 def load_model(
@@ -91,13 +158,11 @@ def load_model(
     """Loads a checkpoint with its configuration, or another one by the name of its network or a configuration file.
 
     Args:
-        path: the checkpoint, for example ``log/demo/model/model-best.pth.tar``, or the folder of a run, whose best
-            checkpoint is taken.
+        path: the checkpoint, or the folder of a run, whose best checkpoint is taken.
         config_file: a YAML file of torchreid's keys and ours. It overrides the configuration in the checkpoint.
         device: where to compute; None takes the GPU where there is one.
         model: name of the network. With neither a configuration in the checkpoint nor a file, the rest is what
-            torchreid's zoo was trained with, which stderr says: its size of images, ImageNet's normalisation and cosine
-            distance.
+            torchreid's zoo was trained with, which stderr says.
 
     Raises:
         InputError: for a checkpoint that is missing, damaged, without a configuration or not of the network that its
@@ -106,19 +171,20 @@ def load_model(
     path = find_checkpoint(path)
     state = checkpoint.load(path)
     config = _config(path, state, config_file, model)
-    weights = _weights(path, state)
-    network = build_model(config, _num_classes(weights))
-    _load(path, network, weights, config.model.name)
+    weights = checkpoint.weights_of(state, path)
+    # The rows of the last classifier are the identities that the network was trained on.
+    rows = [len(value) for name, value in weights.items() if "classifier" in name and value.ndim > 1]
+    network = build_model(config, rows[-1] if rows else 1)
+    checkpoint.fit_weights(network, weights, path, config.model.name)
     fingerprint = _fingerprint(network, config)
-    return TrainedModel(network.eval().to(_device(device)), config, path, fingerprint)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {str(place)!r}: torch finds no CUDA device here; use 'cpu'")
+    return TrainedModel(network.eval().to(place), config, path, fingerprint)
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> str:
-    """The checkpoint itself, or the best or else the last checkpoint in the folder of a run.
-
-    Raises:
-        InputError: for a folder without one.
-    """
+    """The checkpoint itself, or the best or else the last one in the folder of a run; InputError if it has none."""
     folder = Path(path)
     if not folder.is_dir():
         return os.fspath(path)
@@ -157,7 +223,7 @@ def _config(
                 f"{config.data.width} pixels, ImageNet's normalisation and cosine distance, unless --config-file says "
                 f"otherwise"
             )
-    # The weights come from the checkpoint, and the device is chosen here.
+    # The weights come from the checkpoint, and the device is chosen by load_model.
     config.model.pretrained = config.use_gpu = config.train.sync_batchnorm = False
     return config
 
@@ -182,33 +248,6 @@ def _note(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def _weights(path: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    held = state.get("state_dict", state)
-    if not isinstance(held, Mapping) or not held or not all(isinstance(value, Tensor) for value in held.values()):
-        raise InputError(f"checkpoint {path!r} holds no weights: it needs a dictionary of tensors")
-    return {str(name).removeprefix("module."): value for name, value in held.items()}
-
-
-def _num_classes(weights: Mapping[str, Tensor]) -> int:
-    """The number of identities that the network was trained on: the rows of its last classifier."""
-    rows = [len(value) for name, value in weights.items() if "classifier" in name and value.ndim > 1]
-    return rows[-1] if rows else 1
-
-
-def _load(path: str, network: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
-    own = network.state_dict()
-    # Versions of torch before 0.4.1 did not count batches, and a network in evaluation mode does not need the count.
-    wrong = [key for key in own if not key.endswith("num_batches_tracked") and key not in weights]
-    wrong += [key for key, value in weights.items() if key not in own or own[key].shape != value.shape]
-    if wrong:
-        raise InputError(
-            f"checkpoint {path!r} is not of {name!r} as its configuration describes it: {len(wrong)} "
-            f"weights are missing, too many or of another shape, for example {wrong[0]!r}. Check model.name, "
-            f"model.bnneck and model.last_stride of the configuration"
-        )
-    network.load_state_dict(dict(weights), strict=False)
-
-
 def _fingerprint(network: nn.Module, config: Config) -> str:
     digest = hashlib.sha256()
     settings = [value for key, value in flat(config).items() if key in KEYS and KEYS[key].features]
@@ -217,10 +256,3 @@ def _fingerprint(network: nn.Module, config: Config) -> str:
         if not name.endswith("num_batches_tracked"):
             digest.update(name.encode() + value.contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]
-
-
-def _device(wanted: torch.device | str | None) -> torch.device:
-    device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {str(device)!r}: torch finds no CUDA device here; use 'cpu'")
-    return device

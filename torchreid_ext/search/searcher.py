@@ -1,4 +1,4 @@
-"""Looks images up in a gallery with a trained network, from Python."""
+"""Looks images up in a gallery with a trained network, and tells what was found as text, as JSON and for the page."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pml_drsl.checks import InputError
-from torchreid_ext.images import Row
+from torchreid_ext.evaluation.page import Box, Found, Picture, Ranking, number
+from torchreid_ext.images import Row, named, pattern
 from torchreid_ext.runtime.files import locked
-from torchreid_ext.search.gallery import EXACT, Gallery, absolute, resolved
-from torchreid_ext.search.model import load_model
-from torchreid_ext.search.preprocessing import Box, ImageLike, Preprocessing, as_list
-from torchreid_ext.search.sources import NAMES, named
+from torchreid_ext.search.gallery import EXACT, Gallery
+from torchreid_ext.search.model import ImageLike, Preprocessing, as_list, load_model
+from torchreid_ext.search.sources import NAMES, absolute, resolved, shown
+
+_SAME: dict[str, bool | None] = {"right": True, "wrong": False, "": None}
+_WORDS = {"right": "same", "wrong": "other", "": ""}
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,8 @@ class Searcher:
         model: name of the network, for weights of torchreid's zoo: see :func:`torchreid_ext.search.model.load_model`.
         config_file: YAML configuration of the network, for a checkpoint that holds none.
         index: a file that :meth:`save` or ``drsl-search --index`` wrote; None for an empty gallery.
-        index_type: kind of faiss's index, a string of ``faiss.index_factory`` such as ``"HNSW32"``, see
-            :class:`torchreid_ext.search.gallery.FeatureIndex`; None for the kind of ``index``, which is exact unless
-            another one was chosen.
+        index_type: kind of faiss's index such as ``"HNSW32"``, see ``torchreid_ext.search.gallery.FeatureIndex``; None
+            for the kind of ``index``, or else the exact one.
         device: where to compute; None takes the GPU where there is one.
         batch_size: images in a batch; None for ``test.batch_size`` of the configuration.
         names: how names of images carry identities and cameras: ``"market"`` (``0002_c1s1_000451_03.jpg``),
@@ -86,7 +89,7 @@ class Searcher:
         self.names = names
         self.model = load_model(checkpoint, config_file, device, model)
         self.batch_size = batch_size or int(self.model.config.test.batch_size)
-        self.preprocessing = Preprocessing(self.model)
+        self.preprocessing = Preprocessing(self.model.config)
         if index is None:
             self.gallery = Gallery(self.model, index_type or EXACT)
         else:
@@ -97,15 +100,12 @@ class Searcher:
         return len(self.gallery)
 
     def extract(self, images: ImageLike | Sequence[ImageLike], crop: Box | None = None) -> Tensor:
-        """The features of images.
+        """The features of images, [N, D] on the CPU, not normalised.
 
         Args:
             images: one image or several: paths, PIL images, [H, W, 3] uint8 arrays in RGB order, or tensors [3, H, W]
                 of uint8 or of floating values in [0, 1]. They are resized and normalised here.
             crop: left, top, right and bottom in pixels of the part of each image to use.
-
-        Returns:
-            [N, D] features on the CPU, not normalised.
 
         Raises:
             InputError: for no images, or an image that cannot be used; the message says why.
@@ -120,24 +120,21 @@ class Searcher:
         return torch.cat(parts)
 
     def add(self, images: ImageLike | Sequence[ImageLike], names: Sequence[str] | None = None) -> None:
-        """Adds images to the gallery.
+        """Adds images, as for :meth:`extract`, to the gallery.
 
-        Args:
-            images: as for :meth:`extract`.
-            names: of the images, which may carry identities and cameras. An image that is a path has its absolute path
-                for a name.
+        Their ``names`` may carry identities and cameras. An image that is a path has its absolute path for a name.
 
         Raises:
             InputError: for images without names, a name that is in the gallery already, or an image that cannot be
                 used. Nothing is added then.
         """
-        given = as_list(images)
+        given, carried = as_list(images), pattern(self.names, "--names")
         if names is None:
             if not all(isinstance(image, (str, os.PathLike)) for image in given):
                 raise InputError("images that are not paths need names: give as many names as images")
-            entries = [absolute(named(os.fspath(image), self.names)) for image in given]  # type: ignore[arg-type]
+            entries = [absolute(named(os.fspath(image), carried)) for image in given]  # type: ignore[arg-type]
         else:
-            entries = [named(name, self.names) for name in ([names] if isinstance(names, str) else names)]
+            entries = [named(name, carried) for name in ([names] if isinstance(names, str) else names)]
         if len(entries) != len(given):
             raise InputError(f"{len(given)} images need as many names, got {len(entries)}")
         features = self.extract(given)
@@ -151,16 +148,7 @@ class Searcher:
             self.gallery.add(known, features)
 
     def remove(self, names: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> int:
-        """Removes images from the gallery and returns how many.
-
-        Args:
-            names: one or several names and paths of images, or patterns, in which ``*``, ``?`` and ``[]`` stand for
-                characters. Only ``"*"`` removes all images.
-
-        Raises:
-            InputError: for a name that is not in the gallery, or another pattern that matches all of it. Nothing is
-                removed then.
-        """
+        """Removes images by one or several names, paths or patterns, and returns how many; see ``Gallery.remove``."""
         given = [names] if isinstance(names, (str, os.PathLike)) else names
         with self._lock:
             return len(self.gallery.remove([os.fspath(name) for name in given]))
@@ -183,7 +171,7 @@ class Searcher:
             queries: Q images, as for :meth:`extract`.
             top: how many images to find, >= 1.
             rerank: re-rank the gallery by k-reciprocal neighbours first: slower, often better.
-            crop: left, top, right and bottom in pixels of the part of each query to use.
+            crop: the part of each query to use.
 
         Returns:
             Q lists of at most ``top`` matches.
@@ -199,20 +187,96 @@ class Searcher:
             rows = self.gallery.nearest(features, top, rerank)
         return [
             [
-                Match(rank, entry.path, distance, entry.identity, entry.camera)
-                for rank, (entry, distance) in enumerate(row, 1)
+                Match(rank, each.path, distance, each.identity, each.camera)
+                for rank, (each, distance) in enumerate(row, 1)
             ]
             for row in rows
         ]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the gallery and its index to a file, whole or not at all.
-
-        It waits while another process writes the file.
-
-        Raises:
-            InputError: for a gallery to which nothing was ever added, or a file that another process has changed since
-                this gallery was read from it.
-        """
+        """Writes the gallery to a file, as ``Gallery.save`` does, and waits while another process writes the file."""
         with self._lock, locked(resolved(os.fspath(path))):
             self.gallery.save(path)
+
+
+def rankings(queries: Sequence[Row], crop: Box | None, found: Sequence[Sequence[Match]]) -> list[Ranking]:
+    """The queries, of which the part ``crop`` was used, with the matches that a search found for each, for the page.
+
+    A match is marked right or wrong only where the identities of the query and of the match are both known.
+    """
+
+    def marked(query: Row, match: Match) -> Found:
+        known = bool(query.identity and match.identity)
+        mark = ("right" if query.identity == match.identity else "wrong") if known else ""
+        return Found(Picture(match.name, match.identity, match.camera), match.distance, mark)
+
+    return [
+        Ranking(Picture(query.path, query.identity, query.camera, crop), [marked(query, match) for match in matches])
+        for query, matches in zip(queries, found, strict=True)
+    ]
+
+
+def caption(searcher: Searcher, rerank: bool) -> str:
+    """What was searched and by which distance, in a sentence."""
+    kind = {"euclidean": "squared Euclidean distance", "cosine": "cosine distance"}[searcher.model.metric]
+    ranked = " after re-ranking by k-reciprocal neighbours" if rerank else ""
+    return f"{len(searcher):,} gallery images, ranked by {kind}{ranked}"
+
+
+def as_text(rows: Sequence[Ranking]) -> str:
+    """A table for each query: rank, distance, and, where they are known, identity and camera."""
+    blocks = []
+    for row in rows:
+        about = ", ".join(filter(None, _about(row.query)))
+        lines = [f"query {_line(row.query)}" + (f" ({about})" if about else "")]
+        cells = [
+            [str(rank), number(found.distance), _WORDS[found.mark], *_about(found.picture)]
+            for rank, found in enumerate(row.matches, 1)
+        ]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        for found, line in zip(row.matches, cells, strict=True):
+            columns = [cell.rjust(width) for cell, width in zip(line, widths, strict=True) if width]
+            lines.append("  ".join(["", *columns, _line(found.picture)]))
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def as_dict(searcher: Searcher, rows: Sequence[Ranking], rerank: bool) -> dict[str, Any]:
+    """The same as plain values; ``same_identity`` is null where the identity of one of the two is unknown."""
+    return {
+        "checkpoint": os.path.abspath(searcher.model.path),
+        "model_fingerprint": searcher.model.fingerprint,
+        "metric": searcher.model.metric,
+        "reranked": rerank,
+        "gallery": len(searcher),
+        "queries": [
+            {
+                **_plain(row.query),
+                "crop": row.query.crop,
+                "matches": [
+                    {
+                        "rank": rank,
+                        **_plain(found.picture),
+                        "distance": found.distance,
+                        "same_identity": _SAME[found.mark],
+                    }
+                    for rank, found in enumerate(row.matches, 1)
+                ],
+            }
+            for row in rows
+        ],
+    }
+
+
+def _plain(picture: Picture) -> dict[str, str]:
+    return {"path": picture.path, "identity": picture.identity, "camera": picture.camera}
+
+
+def _line(picture: Picture) -> str:
+    # A name may hold the end of a line.
+    return shown(picture.path).replace("\n", "\\n")
+
+
+def _about(picture: Picture) -> list[str]:
+    names = ("identity", picture.identity), ("camera", picture.camera)
+    return [f"{name} {value}" if value else "" for name, value in names]

@@ -23,22 +23,29 @@ NAMES = "market"
 _QUERY, _GALLERY = "query", ("bounding_box_test", "gallery")
 
 
-def named(path: str, names: str = NAMES) -> Row:
-    """An image with the identity and the camera in its path; see :func:`torchreid_ext.images.named`."""
-    return images.named(path, images.pattern(names, "--names"))
+def resolved(path: str) -> str:
+    """The absolute path of a file below the true names of its folders; the file itself may be a link."""
+    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+
+
+def absolute(entry: Row) -> Row:
+    """The same image with its absolute path, as :func:`resolved` gives it."""
+    return entry._replace(path=resolved(entry.path))
+
+
+def shown(path: str) -> str:
+    """A path as a user would type it: relative to the current folder where it is below it."""
+    relative = os.path.relpath(path) if os.path.isabs(path) else path
+    return path if relative.startswith("..") else relative
 
 
 def list_sources(sources: Sequence[str], names: str = NAMES) -> Table:
-    """The test images of folders, CSV files and image files together.
+    """The test images of folders, CSV files and image files together, named as ``torchreid_ext.images.pattern`` says.
 
     A CSV file is as :func:`torchreid_ext.images.read_csv` reads it; its training images are left out. A folder may have
     Market-1501's layout (``query`` and ``bounding_box_test``), or be one of these two, or hold images in any folders
     below it. Where the identity and the camera of every such image are known, the first of each identity and camera is
     a query too. An image file is a gallery image.
-
-    Args:
-        sources: folders and files.
-        names: how names carry identities and cameras; see :func:`torchreid_ext.images.pattern`.
 
     Raises:
         InputError: for a source that is missing, has no image, or names an image as another source does.

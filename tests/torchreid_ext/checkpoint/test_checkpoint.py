@@ -192,7 +192,7 @@ def test_a_complete_fit_is_demanded_of_a_trained_network(tmp_path):
     weights = checkpoint.weights_of({"state_dict": saved.state_dict()}, "w.pth")
     # Versions of torch before 0.4.1 did not count batches.
     del weights["1.num_batches_tracked"]
-    loaded = checkpoint.fit_weights(model, weights, "w.pth", complete=True)
+    loaded = checkpoint.fit_weights(model, weights, "w.pth", complete="tiny")
     assert loaded.untouched == ["1.num_batches_tracked"] and torch.equal(model[0].weight, saved[0].weight)
     for wrong in (
         {**weights, "more": torch.zeros(1)},
@@ -200,8 +200,8 @@ def test_a_complete_fit_is_demanded_of_a_trained_network(tmp_path):
         dict([*weights.items()][1:]),
     ):
         before = model[0].bias.clone()
-        with pytest.raises(InputError, match=r"'w.pth' is not of this network: 1 weights are .*(more|0.bias|0.weight)"):
-            checkpoint.fit_weights(model, wrong, "w.pth", complete=True)
+        with pytest.raises(InputError, match=r"'w.pth' is not of 'tiny' as .*: 1 weights are .*(more|0.bias|0.weight)"):
+            checkpoint.fit_weights(model, wrong, "w.pth", complete="tiny")
         assert torch.equal(model[0].bias, before)
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from torchreid_ext import get_default_config
-from torchreid_ext.checkpoint import resuming
+from torchreid_ext.checkpoint import states
 from torchreid_ext.config import KEYS, flat
 from torchreid_ext.config.keys import ON_RESUME
 
@@ -13,7 +13,7 @@ def changed(**values):
 
 
 def compare(saved, current):
-    return resuming.compare(saved, current, ON_RESUME)
+    return states.compare(saved, current, ON_RESUME)
 
 
 def test_equal_configurations_have_no_differences():

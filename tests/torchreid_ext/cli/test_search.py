@@ -18,8 +18,7 @@ from torchreid_ext import Searcher
 from torchreid_ext.cli import extract, search
 from torchreid_ext.images import Row
 from torchreid_ext.runtime.files import locked
-from torchreid_ext.search.results import as_text, rankings
-from torchreid_ext.search.searcher import Match
+from torchreid_ext.search.searcher import Match, as_text, rankings
 
 ROOT = Path(__file__).parents[3]
 
@@ -190,7 +189,7 @@ def test_an_interrupted_search_says_what_it_has_written(model, photos, tmp_path,
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("torchreid_ext.search.results.caption", interrupt)
+    monkeypatch.setattr("torchreid_ext.search.searcher.caption", interrupt)
     assert run(*words) == 130
     assert capsys.readouterr().err.endswith(f"interrupted; written before that: {str(tmp_path / 'index')!r}\n")
     assert run(*words) == 130  # the index had all images and was not written again

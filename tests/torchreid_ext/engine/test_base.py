@@ -24,7 +24,7 @@ from pml_drsl.checks import InputError
 from pml_drsl.wrappers import CrossBatchMemory
 from torchreid_ext.checkpoint import checkpoint, states
 from torchreid_ext.engine import engines
-from torchreid_ext.engine.logs import EpochLog
+from torchreid_ext.engine.epoch import EpochLog
 from torchreid_ext.engine.options import RunOptions
 from torchreid_ext.engine.step import Stepper
 from torchreid_ext.runtime import distributed, files

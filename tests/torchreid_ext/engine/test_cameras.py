@@ -12,7 +12,7 @@ from pml_drsl.wrappers import CrossBatchMemory
 from torchreid_ext import build_engine, config, get_default_config
 from torchreid_ext.data.samplers import steps_per_epoch
 from torchreid_ext.engine import criteria, engines
-from torchreid_ext.engine.step import cross_camera_pairs
+from torchreid_ext.engine.criteria import cross_camera_pairs
 
 PIDS = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 3])
 CAMIDS = torch.tensor([0, 0, 1, 2, 0, 1, 1, 0, 0, 1])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from torchreid_ext import config, get_default_config
-from torchreid_ext.engine.schedule import Layers
+from torchreid_ext.engine.epoch import Layers
 
 EPOCHS, WARMUP = 12, 4
 ALONE = {
@@ -83,12 +83,12 @@ def test_open_and_close(wrap):
     model = network()
     everything = trainable(model)
     layers = Layers(wrap(model))
-    layers.open_only(["classifier"])
+    layers.open(["classifier"])
     assert trainable(model) == {name for name in everything if name.startswith("classifier")}
     assert (model.stem.training, model.stem[1].training, model.classifier[1].training) == (False, False, True)
-    layers.open_only(["body"])
+    layers.open(["body"])
     assert trainable(model) == {"body.0.bias", "body.1.weight", "body.1.bias"}
-    layers.open_all()
+    layers.open()
     assert trainable(model) == everything and model.stem[1].training
 
 

@@ -12,7 +12,7 @@ from torchreid_ext import build_engine, config, get_default_config
 from torchreid_ext.data import synthetic
 from torchreid_ext.data.samplers import steps_per_epoch
 from torchreid_ext.data.synthetic import SyntheticTracklets
-from torchreid_ext.engine.video import collate_tracklets
+from torchreid_ext.engine.step import collate_tracklets
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_training_on_tracklets_of_different_lengths(root):
     images, pids = engine.parse_data_for_train(batch)
     assert images[:, 0, 0, 0].tolist() == [2, 2, 4, 4, 4, 4, 1]
     assert pids.tolist() == [2, 2, 4, 4, 4, 4, 1]
-    assert engine.parse_cameras(batch).tolist() == [20, 20, 40, 40, 40, 40, 10]
+    assert engine.repeated(batch["camid"], batch["img"]).tolist() == [20, 20, 40, 40, 40, 40, 10]
 
 
 def test_a_wrong_pooling_is_refused(root):

@@ -113,7 +113,9 @@ def configured(folder, *words):
 @pytest.mark.parametrize("sources", [["toy"], ["toy", "toy"]])
 def test_by_configuration(tmp_path, sources):
     register_toys()
-    cfg = configured(tmp_path, "data.k_tfm", 2, "data.sources", sources, "data.targets", ["toy"])
+    cfg = configured(
+        tmp_path, "data.k_tfm", 2, "data.sources", sources, "data.targets", ["toy"], "data.allow_overlap", True
+    )
     manager = config.build_datamanager(cfg)
     model = config.build_model(cfg, manager.num_train_pids)
     engine = build_engine(cfg, manager, model, config.build_optimizer(cfg, model), None)

@@ -19,8 +19,8 @@ from toy_data import write_images
 
 from pml_drsl.checks import InputError
 from torchreid_ext import config, get_default_config
-from torchreid_ext.checkpoint import checkpoint, resuming
-from torchreid_ext.checkpoint.folder import History
+from torchreid_ext.checkpoint import checkpoint
+from torchreid_ext.checkpoint.folder import History, first_start
 from torchreid_ext.cli.train import main
 from torchreid_ext.config import data as data_config
 from torchreid_ext.runtime import distributed
@@ -331,21 +331,21 @@ def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch, capsys):
 
 
 def test_a_restart_resumes_from_the_checkpoints_of_its_own_run(tmp_path, monkeypatch):
-    assert resuming.first_start(tmp_path) is None and not list(tmp_path.iterdir())
+    assert first_start(tmp_path) is None and not list(tmp_path.iterdir())
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     history = History(tmp_path / "model")
     history.save({"epoch": 7}, 7)
     for path in (tmp_path / "model").iterdir():
         os.utime(path, (1e9, 1e9))
-    assert resuming.first_start(tmp_path) is None
+    assert first_start(tmp_path) is None
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     # A run that died before it wrote its note has no checkpoint to resume from.
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
-    assert resuming.first_start(tmp_path) is None
-    since = resuming.first_start(tmp_path)
+    assert first_start(tmp_path) is None
+    since = first_start(tmp_path)
     assert since is not None
-    assert resuming.find("auto", tmp_path / "model", since) is None
-    assert resuming.find("auto", tmp_path / "model")[1]["epoch"] == 7
+    assert History(tmp_path / "model").load_newest(since) is None
+    assert History(tmp_path / "model").load_newest()[1]["epoch"] == 7
     history.save({"epoch": 2}, 2)
-    assert resuming.find("auto", tmp_path / "model", since)[1]["epoch"] == 2
+    assert History(tmp_path / "model").load_newest(since)[1]["epoch"] == 2

@@ -57,12 +57,12 @@ def test_onnx_gives_the_features_of_the_search(plain, necked, tmp_path, normalis
 
 
 def twice(self, images):
-    images = (images - self.mean) / self.std
-    return self.network((images - self.mean) / self.std)
+    images = (images - self.norm_mean) / self.norm_std
+    return self.network((images - self.norm_mean) / self.norm_std)
 
 
 def of_the_batch(self, images):
-    features = self.network((images - self.mean) / self.std)
+    features = self.network((images - self.norm_mean) / self.norm_std)
     return 0 * features + features.mean(dim=0)
 
 

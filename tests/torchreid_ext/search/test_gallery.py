@@ -22,7 +22,8 @@ from torchreid_ext.images import Row
 from torchreid_ext.runtime.files import locked
 from torchreid_ext.search import gallery as module
 from torchreid_ext.search.extraction import ExtractedSet, read_gallery, write_features
-from torchreid_ext.search.gallery import FeatureIndex, Gallery, resolved
+from torchreid_ext.search.gallery import FeatureIndex, Gallery
+from torchreid_ext.search.sources import resolved, shown
 
 
 def model(metric="cosine", fingerprint="0123"):
@@ -145,7 +146,7 @@ def test_a_gallery_comes_back_from_its_file_and_moves_with_its_folder(tmp_path):
 def test_what_is_printed_can_be_removed(tmp_path, monkeypatch):
     gallery = saved(tmp_path)
     monkeypatch.chdir(tmp_path)
-    printed = [module.shown(entry.path) for entry in gallery.entries]
+    printed = [shown(entry.path) for entry in gallery.entries]
     assert printed[0] == os.path.join("photos", "0.jpg")
     for number, name in enumerate(printed):
         assert len(gallery.remove([name])) == 1 and len(gallery) == 6 - number

@@ -39,7 +39,7 @@ def test_a_checkpoint_alone_gives_the_network(plain, necked, neck):
     images = torch.randn(3, 3, 32, 16)
     with torch.no_grad():
         assert torch.equal(model.features(images), by_hand(path, neck)(images))
-    assert (model.height, model.width, model.metric) == (32, 16, "cosine")
+    assert (model.config.data.height, model.config.data.width, model.metric) == (32, 16, "cosine")
     assert model.config.data.norm_mean == [0.4, 0.5, 0.6]
     assert not model.network.training
 
@@ -108,7 +108,7 @@ def test_weights_of_the_zoo_need_only_the_name_of_the_network(tmp_path, capsys, 
     images = torch.randn(2, 3, *size)
     with torch.no_grad():
         assert torch.equal(model.features(images), network(images))
-    assert (model.height, model.width, model.metric) == (*size, "cosine")
+    assert (model.config.data.height, model.config.data.width, model.metric) == (*size, "cosine")
     assert model.config.data.norm_mean == [0.485, 0.456, 0.406]
     assert f"taking {name} with images of {size[0]} x {size[1]} pixels" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"give --model NAME.*or --config-file FILE"):

@@ -1,7 +1,5 @@
 """Every kind of image gives the features that torchreid's own test transforms give."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,7 @@ from torchvision import transforms
 
 from pml_drsl.checks import InputError
 from torchreid_ext.config import get_default_config
-from torchreid_ext.search.preprocessing import Preprocessing, as_list
+from torchreid_ext.search.model import Preprocessing, as_list
 
 torchreid_transforms = torchreid.data.transforms
 
@@ -20,7 +18,8 @@ torchreid_transforms = torchreid.data.transforms
 def preprocessing():
     config = get_default_config()
     config.data.norm_mean = [0.3, 0.4, 0.5]
-    return Preprocessing(SimpleNamespace(height=24, width=12, config=config))
+    config.data.height, config.data.width = 24, 12
+    return Preprocessing(config)
 
 
 @pytest.fixture

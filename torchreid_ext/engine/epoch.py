@@ -1,4 +1,4 @@
-"""The log of a training epoch: lines of text, a progress bar on a terminal, and the scalars of TensorBoard."""
+"""What an epoch needs beside its steps: which layers train, the warm-up of the learning rate, and the log."""
 
 from __future__ import annotations
 
@@ -7,19 +7,63 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 import torchreid
+from torch import nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
+from pml_drsl.checks import InputError
 from torchreid_ext.runtime import distributed
 
 
+class Layers:
+    """Freezes and unfreezes the children of a network; parameters that the user froze before stay frozen."""
+
+    def __init__(self, model: nn.Module) -> None:
+        model = distributed.unwrapped(model)
+        self._children = dict(model.named_children())
+        self._frozen = {id(p) for p in model.parameters() if not p.requires_grad}
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raises InputError if one of the names is not the name of a child."""
+        unknown = [name for name in names if name not in self._children]
+        if unknown:
+            raise InputError(
+                f"train.open_layers: the model has no layer {', '.join(unknown)}; its layers are "
+                f"{', '.join(self._children)}"
+            )
+
+    def open(self, names: Iterable[str] | None = None) -> None:
+        """Lets only the named children train, or all; the others get no gradients and are in evaluation mode."""
+        names = set(self._children if names is None else names)
+        for name, child in self._children.items():
+            child.train(name in names)
+            for parameter in child.parameters():
+                parameter.requires_grad = name in names and id(parameter) not in self._frozen
+
+
+def warmed_up(optimizer: Optimizer, scheduler: Any, epochs: int) -> Any:
+    """Adds a linear warm-up to a scheduler: the learning rate is multiplied by 1/N, 2/N, ..., 1 in the first N epochs.
+
+    The scheduler is None for a constant learning rate; 0 and 1 epochs change nothing.
+
+    Raises:
+        InputError: for a negative number of epochs.
+    """
+    if epochs < 0:
+        raise InputError(f"train.warmup_epoch must be 0 (no warm-up) or more, got {epochs}")
+    if epochs < 2:
+        return scheduler
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / epochs, total_iters=epochs - 1)
+    return torch.optim.lr_scheduler.ChainedScheduler([warmup, *([scheduler] if scheduler else [])], optimizer)
+
+
 class EpochLog:
-    """The log of one epoch.
+    """The log of one epoch: lines of text, a progress bar on a terminal, and the scalars of TensorBoard.
 
     Args:
-        epoch: number of the epoch, from 0.
-        max_epoch: number of epochs of the run.
-        num_batches: number of batches of the epoch.
+        epoch: number of the epoch, from 0, of ``max_epoch`` with ``num_batches`` batches each.
         print_freq: number of batches between two lines, >= 1. The last batch of an epoch always has a line.
         writer: TensorBoard's ``SummaryWriter``, or None.
     """
@@ -32,10 +76,7 @@ class EpochLog:
         self._taken = self._printed = 0
 
     def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
-        """The batches of a loader. Their time is measured, and a terminal shows a progress bar with the time left.
-
-        Only the first process shows a progress bar, and only if stderr is a terminal.
-        """
+        """The batches of a loader, whose time is measured; the first process shows a progress bar on a terminal."""
         # None lets tqdm look whether stderr is a terminal.
         disable = None if distributed.is_first() else True
         title = f"epoch {self.epoch + 1}/{self.max_epoch}"
@@ -49,13 +90,7 @@ class EpochLog:
                 self._started = time.perf_counter()
 
     def add(self, batch_index: int, summary: dict[str, float], lr: float) -> None:
-        """Logs the step on the latest batch of ``batches``.
-
-        Args:
-            batch_index: number of the batch in the epoch, from 0.
-            summary: values by name.
-            lr: the learning rate.
-        """
+        """Logs the values of the step on the latest batch of ``batches``, whose number in the epoch is from 0."""
         self.time.update(time.perf_counter() - self._started)
         self.meters.update(summary)
         if self.writer is not None:
