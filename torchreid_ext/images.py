@@ -55,19 +55,15 @@ class Row(NamedTuple):
 
 @dataclass
 class Table:
-    """Images, and the files that were left out.
+    """Images, and the names of the files that were left out, by the reason.
 
-    Attributes:
-        rows: the images. An image of the test may be there twice, as query and as gallery.
-        left_out: names of the files that were left out, by the reason, which is a noun with its number open:
-            ``"no images"``.
+    An image of the test may be there twice, as query and as gallery.
     """
 
     rows: list[Row] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
 
     def of(self, split: str) -> list[Row]:
-        """The rows of a split."""
         return [row for row in self.rows if row.split == split]
 
     @property
@@ -83,7 +79,6 @@ class Table:
         return self.of("gallery")
 
     def leave_out(self, reason: str, name: str) -> None:
-        """Notes a file that is left out."""
         self.left_out.setdefault(reason, []).append(name)
 
     def leave_out_all(self, other: Table) -> None:
@@ -105,12 +100,8 @@ class Table:
 def pattern(names: str, option: str = "names") -> re.Pattern[str]:
     """The regular expression for names: one of ``NAMES``, or the user's own, with the groups identity and camera.
 
-    Args:
-        names: a key of ``NAMES``, or a regular expression with the named group identity and perhaps camera.
-        option: what the user sets, for the message.
-
     Raises:
-        InputError: for a word that is neither.
+        InputError: for a word that is neither, which the user gave to ``option``.
     """
     takes = f"one of {', '.join(NAMES)}, or a regular expression with (?P<identity>...) and perhaps (?P<camera>...)"
     try:

@@ -189,9 +189,8 @@ def add_neck(model: nn.Module) -> None:
         elif isinstance(child, nn.ModuleList) and all(isinstance(part, nn.Linear) for part in child):
             replaced[name] = nn.ModuleList(NeckClassifier(part) for part in child)  # type: ignore[arg-type]
     if not replaced:
-        raise InputError(
-            f"model.bnneck: {kind.__name__} has no linear layer named classifier to put a neck before; set it to False"
-        )
+        missing = f"{kind.__name__} has no linear layer named classifier to put a neck before"
+        raise InputError(f"model.bnneck: {missing}; set it to False")
     for name, classifier in replaced.items():
         setattr(model, name, classifier)
     model.__class__ = _class_with_neck(kind)
@@ -225,9 +224,8 @@ def set_memory_format(model: nn.Module, channels_last: bool | str, height: int, 
 
     Args:
         model: the network, on its device.
-        channels_last: True, False, or ``"auto"``, which converts the weights where it makes the network faster. On a
-            CPU, these are the networks that can take it and have no instance normalisation, which converts images back
-            and forth. On a GPU, they are the networks that compute in half precision.
+        channels_last: True, False, or ``"auto"``: where it makes the network faster. On a CPU, that is without instance
+            normalisation, which converts images back and forth; on a GPU, in half precision.
         height: height of the network's images in pixels.
         width: width of its images in pixels.
         half: whether the network is trained in half precision.
@@ -249,10 +247,8 @@ def set_memory_format(model: nn.Module, channels_last: bool | str, height: int, 
     except RuntimeError as error:
         network.to(memory_format=torch.contiguous_format)
         if channels_last != "auto":
-            raise InputError(
-                f"train.channels_last True: {type(network).__name__} cannot compute in this memory format; set it to "
-                f"auto or False"
-            ) from error
+            refused = f"{type(network).__name__} cannot compute in this memory format"
+            raise InputError(f"train.channels_last True: {refused}; set it to auto or False") from error
 
 
 def feature_sizes(model: nn.Module, height: int, width: int) -> list[int]:

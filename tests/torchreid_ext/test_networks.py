@@ -114,7 +114,7 @@ def test_last_stride_is_refused_where_there_is_no_last_stage_to_change():
         config.build_model(cfg, 5)
     cfg.model.last_stride = 3
     with pytest.raises(ValueError, match=r"model\.last_stride must be one of 1, 2, got 3"):
-        config.build_model(cfg, 5)
+        config.build_datamanager(cfg)
 
 
 @pytest.mark.parametrize(

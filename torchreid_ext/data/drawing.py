@@ -50,32 +50,19 @@ class Person:
 
 @dataclass(frozen=True)
 class Camera:
-    """The changes that a camera makes to every image.
+    """The changes that a camera makes to every image."""
 
-    Attributes:
-        gain: factors of red, green and blue (the colour cast).
-        gamma: exponent of the tone curve; above 1 makes the image darker.
-        contrast: factor about mid grey.
-        facing: the side that people usually show: ``front``, ``side`` or ``back``.
-        lean: horizontal shift from feet to head, as a fraction of the body height.
-        scale: body height as a fraction of the image height.
-        walls, ground: colours of the background.
-        blur: radius in pixels of the final image.
-        noise: standard deviation on the scale 0..255.
-        mirror: whether people walk in the other direction.
-    """
-
-    gain: tuple[float, float, float]
-    gamma: float
-    contrast: float
-    facing: str
-    lean: float
-    scale: float
+    gain: tuple[float, float, float]  # factors of red, green and blue (the colour cast)
+    gamma: float  # exponent of the tone curve; above 1 makes the image darker
+    contrast: float  # factor about mid grey
+    facing: str  # the side that people usually show: front, side or back
+    lean: float  # horizontal shift from feet to head, as a fraction of the body height
+    scale: float  # body height as a fraction of the image height
     walls: Colour
     ground: Colour
-    blur: float
-    noise: float
-    mirror: bool
+    blur: float  # radius in pixels of the final image
+    noise: float  # standard deviation on the scale 0..255
+    mirror: bool  # whether people walk in the other direction
 
 
 CAMERAS: tuple[Camera, ...] = (

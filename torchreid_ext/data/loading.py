@@ -101,20 +101,14 @@ def readable(loader: DataLoader[Any]) -> DataLoader[Any]:
 
 
 def rebuilt(loader: DataLoader[Any], dataset: Any, **changes: Any) -> DataLoader[Any]:
-    """Returns a loader with the settings of ``loader`` for another data set.
-
-    ``changes`` are arguments of ``DataLoader`` that replace the settings.
-    """
+    """Returns a loader for another data set with the settings of ``loader``, some of which ``changes`` replaces."""
     options: dict[str, Any] = {
         name: getattr(loader, name)
         for name in (
             "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
-            "generator", "prefetch_factor", "persistent_workers", "pin_memory_device",
+            "generator", "prefetch_factor", "persistent_workers", "pin_memory_device", "in_order",
         )
     }  # fmt: skip
-    if hasattr(loader, "in_order"):
-        # Versions of torch before 2.6 do not have this setting.
-        options["in_order"] = loader.in_order
     if "batch_sampler" not in changes:
         if loader.batch_size is None and loader.batch_sampler is not None:
             options["batch_sampler"] = loader.batch_sampler

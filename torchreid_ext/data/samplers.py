@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -43,13 +44,9 @@ class IdentitySampler(Sampler[int]):
         self._members = [np.array(indices) for indices in members.values()]
         groups = np.array([max(1, len(indices) // num_instances) for indices in self._members])
         # sum(min(g, B)) - P * B is concave in B and 0 at B = 0, so that every B up to the largest is allowed.
-        low, high = 0, int(groups.sum()) // self.identities
-        while low < high:
-            middle = (low + high + 1) // 2
-            enough = np.minimum(groups, middle).sum() >= self.identities * middle
-            low, high = (middle, high) if enough else (low, middle - 1)
-        self.num_batches = low
-        self._groups = np.minimum(groups, low)
+        numbers = range(1, int(groups.sum()) // self.identities + 1)
+        self.num_batches = bisect_left(numbers, 1, key=lambda b: np.minimum(groups, b).sum() < self.identities * b)
+        self._groups = np.minimum(groups, self.num_batches)
 
     def __len__(self) -> int:
         return self.num_batches * self.identities * self.num_instances

@@ -41,17 +41,20 @@ _FILE_NAME = re.compile(r"(?P<pid>-1|\d+)_c(?P<camid>\d)")
 class _Drawn:
     """Mixed into a reader of torchreid: the folder is drawn when it does not exist.
 
-    Attributes:
-        dataset_dir: name of the data set and of its folder.
-        version: version of the recipe. Raise it with every change that changes a pixel, a name or a split.
-        layout: whose names the folders and files have.
-        own: subfolders that identify the user's own data in this layout.
+    Args:
+        root: the folder above the folder of the data set; created where it is missing.
+        seed: seed of the people, the backgrounds and the images.
+        kwargs: the arguments of any torchreid data set.
+
+    Raises:
+        InputError: if the folder was drawn by another recipe or seed.
+        RuntimeError: if a file of the layout is missing (from torchreid).
     """
 
-    dataset_dir: str
-    version = 1
-    layout: str
-    own: tuple[str, ...]
+    dataset_dir: str  # name of the data set and of its folder
+    version = 1  # of the recipe: raise it with every change that changes a pixel, a name or a split
+    layout: str  # whose names the folders and files have
+    own: tuple[str, ...]  # subfolders that identify the user's own data in this layout
 
     def __init__(self, root: str = "", seed: int = 0, **kwargs: Any) -> None:
         folder = Path(root).expanduser().absolute() / self.dataset_dir
@@ -157,16 +160,7 @@ class SyntheticPedestrians(_Drawn, torchreid.data.datasets.Market1501):
 
     There are 100 identities for training and 60 others for testing. Each identity is seen by 5 of 6 cameras, twice by
     each camera. Each test identity has three queries. The gallery contains 60 distractors (pid 0). The 1660 images are
-    64 pixels wide and 128 high.
-
-    Args:
-        root: the folder above ``synthetic_pedestrians``; created where it is missing.
-        seed: seed of the people, the backgrounds and the images.
-        kwargs: the arguments of any torchreid image data set.
-
-    Raises:
-        InputError: if the folder was drawn by another recipe or seed, or if a file is not named as in Market-1501.
-        RuntimeError: if a folder of Market-1501's layout is missing (from torchreid).
+    64 pixels wide and 128 high. A file that is not named as in Market-1501 is refused.
     """
 
     dataset_dir, layout, own = "synthetic_pedestrians", "Market-1501", (LAYOUT, "bounding_box_train")
@@ -223,15 +217,6 @@ class SyntheticTracklets(_Drawn, torchreid.data.datasets.Mars):
     There are 40 identities for training and 24 others for testing. Each identity is seen by 3 of 6 cameras, and has two
     tracklets for each of them. A tracklet has 3 to 6 frames, 64 pixels wide and 128 high. The first tracklet of each
     test identity and camera is a query.
-
-    Args:
-        root: the folder above ``synthetic_tracklets``; created where it is missing.
-        seed: seed of the people, the backgrounds and the images.
-        kwargs: the arguments of any torchreid video data set.
-
-    Raises:
-        InputError: if the folder was drawn by another recipe or seed.
-        RuntimeError: if a file of MARS's layout is missing (from torchreid).
     """
 
     dataset_dir, layout, own = "synthetic_tracklets", "MARS", ("bbox_train",)

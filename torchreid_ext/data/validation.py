@@ -22,7 +22,7 @@ Item = tuple[str, int, int, int]
 
 
 def check_shares(data_type: str, identities: int, share: float) -> None:
-    """Raises InputError for a share or a number out of its range, or for data of video."""
+    """Refuses a share out of its range, and data of video."""
     if not 0 <= share < 1:
         raise InputError(f"data.validation must be at least 0 and less than 1, got {share}")
     if data_type != "image" and (identities or share):

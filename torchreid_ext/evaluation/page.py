@@ -39,19 +39,12 @@ _MARKS = {
 
 @dataclass(frozen=True)
 class Picture:
-    """An image, or a tracklet of several images, with what is known of it.
-
-    Attributes:
-        files: the image file, or the image files of a tracklet.
-        identity: whom it shows; empty if unknown.
-        camera: which camera took it; empty if unknown.
-        crop: the part of the image that counts; None for the whole image.
-    """
+    """An image, or a tracklet of several images, with what is known of it; an unknown identity or camera is empty."""
 
     files: str | Sequence[str]
     identity: str = ""
     camera: str = ""
-    crop: Box | None = None
+    crop: Box | None = None  # the part of the image that counts; None for the whole image
 
     @property
     def path(self) -> str:
@@ -70,11 +63,8 @@ class Picture:
 class Found:
     """An entry of the gallery, as a query found it.
 
-    Attributes:
-        picture: the entry.
-        distance: its distance from the query.
-        mark: ``"right"`` or ``"wrong"`` identity, ``"junk"`` that evaluation leaves out, or empty where the identity of
-            the query or of the entry is unknown.
+    Its mark is ``"right"`` or ``"wrong"`` identity, ``"junk"`` that evaluation leaves out, or empty where the identity
+    of the query or of the entry is unknown.
     """
 
     picture: Picture
@@ -84,17 +74,11 @@ class Found:
 
 @dataclass(frozen=True)
 class Ranking:
-    """A query and its nearest gallery entries.
-
-    Attributes:
-        query: the query.
-        matches: the entries, nearest first. Ranks count from 1 and leave junk out.
-        note: what the heading says beside the name of the query, for example its average precision.
-    """
+    """A query and its nearest gallery entries, nearest first. Ranks count from 1 and leave junk out."""
 
     query: Picture
     matches: Sequence[Found]
-    note: str = ""
+    note: str = ""  # what the heading says beside the name of the query, for example its average precision
 
 
 def tiled(images: Sequence[Image.Image], size: tuple[int, int]) -> Image.Image:
@@ -147,10 +131,8 @@ def number(distance: float) -> str:
 def _links(pages: Sequence[Path], current: int) -> str:
     if len(pages) == 1:
         return ""
-    links = [
-        f"<b>{index + 1}</b>" if index == current else f'<a href="{escape(page.name)}">{index + 1}</a>'
-        for index, page in enumerate(pages)
-    ]
+    links = [f'<a href="{escape(page.name)}">{index}</a>' for index, page in enumerate(pages, 1)]
+    links[current] = f"<b>{current + 1}</b>"
     return f'<nav aria-label="Pages">Page {" ".join(links)}</nav>'
 
 
@@ -171,9 +153,8 @@ def _sections(rankings: Sequence[Ranking], first: int) -> Iterator[str]:
 
 def _card(picture: Picture, kind: str, name: str, distance: float | None = None) -> str:
     sign, words = _MARKS.get(kind, ("", ""))
-    about = [f"identity {picture.identity}"] * bool(picture.identity) + [f"camera {picture.camera}"] * bool(
-        picture.camera
-    )
+    known = {"identity": picture.identity, "camera": picture.camera}
+    about = [f"{what} {value}" for what, value in known.items() if value]
     if picture.crop:
         about.append("part {}, {} to {}, {}".format(*picture.crop))
     full = picture.path if isinstance(picture.files, str) else f"{picture.path} and {len(picture.files) - 1} more"

@@ -68,10 +68,7 @@ class Search:
     def ranking(self, index: int, topk: int, paths: Paths) -> Ranking:
         """Returns the nearest gallery entries of one query: ``topk`` valid entries, and the junk between them.
 
-        Args:
-            index: number of the query.
-            topk: number of valid entries.
-            paths: the images of queries and gallery: each a path, or the paths of a tracklet.
+        ``paths`` are the images of queries and gallery, each a path or the paths of a tracklet.
         """
         pid, camid = self.query.pids[index], self.query.camids[index]
         # Identity -1 is a badly drawn box, which has no effect either.
