@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-DRAWS = 10_000
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
@@ -35,7 +34,7 @@ def compare(
     scores: Sequence[Sequence[float]],
     identities: Sequence[Sequence[int]],
     nested: bool = False,
-    draws: int = DRAWS,
+    draws: int = 10_000,
     seed: int = 0,
 ) -> Difference:
     """A hierarchical bootstrap of paired differences, which takes both seeds and test identities for a sample.

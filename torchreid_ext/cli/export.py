@@ -33,11 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Exports the network and prints how far its features are from torch's.
-
-    Raises:
-        InputError: for bad input, a network that cannot be exported, or an exported file that is wrong.
-    """
+    """Exports the network and prints how far its features are from torch's; raises InputError."""
     from torchreid_ext.search.export import export, settings
     from torchreid_ext.search.model import find_checkpoint, load_model
     from torchreid_ext.search.sources import list_queries

@@ -42,11 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Extracts and writes the features.
-
-    Raises:
-        InputError: for bad input.
-    """
+    """Extracts and writes the features; raises InputError for bad input."""
     from torchreid_ext.runtime import distributed
     from torchreid_ext.search.extraction import ExtractedSet, extract_files, write_features
     from torchreid_ext.search.model import load_model

@@ -44,11 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Makes or opens the gallery, searches it, and prints and writes what was found.
-
-    Raises:
-        InputError: for bad input.
-    """
+    """Makes or opens the gallery, searches it, and prints and writes what was found; raises InputError."""
     from torchreid_ext.evaluation.page import write_pages
     from torchreid_ext.runtime.files import locked, replacing
     from torchreid_ext.search import searcher as search

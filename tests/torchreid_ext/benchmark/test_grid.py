@@ -13,6 +13,14 @@ CONFIGS = Path(__file__).parents[3] / "configs"
 DEMO = CONFIGS / "demo.yaml"
 LOSSES = {"drsl": {"loss": {"name": "drsl"}}, "supcon": {"loss": {"name": "pml", "pml": {"loss": "SupConLoss"}}}}
 
+# What a run prints, writes, keeps and shows, and how fast it is.
+WITHOUT_EFFECT = {
+    "data.root": "elsewhere", "data.workers": 3, "data.save_dir": "other", "model.resume": "auto",
+    "train.print_freq": 7, "train.timeout": 7, "train.checkpoint_freq": 7, "train.keep_checkpoints": 7,
+    "test.batch_size": 7, "test.ranks": [7], "test.eval_freq": 7, "test.start_eval": 7, "test.untrained": True,
+    "test.picture": 7, "test.visrank": True, "test.visrank_topk": 7, "test.queries": True,
+}  # fmt: skip
+
 
 def test_a_grid_is_files_times_losses_times_seeds():
     words = ["train.max_epoch", "1"]
@@ -33,7 +41,7 @@ def test_a_grid_is_files_times_losses_times_seeds():
     ("change", "same"),
     [
         ({}, True),
-        ({"data.root": "elsewhere", "data.workers": 3, "data.save_dir": "other"}, True),
+        (WITHOUT_EFFECT, True),
         ({"model.load_weights": "elsewhere/weights.pth"}, True),
         ({"model.load_weights": "others.pth"}, False),
         ({"loss.drsl.temperature": 0.5}, False),
