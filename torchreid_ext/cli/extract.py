@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     """
     from pml_drsl.checks import InputError
     from torchreid_ext.runtime import distributed
-    from torchreid_ext.search.extraction import ExtractedSet, extract_files, write_features
+    from torchreid_ext.search.features import ExtractedSet, extract_files, write_features
     from torchreid_ext.search.model import load_model
     from torchreid_ext.search.sources import list_sources, test_images
 
