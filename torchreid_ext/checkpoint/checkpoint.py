@@ -112,10 +112,9 @@ def _some(names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The result of loading weights into a model. Converted to a string, it is a message for the user.
+    """The result of loading weights from ``path`` into a model; as a string, it is a message for the user.
 
     Attributes:
-        path: the file.
         fitting: names of the weights that were loaded.
         unused: names of the weights of the file that the model does not have, or has in another shape.
         untouched: names of the weights of the model that were not in the file.
@@ -127,8 +126,8 @@ class Loaded:
     untouched: list[str]
 
     def __str__(self) -> str:
-        lines = [f"Loaded {len(self.fitting)} of the model's {len(self.fitting) + len(self.untouched)} weights from "]
-        lines[0] += f"'{self.path}'"
+        own = len(self.fitting) + len(self.untouched)
+        lines = [f"Loaded {len(self.fitting)} of the model's {own} weights from '{self.path}'"]
         for names, what in ((self.untouched, "left unchanged"), (self.unused, "of the file, not used")):
             if names:
                 lines.append(f"{len(names)} {what}: {_some(names)}")

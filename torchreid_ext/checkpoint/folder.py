@@ -116,60 +116,50 @@ def first_start(folder: Path) -> float | None:
     return distributed.from_first(noted)
 
 
-class RunCheckpoints:
-    """Saves the state of an engine between epochs; the first of several processes writes the files.
+class RunCheckpoints(History):
+    """The checkpoints that a run of an engine saves between epochs; the first of several processes writes the files.
 
-    ``newest`` is the checkpoint from which the run was resumed, or None; for the other arguments see ``History``.
+    Args:
+        engine: the engine; for ``folder`` and ``keep`` see ``History``.
+        newest: the checkpoint from which the run was resumed, or None.
+
+    Attributes:
+        start: the state in which the present epoch began, unless it is saved or another process saves it; or None.
     """
 
     def __init__(self, engine: Any, folder: Path, keep: int, newest: Path | None) -> None:
-        self._engine = engine
-        self._history = History(folder, keep)
-        self._history.newest = newest
-        self._start: dict[str, Any] | None = None
+        super().__init__(folder, keep)
+        self._engine, self.newest = engine, newest
+        self.start: dict[str, Any] | None = None
 
     def begin_epoch(self) -> None:
-        """Remembers the state in which an epoch begins, to be saved if the epoch is interrupted.
-
-        It raises FloatingPointError if a weight is not finite.
-        """
+        """Remembers the state in which an epoch begins; raises FloatingPointError if a weight is not finite."""
         epoch = self._engine.epoch
         self._check_finite(epoch)
-        # A state that is saved already need not be kept in memory, and other processes than the first save nothing.
-        needed = distributed.is_first() and self._history.saved_epoch != epoch
-        self._start = states.copied(states.of_engine(self._engine, epoch)) if needed else None
+        needed = distributed.is_first() and self.saved_epoch != epoch
+        self.start = states.copied(states.of_engine(self._engine, epoch)) if needed else None
 
-    def save(self, is_best: bool) -> None:
+    def save_present(self, is_best: bool) -> None:
         """Saves the state after the present epoch; raises FloatingPointError if a weight is not finite."""
-        engine, history = self._engine, self._history
-        done = engine.epoch + 1
+        engine, done = self._engine, self._engine.epoch + 1
         self._check_finite(done)
-        path = distributed.from_first(lambda: history.save(states.of_engine(engine, done), done, is_best))
-        history.newest, history.saved_epoch = path, done
+        path = distributed.from_first(lambda: self.save(states.of_engine(engine, done), done, is_best))
+        self.newest, self.saved_epoch = path, done
         print(f'Checkpoint saved to "{path}"' + (f" (best so far: mAP {engine.best['mAP']:.1%})" if is_best else ""))
 
     def interrupted(self, signum: int) -> str:
         """Saves the state in which the present epoch began, unless it is saved; returns the message to the user."""
         epoch = self._engine.epoch
-        if self._start is not None:
-            self._history.save(self._start, epoch)
+        if self.start is not None:
+            self.save(self.start, epoch)
         return (
             f"stopped by {signal.Signals(signum).name} in epoch {epoch + 1}; model.resume auto begins it again "
-            f"from '{self._history.newest}'"
+            f"from '{self.newest}'"
         )
-
-    def tidy(self, epoch: int) -> None:
-        """Removes the files that a run of ``epoch`` epochs would have removed, if it was killed before that."""
-        distributed.from_first(lambda: self._history.tidy(epoch))
-
-    def forget_start(self) -> None:
-        """Frees the memory of the state that ``begin_epoch`` keeps."""
-        self._start = None
 
     def last_good(self) -> str:
         """The end of a message about weights or a loss that are not finite."""
-        newest = self._history.newest
-        return f"; the last good checkpoint is '{newest}'" if newest else "; no checkpoint was saved"
+        return f"; the last good checkpoint is '{self.newest}'" if self.newest else "; no checkpoint was saved"
 
     def _check_finite(self, epoch: int) -> None:
         name = states.not_finite(self._engine)

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     """Extracts and writes the features; raises InputError for bad input."""
     from torchreid_ext.runtime import distributed
-    from torchreid_ext.search.extraction import ExtractedSet, extract_files, write_features
+    from torchreid_ext.search.features import ExtractedSet, extract_files, write_features
     from torchreid_ext.search.model import load_model
     from torchreid_ext.search.sources import list_sources, test_images
 

@@ -107,7 +107,7 @@ def _check_outputs(args: argparse.Namespace, inputs: Sequence[str]) -> None:
 def _update(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
     """Removes and adds images of the gallery; returns whether anything changed."""
     from torchreid_ext.images import Row, Table
-    from torchreid_ext.search.extraction import extract_files, read_gallery
+    from torchreid_ext.search.features import extract_files, read_gallery
     from torchreid_ext.search.sources import absolute, list_sources
 
     changed = False

@@ -113,7 +113,7 @@ class BaseEngine(Tester, TrainingStep):
                 self.writer.close()
                 self.writer = None
             self._layers.pop(self.model).open()
-            checkpoints.forget_start()
+            checkpoints.start = None
             self.stop = StopRequest()
         if self.skipped:
             print(f"Skipped {self.skipped} steps whose loss was not finite")
@@ -152,10 +152,10 @@ class BaseEngine(Tester, TrainingStep):
         print(f"=> Trained {self.start_epoch} epochs already")
         if self.max_epoch > 0:
             # The run may have been killed between its last checkpoint and the removal of earlier checkpoints.
-            checkpoints.tidy(self.start_epoch)
+            distributed.from_first(lambda: checkpoints.tidy(self.start_epoch))
             self.epoch = self.max_epoch - 1
             if self._is_best(self.test(**chosen.last_test())):
-                checkpoints.save(is_best=True)
+                checkpoints.save_present(is_best=True)
 
     def _test_and_save(self, chosen: RunOptions, checkpoints: RunCheckpoints) -> None:
         """Tests and saves after the present epoch, where the options say so."""
@@ -170,10 +170,10 @@ class BaseEngine(Tester, TrainingStep):
             except Exception:
                 # A test that fails (on a damaged image, say) must not lose what was trained.
                 if self.stop.signum is None:
-                    checkpoints.save(is_best=False)
+                    checkpoints.save_present(is_best=False)
                 raise
         if tested or done % chosen.checkpoint_freq == 0:
-            checkpoints.save(is_best)
+            checkpoints.save_present(is_best)
 
     def train(self, print_freq: int = 10, fixbase_epoch: int = 0, open_layers: str | list[str] | None = None) -> None:
         """Trains one epoch; raises as ``run``, also InputError if the training loader gives no batch."""

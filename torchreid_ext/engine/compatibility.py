@@ -15,7 +15,7 @@ from torchreid_ext.runtime import distributed
 
 
 def check_criterion(criterion: Any, optimizer: Optimizer, miner: nn.Module | None, cross_camera: bool) -> None:
-    """Refuses a criterion that an engine could not train with, or would not train, in other modules too.
+    """Refuses a criterion, or a loss inside it, that an engine could not train with, or would not train.
 
     The optimizer must have all weights of the criterion. With ``cross_camera`` pairs of one identity and one camera are
     left out.

@@ -48,8 +48,8 @@ class ImagePMLEngine(BaseEngine):
 
     Args:
         datamanager: a data manager of torchreid.
-        model: a network of torchreid built with ``loss="triplet"``, or any network that returns
-            ``(logits, features)`` in training and features otherwise.
+        model: a network of torchreid built with ``loss="triplet"``, or any network that returns ``(logits, features)``
+            in training and features otherwise.
         optimizer: an optimizer of the parameters of the model, and of the criterion if the criterion has parameters.
         criterion: a loss of PML, or a ``PerFeature`` with one loss for each of the model's features.
         weight_m: weight of the criterion, >= 0.
@@ -58,8 +58,7 @@ class ImagePMLEngine(BaseEngine):
         scheduler: a learning rate scheduler, stepped after each epoch; None keeps the rate.
         use_gpu: evaluate on CUDA if there is a device. Training takes place on the device of the model.
         label_smooth: smooth the labels of the cross-entropy by 0.1.
-        cross_camera: leave pairs of one identity and one camera out of the positives and negatives of the criterion,
-            as evaluation does. The choice of a miner is filtered in the same way.
+        cross_camera: leave pairs of one identity and one camera out, as evaluation does; a miner's choice too.
 
     Raises:
         InputError: for a weight below 0, for a criterion, miner and optimizer that do not fit together (see

@@ -189,10 +189,7 @@ def _frames(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def collate_tracklets(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of tracklets, shape (N, longest, C, H, W); shorter ones are filled up with frames of NaN.
-
-    Their lengths differ with ``video.sample_method: all``.
-    """
+    """A batch of tracklets, shape (N, longest, C, H, W); shorter ones are filled up with frames of NaN."""
     longest = max(len(item["img"]) for item in items)
 
     def padded(images: Tensor) -> Tensor:

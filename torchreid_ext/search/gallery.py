@@ -1,8 +1,7 @@
-"""Keeps the images of a gallery with their features, finds the nearest ones, and reads and writes them as one file."""
+"""A gallery: images with the index of their features, which is written to one file and read from it."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pml_drsl.checks import InputError
 from pml_drsl.console import file_stamp
@@ -20,100 +18,9 @@ from pml_drsl.evaluation import reranking
 from pml_drsl.evaluation.arrays import load_arrays
 from torchreid_ext.images import Row
 from torchreid_ext.runtime.files import replacing
+from torchreid_ext.search.features import EXACT, Array, FeatureIndex
 from torchreid_ext.search.model import TrainedModel
 from torchreid_ext.search.sources import resolved, shown
-
-EXACT = "Flat"
-"""faiss's name of the exact index."""
-
-# faiss computes distances to more queries than this at once as |q|^2 - 2 qg + |g|^2, which loses the small distances of
-# features that lie far from the origin.
-_ACCURATE_BLOCK = 16
-
-Array = np.ndarray[Any, Any]
-
-
-class FeatureIndex:
-    """The features of N images in rows, and faiss's index of them.
-
-    Several threads may search at once, but only while no other thread adds or removes.
-
-    Args:
-        dim: dimensions of a feature.
-        metric: ``"euclidean"``, squared, or ``"cosine"``, 1 - similarity.
-        kind: a string of ``faiss.index_factory``, and after a semicolon parameters of faiss's ``ParameterSpace``:
-            ``"IVF1024,Flat;nprobe=32"``. Any index but ``"Flat"`` is made anew by the first search after a change.
-    """
-
-    def __init__(self, dim: int, metric: str, kind: str = EXACT) -> None:
-        self.dim, self.metric, self.kind = dim, metric, kind
-        # Features of unit norm have twice the cosine distance as squared Euclidean distance.
-        self._exact = _faiss().IndexFlatL2(dim)
-        self._other: Any = None
-
-    def __len__(self) -> int:
-        return int(self._exact.ntotal)
-
-    def add(self, features: Tensor, normalised: bool = False) -> None:
-        """Adds [N, D] features below the rows that are there; ``normalised`` ones have the metric's norm already.
-
-        Raises:
-            InputError: for features that are not finite.
-        """
-        self._exact.add(self._vectors(features, normalised))
-        self._other = None
-
-    def remove(self, rows: Sequence[int]) -> None:
-        """Removes rows; the rows below move up."""
-        self._exact.remove_ids(np.array(rows, dtype=np.int64))
-        self._other = None
-
-    def features(self) -> Tensor:
-        """[N, D] features; of unit norm where the metric is cosine."""
-        # pytorch-metric-learning makes faiss return tensors in the place of arrays.
-        return torch.as_tensor(self._exact.reconstruct_n(0, len(self)))
-
-    def search(self, queries: Tensor, top: int) -> tuple[Array, Array]:
-        """The ``top`` nearest features of each query, [Q, D], nearest first.
-
-        Returns:
-            [Q, top] rows, -1 where fewer were found, and [Q, top] distances.
-
-        Raises:
-            InputError: for queries that are not finite, or a kind of index that faiss cannot make of these features.
-        """
-        vectors, top = self._vectors(queries), min(top, len(self))
-        block = len(vectors) if self.metric == "cosine" else _ACCURATE_BLOCK
-        index = self._exact if self.kind == EXACT else self._made()
-        parts = [index.search(vectors[at : at + block], top) for at in range(0, len(vectors), max(block, 1))]
-        found, rows = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return rows, np.maximum(found, 0) / (2 if self.metric == "cosine" else 1)
-
-    def _made(self) -> Any:
-        if self._other is None:
-            faiss, vectors = _faiss(), self.features().numpy()
-            factory, _, parameters = self.kind.partition(";")
-            try:
-                index = faiss.index_factory(self.dim, factory)
-                index.train(vectors)
-                index.add(vectors)
-                if parameters:
-                    faiss.ParameterSpace().set_index_parameters(index, parameters)
-            except (RuntimeError, AssertionError) as error:
-                reason = " ".join(str(error).split()).rpartition(": ")[2] or type(error).__name__
-                raise InputError(
-                    f"--index-type {self.kind!r}: faiss cannot make this index of {len(self):,} features with "
-                    f"{self.dim} dimensions: {reason}"
-                ) from error
-            self._other = index
-        return self._other
-
-    def _vectors(self, features: Tensor, normalised: bool = False) -> Array:
-        as_given = normalised or self.metric != "cosine"
-        vectors = features.float() if as_given else F.normalize(features.float())
-        if not torch.isfinite(vectors).all():
-            raise InputError("features must be finite, and some are NaN or infinite")
-        return np.ascontiguousarray(vectors.numpy())
 
 
 class Gallery:
@@ -313,8 +220,3 @@ def _older(data: Array, numbers: Array) -> Array:
     if raw[:4] != b"IxM2" or raw[37:41] != b"IxF2" or raw[start + size + 8 :] != numbers.astype("<i8").tobytes():
         raise ValueError("not an exact index")
     return np.frombuffer(raw[start : start + size], "<f4").reshape(count, dim)
-
-
-def _faiss() -> Any:
-    # Not imported with the package: torch and faiss each bring a copy of OpenMP, and the two copies collide on macOS.
-    return importlib.import_module("faiss")

@@ -15,7 +15,8 @@ from pml_drsl.checks import InputError
 from torchreid_ext.evaluation.page import Box, Found, Picture, Ranking, number
 from torchreid_ext.images import Row, named, pattern
 from torchreid_ext.runtime.files import locked
-from torchreid_ext.search.gallery import EXACT, Gallery
+from torchreid_ext.search.features import EXACT
+from torchreid_ext.search.gallery import Gallery
 from torchreid_ext.search.model import ImageLike, Preprocessing, as_list, load_model
 from torchreid_ext.search.sources import NAMES, absolute, resolved, shown
 
@@ -32,8 +33,7 @@ class Match:
         name: its absolute path, or the name under which it was added.
         distance: from the query: squared Euclidean, or 1 - cosine similarity, as the model was tested; between 0 and 1
             after re-ranking.
-        identity: whom it shows, as its name says; empty if unknown.
-        camera: which camera took it, as its name says; empty if unknown.
+        identity: whom it shows, as its name says; empty if unknown, as is the ``camera`` that took it.
     """
 
     rank: int
@@ -57,7 +57,7 @@ class Searcher:
         model: name of the network, for weights of torchreid's zoo: see :func:`torchreid_ext.search.model.load_model`.
         config_file: YAML configuration of the network, for a checkpoint that holds none.
         index: a file that :meth:`save` or ``drsl-search --index`` wrote; None for an empty gallery.
-        index_type: kind of faiss's index such as ``"HNSW32"``, see ``torchreid_ext.search.gallery.FeatureIndex``; None
+        index_type: kind of faiss's index such as ``"HNSW32"``, see ``torchreid_ext.search.features.FeatureIndex``; None
             for the kind of ``index``, or else the exact one.
         device: where to compute; None takes the GPU where there is one.
         batch_size: images in a batch; None for ``test.batch_size`` of the configuration.

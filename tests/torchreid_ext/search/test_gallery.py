@@ -21,8 +21,8 @@ from pml_drsl.checks import InputError
 from torchreid_ext.images import Row
 from torchreid_ext.runtime.files import locked
 from torchreid_ext.search import gallery as module
-from torchreid_ext.search.extraction import ExtractedSet, read_gallery, write_features
-from torchreid_ext.search.gallery import FeatureIndex, Gallery
+from torchreid_ext.search.features import ExtractedSet, FeatureIndex, read_gallery, write_features
+from torchreid_ext.search.gallery import Gallery
 from torchreid_ext.search.sources import resolved, shown
 
 

@@ -1,7 +1,8 @@
-"""Extracts the features of a list of images, by several processes together if there are, and keeps them in a file."""
+"""The features of images: extracted by one process or several, kept in a file, and indexed to find the nearest."""
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -21,6 +23,15 @@ from torchreid_ext.images import Row
 from torchreid_ext.runtime import distributed
 from torchreid_ext.runtime.files import replacing
 from torchreid_ext.search.model import Preprocessing, TrainedModel
+
+EXACT = "Flat"
+"""faiss's name of the exact index."""
+
+# faiss computes distances to more queries than this at once as |q|^2 - 2 qg + |g|^2, which loses the small distances of
+# features that lie far from the origin.
+_ACCURATE_BLOCK = 16
+
+Array = np.ndarray[Any, Any]
 
 # Beside the arrays of drsl-evaluate, which ignores these.
 _FINGERPRINT, _PATHS = "model_fingerprint", "{}_paths"
@@ -66,14 +77,12 @@ def extract_files(
     skip_damaged: bool = False,
     description: str = "features",
 ) -> ExtractedSet:
-    """The features of one or more image files that can be read, in their order.
+    """The features of one or more image files, the ``entries`` that can be read, in their order.
 
     In a run of several processes that torchrun started, inside ``distributed.joined``, each process extracts a share of
     the batches, and every process has all features.
 
     Args:
-        model: the model.
-        entries: the files.
         batch_size: images in a batch; None for ``test.batch_size`` of the model's configuration.
         workers: loading processes, >= 0.
         skip_damaged: leave out an image that cannot be read, instead of raising an error.
@@ -166,3 +175,91 @@ def read_gallery(path: str | os.PathLike[str], model: TrainedModel) -> Extracted
         )
     entries = [Row(*map(str, row)) for row in zip(*columns, strict=True)]
     return ExtractedSet(entries, torch.from_numpy(features.astype(np.float32)))
+
+
+class FeatureIndex:
+    """The features of N images in rows, and faiss's index of them.
+
+    Several threads may search at once, but only while no other thread adds or removes.
+
+    Args:
+        dim: dimensions of a feature.
+        metric: ``"euclidean"``, squared, or ``"cosine"``, 1 - similarity.
+        kind: a string of ``faiss.index_factory``, and after a semicolon parameters of faiss's ``ParameterSpace``:
+            ``"IVF1024,Flat;nprobe=32"``. Any index but ``"Flat"`` is made anew by the first search after a change.
+    """
+
+    def __init__(self, dim: int, metric: str, kind: str = EXACT) -> None:
+        self.dim, self.metric, self.kind = dim, metric, kind
+        # Features of unit norm have twice the cosine distance as squared Euclidean distance.
+        self._exact = _faiss().IndexFlatL2(dim)
+        self._other: Any = None
+
+    def __len__(self) -> int:
+        return int(self._exact.ntotal)
+
+    def add(self, features: Tensor, normalised: bool = False) -> None:
+        """Adds [N, D] features below the rows that are there; ``normalised`` ones have the metric's norm already.
+
+        Raises:
+            InputError: for features that are not finite.
+        """
+        self._exact.add(self._vectors(features, normalised))
+        self._other = None
+
+    def remove(self, rows: Sequence[int]) -> None:
+        """Removes rows; the rows below move up."""
+        self._exact.remove_ids(np.array(rows, dtype=np.int64))
+        self._other = None
+
+    def features(self) -> Tensor:
+        """[N, D] features; of unit norm where the metric is cosine."""
+        # pytorch-metric-learning makes faiss return tensors in the place of arrays.
+        return torch.as_tensor(self._exact.reconstruct_n(0, len(self)))
+
+    def search(self, queries: Tensor, top: int) -> tuple[Array, Array]:
+        """The ``top`` nearest features of each query, [Q, D], nearest first.
+
+        Returns:
+            [Q, top] rows, -1 where fewer were found, and [Q, top] distances.
+
+        Raises:
+            InputError: for queries that are not finite, or a kind of index that faiss cannot make of these features.
+        """
+        vectors, top = self._vectors(queries), min(top, len(self))
+        block = len(vectors) if self.metric == "cosine" else _ACCURATE_BLOCK
+        index = self._exact if self.kind == EXACT else self._made()
+        parts = [index.search(vectors[at : at + block], top) for at in range(0, len(vectors), max(block, 1))]
+        found, rows = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return rows, np.maximum(found, 0) / (2 if self.metric == "cosine" else 1)
+
+    def _made(self) -> Any:
+        if self._other is None:
+            faiss, vectors = _faiss(), self.features().numpy()
+            factory, _, parameters = self.kind.partition(";")
+            try:
+                index = faiss.index_factory(self.dim, factory)
+                index.train(vectors)
+                index.add(vectors)
+                if parameters:
+                    faiss.ParameterSpace().set_index_parameters(index, parameters)
+            except (RuntimeError, AssertionError) as error:
+                reason = " ".join(str(error).split()).rpartition(": ")[2] or type(error).__name__
+                raise InputError(
+                    f"--index-type {self.kind!r}: faiss cannot make this index of {len(self):,} features with "
+                    f"{self.dim} dimensions: {reason}"
+                ) from error
+            self._other = index
+        return self._other
+
+    def _vectors(self, features: Tensor, normalised: bool = False) -> Array:
+        as_given = normalised or self.metric != "cosine"
+        vectors = features.float() if as_given else F.normalize(features.float())
+        if not torch.isfinite(vectors).all():
+            raise InputError("features must be finite, and some are NaN or infinite")
+        return np.ascontiguousarray(vectors.numpy())
+
+
+def _faiss() -> Any:
+    # Not imported with the package: torch and faiss each bring a copy of OpenMP, and the two copies collide on macOS.
+    return importlib.import_module("faiss")
