@@ -39,11 +39,11 @@ def test_every_listed_loss_and_setting_trains_a_batch(model):
         losses, settings = grid.read_losses(CONFIGS / file, [name])
         cfg = built({**losses[name], **([{}, *settings[name]][number])})
         criterion = build.build_criterion(cfg, model, 8, steps=5)
-        seen.add(repr(criterion) + str(flat(cfg)))
+        seen.add(file + repr(criterion) + str(flat(cfg)))
         if criterion is not None:
             (gradient,) = torch.autograd.grad(criterion(features, labels), features)
             assert gradient.isfinite().all() and gradient.any(), (name, number)
-    # No setting is lost on its way into the configuration.
+    # No setting of a file is lost on its way into the configuration.
     assert len(seen) == len(LISTED)
 
 
