@@ -146,7 +146,7 @@ class _Normalized(torch.autograd.Function):
 
 class _EuclideanDistances(torch.autograd.Function):
     """``torch.cdist(x, ref)``. The gradient in x_i is ``sum over j of w_ij (x_i - ref_j)``, w the gradient over the
-    distance. Vectors at distance 0 give each other no gradient. Of a batch with itself, w is ``w + w.T``.
+    distance, or 0 at distance 0. Of a batch with itself, w is ``w + w.T``.
     """
 
     @staticmethod

@@ -19,10 +19,8 @@ from pml_drsl.pairs import IndicesTuple, Pairs
 
 
 class DistributedMinerWrapper(pml_distributed.DistributedMinerWrapper):
-    """Mines the batch of all processes, for ``DistributedLossWrapper``.
-
-    Every process gets the same indices, into the embeddings of all processes in order of rank, whose numbers may
-    differ. With ``efficient=True`` each process mines its own queries, and the indices are then gathered.
+    """Mines the batch of all processes, for ``DistributedLossWrapper``: every process gets the same indices, into the
+    embeddings of all in order of rank. With ``efficient=True`` each process mines its own queries.
     """
 
     def forward(

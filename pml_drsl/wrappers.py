@@ -93,8 +93,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
             raise InputError(f"{number} embeddings do not fit in a memory_size of {self.memory_size}; make it larger")
         if not self.warmup or int(self.warmup_calls) >= self.warmup:
             return super().forward(embeddings, labels, indices_tuple, enqueue_mask)  # type: ignore[no-any-return]
-        # Without the memory the references are what the batch would store.
-        self.warmup_calls += 1
+        self.warmup_calls += 1  # Without the memory the references are what the batch would store.
         x, labels = embeddings, labels.to(embeddings.device)
         if enqueue_mask is None:
             self.curr_batch_idx = torch.arange(len(x), device=x.device)

@@ -114,10 +114,9 @@ def _lift(features: Tensor, metric: Metric) -> Tensor:
 
 
 def _center(gallery: Tensor) -> Tensor | None:
-    """A point near the mean of the gallery, shape (D,), or None where zero is as near as the features spread.
+    """A point near the mean of the gallery, or None if zero is: far from zero, ``|g|^2 / 2 - q.g`` loses digits.
 
-    ``|g|^2 / 2 - q.g`` loses as many digits as the features are farther from zero than from each other. Rounding the
-    mean to about the spread, a power of two, keeps features of few digits so, and their equal distances equal.
+    Rounding to about the spread, a power of two, keeps features of few digits so, and their equal distances equal.
     """
     mean = gallery.mean(dim=0)
     parts = gallery.split(rows_per_chunk(gallery.shape[1]))

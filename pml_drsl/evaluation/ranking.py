@@ -195,16 +195,13 @@ def _rank_rows(
 
 
 def _count_before(rows: Tensor, thresholds: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """The number of entries of each row, shape (q, M), below and at each threshold, shape (q, K). Overwrites the rows.
-
-    Counts of thresholds above ``last``, shape (q, 1), are wrong. On a CPU, numpy sorts about ten times as fast as
-    ``torch.sort``, by vector instructions and without the places.
-    """
+    """Counts the entries of each row, (q, M), below and at each threshold, (q, K), up to ``last``; overwrites rows."""
     # Equal entries are sorted fast. Entries after the last match need no order among themselves.
     torch.minimum(rows, torch.nextafter(last, torch.full_like(last, torch.inf)), out=rows)
     if rows.device.type == "cpu":
         threads = torch.get_num_threads()
-        with ThreadPoolExecutor(threads) as pool:  # numpy releases the interpreter's lock while it sorts.
+        # numpy sorts ten times as fast as torch, which notes the places, and releases the interpreter's lock meanwhile.
+        with ThreadPoolExecutor(threads) as pool:
             list(pool.map(lambda part: part.sort(axis=1), np.array_split(rows.numpy(), threads)))
     else:
         rows = rows.sort(dim=1).values
@@ -213,9 +210,7 @@ def _count_before(rows: Tensor, thresholds: Tensor, last: Tensor) -> tuple[Tenso
 
 
 class Identities:
-    """The gallery grouped by identity, from 0, or -1 for no group: ``order[starts[i] : starts[i] + counts[i]]`` are the
-    entries of identity i.
-    """
+    """Entries ``order[starts[i] : starts[i] + counts[i]]`` have identity i, from 0; -1 is in no group."""
 
     def __init__(self, gallery_ids: Tensor, num_identities: int) -> None:
         self.order = gallery_ids.argsort(stable=True)

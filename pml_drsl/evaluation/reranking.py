@@ -60,10 +60,8 @@ def rerank(
 
 
 class RerankedDistances:
-    """Rows of re-ranked distances: ``(1 - lambda) * Jaccard + lambda * original`` (eq. 12). ``rerank`` creates it.
-
-    ``largest`` is the largest original distance of each query to any image, shape (Q,). The sparse codes of all images,
-    queries first, have shape (Q + M, Q + M). Each row sums to 1 or is empty.
+    """Rows of re-ranked distances: ``(1 - lambda) * Jaccard + lambda * original`` (eq. 12). ``rerank`` creates it, from
+    the largest original distance of each query, (Q,), and the codes of all images, queries first, (Q + M, Q + M).
     """
 
     def __init__(
