@@ -40,19 +40,14 @@ def guarded(
 ) -> int:
     """Runs a command, and explains on stderr in one line what stopped it. A defect of the program keeps its traceback.
 
-    Args:
-        name: of the command.
-        work: what it does; it may return an exit status.
-        outputs: the files that it may write. If it is interrupted, those that it has written are named.
-        stopped: what to say if it is interrupted and has written none of them.
-        extra: extra of this distribution that installs what the command needs.
+    An interrupted command names the ``outputs`` that it has written, or says ``stopped``. ``extra`` is the extra of
+    this distribution that installs what the command needs.
 
     Returns:
         The exit status: 0, or what ``work`` returned; 2 for bad input, a loss that is not finite or a missing package;
         130 if interrupted (143 by SIGTERM); 141 if stdout was closed.
     """
-    for stream in (sys.stdout, sys.stderr):
-        # A path in another encoding than the terminal's would end the command while it prints.
+    for stream in (sys.stdout, sys.stderr):  # which a path in another encoding than the terminal's would end
         if isinstance(stream, io.TextIOWrapper):  # not so where a notebook or a test has replaced it
             stream.reconfigure(errors="backslashreplace")
     before = {path: file_stamp(path) for path in outputs if path and path != "-"}
@@ -62,15 +57,14 @@ def guarded(
     try:
         status = work()
         sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read the output has enough, such as head. Python would complain at its end.
+    except BrokenPipeError:  # Whoever read the output has enough, such as head. Python would complain at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt as stop:
-        written = [path for path, stamp in before.items() if file_stamp(path) != stamp]
-        what = f"interrupted; written before that: {', '.join(map(repr, written))}" if written else stopped
+        if written := [path for path, stamp in before.items() if file_stamp(path) != stamp]:
+            stopped = f"interrupted; written before that: {', '.join(map(repr, written))}"
         if process == "0":
-            say(f"{who} {stop if str(stop) else what}", sys.stderr)
+            say(f"{who} {str(stop) or stopped}", sys.stderr)
         return 128 + getattr(stop, "signal", signal.SIGINT)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("", "pml_drsl", "torchreid_ext"):
@@ -93,14 +87,9 @@ def message(error: BaseException) -> str:
 
 
 def check_outputs(outputs: dict[str, str | None], inputs: Iterable[str | None]) -> None:
-    """Refuses files to write that are in no folder, or that are an input or another output.
+    """Refuses files to write that are in no folder, or that are an input or another output, with an ``InputError``.
 
-    Args:
-        outputs: path of each option that names a file to write; None, empty and ``"-"`` are left out.
-        inputs: the files that are read.
-
-    Raises:
-        InputError: for the first file that cannot be written.
+    ``outputs`` has the path of each option that names such a file; None, empty and ``"-"`` are left out.
     """
     others = dict.fromkeys((path for path in inputs if path and os.path.exists(path)), "the input")
     for option, path in outputs.items():

@@ -22,16 +22,14 @@ _COSINE = pml.CosineSimilarity()
 def distance_matrix(distance: BaseDistance, x: Tensor, ref: Tensor | None = None, fused: bool = True) -> Tensor:
     """The distances of ``x`` and ``ref``, shape (N, M), smaller is nearer: a similarity has its sign changed.
 
-    With ``fused``, Euclidean distances and inner products have a gradient of their own, which can be differentiated
-    once. It is computed in full precision, whatever the backward pass runs with, and takes one matrix product less if
-    a batch is compared with itself. All else is plain autograd inside ``full_precision``; its backward pass follows the
-    user's settings. A vector without direction gets no gradient if the distance normalises its embeddings.
-
     Args:
-        distance: a distance of pytorch-metric-learning that returns a matrix.
+        distance: a distance of pytorch-metric-learning that returns a matrix. If it normalises its embeddings, a vector
+            without direction gets no gradient.
         x: embeddings of the queries, shape (N, dim), float32 or float64.
         ref: embeddings of the candidates, shape (M, dim), of the type of ``x``; None for the queries themselves.
-        fused: use the gradients that are computed here.
+        fused: give Euclidean distances and inner products a gradient in full precision, which can be differentiated
+            once, and takes one matrix product less if a batch is compared with itself. All else is plain autograd,
+            whose backward pass follows the user's settings.
 
     Raises:
         InputError: for infinite or NaN values of a distance that is not computed here.
@@ -55,9 +53,9 @@ def distance_matrix(distance: BaseDistance, x: Tensor, ref: Tensor | None = None
             return mat if distance.power == 1 else mat.pow(distance.power)
         mat = distance(x, ref)
     if not is_known(distance) and not bool(torch.isfinite(mat.detach()).all()):
+        given = f"distance {type(distance).__name__} gave infinite or NaN values"
         why = "SNRDistance does so for an embedding whose values are all equal"
-        name = type(distance).__name__
-        raise InputError(f"distance {name} gave infinite or NaN values; {why}; give another distance or embeddings")
+        raise InputError(f"{given}; {why}; give another distance or embeddings")
     return -mat if distance.is_inverted else mat
 
 
@@ -66,9 +64,8 @@ def angular_dissimilarity(
 ) -> Tensor:
     """The angular dissimilarity ``u = (1 - cos) / 2`` of pairs, shape (E,), in [0, 1].
 
-    If possible it comes from ``of_pairs``, the distance of each pair from ``distance_matrix``. A zero vector has no
-    angle; it counts as orthogonal to every other vector (u = 1/2) and gets no gradient. ``ref`` is ``x`` itself if the
-    batch is compared with itself.
+    If possible it comes from ``of_pairs``, the distance of each pair from ``distance_matrix``. A zero vector counts as
+    orthogonal to all others (u = 1/2) and gets no gradient. ``ref`` is ``x`` if the batch is compared with itself.
     """
     euclidean = isinstance(distance, LpDistance)
     query, candidate = pairs.query, pairs.positive
@@ -130,14 +127,12 @@ def _plus_transposed(w: Tensor) -> Tensor:
 
 
 class _Normalized(torch.autograd.Function):
-    """Vectors of norm 1; one without direction becomes 0 and gets no gradient. The gradient of ``y = x / norm``,
-    ``(grad - y (y . grad)) / norm``, takes a third of the passes of autograd's.
-    """
+    """Vectors of norm 1, or 0 without gradient if without direction, in a third of the passes of autograd's."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-        norm = norm.masked_fill(norm <= SMALLEST_NORM, torch.inf)
+        norm.masked_fill_(norm <= SMALLEST_NORM, torch.inf)
         y: Tensor = x / norm
         ctx.save_for_backward(y, norm)
         return y
@@ -145,14 +140,13 @@ class _Normalized(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        y, norm = ctx.saved_tensors
-        along = torch.linalg.vecdot(y, grad).unsqueeze(1)
-        return torch.addcmul(grad, y, along, value=-1).div_(norm)
+        y, norm = ctx.saved_tensors  # (grad - y (y . grad)) / norm
+        return torch.addcmul(grad, y, torch.linalg.vecdot(y, grad)[:, None], value=-1).div_(norm)
 
 
 class _EuclideanDistances(torch.autograd.Function):
     """``torch.cdist(x, ref)``. The gradient in x_i is ``sum over j of w_ij (x_i - ref_j)``, w the gradient over the
-    distance. Vectors at distance 0 give each other no gradient. Of a batch with itself, w is ``w + w.T``.
+    distance, or 0 at distance 0. Of a batch with itself, w is ``w + w.T``.
     """
 
     @staticmethod
@@ -169,12 +163,10 @@ class _EuclideanDistances(torch.autograd.Function):
         w = (grad / d).masked_fill_(d == 0, 0)
         with full_precision(x.device.type):
             if ref is None:
-                w = _plus_transposed(w)
-                return torch.addmm(x * w.sum(1, keepdim=True), w, x, alpha=-1), None
+                w, ref = _plus_transposed(w), x
             needs_x, needs_ref = ctx.needs_input_grad
             grad_x = torch.addmm(x * w.sum(1, keepdim=True), w, ref, alpha=-1) if needs_x else None
-            grad_ref = torch.addmm(ref * w.sum(0)[:, None], w.T, x, alpha=-1) if needs_ref else None
-        return grad_x, grad_ref
+            return grad_x, torch.addmm(ref * w.sum(0)[:, None], w.T, x, alpha=-1) if needs_ref else None
 
 
 class _InnerProducts(torch.autograd.Function):
@@ -193,7 +185,7 @@ class _InnerProducts(torch.autograd.Function):
         x, ref = ctx.saved_tensors
         with full_precision(x.device.type):
             if ref is None:
-                return _product(ctx.sign, _plus_transposed(grad), x), None, None
+                grad, ref = _plus_transposed(grad), x
             needs_x, needs_ref, _ = ctx.needs_input_grad
             grad_x = _product(ctx.sign, grad, ref) if needs_x else None
             return grad_x, _product(ctx.sign, grad.T, x) if needs_ref else None, None

@@ -19,10 +19,8 @@ from pml_drsl.pairs import IndicesTuple, Pairs
 
 
 class DistributedMinerWrapper(pml_distributed.DistributedMinerWrapper):
-    """Mines the batch of all processes, for ``DistributedLossWrapper``.
-
-    It returns the same indices on every process. They index the embeddings of all processes in order of rank, whose
-    numbers may differ. With ``efficient=True`` each process mines its own queries, and the indices are then gathered.
+    """Mines the batch of all processes, for ``DistributedLossWrapper``: every process gets the same indices, into the
+    embeddings of all in order of rank. With ``efficient=True`` each process mines its own queries.
     """
 
     def forward(
@@ -50,12 +48,12 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
     Both modes return the loss of the whole batch, the embeddings of all processes in order of rank, whose numbers may
     differ. Every process gets the same value (PML's wrapper returns it times the number of processes) and must run
     ``backward()``. Under ``DistributedDataParallel`` both modes give the gradient of one process on the whole batch.
-    The indices of an ``indices_tuple`` point into the whole batch and must be the same on every process, as those of
-    ``DistributedMinerWrapper`` are.
+    An ``indices_tuple`` points into the whole batch and must be the same on every process, as that of
+    ``DistributedMinerWrapper`` is.
 
     ``efficient=False`` takes any loss, and ``CrossBatchMemory``, which is then the same on every process. Every process
-    computes the whole loss with the random numbers of the first process, and sends the gradient to its own embeddings
-    only. Weights of the loss get the gradient of one process on the whole batch.
+    computes the whole loss with the random numbers of the first, and sends the gradient to its own embeddings only.
+    Weights of the loss get the gradient of one process on the whole batch.
 
     ``efficient=True`` takes ``DRSLoss`` only. Every process computes the errors of its own queries, and the errors are
     gathered before they are reduced. (PML's efficient mode gathers embeddings without their gradient.)
@@ -178,16 +176,15 @@ def _gather_batch(
 
 def _gather(x: Tensor, share_gradients: bool = False) -> tuple[Tensor, list[int]]:
     """``x`` of all processes in order of rank, and its length on each. The lengths may differ."""
-    length = torch.tensor([len(x)], device=x.device)
-    lengths = [torch.empty_like(length) for _ in range(dist.get_world_size())]
-    dist.all_gather(lengths, length)
+    lengths = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, torch.tensor([len(x)], device=x.device))
     sizes = [int(length) for length in lengths]
     return _Gather.apply(x, sizes, share_gradients), sizes
 
 
 class _Gather(torch.autograd.Function):
-    """Concatenates the tensors of all processes. With ``share_gradients`` the gradient of a part is the sum over all
-    copies. Without, all compute the same loss, and it is that of the process's own copy, times their number.
+    """Concatenates the tensors of all processes. The gradient of a part is the sum over all copies
+    (``share_gradients``), or, where all compute the same loss, that of the process's own copy, times their number.
     """
 
     @staticmethod

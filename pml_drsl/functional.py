@@ -51,7 +51,7 @@ def errors(
     """The two errors of each (query, positive) pair; the module's docstring has the equations.
 
     The Q x K x M comparisons, K the largest number of positives of a query, are made a block of queries at a time, and
-    made again in the backward pass. Memory is needed for the distances, Q x M, and for one block.
+    again in the backward pass: memory is needed for the distances, Q x M, and one block.
 
     Args:
         distances: shape (Q, M), smaller is nearer.
@@ -59,8 +59,8 @@ def errors(
         temperature: softness of the ranks, > 0, in units of distance.
         margin: distance by which a negative must follow a positive; any finite number.
         bound_power: power of the bound, in (0, 1]; None for the retrieval error itself.
-        dissimilarity: gives the angular dissimilarity of each pair, shape (E,), in [0, 1], from the distance of each
-            pair, shape (E,); None leaves the sort error out.
+        dissimilarity: gives the angular dissimilarity of each pair, in [0, 1], from its distance, both of shape (E,);
+            None leaves the sort error out.
         use_fused: count the negatives by ``fused.count_ahead``, which is faster, and can be differentiated once.
 
     Returns:
@@ -77,19 +77,16 @@ def errors(
     u = () if dissimilarity is None else (d.new_zeros(shape).index_put(cells, dissimilarity(d)),)
     rank_pos, *sort = _in_blocks(functools.partial(_rank_and_sort, temperature=temperature), pairs, peers, *u)
     if bound_power is None:
-        return false_pos / (rank_pos + false_pos), sort[0] if sort else None
-    log_odds = false_pos.log() + shift - rank_pos.log()
-    retrieval = F.softplus(log_odds, beta=bound_power)  # log(1 + odds ** p) / p
+        retrieval = false_pos / (rank_pos + false_pos)
+    else:  # log(1 + odds ** p) / p
+        retrieval = F.softplus(false_pos.log() + shift - rank_pos.log(), beta=bound_power)
     return retrieval, sort[0] if sort else None
 
 
 def _count_ahead(
     pairs: Pairs, distances: Tensor, *, temperature: float, margin: float, bound: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``d_i``, ``false_pos(i)``, and the logarithm of a factor of ``false_pos(i)``, all of shape (E,).
-
-    The factor is 1 (a logarithm of 0) but for a bound whose terms are all tiny: a sum of them would be 0.
-    """
+    """``d_i``, ``false_pos(i)``, and the logarithm of its factor, without which a bound of tiny terms would be 0."""
     d = distances[pairs.query, pairs.positive]
     z = pairs.negatives.mask_excluded(distances / temperature)  # d_n, infinite for what is no negative
     x = ((d + margin) / temperature)[:, None] - z[pairs.query]
@@ -101,10 +98,7 @@ def _count_ahead(
 
 
 def _rank_and_sort(pairs: Pairs, peers: Tensor, u: Tensor | None = None, *, temperature: float) -> tuple[Tensor, ...]:
-    """``rank_pos(i)``, and ``sort(i)`` if there are dissimilarities ``u``, of shape (E,).
-
-    ``peers`` are the distances of the positives of each query, shape (Q, K), infinite where it has no more.
-    """
+    """``rank_pos(i)``, and ``sort(i)`` if there are ``u``. A query has infinite ``peers`` where positives end."""
     d = peers[pairs.query, pairs.column]
     ahead = torch.sigmoid((d[:, None] - peers[pairs.query]) / temperature)  # G(d_i - d_j)
     # A positive is level with itself, G(0) = 1/2: the "1 +" and "j != i" of the definition together add 1/2.
@@ -115,17 +109,12 @@ def _rank_and_sort(pairs: Pairs, peers: Tensor, u: Tensor | None = None, *, temp
 
 
 def _in_blocks(function: Callable[..., tuple[Tensor, ...]], pairs: Pairs, *matrices: Tensor) -> tuple[Tensor, ...]:
-    """``function(pairs, *matrices)``, for a block of queries at a time, computed again in the backward pass.
-
-    The function returns tensors of shape (E,) for the pairs and the rows of the matrices that it is given.
-    """
+    """``function(pairs, *matrices)``, of shape (E,), a block of queries at a time, and again in the backward pass."""
     rows = max(1, BLOCK // max(1, pairs.width * matrices[0].shape[1]))
     if rows >= len(pairs.counts):
         return function(pairs, *matrices)
     blocks = zip(pairs.split(rows), *(matrix.split(rows) for matrix in matrices), strict=True)
-    if torch._C._are_functorch_transforms_active():  # torch.func cannot compute a block again
-        results = [function(*block) for block in blocks]
-    else:
-        again = functools.partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
-        results = [again(*block) for block in blocks]
+    if not torch._C._are_functorch_transforms_active():  # torch.func cannot compute a block again
+        function = functools.partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
+    results = [function(*block) for block in blocks]
     return tuple(torch.cat(parts) for parts in zip(*results, strict=True))

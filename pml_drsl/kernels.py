@@ -1,7 +1,6 @@
-"""The counting of ``fused.count_ahead`` as Triton kernels for CUDA, one forward and one backward.
+"""The counting of ``fused.count_ahead`` as Triton kernels for CUDA, which always add in the same order.
 
-Neither kernel writes a tensor of the size of the comparisons, and both always add in the same order. Tests compare
-them with the eager path of ``fused`` on the CPU, in Triton's interpreter. Torch brings Triton on Linux.
+Neither writes a tensor of the size of the comparisons. Tests run them on the CPU, in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -63,13 +62,9 @@ def count(z: Tensor, x: Tensor, query: Tensor, bound: bool = False) -> tuple[Ten
     """Counts and their slopes of each threshold, both of shape (E,).
 
     The count is the sum over c of ``G = sigmoid(x_e - z[query_e, c])``, with slope ``G * (1 - G)``. With ``bound`` it
-    is the sum of ``log2(1 + exp(x_e - z[query_e, c]))``, with slope ``G / log(2)``.
-
-    Args:
-        z: distances over temperature, shape (Q, C), contiguous; infinite for excluded candidates.
-        x: thresholds over temperature, shape (E,), of the type of ``z``.
-        query: row of each threshold, shape (E,), int64, ascending.
-        bound: count with the bound.
+    is the sum of ``log2(1 + exp(x_e - z[query_e, c]))``, with slope ``G / log(2)``. Distances ``z``, shape (Q, C),
+    contiguous, and thresholds ``x``, shape (E,), of one type, are in units of the temperature; ``z`` is infinite for
+    excluded candidates. ``query`` is the row of each threshold, shape (E,), int64, ascending.
     """
     counts, slopes = torch.empty_like(x), torch.empty_like(x)
     kernel: Any = _count
@@ -83,7 +78,7 @@ def gradient(z: Tensor, x: Tensor, query: Tensor, grad: Tensor, bound: bool = Fa
     out = torch.empty_like(z)
     first = torch.searchsorted(query, torch.arange(len(z) + 1, device=query.device))
     kernel: Any = _gradient
-    shape = len(z), triton.cdiv(z.shape[1], BLOCK)
     with torch.cuda.device_of(z):
-        kernel[shape](z, x, grad.contiguous(), first, out, z.shape[1], BOUND=bound, BLOCK=BLOCK)
+        grid = len(z), triton.cdiv(z.shape[1], BLOCK)
+        kernel[grid](z, x, grad.contiguous(), first, out, z.shape[1], BOUND=bound, BLOCK=BLOCK)
     return out

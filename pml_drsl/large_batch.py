@@ -1,7 +1,4 @@
-"""The loss of a batch too large for memory, with the gradient of the whole batch.
-
-The network runs on the batch chunk by chunk: once without a graph, and once more in the backward pass.
-"""
+"""The loss of a batch too large for memory, with the gradient of the whole batch."""
 
 from __future__ import annotations
 
@@ -21,20 +18,18 @@ class LargeBatch(nn.Module):
     """The loss of a whole batch, for a network that has memory for a part of the batch alone.
 
     The network embeds the images chunk by chunk, without a graph, and the loss compares all embeddings. ``backward()``
-    embeds each chunk again, now with a graph, and sends the chunk's part of the loss's gradient into the weights. They
-    get the gradient of the whole batch, up to rounding, which accumulating the losses of small batches does not give.
-    The price is a second forward pass. (Revaud et al., ICCV 2019; Gao et al., arXiv:2101.06983.)
+    embeds each chunk again, now with a graph. The weights get the gradient of the whole batch, up to rounding, which
+    accumulating the losses of small batches does not give. (Revaud et al., ICCV 2019; Gao et al., arXiv:2101.06983.)
 
-    The memory needed is that of one chunk's graph, and of the embeddings and the loss of the whole batch. A batch that
-    fits in one chunk takes the ordinary path, with one forward pass.
+    The memory needed is that of one chunk's graph, and of the embeddings and the loss of the whole batch. The price is
+    a second forward pass, but for a batch that fits in one chunk.
 
     - Random layers draw the same numbers for a chunk in both passes, and both run under the same autocast.
     - Batch normalisation in training sees one chunk at a time, so its output depends on ``chunk_size``. Its running
-      statistics are updated by the first pass alone, so that every image counts once.
+      statistics are updated by the first pass alone.
     - ``DistributedDataParallel``: give the wrapped network, and ``pml_drsl.wrappers.DistributedLossWrapper`` round the
       loss. ``chunk_size`` is that of one process. Gradients are reduced once a step, with the last chunk.
-    - ``torch.autograd.grad`` cannot be used for the network's weights, whose gradients are added to ``.grad``. There is
-      no gradient of the gradient.
+    - The weights' gradients are added to ``.grad``, so ``torch.autograd.grad`` cannot be used, nor second gradients.
 
     Example::
 
@@ -46,8 +41,8 @@ class LargeBatch(nn.Module):
         network: takes images, shape (N, ...), and returns embeddings, shape (N, D), or tuples, lists or dictionaries of
             tensors of length N.
         loss: any function of what the network returns and of the labels, such as a loss of pytorch-metric-learning.
-        chunk_size: largest number of images that the network embeds at a time, >= 1. The chunks of a batch differ by
-            one image at most: with a ``chunk_size`` of 16, 20 images are embedded as 10 and 10.
+        chunk_size: largest number of images to embed at a time, >= 1. Chunks differ by one image at most: with a
+            ``chunk_size`` of 16, 20 images are embedded as 10 and 10.
         miner: a miner of pytorch-metric-learning, for a network that returns embeddings alone. It sees the whole batch.
 
     Raises:
@@ -62,12 +57,9 @@ class LargeBatch(nn.Module):
         self.network, self.loss, self.chunk_size, self.miner = network, loss, chunk_size, miner
 
     def forward(self, images: Tensor, labels: Tensor, **loss_arguments: Any) -> Tensor:
-        """The loss of a batch, a scalar that supports ``backward()``.
+        """The loss of a batch, a scalar: images of shape (N, ...), N >= 1, and labels of shape (N,).
 
-        Args:
-            images: the batch, shape (N, ...), N >= 1.
-            labels: of the images, shape (N,).
-            **loss_arguments: further arguments of the loss, such as ``indices_tuple``, ``ref_emb`` or ``enqueue_mask``.
+        Further arguments are those of the loss, such as ``indices_tuple``, ``ref_emb`` or ``enqueue_mask``.
 
         Raises:
             InputError: as ``forward_in_chunks``; for labels of another length; for an ``indices_tuple`` with a miner.
@@ -91,8 +83,7 @@ class LargeBatch(nn.Module):
 def forward_in_chunks(network: nn.Module, images: Tensor, chunk_size: int) -> Any:
     """What ``network(images)`` returns, computed and differentiated with the memory of one chunk.
 
-    This is the part of ``LargeBatch`` before the loss, for a training step of another shape: call it in place of the
-    network. ``LargeBatch`` describes the arguments and what holds for random layers, batch normalisation and the like.
+    It is the part of ``LargeBatch``, which describes it, before the loss: call it in place of the network.
 
     Raises:
         InputError: as ``LargeBatch``, or for images that are no tensor of shape (N, ...) with N >= 1, or for an output
@@ -103,9 +94,7 @@ def forward_in_chunks(network: nn.Module, images: Tensor, chunk_size: int) -> An
         given = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise InputError(f"images must be a tensor of shape (N, ...) with one image or more, got {given}")
     if len(images) <= chunk_size:
-        output = network(images)
-        _check_output(output, len(images))
-        return output
+        return _checked_output(network(images), len(images))
     passes = _TwoPasses(network, images, number=-(-len(images) // chunk_size))
     # Autograd records a function only if one of its inputs needs a gradient, and images seldom do.
     trained = any(parameter.requires_grad for parameter in network.parameters())
@@ -120,7 +109,7 @@ def _check_chunks(network: nn.Module, chunk_size: int) -> None:
         raise InputError(f"chunk_size must be an integer of 1 or more, got {chunk_size!r}")
 
 
-def _check_output(output: Any, number: int) -> None:
+def _checked_output(output: Any, number: int) -> Any:
     for part in tree_leaves(output):
         if not isinstance(part, Tensor):
             wanted = "the network must return a tensor, or tuples, lists or dictionaries of tensors"
@@ -128,6 +117,7 @@ def _check_output(output: Any, number: int) -> None:
         if part.ndim == 0 or len(part) != number:
             given = f"the network returned a tensor of shape {tuple(part.shape)} for {number} images"
             raise InputError(f"{given}; every tensor must have one row for each image")
+    return output
 
 
 class _InChunks(torch.autograd.Function):
@@ -137,8 +127,7 @@ class _InChunks(torch.autograd.Function):
     def forward(ctx: Any, passes: _TwoPasses, images: Tensor, anchor: Tensor) -> tuple[Tensor, ...]:
         ctx.passes = passes
         ctx.save_for_backward(images)
-        # An output that the loss leaves out has no gradient in the second pass either.
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # An output that the loss leaves out has no gradient in the second pass.
         outputs = passes.first(images)
         ctx.mark_non_differentiable(*(part for part in outputs if not part.is_floating_point()))
         return tuple(outputs)
@@ -156,7 +145,7 @@ class _TwoPasses:
     """The two forward passes of one batch, and what the second pass needs in order to repeat the first."""
 
     def __init__(self, network: nn.Module, images: Tensor, number: int) -> None:
-        self.structure: Any = None  # How the network nests its output tensors, known after the first pass.
+        self.structure: Any = None  # of the network's output, known after the first pass
         self._network, self._number = network, number
         used = {tensor.device for tensor in (images, *network.parameters())}
         self._cuda = sorted({device.index for device in used if device.type == "cuda"})
@@ -172,24 +161,16 @@ class _TwoPasses:
         parts = []
         for chunk in images.tensor_split(self._number):
             self._random.append([torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._cuda)])
-            output = self._network(chunk)
-            _check_output(output, len(chunk))
-            leaves, self.structure = tree_flatten(output)
+            leaves, self.structure = tree_flatten(_checked_output(self._network(chunk), len(chunk)))
             parts.append(leaves)
-        # Autocast may keep the half-precision copies of the weights that were made here, which have no graph: the
-        # second pass must not find them.
-        torch.clear_autocast_cache()
+        torch.clear_autocast_cache()  # The second pass must not find half-precision weights, which have no graph.
         return [torch.cat(part) for part in zip(*parts, strict=True)]
 
     def second(self, images: Tensor, gradients: Sequence[Tensor | None], of_images: Tensor | None) -> None:
-        """Adds the gradient of every weight to its ``.grad``, and writes the gradient of the images into ``of_images``.
-
-        ``gradients`` are those of each tensor that ``first`` returned; None for no gradient.
-        """
+        """Adds to the ``.grad`` of the weights, and writes ``of_images``; ``gradients`` are of what ``first`` gave."""
         split = [[None] * self._number if part is None else part.tensor_split(self._number) for part in gradients]
         after = _copies(self._network)
-        # Batch normalisation and the like go through the same states again.
-        _put_back(self._network, self._buffers)
+        _put_back(self._network, self._buffers)  # Batch normalisation and the like go through the same states again.
         try:
             for number, (chunk, *parts) in enumerate(zip(images.tensor_split(self._number), *split, strict=True)):
                 chunk = chunk.detach().requires_grad_(of_images is not None)
@@ -200,8 +181,8 @@ class _TwoPasses:
             _put_back(self._network, after)
 
     def _back_propagate(self, number: int, chunk: Tensor, gradients: Sequence[Tensor | None]) -> None:
-        is_last = number == self._number - 1
         # DistributedDataParallel reduces what has added up when it sees the last chunk.
+        is_last = number == self._number - 1
         add_up = nullcontext if is_last else getattr(self._network, "no_sync", nullcontext)
         with torch.enable_grad(), add_up():
             with ExitStack() as stack:  # Random numbers and autocast are as in the first pass.
@@ -224,6 +205,6 @@ def _copies(network: nn.Module) -> dict[str, Tensor]:
 
 def _put_back(network: nn.Module, copies: dict[str, Tensor]) -> None:
     for name, buffer in network.named_buffers():
-        # Through .data, which autograd does not count as a change: the graph of another forward pass may hold the
-        # buffer, which has its values again before that graph is used.
+        # Autograd does not count this as a change: the graph of another forward pass, which may hold the buffer, finds
+        # its values again.
         buffer.data.copy_(copies[name])

@@ -18,8 +18,7 @@ from pml_drsl.machine import full_precision
 from pml_drsl.pairs import IndicesTuple, Pairs, pairs_from_indices, pairs_from_labels
 from pml_drsl.reducers import PerQueryReducer, check_reducer
 
-# Distances of one chunk of queries, in elements, where `query_chunk_size` does not say: 64 MiB of float32.
-CHUNK_ELEMENTS = 2**24
+CHUNK_ELEMENTS = 2**24  # Distances of a chunk of queries, where `query_chunk_size` does not say: 64 MiB of float32.
 # Errors of each (query, positive) pair, shape (E,), by name: "retrieval" (what is trained), "sort" if there is a sort,
 # and with statistics "smoothed", the retrieval error itself, without a graph.
 Errors = dict[str, Tensor]
@@ -45,8 +44,7 @@ class DRSLoss(BaseMetricLossFunction):
     ``num_queries``, the number of queries with a term. The errors are tensors on the device, without a graph.
 
     Args:
-        temperature: softness of the ranks, > 0, in units of distance. (By default the distance is the cosine similarity
-            with its sign changed, in [-1, 1].)
+        temperature: softness of the ranks, > 0, in units of distance (by default in [-1, 1], minus the cosine).
         sort_weight: weight of the sort error, >= 0. At 0 the loss ranks by distance alone.
         margin: distance by which negatives must follow positives; any finite number.
         bound_power: sharpness p, in (0, 1], of the bound of the smoothed retrieval error, a softplus of its log odds,
@@ -55,16 +53,15 @@ class DRSLoss(BaseMetricLossFunction):
             pairs whose order is right.
         query_chunk_size: queries whose distances are computed at once; bounds memory, changes no value.
             None chooses it so that one chunk of distances takes 64 MiB, or as much as the references.
-        fused: compute by the fast path, which can be differentiated once; double backward and ``torch.func`` need
-            False, which is plain autograd.
-        **kwargs: arguments of ``BaseMetricLossFunction``: ``distance`` (default: ``CosineSimilarity()``; a
-            similarity enters with its sign changed; ``BatchedDistance`` and ``p`` or ``power`` below 1, whose gradient
-            is infinite at a distance of 0, are refused), ``reducer`` (default: ``PerQueryReducer``),
-            ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``.
+        fused: compute by the fast path, differentiable once; double backward and ``torch.func`` need False.
+        **kwargs: arguments of ``BaseMetricLossFunction``: ``distance`` (default: ``CosineSimilarity()``; refused are
+            ``BatchedDistance``, and ``p`` or ``power`` below 1, whose gradient is infinite at a distance of 0),
+            ``reducer`` (default: ``PerQueryReducer``), ``embedding_regularizer``, ``embedding_reg_weight``,
+            ``collect_stats``.
 
     Raises:
-        InputError: a ``ValueError``; for an unknown argument or a hyper-parameter out of range, at construction; for
-            tensors of wrong shape or type, when called.
+        InputError: a ``ValueError``, for an unknown argument or a hyper-parameter out of range, or when called for
+            tensors of wrong shape or type.
     """
 
     def __init__(
@@ -122,12 +119,10 @@ class DRSLoss(BaseMetricLossFunction):
         """The loss of a batch, a scalar. It is computed in float32 or float64, without autocast or TensorFloat-32.
 
         Args:
-            embeddings: shape (batch, dim).
-            labels: shape (batch,), integer; None if there is an ``indices_tuple``.
+            embeddings, labels: shapes (batch, dim) and (batch,), integer labels, or None with an ``indices_tuple``.
             indices_tuple: pairs or triplets of a miner, which are then the positives and negatives.
-            ref_emb: the candidates, shape (references, dim). A query is no candidate of its own without them, or if
-                they are the same object as ``embeddings``. (The losses of PML decide by the object of the labels.)
-            ref_labels: labels of the candidates, shape (references,), integer.
+            ref_emb, ref_labels: the candidates, shapes (references, dim) and (references,). A query is no candidate of
+                its own without them, or if ``ref_emb`` is the object ``embeddings`` (PML decides by the labels).
         """
         check_embeddings("embeddings", embeddings)
         check_labels("labels", labels, len(embeddings))
@@ -180,7 +175,7 @@ class DRSLoss(BaseMetricLossFunction):
 
     def compute_errors(self, embeddings: Tensor, ref_emb: Tensor, pairs: Pairs) -> Errors:
         """The errors of the pairs of ``embeddings`` (the queries) and ``ref_emb``, a chunk of queries at a time."""
-        # Every chunk keeps a copy of the references for the backward pass: a chunk should not be smaller than they are.
+        # Every chunk keeps a copy of the references for the backward pass, and should not be smaller than they are.
         size = self.query_chunk_size or max(1, embeddings.shape[1], CHUNK_ELEMENTS // max(1, len(ref_emb)))
         if size >= len(embeddings):
             return self._errors_of_chunk(embeddings, ref_emb, pairs)
@@ -191,15 +186,14 @@ class DRSLoss(BaseMetricLossFunction):
     def _errors_of_chunk(self, x: Tensor, ref: Tensor, pairs: Pairs) -> Errors:
         distances = distance_matrix(self.distance, x, None if ref is x else ref, self.fused)
         angle = functools.partial(angular_dissimilarity, self.distance, x=x, ref=ref, pairs=pairs, fused=self.fused)
-        errors_of = functools.partial(
-            functional.errors, pairs=pairs, temperature=self.temperature, margin=self.margin, use_fused=self.fused
-        )
-        retrieval, sort = errors_of(
-            distances, bound_power=self.bound_power, dissimilarity=angle if self.sort_weight > 0 else None
-        )
+        shared: dict[str, Any] = {"temperature": self.temperature, "margin": self.margin, "use_fused": self.fused}
+        options: Any = {"bound_power": self.bound_power, "dissimilarity": angle if self.sort_weight else None}
+        retrieval, sort = functional.errors(distances, pairs, **shared, **options)
         errors = {"retrieval": retrieval} if sort is None else {"retrieval": retrieval, "sort": sort}
         if self.collect_stats:
-            errors["smoothed"] = retrieval.detach() if self.bound_power is None else errors_of(distances.detach())[0]
+            errors["smoothed"] = retrieval.detach()
+            if self.bound_power is not None:
+                errors["smoothed"], _ = functional.errors(distances.detach(), pairs, **shared)
         return errors
 
     def _sub_loss_names(self) -> list[str]:

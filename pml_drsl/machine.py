@@ -33,8 +33,8 @@ def reset_peak_process_bytes() -> None:
     """Makes ``peak_process_bytes`` start again from the memory that this process holds now, on Linux only."""
     if sys.platform != "linux":
         return
-    # A measurement would miss that freed memory which the process still holds is used again.
-    with suppress(AttributeError):  # Not every C library can give memory back.
+    # Freed memory that the process still holds would be used again unseen. Not every C library can give it back.
+    with suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     with suppress(OSError), open("/proc/self/clear_refs", "w") as file:
         file.write("5")
@@ -44,8 +44,8 @@ def reset_peak_process_bytes() -> None:
 def full_precision(device_type: str) -> Iterator[None]:
     """Matrix products without autocast, TensorFloat-32 or bfloat16, whose ranks differ; settings are restored.
 
-    The settings belong to the process. The first block that is entered saves them and the last block that is left
-    restores them, so blocks may be nested, and may run in several threads, as the backward pass of several GPUs does.
+    The settings belong to the process. The first block saves them and the last restores them, so blocks may be nested,
+    and may run in several threads, as the backward pass of several GPUs does.
     """
     import torch  # The commands count the cores before they need torch.
 
@@ -71,26 +71,22 @@ def _set_precision(values: list[Any] | None) -> list[Any]:
     # The getter of torch 2.4 raises in later versions once their per-backend switches have been used.
     backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
     switches: list[Any] = [backend for backend in backends if hasattr(backend, "fp32_precision")]
+    before = [switch.fp32_precision for switch in switches] or [torch.get_float32_matmul_precision()]
     if not switches:
-        before = [torch.get_float32_matmul_precision()]
         torch.set_float32_matmul_precision(values[0] if values else "highest")
-        return before
-    before = [switch.fp32_precision for switch in switches]
-    for switch, value in zip(switches, values or ["ieee"] * len(switches), strict=True):
+    for switch, value in zip(switches, values or ["ieee"] * len(switches), strict=False):
         switch.fp32_precision = value
     return before
 
 
 def keep_freed_memory() -> None:
-    """Lets the process keep the memory that it frees, instead of giving it back to the system and asking for it again.
+    """Lets the process keep the memory that it frees, where the C library is glibc, as on most Linux systems.
 
     A training step allocates the same large tensors again and again, and the system clears all memory that it gives.
-    Only glibc, the C library of most Linux systems, can be told so; elsewhere nothing happens.
     """
     if not sys.platform.startswith("linux"):
         return
     with suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        trim_threshold, mmap_max = -1, -4
-        mallopt(mmap_max, 0)  # Large blocks come from the heap, too.
-        mallopt(trim_threshold, -1)  # The heap never shrinks.
+        mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too.
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks.

@@ -20,10 +20,8 @@ FourIndices = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class RankingMiner(BaseMiner):
-    """A miner that ranks the candidates of each query, by distances in full precision.
-
-    Unlike PML's miners it can be told which candidate is the query itself, in a cross-batch memory or among embeddings
-    gathered from other processes. Otherwise the query would count as its own nearest positive.
+    """A miner that ranks the candidates of each query, by distances in full precision, and unlike PML's can be told
+    which candidate is the query itself, in a cross-batch memory or among embeddings of other processes.
     """
 
     def forward(
@@ -37,9 +35,9 @@ class RankingMiner(BaseMiner):
         """Pairs (a1, p, a2, n).
 
         Args:
-            embeddings, labels: those of the queries, shapes (Q, dim) and (Q,), integer labels.
-            ref_emb, ref_labels: those of the candidates, shapes (M, dim) and (M,). If ``ref_emb`` is None or the same
-                object as ``embeddings``, no query is its own candidate. (PML decides by the object of the labels.)
+            embeddings, labels: of the queries, shapes (Q, dim) and (Q,), integer labels.
+            ref_emb, ref_labels: of the candidates, shapes (M, dim) and (M,). If ``ref_emb`` is None or the object
+                ``embeddings``, no query is its own candidate. (PML decides by the object of the labels.)
             own: the candidate that is the query itself, shape (Q,), integer; needs ``ref_emb``.
         """
         self.reset_stats()
@@ -66,14 +64,11 @@ class RankingMiner(BaseMiner):
 
 class RankViolationMiner(RankingMiner):
     """Keeps the violations of a ranking: the positives that some negative of their query precedes, and the negatives
-    that precede some positive.
-
-    A negative n precedes a positive p of the same query where ``d_n - d_p < margin``, in units of distance (for a
-    similarity: ``s_p - s_n < margin``). Works with any distance, ``ref_emb`` and cross-batch memory. Returns pairs
-    (a1, p, a2, n).
+    that precede some positive, as pairs (a1, p, a2, n). Works with any distance, ``ref_emb`` and cross-batch memory.
 
     Args:
-        margin: distance by which a negative must follow a positive not to count as a violation; any finite number.
+        margin: any finite number. A negative n precedes a positive p of its query where ``d_n - d_p < margin``, in
+            units of distance (for a similarity: ``s_p - s_n < margin``).
         **kwargs: arguments of ``BaseMiner``: ``distance`` (default: ``LpDistance``), ``collect_stats``.
     """
 
@@ -98,20 +93,18 @@ class RankViolationMiner(RankingMiner):
 
 
 class NegativeBudgetMiner(RankingMiner):
-    """Sets the imbalance of every query to a chosen value. It keeps the positives of a query, and
-    ``round(negatives_per_positive * number of positives)`` of its negatives, at least one if there is one. A query
-    without a positive gets no pair. Works with any distance, ``ref_emb``, cross-batch memory and classes of any size.
-    Returns pairs (a1, p, a2, n).
+    """Sets the imbalance of every query to a chosen value: it keeps the positives of a query, and
+    ``round(negatives_per_positive * number of positives)`` of its negatives, at least one if there is one, as pairs
+    (a1, p, a2, n). Works with any distance, ``ref_emb``, cross-batch memory and classes of any size.
 
     Args:
         negatives_per_positive: negatives kept for each positive, > 0, not necessarily a whole number.
         strategy: which negatives are kept. ``"hard"``: the nearest. ``"semihard"``: first the nearest of the negatives
             that are farther than the nearest positive of the query, then the farthest of the other negatives (after
             FaceNet, Schroff et al., CVPR 2015). ``"random"``: any, with equal probability.
-        positives: positives kept for each query, drawn at random; None keeps all. With 1, the ratio of negatives to
-            positives can exceed the number of identities.
-        seed: seed of the random draws, 0 or more. The number of draws is part of the ``state_dict``. None draws from
-            torch's global generator.
+        positives: positives kept for each query, drawn at random; None keeps all. With 1, the imbalance can exceed the
+            number of identities.
+        seed: seed of the draws, 0 or more; their number is part of the ``state_dict``. None: torch's global generator.
         **kwargs: arguments of ``BaseMiner``: ``distance`` (default: ``LpDistance``), ``collect_stats``.
 
     Raises:
@@ -136,8 +129,7 @@ class NegativeBudgetMiner(RankingMiner):
             raise InputError(f"seed must be None or an integer of at least 0, got {seed!r}")
         if not (positives is None or (is_whole(positives) and positives >= 1)):
             raise InputError(f"positives must be None or an integer of at least 1, got {positives!r}")
-        self.negatives_per_positive = float(negatives_per_positive)
-        self.strategy = strategy
+        self.negatives_per_positive, self.strategy = float(negatives_per_positive), strategy
         self.seed = None if seed is None else int(seed)
         self.positives = None if positives is None else int(positives)
         self.num_calls: Tensor
@@ -174,8 +166,7 @@ class NegativeBudgetMiner(RankingMiner):
     def _random(self, rows: int, columns: int, device: torch.device) -> Tensor:
         if self.seed is None:
             return torch.rand(rows, columns, device=device)
-        # A generator of its own for each call, on the CPU: the draws are the same on every device, two seeds draw
-        # independently, and a restored run goes on with the draws it would have made.
+        # A generator of its own for each call, on the CPU: the same draws on every device and in a restored run.
         (mixed,) = np.random.SeedSequence((self.seed, int(self.num_calls))).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(mixed))
         self.num_calls += 1
@@ -196,10 +187,7 @@ def _distances(distance: torch.nn.Module, embeddings: Tensor, ref_emb: Tensor) -
 def mine_without_self(
     miner: BaseMiner | None, emb: Tensor, labels: Tensor, refs: Tensor, ref_labels: Tensor | None, own: Tensor | None
 ) -> IndicesTuple:
-    """The indices that any miner of PML returns, or of all pairs without a miner, but no pair of a query and itself.
-
-    That is the candidate ``own[query]``; ``own`` is None if no candidate is a query.
-    """
+    """The indices of a miner of PML, or of all pairs, without those of a query and itself, its candidate ``own``."""
     if isinstance(miner, RankingMiner):
         return miner(emb, labels, refs, ref_labels, own)  # type: ignore[no-any-return]
     indices = lmu.get_all_pairs_indices(labels, ref_labels) if miner is None else miner(emb, labels, refs, ref_labels)

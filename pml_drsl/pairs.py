@@ -17,10 +17,8 @@ IndicesTuple = tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Ten
 
 @dataclass(frozen=True)
 class SparseMask:
-    """Sparse (query, candidate) mask. A dense mask would need an extra pass over the distance matrix.
-
-    It lists pairs, each once, ascending by ``query``, and contains them (``included``) or all others, without the
-    candidate ``own``, shape (Q,), that is the query itself.
+    """Mask of the listed (query, candidate) pairs (``included``), or of all others but the query's ``own``. Pairs are
+    listed once, ascending by query. A dense mask would need an extra pass over the distances.
     """
 
     query: Tensor
@@ -50,8 +48,7 @@ class Pairs:
     Attributes:
         query, positive: the (query, positive) pairs, shape (E,), integer, each once, ascending by query.
         column: place of each pair among the pairs of its query, shape (E,), integer, from 0.
-        counts: number of listed positives of each query, shape (Q,).
-        width: largest number of positives of one query.
+        counts, width: number of listed positives of each query, shape (Q,), and the largest of them.
         num_queries: number of queries that have a positive and a negative.
         negatives: the negatives of each query.
     """
@@ -91,10 +88,8 @@ class Pairs:
 
 
 def pairs_from_labels(labels: Tensor, ref_labels: Tensor, same: bool) -> Pairs:
-    """The pairs of ``lmu.get_all_pairs_indices(labels, ref_labels)``, without its N^2 indices.
-
-    The labels of the queries and of the candidates, shapes (Q,) and (M,), are integers. ``same``: the candidates are
-    the queries, in the same order. A query is then no candidate of its own.
+    """The pairs of ``lmu.get_all_pairs_indices``, without its N^2 indices, of integer labels, shapes (Q,) and (M,).
+    ``same``: the candidates are the queries, none its own candidate.
     """
     of_refs, order = ref_labels.long().sort(stable=True)
     of_queries = labels.long().contiguous()
@@ -107,8 +102,7 @@ def pairs_from_labels(labels: Tensor, ref_labels: Tensor, same: bool) -> Pairs:
     query = torch.repeat_interleave(counts, output_size=total)
     column = _columns(query, counts)
     place = first[query] + column
-    if own is not None:
-        # The sorted candidates of an identity contain the query itself, which is left out.
+    if own is not None:  # The sorted candidates of an identity contain the query itself, which is left out.
         own_place = torch.empty_like(order).scatter_(0, order, own)
         place = place + (place >= own_place[query])
     positive = order[place]
@@ -118,15 +112,16 @@ def pairs_from_labels(labels: Tensor, ref_labels: Tensor, same: bool) -> Pairs:
 def pairs_from_indices(indices_tuple: IndicesTuple, num_queries: int, num_refs: int, device: torch.device) -> Pairs:
     """The pairs of a miner: 3 tensors (anchors, positives, negatives) or 4 (anchors, positives, anchors, negatives).
 
-    Raises:
-        InputError: for another number of tensors, indices out of range, or a pair that is both positive and negative.
+    An InputError for another number of tensors, indices out of range, or a pair both positive and negative.
     """
     a1, p, a2, n = _check_indices(indices_tuple, num_queries, num_refs, device)
-    positives, negatives = _unique_ascending(a1 * num_refs + p, a2 * num_refs + n)
+    codes = a1 * num_refs + p, a2 * num_refs + n
+    # Most miners return the pairs ascending, and each once.
+    ascending = torch.stack([(part[1:] > part[:-1]).all() for part in codes]).tolist()
+    positives, negatives = (part if fine else part.unique() for part, fine in zip(codes, ascending, strict=True))
     if len(positives) and len(negatives):
         nearest = negatives[torch.searchsorted(negatives, positives).clamp_(max=len(negatives) - 1)]
-        both = nearest == positives
-        if bool(both.any()):
+        if bool((both := nearest == positives).any()):
             given = f"the pair {divmod(int(positives[both][0]), num_refs)} both as a positive and as a negative"
             raise InputError(f"indices_tuple has {given}; give every pair one role")
     has_negative = torch.zeros(num_queries, dtype=torch.bool, device=device).index_fill_(0, a2, True)
@@ -136,8 +131,7 @@ def pairs_from_indices(indices_tuple: IndicesTuple, num_queries: int, num_refs: 
     _, width, number = _totals(counts)
     of_negatives = negatives // max(1, num_refs)
     mask = SparseMask(of_negatives, negatives - of_negatives * num_refs, included=True)
-    positive = positives - query * num_refs
-    return Pairs(query, positive, _columns(query, counts), counts, width, number, mask)
+    return Pairs(query, positives - query * num_refs, _columns(query, counts), counts, width, number, mask)
 
 
 def _totals(counts: Tensor) -> list[int]:
@@ -146,14 +140,8 @@ def _totals(counts: Tensor) -> list[int]:
 
 
 def _columns(query: Tensor, counts: Tensor) -> Tensor:
-    """Place of each pair among the pairs of its query, shape (E,), from the number of pairs of each query, (Q,)."""
+    """Place of each pair among the pairs of its query, from the number of pairs of each query."""
     return torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
-
-
-def _unique_ascending(*codes: Tensor) -> list[Tensor]:
-    """Each tensor sorted and without duplicates. Most miners return such tensors, so that is checked first."""
-    ascending = torch.stack([(part[1:] > part[:-1]).all() for part in codes]).tolist()
-    return [part if sound else torch.unique(part) for part, sound in zip(codes, ascending, strict=True)]
 
 
 def _check_indices(
@@ -172,6 +160,6 @@ def _check_indices(
     ends = [torch.stack([*index.aminmax()] if len(index) else [zero, zero]) for index in indices]
     for index, size, name, (low, high) in zip(indices, sizes, names, torch.stack(ends).tolist(), strict=True):
         if len(index) and not 0 <= low <= high < size:
-            given = f"{name} indices from {low} to {high}"
-            raise InputError(f"indices_tuple has {given}, outside the {size} embeddings they point into")
+            outside = f"outside the {size} embeddings they point into"
+            raise InputError(f"indices_tuple has {name} indices from {low} to {high}, {outside}")
     return indices

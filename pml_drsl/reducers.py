@@ -25,11 +25,8 @@ class _QueryReducer(BaseReducer):
 class PerQueryReducer(_QueryReducer):
     """Averages the losses of each query, then reduces the queries that have one.
 
-    Unlike PML's ``PerAnchorReducer`` it gives a query without a loss no weight, and the references may outnumber
-    the batch (``ref_emb``, cross-batch memory).
-
-    Args:
-        reducer: reduces the queries' averages, one "element" each. Default: their mean.
+    Unlike PML's ``PerAnchorReducer`` it gives a query without a loss no weight, and the references may outnumber the
+    batch (``ref_emb``, cross-batch memory). The ``reducer`` of the queries' averages, "elements", is their mean.
     """
 
     def __init__(self, reducer: BaseReducer | None = None, **kwargs: Any) -> None:
@@ -72,10 +69,7 @@ class PerIdentityReducer(_QueryReducer):
 
 
 def _averages(losses: Tensor, group: Tensor, number: int, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Average loss of each group, shape (number,), and whether the group has a loss; 0 where it has none.
-
-    ``group`` is the group of each loss, in [0, number). A loss that is not ``counted`` must be 0; None counts all.
-    """
+    """The average of the losses of each ``group``, or 0, and whether it has one. A loss not ``counted`` must be 0."""
     ones = torch.ones_like(losses) if counted is None else counted.to(losses)
     counts = losses.new_zeros(number).index_add_(0, group, ones)
     sums = losses.new_zeros(number).index_add(0, group, losses)
@@ -89,10 +83,10 @@ def check_reducer(reducer: torch.nn.Module, labels: Tensor | None, batch_size: i
             given = f"{num_refs} references of {batch_size} embeddings"
             raise InputError(f"PerAnchorReducer has no room for {given}; give a pml_drsl.reducers.PerQueryReducer")
         if isinstance(part, ClassWeightedReducer):
-            number = len(part.weights)
             if labels is None:
                 raise InputError("ClassWeightedReducer needs labels: call the loss with them")
-            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < number:
-                given = f"the batch has labels from {int(labels.min())} to {int(labels.max())}"
-                have = f"ClassWeightedReducer has weights for the labels 0 to {number - 1}"
-                raise InputError(f"{have}, and {given}; number the classes from 0 and weigh them all")
+            low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
+            if low < 0 or high >= len(part.weights):
+                have = f"ClassWeightedReducer has weights for the labels 0 to {len(part.weights) - 1}"
+                cure = "number the classes from 0 and weigh them all"
+                raise InputError(f"{have}, and the batch has labels from {low} to {high}; {cure}")

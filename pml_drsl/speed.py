@@ -23,7 +23,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -58,15 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> pd.DataFrame:
-    """Measures every loss at every size.
+    """Measures every loss at every size. An InputError if an argument is out of its range.
 
-    Returns:
-        A row for each loss at each size, with the columns ``dim``, ``size``, ``loss``, ``seconds`` (median), ``ratio``
-        (to the distance matrix, median over the rounds), ``peak_mib`` and ``rounds``. Figures of a loss that does not
-        fit in memory are NaN.
-
-    Raises:
-        InputError: if an argument is out of its range.
+    A row of the result has the columns ``dim``, ``size``, ``loss``, ``seconds`` (median), ``ratio`` (to the distance
+    matrix, median over the rounds), ``peak_mib`` and ``rounds``. Figures of a loss that does not fit in memory are NaN.
     """
     import pandas as pd
     import torch
@@ -81,7 +76,7 @@ def run(args: argparse.Namespace) -> pd.DataFrame:
     make, sizes, names = make_step, args.sizes, args.losses
     if args.evaluation:
         make, sizes, names = make_search, [GALLERY], [EVALUATION]
-    for dim, size in tqdm([(dim, size) for dim in args.dims for size in sizes], unit="size", disable=None):
+    for dim, size in tqdm([*product(args.dims, sizes)], unit="size", disable=None):
         torch.manual_seed(0)
         steps = {name: make(name, size, dim, device) for name in (FLOOR, *names)}
         peaks = {name: peak_mib(step, args.memory, device) for name, step in steps.items()}
@@ -109,9 +104,8 @@ def make_step(name: str, size: int, dim: int, device: str) -> Step:
 
 
 def make_search(name: str, size: int, dim: int, device: str) -> Step:
-    """The evaluation of random features around the centers of their identities, or its distances alone (``FLOOR``).
-
-    The gallery has ``size`` images. A search finds some of the matches, but not all (mAP is about 25 %).
+    """The evaluation of ``size`` random gallery features around the centers of their identities, which finds some of
+    the matches (mAP is about 25 %), or its distances alone (``FLOOR``).
     """
     import torch
 
@@ -124,9 +118,8 @@ def make_search(name: str, size: int, dim: int, device: str) -> Step:
         ids = torch.randint(IDENTITIES, (count,))
         features = torch.randn(count, dim).mul_(spread).add_(centers[ids]).to(device)
         sides.append((features, ids, torch.randint(CAMERAS, (count,))))
-    arguments = [side[column] for column in range(3) for side in sides]
     if name == EVALUATION:
-        return lambda: evaluate(*arguments)
+        return lambda: evaluate(*(side[column] for column in range(3) for side in sides))
     distances, step = FeatureDistances(sides[0][0], sides[1][0]), rows_per_chunk(size)
     return lambda: [distances.rows(start, min(start + step, QUERIES)) for start in range(0, QUERIES, step)][:0]
 
@@ -155,16 +148,12 @@ def summarize(times: Mapping[str, Sequence[float]], peaks: Mapping[str, float | 
     for name, peak in peaks.items():
         own = times.get(name, ())
         ratios = [mine / floor for mine, floor in zip(own, times.get(FLOOR, ()), strict=False)]
-        seconds, ratio = median(own or [nan]), median(ratios or [nan])
-        peak = nan if peak is None else peak
-        yield {"loss": name, "seconds": seconds, "ratio": ratio, "peak_mib": peak, "rounds": len(own)}
+        figures = {"seconds": median(own or [nan]), "ratio": median(ratios or [nan])}
+        yield {"loss": name, **figures, "peak_mib": nan if peak is None else peak, "rounds": len(own)}
 
 
 def peak_mib(step: Step, gib: float, device: str) -> float | None:
-    """The memory that a step adds, in MiB; None if it takes more than ``gib``; NaN where the system does not say.
-
-    On the CPU it is the highest memory use of this process during the step, less the use before it.
-    """
+    """The memory that a step adds, in MiB; None if it takes more than ``gib``; NaN where the system does not say."""
     import torch
 
     from pml_drsl.machine import peak_process_bytes, reset_peak_process_bytes
@@ -189,26 +178,20 @@ def _limited(gib: float, device: str) -> Iterator[None]:
     """Lets allocations fail that need more than ``gib`` beyond the memory in use. Not all systems have such a limit."""
     import torch
 
-    limit = int(gib * 2**30)
-    if device == "cuda":
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
-        restore: Step = partial(torch.cuda.set_per_process_memory_fraction, 1.0)
-    else:
-        try:
+    limit, statm = int(gib * 2**30), Path("/proc/self/statm")
+    with contextlib.ExitStack() as stack:
+        if device == "cuda":
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
+            stack.callback(torch.cuda.set_per_process_memory_fraction, 1.0)
+        elif statm.exists():
             import resource
 
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-        except (ImportError, OSError):
-            yield
-            return
-        before = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + limit, before[1]))
-        restore = partial(resource.setrlimit, resource.RLIMIT_AS, before)
-    try:
+            used = int(statm.read_text().split()[0]) * resource.getpagesize()
+            before = resource.getrlimit(resource.RLIMIT_AS)
+            resource.setrlimit(resource.RLIMIT_AS, (used + limit, before[1]))
+            stack.callback(resource.setrlimit, resource.RLIMIT_AS, before)
         yield
-    finally:
-        restore()
 
 
 def report(rows: pd.DataFrame) -> str:
@@ -231,14 +214,12 @@ def report(rows: pd.DataFrame) -> str:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raises InputError for an argument out of its range."""
     import torch
 
-    for name in ("sizes", "dims", "seconds", "memory", "threads"):
-        value = getattr(args, name)
-        least = min(value) if isinstance(value, list) else value
-        if least <= 0:
-            raise InputError(f"--{name} {least}: give a number above 0")
+    least = {"sizes": min(args.sizes), "dims": min(args.dims)}
+    for name, value in {**least, "seconds": args.seconds, "memory": args.memory, "threads": args.threads}.items():
+        if value <= 0:
+            raise InputError(f"--{name} {value}: give a number above 0")
     for size in args.sizes:
         if size % PER_IDENTITY or size < 2 * PER_IDENTITY:
             raise InputError(f"--sizes {size}: give multiples of {PER_IDENTITY} from {2 * PER_IDENTITY} on")

@@ -33,19 +33,16 @@ class CrossBatchMemory(losses.CrossBatchMemory):
 
     The references of a batch are the embeddings in the memory, of earlier batches and of the batch itself. No query is
     its own positive (PML forgets that in a batch of one). The miners of this package are told which entry is the query.
-
-    The loss gets the pairs that ``miner`` chooses in the memory, or all pairs without a miner. An ``indices_tuple``
-    given to a call is added to these pairs, as in PML. Its indices point into the batch, as every miner returns them.
-    (PML takes them for positions in the memory, which hold other images after the first batch.)
+    An ``indices_tuple`` given to a call is added to the pairs, as in PML. Its indices point into the batch, as every
+    miner returns them. (PML takes them for positions in the memory, which hold other images after the first batch.)
 
     Wang et al. (XBM, CVPR 2020) start the memory after a warm-up, because the features of an untrained network drift.
-    During the warm-up the loss is computed on the batch alone, with gradients in both embeddings of a pair, and nothing
-    is stored. The number of finished warm-up calls is a buffer, so that a restored run goes on exactly.
+    Until then the loss is computed on the batch alone, with gradients in both embeddings of a pair, and nothing is
+    stored. The number of finished warm-up calls is a buffer, so that a restored run goes on exactly.
 
     Args:
         loss: a loss of PML that supports a memory, or ``DRSLoss``.
-        embedding_size: dimension of the embeddings.
-        memory_size: number of embeddings in the memory, at least a batch.
+        embedding_size, memory_size: dimension of the embeddings, and their number in the memory, at least a batch.
         miner: a miner of PML that chooses pairs of the batch and the memory; None for all pairs.
         warmup: number of calls, 0 or more, before the memory starts.
 
@@ -85,8 +82,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         """The loss of a batch with the memory, or of the batch alone during the warm-up.
 
         Args:
-            embeddings: shape (N, embedding_size).
-            labels: shape (N,), integer.
+            embeddings, labels: shapes (N, embedding_size) and (N,), integer labels.
             indices_tuple: pairs or triplets of the batch, to add; not with ``enqueue_mask``.
             enqueue_mask: shape (N,), bool: the embeddings to store; the others are the queries. None: all are both.
         """
@@ -97,8 +93,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
             raise InputError(f"{number} embeddings do not fit in a memory_size of {self.memory_size}; make it larger")
         if not self.warmup or int(self.warmup_calls) >= self.warmup:
             return super().forward(embeddings, labels, indices_tuple, enqueue_mask)  # type: ignore[no-any-return]
-        # Without the memory the references are what the batch would store.
-        self.warmup_calls += 1
+        self.warmup_calls += 1  # Without the memory the references are what the batch would store.
         x, labels = embeddings, labels.to(embeddings.device)
         if enqueue_mask is None:
             self.curr_batch_idx = torch.arange(len(x), device=x.device)
@@ -131,15 +126,13 @@ class CrossBatchMemory(losses.CrossBatchMemory):
 
     def _in_memory(self, indices: IndicesTuple) -> IndicesTuple:
         """Indices of the batch, with positives and negatives as indices of the memory. Anchors stay."""
-        number = len(self.curr_batch_idx)
+        number, anchors = len(self.curr_batch_idx), (0,) if len(indices) == 3 else (0, 2)
         for index in indices:
-            if len(index) and not 0 <= int(index.min()) <= int(index.max()) < number:
-                given = (
-                    f"indices from {int(index.min())} to {int(index.max())}, outside the batch of {number} embeddings"
-                )
+            low, high = (int(index.min()), int(index.max())) if len(index) else (0, 0)
+            if len(index) and not 0 <= low <= high < number:
+                given = f"indices from {low} to {high}, outside the batch of {number} embeddings"
                 cure = "give the pairs of the batch, or give the miner to CrossBatchMemory"
                 raise InputError(f"indices_tuple has {given}; {cure}")
-        anchors = (0,) if len(indices) == 3 else (0, 2)
         on_device = [index.to(self.curr_batch_idx.device) for index in indices]
         mapped = (index if i in anchors else self.curr_batch_idx[index] for i, index in enumerate(on_device))
         return tuple(mapped)  # type: ignore[return-value]

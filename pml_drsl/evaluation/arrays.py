@@ -1,7 +1,4 @@
-"""What an evaluation is given: files of features (.npz, .npy) and of identities (CSV), and labels of any kind.
-
-A stranger may have made the files. Pickles are never read, and every fault of a file is one line that names it.
-"""
+"""What an evaluation is given: files of strangers (.npz, .npy, CSV), read without pickles, and labels of any kind."""
 
 from __future__ import annotations
 
@@ -19,8 +16,7 @@ from torch import Tensor
 
 from pml_drsl.checks import InputError
 
-REQUIRED = ("query", "gallery", "query_ids", "gallery_ids")
-CAMERAS = ("query_cams", "gallery_cams")
+REQUIRED, CAMERAS = ("query", "gallery", "query_ids", "gallery_ids"), ("query_cams", "gallery_cams")
 COLUMNS = ("set", "id", "camera")
 
 NumpyArray: TypeAlias = np.ndarray[Any, Any]
@@ -32,9 +28,7 @@ Junk: TypeAlias = Sequence[int | str]
 def load_arrays(path: str | os.PathLike[str]) -> dict[str, NumpyArray]:
     """All arrays of an .npz file, in the byte order of this machine.
 
-    Raises:
-        InputError: if the file is damaged or has another format, or holds pickled objects, which could run code.
-        OSError: if the file cannot be opened.
+    An InputError if the file is damaged or has another format, or holds pickled objects, which could run code.
     """
     loaded = _load(path)
     if isinstance(loaded, np.ndarray):
@@ -52,8 +46,7 @@ def _load(path: str | os.PathLike[str]) -> NumpyArray | dict[str, NumpyArray]:
                     return _native(loaded)
                 with loaded:
                     return {name: _native(loaded[name]) for name in loaded.files}
-        # numpy and zipfile parse headers by means that raise almost any error: of syntax, types, memory, recursion.
-        except Exception as error:
+        except Exception as error:  # numpy and zipfile parse headers by means that raise almost any error.
             # numpy's message about pickles advises to allow them. An unknown format gives this message too.
             why = "" if "pickle" in str(error) else f" ({str(error).strip() or type(error).__name__})"
             fault = f"{os.fspath(path)} is not a readable .npz or .npy file of plain arrays{why}"
@@ -67,20 +60,17 @@ def _native(array: Any) -> NumpyArray:
 
 
 def read_npz(path: str) -> dict[str, Any]:
-    """The arguments of ``evaluate`` from an .npz file. Other arrays are ignored, but no misspelt camera array.
+    """The arguments of ``evaluate`` from an .npz file. Other arrays are ignored.
 
-    Raises:
-        InputError, OSError: as ``load_arrays``, or if an array is missing.
+    An InputError as ``load_arrays``, or if an array is missing or that of the cameras misspelt.
     """
     loaded = load_arrays(path)
-    missing = [name for name in REQUIRED if name not in loaded]
-    if missing:
+    known = (*REQUIRED, *CAMERAS)
+    if missing := [name for name in REQUIRED if name not in loaded]:
         needs = f"it needs {', '.join(REQUIRED)}, and {' and '.join(CAMERAS)} if there are cameras"
         raise InputError(f"{path} lacks {', '.join(missing)}: {needs}; it holds {', '.join(loaded) or 'nothing'}")
-    known = (*REQUIRED, *CAMERAS)
-    for name in set(loaded) - set(known):
-        near = difflib.get_close_matches(name, [camera for camera in CAMERAS if camera not in loaded], n=1)
-        if near:  # Ignoring this array would silently ignore the cameras.
+    for name in set(loaded) - set(known):  # Ignoring a misspelt array would silently ignore the cameras.
+        if near := difflib.get_close_matches(name, [camera for camera in CAMERAS if camera not in loaded], n=1):
             raise InputError(f"{path} has an unknown array {name!r}: did you mean {near[0]!r}?")
     return {name: loaded[name] for name in known if name in loaded}
 
@@ -88,8 +78,7 @@ def read_npz(path: str) -> dict[str, Any]:
 def read_npy(paths: Sequence[str], ids: str | None) -> dict[str, Any]:
     """The arguments of ``evaluate`` from two .npy files, query and gallery, and the CSV file of their identities.
 
-    Raises:
-        InputError, OSError: as ``load_arrays``, or if the CSV file does not match the arrays.
+    An InputError as ``load_arrays``, or if the CSV file does not match the arrays.
     """
     if len(paths) != 2:
         raise InputError(f"{len(paths)} feature files given: give one .npz, or two .npy (query, gallery) with --ids")
@@ -119,7 +108,7 @@ def _read_csv(path: str) -> dict[str, list[list[str]]]:
         for values in reader:
             values = [value.strip() for value in values]
             row = dict(zip(columns, values, strict=False))
-            if not any(values):  # The line is empty.
+            if not any(values):
                 continue
             if not columns:
                 columns = _checked_header(path, reader.line_num, values)
@@ -129,8 +118,8 @@ def _read_csv(path: str) -> dict[str, list[list[str]]]:
             else:
                 labels[row["set"]].append([row[name] for name in COLUMNS[1:] if name in row])
     except csv.Error as error:
-        where = f"{path}, line {reader.line_num}"
-        raise InputError(f"{where}: {error}: write plain values, without quotes and line breaks") from error
+        cure = "write plain values, without quotes and line breaks"
+        raise InputError(f"{path}, line {reader.line_num}: {error}: {cure}") from error
     if not columns:
         raise InputError(f"{path} is empty: line 1 must be set,id,camera")
     return labels
@@ -144,10 +133,9 @@ def _lines(path: str) -> list[str]:
             raise InputError(f"{path}, line 1: the file is UTF-16, or not text: save it as CSV in UTF-8")
         return content.decode("utf-8-sig").splitlines(keepends=True)
     except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        fault = f"{path}, line {line}: the byte 0x{content[error.start]:02x} is not UTF-8"
+        line, byte = content[: error.start].count(b"\n") + 1, content[error.start]
         cure = "save the file as CSV in UTF-8, or convert it (iconv -f latin1 -t utf-8)"
-        raise InputError(f"{fault}: {cure}") from error
+        raise InputError(f"{path}, line {line}: the byte 0x{byte:02x} is not UTF-8: {cure}") from error
 
 
 def _checked_header(path: str, line: int, columns: list[str]) -> list[str]:
@@ -169,12 +157,9 @@ def label_array(labels: Labels) -> NumpyArray:
 
 
 def shared_labels(query: Labels, gallery: Labels, num_query: int, num_gallery: int, name: str) -> tuple[Tensor, Tensor]:
-    """Numbers the labels of the queries and of the gallery from 0; equal labels get equal numbers.
+    """Numbers the labels of the queries and of the gallery from 0, equal ones equally: two int64 tensors on the CPU.
 
-    Returns two int64 tensors on the CPU. ``name`` is ``"ids"``, ``"cams"`` or ``"labels"``, for error messages.
-
-    Raises:
-        InputError: if there is not one label for each feature, or the labels are not integers or strings.
+    An InputError if there is not one label for each feature, or the labels are not integers or strings.
     """
     sides: list[NumpyArray] = []
     for side, labels, count in (("query", query, num_query), ("gallery", gallery, num_gallery)):
@@ -188,8 +173,7 @@ def shared_labels(query: Labels, gallery: Labels, num_query: int, num_gallery: i
     # Signed and unsigned integers of 64 bits have no common type but float64, which cannot tell large ones apart.
     if together is None or together.dtype.kind == "f":
         raise InputError(f"query_{name} are {sides[0].dtype} and gallery_{name} {sides[1].dtype}: give the same kind")
-    _, indices = np.unique(together, return_inverse=True)
-    numbers = torch.from_numpy(indices.astype(np.int64).reshape(-1))
+    numbers = torch.from_numpy(np.unique(together, return_inverse=True)[1].astype(np.int64).reshape(-1))
     return numbers[:num_query], numbers[num_query:]
 
 
@@ -198,24 +182,15 @@ def number_identities(
 ) -> tuple[Tensor, Tensor]:
     """Numbers identities as ``shared_labels`` does. Junk identities get -1; "-1" stands for -1 too, and -1 for "-1".
 
-    Raises:
-        InputError: as ``shared_labels``, or if a junk identity is a name, and the identities are integers.
+    An InputError as ``shared_labels``, or if a junk identity is a name, and the identities are integers.
     """
     numbers = shared_labels(query, gallery, num_query, num_gallery, name)
-    sides = []
-    for labels, of_side in zip((query, gallery), numbers, strict=True):
-        is_junk = torch.from_numpy(np.isin(label_array(labels), _junk_like(label_array(labels), junk)))
-        sides.append(of_side.masked_fill(is_junk, -1))
-    return sides[0], sides[1]
-
-
-def _junk_like(labels: NumpyArray, junk: Junk) -> list[int] | list[str]:
-    """The junk identities in the type of the labels."""
     if isinstance(junk, str):
         raise InputError(f"junk={junk!r}: give a list of identities, such as [{junk!r}]")
-    if labels.dtype.kind == "U":
-        return [str(identity) for identity in junk]
-    try:
-        return [int(identity) for identity in junk]
-    except (TypeError, ValueError) as error:
-        raise InputError(f"junk={list(junk)!r}: the identities are integers, so give integers") from error
+    for array, of_side in zip(map(label_array, (query, gallery)), numbers, strict=True):
+        try:
+            alike = [str(each) if array.dtype.kind == "U" else int(each) for each in junk]
+        except (TypeError, ValueError) as error:
+            raise InputError(f"junk={list(junk)!r}: the identities are integers, so give integers") from error
+        of_side[torch.from_numpy(np.isin(array, alike))] = -1
+    return numbers

@@ -25,8 +25,8 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
     """An ``AccuracyCalculator`` of pytorch-metric-learning that gives mAP, mINP and CMC by the re-ID protocol.
 
     Metrics: ``mAP``, ``mINP``, ``cmc`` (an array; ``cmc[k - 1]`` is rank-k), ``rank_1``, ``rank_5``, ``rank_10`` and
-    ``rank_20``. All of them are computed when ``include`` is empty. The inherited metrics ignore cameras. They are
-    computed only when the constructor's ``include`` names them (NMI and AMI need faiss).
+    ``rank_20``. The inherited metrics, which ignore cameras, are computed only if ``include`` names them (NMI and AMI
+    need faiss).
 
     A tester passes embeddings and labels, but no cameras. Give the cameras in the order of the data sets to the
     constructor, or to ``set_cameras`` before other data is tested::
@@ -39,10 +39,9 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
     If the reference set includes the queries (``ref_includes_query``), each query is removed from its own gallery.
 
     Args:
-        include: metrics to compute; empty for all re-ID metrics.
-        exclude: metrics not to compute.
-        query_cams: cameras of the queries, shape (Q,), or None for retrieval without cameras.
-        reference_cams: cameras of the reference set (the gallery), shape (M,).
+        include, exclude: metrics to compute, empty for all re-ID metrics, and metrics not to compute.
+        query_cams, reference_cams: cameras of the queries, shape (Q,), and of the reference set (the gallery), shape
+            (M,), or None for retrieval without cameras.
         metric, ties, protocol, max_rank, seed, junk: see ``pml_drsl.evaluation.scores.evaluate``.
         **kwargs: arguments of ``AccuracyCalculator``: ``avg_of_avgs``, ``return_per_class``, ``device`` and others.
 
@@ -76,8 +75,7 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
         self.set_cameras(query_cams, reference_cams)
         try:
             FaissKNN()
-        except NameError:
-            # PML raises this if faiss is not installed, even if no metric needs faiss.
+        except NameError:  # PML raises this if faiss is not installed, even if no metric needs faiss.
             kwargs.setdefault("knn_func", CustomKNN(LpDistance(normalize_embeddings=False)))
         super().__init__(include=tuple(include) or REID_METRICS, exclude=tuple(exclude), **kwargs)
 
@@ -95,17 +93,14 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
     ) -> dict[str, Any]:
-        """The metrics by name. The arguments are the arguments of PML's ``AccuracyCalculator.get_accuracy``.
+        """The metrics by name. The arguments are those of PML's ``AccuracyCalculator.get_accuracy``.
 
-        Features are compared in float32. Large identity numbers stay distinct.
-
-        Raises:
-            InputError: if labels or cameras are not one for each embedding, as ``evaluate``, or not integers.
+        Features are compared in float32. Large identity numbers stay distinct. An InputError if labels or cameras are
+        not one for each embedding, as in ``evaluate``, or not integers.
         """
         if reference is None or reference_labels is None:
             reference, reference_labels, ref_includes_query = query, query_labels, True
-        # PML itself does not notice NaN.
-        for side, features in (("query", query), ("reference", reference)):
+        for side, features in (("query", query), ("reference", reference)):  # PML itself does not notice NaN.
             squared_norms(as_features(features, side).float(), side)
         # PML converts labels to float32, which cannot tell identities above 2^24 apart. Numbers from 0 avoid this.
         given = _as_integers(query_labels, "query"), _as_integers(reference_labels, "reference")
@@ -128,14 +123,10 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
     def _calculate(self, name: str, ranked: RankedQueries, query_labels: Tensor, **kwargs: Any) -> Any:
         """One of ``REID_METRICS``, from the arguments that PML gives to every metric."""
         of_queries = ranked.hits(self.max_rank) if name == "cmc" else ranked.scores()[name.replace("_", "-")]
-        matched = ranked.matched
-        values = of_queries[matched]
+        values = of_queries[ranked.matched]
         if self.avg_of_avgs or self.return_per_class:
-            identity = query_labels.long().cpu()[matched]
-            counts = torch.bincount(identity)
-            sums = torch.zeros(len(counts), *values.shape[1:], dtype=values.dtype).index_add_(0, identity, values)
-            present = counts > 0
-            values = sums[present] / counts[present].view(-1, *[1] * (values.dim() - 1))
+            identity = query_labels.long().cpu()[ranked.matched]
+            values = torch.stack([values[identity == each].mean(dim=0) for each in identity.unique()])
         if self.return_per_class:
             return values.tolist()
         mean = values.mean(dim=0)
@@ -145,11 +136,10 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
 def _as_integers(labels: Array, side: str) -> Tensor:
     """Labels of shape (N,) or (N, 1), which PML may hold as floats, as integers of shape (N,)."""
     tensor = torch.as_tensor(labels)
-    if tensor.dim() == 2 and tensor.shape[1] == 1:
-        tensor = tensor.squeeze(1)
+    tensor = tensor.squeeze(1) if tensor.dim() == 2 else tensor
     if tensor.dim() != 1:
-        given = f"{side} labels have shape {list(tensor.shape)}"
-        raise InputError(f"{given}: give one identity per embedding, and cameras through set_cameras")
+        cure = "give one identity per embedding, and cameras through set_cameras"
+        raise InputError(f"{side} labels have shape {list(tensor.shape)}: {cure}")
     integers = tensor.long()
     if not torch.equal(integers.to(tensor.dtype), tensor):
         raise InputError(f"{side} labels are not integers: {tensor[integers.to(tensor.dtype) != tensor][0]}")

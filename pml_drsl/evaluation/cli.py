@@ -52,14 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    result, has_cameras, left_out = _evaluate(args)
-    if args.json:
-        Path(args.json).write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
-    print(report(result, args.ranks, has_cameras, left_out))
-
-
-def _evaluate(args: argparse.Namespace) -> tuple[RetrievalResult, bool, int]:
-    """The result, whether there were cameras, and the number of images with a junk identity."""
     import torch
 
     from pml_drsl.evaluation.arrays import CAMERAS, read_npy, read_npz
@@ -69,9 +61,7 @@ def _evaluate(args: argparse.Namespace) -> tuple[RetrievalResult, bool, int]:
         raise InputError(f"--ranks {min(args.ranks)}: ranks start at 1")
     if args.seed < 0:
         raise InputError(f"--seed {args.seed}: seeds start at 0")
-    inputs = [*args.features, *([args.ids] if args.ids else [])]
-    if args.json:
-        check_outputs({"--json": args.json}, inputs)
+    check_outputs({"--json": args.json}, [*args.features, args.ids])
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no CUDA device here")
@@ -83,16 +73,18 @@ def _evaluate(args: argparse.Namespace) -> tuple[RetrievalResult, bool, int]:
     options = {name: getattr(args, name) for name in ("metric", "ties", "protocol", "rerank", "seed", "junk")}
     max_rank, progress = max(50, *args.ranks), sys.stderr.isatty()
     result = evaluate(**data, **options, max_rank=max_rank, device=device, progress=progress)
+    if args.json:
+        Path(args.json).write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
     left_out = len(data["query"]) - result.num_query + len(data["gallery"]) - result.num_gallery
-    return result, "query_cams" in data, left_out
+    print(report(result, args.ranks, "query_cams" in data, left_out))
 
 
 def report(result: RetrievalResult, ranks: Sequence[int], has_cameras: bool, left_out: int) -> str:
     """A line that describes the search, ``left_out`` images of junk identities too, and a line for each score."""
     protocol = f"{result.num_junk} junk pairs left out" if has_cameras else "no cameras: nothing left out"
     junk = f"; {left_out} images with a junk identity left out" if left_out else ""
-    unmatched = f"({result.num_unmatched} without a match, not scored)"
-    first = f"{result.num_query} queries {unmatched}, {result.num_gallery} gallery images, {protocol}{junk}"
+    queries = f"{result.num_query} queries ({result.num_unmatched} without a match, not scored)"
+    first = f"{queries}, {result.num_gallery} gallery images, {protocol}{junk}"
     return "\n".join([first, *(f"{name:<8} {value:7.2%}" for name, value in result.scores(ranks).items())])
 
 

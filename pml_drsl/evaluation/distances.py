@@ -14,24 +14,19 @@ from pml_drsl.evaluation import METRICS, Metric
 from pml_drsl.evaluation.arrays import Array
 from pml_drsl.machine import full_precision
 
-# 64 MiB of float32 distances are enough for fast matrix products.
-ELEMENTS_PER_CHUNK = 2**24
+ELEMENTS_PER_CHUNK = 2**24  # 64 MiB of float32 distances are enough for fast matrix products.
 
 
 class DistanceRows(Protocol):
     """Distances of queries to gallery entries, computed on demand, of features or re-ranked."""
 
-    @property
-    def num_query(self) -> int: ...
-
-    @property
-    def num_gallery(self) -> int: ...
+    num_query: int
+    num_gallery: int
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """The distances of the queries from ``start`` to ``stop``, shape (stop - start, num_gallery).
+        """The distances of the queries from ``start`` to ``stop``, shape (stop - start, num_gallery), in a new tensor.
 
-        The tensor is new, so the caller may overwrite it. Each row may differ from the distances by a constant,
-        because only the order within a row matters for a ranking.
+        Each row may differ from the distances by a constant, because only the order within a row matters.
         """
         ...
 
@@ -43,9 +38,8 @@ class FeatureDistances:
     entries with identical features (for ``"cosine"``: after normalisation) have identical distances, bit for bit, so
     that ties between them are found. Between different features, rounding can hide a tie.
 
-    The cosine distance ``1 - q.g / (|q| |g|)`` is half the squared distance of the normalised features. Both metrics
-    therefore come from ``|g|^2 / 2 - q.g``. This term loses the digits of small distances where the features lie far
-    from zero, so features are centred first: see ``_center``.
+    The cosine distance ``1 - q.g / (|q| |g|)`` is half the squared distance of the normalised features, so that both
+    metrics come from ``|g|^2 / 2 - q.g``, of features centred by ``_center``.
 
     Args:
         query, gallery: floating-point tensors or arrays of shapes (Q, D) and (M, D), with D at least 1.
@@ -68,6 +62,7 @@ class FeatureDistances:
         dtype = torch.float64 if torch.float64 in (query.dtype, gallery.dtype) else torch.float32
         device = query.device if device is None else torch.device(device)
         query, gallery = query.to(device, dtype), gallery.to(device, dtype)
+        self.num_query, self.num_gallery = len(query), len(gallery)
         for features, name in ((query, "query"), (gallery, "gallery")):
             squared_norms(features, name)
         if metric == "cosine":
@@ -82,21 +77,12 @@ class FeatureDistances:
         self._gallery_halves = squared_norms(gallery, "gallery") / 2 + lifts[1]
         self._copies, self._originals = _repeated_rows(gallery)
 
-    @property
-    def num_query(self) -> int:
-        return len(self.query)
-
-    @property
-    def num_gallery(self) -> int:
-        return len(self.gallery)
-
     def rows(self, start: int, stop: int) -> Tensor:
         """Half squared distances minus a constant for each query, ``|g|^2 / 2 - q.g``: faster, with less rounding."""
         query = self.query[start:stop]
         with torch.no_grad(), full_precision(query.device.type):
             rows = torch.addmm(self._gallery_halves, query, self.gallery.T, alpha=-1)
-        if len(self._copies) > 0:
-            # A matrix product may round equal columns differently. Copying makes the ties exact.
+        if len(self._copies) > 0:  # A matrix product may round equal columns differently.
             rows[:, self._copies] = rows[:, self._originals]
         return rows
 
@@ -119,9 +105,7 @@ class FeatureDistances:
 
 
 def _lift(features: Tensor, metric: Metric) -> Tensor:
-    """What to add to half squared distances of normalised features, shape (N,): 1/2 for zero vectors, whose cosine
-    distance to all vectors is 1, and 0 for others.
-    """
+    """What to add to half squared distances, shape (N,): 1/2 for zero vectors, of cosine distance 1, otherwise 0."""
     if metric != "cosine":
         return features.new_zeros(len(features))
     halves = squared_norms(features, "normalised") / 2
@@ -130,11 +114,9 @@ def _lift(features: Tensor, metric: Metric) -> Tensor:
 
 
 def _center(gallery: Tensor) -> Tensor | None:
-    """A point near the mean of the gallery, shape (D,), or None where zero is as near as the features spread.
+    """A point near the mean of the gallery, or None if zero is: far from zero, ``|g|^2 / 2 - q.g`` loses digits.
 
-    ``|g|^2 / 2 - q.g`` loses as many digits as the features are farther from zero than from each other. The mean is
-    rounded to multiples of a power of two of about the spread. Features of few digits, such as small integers, then
-    keep few digits, and their equal distances stay equal.
+    Rounding to about the spread, a power of two, keeps features of few digits so, and their equal distances equal.
     """
     mean = gallery.mean(dim=0)
     parts = gallery.split(rows_per_chunk(gallery.shape[1]))
@@ -182,21 +164,17 @@ def squared_norms(features: Tensor, name: str) -> Tensor:
         squares: Tensor = torch.linalg.vecdot(features, features)
     # A squared distance is at most four times the larger squared norm.
     if not bool((4 * squares).isfinite().all()):
-        bad = ~features.isfinite().all(dim=1)
-        if bool(bad.any()):
-            given = f"{int(bad.sum())} of {len(features)} {name} features contain NaN or infinity"
-            first = f"(first: row {int(bad.nonzero()[0])})"
-            raise InputError(f"{given} {first}: look for a diverged model or a half-precision overflow")
+        bad = (~features.isfinite().all(dim=1)).nonzero()
+        if len(bad):
+            given = f"{len(bad)} of {len(features)} {name} features contain NaN or infinity (first: row {int(bad[0])})"
+            raise InputError(f"{given}: look for a diverged model or a half-precision overflow")
         given = f"{name} features reach {float(features.abs().max()):.3g}, whose squares overflow {features.dtype}"
         raise InputError(f"{given}: scale them down or give float64")
     return squares
 
 
 def _repeated_rows(features: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows that repeat an earlier row, and the first row with the same values of each, int64 of shape (R,).
-
-    ``torch.unique(dim=0)`` finds the same rows in about the same time, but it takes three copies of the features.
-    """
+    """The rows that repeat an earlier row, and the first row like each. ``torch.unique`` would copy all three times."""
     integer = torch.int64 if features.dtype == torch.float64 else torch.int32
     generator = torch.Generator().manual_seed(0)
     weights = torch.randint(-(2**62), 2**62, (features.shape[1],), generator=generator).to(features.device)

@@ -1,7 +1,6 @@
-"""Ranks the gallery of each query by the re-ID protocol, and says at which place each match stands.
+"""Ranks the gallery of each query by the re-ID protocol, from counts of the entries before each match.
 
-The place of a match is one plus the number of gallery entries before it. The loss smooths the same counts
-(``rank_pos`` and ``false_pos`` in ``pml_drsl.functional``); here the temperature is 0. Only distances are sorted.
+They are ``rank_pos`` and ``false_pos`` of ``pml_drsl.functional`` at temperature 0. Only distances are sorted.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ from pml_drsl.evaluation import JUNK, PROTOCOLS, RANKS, TIES, SearchProtocol, Ti
 from pml_drsl.evaluation.arrays import Junk, Labels, label_array, number_identities, shared_labels
 from pml_drsl.evaluation.distances import DistanceRows, check_option, rows_per_chunk
 
-# The single-gallery-shot protocol draws this many galleries for each query, as torchreid does.
-NUM_REPEATS = 10
+NUM_REPEATS = 10  # galleries that the single-gallery-shot protocol draws for each query, as torchreid does
 SHARE_OF_TIED: dict[Ties, float] = {"mean": 0.5, "optimistic": 0.0, "pessimistic": 1.0}
 
 
@@ -58,9 +56,9 @@ class RankedQueries:
         return self.num_positives > 0
 
     def hits(self, max_rank: int = 50) -> Tensor:
-        """The CMC of each query: float64 of shape (Q, min(max_rank, gallery size)), in [0, 1].
+        """The CMC of each query: float64 of shape (Q, min(max_rank, gallery size)), in [0, 1], ``max_rank`` >= 1.
 
-        Column k - 1 is the probability that a match is among the first k entries. ``max_rank`` is at least 1.
+        Column k - 1 is the probability that a match is among the first k entries.
         """
         if max_rank < 1:
             raise InputError(f"max_rank={max_rank}: give a positive rank")
@@ -73,8 +71,7 @@ class RankedQueries:
         return scores | {f"rank-{k}": self.hits(k)[:, -1] for k in ranks}
 
 
-# The scores of a search are the means of these scores of its queries. A new metric is a line here: everything that
-# prints, writes or calculates scores loops over them.
+# A search's scores are the means of these of its queries. A new metric is a line here: all else loops over them.
 SCORES: dict[str, Callable[[RankedQueries], Tensor]] = {
     "mAP": lambda ranked: ranked.average_precision,
     "mINP": lambda ranked: ranked.inverse_negative_penalty,
@@ -103,10 +100,9 @@ def rank_queries(
 
     Args:
         distances: distances of Q queries to M gallery entries; see ``DistanceRows``.
-        gallery_starts_with_query: whether the first Q gallery entries are the queries themselves. Each query is then
-            removed from its own gallery.
-        group: processes that share the queries, in whole chunks. Every process must give the same arguments. Every
-            process gets the result that one process would get with the same number of threads, bit for bit.
+        gallery_starts_with_query: whether the first Q gallery entries are the queries, each then removed from its own.
+        group: processes that share the queries, in whole chunks. Every process must give the same arguments, and gets
+            the result of one process with the same number of threads, bit for bit.
 
     Raises:
         InputError: if labels have a wrong shape or type, only one camera list is given, an option is unknown, or no
@@ -116,12 +112,12 @@ def rank_queries(
     check_option("protocol", protocol, PROTOCOLS)
     num_query, num_gallery = distances.num_query, distances.num_gallery
     ids = number_identities(query_ids, gallery_ids, num_query, num_gallery, junk)
-    if (query_cams is None) != (gallery_cams is None):
-        given, missing = ("gallery", "query") if query_cams is None else ("query", "gallery")
-        raise InputError(f"{given}_cams without {missing}_cams: give both, or neither to ignore cameras")
     cams = None
     if query_cams is not None and gallery_cams is not None:
         cams = shared_labels(query_cams, gallery_cams, num_query, num_gallery, "cams")
+    elif query_cams is not None or gallery_cams is not None:
+        given, missing = ("gallery", "query") if query_cams is None else ("query", "gallery")
+        raise InputError(f"{given}_cams without {missing}_cams: give both, or neither to ignore cameras")
     if gallery_starts_with_query and (num_gallery < num_query or not torch.equal(ids[0], ids[1][:num_query])):
         raise InputError("gallery_starts_with_query: the first gallery identities are not those of the queries")
 
@@ -167,8 +163,7 @@ def _rank_rows(
 
     The members of each query's identity, ``valid`` (False for padding) and ``removed`` by the protocol: shape (q, C).
     """
-    num_positives = (valid & ~removed).sum(dim=1)
-    device = rows.device
+    num_positives, device = (valid & ~removed).sum(dim=1), rows.device
     members, positive = members.to(device), (valid & ~removed).to(device)
     # Padding gets an infinite distance, so that sorting puts it after the query's own positives.
     thresholds = rows.gather(1, members).masked_fill_(~positive, torch.inf).sort(dim=1).values
@@ -200,17 +195,13 @@ def _rank_rows(
 
 
 def _count_before(rows: Tensor, thresholds: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """The number of entries of each row, shape (q, M), below and at each threshold, shape (q, K). Overwrites the rows.
-
-    ``last`` is the largest threshold that matters, shape (q, 1). Counts of larger thresholds are wrong. On a CPU, numpy
-    sorts by the processor's vector instructions, about ten times as fast as ``torch.sort``, which also says where each
-    number was.
-    """
+    """Counts the entries of each row, (q, M), below and at each threshold, (q, K), up to ``last``; overwrites rows."""
     # Equal entries are sorted fast. Entries after the last match need no order among themselves.
     torch.minimum(rows, torch.nextafter(last, torch.full_like(last, torch.inf)), out=rows)
     if rows.device.type == "cpu":
         threads = torch.get_num_threads()
-        with ThreadPoolExecutor(threads) as pool:  # numpy releases the interpreter's lock while it sorts.
+        # numpy sorts ten times as fast as torch, which notes the places, and releases the interpreter's lock meanwhile.
+        with ThreadPoolExecutor(threads) as pool:
             list(pool.map(lambda part: part.sort(axis=1), np.array_split(rows.numpy(), threads)))
     else:
         rows = rows.sort(dim=1).values
@@ -219,10 +210,7 @@ def _count_before(rows: Tensor, thresholds: Tensor, last: Tensor) -> tuple[Tenso
 
 
 class Identities:
-    """The gallery grouped by identity: ``order[starts[i] : starts[i] + counts[i]]`` are the entries of identity i.
-
-    The identities, shape (M,), are numbers from 0; -1 for an entry that is in no group.
-    """
+    """Entries ``order[starts[i] : starts[i] + counts[i]]`` have identity i, from 0; -1 is in no group."""
 
     def __init__(self, gallery_ids: Tensor, num_identities: int) -> None:
         self.order = gallery_ids.argsort(stable=True)
@@ -230,10 +218,7 @@ class Identities:
         self.starts = self.counts.cumsum(0) - self.counts + (gallery_ids < 0).sum()
 
     def members(self, identities: Tensor) -> tuple[Tensor, Tensor]:
-        """The gallery entries of some identities, shape (q, C) with C >= 1, and False where an entry is padding.
-
-        The identity -1 has no entries. Padding repeats the identity's first entry.
-        """
+        """The entries of some identities, -1 has none, shape (q, C) with C >= 1, and False where one is padding."""
         counts = torch.where(identities < 0, 0, self.counts[identities])[:, None]
         column = torch.arange(max(1, int(counts.max())))[None, :]
         valid = column < counts
@@ -256,10 +241,9 @@ class SingleShots:
         self.generator.bit_generator.advance(num_queries * self.draws_per_query)  # type: ignore[attr-defined]
 
     def negatives_before(self, rows: Tensor, thresholds: Tensor, num_positives: Tensor) -> tuple[Tensor, Tensor]:
-        """The number of drawn negatives closer than the drawn positive of each query, and of those at its distance.
+        """The numbers of drawn negatives closer than the drawn positive, and at its distance: (q, ``NUM_REPEATS``).
 
-        Both have the shape (q, ``NUM_REPEATS``). ``rows`` are the distances of the negatives, shape (q, M), infinite at
-        entries of the query's identity. ``thresholds`` are those of its positives, in the first columns.
+        ``rows`` has the distances of the negatives, infinite elsewhere; ``thresholds`` starts with the positives'.
         """
         # One stream of random numbers in the order of the queries makes results independent of the chunks.
         shape = (len(rows), NUM_REPEATS, len(self.counts) + 1)
@@ -287,6 +271,6 @@ def _why_no_match(ids: tuple[Tensor, Tensor], ranked: RankedQueries, has_cams: b
     message += f": the identities of {shared} occur there, but only as entries that the protocol leaves out"
     if not has_cams:
         return f"{message} (the query itself)" if with_query else message
-    junk = f"({int(ranked.num_junk.sum())} entries of the query's identity and camera)"
+    message += f" ({int(ranked.num_junk.sum())} entries of the query's identity and camera)"
     cure = "check query_cams and gallery_cams, or leave both out"
-    return f"{message} {junk}. A match must come from another camera than its query: {cure}"
+    return f"{message}. A match must come from another camera than its query: {cure}"

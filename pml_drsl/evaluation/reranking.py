@@ -1,8 +1,7 @@
-"""Re-ranking by k-reciprocal neighbours (Zhong, Zheng, Cao, Li, CVPR 2017), in little memory.
+"""Re-ranking by k-reciprocal neighbours (Zhong, Zheng, Cao, Li, CVPR 2017), without a matrix of all images by all.
 
-Each image is encoded by its k-reciprocal neighbours, as a vector with a few dozen non-zero entries. The Jaccard
-distance of two codes is mixed with the original distance. No matrix of all images by all images is in memory. Equation
-numbers are from the paper. The results equal those of its published code, which torchreid contains.
+Each image is encoded by its k-reciprocal neighbours, as a sparse vector. The Jaccard distance of two codes is mixed
+with the original distance. The results equal those of the paper's code, which torchreid contains.
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ from pml_drsl.evaluation import Metric
 from pml_drsl.evaluation.arrays import Array
 from pml_drsl.evaluation.distances import FeatureDistances, as_features, rows_per_chunk
 
-# Each row compares neighbours with k1^3 / 2 booleans.
-ROWS_PER_STEP = 256
+ROWS_PER_STEP = 256  # Each row compares neighbours with k1^3 / 2 booleans.
 
 
 def rerank(
@@ -62,26 +60,17 @@ def rerank(
 
 
 class RerankedDistances:
-    """Rows of re-ranked distances: ``(1 - lambda) * Jaccard + lambda * original`` (eq. 12). ``rerank`` creates it.
-
-    ``largest`` is the largest original distance of each query to any image, shape (Q,). The sparse codes of all images,
-    queries first, have shape (Q + M, Q + M). Each row sums to 1 or is empty.
+    """Rows of re-ranked distances: ``(1 - lambda) * Jaccard + lambda * original`` (eq. 12). ``rerank`` creates it, from
+    the largest original distance of each query, (Q,), and the codes of all images, queries first, (Q + M, Q + M).
     """
 
     def __init__(
         self, original: FeatureDistances, largest: Tensor, encoded: sparse.csr_array, lambda_value: float
     ) -> None:
         self.original, self.lambda_value, self._largest = original, lambda_value, largest
-        self._queries = encoded[: original.num_query]
-        self._gallery = encoded[original.num_query :].tocsc()  # A column lists the images that have a neighbour.
-
-    @property
-    def num_query(self) -> int:
-        return self.original.num_query
-
-    @property
-    def num_gallery(self) -> int:
-        return self.original.num_gallery
+        self.num_query, self.num_gallery = original.num_query, original.num_gallery
+        self._queries = encoded[: self.num_query]
+        self._gallery = encoded[self.num_query :].tocsc()  # A column lists the images that have a neighbour.
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Re-ranked distances in [0, 1], shape (stop - start, M), on the device of the features."""
@@ -89,15 +78,10 @@ class RerankedDistances:
         jaccard = self._jaccard(self._queries[start:stop]).to(original)
         return jaccard.mul_(1 - self.lambda_value).add_(original, alpha=self.lambda_value)
 
-    def distances(self, start: int, stop: int) -> Tensor:
-        """The same as ``rows``: re-ranked rows do not differ from the distances by a constant."""
-        return self.rows(start, stop)
+    distances = rows  # Re-ranked rows do not differ from the distances by a constant.
 
     def _jaccard(self, queries: sparse.csr_array) -> Tensor:
-        """Jaccard distances, shape (q, M): ``1 - sum_j min(V_qj, V_gj) / sum_j max(V_qj, V_gj)`` (eq. 10).
-
-        Both rows of V sum to 1, so that the sum of the maxima is 2 minus the sum of the minima.
-        """
+        """Jaccard distances, shape (q, M): ``1 - sum_j min(V_qj, V_gj) / sum_j max(V_qj, V_gj)`` (eq. 10)."""
         shared = torch.zeros(queries.shape[0] * self.num_gallery)
         for row in range(queries.shape[0]):
             entries = slice(queries.indptr[row], queries.indptr[row + 1])
@@ -110,7 +94,7 @@ class RerankedDistances:
             found = torch.from_numpy(row * self.num_gallery + self._gallery.indices[places].astype(np.int64))
             shared.index_add_(0, found, torch.from_numpy(smaller))
         shared = shared.view(-1, self.num_gallery)
-        return shared.div_(shared - 2).add_(1)  # 1 - s / (2 - s)
+        return shared.div_(shared - 2).add_(1)  # 1 - s / (2 - s): both rows of V sum to 1
 
 
 def _normalise(distances: Tensor, largest: Tensor) -> Tensor:
@@ -121,8 +105,7 @@ def _normalise(distances: Tensor, largest: Tensor) -> Tensor:
 def _nearest(among: FeatureDistances, count: int, progress: bool) -> tuple[Tensor, Tensor]:
     """The nearest images of each of N images, itself too, shape (N, min(count, N)), and its largest distance, (N,)."""
     size = among.num_query
-    step = rows_per_chunk(size)
-    neighbours, largest = [], []
+    step, neighbours, largest = rows_per_chunk(size), [], []
     with tqdm(total=size, desc="re-ranking", unit="image", disable=not progress) as bar:
         for start in range(0, size, step):
             distances = among.distances(start, min(start + step, size))
@@ -140,10 +123,7 @@ def _reciprocal(neighbours: Tensor) -> Tensor:
 
 
 def _encode(among: FeatureDistances, neighbours: Tensor, largest: Tensor, k1: int) -> sparse.csr_array:
-    """Codes of all images, shape (N, N); each row sums to 1.
-
-    The code has a Gaussian of the distance at each of the image's expanded reciprocal neighbours (eqs. 5 and 7).
-    """
+    """Codes of all images, shape (N, N): Gaussians of the distances of expanded reciprocal neighbours (eqs. 5, 7)."""
     size = len(neighbours)
     full, half = neighbours[:, : k1 + 1], neighbours[:, : round(k1 / 2) + 1]
     images, half_reciprocal = torch.arange(size)[:, None], _reciprocal(half)

@@ -11,23 +11,12 @@ import torch
 from torch import Tensor
 
 from pml_drsl.checks import InputError
-from pml_drsl.evaluation import JUNK, METRICS, PROTOCOLS, RANKS, TIES, Metric, SearchProtocol, Ties, reranking
+from pml_drsl.evaluation import JUNK, RANKS, Metric, SearchProtocol, Ties, reranking
 from pml_drsl.evaluation.arrays import Array, Junk, Labels, label_array, number_identities, shared_labels
 from pml_drsl.evaluation.distances import DistanceRows, FeatureDistances, as_features
-from pml_drsl.evaluation.ranking import SCORES, RankedQueries, rank_queries
+from pml_drsl.evaluation.ranking import RankedQueries, rank_queries
 
-__all__ = [
-    "METRICS",
-    "PROTOCOLS",
-    "TIES",
-    "DistanceRows",
-    "FeatureDistances",
-    "RankedQueries",
-    "RetrievalResult",
-    "evaluate",
-    "rank_queries",
-    "summarize",
-]
+__all__ = ["FeatureDistances", "RankedQueries", "RetrievalResult", "evaluate", "rank_queries", "summarize"]
 
 
 @dataclass(frozen=True)
@@ -37,8 +26,8 @@ class RetrievalResult:
     Attributes:
         means: the mean of each score in ``pml_drsl.evaluation.ranking.SCORES`` by its name, in (0, 1].
         cmc: float64 array of shape (R,), in [0, 1], not falling; ``cmc[k - 1]`` is rank-k.
-        num_query: number of queries, with or without a match.
-        num_gallery: number of gallery entries. Images with a junk identity count nowhere.
+        num_query, num_gallery: numbers of queries, with or without a match, and of gallery entries. Images with a junk
+            identity count nowhere.
         num_junk: number of (query, gallery entry) pairs that the protocol removed.
         num_unmatched: number of queries without a match in their gallery. They are not in the means.
         ranked: the scores and the identity of each query.
@@ -67,14 +56,10 @@ class RetrievalResult:
         return self.means | {f"rank-{k}": self.rank(k) for k in ranks}
 
     def rank(self, k: int) -> float:
-        """Rank-k: the share of queries that have a match among their first k gallery entries, in [0, 1].
-
-        An InputError for a k below 1, or larger than a CMC that ``max_rank`` shortened.
-        """
+        """Rank-k, in [0, 1]. An InputError for a k below 1, or larger than a CMC that ``max_rank`` shortened."""
         if k < 1 or (k > len(self.cmc) and len(self.cmc) < self.num_gallery):
             raise InputError(f"rank {k} is outside 1..{len(self.cmc)}: evaluate with a larger max_rank")
-        # If the CMC covers the whole gallery, a larger k finds nothing more.
-        return float(self.cmc[min(k, len(self.cmc)) - 1])
+        return float(self.cmc[min(k, len(self.cmc)) - 1])  # beyond the whole gallery there is nothing more to find
 
     def to_dict(self) -> dict[str, Any]:
         """The scores as plain numbers for JSON; ``cmc`` becomes a list."""
@@ -104,10 +89,9 @@ def evaluate(
     """Searches the gallery with every query, and scores the rankings by the protocol of Market-1501.
 
     The protocol is that of Zheng et al. (ICCV 2015), and torchreid follows it too. Gallery entries with the query's
-    identity and the query's camera are junk: they are removed from the ranking. The other entries with the query's
-    identity are matches (positives). All remaining entries are negatives. A query without a match is counted in
-    ``num_unmatched`` and is not scored. Images with a ``junk`` identity, -1 by default, have no effect anywhere. Other
-    images that show nobody of the queries, such as Market-1501's distractors with identity 0, are negatives.
+    identity and camera are junk, and removed from the ranking. The others with the query's identity are matches
+    (positives), and all remaining entries negatives, such as Market-1501's distractors with identity 0. A query without
+    a match is counted in ``num_unmatched`` and is not scored. Images with a ``junk`` identity have no effect anywhere.
 
     ``ties`` says how to score a match and a negative at the same distance:
         ``"optimistic"``: the match comes first.
@@ -167,7 +151,7 @@ def summarize(ranked: RankedQueries, max_rank: int = 50) -> RetrievalResult:
     """The mean scores of what ``rank_queries`` gave, over the queries with a match; ``max_rank`` as in ``evaluate``."""
     matched = ranked.matched
     return RetrievalResult(
-        means={name: float(of_queries(ranked)[matched].mean()) for name, of_queries in SCORES.items()},
+        means={name: float(values[matched].mean()) for name, values in ranked.scores(()).items()},
         cmc=ranked.hits(max_rank)[matched].mean(dim=0).numpy(),
         num_query=int((~ranked.is_junk).sum()),
         num_gallery=ranked.num_gallery,
