@@ -35,35 +35,24 @@ class SetOptions(Options):
         "", "folder", "how paths below a folder carry names: an argument of ``torchreid_ext.images.pattern``"
     )
     cameras: str = option(
-        "",
-        "names",
-        "``names`` (or the column camid) carry cameras, and images without one are left out; ``none``: cameras do not "
-        "matter, and every other image of an identity is a match",
-        choices=("names", "none"),
-    )
+        "", "names", "``names`` (or the column camid) carry cameras, and images without one are left out; ``none``: "
+        "cameras do not matter, and every other image of an identity is a match", choices=("names", "none"),
+    )  # fmt: skip
     train: Sequence[str] | None = option(
-        "",
-        None,
-        "files to train on: paths relative to ``folder`` of files, or of folders with all files below them. ``*``, "
-        "``?`` and ``[]`` match characters of one name, ``**`` any number of folders",
-        kind=list,
-        may_be_empty=True,
-    )
+        "", None, "files to train on: paths relative to ``folder`` of files, or of folders with all files below them. "
+        "``*``, ``?`` and ``[]`` match characters of one name, ``**`` any number of folders",
+        kind=list, may_be_empty=True,
+    )  # fmt: skip
     test: Sequence[str] | None = option(
-        "",
-        None,
-        "files to test on, likewise. One of both may be empty; if both are missing, identities are split at random",
-        kind=list,
-        may_be_empty=True,
-    )
+        "", None, "files to test on, likewise. One of both may be empty; if both are missing, identities are split at "
+        "random", kind=list, may_be_empty=True,
+    )  # fmt: skip
     test_fraction: float = option("", 0.5, "share of the identities to test on, between 0 and 1")
     seed: int = option("", 0, "seed of the random split", least=0)
     query_cameras: Sequence[str] | None = option(
-        "",
-        None,
-        "cameras whose test images are queries, and all others the gallery; see ``torchreid_ext.images.with_queries``",
-        kind=list,
-    )
+        "", None, "cameras whose test images are queries, and all others the gallery; see "
+        "``torchreid_ext.images.with_queries``", kind=list,
+    )  # fmt: skip
     min_images: int = option("", 1, "identities with fewer images are left out", least=1)
     junk: Sequence[str] = option("", list(JUNK), "identities whose images are left out everywhere", may_be_empty=True)
 
@@ -111,17 +100,13 @@ def make_options(name: str, given: Mapping[str, Any]) -> SetOptions:
         raise InputError(f"{where} has query_cameras and cameras: none, which contradict each other: remove one")
     names = images.pattern(options.pattern, f"{where}.pattern")
     if options.cameras == "names" and "camera" not in names.groupindex:
-        raise InputError(
-            f"{where}.pattern={options.pattern!r} has no group camera: add (?P<camera>...), or set {where}.cameras: "
-            f"none"
-        )
+        lacking = f"{where}.pattern={options.pattern!r} has no group camera"
+        raise InputError(f"{lacking}: add (?P<camera>...), or set {where}.cameras: none")
     return options
 
 
 def selects(entry: str, path: str) -> bool:
-    """Whether an entry of ``train`` or ``test`` names ``path`` or a folder above it.
-
-    ``**`` in the entry matches any number of folders.
+    """Whether an entry of ``train`` or ``test`` names ``path`` or a folder above it; ``**`` is any number of folders.
 
     >>> selects("**/train", "some/where/train/0001/c1_0.png"), selects("train", "training/0001/c1_0.png")
     (True, False)
@@ -162,7 +147,7 @@ def read(name: str, options: SetOptions, root: str) -> Table:
 
 
 def _matching(where: str, options: SetOptions, root: str, table: Table) -> tuple[list[Named], dict[str, str]]:
-    """The images that match, in the order of their names, and the real path of each; ``table`` gets the other files."""
+    """The images that match, in order, and the real path of each; ``table`` gets the names of the other files."""
     names = images.pattern(options.pattern, f"{where}.pattern")
     found: list[Named] = []
     real_paths: dict[str, str] = {}
@@ -187,8 +172,8 @@ def _matching(where: str, options: SetOptions, root: str, table: Table) -> tuple
                 real_paths[row.path] = real
     if not found:
         seen = table.about_left_out() or "there is no file"
-        where_found = " and ".join(str(Path(root).expanduser().absolute() / part) for part in options.folder)
-        raise InputError(f"{where}: no image below {where_found} matches the pattern {options.pattern!r}; {seen}")
+        folders = " and ".join(str(Path(root).expanduser().absolute() / part) for part in options.folder)
+        raise InputError(f"{where}: no image below {folders} matches the pattern {options.pattern!r}; {seen}")
     return found, real_paths
 
 
@@ -213,17 +198,17 @@ def _split(where: str, options: SetOptions, found: list[Named]) -> tuple[list[Ro
         tested = set(pids[: max(1, round(len(pids) * options.test_fraction))])
         train = [row for _, row in found if row.identity not in tested]
         return train, [row for _, row in found if row.identity in tested]
+    splits: dict[str, list[Row]] = {}
     for key, entries in (("train", options.train), ("test", options.test)):
         for entry in entries:
             if not any(selects(entry, path) for path, _ in found):
                 example = found[0][0] if found else "none"
                 raise InputError(f"{where}.{key}: {entry!r} selects none of {len(found)} images, such as {example!r}")
-    train = [row for path, row in found if any(selects(entry, path) for entry in options.train)]
-    return train, [row for path, row in found if any(selects(entry, path) for entry in options.test)]
+        splits[key] = [row for path, row in found if any(selects(entry, path) for entry in entries)]
+    return splits["train"], splits["test"]
 
 
 def _with_queries(where: str, options: SetOptions, test: list[Row]) -> list[Row]:
-    """The test images as queries and gallery: by camera, or by the first image of an identity and camera."""
     if options.query_cameras is None:
         return images.with_queries(test)
     cameras = sorted({row.camera for row in test})
@@ -251,8 +236,7 @@ def check_splits(name: str, table: Table, mode: str) -> None:
     for split in needed:
         if not table.of(split):
             hint = "; to train without a test set, set data.validation, or other data.targets" if not gallery else ""
-            chosen = "see how train, query and gallery are chosen"
-            raise InputError(f"{where}: the split {split!r} has no image: {chosen}{hint}")
+            raise InputError(f"{where}: the split {split!r} has no image: see how it is chosen{hint}")
     trained = {row.identity for row in train}
     if len(trained) == 1:
         raise InputError(f"{where}: all training images show one identity, {trained.pop()!r}: two or more are needed")
@@ -262,10 +246,6 @@ def check_splits(name: str, table: Table, mode: str) -> None:
             f"{where}: {len(shared)} identities are both in training and in test, for example {shared[0]!r}: "
             "a test needs identities that are not in training"
         )
-    _check_matches(where, query, gallery)
-
-
-def _check_matches(where: str, query: list[Row], gallery: list[Row]) -> None:
     cameras = defaultdict(set)
     for row in gallery:
         cameras[row.identity].add(row.seen_by)
