@@ -64,7 +64,7 @@ class Found:
     """An entry of the gallery, as a query found it.
 
     Its mark is ``"right"`` or ``"wrong"`` identity, ``"junk"`` that evaluation leaves out, or empty where the identity
-    of the query or of the entry is unknown.
+    of one of the two is unknown.
     """
 
     picture: Picture

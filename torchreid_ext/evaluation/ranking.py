@@ -26,8 +26,7 @@ class Search:
     """The ranking of a gallery for every query.
 
     Args:
-        query: the query samples.
-        gallery: the gallery samples.
+        query, gallery: the samples.
         metric: ``"euclidean"`` or ``"cosine"``.
         normalize: whether to scale every feature to unit norm first.
         rerank: whether to re-rank by k-reciprocal neighbours.
@@ -54,16 +53,9 @@ class Search:
         The processes of ``group`` share the queries. Every one of them must call this method.
         """
         query, gallery = self.query, self.gallery
-        ranked = rank_queries(
-            self.distances,
-            query.pids,
-            gallery.pids,
-            query.camids,
-            gallery.camids,
-            protocol="single-gallery-shot" if single_gallery_shot else "standard",
-            group=group,
-        )
-        return summarize(ranked, max_rank)
+        protocol: Any = "single-gallery-shot" if single_gallery_shot else "standard"
+        labels = query.pids, gallery.pids, query.camids, gallery.camids
+        return summarize(rank_queries(self.distances, *labels, protocol=protocol, group=group), max_rank)
 
     def ranking(self, index: int, topk: int, paths: Paths) -> Ranking:
         """Returns the nearest gallery entries of one query: ``topk`` valid entries, and the junk between them.
@@ -111,17 +103,14 @@ def _title(name: str) -> str:
 
 
 def draw_some(search: Search, paths: Paths, count: int, topk: int, path: Path, title: str) -> None:
-    """Draws the rankings of ``count`` queries in one picture. ``paths`` holds the images of queries and gallery."""
+    """Draws the rankings of ``count`` queries in one picture, with ``paths`` of queries and gallery."""
     # The queries are spread evenly over the query set, so that the picture shows many identities.
     indices = np.linspace(0, len(paths[0]) - 1, min(count, len(paths[0]))).astype(int).tolist()
     save_ranking_picture(path, [search.ranking(index, topk, paths) for index in indices], title)
 
 
 def write_pages(search: Search, paths: Paths, topk: int, path: Path, title: str) -> None:
-    """Writes the ranking of every query on web pages, the query with the lowest average precision first.
-
-    Queries without a match come last.
-    """
+    """Writes the ranking of every query on web pages, by rising average precision; those without a match come last."""
     precision = search.evaluate().ranked.average_precision.nan_to_num(torch.inf).tolist()
     rankings = []
     for index in sorted(range(len(precision)), key=precision.__getitem__):
