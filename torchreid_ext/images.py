@@ -97,8 +97,7 @@ class Table:
 def pattern(names: str, option: str = "names") -> re.Pattern[str]:
     """The regular expression for names: one of ``NAMES``, or the user's own, with the groups identity and camera.
 
-    Raises:
-        InputError: for a word that is neither, which the user gave to ``option``.
+    Raises InputError for a word that is neither, which the user gave to ``option``.
     """
     takes = f"one of {', '.join(NAMES)}, or a regular expression with (?P<identity>...) and perhaps (?P<camera>...)"
     try:
@@ -130,10 +129,8 @@ def named(path: str, names: re.Pattern[str]) -> Row:
 def files(folder: str, prefix: str = "", above: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
     """Yields the POSIX path below ``folder`` and the path without any link of every file, in the order of their names.
 
-    Hidden files and folders are left out. Links are followed. ``prefix`` and ``above`` are of folders within folders.
-
-    Raises:
-        InputError: for a link that leads to a folder above itself, or to nothing.
+    Hidden files and folders are left out. Links are followed. ``prefix`` and ``above`` are of folders within
+    folders. Raises InputError for a link that leads to a folder above itself, or to nothing.
     """
     real = os.path.realpath(folder)
     if real in above:
@@ -153,8 +150,7 @@ def files(folder: str, prefix: str = "", above: tuple[str, ...] = ()) -> Iterato
 def list_folder(folder: str, names: re.Pattern[str], junk: Collection[str] = JUNK) -> Table:
     """All images below a folder, in the order of their names, as gallery; the folder's own name is no identity.
 
-    Raises:
-        InputError: if the folder is missing or has no image.
+    Raises InputError if the folder is missing or has no image.
     """
     if not os.path.isdir(folder):
         raise InputError(f"there is no folder {folder!r}")
@@ -191,12 +187,10 @@ def from_torchreid(dataset: Any) -> Table:
 def read_csv(file: str, cameras: bool = True, junk: Collection[str] = JUNK) -> Table:
     """The images that a CSV file names, in its order, without those of the identities ``junk``.
 
-    The file is UTF-8 text with the columns path, pid, camid (only where ``cameras`` are wanted) and split (train, query
-    or gallery), separated by commas. Paths are relative to its folder. A path is there once, or as query and gallery.
-
-    Raises:
-        InputError: if a column, a value or an image is missing, a split is unknown, a path is repeated, or the file is
-            written in another way. The message names the file, the line and the cure.
+    The file is UTF-8 text with the columns path, pid, camid (only where ``cameras`` are wanted) and split (train,
+    query or gallery), separated by commas. Paths are relative to its folder. A path is there once, or as query and
+    gallery. Raises InputError if a column, a value or an image is missing, a split is unknown, a path is repeated,
+    or the file is written in another way. The message names the file, the line and the cure.
     """
     columns = [column for column in COLUMNS if cameras or column != "camid"]
     table, seen = Table(), dict[str, list[Row]]()

@@ -238,10 +238,7 @@ def set_memory_format(model: nn.Module, channels_last: bool | str, height: int, 
 
 
 def feature_sizes(model: nn.Module, height: int, width: int) -> list[int]:
-    """The dimension of each feature that a network built with ``loss="triplet"`` returns in training.
-
-    One black image of ``height`` times ``width`` pixels is passed through the network, whose state does not change.
-    """
+    """The dimension of each feature that a ``loss="triplet"`` network gives in training; its state does not change."""
     _, features = _on_a_black_image(distributed.unwrapped(model), height, width, training=True)
     return [part.shape[1] for part in (features if isinstance(features, (list, tuple)) else [features])]
 

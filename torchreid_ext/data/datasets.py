@@ -41,8 +41,7 @@ class ConfiguredDataset(torchreid.data.ImageDataset):
 
     Args:
         name: name of the data set, for messages.
-        options: from :func:`torchreid_ext.data.splits.make_options`.
-        root: the folder that contains the ``folder`` or the ``csv`` of the options.
+        options: from :func:`torchreid_ext.data.splits.make_options`; their folder or CSV is below ``root``.
         mode: train, query or gallery; a data set without a test set has no other mode than train.
         combineall: train on train, query and gallery together.
         verbose: print the counts, and what was left out.
@@ -106,15 +105,10 @@ _registered: dict[str, SetOptions] = {}
 
 
 def register_datasets(datasets: Mapping[str, Mapping[str, Any]]) -> None:
-    """Registers each configured data set with torchreid's data managers, which read its files when they make it.
+    """Registers ``SetOptions`` by the data set's name with torchreid's data managers, which read the files later.
 
     All options are checked before any name is registered. A name that is registered already gets the new options.
-
-    Args:
-        datasets: the options of each data set, :class:`torchreid_ext.data.splits.SetOptions`, by its name.
-
-    Raises:
-        InputError: for an unknown option, for a value out of range, or for a name that torchreid already uses.
+    Raises InputError for an unknown option, for a value out of range, or for a name that torchreid already uses.
     """
     checked = {name: make_options(name, options) for name, options in datasets.items()}
     for name, options in checked.items():

@@ -113,7 +113,6 @@ class _Pen:
         self.draw.line([self.at(*point) for point in points], fill=colour, width=width)
 
     def on(self, canvas: Image.Image) -> _Pen:
-        """Returns a pen with the same coordinates for another canvas."""
         return _Pen(canvas, self.centre, self.top, self.height, self.lean, self.direction < 0)
 
 

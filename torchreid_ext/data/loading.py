@@ -46,13 +46,8 @@ class ReadableDataset(WrappedDataset):
     """A torchreid data set whose images are read with :func:`torchreid_ext.pixels.read_image`.
 
     torchreid's own reader tries a damaged image for ever, leaves photos on their side, and makes 16-bit images white. A
-    data set that reads in its own way has its images checked before it reads an entry for the first time.
-
-    Args:
-        dataset: an image or video data set of torchreid. ``dataset.data[i][0]`` is a path or a sequence of paths.
-
-    Raises:
-        InputError: when an entry is read that has an unreadable image. The message names the image.
+    data set that reads in its own way has its images checked before it reads an entry for the first time: those of the
+    path or paths ``dataset.data[i][0]``. Raises InputError, which names it, when an unreadable image is read.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -76,10 +71,8 @@ class ReadableDataset(WrappedDataset):
 def readable(loader: DataLoader[Any]) -> DataLoader[Any]:
     """Returns a loader of the same batches as ``loader``, with our reader, which refuses an unreadable image.
 
-    A loader that this function returned before is returned unchanged.
-
-    Raises:
-        InputError: if the data set is iterable-style, or has no ``data`` with the paths.
+    A loader that this function returned before is returned unchanged. Raises InputError if the data set is
+    iterable-style, or has no ``data`` with the paths.
     """
     dataset: Any = loader.dataset
     if isinstance(dataset, ReadableDataset):
@@ -127,16 +120,13 @@ class SeededBatches(Sampler[list[Draw]]):
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        batches, epoch_seed = distributed.from_first(self._draw)
+        batches, epoch_seed = distributed.from_first(lambda: (list(self.batches), int(torch.randint(2**62, ()))))
         if not distributed.is_first():
             generators.seed_everything(epoch_seed + distributed.rank())
         position = 0
         for batch in batches:
             yield distributed.share([Draw(sample, epoch_seed, position + i) for i, sample in enumerate(batch)])
             position += len(batch)
-
-    def _draw(self) -> tuple[list[list[int]], int]:
-        return list(self.batches), int(torch.randint(2**62, ()))
 
 
 class SeededDataset(WrappedDataset):
@@ -159,11 +149,9 @@ class SeededDataset(WrappedDataset):
 def repeatable(loader: DataLoader[Any]) -> DataLoader[Any]:
     """Returns a loader like ``loader``, whose epochs depend only on the state of the global generators at their start.
 
-    With a seed for every sample, torchreid's augmentations do not depend on the workers or on what they read before. A
-    resumed epoch is therefore equal to that of a run without interruption. The workers stay alive from epoch to epoch.
-
-    Raises:
-        InputError: if the loader does not make batches.
+    With a seed for every sample, torchreid's augmentations do not depend on the workers or on what they read
+    before. A resumed epoch is therefore equal to that of a run without interruption. The workers stay alive from
+    epoch to epoch. Raises InputError if the loader does not make batches.
     """
     if isinstance(loader.dataset, SeededDataset):
         return loader

@@ -79,10 +79,7 @@ class IdentitySampler(Sampler[int]):
 
 
 class PerClassSampler(MPerClassSampler):
-    """pytorch-metric-learning's ``MPerClassSampler``, whose order does not depend on earlier epochs.
-
-    Arguments and errors are those of ``IdentitySampler``.
-    """
+    """As ``IdentitySampler``, by pytorch-metric-learning's sampler, whose order depends on no earlier epoch here."""
 
     def __init__(self, pids: Sequence[int], batch_size: int, num_instances: int) -> None:
         check_batch(pids, batch_size, num_instances)
@@ -102,10 +99,8 @@ SAMPLERS = {"RandomIdentitySampler": IdentitySampler, "MPerClassSampler": PerCla
 def whole_batches(loader: DataLoader[Any]) -> DataLoader[Any]:
     """A loader like ``loader``, with ``IdentitySampler`` in the place of torchreid's ``RandomIdentitySampler``.
 
-    torchreid's draws fewer images than its length says, splits an identity between batches, and fills a batch with one.
-
-    Raises:
-        InputError: as ``IdentitySampler``.
+    torchreid's draws fewer images than its length says, splits an identity between batches, and fills a batch with
+    one. Raises InputError as ``IdentitySampler``.
     """
     host = loader.sampler
     if not isinstance(host, torchreid.data.sampler.RandomIdentitySampler):
@@ -120,13 +115,10 @@ def steps_per_epoch(datamanager: Any) -> int:
 
 
 def check_trains(datamanager: Any) -> None:
-    """Refuses training data that would train nothing, where torchreid says nothing.
+    """Refuses training data that would train nothing, where torchreid says nothing; draws nothing from the sampler.
 
-    Nothing is drawn from the sampler: a sampler of the user's own may have a random number generator of its own.
-
-    Raises:
-        InputError: for fewer samples in an epoch than in a batch, for a sampler without a length, or for a single
-            identity.
+    Raises InputError for fewer samples in an epoch than in a batch, for a sampler without a length, or for a single
+    identity.
     """
     loader = whole_batches(datamanager.train_loader)
     sampler: Any = loader.sampler
@@ -138,10 +130,8 @@ def check_trains(datamanager: Any) -> None:
         cure = "give it a method __len__ that returns the number of samples in an epoch"
         raise InputError(f"{name} has no length, which the log and the schedule need: {cure}") from error
     if drawn < (loader.batch_size or 1) or batches == 0:
-        raise InputError(
-            f"a batch of {loader.batch_size} cannot be filled: {name} draws {drawn} of the {len(dataset)} training "
-            f"samples an epoch; make train.batch_size smaller"
-        )
+        few = f"{name} draws {drawn} of the {len(dataset)} training samples an epoch"
+        raise InputError(f"a batch of {loader.batch_size} cannot be filled: {few}; make train.batch_size smaller")
     if datamanager.num_train_pids < 2:
         raise InputError("the training data have a single identity, and a loss needs two: add images of others")
 

@@ -71,8 +71,7 @@ class SetOptions(Options):
 def make_options(name: str, given: Mapping[str, Any]) -> SetOptions:
     """Checks the options of the data set ``name``.
 
-    Raises:
-        InputError: for an unknown option, options that exclude each other, or a value out of range.
+    Raises InputError for an unknown option, options that exclude each other, or a value out of range.
     """
     where = f"datasets.{name}"
     if not isinstance(given, Mapping):
@@ -125,12 +124,10 @@ def selects(entry: str, path: str) -> bool:
 def read(name: str, options: SetOptions, root: str) -> Table:
     """The table of the data set ``name``, from folders of images or a CSV below ``root``.
 
-    Links are followed. An image that several paths of a folder reach counts once in each split.
-
-    Raises:
-        InputError: if a folder or a file does not exist, no file matches the pattern, an entry of a split selects
-            nothing, a query camera is unknown, a link is broken or leads to a folder above itself, several paths give
-            one image different identities or cameras, or a CSV is wrong.
+    Links are followed. An image that several paths of a folder reach counts once in each split. Raises InputError
+    if a folder or a file does not exist, no file matches the pattern, an entry of a split selects nothing, a query
+    camera is unknown, a link is broken or leads to a folder above itself, several paths give one image different
+    identities or cameras, or a CSV is wrong.
     """
     where, table = f"datasets.{name}", Table()
     if options.csv is not None:
@@ -142,7 +139,15 @@ def read(name: str, options: SetOptions, root: str) -> Table:
     count = Counter(row.identity for row in _unique(where, (row for _, row in found), real_paths))
     found = [(path, row) for path, row in found if count[row.identity] >= options.min_images]
     train, test = (_unique(where, split, real_paths) for split in _split(where, options, found))
-    table.rows = [row._replace(split="train") for row in train] + _with_queries(where, options, test)
+    table.rows = [row._replace(split="train") for row in train]
+    if options.query_cameras is None:
+        table.rows += images.with_queries(test)
+        return table
+    cameras = sorted({row.camera for row in test})
+    if unknown := [camera for camera in options.query_cameras if camera not in cameras]:
+        raise InputError(f"{where}.query_cameras: no test image is from camera {unknown[0]!r}; there are {cameras}")
+    queries = options.query_cameras
+    table.rows += [row._replace(split="query" if row.camera in queries else "gallery") for row in test]
     return table
 
 
@@ -183,10 +188,9 @@ def _unique(where: str, rows: Iterable[Row], real_paths: Mapping[str, str]) -> l
     for row in rows:
         other = first.setdefault(real_paths[row.path], row)
         if other[1:] != row[1:]:
-            raise InputError(
-                f"{where}: {other.path} and {row.path} are links to one image, but their identities or cameras differ "
-                f"({', '.join(other[1:3])} and {', '.join(row[1:3])}): remove one of them"
-            )
+            links = f"{other.path} and {row.path} are links to one image, but their identities or cameras differ"
+            names = f"{', '.join(other[1:3])} and {', '.join(row[1:3])}"
+            raise InputError(f"{where}: {links} ({names}): remove one of them")
     return list(first.values())
 
 
@@ -208,24 +212,12 @@ def _split(where: str, options: SetOptions, found: list[Named]) -> tuple[list[Ro
     return splits["train"], splits["test"]
 
 
-def _with_queries(where: str, options: SetOptions, test: list[Row]) -> list[Row]:
-    if options.query_cameras is None:
-        return images.with_queries(test)
-    cameras = sorted({row.camera for row in test})
-    for camera in options.query_cameras:
-        if camera not in cameras:
-            raise InputError(f"{where}.query_cameras: no test image is from camera {camera!r}; there are {cameras}")
-    return [row._replace(split="query" if row.camera in options.query_cameras else "gallery") for row in test]
-
-
 def check_splits(name: str, table: Table, mode: str) -> None:
     """Checks that a data set can be used for training (mode ``"train"``) or for the test (another mode).
 
     Warns of queries that have no match in the gallery from another camera, because evaluation leaves them out.
-
-    Raises:
-        InputError: if a split that is needed is empty, training has a single identity, or an identity is in training
-            and in test.
+    Raises InputError if a split that is needed is empty, training has a single identity, or an identity is in
+    training and in test.
     """
     where = f"datasets.{name}"
     train, query, gallery = table.train, table.query, table.gallery
@@ -242,23 +234,18 @@ def check_splits(name: str, table: Table, mode: str) -> None:
         raise InputError(f"{where}: all training images show one identity, {trained.pop()!r}: two or more are needed")
     shared = sorted(trained & {row.identity for row in (*query, *gallery)})
     if shared:
-        raise InputError(
-            f"{where}: {len(shared)} identities are both in training and in test, for example {shared[0]!r}: "
-            "a test needs identities that are not in training"
-        )
+        both = f"{len(shared)} identities are both in training and in test, for example {shared[0]!r}"
+        raise InputError(f"{where}: {both}: a test needs identities that are not in training")
     cameras = defaultdict(set)
     for row in gallery:
         cameras[row.identity].add(row.seen_by)
     unmatched = [row for row in query if not cameras[row.identity] - {row.seen_by}]
-    if unmatched and len(unmatched) == len(query):
-        raise InputError(
-            f"{where}: no query has a match in the gallery from another camera, for example {unmatched[0].path} of "
-            f"identity {unmatched[0].identity!r} and camera {unmatched[0].camera!r}. If cameras do not matter, set "
-            f"{where}.cameras: none, and every other image of the identity is a match"
-        )
-    if unmatched:
-        warnings.warn(
-            f"{where}: {len(unmatched)} of {len(query)} queries have no match in the gallery from another camera, and "
-            f"evaluation leaves them out, for example {unmatched[0].path}",
-            stacklevel=2,
-        )
+    if not unmatched:
+        return
+    one, lack = unmatched[0], "match in the gallery from another camera"
+    if len(unmatched) == len(query):
+        example = f"{one.path} of identity {one.identity!r} and camera {one.camera!r}"
+        cure = f"set {where}.cameras: none, and every other image of the identity is a match"
+        raise InputError(f"{where}: no query has a {lack}, for example {example}. If cameras do not matter, {cure}")
+    some = f"{len(unmatched)} of {len(query)} queries have no {lack}"
+    warnings.warn(f"{where}: {some}, and evaluation leaves them out, for example {one.path}", stacklevel=2)

@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +37,16 @@ _FILE_NAME = re.compile(r"(?P<pid>-1|\d+)_c(?P<camid>\d)")
 
 
 class _Drawn:
-    """Mixed into a reader of torchreid: the folder is drawn when it does not exist.
+    """Mixed into a reader of torchreid: the folder of the data set below ``root`` is drawn when it does not exist.
 
-    Args:
-        root: the folder above the folder of the data set; created where it is missing.
-        seed: seed of the people, the backgrounds and the images.
-        kwargs: the arguments of any torchreid data set.
-
-    Raises:
-        InputError: if the folder was drawn by another recipe or seed.
-        RuntimeError: if a file of the layout is missing (from torchreid).
+    Raises InputError if it was drawn by another recipe or seed, and torchreid's RuntimeError if a file is missing.
     """
 
     dataset_dir: str  # name of the data set and of its folder
     version = 1  # of the recipe: raise it with every change that changes a pixel, a name or a split
     layout: str  # whose names the folders and files have
     own: tuple[str, ...]  # subfolders that identify the user's own data in this layout
+    _fill: Callable[[Path, int], None]  # draws the files of a seed into an empty folder
 
     def __init__(self, root: str = "", seed: int = 0, **kwargs: Any) -> None:
         folder = Path(root).expanduser().absolute() / self.dataset_dir
@@ -65,11 +59,8 @@ class _Drawn:
     def draw(cls, folder: str | os.PathLike[str], seed: int = 0) -> None:
         """Draws the data set, which depends on ``seed`` alone, into a new ``folder``, whole or not at all.
 
-        If another process was faster, its folder is kept.
-
-        Raises:
-            InputError: if ``seed`` is negative.
-            OSError: if the folder cannot be written.
+        If another process was faster, its folder is kept. Raises InputError if ``seed`` is negative, and
+        OSError if the folder cannot be written.
         """
         if seed < 0:
             raise InputError(f"seed={seed} must be 0 or more")
@@ -86,11 +77,6 @@ class _Drawn:
             except OSError:
                 if not destination.is_dir():
                     raise
-
-    @staticmethod
-    def _fill(drawing: Path, seed: int) -> None:
-        """Draws the files into an empty folder."""
-        raise NotImplementedError
 
     @classmethod
     def _recipe(cls, seed: int) -> dict[str, Any]:
@@ -109,10 +95,8 @@ class _Drawn:
         except ValueError as error:
             raise InputError(f"{file} is damaged ({error}): delete {folder} to have it drawn again") from error
         if found != recipe:
-            raise InputError(
-                f"{folder} was drawn as {found}, but {recipe} is wanted: delete it to have it drawn again, or choose "
-                f"another data.root"
-            )
+            cure = "delete it to have it drawn again, or choose another data.root"
+            raise InputError(f"{folder} was drawn as {found}, but {recipe} is wanted: {cure}")
 
 
 def _scenes(seed: int, stream: int) -> list[Image.Image]:

@@ -38,9 +38,9 @@ def hold_out(manager: Any, identities: int, share: float, seed: int, batch_size:
     Args:
         manager: a torchreid ``ImageDataManager``.
         identities: number of training identities to keep, before the validation identities are taken out; 0 for all.
-        share: share of these identities to test on, in [0, 1); 0 keeps the targets of the manager. The first image of
-            each identity and camera is a query, and all images are the gallery.
-        seed: seed of the draw of the validation identities. The draw of ``identities`` is the same for every seed.
+        share: share of these to test on, in [0, 1), with the first image of each identity and camera as a query and all
+            in the gallery; 0 keeps the manager's targets.
+        seed: of the draw of the validation identities; the draw of ``identities`` is the same for every seed.
         batch_size: validation images in a batch.
 
     Raises:
@@ -106,9 +106,7 @@ def check_overlap(manager: Any, tested: bool = True) -> None:
     """Refuses a data manager, of images or of video, with an image in two sources, or in training and in the test.
 
     Files are compared, whatever their paths: a link and its target are one image. ``tested`` compares the test too.
-
-    Raises:
-        InputError: if there are such images. The message counts those of a test.
+    Raises InputError if there are such images. The message counts those of a test.
     """
     trained: dict[tuple[int, int], tuple[str, int]] = {}
     for item in manager.train_loader.dataset.train:
@@ -122,11 +120,10 @@ def check_overlap(manager: Any, tested: bool = True) -> None:
         paths = {file: path for items in splits.values() for item in items for path, file in _files(item[0])}
         both = [path for file, path in paths.items() if file in trained]
         if both:
-            raise InputError(
-                f"{len(both)} of the {len(paths)} test images of {target!r} are training images of "
-                f"{manager.sources} too, for example {both[0]}: a test on them says nothing about new people. Take "
-                f"them out of one of the data sets, or set data.allow_overlap True"
-            )
+            share = f"{len(both)} of the {len(paths)} test images of {target!r} are training images of"
+            cure = "Take them out of one of the data sets, or set data.allow_overlap True"
+            what = f"for example {both[0]}: a test on them says nothing about new people"
+            raise InputError(f"{share} {manager.sources} too, {what}. {cure}")
 
 
 def _files(paths: str | Sequence[str]) -> Iterator[tuple[str, tuple[int, int]]]:

@@ -48,17 +48,11 @@ def _mark(draw: ImageDraw.ImageDraw, right: int, top: int, kind: str) -> None:
 
 
 def ranking_picture(rows: Sequence[Ranking], title: str) -> Image.Image:
-    """Draws one page with a row for each query: the query at the left, then its gallery entries in rank order.
+    """Draws an RGB page with a row for each query: the query at the left, then its gallery entries in rank order.
 
     A right match has a green frame and a tick, a wrong one a red frame and a cross. Rank and distance are below each
-    image. Junk is grey, and has no mark and no rank. The page is RGB.
-
-    Args:
-        rows: one or more queries, whose matches are all marked. The numbers of matches may differ.
-        title: the first line of the page. It is shortened if it is wider than the page.
-
-    Raises:
-        InputError: if there are no rows, or an image cannot be read.
+    image. Junk is grey, and has no mark and no rank. The numbers of matches, which are all marked, may differ. A title
+    wider than the page is shortened. Raises InputError if there are no rows, or an image cannot be read.
     """
     if not rows:
         raise InputError("rows is empty: give at least one Ranking")

@@ -23,16 +23,10 @@ Paths = tuple[Sequence[Any], Sequence[Any]]
 
 
 class Search:
-    """The ranking of a gallery for every query.
+    """The ranking of a gallery for every query, by ``metric`` ``"euclidean"`` or ``"cosine"``.
 
-    Args:
-        query, gallery: the samples.
-        metric: ``"euclidean"`` or ``"cosine"``.
-        normalize: whether to scale every feature to unit norm first.
-        rerank: whether to re-rank by k-reciprocal neighbours.
-
-    Raises:
-        InputError: if the metric is unknown, or features are not finite.
+    ``normalize`` scales every feature to unit norm first; ``rerank`` re-ranks by k-reciprocal neighbours. Raises
+    InputError if the metric is unknown, or features are not finite.
     """
 
     def __init__(
@@ -86,7 +80,7 @@ def print_result(result: RetrievalResult, ranks: Sequence[int]) -> None:
         if name.startswith("rank-") and not curve:
             print("CMC curve")
             curve = True
-        print(f"{_title(name):<8}: {value:.1%}" if curve else f"{name}: {value:.1%}")
+        print(f"{name.replace('rank-', 'Rank-'):<8}: {value:.1%}" if curve else f"{name}: {value:.1%}")
 
 
 def print_side_by_side(columns: dict[str, dict[str, RetrievalResult]], ranks: Sequence[int]) -> None:
@@ -95,11 +89,10 @@ def print_side_by_side(columns: dict[str, dict[str, RetrievalResult]], ranks: Se
         results = {name: results[target].scores(ranks) for name, results in columns.items()}
         print(f"\n{target:<12}" + "".join(f"{name:>12}" for name in results))
         for name in next(iter(results.values())):
-            print(f"{_title(name):<12}" + "".join(f"{values[name]:>12.1%}" for values in results.values()))
-
-
-def _title(name: str) -> str:
-    return name.replace("rank-", "Rank-")
+            print(
+                f"{name.replace('rank-', 'Rank-'):<12}"
+                + "".join(f"{values[name]:>12.1%}" for values in results.values())
+            )
 
 
 def draw_some(search: Search, paths: Paths, count: int, topk: int, path: Path, title: str) -> None:

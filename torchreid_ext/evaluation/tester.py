@@ -56,11 +56,9 @@ class Tester:
     def test(self, **options: Any) -> dict[str, RetrievalResult]:
         """Returns the result of each target, printed as torchreid does, and writes ``save_dir/metrics.json``.
 
-        The random number generators are restored afterwards, so that training does not depend on the number of tests.
-        The processes of a distributed run share the work with the result of one; the first one prints and writes.
-
-        Args:
-            **options: fields of ``EvaluationOptions``.
+        The options are the fields of ``EvaluationOptions``. The random number generators are restored afterwards, so
+        that training does not depend on the number of tests. The processes of a distributed run share the work with the
+        result of one; the first one prints and writes.
 
         Raises:
             InputError: for an unknown option, or a value out of its range.
