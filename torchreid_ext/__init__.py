@@ -23,16 +23,11 @@ if TYPE_CHECKING:
     from torchreid_ext.search.searcher import Searcher
 
 __all__ = [
-    "ImageDRSLEngine",
-    "ImagePMLEngine",
-    "Searcher",
-    "VideoDRSLEngine",
-    "VideoPMLEngine",
-    "build_engine",
-    "get_default_config",
-]
+    "ImageDRSLEngine", "ImagePMLEngine", "Searcher", "VideoDRSLEngine", "VideoPMLEngine",
+    "build_engine", "get_default_config",
+]  # fmt: skip
 
-# This package evaluates by itself, so that torchreid's missing Cython code costs nothing.
+# This package evaluates by itself, without torchreid's Cython code.
 warnings.filterwarnings("ignore", message="Cython evaluation")
 
 _ENGINES = ("ImageDRSLEngine", "ImagePMLEngine", "VideoDRSLEngine", "VideoPMLEngine")

@@ -55,10 +55,7 @@ class Row(NamedTuple):
 
 @dataclass
 class Table:
-    """Images, and the names of the files that were left out, by the reason.
-
-    An image of the test may be there twice, as query and as gallery.
-    """
+    """Images, those of the test perhaps as query and as gallery, and the files that were left out, by the reason."""
 
     rows: list[Row] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
@@ -100,8 +97,7 @@ class Table:
 def pattern(names: str, option: str = "names") -> re.Pattern[str]:
     """The regular expression for names: one of ``NAMES``, or the user's own, with the groups identity and camera.
 
-    Raises:
-        InputError: for a word that is neither, which the user gave to ``option``.
+    Raises InputError for a word that is neither, which the user gave to ``option``.
     """
     takes = f"one of {', '.join(NAMES)}, or a regular expression with (?P<identity>...) and perhaps (?P<camera>...)"
     try:
@@ -130,18 +126,12 @@ def named(path: str, names: re.Pattern[str]) -> Row:
     return Row(path)
 
 
-def files(folder: str) -> Iterator[tuple[str, str]]:
+def files(folder: str, prefix: str = "", above: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
     """Yields the POSIX path below ``folder`` and the path without any link of every file, in the order of their names.
 
-    Hidden files and folders are left out. Links are followed.
-
-    Raises:
-        InputError: for a link that leads to a folder above itself, or to nothing.
+    Hidden files and folders are left out. Links are followed. ``prefix`` and ``above`` are of folders within
+    folders. Raises InputError for a link that leads to a folder above itself, or to nothing.
     """
-    return _files(folder, "", ())
-
-
-def _files(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     real = os.path.realpath(folder)
     if real in above:
         raise InputError(f"{folder} is a link to {real}, a folder above it: remove the link")
@@ -152,18 +142,15 @@ def _files(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[tuple[s
             target = os.readlink(entry.path)
             raise InputError(f"{entry.path} is a link to {target!r}, which cannot be found; correct or remove the link")
         if entry.is_dir():
-            yield from _files(entry.path, f"{prefix}{entry.name}/", (*above, real))
+            yield from files(entry.path, f"{prefix}{entry.name}/", (*above, real))
         else:
             yield prefix + entry.name, os.path.realpath(entry.path) if entry.is_symlink() else f"{real}/{entry.name}"
 
 
 def list_folder(folder: str, names: re.Pattern[str], junk: Collection[str] = JUNK) -> Table:
-    """All images below a folder, in the order of their names, as gallery.
+    """All images below a folder, in the order of their names, as gallery; the folder's own name is no identity.
 
-    The name of the folder itself is no identity: it is the folder of a whole collection.
-
-    Raises:
-        InputError: if the folder is missing or has no image.
+    Raises InputError if the folder is missing or has no image.
     """
     if not os.path.isdir(folder):
         raise InputError(f"there is no folder {folder!r}")
@@ -198,19 +185,12 @@ def from_torchreid(dataset: Any) -> Table:
 
 
 def read_csv(file: str, cameras: bool = True, junk: Collection[str] = JUNK) -> Table:
-    """The images that a CSV file names, in its order.
+    """The images that a CSV file names, in its order, without those of the identities ``junk``.
 
-    The file is UTF-8 text with the columns path, pid, camid and split (train, query or gallery), separated by commas.
-    Paths are relative to its folder. A path may be there once, or once as query and once as gallery.
-
-    Args:
-        file: path of the CSV file.
-        cameras: whether the cameras are wanted; if not, there need be no column camid.
-        junk: identities whose images are left out.
-
-    Raises:
-        InputError: if a column, a value or an image is missing, a split is unknown, a path is repeated, or the file is
-            written in another way. The message names the file, the line and the cure.
+    The file is UTF-8 text with the columns path, pid, camid (only where ``cameras`` are wanted) and split (train,
+    query or gallery), separated by commas. Paths are relative to its folder. A path is there once, or as query and
+    gallery. Raises InputError if a column, a value or an image is missing, a split is unknown, a path is repeated,
+    or the file is written in another way. The message names the file, the line and the cure.
     """
     columns = [column for column in COLUMNS if cameras or column != "camid"]
     table, seen = Table(), dict[str, list[Row]]()
@@ -254,10 +234,8 @@ def _records(file: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str,
         for cells in reader:
             at = f"{file}, line {reader.line_num}"
             if any(cell.strip() for cell in cells[len(head) :]):
-                raise InputError(
-                    f"{at}: there are {len(cells)} values for {len(head)} columns: put a value that has a comma "
-                    f"between double quotes"
-                )
+                counts = f"there are {len(cells)} values for {len(head)} columns"
+                raise InputError(f"{at}: {counts}: put a value that has a comma between double quotes")
             values = dict(zip(head, (cell.strip() for cell in cells), strict=False))
             if cells:
                 yield at, {column: values.get(column, "") for column in columns}
@@ -269,12 +247,12 @@ def _check_head(file: str, head: Sequence[str], columns: Sequence[str]) -> None:
     missing = [column for column in columns if column not in head]
     if not missing:
         return
-    wanted = ",".join(columns)
+    wanted, text = ",".join(columns), "".join(head)
     cure = f"the first line must name {wanted}"
-    for mark, word in ((";", "semicolons"), ("\t", "tabs")):
-        cure = f"its values are separated by {word}: {_AS_UTF8}" if mark in "".join(head) else cure
     if {name.lower() for name in head} >= set(columns):
         cure = f"write the names of the columns in lower case: {wanted}"
+    elif "\t" in text or ";" in text:
+        cure = f"its values are separated by {'semicolons' if ';' in text else 'tabs'}: {_AS_UTF8}"
     raise InputError(f"{file}, line 1: the file has no column {missing[0]!r}: {cure}")
 
 

@@ -27,8 +27,7 @@ class TimmNetwork(nn.Module):
         num_classes: number of training identities.
         loss: ``"triplet"`` or ``"softmax"``.
         pretrained: whether to load timm's weights, which needs a network connection the first time.
-        height: height of the images in pixels.
-        width: width of the images in pixels. A network with position embeddings is made for this size.
+        height, width: pixels of the images. A network with position embeddings is made for this size.
 
     Raises:
         InputError: for an unknown name, or where timm is not installed.
@@ -70,8 +69,7 @@ class TimmNetwork(nn.Module):
 def timm_images(name: str) -> tuple[tuple[int, int], list[float], list[float]]:
     """What a network of timm was trained on: height and width of its images, and the mean and deviation of channels.
 
-    Raises:
-        InputError: for an unknown name, or where timm is not installed.
+    Raises InputError for an unknown name, or where timm is not installed.
     """
     timm = _timm(name)
     config = timm.get_pretrained_cfg(name)
@@ -86,9 +84,8 @@ def _timm(name: str) -> Any:
     try:
         import timm
     except ModuleNotFoundError as error:
-        raise InputError(
-            f"model.name {TIMM}{name}: the package timm is not installed; install it with pip install pml-drsl[timm]"
-        ) from error
+        cure = "install it with pip install pml-drsl[timm]"
+        raise InputError(f"model.name {TIMM}{name}: the package timm is not installed; {cure}") from error
     if not timm.is_model(name):
         near = nearest(name, timm.list_models())
         raise InputError(f"model.name: timm has no network {name!r}; did you mean {TIMM + near!r}?")
@@ -105,13 +102,10 @@ class Head:
 
 
 class NeckClassifier(nn.Linear):
-    """A classifier without bias behind a batch normalisation without shift, the neck.
+    """A classifier without bias behind a batch normalisation without shift, the neck; it replaces ``classifier``.
 
     The metric loss gets the features before the neck; cross-entropy and retrieval get the features after the neck (Luo
     et al., "A strong baseline and batch normalization neck", TMM 2019).
-
-    Args:
-        classifier: the linear layer that this layer replaces.
     """
 
     def __init__(self, classifier: nn.Linear) -> None:
@@ -138,8 +132,7 @@ class _WithNeck(nn.Module):
         return (_blank, (kind,), *reduced[2:])
 
     def forward(self, images: Tensor) -> Any:
-        # The networks of the zoo return the output of their classifiers only in training. This switches the mode of
-        # the network alone: its layers keep their mode.
+        # The zoo's networks return the output of their classifiers only in training. The layers keep their mode.
         mode, self.training = self.training, True
         try:
             output = super().forward(images)
@@ -171,13 +164,11 @@ def _blank(kind: Any) -> nn.Module:
 def add_neck(model: nn.Module) -> None:
     """Puts a neck before each classifier of a network of the zoo, in place.
 
-    In training the network returns its logits, and also the features before the necks if it was built with
-    ``loss="triplet"``. In evaluation it returns the features after the necks, concatenated. There is one feature for
-    each classifier (``pcb_p6``: of each part; ``hacnn``: global and local). The layers keep their names, so that
-    weights of the network without a neck load; only the biases of the classifiers are gone.
-
-    Raises:
-        InputError: for a network without a linear layer named ``classifier...``.
+    In training the network returns its logits, with ``loss="triplet"`` also the features before the necks. In
+    evaluation it returns the features after the necks, concatenated. There is one feature for each classifier
+    (``pcb_p6``: of each part; ``hacnn``: global and local). Weights of the network without a neck load, because the
+    layers keep their names; only the biases of the classifiers are gone. Raises InputError for a network without a
+    linear layer named ``classifier...``.
     """
     kind: Any = type(model)
     replaced: dict[str, nn.Module] = {}
@@ -199,15 +190,12 @@ def add_neck(model: nn.Module) -> None:
 def set_last_stride(model: nn.Module, name: str) -> None:
     """Sets the stride of the last stage of a network to 1, in place, so that the stage keeps its resolution.
 
-    Raises:
-        InputError: for a network, ``name``, without a ``layer4``, which every kind of ResNet has.
+    Raises InputError for a network, ``name``, without a ``layer4``, which every kind of ResNet has.
     """
     stage = getattr(model, "layer4", None)
     if not isinstance(stage, nn.Module):
-        raise InputError(
-            f"model.last_stride 1 is for networks whose last stage is a layer4 (resnet*, resnext*, se_res*, pcb_*); "
-            f"{name} has none: leave it at 2, which changes nothing"
-        )
+        taking = "networks whose last stage is a layer4 (resnet*, resnext*, se_res*, pcb_*)"
+        raise InputError(f"model.last_stride 1 is for {taking}; {name} has none: leave it at 2, which changes nothing")
     for layer in stage.modules():
         if isinstance(layer, nn.Conv2d):
             layer.stride = (1, 1)
@@ -219,15 +207,13 @@ def set_last_stride(model: nn.Module, name: str) -> None:
 def set_memory_format(model: nn.Module, channels_last: bool | str, height: int, width: int, half: bool = False) -> None:
     """Lets a network compute in the memory format ``channels_last``, in place, where that is asked for.
 
-    It is enough to convert the weights: a convolution with such weights converts its images, and the layers behind it
-    keep the format. The values of a network change by rounding alone.
+    Convolutions with converted weights convert their images. The values change by rounding alone.
 
     Args:
         model: the network, on its device.
         channels_last: True, False, or ``"auto"``: where it makes the network faster. On a CPU, that is without instance
             normalisation, which converts images back and forth; on a GPU, in half precision.
-        height: height of the network's images in pixels.
-        width: width of its images in pixels.
+        height, width: pixels of the network's images.
         half: whether the network is trained in half precision.
 
     Raises:
@@ -252,10 +238,7 @@ def set_memory_format(model: nn.Module, channels_last: bool | str, height: int, 
 
 
 def feature_sizes(model: nn.Module, height: int, width: int) -> list[int]:
-    """The dimension of each feature that a network built with ``loss="triplet"`` returns in training.
-
-    One black image of ``height`` times ``width`` pixels is passed through the network, whose state does not change.
-    """
+    """The dimension of each feature that a ``loss="triplet"`` network gives in training; its state does not change."""
     _, features = _on_a_black_image(distributed.unwrapped(model), height, width, training=True)
     return [part.shape[1] for part in (features if isinstance(features, (list, tuple)) else [features])]
 
@@ -264,8 +247,7 @@ def feature_sizes(model: nn.Module, height: int, width: int) -> list[int]:
 def _on_a_black_image(network: nn.Module, height: int, width: int, training: bool) -> Any:
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
-    # Only the network itself is in training mode, so that it returns its features. Its layers stay in evaluation mode
-    # and gather no statistics.
+    # The network itself in training mode returns its features; its layers, in evaluation mode, gather no statistics.
     network.training = training
     try:
         parameter = next(network.parameters())

@@ -37,11 +37,10 @@ def is_image(name: str) -> bool:
 
 
 def read_image(image: str | os.PathLike[str] | Image.Image | Array) -> Image.Image:
-    """An RGB image, decoded completely.
+    """An RGB image, decoded completely, with the pixels that torchreid reads, but for three kinds of images.
 
     A photo is turned upright, as its EXIF orientation says. 16-bit grey becomes 8-bit grey by a division by 257.
-    Transparent pixels are laid on white, because the colours below them are arbitrary. Other images have the pixels
-    that torchreid reads.
+    Transparent pixels are laid on white, because the colours below them are arbitrary.
 
     Args:
         image: a path, a Pillow image, or a uint8 or uint16 array of shape [H, W] or [H, W, 3] in RGB order.
@@ -101,10 +100,8 @@ def _from_16_bit(pixels: Array, transparent: Any = None) -> Image.Image:
 def _from_array(array: Array) -> Image.Image:
     is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
     if not is_image or array.dtype not in (np.uint8, np.uint16):
-        raise InputError(
-            f"an array of shape {list(array.shape)} and type {array.dtype} is not an image: give [H, W, 3] or [H, W] "
-            f"of uint8 or uint16 in RGB order, or a tensor of shape [3, H, W]"
-        )
+        cure = "give [H, W, 3] or [H, W] of uint8 or uint16 in RGB order, or a tensor of shape [3, H, W]"
+        raise InputError(f"an array of shape {list(array.shape)} and type {array.dtype} is not an image: {cure}")
     check_not_empty(array.shape)
     return _from_16_bit(array) if array.dtype == np.uint16 else Image.fromarray(array).convert("RGB")
 

@@ -23,13 +23,10 @@ def _numbers(names: Iterable[str]) -> dict[str, int]:
 
 
 def _numbered(table: Table) -> list[list[Item]]:
-    """Train, query and gallery with numbers from 0 in place of names.
-
-    A camera has the same number in every split. The cameras of the training images come first, so that their numbers
-    have no gaps: torchreid relies on that when it joins data sets.
-    """
+    """Train, query and gallery with numbers from 0 in place of names."""
     train, test = table.train, table.query + table.gallery
     trained, tested = (_numbers(row.identity for row in rows) for rows in (train, test))
+    # The cameras of training come first: torchreid relies on numbers without gaps when it joins data sets.
     cameras = _numbers(row.seen_by for row in train)
     for camera in sorted({row.seen_by for row in test} - set(cameras)):
         cameras[camera] = len(cameras)
@@ -38,20 +35,17 @@ def _numbered(table: Table) -> list[list[Item]]:
 
 
 class ConfiguredDataset(torchreid.data.ImageDataset):
-    """A torchreid image data set described by options instead of code.
+    """A torchreid image data set described by options instead of code, with any names of identities and cameras.
 
-    Identities and cameras may have any names. The identities for training are numbered from 0, and so are those of
-    query and gallery together.
+    The identities for training are numbered from 0, and so are those of query and gallery together.
 
     Args:
         name: name of the data set, for messages.
-        options: from :func:`torchreid_ext.data.splits.make_options`.
-        root: the folder that contains the ``folder`` or the ``csv`` of the options.
+        options: from :func:`torchreid_ext.data.splits.make_options`; their folder or CSV is below ``root``.
         mode: train, query or gallery; a data set without a test set has no other mode than train.
         combineall: train on train, query and gallery together.
         verbose: print the counts, and what was left out.
-        kwargs: the other arguments that torchreid's data managers pass (transform, k_tfm, ...). Arguments for other
-            data sets (split_id, cuhk03_labeled, ...) are ignored.
+        kwargs: what torchreid's data managers pass besides. Arguments for other data sets (split_id, ...) are ignored.
 
     Raises:
         InputError: if the data cannot be used. The message names the data set, the file or value, and the fix.
@@ -98,8 +92,7 @@ class ConfiguredDataset(torchreid.data.ImageDataset):
     def combine_all(self) -> None:
         """Adds each test image to the training set once. The new identities get the numbers after the old ones.
 
-        torchreid's own method fails if the identity of a query is not in the gallery, and it repeats images that are
-        both in query and in gallery.
+        torchreid's own method needs the identity of each query in the gallery, and repeats images that are in both.
         """
         tested = sorted({*self.query, *self.gallery})
         first = self.get_num_pids(self.train)
@@ -112,17 +105,10 @@ _registered: dict[str, SetOptions] = {}
 
 
 def register_datasets(datasets: Mapping[str, Mapping[str, Any]]) -> None:
-    """Registers each configured data set with torchreid's data managers, under its name.
+    """Registers ``SetOptions`` by the data set's name with torchreid's data managers, which read the files later.
 
-    All options are checked before any name is registered. Files are read only when a data manager makes the data set.
-    A name that this function registered before gets the new options. The options are the attributes of
-    :class:`torchreid_ext.data.splits.SetOptions`.
-
-    Args:
-        datasets: the options of each data set, by its name.
-
-    Raises:
-        InputError: for an unknown option, for a value out of range, or for a name that torchreid already uses.
+    All options are checked before any name is registered. A name that is registered already gets the new options.
+    Raises InputError for an unknown option, for a value out of range, or for a name that torchreid already uses.
     """
     checked = {name: make_options(name, options) for name, options in datasets.items()}
     for name, options in checked.items():

@@ -1,13 +1,13 @@
-"""Draws images of pedestrians, as seen by different cameras.
+"""Draws images of pedestrians, as seen by different cameras, with the random generators that the caller passes.
 
-A :class:`Person` has clothing, build, hair and a bag. A :class:`Camera` changes light, colour, viewpoint, scale,
-background, blur and noise. These changes are so strong that an untrained network retrieves images of the same camera.
-It must learn the clothing to retrieve the person. All randomness comes from the generators that the caller passes.
+The cameras change an image so much that an untrained network retrieves images of the same camera. It must learn the
+clothing to retrieve the person.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,26 +26,6 @@ CLOTH: tuple[Colour, ...] = (
     (28, 28, 32), (238, 238, 232), (128, 130, 134), (196, 36, 40), (238, 128, 34), (240, 208, 60), (52, 138, 66),
     (30, 140, 148), (92, 164, 226), (40, 72, 168), (116, 62, 152), (236, 136, 176), (122, 78, 46), (206, 180, 138),
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Person:
-    """The look of an identity, which is the same for every camera."""
-
-    skin: Colour
-    hair: Colour
-    hair_style: str
-    build: float
-    height: float
-    top: Colour
-    accent: Colour
-    pattern: str
-    long_sleeves: bool
-    bottom: Colour
-    bottom_kind: str
-    shoes: Colour
-    bag: str
-    bag_colour: Colour
 
 
 @dataclass(frozen=True)
@@ -84,10 +64,10 @@ def _vary(rng: np.random.Generator, colour: Colour, spread: int) -> Colour:
     return red, green, blue
 
 
-def make_person(rng: np.random.Generator) -> Person:
-    """Draws a random identity: 14 colours of cloth, six patterns, three kinds of legwear, three bags or none."""
+def make_person(rng: np.random.Generator) -> SimpleNamespace:
+    """Draws the look of a random identity, which is the same for every camera."""
     top, accent, bottom, bag_colour = (_vary(rng, _pick(rng, CLOTH), 14) for _ in range(4))
-    return Person(
+    return SimpleNamespace(
         skin=_pick(rng, SKIN),
         hair=_pick(rng, HAIR),
         hair_style=_pick(rng, ("short", "short", "long", "bald", "cap", "bun")),
@@ -133,11 +113,10 @@ class _Pen:
         self.draw.line([self.at(*point) for point in points], fill=colour, width=width)
 
     def on(self, canvas: Image.Image) -> _Pen:
-        """Returns a pen with the same coordinates for another canvas."""
         return _Pen(canvas, self.centre, self.top, self.height, self.lean, self.direction < 0)
 
 
-def _draw_fabric(pen: _Pen, person: Person, facing: str) -> None:
+def _draw_fabric(pen: _Pen, person: SimpleNamespace, facing: str) -> None:
     """Covers the whole canvas with the cloth of the upper garment. The caller cuts the garment out of it."""
     pen.draw.rectangle((0, 0, *_CANVAS), fill=person.top)
     if person.pattern in ("hoops", "checks"):
@@ -154,9 +133,8 @@ def _draw_fabric(pen: _Pen, person: Person, facing: str) -> None:
         pen.box(-0.5, 0.485, 0.5, 0.54, person.accent)
 
 
-def _draw_legs(pen: _Pen, person: Person, facing: str, stride: float) -> None:
-    spread = 0.055 * person.build if facing != "side" else 0.012
-    width = 0.088 * person.build
+def _draw_legs(pen: _Pen, person: SimpleNamespace, facing: str, stride: float) -> None:
+    spread, width = 0.012 if facing == "side" else 0.055 * person.build, 0.088 * person.build
     for side in (-1, 1):
         hip = (side * spread, 0.5)
         knee = (side * (spread + stride * 0.55) + 0.02, 0.72) if facing == "side" else (side * spread * 1.05, 0.73)
@@ -172,7 +150,7 @@ def _draw_legs(pen: _Pen, person: Person, facing: str, stride: float) -> None:
         pen.polygon([(-half, 0.46), (half, 0.46), (half * 1.55, 0.7), (-half * 1.55, 0.7)], person.bottom)
 
 
-def _draw_head(pen: _Pen, person: Person, facing: str) -> None:
+def _draw_head(pen: _Pen, person: SimpleNamespace, facing: str) -> None:
     ahead = 0.016 if facing == "side" else 0.0
     pen.box(-0.03 + ahead / 2, 0.1, 0.03 + ahead / 2, 0.19, person.skin)
     if person.hair_style == "long" and facing == "front":
@@ -194,7 +172,7 @@ def _draw_head(pen: _Pen, person: Person, facing: str) -> None:
             pen.box(0.0 if facing == "side" else -0.06, 0.04, 0.1 if facing == "side" else 0.06, 0.056, person.accent)
 
 
-def _draw_person(pen: _Pen, person: Person, facing: str, stride: float) -> None:
+def _draw_person(pen: _Pen, person: SimpleNamespace, facing: str, stride: float) -> None:
     build = person.build * (0.72 if facing == "side" else 1.0)
     shoulder, waist = 0.122 * build, 0.098 * build
     if person.bag == "backpack" and facing != "back":
@@ -252,26 +230,20 @@ def draw_scene(rng: np.random.Generator, camera: Camera) -> Image.Image:
     return scene.filter(ImageFilter.GaussianBlur(2.0))
 
 
-def draw_image(rng: np.random.Generator, person: Person | None, camera: Camera, scene: Image.Image) -> Image.Image:
-    """Draws one detection: ``person`` (``None`` for a false detection) in front of a part of the camera's ``scene``.
-
-    Returns:
-        An RGB image, 64 wide and 128 high.
-    """
+def draw_image(
+    rng: np.random.Generator, person: SimpleNamespace | None, camera: Camera, scene: Image.Image
+) -> Image.Image:
+    """A detection, RGB, 64 wide and 128 high: ``person`` (None for a false one) before a part of the ``scene``."""
     width, height = _CANVAS
     left, top = int(rng.integers(_SCENE[0] - width)), int(rng.integers(_SCENE[1] // 8, _SCENE[1] - height))
     canvas = scene.crop((left, top, left + width, top + height))
     if person is not None:
         facing = camera.facing if rng.random() < 0.7 else _pick(rng, ("front", "side", "back"))
         tall = height * camera.scale * person.height * rng.uniform(0.93, 1.07)
-        pen = _Pen(
-            canvas,
-            centre=width * (0.5 + rng.uniform(-0.1, 0.1)) - camera.lean * tall / 2,
-            top=(height - tall) * rng.uniform(0.2, 0.9),
-            height=tall,
-            lean=camera.lean,
-            mirror=camera.mirror != bool(rng.random() < 0.25),
-        )
+        centre = width * (0.5 + rng.uniform(-0.1, 0.1)) - camera.lean * tall / 2
+        head = (height - tall) * rng.uniform(0.2, 0.9)
+        mirror = camera.mirror != bool(rng.random() < 0.25)
+        pen = _Pen(canvas, centre, head, tall, camera.lean, mirror)
         _draw_person(pen, person, facing, stride=float(rng.uniform(0.02, 0.12)))
         if rng.random() < 0.12:
             # A pole or a railing hides a part of the person.

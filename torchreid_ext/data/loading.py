@@ -18,11 +18,7 @@ from torchreid_ext.runtime import distributed, generators
 
 @lru_cache
 def _reader(kind: type) -> Callable[[Any, int], Any] | None:
-    """The ``__getitem__`` of a class of data sets, with our reader in the place of torchreid's ``read_image``.
-
-    It is the data set's own code, so that it draws the same random numbers in the same order. None for a class whose
-    ``__getitem__`` reads images in another way.
-    """
+    """A class's own ``__getitem__`` with our reader in place of torchreid's; None if it reads in another way."""
     method = getattr(kind, "__getitem__", None)
     if not isinstance(method, FunctionType) or "read_image" not in method.__code__.co_names:
         return None
@@ -49,16 +45,9 @@ class WrappedDataset(Dataset[Any]):
 class ReadableDataset(WrappedDataset):
     """A torchreid data set whose images are read with :func:`torchreid_ext.pixels.read_image`.
 
-    torchreid's own reader tries for ever to read a damaged image, leaves photos on their side, and makes 16-bit images
-    white.
-
-    A data set that reads in its own way has its images checked before it reads an entry for the first time.
-
-    Args:
-        dataset: an image or video data set of torchreid. ``dataset.data[i][0]`` is a path or a sequence of paths.
-
-    Raises:
-        InputError: when an entry is read that has an unreadable image. The message names the image.
+    torchreid's own reader tries a damaged image for ever, leaves photos on their side, and makes 16-bit images white. A
+    data set that reads in its own way has its images checked before it reads an entry for the first time: those of the
+    path or paths ``dataset.data[i][0]``. Raises InputError, which names it, when an unreadable image is read.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -80,16 +69,10 @@ class ReadableDataset(WrappedDataset):
 
 
 def readable(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """Returns a loader like ``loader`` that reads images with our reader, which refuses an unreadable image.
+    """Returns a loader of the same batches as ``loader``, with our reader, which refuses an unreadable image.
 
-    Both loaders share the sampler (or batch sampler), the generator and the functions, so that they give the same
-    batches. A loader that this function returned before is returned unchanged.
-
-    Args:
-        loader: a loader of a torchreid data set.
-
-    Raises:
-        InputError: if the data set is iterable-style, or has no ``data`` with the paths.
+    A loader that this function returned before is returned unchanged. Raises InputError if the data set is
+    iterable-style, or has no ``data`` with the paths.
     """
     dataset: Any = loader.dataset
     if isinstance(dataset, ReadableDataset):
@@ -102,13 +85,11 @@ def readable(loader: DataLoader[Any]) -> DataLoader[Any]:
 
 def rebuilt(loader: DataLoader[Any], dataset: Any, **changes: Any) -> DataLoader[Any]:
     """Returns a loader for another data set with the settings of ``loader``, some of which ``changes`` replaces."""
-    options: dict[str, Any] = {
-        name: getattr(loader, name)
-        for name in (
-            "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
-            "generator", "prefetch_factor", "persistent_workers", "pin_memory_device", "in_order",
-        )
-    }  # fmt: skip
+    kept = (
+        "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
+        "generator", "prefetch_factor", "persistent_workers", "pin_memory_device", "in_order",
+    )  # fmt: skip
+    options: dict[str, Any] = {name: getattr(loader, name) for name in kept}
     if "batch_sampler" not in changes:
         if loader.batch_size is None and loader.batch_sampler is not None:
             options["batch_sampler"] = loader.batch_sampler
@@ -128,9 +109,8 @@ class Draw(NamedTuple):
 class SeededBatches(Sampler[list[Draw]]):
     """The batches of a batch sampler, with a seed for every index. Each process gets its share of every batch.
 
-    All batches of an epoch are drawn from the global generators when the epoch begins, however far a loader reads
-    ahead. The first process draws the batches for all processes, the same as in a run of one process. Each other
-    process then seeds its generators with its own seed, so that dropout differs between processes.
+    The first process draws all batches of an epoch from the global generators when the epoch begins, as a run of one
+    process does. Each other process then seeds its generators with its own seed, so that dropout differs.
     """
 
     def __init__(self, batches: Any) -> None:
@@ -140,7 +120,7 @@ class SeededBatches(Sampler[list[Draw]]):
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        batches, epoch_seed = distributed.from_first(self._draw)
+        batches, epoch_seed = distributed.from_first(lambda: (list(self.batches), int(torch.randint(2**62, ()))))
         if not distributed.is_first():
             generators.seed_everything(epoch_seed + distributed.rank())
         position = 0
@@ -148,15 +128,9 @@ class SeededBatches(Sampler[list[Draw]]):
             yield distributed.share([Draw(sample, epoch_seed, position + i) for i, sample in enumerate(batch)])
             position += len(batch)
 
-    def _draw(self) -> tuple[list[list[int]], int]:
-        return list(self.batches), int(torch.randint(2**62, ()))
-
 
 class SeededDataset(WrappedDataset):
-    """Reads each sample of a data set with the seed of its ``Draw``.
-
-    At the start of each epoch, the patches that torchreid's ``random_patch`` cut from earlier images are removed.
-    """
+    """Reads each sample of a data set with the seed of its ``Draw``; every epoch starts without ``random_patch``es."""
 
     def __init__(self, dataset: Any) -> None:
         super().__init__(dataset)
@@ -175,12 +149,9 @@ class SeededDataset(WrappedDataset):
 def repeatable(loader: DataLoader[Any]) -> DataLoader[Any]:
     """Returns a loader like ``loader``, whose epochs depend only on the state of the global generators at their start.
 
-    torchreid's augmentations draw from the global generators of the process that reads an image. With a seed for every
-    sample, the result does not depend on the number of workers, or on what they read before. A resumed epoch is
-    therefore equal to the epoch of a run that was never interrupted. The workers stay alive from epoch to epoch.
-
-    Raises:
-        InputError: if the loader does not make batches.
+    With a seed for every sample, torchreid's augmentations do not depend on the workers or on what they read
+    before. A resumed epoch is therefore equal to that of a run without interruption. The workers stay alive from
+    epoch to epoch. Raises InputError if the loader does not make batches.
     """
     if isinstance(loader.dataset, SeededDataset):
         return loader
@@ -191,7 +162,6 @@ def repeatable(loader: DataLoader[Any]) -> DataLoader[Any]:
         SeededDataset(loader.dataset),
         batch_sampler=SeededBatches(loader.batch_sampler),
         persistent_workers=loader.num_workers > 0,
-        # A loader draws the seeds of its workers from its generator, once in their life. With the global generator, a
-        # resumed run would make one more draw than a run that was not interrupted.
+        # A loader seeds its workers from its generator. From the global one, a resumed run would draw once more.
         generator=torch.Generator(),
     )

@@ -22,9 +22,9 @@ from torchreid_ext.runtime import distributed
 class IdentitySampler(Sampler[int]):
     """Batches of ``batch_size / num_instances`` identities with ``num_instances`` images each.
 
-    An epoch shows every image at most once. Only an identity with fewer than ``num_instances`` images shows images more
-    than once, to fill its group. An epoch has as many batches as this allows: with ``g_i`` groups of ``num_instances``
-    images of identity i and P identities in a batch, the largest B with ``sum over i of min(g_i, B) >= P * B``.
+    An epoch shows every image at most once, unless its identity has fewer than ``num_instances`` images. It has as many
+    batches as this allows: with ``g_i`` groups of ``num_instances`` images of identity i and P identities in a batch,
+    the largest B with ``sum over i of min(g_i, B) >= P * B``.
 
     Args:
         pids: identity of each training sample.
@@ -58,12 +58,11 @@ class IdentitySampler(Sampler[int]):
         surplus = int(left.sum()) - self.num_batches * self.identities
         np.subtract.at(left, rng.choice(np.repeat(np.arange(len(left)), left), surplus, replace=False), 1)
         for batches_left in range(self.num_batches, 0, -1):
-            # An identity that has as many groups left as there are batches left must be in each of them. The other
-            # identities are drawn in proportion to their groups left, so that many identities are left at the end.
+            # An identity with as many groups left as there are batches left must be in each of them. Others are drawn
+            # in proportion to their groups left, so that many identities are left at the end.
             chosen = np.flatnonzero(left == batches_left)
             weights = np.where(left < batches_left, left, 0)
-            missing = self.identities - len(chosen)
-            if missing:
+            if missing := self.identities - len(chosen):
                 drawn = rng.choice(len(left), missing, replace=False, p=weights / weights.sum())
                 chosen = np.concatenate([chosen, drawn])
             left[chosen] -= 1
@@ -80,10 +79,7 @@ class IdentitySampler(Sampler[int]):
 
 
 class PerClassSampler(MPerClassSampler):
-    """pytorch-metric-learning's ``MPerClassSampler``, whose order does not depend on earlier epochs.
-
-    The arguments and the errors are those of ``IdentitySampler``.
-    """
+    """As ``IdentitySampler``, by pytorch-metric-learning's sampler, whose order depends on no earlier epoch here."""
 
     def __init__(self, pids: Sequence[int], batch_size: int, num_instances: int) -> None:
         check_batch(pids, batch_size, num_instances)
@@ -103,11 +99,8 @@ SAMPLERS = {"RandomIdentitySampler": IdentitySampler, "MPerClassSampler": PerCla
 def whole_batches(loader: DataLoader[Any]) -> DataLoader[Any]:
     """A loader like ``loader``, with ``IdentitySampler`` in the place of torchreid's ``RandomIdentitySampler``.
 
-    torchreid's sampler draws fewer images than its length says. It also splits the images of an identity between two
-    batches, and fills a batch with a single identity.
-
-    Raises:
-        InputError: as ``IdentitySampler``.
+    torchreid's draws fewer images than its length says, splits an identity between batches, and fills a batch with
+    one. Raises InputError as ``IdentitySampler``.
     """
     host = loader.sampler
     if not isinstance(host, torchreid.data.sampler.RandomIdentitySampler):
@@ -122,13 +115,10 @@ def steps_per_epoch(datamanager: Any) -> int:
 
 
 def check_trains(datamanager: Any) -> None:
-    """Refuses training data that would train nothing, where torchreid says nothing.
+    """Refuses training data that would train nothing, where torchreid says nothing; draws nothing from the sampler.
 
-    Nothing is drawn from the sampler: a sampler of the user's own may have a random number generator of its own.
-
-    Raises:
-        InputError: for fewer samples in an epoch than in a batch, for a sampler without a length, or for a single
-            identity.
+    Raises InputError for fewer samples in an epoch than in a batch, for a sampler without a length, or for a single
+    identity.
     """
     loader = whole_batches(datamanager.train_loader)
     sampler: Any = loader.sampler
@@ -137,19 +127,13 @@ def check_trains(datamanager: Any) -> None:
     try:
         drawn, batches = len(sampler), len(loader)
     except TypeError as error:
-        raise InputError(
-            f"{name} has no length, which the log and the schedule need: give it a method __len__ that returns the "
-            f"number of samples in an epoch"
-        ) from error
+        cure = "give it a method __len__ that returns the number of samples in an epoch"
+        raise InputError(f"{name} has no length, which the log and the schedule need: {cure}") from error
     if drawn < (loader.batch_size or 1) or batches == 0:
-        raise InputError(
-            f"a batch of {loader.batch_size} cannot be filled: {name} draws {drawn} of the {len(dataset)} training "
-            f"samples an epoch; make train.batch_size smaller"
-        )
+        few = f"{name} draws {drawn} of the {len(dataset)} training samples an epoch"
+        raise InputError(f"a batch of {loader.batch_size} cannot be filled: {few}; make train.batch_size smaller")
     if datamanager.num_train_pids < 2:
-        raise InputError(
-            "the training data have a single identity, and a loss needs at least two: add images of other identities"
-        )
+        raise InputError("the training data have a single identity, and a loss needs two: add images of others")
 
 
 def warn_if_positives_are_rare(loader: DataLoader[Any], loss: str) -> None:
@@ -161,27 +145,21 @@ def warn_if_positives_are_rare(loader: DataLoader[Any], loss: str) -> None:
     # Several augmented views of an image are positives of each other.
     single_view = getattr(loader.dataset, "k_tfm", 1) == 1
     if used and single_view and distributed.is_first():
-        warnings.warn(
-            f"{loss} needs several images of an identity in a batch, which {type(loader.sampler).__name__} brings "
-            f"together by chance alone: set train_sampler='RandomIdentitySampler' (in a config, sampler.train_sampler)",
-            stacklevel=3,
-        )
+        rare = f"several images of an identity in a batch, which {type(loader.sampler).__name__} draws by chance alone"
+        cure = "set train_sampler='RandomIdentitySampler' (in a config, sampler.train_sampler)"
+        warnings.warn(f"{loss} needs {rare}: {cure}", stacklevel=3)
 
 
 def check_batch(pids: Sequence[int], batch_size: int, num_instances: int) -> int:
     """The number of identities in a batch, which must be whole groups of at least two identities."""
     if num_instances < 1 or batch_size % num_instances:
-        raise InputError(
-            f"train.batch_size {batch_size} is not a multiple of sampler.num_instances {num_instances}: an identity "
-            f"would straddle two batches"
-        )
+        uneven = f"train.batch_size {batch_size} is not a multiple of sampler.num_instances {num_instances}"
+        raise InputError(f"{uneven}: an identity would straddle two batches")
     wanted, there = batch_size // num_instances, len(set(pids))
     sizes = f"train.batch_size {batch_size} with sampler.num_instances {num_instances}"
     if wanted < 2:
         raise InputError(f"{sizes} leaves one identity in a batch, and nothing to tell it from: make the batch larger")
     if there < wanted:
-        raise InputError(
-            f"the sampler cannot fill a batch: {sizes} needs {wanted} identities, and the sources have {there}; make "
-            f"the batch smaller"
-        )
+        needed = f"needs {wanted} identities, and the sources have {there}"
+        raise InputError(f"the sampler cannot fill a batch: {sizes} {needed}; make the batch smaller")
     return wanted

@@ -35,35 +35,24 @@ class SetOptions(Options):
         "", "folder", "how paths below a folder carry names: an argument of ``torchreid_ext.images.pattern``"
     )
     cameras: str = option(
-        "",
-        "names",
-        "``names`` (or the column camid) carry cameras, and images without one are left out; ``none``: cameras do not "
-        "matter, and every other image of an identity is a match",
-        choices=("names", "none"),
-    )
+        "", "names", "``names`` (or the column camid) carry cameras, and images without one are left out; ``none``: "
+        "cameras do not matter, and every other image of an identity is a match", choices=("names", "none"),
+    )  # fmt: skip
     train: Sequence[str] | None = option(
-        "",
-        None,
-        "files to train on: paths relative to ``folder`` of files, or of folders with all files below them. ``*``, "
-        "``?`` and ``[]`` match characters of one name, ``**`` any number of folders",
-        kind=list,
-        may_be_empty=True,
-    )
+        "", None, "files to train on: paths relative to ``folder`` of files, or of folders with all files below them. "
+        "``*``, ``?`` and ``[]`` match characters of one name, ``**`` any number of folders",
+        kind=list, may_be_empty=True,
+    )  # fmt: skip
     test: Sequence[str] | None = option(
-        "",
-        None,
-        "files to test on, likewise. One of both may be empty; if both are missing, identities are split at random",
-        kind=list,
-        may_be_empty=True,
-    )
+        "", None, "files to test on, likewise. One of both may be empty; if both are missing, identities are split at "
+        "random", kind=list, may_be_empty=True,
+    )  # fmt: skip
     test_fraction: float = option("", 0.5, "share of the identities to test on, between 0 and 1")
     seed: int = option("", 0, "seed of the random split", least=0)
     query_cameras: Sequence[str] | None = option(
-        "",
-        None,
-        "cameras whose test images are queries, and all others the gallery; see ``torchreid_ext.images.with_queries``",
-        kind=list,
-    )
+        "", None, "cameras whose test images are queries, and all others the gallery; see "
+        "``torchreid_ext.images.with_queries``", kind=list,
+    )  # fmt: skip
     min_images: int = option("", 1, "identities with fewer images are left out", least=1)
     junk: Sequence[str] = option("", list(JUNK), "identities whose images are left out everywhere", may_be_empty=True)
 
@@ -82,8 +71,7 @@ class SetOptions(Options):
 def make_options(name: str, given: Mapping[str, Any]) -> SetOptions:
     """Checks the options of the data set ``name``.
 
-    Raises:
-        InputError: for an unknown option, options that exclude each other, or a value out of range.
+    Raises InputError for an unknown option, options that exclude each other, or a value out of range.
     """
     where = f"datasets.{name}"
     if not isinstance(given, Mapping):
@@ -111,17 +99,13 @@ def make_options(name: str, given: Mapping[str, Any]) -> SetOptions:
         raise InputError(f"{where} has query_cameras and cameras: none, which contradict each other: remove one")
     names = images.pattern(options.pattern, f"{where}.pattern")
     if options.cameras == "names" and "camera" not in names.groupindex:
-        raise InputError(
-            f"{where}.pattern={options.pattern!r} has no group camera: add (?P<camera>...), or set {where}.cameras: "
-            f"none"
-        )
+        lacking = f"{where}.pattern={options.pattern!r} has no group camera"
+        raise InputError(f"{lacking}: add (?P<camera>...), or set {where}.cameras: none")
     return options
 
 
 def selects(entry: str, path: str) -> bool:
-    """Whether an entry of ``train`` or ``test`` names ``path`` or a folder above it.
-
-    ``**`` in the entry matches any number of folders.
+    """Whether an entry of ``train`` or ``test`` names ``path`` or a folder above it; ``**`` is any number of folders.
 
     >>> selects("**/train", "some/where/train/0001/c1_0.png"), selects("train", "training/0001/c1_0.png")
     (True, False)
@@ -140,12 +124,10 @@ def selects(entry: str, path: str) -> bool:
 def read(name: str, options: SetOptions, root: str) -> Table:
     """The table of the data set ``name``, from folders of images or a CSV below ``root``.
 
-    Links are followed. An image that several paths of a folder reach counts once in each split.
-
-    Raises:
-        InputError: if a folder or a file does not exist, no file matches the pattern, an entry of a split selects
-            nothing, a query camera is unknown, a link is broken or leads to a folder above itself, several paths give
-            one image different identities or cameras, or a CSV is wrong.
+    Links are followed. An image that several paths of a folder reach counts once in each split. Raises InputError
+    if a folder or a file does not exist, no file matches the pattern, an entry of a split selects nothing, a query
+    camera is unknown, a link is broken or leads to a folder above itself, several paths give one image different
+    identities or cameras, or a CSV is wrong.
     """
     where, table = f"datasets.{name}", Table()
     if options.csv is not None:
@@ -157,12 +139,20 @@ def read(name: str, options: SetOptions, root: str) -> Table:
     count = Counter(row.identity for row in _unique(where, (row for _, row in found), real_paths))
     found = [(path, row) for path, row in found if count[row.identity] >= options.min_images]
     train, test = (_unique(where, split, real_paths) for split in _split(where, options, found))
-    table.rows = [row._replace(split="train") for row in train] + _with_queries(where, options, test)
+    table.rows = [row._replace(split="train") for row in train]
+    if options.query_cameras is None:
+        table.rows += images.with_queries(test)
+        return table
+    cameras = sorted({row.camera for row in test})
+    if unknown := [camera for camera in options.query_cameras if camera not in cameras]:
+        raise InputError(f"{where}.query_cameras: no test image is from camera {unknown[0]!r}; there are {cameras}")
+    queries = options.query_cameras
+    table.rows += [row._replace(split="query" if row.camera in queries else "gallery") for row in test]
     return table
 
 
 def _matching(where: str, options: SetOptions, root: str, table: Table) -> tuple[list[Named], dict[str, str]]:
-    """The images that match, in the order of their names, and the real path of each; ``table`` gets the other files."""
+    """The images that match, in order, and the real path of each; ``table`` gets the names of the other files."""
     names = images.pattern(options.pattern, f"{where}.pattern")
     found: list[Named] = []
     real_paths: dict[str, str] = {}
@@ -187,8 +177,8 @@ def _matching(where: str, options: SetOptions, root: str, table: Table) -> tuple
                 real_paths[row.path] = real
     if not found:
         seen = table.about_left_out() or "there is no file"
-        where_found = " and ".join(str(Path(root).expanduser().absolute() / part) for part in options.folder)
-        raise InputError(f"{where}: no image below {where_found} matches the pattern {options.pattern!r}; {seen}")
+        folders = " and ".join(str(Path(root).expanduser().absolute() / part) for part in options.folder)
+        raise InputError(f"{where}: no image below {folders} matches the pattern {options.pattern!r}; {seen}")
     return found, real_paths
 
 
@@ -198,10 +188,9 @@ def _unique(where: str, rows: Iterable[Row], real_paths: Mapping[str, str]) -> l
     for row in rows:
         other = first.setdefault(real_paths[row.path], row)
         if other[1:] != row[1:]:
-            raise InputError(
-                f"{where}: {other.path} and {row.path} are links to one image, but their identities or cameras differ "
-                f"({', '.join(other[1:3])} and {', '.join(row[1:3])}): remove one of them"
-            )
+            links = f"{other.path} and {row.path} are links to one image, but their identities or cameras differ"
+            names = f"{', '.join(other[1:3])} and {', '.join(row[1:3])}"
+            raise InputError(f"{where}: {links} ({names}): remove one of them")
     return list(first.values())
 
 
@@ -213,34 +202,22 @@ def _split(where: str, options: SetOptions, found: list[Named]) -> tuple[list[Ro
         tested = set(pids[: max(1, round(len(pids) * options.test_fraction))])
         train = [row for _, row in found if row.identity not in tested]
         return train, [row for _, row in found if row.identity in tested]
+    splits: dict[str, list[Row]] = {}
     for key, entries in (("train", options.train), ("test", options.test)):
         for entry in entries:
             if not any(selects(entry, path) for path, _ in found):
                 example = found[0][0] if found else "none"
                 raise InputError(f"{where}.{key}: {entry!r} selects none of {len(found)} images, such as {example!r}")
-    train = [row for path, row in found if any(selects(entry, path) for entry in options.train)]
-    return train, [row for path, row in found if any(selects(entry, path) for entry in options.test)]
-
-
-def _with_queries(where: str, options: SetOptions, test: list[Row]) -> list[Row]:
-    """The test images as queries and gallery: by camera, or by the first image of an identity and camera."""
-    if options.query_cameras is None:
-        return images.with_queries(test)
-    cameras = sorted({row.camera for row in test})
-    for camera in options.query_cameras:
-        if camera not in cameras:
-            raise InputError(f"{where}.query_cameras: no test image is from camera {camera!r}; there are {cameras}")
-    return [row._replace(split="query" if row.camera in options.query_cameras else "gallery") for row in test]
+        splits[key] = [row for path, row in found if any(selects(entry, path) for entry in entries)]
+    return splits["train"], splits["test"]
 
 
 def check_splits(name: str, table: Table, mode: str) -> None:
     """Checks that a data set can be used for training (mode ``"train"``) or for the test (another mode).
 
     Warns of queries that have no match in the gallery from another camera, because evaluation leaves them out.
-
-    Raises:
-        InputError: if a split that is needed is empty, training has a single identity, or an identity is in training
-            and in test.
+    Raises InputError if a split that is needed is empty, training has a single identity, or an identity is in
+    training and in test.
     """
     where = f"datasets.{name}"
     train, query, gallery = table.train, table.query, table.gallery
@@ -251,34 +228,24 @@ def check_splits(name: str, table: Table, mode: str) -> None:
     for split in needed:
         if not table.of(split):
             hint = "; to train without a test set, set data.validation, or other data.targets" if not gallery else ""
-            chosen = "see how train, query and gallery are chosen"
-            raise InputError(f"{where}: the split {split!r} has no image: {chosen}{hint}")
+            raise InputError(f"{where}: the split {split!r} has no image: see how it is chosen{hint}")
     trained = {row.identity for row in train}
     if len(trained) == 1:
         raise InputError(f"{where}: all training images show one identity, {trained.pop()!r}: two or more are needed")
     shared = sorted(trained & {row.identity for row in (*query, *gallery)})
     if shared:
-        raise InputError(
-            f"{where}: {len(shared)} identities are both in training and in test, for example {shared[0]!r}: "
-            "a test needs identities that are not in training"
-        )
-    _check_matches(where, query, gallery)
-
-
-def _check_matches(where: str, query: list[Row], gallery: list[Row]) -> None:
+        both = f"{len(shared)} identities are both in training and in test, for example {shared[0]!r}"
+        raise InputError(f"{where}: {both}: a test needs identities that are not in training")
     cameras = defaultdict(set)
     for row in gallery:
         cameras[row.identity].add(row.seen_by)
     unmatched = [row for row in query if not cameras[row.identity] - {row.seen_by}]
-    if unmatched and len(unmatched) == len(query):
-        raise InputError(
-            f"{where}: no query has a match in the gallery from another camera, for example {unmatched[0].path} of "
-            f"identity {unmatched[0].identity!r} and camera {unmatched[0].camera!r}. If cameras do not matter, set "
-            f"{where}.cameras: none, and every other image of the identity is a match"
-        )
-    if unmatched:
-        warnings.warn(
-            f"{where}: {len(unmatched)} of {len(query)} queries have no match in the gallery from another camera, and "
-            f"evaluation leaves them out, for example {unmatched[0].path}",
-            stacklevel=2,
-        )
+    if not unmatched:
+        return
+    one, lack = unmatched[0], "match in the gallery from another camera"
+    if len(unmatched) == len(query):
+        example = f"{one.path} of identity {one.identity!r} and camera {one.camera!r}"
+        cure = f"set {where}.cameras: none, and every other image of the identity is a match"
+        raise InputError(f"{where}: no query has a {lack}, for example {example}. If cameras do not matter, {cure}")
+    some = f"{len(unmatched)} of {len(query)} queries have no {lack}"
+    warnings.warn(f"{where}: {some}, and evaluation leaves them out, for example {one.path}", stacklevel=2)

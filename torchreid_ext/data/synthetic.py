@@ -1,7 +1,6 @@
 """The data sets ``synthetic_pedestrians`` (images) and ``synthetic_tracklets`` (video), which are drawn on first use.
 
-The drawing needs no internet. The names of folders and files are those of Market-1501 and MARS, so a real copy can
-replace it.
+The names of folders and files are those of Market-1501 and MARS, so a real copy can replace a drawn one.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,51 +31,36 @@ TRACKED = {"train": range(1, 41), "test": range(41, 65)}
 """The identities of ``synthetic_tracklets``."""
 CAMERAS_PER_TRACKED, TRACKLETS_PER_CAMERA, FRAMES = 3, 2, range(3, 7)
 
-# Random streams are seeded by (seed, stream, ...). The stream of a pedestrian is its pid, so these numbers are far
-# away. The streams of the two data sets differ, so that no person is in both.
+# Random streams are seeded by (seed, stream, ...). The stream of a pedestrian is its pid; no other is near these.
 _SCENES, _DISTRACTORS, _VIDEO_SCENES, _TRACKED = 1_000_000, 2_000_000, 3_000_000, 4_000_000
 _FILE_NAME = re.compile(r"(?P<pid>-1|\d+)_c(?P<camid>\d)")
 
 
 class _Drawn:
-    """Mixed into a reader of torchreid: the folder is drawn when it does not exist.
+    """Mixed into a reader of torchreid: the folder of the data set below ``root`` is drawn when it does not exist.
 
-    Args:
-        root: the folder above the folder of the data set; created where it is missing.
-        seed: seed of the people, the backgrounds and the images.
-        kwargs: the arguments of any torchreid data set.
-
-    Raises:
-        InputError: if the folder was drawn by another recipe or seed.
-        RuntimeError: if a file of the layout is missing (from torchreid).
+    Raises InputError if it was drawn by another recipe or seed, and torchreid's RuntimeError if a file is missing.
     """
 
     dataset_dir: str  # name of the data set and of its folder
     version = 1  # of the recipe: raise it with every change that changes a pixel, a name or a split
     layout: str  # whose names the folders and files have
     own: tuple[str, ...]  # subfolders that identify the user's own data in this layout
+    _fill: Callable[[Path, int], None]  # draws the files of a seed into an empty folder
 
     def __init__(self, root: str = "", seed: int = 0, **kwargs: Any) -> None:
         folder = Path(root).expanduser().absolute() / self.dataset_dir
         if not folder.exists():
             self.draw(folder, seed)
-        self._check_recipe(folder, self._recipe(seed))
+        self._check_recipe(folder, seed)
         super().__init__(root=root, **kwargs)  # type: ignore[call-arg]
 
     @classmethod
     def draw(cls, folder: str | os.PathLike[str], seed: int = 0) -> None:
-        """Draws the data set into a new ``folder``. If the drawing is interrupted, no folder is left.
+        """Draws the data set, which depends on ``seed`` alone, into a new ``folder``, whole or not at all.
 
-        The files are drawn in a temporary folder beside ``folder``, which is renamed when it is complete. If another
-        process was faster, its folder is kept.
-
-        Args:
-            folder: the folder to create; its parent is created where it is missing.
-            seed: the people, the backgrounds and the images depend only on this seed.
-
-        Raises:
-            InputError: if ``seed`` is negative.
-            OSError: if the folder cannot be written.
+        If another process was faster, its folder is kept. Raises InputError if ``seed`` is negative, and
+        OSError if the folder cannot be written.
         """
         if seed < 0:
             raise InputError(f"seed={seed} must be 0 or more")
@@ -94,39 +78,25 @@ class _Drawn:
                 if not destination.is_dir():
                     raise
 
-    @staticmethod
-    def _fill(drawing: Path, seed: int) -> None:
-        """Draws the files into an empty folder."""
-        raise NotImplementedError
-
     @classmethod
     def _recipe(cls, seed: int) -> dict[str, Any]:
         return {"name": cls.dataset_dir, "version": cls.version, "seed": seed}
 
-    def _check_recipe(self, folder: Path, recipe: dict[str, Any]) -> None:
-        """Refuses a folder that was drawn from another recipe, and warns of one that is the user's own.
-
-        The folder is not drawn again, because another process may be reading it.
-        """
-        file = folder / "recipe.json"
+    def _check_recipe(self, folder: Path, seed: int) -> None:
+        # Another process may be reading the folder, so that it is never drawn again.
+        file, recipe = folder / "recipe.json", self._recipe(seed)
         if not file.exists():
-            if not any((folder / name).is_dir() for name in self.own):
-                raise InputError(
-                    f"{folder} has neither {file.name} nor {self.own[0]}: delete it to have it drawn again"
-                )
-            warnings.warn(
-                f"{folder} has no {file.name}: it is read as your own in {self.layout}'s layout", stacklevel=3
-            )
-            return
+            if any((folder / name).is_dir() for name in self.own):
+                about = f"{folder} has no {file.name}: it is read as your own in {self.layout}'s layout"
+                return warnings.warn(about, stacklevel=3)
+            raise InputError(f"{folder} has neither {file.name} nor {self.own[0]}: delete it to have it drawn again")
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise InputError(f"{file} is damaged ({error}): delete {folder} to have it drawn again") from error
         if found != recipe:
-            raise InputError(
-                f"{folder} was drawn as {found}, but {recipe} is wanted: delete it to have it drawn again, or choose "
-                f"another data.root"
-            )
+            cure = "delete it to have it drawn again, or choose another data.root"
+            raise InputError(f"{folder} was drawn as {found}, but {recipe} is wanted: {cure}")
 
 
 def _scenes(seed: int, stream: int) -> list[Image.Image]:
@@ -134,7 +104,7 @@ def _scenes(seed: int, stream: int) -> list[Image.Image]:
 
 
 def _pictures(seed: int) -> Iterator[tuple[str, Image.Image]]:
-    """Yields the name (``FOLDER/NAME.jpg``) and the image of every picture. Each has its own random stream."""
+    """Yields the name (``FOLDER/NAME.jpg``) and the image of every picture."""
     scenes = _scenes(seed, _SCENES)
     for part, pid in ((part, pid) for part, pids in PEDESTRIANS.items() for pid in pids):
         rng = np.random.default_rng([seed, pid])
@@ -158,9 +128,9 @@ def _pictures(seed: int) -> Iterator[tuple[str, Image.Image]]:
 class SyntheticPedestrians(_Drawn, torchreid.data.datasets.Market1501):
     """torchreid's reader of Market-1501, for a folder that is drawn when it does not exist.
 
-    There are 100 identities for training and 60 others for testing. Each identity is seen by 5 of 6 cameras, twice by
-    each camera. Each test identity has three queries. The gallery contains 60 distractors (pid 0). The 1660 images are
-    64 pixels wide and 128 high. A file that is not named as in Market-1501 is refused.
+    Each of 100 identities for training and 60 for testing is seen by 5 of 6 cameras, twice by each. A test identity has
+    three queries, and the gallery 60 distractors (pid 0): 1660 images, 64 pixels wide and 128 high. A file that is not
+    named as in Market-1501 is refused.
     """
 
     dataset_dir, layout, own = "synthetic_pedestrians", "Market-1501", (LAYOUT, "bounding_box_train")
@@ -177,8 +147,7 @@ class SyntheticPedestrians(_Drawn, torchreid.data.datasets.Market1501):
     def process_dir(self, dir_path: str, relabel: bool = False) -> list[tuple[str, int, int]]:
         """Lists a folder's images as (path, pid, camid from 0), sorted by name; ``relabel`` makes pids 0..n-1.
 
-        torchreid's own method takes the files in the order of the file system. It also searches for the pid in the
-        whole path, so that a parent folder named ``3_c1`` would give the identity.
+        torchreid's own method does not sort, and a parent folder named ``3_c1`` would give it the identity.
         """
         rows = []
         for path in sorted(Path(dir_path).glob("*.jpg")):
@@ -194,10 +163,7 @@ class SyntheticPedestrians(_Drawn, torchreid.data.datasets.Market1501):
 
 
 def _tracklets(seed: int, pids: range) -> Iterator[tuple[int, int, dict[str, Image.Image]]]:
-    """Yields every tracklet: its identity, its camera from 1, and its frames by their names.
-
-    Each has its own random stream.
-    """
+    """Yields every tracklet: its identity, its camera from 1, and its frames by their names."""
     scenes = _scenes(seed, _VIDEO_SCENES)
     for pid in pids:
         rng = np.random.default_rng([seed, _TRACKED + pid])
@@ -214,9 +180,8 @@ def _tracklets(seed: int, pids: range) -> Iterator[tuple[int, int, dict[str, Ima
 class SyntheticTracklets(_Drawn, torchreid.data.datasets.Mars):
     """torchreid's reader of MARS, for a folder that is drawn when it does not exist.
 
-    There are 40 identities for training and 24 others for testing. Each identity is seen by 3 of 6 cameras, and has two
-    tracklets for each of them. A tracklet has 3 to 6 frames, 64 pixels wide and 128 high. The first tracklet of each
-    test identity and camera is a query.
+    Each of 40 identities for training and 24 for testing is seen by 3 of 6 cameras, in two tracklets each, of 3 to 6
+    frames, 64 pixels wide and 128 high. The first tracklet of each test identity and camera is a query.
     """
 
     dataset_dir, layout, own = "synthetic_tracklets", "MARS", ("bbox_train",)

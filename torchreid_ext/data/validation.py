@@ -32,16 +32,15 @@ def check_shares(data_type: str, identities: int, share: float) -> None:
 def hold_out(manager: Any, identities: int, share: float, seed: int, batch_size: int) -> None:
     """Keeps some training identities of an image data manager, and tests on others of them instead of the targets.
 
-    The draws depend on the paths of the images and on the seed alone. A smaller draw is a part of a larger one. The
-    training identities that are left are numbered from 0. The sampler of the training loader must be replaced
-    afterwards.
+    The draws depend on the images' paths and on the seed alone; a smaller draw is a part of a larger one. What is left
+    for training is numbered from 0. The sampler of the training loader must be replaced afterwards.
 
     Args:
         manager: a torchreid ``ImageDataManager``.
         identities: number of training identities to keep, before the validation identities are taken out; 0 for all.
-        share: share of these identities to test on, in [0, 1); 0 keeps the targets of the manager. The first image of
-            each identity and camera is a query, and all images are the gallery.
-        seed: seed of the draw of the validation identities. The draw of ``identities`` is the same for every seed.
+        share: share of these to test on, in [0, 1), with the first image of each identity and camera as a query and all
+            in the gallery; 0 keeps the manager's targets.
+        seed: of the draw of the validation identities; the draw of ``identities`` is the same for every seed.
         batch_size: validation images in a batch.
 
     Raises:
@@ -61,10 +60,8 @@ def hold_out(manager: Any, identities: int, share: float, seed: int, batch_size:
     if share:
         number = round(len(kept) * share)
         if number < 2 or len(kept) - number < 2:
-            raise InputError(
-                f"data.validation {share} of {len(kept)} training identities is {number}: training and validation "
-                f"need two identities or more each"
-            )
+            taken = f"data.validation {share} of {len(kept)} training identities is {number}"
+            raise InputError(f"{taken}: training and validation need two identities or more each")
         held = {pid for _, pid in _drawn(kept, number, seed)}
         tested = sorted(item for item in dataset.train if item[1] in held)
         pids = [pid for pid in pids if pid not in held]
@@ -86,16 +83,13 @@ def _drawn(items: list[tuple[str, int]], number: int, seed: int) -> list[tuple[s
 
 
 def _test_on(manager: Any, dataset: Any, gallery: list[Item], batch_size: int) -> None:
-    """Replaces the targets of a data manager by the validation images."""
     first: dict[tuple[int, int, int], Item] = {}
     for item in gallery:
         first.setdefault(item[1:], item)
     query = list(first.values())
     if len({item[1] for item in query}) == len(query):
-        raise InputError(
-            f"data.validation: each of the {len(query)} validation identities is seen by a single camera, so no query "
-            f"has a match from another camera, for example {query[0][0]}"
-        )
+        alone = f"data.validation: each of the {len(query)} validation identities is seen by a single camera"
+        raise InputError(f"{alone}, so no query has a match from another camera, for example {query[0][0]}")
     loaders = {}
     for split, items in (("query", query), ("gallery", gallery)):
         of_split = copy.copy(dataset)
@@ -109,35 +103,27 @@ def _test_on(manager: Any, dataset: Any, gallery: list[Item], batch_size: int) -
 
 
 def check_overlap(manager: Any, tested: bool = True) -> None:
-    """Refuses images that are in two sources, where one person would be two, or in training and in the test.
+    """Refuses a data manager, of images or of video, with an image in two sources, or in training and in the test.
 
-    Files are compared, whatever their paths: a link and its target are one image.
-
-    Args:
-        manager: a torchreid data manager, of images or of video.
-        tested: whether to compare with the test images too.
-
-    Raises:
-        InputError: if there are such images. The message counts them.
+    Files are compared, whatever their paths: a link and its target are one image. ``tested`` compares the test too.
+    Raises InputError if there are such images. The message counts those of a test.
     """
     trained: dict[tuple[int, int], tuple[str, int]] = {}
     for item in manager.train_loader.dataset.train:
         for path, file in _files(item[0]):
             other, number = trained.setdefault(file, (path, item[3]))
             if number != item[3]:
-                raise InputError(
-                    f"data.sources {manager.sources}: {other} and {path} are one image in two sources, so one person "
-                    f"would be trained on as two: remove one of the sources, or set data.allow_overlap True"
-                )
+                twice = f"{other} and {path} are one image in two sources, so one person would be trained on as two"
+                cure = "remove one of the sources, or set data.allow_overlap True"
+                raise InputError(f"data.sources {manager.sources}: {twice}: {cure}")
     for target, splits in manager.test_dataset.items() if tested else ():
         paths = {file: path for items in splits.values() for item in items for path, file in _files(item[0])}
         both = [path for file, path in paths.items() if file in trained]
         if both:
-            raise InputError(
-                f"{len(both)} of the {len(paths)} test images of {target!r} are training images of "
-                f"{manager.sources} too, for example {both[0]}: a test on them says nothing about new people. Take "
-                f"them out of one of the data sets, or set data.allow_overlap True"
-            )
+            share = f"{len(both)} of the {len(paths)} test images of {target!r} are training images of"
+            cure = "Take them out of one of the data sets, or set data.allow_overlap True"
+            what = f"for example {both[0]}: a test on them says nothing about new people"
+            raise InputError(f"{share} {manager.sources} too, {what}. {cure}")
 
 
 def _files(paths: str | Sequence[str]) -> Iterator[tuple[str, tuple[int, int]]]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from pml_drsl.checks import InputError
@@ -32,25 +30,43 @@ class Samples:
 
 
 def extract(engine: Any, loader: Any, group: dist.ProcessGroup | None = None) -> Samples:
-    """Extracts the features of all images of a loader with the model of the engine. The features are on the CPU.
+    """Extracts the features, on the CPU, of all images of a loader with the model of the engine.
 
-    With a ``group``, each process of the group extracts its share, and every process gets all features. They are equal,
-    bit for bit, to the features that one process extracts with the same number of threads.
+    Each process of a ``group`` extracts its share and gets all features, which are equal, bit for bit, to those that
+    one process extracts with the same number of threads.
+
+    With ``video.sample_method: random`` the first process extracts all, because each would draw other frames.
 
     Raises:
         Interrupted: if a signal asks the run to stop.
+        InputError: if the loader of a group does not make batches.
         InputError, RuntimeError: on every process of a group, if one of them fails.
     """
     if group is None:
         return _extract(engine, loader)
-    shard = shard_of_loader(loader, group)
-    device = next(engine.model.parameters()).device
+    if loader.batch_sampler is None:
+        raise InputError("the test loader must make batches, to be shared: give it a batch_size or a batch_sampler")
+    batches = list(loader.batch_sampler)
+    if getattr(loader.dataset, "sample_method", None) == "random":
+        batches = batches if dist.get_rank(group) == 0 else []
+    else:
+        batches = batches[share(len(batches), group)]
+    shard = rebuilt(loader, loader.dataset, batch_sampler=batches)
+    device, model = next(engine.model.parameters()).device, engine.model
+    # The forward pass of DistributedDataParallel waits for the other processes, which may have fewer batches.
+    engine.model = distributed.unwrapped(model)
+    # Each process has its own statistics of batch normalisation. The test uses those of the first one.
+    restore_buffers = states.keep_buffers([engine.model])
     try:
-        with first_process_model(engine, group):
-            return gather_samples(lambda: _extract(engine, shard) if len(shard) else None, device, group)
+        for buffer in engine.model.buffers():
+            dist.broadcast(buffer, src=dist.get_global_rank(group, 0), group=group)
+        return gather_samples(lambda: _extract(engine, shard) if batches else None, device, group)
     except Interrupted as stop:  # perhaps only another process received the signal
         engine.stop.signum = stop.signal
         raise
+    finally:
+        restore_buffers()
+        engine.model = model
 
 
 @torch.no_grad()
@@ -71,54 +87,10 @@ def _joined(parts: list[Samples]) -> Samples:
     return Samples(torch.cat([part.features for part in parts]), pids, camids)
 
 
-@contextmanager
-def first_process_model(engine: Any, group: dist.ProcessGroup) -> Iterator[None]:
-    """Context: every process uses the model of the first process, without its ``DistributedDataParallel``.
-
-    The models differ in their buffers, because each process collects its own statistics of batch normalisation in
-    training. At the end of the block each process gets its own buffers back.
-    """
-    model = engine.model
-    # The forward pass of DistributedDataParallel waits for the other processes, which may have fewer batches.
-    engine.model = distributed.unwrapped(model)
-    restore_buffers = states.keep_buffers([engine.model])
-    try:
-        for buffer in engine.model.buffers():
-            dist.broadcast(buffer, src=dist.get_global_rank(group, 0), group=group)
-        yield
-    finally:
-        restore_buffers()
-        engine.model = model
-
-
-def shard_of_loader(loader: DataLoader[Any], group: dist.ProcessGroup) -> DataLoader[Any]:
-    """Returns a loader with this process's share of the batches of ``loader``, in their order.
-
-    With ``video.sample_method: random`` the first process gets all batches, because each process would draw other
-    frames.
-
-    Raises:
-        InputError: if the loader does not make batches.
-    """
-    if loader.batch_sampler is None:
-        raise InputError("the test loader must make batches, to be shared: give it a batch_size or a batch_sampler")
-    batches = list(loader.batch_sampler)
-    if getattr(loader.dataset, "sample_method", None) == "random":
-        batches = batches if dist.get_rank(group) == 0 else []
-    else:
-        batches = batches[share(len(batches), group)]
-    return rebuilt(loader, loader.dataset, batch_sampler=batches)
-
-
 def gather_samples(extract: Callable[[], Samples | None], device: torch.device, group: dist.ProcessGroup) -> Samples:
     """Calls ``extract`` on each process, and returns the samples of all processes, in the order of their ranks.
 
-    ``extract`` returns None if the process has no images. Every process gets the same result.
-
-    Args:
-        extract: extracts this process's share.
-        device: the device of the model, from which the group's backend can send.
-        group: the processes.
+    ``extract`` returns None on a process without an image. ``group`` can send from ``device``, that of the model.
 
     Raises:
         Interrupted: if any process received a signal to stop.
@@ -131,10 +103,9 @@ def gather_samples(extract: Callable[[], Samples | None], device: torch.device, 
     try:
         own = extract()
     except (Exception, Interrupted) as error:  # the other processes must be told, because they would wait
-        failed, failure = error, (RuntimeError, f"process {dist.get_rank(group)} could not test: {error}")
-        if isinstance(error, (InputError, OSError)):
-            failure = InputError, failure[1]
-        elif isinstance(error, Interrupted):
+        kind = InputError if isinstance(error, (InputError, OSError)) else RuntimeError
+        failed, failure = error, (kind, f"process {dist.get_rank(group)} could not test: {error}")
+        if isinstance(error, Interrupted):
             failure = Interrupted, error.signal, str(error)
     about = None if own is None else (own.features.shape, own.features.dtype, own.pids, own.camids)
     reports: list[Any] = [None] * dist.get_world_size(group)
@@ -143,8 +114,7 @@ def gather_samples(extract: Callable[[], Samples | None], device: torch.device, 
         raise failed
     for other, _ in reports:
         if other is not None:
-            kind, *arguments = other
-            raise kind(*arguments)
+            raise other[0](*other[1:])
 
     parts = []
     for rank, (_, about) in enumerate(reports):

@@ -64,7 +64,7 @@ class Found:
     """An entry of the gallery, as a query found it.
 
     Its mark is ``"right"`` or ``"wrong"`` identity, ``"junk"`` that evaluation leaves out, or empty where the identity
-    of the query or of the entry is unknown.
+    of one of the two is unknown.
     """
 
     picture: Picture
@@ -95,16 +95,11 @@ def tiled(images: Sequence[Image.Image], size: tuple[int, int]) -> Image.Image:
 def write_pages(
     path: str | os.PathLike[str], rankings: Sequence[Ranking], caption: str, title: str = "Search results"
 ) -> list[Path]:
-    """Writes rankings with all pictures inside, each page whole or not at all, and returns the pages.
+    """Writes one or more rankings with all pictures inside, each page whole or not at all, and returns the pages.
 
-    Args:
-        path: the page. From 101 queries on there are more pages: ``NAME-2.html`` and so on, which link to each other.
-        rankings: the queries, one or more.
-        caption: a sentence below the title.
-        title: of the page.
-
-    Raises:
-        OSError: if a page cannot be written. A picture that cannot be read is named on the page instead.
+    The page ``path`` has the ``caption`` below its title. From 101 queries on there are more pages, ``NAME-2.html`` and
+    so on, which link to each other. A picture that cannot be read is named on the page. Raises OSError if a page cannot
+    be written.
     """
     first, count = Path(path), max(1, -(-len(rankings) // QUERIES_PER_PAGE))
     pages = [first, *(first.with_name(f"{first.stem}-{number}{first.suffix}") for number in range(2, count + 1))]

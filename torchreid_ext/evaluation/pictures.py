@@ -30,7 +30,6 @@ _MARK = 13
 
 
 def _paste(page: Image.Image, picture: Picture, left: int, top: int, kind: str) -> None:
-    """Pastes a picture with a frame, whose corner is at ``left`` and ``top``."""
     cell = tiled([read_image(file) for file in picture.shown], _IMAGE)
     if kind == "junk":
         cell = Image.blend(ImageOps.grayscale(cell).convert("RGB"), Image.new("RGB", _IMAGE, PAPER), 0.5)
@@ -38,7 +37,7 @@ def _paste(page: Image.Image, picture: Picture, left: int, top: int, kind: str) 
 
 
 def _mark(draw: ImageDraw.ImageDraw, right: int, top: int, kind: str) -> None:
-    """Draws a tick or a cross on a disc. ``right`` and ``top`` are edges of the disc."""
+    # A tick or a cross on a disc with these edges.
     x, y = right - _MARK, top + _MARK
     draw.ellipse((x - _MARK, y - _MARK, x + _MARK, y + _MARK), fill=FRAMES[kind], outline=PAPER, width=2)
     if kind == "right":
@@ -49,20 +48,11 @@ def _mark(draw: ImageDraw.ImageDraw, right: int, top: int, kind: str) -> None:
 
 
 def ranking_picture(rows: Sequence[Ranking], title: str) -> Image.Image:
-    """Draws one page with a row for each query: the query at the left, then its gallery entries in rank order.
+    """Draws an RGB page with a row for each query: the query at the left, then its gallery entries in rank order.
 
-    A right match has a green frame and a tick, a wrong match has a red frame and a cross. Rank and distance are below
-    each image. Junk is grey, and has no mark and no rank.
-
-    Args:
-        rows: one or more queries, whose matches are all marked. The numbers of matches may differ.
-        title: the first line of the page. It is shortened if it is wider than the page.
-
-    Returns:
-        An RGB image.
-
-    Raises:
-        InputError: if there are no rows, or an image cannot be read.
+    A right match has a green frame and a tick, a wrong one a red frame and a cross. Rank and distance are below each
+    image. Junk is grey, and has no mark and no rank. The numbers of matches, which are all marked, may differ. A title
+    wider than the page is shortened. Raises InputError if there are no rows, or an image cannot be read.
     """
     if not rows:
         raise InputError("rows is empty: give at least one Ranking")
@@ -101,9 +91,7 @@ def ranking_picture(rows: Sequence[Ranking], title: str) -> Image.Image:
 def save_ranking_picture(path: str | os.PathLike[str], rows: Sequence[Ranking], title: str) -> None:
     """Draws a page with :func:`ranking_picture`, and saves it as a PNG, whole or not at all.
 
-    Raises:
-        InputError: as :func:`ranking_picture`.
-        OSError: if the page cannot be written.
+    Raises InputError as :func:`ranking_picture`, and OSError if the page cannot be written.
     """
     with replacing(path) as file:
         ranking_picture(rows, title).save(file, "PNG")

@@ -23,17 +23,10 @@ Paths = tuple[Sequence[Any], Sequence[Any]]
 
 
 class Search:
-    """The ranking of a gallery for every query.
+    """The ranking of a gallery for every query, by ``metric`` ``"euclidean"`` or ``"cosine"``.
 
-    Args:
-        query: the query samples.
-        gallery: the gallery samples.
-        metric: ``"euclidean"`` or ``"cosine"``.
-        normalize: whether to scale every feature to unit norm first.
-        rerank: whether to re-rank by k-reciprocal neighbours.
-
-    Raises:
-        InputError: if the metric is unknown, or features are not finite.
+    ``normalize`` scales every feature to unit norm first; ``rerank`` re-ranks by k-reciprocal neighbours. Raises
+    InputError if the metric is unknown, or features are not finite.
     """
 
     def __init__(
@@ -54,16 +47,9 @@ class Search:
         The processes of ``group`` share the queries. Every one of them must call this method.
         """
         query, gallery = self.query, self.gallery
-        ranked = rank_queries(
-            self.distances,
-            query.pids,
-            gallery.pids,
-            query.camids,
-            gallery.camids,
-            protocol="single-gallery-shot" if single_gallery_shot else "standard",
-            group=group,
-        )
-        return summarize(ranked, max_rank)
+        protocol: Any = "single-gallery-shot" if single_gallery_shot else "standard"
+        labels = query.pids, gallery.pids, query.camids, gallery.camids
+        return summarize(rank_queries(self.distances, *labels, protocol=protocol, group=group), max_rank)
 
     def ranking(self, index: int, topk: int, paths: Paths) -> Ranking:
         """Returns the nearest gallery entries of one query: ``topk`` valid entries, and the junk between them.
@@ -94,7 +80,7 @@ def print_result(result: RetrievalResult, ranks: Sequence[int]) -> None:
         if name.startswith("rank-") and not curve:
             print("CMC curve")
             curve = True
-        print(f"{_title(name):<8}: {value:.1%}" if curve else f"{name}: {value:.1%}")
+        print(f"{name.replace('rank-', 'Rank-'):<8}: {value:.1%}" if curve else f"{name}: {value:.1%}")
 
 
 def print_side_by_side(columns: dict[str, dict[str, RetrievalResult]], ranks: Sequence[int]) -> None:
@@ -103,25 +89,21 @@ def print_side_by_side(columns: dict[str, dict[str, RetrievalResult]], ranks: Se
         results = {name: results[target].scores(ranks) for name, results in columns.items()}
         print(f"\n{target:<12}" + "".join(f"{name:>12}" for name in results))
         for name in next(iter(results.values())):
-            print(f"{_title(name):<12}" + "".join(f"{values[name]:>12.1%}" for values in results.values()))
-
-
-def _title(name: str) -> str:
-    return name.replace("rank-", "Rank-")
+            print(
+                f"{name.replace('rank-', 'Rank-'):<12}"
+                + "".join(f"{values[name]:>12.1%}" for values in results.values())
+            )
 
 
 def draw_some(search: Search, paths: Paths, count: int, topk: int, path: Path, title: str) -> None:
-    """Draws the rankings of ``count`` queries in one picture. ``paths`` holds the images of queries and gallery."""
+    """Draws the rankings of ``count`` queries in one picture, with ``paths`` of queries and gallery."""
     # The queries are spread evenly over the query set, so that the picture shows many identities.
     indices = np.linspace(0, len(paths[0]) - 1, min(count, len(paths[0]))).astype(int).tolist()
     save_ranking_picture(path, [search.ranking(index, topk, paths) for index in indices], title)
 
 
 def write_pages(search: Search, paths: Paths, topk: int, path: Path, title: str) -> None:
-    """Writes the ranking of every query on web pages, the query with the lowest average precision first.
-
-    Queries without a match come last.
-    """
+    """Writes the ranking of every query on web pages, by rising average precision; those without a match come last."""
     precision = search.evaluate().ranked.average_precision.nan_to_num(torch.inf).tolist()
     rankings = []
     for index in sorted(range(len(precision)), key=precision.__getitem__):

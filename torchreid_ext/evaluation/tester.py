@@ -29,20 +29,16 @@ class EvaluationOptions(Options):
     normalize_feature: bool = option("test.normalize_feature", False, "scale every feature to unit norm first")
     ranks: Sequence[int] = option("test.ranks", [1, 5, 10, 20], "CMC ranks to print", least=1, scores=False)
     use_metric_cuhk03: bool = option(
-        "cuhk03.use_metric_cuhk03", False, "score by the single-gallery-shot protocol of CUHK03"
+        "cuhk03.use_metric_cuhk03", False, "score by CUHK03's single-gallery-shot protocol"
     )
     rerank: bool = option("test.rerank", False, "re-rank by k-reciprocal neighbours in the last test")
-    visrank: bool = option(
-        "test.visrank", False, "show the ranking of every query after the last test, on a web page", scores=False
-    )
+    visrank: bool = option("test.visrank", False, "show all rankings after the last test on a web page", scores=False)
     visrank_topk: int = option("test.visrank_topk", 10, "gallery entries to draw for each query", least=1, scores=False)
-    picture: int = option(
-        "test.picture", 0, "number of queries to draw on one page after the last test", least=0, scores=False
-    )
+    picture: int = option("test.picture", 0, "queries to draw on one page after the last test", least=0, scores=False)
     queries: bool = option(
         "test.queries",
         False,
-        "write queries_TARGET.csv: identity, camera, AP, INP and rank-1 of every query",
+        "write identity, camera, AP, INP, rank-1 of each query (queries_TARGET.csv)",
         scores=False,
     )
 
@@ -58,17 +54,11 @@ class Tester:
     set_model_mode: Any
 
     def test(self, **options: Any) -> dict[str, RetrievalResult]:
-        """Tests on every target, prints the results as torchreid does, and writes ``save_dir/metrics.json``.
+        """Returns the result of each target, printed as torchreid does, and writes ``save_dir/metrics.json``.
 
-        The random number generators are restored afterwards, so that training does not depend on the number of tests.
-        The processes of a distributed run share the work, and the result is equal to the result of one process. Only
-        the first process prints and writes.
-
-        Args:
-            **options: fields of ``EvaluationOptions``.
-
-        Returns:
-            The result of each target.
+        The options are the fields of ``EvaluationOptions``. The random number generators are restored afterwards, so
+        that training does not depend on the number of tests. The processes of a distributed run share the work with the
+        result of one; the first one prints and writes.
 
         Raises:
             InputError: for an unknown option, or a value out of its range.
@@ -89,7 +79,7 @@ class Tester:
                 # An error of the first process ends the others too, which would otherwise wait for it.
                 distributed.from_first(functools.partial(self._report, target, search, result, chosen))
         if chosen.save_dir:
-            distributed.from_first(lambda: write_metrics(self.results, chosen.save_dir))
+            distributed.from_first(lambda: _write_metrics(self.results, chosen.save_dir))
         return self.results
 
     def _report(self, target: str, search: ranking.Search, result: RetrievalResult, options: EvaluationOptions) -> None:
@@ -97,25 +87,21 @@ class Tester:
         ranking.print_result(result, options.ranks)
         if options.queries and options.save_dir:
             write_queries(search, result.ranked, Path(options.save_dir, f"queries_{target}.csv"))
-        if options.picture or options.visrank:
-            self._draw(target, search, options)
+        query, gallery = self.datamanager.fetch_test_loaders(target) if options.picture or options.visrank else ([], [])
+        paths = [items[0] for items in query], [items[0] for items in gallery]
+        if options.picture:
+            picture = Path(options.save_dir, f"ranking_{target}.png")
+            title = f"{target}: ranked gallery"
+            ranking.draw_some(search, paths, options.picture, options.visrank_topk, picture, title)
+            print(f'Picture of ranked results saved to "{picture}"')
+        if options.visrank:
+            index = Path(options.save_dir, f"visrank_{target}", "index.html")
+            ranking.write_pages(search, paths, options.visrank_topk, index, f"Rankings: {target}")
+            print(f'Rankings of {len(query)} queries saved; open "{index}" in a browser')
         if self.writer is not None:
             for name, value in result.scores([1]).items():
                 # torchreid writes rank1.
                 self.writer.add_scalar(f"Test/{target}/{name.replace('-', '')}", value, self.epoch)
-
-    def _draw(self, target: str, search: ranking.Search, options: EvaluationOptions) -> None:
-        query, gallery = self.datamanager.fetch_test_loaders(target)
-        paths = [items[0] for items in query], [items[0] for items in gallery]
-        topk, save_dir = options.visrank_topk, options.save_dir
-        if options.picture:
-            picture = Path(save_dir, f"ranking_{target}.png")
-            ranking.draw_some(search, paths, options.picture, topk, picture, f"{target}: ranked gallery")
-            print(f'Picture of ranked results saved to "{picture}"')
-        if options.visrank:
-            index = Path(save_dir, f"visrank_{target}", "index.html")
-            ranking.write_pages(search, paths, topk, index, f"Rankings: {target}")
-            print(f'Rankings of {len(query)} queries saved; open "{index}" in a browser')
 
 
 def write_queries(search: ranking.Search, ranked: RankedQueries, path: Path) -> None:
@@ -127,8 +113,7 @@ def write_queries(search: ranking.Search, ranked: RankedQueries, path: Path) -> 
         np.savetxt(file, table, form, delimiter=",", header=head, comments="")
 
 
-def write_metrics(results: dict[str, RetrievalResult], save_dir: str) -> None:
-    """Writes the results of each target to ``save_dir/metrics.json``."""
+def _write_metrics(results: dict[str, RetrievalResult], save_dir: str) -> None:
     text = json.dumps({target: result.to_dict() for target, result in results.items()}, indent=2) + "\n"
     with replacing(Path(save_dir, "metrics.json")) as file:
         file.write(text.encode())

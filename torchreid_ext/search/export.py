@@ -36,10 +36,8 @@ class Comparison:
     largest: float
 
     def __str__(self) -> str:
-        return (
-            f"largest difference from torch over {self.images} images, as a batch and one by one: "
-            f"{self.difference:.2g} (the largest feature value is {self.largest:.2g})"
-        )
+        over = f"over {self.images} images, as a batch and one by one"
+        return f"largest difference from torch {over}: {self.difference:.2g} (of features up to {self.largest:.2g})"
 
 
 class ExportedNetwork(nn.Module):
@@ -61,15 +59,12 @@ class ExportedNetwork(nn.Module):
 
 
 def export(
-    model: TrainedModel,
-    path: str | os.PathLike[str],
-    normalise: bool = True,
-    images: Sequence[ImageLike] | None = None,
+    model: TrainedModel, path: str | os.PathLike[str], normalise: bool = True, images: Sequence[ImageLike] | None = None
 ) -> Comparison:
     """Writes a network to a file that other programs load, and checks the file before it takes its place.
 
-    The file takes any number of images at once, [N, 3, height, width] in RGB order, and gives [N, D] features. It also
-    holds the settings of :func:`settings`, as metadata.
+    The file takes any number of images, [N, 3, height, width] in RGB order, and gives [N, D] features. Its metadata are
+    those of :func:`settings`.
 
     Args:
         model: the model, on the CPU.
@@ -89,23 +84,22 @@ def export(
         except ModuleNotFoundError as error:
             raise InputError(f"ONNX needs the package {package}: pip install {package}") from error
     shown = drawn_images() if images is None else list(images)
+    alike = f"{len(shown)} images to compare with are too few or too similar to notice a mistake in the exported file"
+    cure = "give two images or more that look different"
+    if len(shown) < 2:
+        raise InputError(f"{alike}: {cure}")
     prepare = Preprocessing(model.config)
-    resized = torch.stack([prepare.resized(image) for image in shown]) if shown else torch.empty(0)
-    expected = model.features(prepare.normalised(resized)).numpy() if shown else np.empty((0, 1))
-    spread = float(np.ptp(expected, axis=0).max()) if len(shown) > 1 else 0.0
-    largest = float(np.abs(expected).max()) if shown else 0.0
-    if spread <= 10 * TOLERANCE * largest:
-        raise InputError(
-            f"the features of the {len(shown)} images to compare with differ by {spread:.2g} at most, too little to "
-            f"notice a mistake in the exported file: give two images or more that look different"
-        )
+    resized = torch.stack([prepare.resized(image) for image in shown])
+    expected = model.features(prepare.normalised(resized)).numpy()
+    largest = float(np.abs(expected).max())
+    if np.ptp(expected, axis=0).max() <= 10 * TOLERANCE * largest:
+        raise InputError(f"{alike}: {cure}")
     fed = (resized if normalise else prepare.normalised(resized)).numpy()
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder, "model.onnx")
         _write(model, temporary, normalise, resized)
         differences: list[float] = []
         try:
-            # The program that others would run it with.
             runtime = importlib.import_module("onnxruntime")
             session = runtime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
             for part in (slice(None), slice(0, 1), slice(1, 2)):
@@ -140,12 +134,8 @@ def settings(model: TrainedModel, normalise: bool) -> dict[str, str]:
 
 def drawn_images(number: int = 8) -> list[Image.Image]:
     """Pedestrians, each another one before another camera, drawn as ``synthetic_pedestrians`` draws them."""
-    pictures = []
-    for index in range(number):
-        rng = np.random.default_rng([2024, index])
-        camera = CAMERAS[index % len(CAMERAS)]
-        pictures.append(draw_image(rng, make_person(rng), camera, draw_scene(rng, camera)))
-    return pictures
+    cameras = [(np.random.default_rng([2024, index]), CAMERAS[index % len(CAMERAS)]) for index in range(number)]
+    return [draw_image(rng, make_person(rng), camera, draw_scene(rng, camera)) for rng, camera in cameras]
 
 
 def _write(model: TrainedModel, path: Path, normalise: bool, images: Tensor) -> None:
@@ -154,16 +144,14 @@ def _write(model: TrainedModel, path: Path, normalise: bool, images: Tensor) -> 
         with torch.no_grad(), warnings.catch_warnings():
             # They speak of the exporter's own future, not of this network.
             warnings.simplefilter("ignore")
-            program = torch.export.export(
-                network, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
-            )
+            sizes = {"images": {0: torch.export.Dim("batch")}}
+            program = torch.export.export(network, (example,), dynamic_shapes=sizes)
             written: Any = torch.onnx.export(
                 program, (example,), dynamo=True, verbose=False, input_names=["images"], output_names=["features"]
             )
             written.model.metadata_props.update(settings(model, normalise))
             written.save(path, external_data=False)
-    except Exception as error:
-        # The exporter has errors of its own, and the network's code may raise any other.
+    except Exception as error:  # the exporter's own, or any that the network's code raises
         raise _refusal(model, "the network cannot be expressed", error) from error
 
 

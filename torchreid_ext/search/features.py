@@ -27,8 +27,7 @@ from torchreid_ext.search.model import Preprocessing, TrainedModel
 EXACT = "Flat"
 """faiss's name of the exact index."""
 
-# faiss computes distances to more queries than this at once as |q|^2 - 2 qg + |g|^2, which loses the small distances of
-# features that lie far from the origin.
+# For more queries at once, faiss computes |q|^2 - 2 qg + |g|^2, which loses small distances far from the origin.
 _ACCURATE_BLOCK = 16
 
 Array = np.ndarray[Any, Any]
@@ -39,17 +38,11 @@ _FINGERPRINT, _PATHS = "model_fingerprint", "{}_paths"
 
 @dataclass(frozen=True)
 class ExtractedSet:
-    """Images and their features.
-
-    Attributes:
-        entries: the N images.
-        features: [N, D] their features on the CPU.
-        damaged: what was wrong with each image that could not be read, which is named.
-    """
+    """N images, and their features on the CPU."""
 
     entries: list[Row]
-    features: Tensor
-    damaged: list[str] = field(default_factory=list)
+    features: Tensor  # [N, D]
+    damaged: list[str] = field(default_factory=list)  # what was wrong with each image that could not be read
 
 
 class _Files(Dataset[Any]):
@@ -79,8 +72,7 @@ def extract_files(
 ) -> ExtractedSet:
     """The features of one or more image files, the ``entries`` that can be read, in their order.
 
-    In a run of several processes that torchrun started, inside ``distributed.joined``, each process extracts a share of
-    the batches, and every process has all features.
+    Inside ``distributed.joined``, each process extracts a share of the batches, and every process has all features.
 
     Args:
         batch_size: images in a batch; None for ``test.batch_size`` of the model's configuration.
@@ -153,34 +145,27 @@ def write_features(path: str | os.PathLike[str], model: TrainedModel, sets: dict
 def read_gallery(path: str | os.PathLike[str], model: TrainedModel) -> ExtractedSet:
     """The gallery of a file that :func:`write_features` wrote.
 
-    Raises:
-        InputError: for a file that is damaged, of another format, without a gallery or of another model.
-        OSError: for a file that cannot be opened.
+    Raises InputError for a file that is damaged, of another format, without a gallery or of another model, and
+    OSError for a file that cannot be opened.
     """
     arrays = load_arrays(path)
     missing = [name for name in (_FINGERPRINT, "gallery", _PATHS.format("gallery")) if name not in arrays]
     if missing:
         raise InputError(f"{os.fspath(path)!r} lacks {', '.join(missing)}: give a file of a gallery from drsl-extract")
     if str(arrays[_FINGERPRINT]) != model.fingerprint:
-        raise InputError(
-            f"{os.fspath(path)!r} holds features of another model than {model.path!r}, and features of two models "
-            f"cannot be compared: extract them again with this checkpoint"
-        )
+        other = f"{os.fspath(path)!r} holds features of another model than {model.path!r}"
+        raise InputError(f"{other}, which cannot be compared: extract them again with this checkpoint")
     features, paths = arrays["gallery"], arrays[_PATHS.format("gallery")]
     columns = [paths, *(arrays.get(f"gallery_{name}", np.full(paths.shape, "")) for name in ("ids", "cams"))]
     if features.ndim != 2 or features.dtype.kind != "f" or any(part.shape != features.shape[:1] for part in columns):
-        raise InputError(
-            f"{os.fspath(path)!r}: gallery must hold [images, dimensions] numbers, and its paths, identities and "
-            f"cameras one value for each image; extract them again"
-        )
+        wanted = "[images, dimensions] numbers, and its paths, identities and cameras one value for each image"
+        raise InputError(f"{os.fspath(path)!r}: gallery must hold {wanted}; extract them again")
     entries = [Row(*map(str, row)) for row in zip(*columns, strict=True)]
     return ExtractedSet(entries, torch.from_numpy(features.astype(np.float32)))
 
 
 class FeatureIndex:
-    """The features of N images in rows, and faiss's index of them.
-
-    Several threads may search at once, but only while no other thread adds or removes.
+    """The features of N images in rows, and faiss's index of them; only searches may run in several threads at once.
 
     Args:
         dim: dimensions of a feature.
@@ -201,8 +186,7 @@ class FeatureIndex:
     def add(self, features: Tensor, normalised: bool = False) -> None:
         """Adds [N, D] features below the rows that are there; ``normalised`` ones have the metric's norm already.
 
-        Raises:
-            InputError: for features that are not finite.
+        Raises InputError for features that are not finite.
         """
         self._exact.add(self._vectors(features, normalised))
         self._other = None
@@ -218,13 +202,9 @@ class FeatureIndex:
         return torch.as_tensor(self._exact.reconstruct_n(0, len(self)))
 
     def search(self, queries: Tensor, top: int) -> tuple[Array, Array]:
-        """The ``top`` nearest features of each query, [Q, D], nearest first.
+        """The rows, [Q, top], -1 where fewer were found, and distances, [Q, top], of the nearest of Q queries, [Q, D].
 
-        Returns:
-            [Q, top] rows, -1 where fewer were found, and [Q, top] distances.
-
-        Raises:
-            InputError: for queries that are not finite, or a kind of index that faiss cannot make of these features.
+        Raises InputError for queries that are not finite, or a kind of index that faiss cannot make of the features.
         """
         vectors, top = self._vectors(queries), min(top, len(self))
         block = len(vectors) if self.metric == "cosine" else _ACCURATE_BLOCK
@@ -245,10 +225,8 @@ class FeatureIndex:
                     faiss.ParameterSpace().set_index_parameters(index, parameters)
             except (RuntimeError, AssertionError) as error:
                 reason = " ".join(str(error).split()).rpartition(": ")[2] or type(error).__name__
-                raise InputError(
-                    f"--index-type {self.kind!r}: faiss cannot make this index of {len(self):,} features with "
-                    f"{self.dim} dimensions: {reason}"
-                ) from error
+                size = f"{len(self):,} features with {self.dim} dimensions"
+                raise InputError(f"--index-type {self.kind!r}: faiss cannot index {size}: {reason}") from error
             self._other = index
         return self._other
 

@@ -29,14 +29,11 @@ class Gallery:
     Args:
         model: the model that makes the features; those of another model are refused.
         kind: kind of the index; see :class:`FeatureIndex`.
-
-    Attributes:
-        entries: the images, in the order in which they were added. A path of a file is absolute; an image that was
-            added under a name has this name in place of a path.
     """
 
     def __init__(self, model: TrainedModel, kind: str = EXACT) -> None:
         self.model, self.kind = model, kind
+        # In the order in which they were added, by the absolute path of a file or the name that was given.
         self.entries: list[Row] = []
         self._names: set[str] = set()
         self._index: FeatureIndex | None = None
@@ -51,9 +48,8 @@ class Gallery:
     def add(self, entries: Sequence[Row], features: Tensor, normalised: bool = False) -> None:
         """Adds N images with their features, [N, D]; ``normalised`` ones have the metric's norm already.
 
-        Raises:
-            InputError: for a path that is in the gallery or given twice, features of another number of dimensions, or
-                features that are not finite. Nothing is added then.
+        Raises InputError for a path that is in the gallery or given twice, features of another number of
+        dimensions, or features that are not finite. Nothing is added then.
         """
         new: set[str] = set()
         for entry in entries:
@@ -75,10 +71,8 @@ class Gallery:
         """Removes images by their names or paths, absolute or from the current folder, and returns them.
 
         In any other word ``*``, ``?`` and ``[]`` stand for characters, slashes too. ``"*"`` is every image.
-
-        Raises:
-            InputError: for a pattern that no image matches, or another pattern than ``"*"`` that every image matches.
-                Nothing is removed then.
+        Raises InputError for a pattern that no image matches, or another pattern than ``"*"`` that every image
+        matches. Nothing is removed then.
         """
         found: set[int] = set()
         for pattern in patterns:
@@ -86,9 +80,7 @@ class Gallery:
             if not here:
                 raise InputError(f"no image of the gallery matches {pattern!r}")
             if len(here) == len(self) > 1 and pattern != "*":
-                raise InputError(
-                    f"{pattern!r} matches all {len(self):,} images of the gallery: to remove all, give '*'"
-                )
+                raise InputError(f"{pattern!r} matches all {len(self):,} images of the gallery: for that, give '*'")
             found |= here
         return self._without(found)
 
@@ -115,10 +107,8 @@ class Gallery:
     def nearest(self, queries: Tensor, top: int, rerank: bool = False) -> list[list[tuple[Row, float]]]:
         """The ``top`` nearest images of each query, [Q, D], with their distances, nearest first.
 
-        ``rerank`` re-ranks all images by k-reciprocal neighbours; distances then lie in [0, 1].
-
-        Raises:
-            InputError: for an empty gallery, ``top`` below 1, or queries of another number of dimensions.
+        ``rerank`` re-ranks all images by k-reciprocal neighbours; distances then lie in [0, 1]. Raises
+        InputError for an empty gallery, ``top`` below 1, or queries of another number of dimensions.
         """
         if self._index is None or not len(self):
             raise InputError("the gallery is empty: add images to it first")
@@ -141,11 +131,9 @@ class Gallery:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the gallery to a file, whole or not at all. Call it inside ``files.locked``.
 
-        Paths below the folder of the file are written relative to it, so that the folder may move.
-
-        Raises:
-            InputError: for a gallery to which nothing was ever added, or a file that another process has changed since
-                this gallery was read from it.
+        Paths below the folder of the file are written relative to it, so that the folder may move. Raises
+        InputError for a gallery to which nothing was ever added, or a file that another process has changed
+        since this gallery was read from it.
         """
         if self._index is None:
             raise InputError("the gallery is empty: there is no index to write")
@@ -158,10 +146,8 @@ class Gallery:
         ]
         settings, entries = (np.frombuffer(json.dumps(value).encode(), np.uint8) for value in (about, rows))
         if self._read is not None and self._read[0] == target and self._read[1] != file_stamp(target):
-            raise InputError(
-                f"{os.fspath(path)!r} was changed by another process since it was read: read it again, and repeat the "
-                f"changes"
-            )
+            changed = f"{os.fspath(path)!r} was changed by another process since it was read"
+            raise InputError(f"{changed}: read it again, and repeat the changes")
         with replacing(target) as file:
             np.savez(file, settings=settings, entries=entries, features=self._index.features().numpy())
         self._read = target, file_stamp(target)
@@ -170,9 +156,8 @@ class Gallery:
     def load(cls, path: str | os.PathLike[str], model: TrainedModel, kind: str | None = None) -> Gallery:
         """The gallery that :meth:`save` wrote with this model; ``kind`` None takes the kind that the file names.
 
-        Raises:
-            InputError: for a file that is cut short, damaged or no index, or an index of another model.
-            OSError: for a file that cannot be opened.
+        Raises InputError for a file that is cut short, damaged or no index, or an index of another model,
+        and OSError for a file that cannot be opened.
         """
         target = resolved(os.fspath(path))
         stamp = file_stamp(target)
@@ -188,10 +173,8 @@ class Gallery:
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise InputError(f"{os.fspath(path)!r} is damaged, or not an index of drsl-search: make it anew") from error
         if made_by != (model.fingerprint, model.metric):
-            raise InputError(
-                f"{os.fspath(path)!r} is the index of another model than {model.path!r}, and features of two models "
-                f"cannot be compared: give the checkpoint that made it, or make a new index"
-            )
+            other = f"{os.fspath(path)!r} is the index of another model than {model.path!r}, which cannot be compared"
+            raise InputError(f"{other}: give the checkpoint that made it, or make a new index")
         gallery = cls(model, stored if kind is None else kind)
         try:
             gallery.add(entries, torch.from_numpy(np.require(features, requirements="W")), normalised=True)

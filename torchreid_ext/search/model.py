@@ -38,18 +38,12 @@ class TrainedModel:
     """A trained network in evaluation mode, with what its configuration says of its images and features.
 
     ``features`` may be called from several threads.
-
-    Attributes:
-        network: the network; it takes [N, 3, height, width] normalised images and returns [N, D] features.
-        config: the configuration that the network was trained with.
-        path: the checkpoint.
-        fingerprint: 32 hexadecimal digits that differ between models whose features differ.
     """
 
-    network: nn.Module
-    config: Config
-    path: str
-    fingerprint: str
+    network: nn.Module  # from [N, 3, height, width] normalised images to [N, D] features
+    config: Config  # with which the network was trained
+    path: str  # of the checkpoint
+    fingerprint: str  # 32 hexadecimal digits that differ between models whose features differ
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
@@ -61,8 +55,7 @@ class TrainedModel:
     def metric(self) -> str:
         """``"euclidean"`` or ``"cosine"``: the distance by which the run was tested.
 
-        Euclidean distances between features of unit norm give the order of cosine distances, so that
-        ``test.normalize_feature`` makes it ``"cosine"``.
+        ``test.normalize_feature`` makes it ``"cosine"``, because both give features of unit norm one order.
         """
         return "cosine" if self.config.test.normalize_feature else str(self.config.test.dist_metric)
 
@@ -75,10 +68,7 @@ class TrainedModel:
 
 
 class Preprocessing:
-    """Resizes and normalises images as the test of the run with this configuration did.
-
-    It holds no network, so that loading processes may be sent it.
-    """
+    """Resizes and normalises images as the test of the run with this configuration did, in any process."""
 
     def __init__(self, config: Config) -> None:
         self.size = [int(config.data.height), int(config.data.width)]
@@ -87,9 +77,8 @@ class Preprocessing:
     def resized(self, image: ImageLike, crop: Box | None = None) -> Tensor:
         """[3, height, width] values in [0, 1] of one image, or of the part ``crop`` of it.
 
-        Raises:
-            InputError: for an image that cannot be read, an array or a tensor of another shape, type or range, or a
-                crop that does not lie within the image.
+        Raises InputError for an image that cannot be read, an array or a tensor of another shape, type or
+        range, or a crop that does not lie within the image.
         """
         given = _from_tensor(image.detach().cpu()) if isinstance(image, Tensor) else _read(image)
         if isinstance(given, Image.Image):
@@ -132,20 +121,17 @@ def _from_tensor(image: Tensor) -> Image.Image | Tensor:
         raise InputError(f"a tensor of type {image.dtype} is not an image: give uint8, or floating values in [0, 1]")
     lowest, highest = float(image.min()), float(image.max())
     if not (lowest >= 0 and highest <= 1):
-        raise InputError(
-            f"a tensor with values from {lowest:.3g} to {highest:.3g} is not an image: give values in [0, 1], which "
-            f"are normalised here with the model's own mean and standard deviation"
-        )
+        cure = "give values in [0, 1], which are normalised here with the model's own mean and standard deviation"
+        raise InputError(f"a tensor with values from {lowest:.3g} to {highest:.3g} is not an image: {cure}")
     return image.float()
 
 
 def _checked(crop: Box, width: int, height: int) -> Box:
     left, top, right, bottom = crop
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-        raise InputError(
-            f"crop {left} {top} {right} {bottom} (left, top, right, bottom) does not lie within the image, which is "
-            f"{width} pixels wide and {height} high"
-        )
+        size = f"{width} pixels wide and {height} high"
+        given = f"crop {left} {top} {right} {bottom} (left, top, right, bottom)"
+        raise InputError(f"{given} does not lie within the image, which is {size}")
     return crop
 
 
@@ -204,11 +190,10 @@ def _config(
     if not saved and config_file is None and model is None:
         beside = Path(path).absolute().parent.parent / "config.yaml"
         found = f", for example {str(beside)!r}" if beside.is_file() else ""
-        raise InputError(
-            f"checkpoint {path!r} holds no configuration, so its network is unknown: give --model NAME (model in "
-            f"Python) for weights of torchreid's zoo, for example osnet_x0_25, or --config-file FILE (config_file in "
-            f"Python), the YAML file that the network was trained with{found}"
-        )
+        zoo = "--model NAME (model in Python) for weights of torchreid's zoo, for example osnet_x0_25"
+        file = f"--config-file FILE (config_file in Python), the YAML file that the network was trained with{found}"
+        unknown = f"checkpoint {path!r} holds no configuration, so its network is unknown"
+        raise InputError(f"{unknown}: give {zoo}, or {file}")
     if saved:
         _merge(config, saved, path)
     if config_file is not None:
@@ -218,18 +203,16 @@ def _config(
         if not saved and config_file is None:
             config.data.height, config.data.width = _SIZES.get(model, (config.data.height, config.data.width))
             config.test.dist_metric = "cosine"
-            _note(
-                f"{path!r} holds no configuration: taking {model} with images of {config.data.height} x "
-                f"{config.data.width} pixels, ImageNet's normalisation and cosine distance, unless --config-file says "
-                f"otherwise"
-            )
+            size = f"{config.data.height} x {config.data.width} pixels"
+            taken = f"{model} with images of {size}, ImageNet's normalisation and cosine distance"
+            _note(f"{path!r} holds no configuration: taking {taken}, unless --config-file says otherwise")
     # The weights come from the checkpoint, and the device is chosen by load_model.
     config.model.pretrained = config.use_gpu = config.train.sync_batchnorm = False
     return config
 
 
 def _merge(config: Config, saved: object, path: str) -> None:
-    """Takes over a saved configuration; keys and values of another version of this package are named and left out."""
+    """Takes over a saved configuration; what another version of this package wrote is named and left out."""
     if not isinstance(saved, Mapping):
         raise InputError(f"checkpoint {path!r} is damaged: its configuration is no mapping; give --config-file FILE")
     ignored = []

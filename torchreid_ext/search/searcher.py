@@ -26,18 +26,14 @@ _WORDS = {"right": "same", "wrong": "other", "": ""}
 
 @dataclass(frozen=True)
 class Match:
-    """An image of the gallery that a search found.
+    """An image of the gallery that a search found; what is unknown of it is empty.
 
-    Attributes:
-        rank: its place, from 1.
-        name: its absolute path, or the name under which it was added.
-        distance: from the query: squared Euclidean, or 1 - cosine similarity, as the model was tested; between 0 and 1
-            after re-ranking.
-        identity: whom it shows, as its name says; empty if unknown, as is the ``camera`` that took it.
+    The distance from the query is squared Euclidean, or 1 - cosine similarity, as the model was tested; it is between 0
+    and 1 after re-ranking.
     """
 
-    rank: int
-    name: str
+    rank: int  # from 1
+    name: str  # its absolute path, or the name under which it was added
     distance: float
     identity: str = ""
     camera: str = ""
@@ -52,8 +48,7 @@ class Searcher:
     'photos/anna/hall_1.jpg'
 
     Args:
-        checkpoint: a checkpoint of this package or the folder of its run, or any other checkpoint with ``model`` or
-            ``config_file``.
+        checkpoint: a checkpoint of this package or the folder of its run; any other needs ``model`` or ``config_file``.
         model: name of the network, for weights of torchreid's zoo: see :func:`torchreid_ext.search.model.load_model`.
         config_file: YAML configuration of the network, for a checkpoint that holds none.
         index: a file that :meth:`save` or ``drsl-search --index`` wrote; None for an empty gallery.
@@ -159,22 +154,15 @@ class Searcher:
             return len(self.gallery.prune())
 
     def search(
-        self,
-        queries: ImageLike | Sequence[ImageLike],
-        top: int = 10,
-        rerank: bool = False,
-        crop: Box | None = None,
+        self, queries: ImageLike | Sequence[ImageLike], top: int = 10, rerank: bool = False, crop: Box | None = None
     ) -> list[list[Match]]:
-        """The images of the gallery that are nearest to each query, nearest first.
+        """At most ``top`` images of the gallery that are nearest to each of Q queries, nearest first.
 
         Args:
             queries: Q images, as for :meth:`extract`.
             top: how many images to find, >= 1.
             rerank: re-rank the gallery by k-reciprocal neighbours first: slower, often better.
             crop: the part of each query to use.
-
-        Returns:
-            Q lists of at most ``top`` matches.
 
         Raises:
             InputError: for an empty gallery, ``top`` below 1, or a query that cannot be used.
@@ -186,11 +174,8 @@ class Searcher:
         with self._lock:
             rows = self.gallery.nearest(features, top, rerank)
         return [
-            [
-                Match(rank, each.path, distance, each.identity, each.camera)
-                for rank, (each, distance) in enumerate(row, 1)
-            ]
-            for row in rows
+            [Match(rank, row.path, far, row.identity, row.camera) for rank, (row, far) in enumerate(found, 1)]
+            for found in rows
         ]
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -243,33 +228,24 @@ def as_text(rows: Sequence[Ranking]) -> str:
 
 def as_dict(searcher: Searcher, rows: Sequence[Ranking], rerank: bool) -> dict[str, Any]:
     """The same as plain values; ``same_identity`` is null where the identity of one of the two is unknown."""
+
+    def plain(picture: Picture) -> dict[str, str]:
+        return {"path": picture.path, "identity": picture.identity, "camera": picture.camera}
+
+    def matches(row: Ranking) -> list[dict[str, Any]]:
+        return [
+            {"rank": rank, **plain(found.picture), "distance": found.distance, "same_identity": _SAME[found.mark]}
+            for rank, found in enumerate(row.matches, 1)
+        ]
+
     return {
         "checkpoint": os.path.abspath(searcher.model.path),
         "model_fingerprint": searcher.model.fingerprint,
         "metric": searcher.model.metric,
         "reranked": rerank,
         "gallery": len(searcher),
-        "queries": [
-            {
-                **_plain(row.query),
-                "crop": row.query.crop,
-                "matches": [
-                    {
-                        "rank": rank,
-                        **_plain(found.picture),
-                        "distance": found.distance,
-                        "same_identity": _SAME[found.mark],
-                    }
-                    for rank, found in enumerate(row.matches, 1)
-                ],
-            }
-            for row in rows
-        ],
+        "queries": [{**plain(row.query), "crop": row.query.crop, "matches": matches(row)} for row in rows],
     }
-
-
-def _plain(picture: Picture) -> dict[str, str]:
-    return {"path": picture.path, "identity": picture.identity, "camera": picture.camera}
 
 
 def _line(picture: Picture) -> str:

@@ -42,13 +42,11 @@ def shown(path: str) -> str:
 def list_sources(sources: Sequence[str], names: str = NAMES) -> Table:
     """The test images of folders, CSV files and image files together, named as ``torchreid_ext.images.pattern`` says.
 
-    A CSV file is as :func:`torchreid_ext.images.read_csv` reads it; its training images are left out. A folder may have
-    Market-1501's layout (``query`` and ``bounding_box_test``), or be one of these two, or hold images in any folders
-    below it. Where the identity and the camera of every such image are known, the first of each identity and camera is
-    a query too. An image file is a gallery image.
-
-    Raises:
-        InputError: for a source that is missing, has no image, or names an image as another source does.
+    A CSV file, of :func:`torchreid_ext.images.read_csv`, gives its test images. A folder may have Market-1501's
+    layout (``query`` and ``bounding_box_test``), be one of these two, or hold images in any folders below it. Where
+    the identities and cameras of all such images are known, the first of each is a query too. An image file is of
+    the gallery. Raises InputError for a source that is missing, has no image, or names an image as another source
+    does.
     """
     carried = images.pattern(names, "--names")
     table, origin = Table(), dict[tuple[str, str], str]()
@@ -61,10 +59,9 @@ def list_sources(sources: Sequence[str], names: str = NAMES) -> Table:
             name = os.path.relpath(row.path, source if os.path.isdir(source) else os.path.dirname(source))
             other = origin.setdefault((row.split, name), source)
             if other is not source:
-                raise InputError(
-                    f"{other!r} and {source!r} both have a {row.split} image {name!r}, so their identities cannot be "
-                    f"told apart: give each folder by itself, or put both below one folder and give that one"
-                )
+                both = f"{other!r} and {source!r} both have a {row.split} image {name!r}"
+                cure = "give each folder by itself, or put both below one folder and give that one"
+                raise InputError(f"{both}, so their identities cannot be told apart: {cure}")
         table.rows += found.rows
         table.leave_out_all(found)
     return table
@@ -73,8 +70,7 @@ def list_sources(sources: Sequence[str], names: str = NAMES) -> Table:
 def list_queries(sources: Sequence[str], names: str = NAMES) -> list[Row]:
     """Query images: image files, all images of folders, and the query images of CSV files.
 
-    Raises:
-        InputError: for a folder without an image, or a CSV file that cannot be read.
+    Raises InputError for a folder without an image, or a CSV file that cannot be read.
     """
     carried = images.pattern(names, "--names")
     rows: list[Row] = []
@@ -118,8 +114,7 @@ def _listed(source: str, names: re.Pattern[str]) -> Table:
 def test_images(config: Config) -> Table:
     """The query and the gallery on which a run's first target is tested, in the order of the run's test.
 
-    Raises:
-        InputError: for a target of video, or one that is not found.
+    Raises InputError for a target of video, or one that is not found.
     """
     target, root = config.data.targets[0], config.data.root
     if config.data.type != "image":
