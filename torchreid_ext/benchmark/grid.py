@@ -54,10 +54,8 @@ class Run:
 
 
 def same(mine: Mapping[str, Any], other: Mapping[str, Any], without: Iterable[str] = ()) -> bool:
-    """Whether two flat configurations are equal, but for some keys and for keys that do not change a score.
-
-    A key that only one of them knows counts as its default: a new key makes no result stale, and a new default does.
-    """
+    """Whether two flat configurations are equal, but for some keys and for keys that do not change a score. A key that
+    only one of them knows counts as its default: a new key makes no result stale, and a new default does."""
     left, right = comparable(mine), comparable(other)
     return all(
         left.get(key, _default(key, right.get(key))) == right.get(key, _default(key, left.get(key)))
@@ -87,14 +85,12 @@ def read_losses(path: Path, names: Sequence[str] | None) -> tuple[dict[str, Snip
     """The losses of a YAML file, and the settings of each that are tried when it is tuned.
 
     A loss is a mapping of the config keys that it sets, nested or dotted. Its entry ``settings``, which it need not
-    have, is a list of such mappings that are added to it.
+    have, is a list of such mappings that are added to it. Raises InputError for a file that is missing or holds
+    something else, or for a name that is not in it.
 
     Args:
         path: the YAML file.
         names: the losses to return, in this order; None for all.
-
-    Raises:
-        InputError: for a file that is missing or holds something else, or for a name that is not in it.
     """
     try:
         losses = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -123,6 +119,7 @@ def plan(
     root: str | None = None,
 ) -> list[Run]:
     """All runs of a grid, seed by seed, so that a grid that is stopped early has whole seeds. All of them are checked.
+    Raises InputError for a file, a key or a value that is wrong, or a key with more or fewer values than seeds.
 
     Args:
         files: configuration files.
@@ -131,9 +128,6 @@ def plan(
         words: KEY VALUE pairs that override the file and the loss.
         varied: lists of a key and a value of it for each seed.
         root: ``data.root``, if it is not that of the files.
-
-    Raises:
-        InputError: for a file, a key or a value that is wrong, or a key with more or fewer values than seeds.
     """
     if len(words) % 2:
         raise InputError(f"options come as KEY VALUE pairs, got {len(words)} words: {' '.join(words)}")

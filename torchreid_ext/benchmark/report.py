@@ -192,11 +192,8 @@ def _interval(row: Any) -> str:
 
 
 def report(results: Sequence[Mapping[str, Any]], reference: str = "drsl", losses: Sequence[str] | None = None) -> str:
-    """All sections in Markdown.
-
-    Raises:
-        InputError: if there are no results, or results of one loss and seed that were tested on other queries.
-    """
+    """All sections in Markdown. Raises InputError if there are no results, or results of one loss and seed that were
+    tested on other queries."""
     found = sections(results, losses)
     if not found:
         raise InputError("there are no results to report; make them with drsl-benchmark run")
@@ -209,11 +206,8 @@ def report(results: Sequence[Mapping[str, Any]], reference: str = "drsl", losses
 
 
 def insert(path: Path, text: str) -> None:
-    """Writes a report to a file; where the file has the two comments ``BEGIN`` and ``END``, between them alone.
-
-    Raises:
-        InputError: if the file has only one of them.
-    """
+    """Writes a report to a file; where the file has the two comments ``BEGIN`` and ``END``, between them alone. Raises
+    InputError if the file has only one of them."""
     content = path.read_text(encoding="utf-8") if path.exists() else f"{BEGIN}\n{END}\n"
     before, begin, rest = content.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -224,9 +218,7 @@ def insert(path: Path, text: str) -> None:
 
 def draw(sections: Sequence[Section], path: Path) -> None:
     """Draws one panel for each section, mean and standard deviation of mAP and rank-1; the suffix gives the format.
-
-    Where the names of losses tell the number of negatives for each positive, the panel has a curve of mAP for each.
-    """
+    Where the names of losses tell the number of negatives for each positive, the panel has a curve of mAP for each."""
     # matplotlib takes long to import, and only a figure needs it.
     from matplotlib.figure import Figure
 

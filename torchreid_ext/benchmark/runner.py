@@ -212,6 +212,7 @@ def tune(
     workers: int,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, float], int]:
     """First tries the weights of each loss beside cross-entropy, then its settings with the best of these weights.
+    Raises InputError if the configuration tests on test identities, or every trial of a loss fails.
 
     Args:
         losses: the keys that each loss sets, by its name.
@@ -223,9 +224,6 @@ def tune(
 
     Returns:
         The best keys of each loss, the mean mAP of each trial over seeds and targets, and the number of failed runs.
-
-    Raises:
-        InputError: if the configuration tests on test identities, or every trial of a loss fails.
     """
     trials: dict[str, Snippet] = {}
     for loss, snippet in losses.items():

@@ -93,10 +93,8 @@ def _drawn(rng: np.random.Generator, draws: int, there: Array) -> Array:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """The p-values corrected for their number (Holm, Scandinavian Journal of Statistics 1979).
-
-    The sorted p-values are multiplied by n, n - 1, ..., 1, and none is below the one before it.
-    """
+    """The p-values corrected for their number (Holm, Scandinavian Journal of Statistics 1979). The sorted p-values are
+    multiplied by n, n - 1, ..., 1, and none is below the one before it."""
     order = np.argsort(p)
     factors = np.arange(len(order), 0, -1)
     corrected = np.empty(len(order))

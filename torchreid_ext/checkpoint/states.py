@@ -41,10 +41,7 @@ def restore_engine(engine: Any, state: dict[str, Any], path: str) -> None:
     """Restores the state that ``of_engine`` returned, except for the part that ``restore_randomness`` restores.
 
     A checkpoint of torchreid has no ``"training"``; then only its weights, optimizer and scheduler are restored.
-    ``path`` is for the messages.
-
-    Raises:
-        InputError: if a part is missing or does not fit.
+    ``path`` is for the messages. Raises InputError if a part is missing or does not fit.
     """
     first, *others = engine.get_model_names()
     checkpoint.restore(state, _parts(engine, first), path)
@@ -70,9 +67,8 @@ def restore_engine(engine: Any, state: dict[str, Any], path: str) -> None:
 def check_fits(engine: Any, state: dict[str, Any], path: str, test_only: bool) -> None:
     """Checks that a checkpoint fits this run, and prints the differences between their configurations.
 
-    Raises:
-        InputError: if the number of identities differs, if the number of processes differs (unless ``test_only``), or
-            if a key of the configuration differs that cannot change.
+    Raises InputError if the number of identities differs, if the number of processes differs (unless ``test_only``), or
+    if a key of the configuration differs that cannot change.
     """
     training = state.get("training")
     if training is None:
@@ -98,9 +94,7 @@ def compare(saved: dict[str, Any], current: dict[str, Any], on_resume: dict[str,
     """A line for each dotted key whose value differs between the configurations of a checkpoint and of this run.
 
     ``on_resume`` says what a resumed run does with another value of a key: see ``torchreid_ext.runtime.options.Key``.
-
-    Raises:
-        InputError: if keys differ that cannot change; the message names them.
+    Raises InputError if keys differ that cannot change; the message names them.
     """
     on_resume = on_resume | {f"datasets.{name}": "fixed" for name in saved.get("data.sources", [])}
     if saved.get("train.lr_scheduler") == "cosine":
@@ -134,11 +128,8 @@ def not_finite(engine: Any) -> str | None:
 
 
 def restore_randomness(engine: Any, state: dict[str, Any], path: str) -> None:
-    """Restores the generators, the sampler and the gradient scaler, right before training goes on.
-
-    Raises:
-        InputError: if a part is missing or does not fit.
-    """
+    """Restores the generators, the sampler and the gradient scaler, right before training goes on. Raises InputError if
+    a part is missing or does not fit."""
     training = state.get("training")
     if training is None:
         return

@@ -24,9 +24,8 @@ from torchreid_ext.runtime import distributed, generators
 def build_model(cfg: Config, num_classes: int) -> nn.Module:
     """The network, which returns in training what the loss needs; with ``use_gpu`` on all available GPUs.
 
-    Raises:
-        InputError: for an unknown network, a network that cannot have ``model.bnneck`` or ``model.last_stride``,
-            ImageNet weights that cannot be downloaded, or ``train.sync_batchnorm`` on the CPU.
+    Raises InputError for an unknown network, a network that cannot have ``model.bnneck`` or ``model.last_stride``,
+    ImageNet weights that cannot be downloaded, or ``train.sync_batchnorm`` on the CPU.
     """
     use_gpu = cfg.use_gpu and torch.cuda.is_available()
     model = _from_the_zoo(cfg, num_classes, use_gpu)
@@ -106,15 +105,13 @@ def check_takes(cfg: Config, model: nn.Module) -> None:
 def build_criterion(cfg: Config, model: nn.Module, num_classes: int, steps: int | None = None) -> nn.Module | None:
     """The metric loss of ``loss.drsl`` or ``loss.pml``, on the model's device; None for torchreid's own losses.
 
-    Give the loss to ``build_optimizer`` and to ``build_engine``, because it may have weights.
+    Give the loss to ``build_optimizer`` and to ``build_engine``, because it may have weights. Raises InputError for an
+    unknown class or argument, or a combination that cannot be trained.
 
     Args:
         num_classes: number of training identities.
         steps: number of training steps in an epoch, ``samplers.steps_per_epoch(datamanager)``. Only a
             cross-batch memory needs it, unless the memory starts at once.
-
-    Raises:
-        InputError: for an unknown class or argument, or a combination that cannot be trained.
     """
     name = cfg.loss.name
     if name == "drsl":
@@ -140,10 +137,7 @@ def build_criterion(cfg: Config, model: nn.Module, num_classes: int, steps: int 
 
 def build_optimizer(cfg: Config, model: nn.Module, criterion: nn.Module | None = None) -> Optimizer:
     """torchreid's optimizer of the model and of the criterion, whose weights have the learning rate ``loss.pml.lr``.
-
-    Raises:
-        InputError: for an unknown optimizer, or a value that the optimizer refuses.
-    """
+    Raises InputError for an unknown optimizer, or a value that the optimizer refuses."""
     try:
         optimizer = torchreid.optim.build_optimizer(
             model,
@@ -166,11 +160,8 @@ def build_optimizer(cfg: Config, model: nn.Module, criterion: nn.Module | None =
 
 
 def build_scheduler(cfg: Config, optimizer: Optimizer) -> Any:
-    """torchreid's scheduler, or None. With ``train.warmup_epoch`` the learning rate first rises linearly.
-
-    Raises:
-        InputError: for an unknown scheduler, or a value that the scheduler refuses.
-    """
+    """torchreid's scheduler, or None. With ``train.warmup_epoch`` the learning rate first rises linearly. Raises
+    InputError for an unknown scheduler, or a value that the scheduler refuses."""
     scheduler = None
     if cfg.train.lr_scheduler != "none":
         try:
@@ -190,13 +181,11 @@ def build_engine(
     scheduler: Any,
     criterion: nn.Module | None = None,
 ) -> Any:
-    """The engine of ``data.type`` and ``loss.name``.
+    """The engine of ``data.type`` and ``loss.name``. Raises InputError for a value that is not allowed, or values that
+    exclude each other.
 
     Args:
         criterion: from ``build_criterion``; None builds it here.
-
-    Raises:
-        InputError: for a value that is not allowed, or values that exclude each other.
     """
     check(cfg)
     loss, section = cfg.loss.name, cfg.loss[cfg.loss.name]

@@ -22,9 +22,8 @@ from torchreid_ext.runtime import distributed
 def build_datamanager(cfg: Config) -> Any:
     """torchreid's data manager of ``data.type``, with the data sets of ``datasets`` registered.
 
-    Raises:
-        InputError: for an unknown data set, sampler or augmentation, missing data, a batch that cannot be filled, or
-            images that are in two sources, or in training and in the test.
+    Raises InputError for an unknown data set, sampler or augmentation, missing data, a batch that cannot be filled, or
+    images that are in two sources, or in training and in the test.
     """
     check(cfg)
     register_datasets(cfg.datasets)

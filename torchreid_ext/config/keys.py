@@ -178,10 +178,8 @@ OURS: dict[str, Key] = {
 
 
 def keys_of_arguments(section: str, kind: type) -> dict[str, Key]:
-    """A config key ``SECTION.ARGUMENT`` for each argument of a class that is a number, a bool or a string.
-
-    The default is the argument's. The explanation is the first sentence about it in the docstring's ``Args``.
-    """
+    """A config key ``SECTION.ARGUMENT`` for each argument of a class that is a number, a bool or a string. The default
+    is the argument's. The explanation is the first sentence about it in the docstring's ``Args``."""
     hints = typing.get_type_hints(kind.__init__)  # type: ignore[misc]
     explained = _explained(inspect.getdoc(kind) or "")
     keys = {}

@@ -33,12 +33,8 @@ class Config(CfgNode):
     """
 
     def merge_from_file(self, cfg_filename: str | Path) -> None:
-        """Merges a YAML file.
-
-        Raises:
-            InputError: for a file that is missing or is not a YAML mapping, a key that stands twice in a section, base
-                files in a circle, an unknown key, or a wrong type of value.
-        """
+        """Merges a YAML file. Raises InputError for a file that is missing or is not a YAML mapping, a key that stands
+        twice in a section, base files in a circle, an unknown key, or a wrong type of value."""
         self._merge_file(Path(cfg_filename), [])
 
     def _merge_file(self, path: Path, above: list[Path]) -> None:
@@ -55,10 +51,8 @@ class Config(CfgNode):
     def merge_from_list(self, cfg_list: list[Any]) -> None:
         """Merges ``[key, value, key, value, ...]``. A value is an object, or a string in the syntax of Python or YAML.
 
-        A lone ``--`` is ignored: with many commands it separates the options from the other words.
-
-        Raises:
-            InputError: for an odd number of words, an unknown key, or a wrong type of value.
+        A lone ``--`` is ignored: with many commands it separates the options from the other words. Raises InputError
+        for an odd number of words, an unknown key, or a wrong type of value.
         """
         words = [word for word in cfg_list if word != "--"]
         if len(words) % 2:

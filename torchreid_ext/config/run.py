@@ -32,11 +32,8 @@ from torchreid_ext.runtime import distributed, files, generators
 
 
 def prepare(cfg: Config) -> Any:
-    """Seeds the generators, and builds the engine of a configuration with all that it needs.
-
-    Raises:
-        InputError: for a value that cannot be used, or missing data.
-    """
+    """Seeds the generators, and builds the engine of a configuration with all that it needs. Raises InputError for a
+    value that cannot be used, or missing data."""
     if cfg.test.evaluate and not (cfg.model.resume or cfg.model.load_weights):
         raise InputError(
             "test.evaluate True tests a trained network, and there is none: give its checkpoint with model.resume FILE "
@@ -61,13 +58,11 @@ def prepare(cfg: Config) -> Any:
 
 
 def train(cfg: Config) -> tuple[Any, dict[str, RetrievalResult]]:
-    """Trains and tests as configured, from the checkpoint of ``model.resume``, if there is one.
+    """Trains and tests as configured, from the checkpoint of ``model.resume``, if there is one. Raises InputError as
+    ``prepare``, and for a checkpoint that does not fit.
 
     Returns:
         The engine, and the results of the last test by target.
-
-    Raises:
-        InputError: as ``prepare``, and for a checkpoint that does not fit.
     """
     print(f"Configuration\n{cfg}\n")
     since = first_start(Path(cfg.data.save_dir))
@@ -150,9 +145,7 @@ def dry_run(cfg: Config) -> None:
     """Prints the data sets and the size of the network, draws a batch and estimates the time of an epoch.
 
     torchreid prints the data sets. The batch is written to ``batch.png`` in ``data.save_dir``; nothing else is kept.
-
-    Raises:
-        InputError: for whatever a run would refuse.
+    Raises InputError for whatever a run would refuse.
     """
     engine = prepare(cfg)
     steps = steps_per_epoch(engine.datamanager)

@@ -228,14 +228,13 @@ class BaseEngine(Tester, TrainingStep):
     def resume(self, path: str, save_dir: str = "log", since: float = 0, test_only: bool = False) -> int:
         """Loads a checkpoint; returns its epoch, which is the ``start_epoch`` for ``run``.
 
+        Raises InputError if there is nothing to load, if the checkpoint does not fit, or if ``config`` differs from the
+        checkpoint's in a key that cannot change.
+
         Args:
             path: a checkpoint of this package or of torchreid, or ``"auto"`` for the newest checkpoint in ``save_dir``
                 that can be read and was written at the time ``since`` or later, in seconds since 1970.
             test_only: accept a checkpoint that another number of processes trained.
-
-        Raises:
-            InputError: if there is nothing to load, if the checkpoint does not fit, or if ``config`` differs from the
-                checkpoint's in a key that cannot change.
         """
         folder = self._folder(save_dir)
         found = distributed.from_first(

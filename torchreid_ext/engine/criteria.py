@@ -65,9 +65,7 @@ TABLES: dict[str, dict[str, type]] = {
 
 def parameters(kind: type) -> dict[str, inspect.Parameter]:
     """The named arguments of a class, including the arguments that it passes to its base class as ``**kwargs``.
-
-    Required arguments of an abstract base class are left out, because its subclasses give them.
-    """
+    Required arguments of an abstract base class are left out, because its subclasses give them."""
     found: dict[str, inspect.Parameter] = {}
     for part in kind.__mro__:
         if "__init__" not in vars(part):
@@ -95,15 +93,14 @@ def build(
 ) -> Any:
     """Builds the object that ``{"name": CLASS, ARGUMENT: VALUE, ...}`` describes, as are values at any depth.
 
+    Raises InputError for an unknown name (the message gives the nearest name), for a dotted path without a class, for
+    an unknown or missing argument (the message gives the signature), or for a value that the class refuses.
+
     Args:
         key: config key, for messages.
         spec: the description.
         table: the known classes by name.
         from_the_data: values of required arguments, used if the description has none.
-
-    Raises:
-        InputError: for an unknown name (the message gives the nearest name), for a dotted path without a class, for an
-            unknown or missing argument (the message gives the signature), or for a value that the class refuses.
     """
     arguments = dict(spec)
     name = arguments.pop("name", None)
@@ -164,7 +161,8 @@ def build_criterion(
     sizes: Sequence[int],
     memory_warmup: int = 0,
 ) -> nn.Module:
-    """Builds the metric loss of a config's section, with its distance, its reducer and its memory.
+    """Builds the metric loss of a config's section, with its distance, its reducer and its memory. Raises InputError as
+    ``build``, for a ``memory_size`` below 0, or for a loss that does not support a memory.
 
     Args:
         key: the section's name, for messages.
@@ -173,9 +171,6 @@ def build_criterion(
         num_classes: number of training identities.
         sizes: dimensions of each of the network's features.
         memory_warmup: number of training steps before the memory starts.
-
-    Raises:
-        InputError: as ``build``, for a ``memory_size`` below 0, or for a loss that does not support a memory.
     """
     memory_size = section["memory_size"]
     if memory_size < 0:
@@ -210,9 +205,7 @@ def memory_warmup(key: str, section: Mapping[str, Any], warmup_epoch: int, steps
 
     ``memory_start_epoch`` of the section is the number of epochs without the memory. -1 stands for the ``warmup_epoch``
     epochs in which the learning rate rises, and for at least one epoch. The number of steps in an epoch may be None.
-
-    Raises:
-        InputError: for a ``memory_start_epoch`` below -1, or if the steps of an epoch are needed and not known.
+    Raises InputError for a ``memory_start_epoch`` below -1, or if the steps of an epoch are needed and not known.
     """
     start = section["memory_start_epoch"]
     if start < -1:

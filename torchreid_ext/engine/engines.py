@@ -28,9 +28,11 @@ class ImagePMLEngine(BaseEngine):
     In a run of several processes, each process has its share of the batch. The criterion and the miner see the whole
     batch.
 
-    A model that returns several features or logits in training (``pcb_p6``, ``hacnn``) is trained on the mean of
-    their losses. The log shows ``loss_m``, ``loss_x``, ``acc`` (accuracy of the first logits in percent), and the
-    statistics of a criterion that has ``collect_stats``.
+    A model that returns several features or logits in training (``pcb_p6``, ``hacnn``) is trained on the mean of their
+    losses. The log shows ``loss_m``, ``loss_x``, ``acc`` (accuracy of the first logits in percent), and the statistics
+    of a criterion that has ``collect_stats``. Raises InputError for a weight below 0, for a criterion, miner and
+    optimizer that do not fit together (see ``check_criterion``), or for a model that does not return what the weights
+    need.
 
     Example::
 
@@ -59,10 +61,6 @@ class ImagePMLEngine(BaseEngine):
         use_gpu: evaluate on CUDA if there is a device. Training takes place on the device of the model.
         label_smooth: smooth the labels of the cross-entropy by 0.1.
         cross_camera: leave pairs of one identity and one camera out, as evaluation does; a miner's choice too.
-
-    Raises:
-        InputError: for a weight below 0, for a criterion, miner and optimizer that do not fit together (see
-            ``check_criterion``), or for a model that does not return what the weights need.
     """
 
     def __init__(

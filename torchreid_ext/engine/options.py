@@ -12,11 +12,8 @@ from torchreid_ext.runtime.options import documented, option
 @documented
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(EvaluationOptions):
-    """Options of ``engine.run``.
-
-    A field added here is also a config key, a line of ``drsl-train --list keys`` and a row of the table in
-    docs/torchreid.md (``python tests/support/key_table.py`` writes that table).
-    """
+    """Options of ``engine.run``. A field added here is also a config key, a line of ``drsl-train --list keys`` and a
+    row of the table in docs/torchreid.md (``python tests/support/key_table.py`` writes that table)."""
 
     save_dir: str = option(
         "data.save_dir", "log", "folder for checkpoints, logs and results", on_resume="free", scores=False

@@ -112,10 +112,7 @@ class TrainingStep(torchreid.engine.Engine):
 
     def step(self, loss: Tensor) -> None:
         """Steps the optimizers of every registered model on a loss; several processes step on the mean of their losses.
-
-        Raises:
-            FloatingPointError: if the loss is not finite, unless ``skip_nonfinite`` is set.
-        """
+        Raises FloatingPointError if the loss is not finite, unless ``skip_nonfinite`` is set."""
         value = distributed.mean(loss)
         if torch.isfinite(value):
             self.stepper.step(loss, [optimizer for optimizer in self._optims.values() if optimizer is not None])
@@ -142,10 +139,8 @@ class TrainingStep(torchreid.engine.Engine):
 class Tracklets:
     """Mixed into an engine: trains on the frames of tracklets and tests on their features, pooled by a method.
 
-    torchreid's video engines do the same, but take no tracklets of different lengths in a batch.
-
-    Raises:
-        InputError: for another ``pooling_method`` than ``"avg"`` and ``"max"``.
+    torchreid's video engines do the same, but take no tracklets of different lengths in a batch. Raises InputError for
+    another ``pooling_method`` than ``"avg"`` and ``"max"``.
     """
 
     model: Any
@@ -201,15 +196,13 @@ def collate_tracklets(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
 class Stepper:
     """Runs the network in the precision of ``amp``, and steps the optimizers, in every process of a run alike.
 
-    The network's outputs leave it in float32 (float64 stays), so that the loss is never in half precision. The
-    network, and every parameter of the optimizers besides, gets the mean of the processes' gradients.
+    The network's outputs leave it in float32 (float64 stays), so that the loss is never in half precision. The network,
+    and every parameter of the optimizers besides, gets the mean of the processes' gradients. Raises InputError for
+    another ``amp``.
 
     Args:
         amp, compiled, chunk_size: see ``RunOptions``; ``pml_drsl.LargeBatch`` explains the chunks.
         device_type: of the network, ``"cpu"`` or ``"cuda"``.
-
-    Raises:
-        InputError: for another ``amp``.
     """
 
     def __init__(self, amp: str = "off", compiled: bool = False, device_type: str = "cpu", chunk_size: int = 0) -> None:

@@ -195,11 +195,8 @@ def from_first(function: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def one_first() -> Iterator[None]:
-    """Context: one process of each machine runs the block before the others, which then find what it downloaded.
-
-    Raises:
-        ConnectionError: on a process that did not fail, if the block raised an error on such a first process.
-    """
+    """Context: one process of each machine runs the block before the others, which then find what it downloaded. Raises
+    ConnectionError on a process that did not fail, if the block raised an error on such a first process."""
     leads = int(os.environ.get("LOCAL_RANK", 0)) == 0
     failed: BaseException | None = None
     if leads:
@@ -232,10 +229,8 @@ def mean(value: Tensor) -> Tensor:
 
 
 def local_mean_scale(number: int, device: torch.device) -> float:
-    """The factor on a mean over ``number`` samples of this process, or on its gradients.
-
-    With it, the mean over the processes equals the mean over all samples.
-    """
+    """The factor on a mean over ``number`` samples of this process, or on its gradients. With it, the mean over the
+    processes equals the mean over all samples."""
     if size() == 1:
         return 1.0
     total = torch.tensor(number, device=device)

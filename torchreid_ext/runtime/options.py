@@ -74,11 +74,8 @@ def option(key: str, default: Any, text: str, *, config_default: Any = None, **o
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Base class of options: checks their values, and refuses unknown names.
-
-    Raises:
-        InputError: for a value that is not allowed, or a name that is not an option.
-    """
+    """Base class of options: checks their values, and refuses unknown names. Raises InputError for a value that is not
+    allowed, or a name that is not an option."""
 
     def __post_init__(self) -> None:
         for each in fields(self):
