@@ -22,11 +22,8 @@ from torchreid_ext.runtime.files import replacing
 # torchreid stores its rank-1 as a numpy scalar. These types are needed to read one, by the names of numpy 1 and 2.
 _scalar = np.float64(0).__reduce__()[0]
 _NUMPY_SCALAR: list[Any] = [
-    (_scalar, "numpy.core.multiarray.scalar"),
-    (_scalar, "numpy._core.multiarray.scalar"),
-    np.dtype,
-    np.dtypes.Float32DType,
-    np.dtypes.Float64DType,
+    *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *(np.dtype, np.dtypes.Float32DType, np.dtypes.Float64DType),
 ]
 
 # The settings that distinguish the types of optimizers. Other settings differ between versions of torch.
@@ -123,11 +120,10 @@ class Loaded:
 
     def __str__(self) -> str:
         own = len(self.fitting) + len(self.untouched)
-        lines = [f"Loaded {len(self.fitting)} of the model's {own} weights from '{self.path}'"]
+        text = f"Loaded {len(self.fitting)} of the model's {own} weights from '{self.path}'"
         for names, what in ((self.untouched, "left unchanged"), (self.unused, "of the file, not used")):
-            if names:
-                lines.append(f"{len(names)} {what}: {_some(names)}")
-        return "; ".join(lines)
+            text += f"; {len(names)} {what}: {_some(names)}" if names else ""
+        return text
 
 
 def weights_of(state: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -152,16 +152,15 @@ def losses_of(engine: Any) -> dict[str, nn.Module]:
 
 def keep_buffers(modules: list[nn.Module]) -> Callable[[], None]:
     """Copies the buffers that a forward pass changes (statistics, memories); returns a function that restores them."""
-    buffers = [{name: buffer.clone() for name, buffer in module.named_buffers()} for module in modules]
-    fills = [_memory_fills(module) for module in modules]
+    kept = [({name: buffer.clone() for name, buffer in each.named_buffers()}, _memory_fills(each)) for each in modules]
 
     @torch.no_grad()
     def restore() -> None:
-        for module, copies, fill in zip(modules, buffers, fills, strict=True):
+        for module, (buffers, fills) in zip(modules, kept, strict=True):
             for name, buffer in module.named_buffers():
-                buffer.copy_(copies[name])
+                buffer.copy_(buffers[name])
             for name, memory in _memories(module).items():
-                vars(memory).update(fill[name])
+                vars(memory).update(fills[name])
 
     return restore
 

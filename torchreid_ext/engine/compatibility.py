@@ -50,8 +50,8 @@ def check_criterion(criterion: Any, optimizer: Optimizer, miner: nn.Module | Non
     if any(_parts(loss, losses.CrossBatchMemory) for loss in mined):
         raise InputError(
             "a miner gives indices of images of the batch, and the CrossBatchMemory reads them as indices of its "
-            "memory: give the miner to the memory, CrossBatchMemory(..., miner=...), and no miner to the engine or "
-            "to MultipleLosses"
+            "memory: give the miner to the memory, CrossBatchMemory(..., miner=...), and no miner to the engine or to "
+            "MultipleLosses"
         )
 
 

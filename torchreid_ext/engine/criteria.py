@@ -144,8 +144,7 @@ def _objects(key: str, value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
     if "name" in value:
-        every = {name: kind for table in TABLES.values() for name, kind in table.items()}
-        return build(key, value, every)
+        return build(key, value, {name: kind for table in TABLES.values() for name, kind in table.items()})
     return {name: _objects(f"{key}.{name}", part) for name, part in value.items()}
 
 
@@ -183,9 +182,8 @@ def build_criterion(
     for size in sizes:
         # P2SGradLoss calls its embedding size descriptors_dim.
         from_the_data = {"num_classes": num_classes, "embedding_size": size, "descriptors_dim": size}
-        criterion = build(
-            f"{key}.loss" if "loss" in section else key, {**described, **loss}, TABLES["loss"], from_the_data
-        )
+        described_loss = {**described, **loss}
+        criterion = build(f"{key}.loss" if "loss" in section else key, described_loss, TABLES["loss"], from_the_data)
         if memory_size:
             supported = CrossBatchMemory.supported_losses()
             if type(criterion).__name__ not in supported:

@@ -85,8 +85,7 @@ class ImagePMLEngine(BaseEngine):
         check_criterion(criterion, optimizer, miner, cross_camera)
         if weight_m > 0:
             check_returns_features(model)
-            comparing = loss_that_compares_images(criterion)
-            if comparing is not None:
+            if comparing := loss_that_compares_images(criterion):
                 warn_if_positives_are_rare(datamanager.train_loader, comparing)
         self.criterion = criterion
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
@@ -149,10 +148,8 @@ class ImagePMLEngine(BaseEngine):
         if self.miner is None and camids is None:
             return None
         features, pids = gather_batch(features.detach(), pids)
-        mined = None
-        if self.miner is not None:
-            with draws_of_first(pids.device):
-                mined = self.miner(features, pids)
+        with draws_of_first(pids.device):
+            mined = None if self.miner is None else self.miner(features, pids)
         if camids is None:
             return mined
         (camids,) = gather_batch(camids)

@@ -70,8 +70,7 @@ class TrainingStep(torchreid.engine.Engine):
     def as_images(self, given: Any) -> Tensor:
         """The images (N, C, H, W) of a batch; of torchreid's list of k augmented views of each, all views (k * N, ...).
 
-        The views of an image stay together. The batches of all processes, one after the other, then have the order that
-        the batch of one process has, which matters to a cross-batch memory.
+        The views of an image stay together, so that several processes have the order of one, which a memory depends on.
         """
         return given if isinstance(given, Tensor) else torch.stack(list(given), dim=1).flatten(0, 1)
 
@@ -158,9 +157,8 @@ class Tracklets:
 
     def images_in_batches(self) -> set[int]:
         dataset = self.train_loader.dataset
-        if dataset.sample_method == "all":
-            return set()
-        return {number * dataset.seq_len for number in super().images_in_batches()}  # type: ignore[misc]
+        numbers = set() if dataset.sample_method == "all" else super().images_in_batches()  # type: ignore[misc]
+        return {number * dataset.seq_len for number in numbers}
 
     def as_images(self, given: Tensor) -> Tensor:
         return _frames(given)[0]
@@ -236,8 +234,7 @@ class Stepper:
             # Statistics are averaged once an epoch; of the option's two names, new releases of torch warn of the old.
             names = inspect.signature(DistributedDataParallel).parameters
             option = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-            options: dict[str, Any] = {option: False, "find_unused_parameters": True}
-            network = DistributedDataParallel(network, **options)
+            network = DistributedDataParallel(network, find_unused_parameters=True, **{option: False})
         self._networks[model] = trained, network
         return network
 
