@@ -33,8 +33,7 @@ class Run:
 
     Attributes:
         config: the configuration file.
-        loss: name of the loss in the file of losses.
-        snippet: the keys that this loss sets.
+        loss, snippet: name of the loss in the file of losses, and the keys that it sets.
         changes: keys that the user changes in all runs, with their values as words of the command line.
         varied: keys that have another value for each seed, likewise.
         seed: value of ``train.seed``.
@@ -100,8 +99,8 @@ def read_losses(path: Path, names: Sequence[str] | None) -> tuple[dict[str, Snip
         raise InputError(f"{path} must hold config keys for each loss, as supcon: {{loss: {{name: pml, ...}}}}")
     for name in names or ():
         if name not in losses:
-            near = nearest(name, losses)
-            raise InputError(f"{path} has no loss {name!r}; did you mean {near!r}? It has: {', '.join(losses)}")
+            known = ", ".join(losses)
+            raise InputError(f"{path} has no loss {name!r}; did you mean {nearest(name, losses)!r}? It has: {known}")
     chosen: dict[str, dict[str, Any]] = {name: dict(losses[name]) for name in (names or losses)}
     settings: dict[str, list[Snippet]] = {name: snippet.pop(SETTINGS, []) for name, snippet in chosen.items()}
     for name, listed in settings.items():

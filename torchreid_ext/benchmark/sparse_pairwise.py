@@ -70,10 +70,8 @@ class SparsePairwiseLoss(BaseMetricLossFunction):
         return {"loss": {"losses": losses[kept], "indices": first[kept], "reduction_type": "element"}}
 
     def _positive(self, hardest: Tensor, least_hard: Tensor) -> Tensor:
-        if self.mining == "h":
-            return hardest
-        if self.mining == "lh":
-            return least_hard
+        if self.mining != "ada":
+            return hardest if self.mining == "h" else least_hard
         h, lh = (self.temperature * part.detach() for part in (hardest, least_hard))
         weight = torch.where(h > 0, 2 * h * lh / (h + lh).clamp_min(torch.finfo(h.dtype).tiny), 0)
         return weight * hardest + (1 - weight) * least_hard

@@ -17,8 +17,7 @@ class Difference:
 
     Attributes:
         mean: mean difference over the seeds.
-        low: lower end of the 95 % interval.
-        high: upper end.
+        low, high: ends of the 95 % interval.
         p: two-sided p-value of no difference.
         seeds: number of seeds that were compared.
     """
@@ -50,11 +49,9 @@ def compare(
     part of the identities alone.
 
     Args:
-        scores: for each seed, the difference of each query.
-        identities: for each seed, the identity of each query.
+        scores, identities: for each seed, the difference and the identity of each query.
         nested: whether every seed tests on other people.
-        draws: number of draws.
-        seed: of the draws.
+        draws, seed: number of draws, and the seed of their generator.
     """
     rng = np.random.default_rng(seed)
     sums, counts = _by_identity(scores, identities)
@@ -76,12 +73,11 @@ def compare(
 
 def _by_identity(scores: Sequence[Sequence[float]], identities: Sequence[Sequence[int]]) -> tuple[Array, Array]:
     """Sum of the scores and number of the queries of each identity, both of shape (seeds, identities)."""
-    known = np.unique(np.concatenate([np.asarray(of_seed) for of_seed in identities]))
+    rows = np.repeat(np.arange(len(scores)), [len(of_seed) for of_seed in scores])
+    known, columns = np.unique(np.concatenate([np.asarray(of_seed) for of_seed in identities]), return_inverse=True)
     sums, counts = np.zeros((len(scores), len(known))), np.zeros((len(scores), len(known)))
-    for row, (values, of_seed) in enumerate(zip(scores, identities, strict=True)):
-        column = np.searchsorted(known, np.asarray(of_seed))
-        np.add.at(sums[row], column, np.asarray(values, dtype=float))
-        np.add.at(counts[row], column, 1.0)
+    np.add.at(sums, (rows, columns), np.concatenate(scores))
+    np.add.at(counts, (rows, columns), 1.0)
     return sums, counts
 
 

@@ -21,7 +21,7 @@ class History:
     Raises InputError for a negative ``keep``.
 
     Args:
-        folder: the folder of the checkpoints. It is created when the first checkpoint is saved.
+        folder: the folder of the checkpoints, which the first of them creates.
         keep: number of numbered checkpoints to keep, >= 0; 0 keeps all. The last and the best are always kept.
 
     Attributes:
@@ -96,7 +96,7 @@ def first_start(folder: Path) -> float | None:
     if not distributed.launched():
         return None
     # A machine counts only the restarts of its own processes.
-    again = distributed.largest(distributed.restarts()) > 0
+    again = max(distributed.gathered(distributed.restarts())) > 0
     note, run = folder / ".started", os.environ["TORCHELASTIC_RUN_ID"]
 
     def noted() -> float | None:

@@ -110,8 +110,8 @@ def build_criterion(cfg: Config, model: nn.Module, num_classes: int, steps: int 
 
     Args:
         num_classes: number of training identities.
-        steps: number of training steps in an epoch, ``samplers.steps_per_epoch(datamanager)``. Only a
-            cross-batch memory needs it, unless the memory starts at once.
+        steps: training steps in an epoch, ``samplers.steps_per_epoch(datamanager)``, for a cross-batch memory that does
+            not start at once.
     """
     name = cfg.loss.name
     if name == "drsl":
@@ -162,14 +162,13 @@ def build_optimizer(cfg: Config, model: nn.Module, criterion: nn.Module | None =
 def build_scheduler(cfg: Config, optimizer: Optimizer) -> Any:
     """torchreid's scheduler, or None. With ``train.warmup_epoch`` the learning rate first rises linearly. Raises
     InputError for an unknown scheduler, or a value that the scheduler refuses."""
-    scheduler = None
-    if cfg.train.lr_scheduler != "none":
+    named, scheduler = cfg.train.lr_scheduler, None
+    if named != "none":
+        options = picked(cfg.train, "lr_scheduler", "stepsize", "gamma", "max_epoch")
         try:
-            scheduler = torchreid.optim.build_lr_scheduler(
-                optimizer, **picked(cfg.train, "lr_scheduler", "stepsize", "gamma", "max_epoch")
-            )
+            scheduler = torchreid.optim.build_lr_scheduler(optimizer, **options)
         except (ValueError, TypeError) as error:
-            raise InputError(f"train.lr_scheduler {cfg.train.lr_scheduler!r}: {error}") from error
+            raise InputError(f"train.lr_scheduler {named!r}: {error}") from error
     return warmed_up(optimizer, scheduler, cfg.train.warmup_epoch)
 
 
@@ -181,12 +180,8 @@ def build_engine(
     scheduler: Any,
     criterion: nn.Module | None = None,
 ) -> Any:
-    """The engine of ``data.type`` and ``loss.name``. Raises InputError for a value that is not allowed, or values that
-    exclude each other.
-
-    Args:
-        criterion: from ``build_criterion``; None builds it here.
-    """
+    """The engine of ``data.type`` and ``loss.name``; a ``criterion`` of None is built here. Raises InputError for a
+    value that is not allowed, or values that exclude each other."""
     check(cfg)
     loss, section = cfg.loss.name, cfg.loss[cfg.loss.name]
     if section.get("weight_x", 1) == 0 and cfg.train.fixbase_epoch > 0:
@@ -201,12 +196,5 @@ def build_engine(
         arguments |= picked(section, "weight_m", "weight_x")
     if cfg.data.type == "video":
         arguments["pooling_method"] = cfg.video.pooling_method
-    return ENGINES[cfg.data.type, loss](
-        datamanager,
-        model,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        use_gpu=cfg.use_gpu,
-        label_smooth=cfg.loss.softmax.label_smooth,
-        **arguments,
-    )
+    arguments |= {"use_gpu": cfg.use_gpu, "label_smooth": cfg.loss.softmax.label_smooth}
+    return ENGINES[cfg.data.type, loss](datamanager, model, optimizer=optimizer, scheduler=scheduler, **arguments)

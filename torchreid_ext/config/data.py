@@ -29,9 +29,8 @@ def build_datamanager(cfg: Config) -> Any:
     register_datasets(cfg.datasets)
     sampler, video = cfg.sampler.train_sampler, cfg.data.type == "video"
     if video and cfg.data.k_tfm > 1:
-        raise InputError(
-            f"data.k_tfm must be 1 for video, whose tracklets have several frames already; got {cfg.data.k_tfm}"
-        )
+        got = cfg.data.k_tfm
+        raise InputError(f"data.k_tfm must be 1 for video, whose tracklets have several frames already; got {got}")
     check_shares(cfg.data.type, cfg.data.identities, cfg.data.validation)
     reduced = bool(cfg.data.identities or cfg.data.validation)
     replaced = reduced or sampler in SAMPLERS

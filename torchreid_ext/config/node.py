@@ -179,9 +179,8 @@ def _options(key: str, value: Any, known: Config, source: str) -> Config:
 def _converted(key: str, value: Any, source: str) -> Any:
     """``value`` as the type of a config key, where its meaning is plain.
 
-    A whole number becomes a string where a string is wanted, ``"1e-3"`` a number, ``60.0`` a whole number, and a
-    single value a list. The entries of a list become the type of the entries of its default.
-    """
+    A whole number becomes a string where a string is wanted, ``"1e-3"`` a number, ``60.0`` a whole number, and a single
+    value a list. The entries of a list become the type of the entries of its default."""
     entry = KEYS[key]
     default = entry.default
     if value is None and entry.kind is not None:

@@ -58,11 +58,10 @@ def prepare(cfg: Config) -> Any:
 
 
 def train(cfg: Config) -> tuple[Any, dict[str, RetrievalResult]]:
-    """Trains and tests as configured, from the checkpoint of ``model.resume``, if there is one. Raises InputError as
-    ``prepare``, and for a checkpoint that does not fit.
+    """Trains and tests as configured, from the checkpoint of ``model.resume``, if there is one.
 
-    Returns:
-        The engine, and the results of the last test by target.
+    Returns the engine, and the results of the last test by target. Raises InputError as ``prepare``, and for a
+    checkpoint that does not fit.
     """
     print(f"Configuration\n{cfg}\n")
     since = first_start(Path(cfg.data.save_dir))
@@ -87,8 +86,8 @@ def train(cfg: Config) -> tuple[Any, dict[str, RetrievalResult]]:
     columns["trained"] = engine.run(**options.arguments() | {"start_epoch": start_epoch})
     if len(columns) > 1 and columns["trained"]:
         ranking.print_side_by_side(columns, cfg.test.ranks)
-    parts = {"checkpoints": "model/*.pth.tar*", "TensorBoard log": "events.*", "metrics.json": "metrics.json"}
     folder = Path(cfg.data.save_dir)
+    parts = {"checkpoints": "model/*.pth.tar*", "TensorBoard log": "events.*", "metrics.json": "metrics.json"}
     written = [name for name, pattern in parts.items() if any(folder.glob(pattern))]
     print(f'Written to "{folder}": {", ".join(written)}')
     return engine, columns["trained"]
@@ -180,10 +179,7 @@ def _try(cfg: Config, engine: Any, steps: int) -> tuple[list[Any], list[float]]:
         return summary
 
     engine.forward_backward = watched
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.suppress(_EnoughError),
-    ):
+    save_dir = tempfile.TemporaryDirectory()
+    with save_dir as folder, contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(_EnoughError):
         engine.run(**run_options(cfg).arguments() | {"save_dir": folder, "start_epoch": 0, "max_epoch": 1})
     return batches, [end - start for start, end in itertools.pairwise(moments)]

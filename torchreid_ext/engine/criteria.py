@@ -167,8 +167,7 @@ def build_criterion(
         key: the section's name, for messages.
         section: ``distance``, ``reducer``, ``miner`` and ``memory_size``.
         loss: description of the loss, for ``build``.
-        num_classes: number of training identities.
-        sizes: dimensions of each of the network's features.
+        num_classes, sizes: number of training identities, and dimensions of each of the network's features.
         memory_warmup: number of training steps before the memory starts.
     """
     memory_size = section["memory_size"]
@@ -226,15 +225,12 @@ def build_miner(key: str, section: Mapping[str, Any]) -> Any:
 
 
 def cross_camera_pairs(pids: Tensor, camids: Tensor, mined: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
-    """The pairs of a batch, without the pairs of one identity and one camera; all negatives stay.
+    """The pairs (a1, p, a2, n) of a batch, without the pairs of one identity and one camera; all negatives stay. They
+    are triplets if the miner chose triplets.
 
     Args:
-        pids: identities, shape (N,), integer.
-        camids: cameras, shape (N,), integer.
+        pids, camids: identities and cameras, shape (N,), integer.
         mined: the choice of a miner, pairs (a1, p, a2, n) or triplets (a, p, n) of indices below N; None for all pairs.
-
-    Returns:
-        Pairs (a1, p, a2, n), or triplets if the miner chose triplets.
     """
     if mined is None:
         same = pids[:, None] == pids

@@ -234,7 +234,8 @@ class Stepper:
             # Statistics are averaged once an epoch; of the option's two names, new releases of torch warn of the old.
             names = inspect.signature(DistributedDataParallel).parameters
             option = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-            network = DistributedDataParallel(network, find_unused_parameters=True, **{option: False})
+            options: dict[str, Any] = {option: False, "find_unused_parameters": True}
+            network = DistributedDataParallel(network, **options)
         self._networks[model] = trained, network
         return network
 

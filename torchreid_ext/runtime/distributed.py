@@ -138,17 +138,12 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) if launched() else 0
 
 
-def _gathered(value: T) -> list[T]:
+def gathered(value: T) -> list[T]:
     """What each process gave."""
     values: list[Any] = [value] * size()
     if size() > 1:
         dist.all_gather_object(values, value)
     return values
-
-
-def largest(number: int) -> int:
-    """The largest number that any process gave."""
-    return max(_gathered(number))
 
 
 def check_share(batch_size: int, num_instances: int = 1) -> None:
@@ -204,7 +199,7 @@ def one_first() -> Iterator[None]:
             yield
         except BaseException as error:
             failed = error
-    told = _gathered(failed and repr(failed))
+    told = gathered(failed and repr(failed))
     if failed:
         raise failed
     for number, why in enumerate(told):
@@ -221,11 +216,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def mean(value: Tensor) -> Tensor:
     """The mean of a scalar over the processes, without gradient. One value that is not finite makes the mean so."""
-    if size() == 1:
-        return value.detach()
-    total = value.detach().clone()
-    dist.all_reduce(total)
-    return total / size()
+    return _averaged(value.detach().clone())
+
+
+def _averaged(tensor: Tensor) -> Tensor:
+    """The tensor, whose values are replaced by their means over the processes."""
+    if size() > 1:
+        dist.all_reduce(tensor)
+        tensor /= size()
+    return tensor
 
 
 def local_mean_scale(number: int, device: torch.device) -> float:
@@ -242,27 +241,25 @@ def agreed(summary: dict[str, float], signum: int | None) -> tuple[dict[str, flo
     """The mean of each value over the processes, which have the same names, and the signal that any received."""
     if size() == 1:
         return summary, signum
-    gathered = _gathered((summary, signum))
-    means = {name: sum(values[name] for values, _ in gathered) / size() for name in summary}
-    return means, max((number for _, number in gathered if number is not None), default=None)
+    all_of_them = gathered((summary, signum))
+    means = {name: sum(values[name] for values, _ in all_of_them) / size() for name in summary}
+    return means, max((number for _, number in all_of_them if number is not None), default=None)
 
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Averages the gradients over the processes, for parameters outside ``DistributedDataParallel``."""
     for parameter in parameters:
-        if size() > 1 and parameter.grad is not None:
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= size()
+        if parameter.grad is not None:
+            _averaged(parameter.grad)
 
 
 @torch.no_grad()
 def average_buffers(model: nn.Module) -> None:
     """Averages the buffers over the processes, such as the statistics of batch normalisation."""
     for buffer in model.buffers():
-        if size() > 1 and buffer.is_floating_point():
-            dist.all_reduce(buffer)
-            buffer /= size()
+        if buffer.is_floating_point():
+            _averaged(buffer)
 
 
 @torch.no_grad()

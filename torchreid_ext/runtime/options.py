@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -104,10 +104,8 @@ class Options:
 
 def documented(cls: type[T]) -> type[T]:
     """Decorator: adds the options of a dataclass, with their keys and explanations, to its docstring."""
-    lines: Iterable[str] = (
-        f"    {each.name}: {each.metadata['setting'].text}"
-        + (f" (``{each.metadata['key']}``)" if each.metadata["key"] else "")
-        for each in fields(cls)
-    )
-    cls.__doc__ = f"{cls.__doc__}\n\nAttributes:\n" + "\n".join(lines)
+    cls.__doc__ = f"{cls.__doc__}\n\nAttributes:"
+    for each in fields(cls):
+        key = each.metadata["key"]
+        cls.__doc__ += f"\n    {each.name}: {each.metadata['setting'].text}" + (f" (``{key}``)" if key else "")
     return cls
