@@ -158,10 +158,8 @@ def plan(
 
 def read_results(path: Path) -> list[dict[str, Any]]:
     """The results of a file, one for each line; an empty list for a file that is not there. It may be a .gz file.
-
-    Raises:
-        InputError: for a line that is not a result. The last line alone may be cut off: it is left out with a warning.
-    """
+    Raises InputError for a line that is not a result. The last line alone may be cut off: it is left out with a
+    warning."""
     if not path.exists():
         return []
     results: list[dict[str, Any]] = []

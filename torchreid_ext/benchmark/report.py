@@ -67,11 +67,9 @@ class Section:
         return table.sort_values(("mAP", "mean"), ascending=False)
 
     def differences(self, reference: str) -> pd.DataFrame:
-        """How far the reference is ahead of each other loss, in percentage points, on the seeds that both have.
-
-        A row for each loss and score: mean, low, high, p, seeds; p is corrected for the number of losses (Holm). A loss
-        that ``drsl-benchmark tune`` chose, NAME-tuned, is compared with the tuned reference.
-        """
+        """How far the reference is ahead of each other loss, in percentage points, on the seeds that both have. A row
+        for each loss and score: mean, low, high, p, seeds; p is corrected for the number of losses (Holm). A loss that
+        ``drsl-benchmark tune`` chose, NAME-tuned, is compared with the tuned reference."""
         rows = []
         for score, of_query in COMPARED.items():
             found = {}

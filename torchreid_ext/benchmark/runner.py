@@ -206,7 +206,7 @@ def tune(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, float], int]:
     """First tries the weights of each loss beside cross-entropy, then its settings with the best of these weights.
 
-    Returns the best keys of each loss, the mean mAP of each trial over seeds and targets, and the number of failed runs.
+    Returns the best keys of each loss, the mean mAP of each trial over seeds and targets, and the number of failures.
     Raises InputError if the configuration tests on test identities, or every trial of a loss fails.
 
     Args:

@@ -31,11 +31,9 @@ _TELLING = {"betas", "amsgrad", "momentum", "dampening", "nesterov", "alpha", "c
 
 
 def save(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Writes a checkpoint atomically: ``path`` keeps its old content until the new content is complete.
-
-    Raises InputError if the state holds an object that ``load`` would refuse; OSError if the file cannot be written,
-    for example because the disk is full.
-    """
+    """Writes a checkpoint atomically: ``path`` keeps its old content until the new content is complete. Raises
+    InputError if the state holds an object that ``load`` would refuse; OSError if the file cannot be written, for
+    example because the disk is full."""
     try:
         with replacing(path) as file:
             torch.save(state, file)

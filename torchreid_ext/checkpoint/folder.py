@@ -57,11 +57,9 @@ class History:
             numbered[number].unlink(missing_ok=True)
 
     def load_newest(self, since: float = 0) -> tuple[Path, dict[str, Any]] | None:
-        """The path and the state of the newest readable checkpoint; None if there are no checkpoints.
-
-        Checkpoints that were written before the time ``since``, in seconds since 1970, are ignored. Raises InputError
-        if there are checkpoints but none can be read.
-        """
+        """The path and the state of the newest readable checkpoint; None if there are no checkpoints. Checkpoints that
+        were written before the time ``since``, in seconds since 1970, are ignored. Raises InputError if there are
+        checkpoints but none can be read."""
         numbered = sorted(self._numbered().values(), key=lambda path: path.stat().st_mtime, reverse=True)
         named = [path for path in (self.folder / LAST, *numbered) if path.is_file()]
         candidates = [path for path in named if path.stat().st_mtime >= since]

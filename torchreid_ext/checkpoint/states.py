@@ -38,11 +38,9 @@ def of_engine(engine: Any, epoch: int) -> dict[str, Any]:
 
 
 def restore_engine(engine: Any, state: dict[str, Any], path: str) -> None:
-    """Restores the state that ``of_engine`` returned, except for the part that ``restore_randomness`` restores.
-
-    A checkpoint of torchreid has no ``"training"``; then only its weights, optimizer and scheduler are restored.
-    ``path`` is for the messages. Raises InputError if a part is missing or does not fit.
-    """
+    """Restores the state that ``of_engine`` returned, except for the part that ``restore_randomness`` restores. A
+    checkpoint of torchreid has no ``"training"``; then only its weights, optimizer and scheduler are restored. ``path``
+    is for the messages. Raises InputError if a part is missing or does not fit."""
     first, *others = engine.get_model_names()
     checkpoint.restore(state, _parts(engine, first), path)
     with checkpoint.fitting(path):
@@ -65,11 +63,9 @@ def restore_engine(engine: Any, state: dict[str, Any], path: str) -> None:
 
 
 def check_fits(engine: Any, state: dict[str, Any], path: str, test_only: bool) -> None:
-    """Checks that a checkpoint fits this run, and prints the differences between their configurations.
-
-    Raises InputError if the number of identities differs, if the number of processes differs (unless ``test_only``), or
-    if a key of the configuration differs that cannot change.
-    """
+    """Checks that a checkpoint fits this run, and prints the differences between their configurations. Raises
+    InputError if the number of identities differs, if the number of processes differs (unless ``test_only``), or if a
+    key of the configuration differs that cannot change."""
     training = state.get("training")
     if training is None:
         print(f"'{path}' was saved by torchreid and has no random state: training goes on, but not exactly as before")
@@ -92,10 +88,8 @@ def check_fits(engine: Any, state: dict[str, Any], path: str, test_only: bool) -
 
 def compare(saved: dict[str, Any], current: dict[str, Any], on_resume: dict[str, str]) -> list[str]:
     """A line for each dotted key whose value differs between the configurations of a checkpoint and of this run.
-
     ``on_resume`` says what a resumed run does with another value of a key: see ``torchreid_ext.runtime.options.Key``.
-    Raises InputError if keys differ that cannot change; the message names them.
-    """
+    Raises InputError if keys differ that cannot change; the message names them."""
     on_resume = on_resume | {f"datasets.{name}": "fixed" for name in saved.get("data.sources", [])}
     if saved.get("train.lr_scheduler") == "cosine":
         # After its last epoch, the cosine would rise again.

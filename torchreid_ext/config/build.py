@@ -22,11 +22,9 @@ from torchreid_ext.runtime import distributed, generators
 
 
 def build_model(cfg: Config, num_classes: int) -> nn.Module:
-    """The network, which returns in training what the loss needs; with ``use_gpu`` on all available GPUs.
-
-    Raises InputError for an unknown network, a network that cannot have ``model.bnneck`` or ``model.last_stride``,
-    ImageNet weights that cannot be downloaded, or ``train.sync_batchnorm`` on the CPU.
-    """
+    """The network, which returns in training what the loss needs; with ``use_gpu`` on all available GPUs. Raises
+    InputError for an unknown network, a network that cannot have ``model.bnneck`` or ``model.last_stride``, ImageNet
+    weights that cannot be downloaded, or ``train.sync_batchnorm`` on the CPU."""
     use_gpu = cfg.use_gpu and torch.cuda.is_available()
     model = _from_the_zoo(cfg, num_classes, use_gpu)
     if cfg.model.last_stride == 1:
@@ -72,11 +70,9 @@ def _from_the_zoo(cfg: Config, num_classes: int, use_gpu: bool) -> nn.Module:
 
 @torch.no_grad()
 def check_takes(cfg: Config, model: nn.Module) -> None:
-    """Passes a few black images through the network, which it leaves as it was.
-
-    In training these are as many as the smallest chunk, at most two, because batch normalisation needs two values.
-    Raises InputError for a network that cannot take so few or so small images.
-    """
+    """Passes a few black images through the network, which it leaves as it was. In training these are as many as the
+    smallest chunk, at most two, because batch normalisation needs two values. Raises InputError for a network that
+    cannot take so few or so small images."""
     in_batch = cfg.train.batch_size // distributed.size() * (cfg.video.seq_len if cfg.data.type == "video" else 1)
     in_batch *= cfg.data.k_tfm
     chunk = min(cfg.train.chunk_size or in_batch, in_batch)

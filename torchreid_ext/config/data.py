@@ -20,11 +20,9 @@ from torchreid_ext.runtime import distributed
 
 
 def build_datamanager(cfg: Config) -> Any:
-    """torchreid's data manager of ``data.type``, with the data sets of ``datasets`` registered.
-
-    Raises InputError for an unknown data set, sampler or augmentation, missing data, a batch that cannot be filled, or
-    images that are in two sources, or in training and in the test.
-    """
+    """torchreid's data manager of ``data.type``, with the data sets of ``datasets`` registered. Raises InputError for
+    an unknown data set, sampler or augmentation, missing data, a batch that cannot be filled, or images that are in two
+    sources, or in training and in the test."""
     check(cfg)
     register_datasets(cfg.datasets)
     sampler, video = cfg.sampler.train_sampler, cfg.data.type == "video"

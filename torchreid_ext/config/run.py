@@ -58,11 +58,8 @@ def prepare(cfg: Config) -> Any:
 
 
 def train(cfg: Config) -> tuple[Any, dict[str, RetrievalResult]]:
-    """Trains and tests as configured, from the checkpoint of ``model.resume``, if there is one.
-
-    Returns the engine, and the results of the last test by target. Raises InputError as ``prepare``, and for a
-    checkpoint that does not fit.
-    """
+    """Trains and tests as configured, from the checkpoint of ``model.resume``, if there is one. Returns the engine, and
+    the results of the last test by target. Raises InputError as ``prepare``, and for a checkpoint that does not fit."""
     print(f"Configuration\n{cfg}\n")
     since = first_start(Path(cfg.data.save_dir))
     engine = prepare(cfg)
@@ -141,11 +138,9 @@ class _EnoughError(Exception):
 
 
 def dry_run(cfg: Config) -> None:
-    """Prints the data sets and the size of the network, draws a batch and estimates the time of an epoch.
-
-    torchreid prints the data sets. The batch is written to ``batch.png`` in ``data.save_dir``; nothing else is kept.
-    Raises InputError for whatever a run would refuse.
-    """
+    """Prints the data sets and the size of the network, draws a batch and estimates the time of an epoch. torchreid
+    prints the data sets. The batch is written to ``batch.png`` in ``data.save_dir``; nothing else is kept. Raises
+    InputError for whatever a run would refuse."""
     engine = prepare(cfg)
     steps = steps_per_epoch(engine.datamanager)
     batches, times = _try(cfg, engine, min(STEPS, steps))

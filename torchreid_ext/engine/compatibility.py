@@ -15,11 +15,9 @@ from torchreid_ext.runtime import distributed
 
 
 def check_criterion(criterion: Any, optimizer: Optimizer, miner: nn.Module | None, cross_camera: bool) -> None:
-    """Refuses a criterion, or a loss inside it, that an engine could not train with, or would not train.
-
-    The optimizer must have all weights of the criterion. With ``cross_camera`` pairs of one identity and one camera are
-    left out. Raises InputError, naming the loss, the reason and the fix.
-    """
+    """Refuses a criterion, or a loss inside it, that an engine could not train with, or would not train. The optimizer
+    must have all weights of the criterion. With ``cross_camera`` pairs of one identity and one camera are left out.
+    Raises InputError, naming the loss, the reason and the fix."""
     if not isinstance(criterion, nn.Module):
         raise InputError(f"criterion must be a loss of pytorch_metric_learning, got {criterion!r}")
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -56,11 +54,9 @@ def check_criterion(criterion: Any, optimizer: Optimizer, miner: nn.Module | Non
 
 
 def check_returns_features(model: nn.Module) -> None:
-    """Refuses a network of torchreid's zoo that was built for another loss.
-
-    Such a network returns logits alone. With two heads it returns two logits, which look like logits and features.
-    Raises InputError, saying how to build the network.
-    """
+    """Refuses a network of torchreid's zoo that was built for another loss. Such a network returns logits alone. With
+    two heads it returns two logits, which look like logits and features. Raises InputError, saying how to build the
+    network."""
     built_for = getattr(distributed.unwrapped(model), "loss", "triplet")
     if built_for != "triplet":
         raise InputError(
@@ -71,10 +67,8 @@ def check_returns_features(model: nn.Module) -> None:
 
 def check_batch_norm(model: nn.Module, batches: Iterable[int], chunk_size: int) -> None:
     """Refuses batches and chunks of a single image for a network with batch normalisation, before training starts.
-
     ``batches`` are the numbers of images that a process may have in a batch; ``chunk_size`` is 0 for no chunks. Raises
-    InputError, naming the numbers and the fix.
-    """
+    InputError, naming the numbers and the fix."""
     # SyncBatchNorm sees the images of all processes.
     alone = [nn.modules.batchnorm._BatchNorm] if distributed.size() == 1 else [nn.BatchNorm1d, nn.BatchNorm2d]
     if not any(isinstance(module, tuple(alone)) for module in model.modules()):

@@ -43,10 +43,8 @@ class Layers:
 
 def warmed_up(optimizer: Optimizer, scheduler: Any, epochs: int) -> Any:
     """Adds a linear warm-up to a scheduler: the learning rate is multiplied by 1/N, 2/N, ..., 1 in the first N epochs.
-
     The scheduler is None for a constant learning rate; 0 and 1 epochs change nothing. Raises InputError for a negative
-    number of epochs.
-    """
+    number of epochs."""
     if epochs < 0:
         raise InputError(f"train.warmup_epoch must be 0 (no warm-up) or more, got {epochs}")
     if epochs < 2:

@@ -69,9 +69,8 @@ class TrainingStep(torchreid.engine.Engine):
 
     def as_images(self, given: Any) -> Tensor:
         """The images (N, C, H, W) of a batch; of torchreid's list of k augmented views of each, all views (k * N, ...).
-
-        The views of an image stay together, so that several processes have the order of one, which a memory depends on.
-        """
+        The views of an image stay together, so that several processes have the order of one, which a memory depends
+        on."""
         return given if isinstance(given, Tensor) else torch.stack(list(given), dim=1).flatten(0, 1)
 
     def repeated(self, labels: Tensor, given: Any) -> Tensor:
@@ -137,10 +136,8 @@ class TrainingStep(torchreid.engine.Engine):
 
 class Tracklets:
     """Mixed into an engine: trains on the frames of tracklets and tests on their features, pooled by a method.
-
     torchreid's video engines do the same, but take no tracklets of different lengths in a batch. Raises InputError for
-    another ``pooling_method`` than ``"avg"`` and ``"max"``.
-    """
+    another ``pooling_method`` than ``"avg"`` and ``"max"``."""
 
     model: Any
     train_loader: Any

@@ -77,11 +77,9 @@ def joined(use_gpu: bool = True, timeout: int = 1800) -> Iterator[None]:
 
 
 def _place(timeout: datetime.timedelta) -> dict[str, Any]:
-    """The store where the processes find each other, and the rank of this process.
-
-    torchrun may keep one store for all starts of a run, with the addresses of processes that died. Therefore each start
-    gets a prefix of its own there. Several machines could not agree on it, because each counts its own starts.
-    """
+    """The store where the processes find each other, and the rank of this process. torchrun may keep one store for all
+    starts of a run, with the addresses of processes that died. Therefore each start gets a prefix of its own there.
+    Several machines could not agree on it, because each counts its own starts."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
     if int(os.environ.get("GROUP_WORLD_SIZE", 1)) == 1:

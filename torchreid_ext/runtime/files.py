@@ -28,11 +28,9 @@ _DAY = 24 * 60 * 60
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Context: opens a temporary file, which replaces ``path`` when it is complete and safely on the disk.
-
-    Each writer has a temporary file of its own. Of several writers of one path, the last to finish wins. Raises OSError
-    if the file cannot be written; ``path`` then keeps its old content.
-    """
+    """Context: opens a temporary file, which replaces ``path`` when it is complete and safely on the disk. Each writer
+    has a temporary file of its own. Of several writers of one path, the last to finish wins. Raises OSError if the file
+    cannot be written; ``path`` then keeps its old content."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
