@@ -86,11 +86,7 @@ def read_losses(path: Path, names: Sequence[str] | None) -> tuple[dict[str, Snip
     A loss is a mapping of the config keys that it sets, nested or dotted. Its entry ``settings``, which it need not
     have, is a list of such mappings that are added to it. Raises InputError for a file that is missing or holds
     something else, or for a name that is not in it.
-
-    Args:
-        path: the YAML file.
-        names: the losses to return, in this order; None for all.
-    """
+    ``names`` are the losses to return, in this order; None for all."""
     try:
         losses = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
@@ -121,9 +117,8 @@ def plan(
     Raises InputError for a file, a key or a value that is wrong, or a key with more or fewer values than seeds.
 
     Args:
-        files: configuration files.
+        files, seeds: configuration files, and values of ``train.seed``.
         losses: the keys that each loss sets, by its name; they override those of the file.
-        seeds: values of ``train.seed``.
         words: KEY VALUE pairs that override the file and the loss.
         varied: lists of a key and a value of it for each seed.
         root: ``data.root``, if it is not that of the files.

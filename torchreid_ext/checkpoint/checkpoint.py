@@ -149,8 +149,7 @@ def fit_weights(
 
     Args:
         model: the model, which may be inside ``DataParallel``.
-        weights: what ``weights_of`` returned.
-        path: the file, for the messages.
+        weights, path: what ``weights_of`` returned, and the file, for the messages.
         complete: name of the network, to refuse weights that are missing, too many or of another shape. Networks that
             torch saved before 0.4.1 lack the number of batches that their batch normalisation saw; it may be missing.
     """

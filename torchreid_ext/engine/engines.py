@@ -253,13 +253,9 @@ class VideoTripletEngine(Tracklets, TripletStep, torchreid.engine.VideoTripletEn
 
 
 ENGINES: dict[tuple[str, str], Any] = {
-    ("image", "softmax"): ImageSoftmaxEngine,
-    ("video", "softmax"): VideoSoftmaxEngine,
-    ("image", "triplet"): ImageTripletEngine,
-    ("video", "triplet"): VideoTripletEngine,
-    ("image", "drsl"): ImageDRSLEngine,
-    ("video", "drsl"): VideoDRSLEngine,
-    ("image", "pml"): ImagePMLEngine,
-    ("video", "pml"): VideoPMLEngine,
-}
+    ("image", "softmax"): ImageSoftmaxEngine, ("video", "softmax"): VideoSoftmaxEngine,
+    ("image", "triplet"): ImageTripletEngine, ("video", "triplet"): VideoTripletEngine,
+    ("image", "drsl"): ImageDRSLEngine, ("video", "drsl"): VideoDRSLEngine,
+    ("image", "pml"): ImagePMLEngine, ("video", "pml"): VideoPMLEngine,
+}  # fmt: skip
 """The engines by ``data.type`` and ``loss.name``."""

@@ -60,8 +60,7 @@ def option(key: str, default: Any, text: str, *, config_default: Any = None, **o
 
     Args:
         key: config key that sets the option; empty for an option that a config cannot set.
-        default: value of the option where it is not given.
-        text: explanation, for ``drsl-train --list keys`` and the docs.
+        default, text: value where it is not given, and explanation, for ``drsl-train --list keys`` and the docs.
         config_default: default of the config key, where torchreid's config has another default than its functions.
         others: other attributes of ``Key``.
     """
