@@ -29,24 +29,15 @@ LOSSES = "losses.yaml"
 
 @dataclass(frozen=True)
 class Run:
-    """One training run, with a test at its end.
+    """One training run, with a test at its end."""
 
-    Attributes:
-        config: the configuration file.
-        loss, snippet: name of the loss in the file of losses, and the keys that it sets.
-        changes: keys that the user changes in all runs, with their values as words of the command line.
-        varied: keys that have another value for each seed, likewise.
-        seed: value of ``train.seed``.
-        configuration: all keys, dotted, with their values.
-    """
-
-    config: Path
-    loss: str
-    snippet: Snippet
-    changes: Mapping[str, str]
-    varied: Mapping[str, str]
-    seed: int
-    configuration: Mapping[str, Any]
+    config: Path  # the configuration file
+    loss: str  # its name in the file of losses
+    snippet: Snippet  # the keys that this loss sets
+    changes: Mapping[str, str]  # keys that the user changes in all runs, with their values as words of the command line
+    varied: Mapping[str, str]  # keys that have another value for each seed, likewise
+    seed: int  # train.seed
+    configuration: Mapping[str, Any]  # all keys, dotted, with their values
 
     def __str__(self) -> str:
         return f"{self.config.name}, {self.loss}, seed {self.seed}"
@@ -106,13 +97,9 @@ def read_losses(path: Path, names: Sequence[str] | None) -> tuple[dict[str, Snip
 
 
 def plan(
-    files: Sequence[Path],
-    losses: Mapping[str, Snippet],
-    seeds: Sequence[int],
-    words: Sequence[str] = (),
-    varied: Sequence[Sequence[str]] = (),
-    root: str | None = None,
-) -> list[Run]:
+    files: Sequence[Path], losses: Mapping[str, Snippet], seeds: Sequence[int], words: Sequence[str] = (),
+    varied: Sequence[Sequence[str]] = (), root: str | None = None,
+) -> list[Run]:  # fmt: skip
     """All runs of a grid, seed by seed, so that a grid that is stopped early has whole seeds. All of them are checked.
     Raises InputError for a file, a key or a value that is wrong, or a key with more or fewer values than seeds.
 

@@ -31,23 +31,14 @@ WITH_NEGATIVES = re.compile(r"(?P<loss>.+)-1-to-(?P<negatives>\d+)")
 
 @dataclass(frozen=True)
 class Section:
-    """The results on one data set with one recipe.
+    """The results on one data set with one recipe."""
 
-    Attributes:
-        target: the data set that was tested on.
-        config: name of the configuration file.
-        network: name of the network, and whether it has the neck.
-        changes: keys that were changed in all runs.
-        lines: the results of each loss, by seed.
-        notes: what is missing, or was left out.
-    """
-
-    target: str
-    config: str
-    network: str
-    changes: Mapping[str, str]
-    lines: Mapping[str, Mapping[int, dict[str, Any]]]
-    notes: Sequence[str]
+    target: str  # the data set that was tested on
+    config: str  # name of the configuration file
+    network: str  # its name, and whether it has the neck
+    changes: Mapping[str, str]  # keys that were changed in all runs
+    lines: Mapping[str, Mapping[int, dict[str, Any]]]  # the results of each loss, by seed
+    notes: Sequence[str]  # what is missing, or was left out
 
     @property
     def title(self) -> str:

@@ -198,12 +198,9 @@ def commit() -> str:
 
 
 def tune(
-    losses: Mapping[str, Snippet],
-    settings: Mapping[str, Sequence[Snippet]],
-    grid: Mapping[str, Any],
-    results: Path,
-    workers: int,
-) -> tuple[dict[str, dict[str, Any]], dict[str, float], int]:
+    losses: Mapping[str, Snippet], settings: Mapping[str, Sequence[Snippet]], grid: Mapping[str, Any],
+    results: Path, workers: int,
+) -> tuple[dict[str, dict[str, Any]], dict[str, float], int]:  # fmt: skip
     """First tries the weights of each loss beside cross-entropy, then its settings with the best of these weights.
 
     Returns the best keys of each loss, the mean mAP of each trial over seeds and targets, and the number of failures.

@@ -13,29 +13,19 @@ Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one loss is ahead of another, in units of the score.
+    """How far one loss is ahead of another, in units of the score."""
 
-    Attributes:
-        mean: mean difference over the seeds.
-        low, high: ends of the 95 % interval.
-        p: two-sided p-value of no difference.
-        seeds: number of seeds that were compared.
-    """
-
-    mean: float
-    low: float
+    mean: float  # over the seeds
+    low: float  # ends of the 95 % interval
     high: float
-    p: float
-    seeds: int
+    p: float  # two-sided p-value of no difference
+    seeds: int  # number of seeds that were compared
 
 
 def compare(
-    scores: Sequence[Sequence[float]],
-    identities: Sequence[Sequence[int]],
-    nested: bool = False,
-    draws: int = 10_000,
-    seed: int = 0,
-) -> Difference:
+    scores: Sequence[Sequence[float]], identities: Sequence[Sequence[int]], nested: bool = False,
+    draws: int = 10_000, seed: int = 0,
+) -> Difference:  # fmt: skip
     """A hierarchical bootstrap of paired differences, which takes both seeds and test identities for a sample.
 
     A draw of the mean difference has two parts. *Identities* are drawn with replacement, each with all of its queries:

@@ -169,13 +169,9 @@ def build_scheduler(cfg: Config, optimizer: Optimizer) -> Any:
 
 
 def build_engine(
-    cfg: Config,
-    datamanager: Any,
-    model: nn.Module,
-    optimizer: Optimizer,
-    scheduler: Any,
+    cfg: Config, datamanager: Any, model: nn.Module, optimizer: Optimizer, scheduler: Any,
     criterion: nn.Module | None = None,
-) -> Any:
+) -> Any:  # fmt: skip
     """The engine of ``data.type`` and ``loss.name``; a ``criterion`` of None is built here. Raises InputError for a
     value that is not allowed, or values that exclude each other."""
     check(cfg)

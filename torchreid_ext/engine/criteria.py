@@ -153,13 +153,9 @@ class PerFeature(nn.ModuleList):
 
 
 def build_criterion(
-    key: str,
-    section: Mapping[str, Any],
-    loss: Mapping[str, Any],
-    num_classes: int,
-    sizes: Sequence[int],
+    key: str, section: Mapping[str, Any], loss: Mapping[str, Any], num_classes: int, sizes: Sequence[int],
     memory_warmup: int = 0,
-) -> nn.Module:
+) -> nn.Module:  # fmt: skip
     """Builds the metric loss of a config's section, with its distance, its reducer and its memory. Raises InputError as
     ``build``, for a ``memory_size`` below 0, or for a loss that does not support a memory.
 

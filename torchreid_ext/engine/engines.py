@@ -64,19 +64,10 @@ class ImagePMLEngine(BaseEngine):
     """
 
     def __init__(
-        self,
-        datamanager: Any,
-        model: nn.Module,
-        optimizer: Optimizer,
-        criterion: nn.Module,
-        weight_m: float = 1,
-        weight_x: float = 1,
-        miner: BaseMiner | None = None,
-        scheduler: Any = None,
-        use_gpu: bool = True,
-        label_smooth: bool = True,
-        cross_camera: bool = False,
-    ) -> None:
+        self, datamanager: Any, model: nn.Module, optimizer: Optimizer, criterion: nn.Module,
+        weight_m: float = 1, weight_x: float = 1, miner: BaseMiner | None = None, scheduler: Any = None,
+        use_gpu: bool = True, label_smooth: bool = True, cross_camera: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(datamanager, use_gpu)
         if weight_m < 0 or weight_x < 0 or weight_m + weight_x == 0:
             raise InputError(f"weight_m and weight_x must be 0 or more and not both 0, got {weight_m} and {weight_x}")
