@@ -116,15 +116,10 @@ class Process:
         }
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         with open(self.folder / "errors.txt", "wb") as errors:
-            self._process = subprocess.Popen(
-                [*DRSL_TRAIN, "--config-file", str(file), *(word for pair in words.items() for word in pair)],
-                env=os.environ | threads,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-                # Ctrl-C reaches the benchmark alone, which then stops the runs.
-                start_new_session=True,
-            )
+            command = [*DRSL_TRAIN, "--config-file", str(file), *(word for pair in words.items() for word in pair)]
+            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": errors}
+            # Ctrl-C reaches the benchmark alone, in a session of its own, which then stops the runs.
+            self._process = subprocess.Popen(command, env=os.environ | threads, start_new_session=True, **streams)
         self._started = time.monotonic()
 
     def ended(self) -> bool:

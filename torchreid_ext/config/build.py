@@ -49,9 +49,8 @@ def _from_the_zoo(cfg: Config, num_classes: int, use_gpu: bool) -> nn.Module:
         if name.startswith(networks.TIMM):
             size = cfg.data.height, cfg.data.width
             return networks.TimmNetwork(name.removeprefix(networks.TIMM), num_classes, loss, pretrained, *size)
-        return torchreid.models.build_model(
-            name=name, num_classes=num_classes, loss=loss, pretrained=pretrained, use_gpu=use_gpu
-        )
+        options = {"num_classes": num_classes, "loss": loss, "pretrained": pretrained, "use_gpu": use_gpu}
+        return torchreid.models.build_model(name=name, **options)
 
     try:
         return build(cfg.model.pretrained)

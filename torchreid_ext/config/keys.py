@@ -23,21 +23,19 @@ _fixed, _kept, _free = (partial(Key, on_resume=word) for word in ("fixed", "kept
 # fmt: off
 def _metric_loss(section: str, name: str) -> dict[str, Key]:
     """Keys that ``loss.drsl`` and ``loss.pml`` share."""
-    return {
-        f"loss.{section}.miner": Key(
-            {}, "miner of pytorch_metric_learning or pml_drsl: its name, or {name: CLASS, ARGUMENT: VALUE}"),
-        f"loss.{section}.reducer": Key(
-            {}, f"reducer, which turns the errors into one number, described like a miner; {{}}: the reducer of {name}"
-        ),
-        f"loss.{section}.distance": Key(
-            {}, f"distance between features, described like a miner; {{}}: the distance of {name}"),
-        f"loss.{section}.memory_size": Key(
-            0, "number of features of past batches to compare with (cross-batch memory), for losses that can"),
-        f"loss.{section}.memory_start_epoch": Key(
-            -1, "epochs at the start without the memory; -1: as many as train.warmup_epoch, and at least one"),
-        f"loss.{section}.weight_m": Key(1.0, f"weight of {name}"),
-        f"loss.{section}.weight_x": Key(1.0, "weight of the identity cross-entropy"),
+    keys = {
+        "miner": Key({}, "miner of pytorch_metric_learning or pml_drsl: its name, or {name: CLASS, ARGUMENT: VALUE}"),
+        "reducer": Key({},
+            f"reducer, which turns the errors into one number, described like a miner; {{}}: the reducer of {name}"),
+        "distance": Key({}, f"distance between features, described like a miner; {{}}: the distance of {name}"),
+        "memory_size": Key(0,
+            "number of features of past batches to compare with (cross-batch memory), for losses that can"),
+        "memory_start_epoch": Key(-1,
+            "epochs at the start without the memory; -1: as many as train.warmup_epoch, and at least one"),
+        "weight_m": Key(1.0, f"weight of {name}"),
+        "weight_x": Key(1.0, "weight of the identity cross-entropy"),
     }
+    return {f"loss.{section}.{argument}": key for argument, key in keys.items()}
 
 
 # Keys of torchreid's own default_config.py, with its defaults.

@@ -78,8 +78,7 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
     the same process must not ask for the lock once more, because it would wait for itself. Raises OSError if the folder
     cannot be written, or its file system has no locks.
 
-    Args:
-        path: the file, which need not exist. ``.NAME.lock`` stands beside it while it is locked.
+    The file need not exist. ``.NAME.lock`` stands beside it while it is locked.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
