@@ -29,35 +29,23 @@ LOSSES = "losses.yaml"
 
 @dataclass(frozen=True)
 class Run:
-    """One training run, with a test at its end.
+    """One training run, with a test at its end."""
 
-    Attributes:
-        config: the configuration file.
-        loss: name of the loss in the file of losses.
-        snippet: the keys that this loss sets.
-        changes: keys that the user changes in all runs, with their values as words of the command line.
-        varied: keys that have another value for each seed, likewise.
-        seed: value of ``train.seed``.
-        configuration: all keys, dotted, with their values.
-    """
-
-    config: Path
-    loss: str
-    snippet: Snippet
-    changes: Mapping[str, str]
-    varied: Mapping[str, str]
-    seed: int
-    configuration: Mapping[str, Any]
+    config: Path  # the configuration file
+    loss: str  # its name in the file of losses
+    snippet: Snippet  # the keys that this loss sets
+    changes: Mapping[str, str]  # keys that the user changes in all runs, with their values as words of the command line
+    varied: Mapping[str, str]  # keys that have another value for each seed, likewise
+    seed: int  # train.seed
+    configuration: Mapping[str, Any]  # all keys, dotted, with their values
 
     def __str__(self) -> str:
         return f"{self.config.name}, {self.loss}, seed {self.seed}"
 
 
 def same(mine: Mapping[str, Any], other: Mapping[str, Any], without: Iterable[str] = ()) -> bool:
-    """Whether two flat configurations are equal, but for some keys and for keys that do not change a score.
-
-    A key that only one of them knows counts as its default: a new key makes no result stale, and a new default does.
-    """
+    """Whether two flat configurations are equal, but for some keys and for keys that do not change a score. A key that
+    only one of them knows counts as its default: a new key makes no result stale, and a new default does."""
     left, right = comparable(mine), comparable(other)
     return all(
         left.get(key, _default(key, right.get(key))) == right.get(key, _default(key, left.get(key)))
@@ -87,15 +75,9 @@ def read_losses(path: Path, names: Sequence[str] | None) -> tuple[dict[str, Snip
     """The losses of a YAML file, and the settings of each that are tried when it is tuned.
 
     A loss is a mapping of the config keys that it sets, nested or dotted. Its entry ``settings``, which it need not
-    have, is a list of such mappings that are added to it.
-
-    Args:
-        path: the YAML file.
-        names: the losses to return, in this order; None for all.
-
-    Raises:
-        InputError: for a file that is missing or holds something else, or for a name that is not in it.
-    """
+    have, is a list of such mappings that are added to it. Raises InputError for a file that is missing or holds
+    something else, or for a name that is not in it.
+    ``names`` are the losses to return, in this order; None for all."""
     try:
         losses = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
@@ -104,8 +86,8 @@ def read_losses(path: Path, names: Sequence[str] | None) -> tuple[dict[str, Snip
         raise InputError(f"{path} must hold config keys for each loss, as supcon: {{loss: {{name: pml, ...}}}}")
     for name in names or ():
         if name not in losses:
-            near = nearest(name, losses)
-            raise InputError(f"{path} has no loss {name!r}; did you mean {near!r}? It has: {', '.join(losses)}")
+            known = ", ".join(losses)
+            raise InputError(f"{path} has no loss {name!r}; did you mean {nearest(name, losses)!r}? It has: {known}")
     chosen: dict[str, dict[str, Any]] = {name: dict(losses[name]) for name in (names or losses)}
     settings: dict[str, list[Snippet]] = {name: snippet.pop(SETTINGS, []) for name, snippet in chosen.items()}
     for name, listed in settings.items():
@@ -115,25 +97,18 @@ def read_losses(path: Path, names: Sequence[str] | None) -> tuple[dict[str, Snip
 
 
 def plan(
-    files: Sequence[Path],
-    losses: Mapping[str, Snippet],
-    seeds: Sequence[int],
-    words: Sequence[str] = (),
-    varied: Sequence[Sequence[str]] = (),
-    root: str | None = None,
-) -> list[Run]:
+    files: Sequence[Path], losses: Mapping[str, Snippet], seeds: Sequence[int], words: Sequence[str] = (),
+    varied: Sequence[Sequence[str]] = (), root: str | None = None,
+) -> list[Run]:  # fmt: skip
     """All runs of a grid, seed by seed, so that a grid that is stopped early has whole seeds. All of them are checked.
+    Raises InputError for a file, a key or a value that is wrong, or a key with more or fewer values than seeds.
 
     Args:
-        files: configuration files.
+        files, seeds: configuration files, and values of ``train.seed``.
         losses: the keys that each loss sets, by its name; they override those of the file.
-        seeds: values of ``train.seed``.
         words: KEY VALUE pairs that override the file and the loss.
         varied: lists of a key and a value of it for each seed.
         root: ``data.root``, if it is not that of the files.
-
-    Raises:
-        InputError: for a file, a key or a value that is wrong, or a key with more or fewer values than seeds.
     """
     if len(words) % 2:
         raise InputError(f"options come as KEY VALUE pairs, got {len(words)} words: {' '.join(words)}")
@@ -165,10 +140,8 @@ def plan(
 
 def read_results(path: Path) -> list[dict[str, Any]]:
     """The results of a file, one for each line; an empty list for a file that is not there. It may be a .gz file.
-
-    Raises:
-        InputError: for a line that is not a result. The last line alone may be cut off: it is left out with a warning.
-    """
+    Raises InputError for a line that is not a result. The last line alone may be cut off: it is left out with a
+    warning."""
     if not path.exists():
         return []
     results: list[dict[str, Any]] = []

@@ -31,23 +31,14 @@ WITH_NEGATIVES = re.compile(r"(?P<loss>.+)-1-to-(?P<negatives>\d+)")
 
 @dataclass(frozen=True)
 class Section:
-    """The results on one data set with one recipe.
+    """The results on one data set with one recipe."""
 
-    Attributes:
-        target: the data set that was tested on.
-        config: name of the configuration file.
-        network: name of the network, and whether it has the neck.
-        changes: keys that were changed in all runs.
-        lines: the results of each loss, by seed.
-        notes: what is missing, or was left out.
-    """
-
-    target: str
-    config: str
-    network: str
-    changes: Mapping[str, str]
-    lines: Mapping[str, Mapping[int, dict[str, Any]]]
-    notes: Sequence[str]
+    target: str  # the data set that was tested on
+    config: str  # name of the configuration file
+    network: str  # its name, and whether it has the neck
+    changes: Mapping[str, str]  # keys that were changed in all runs
+    lines: Mapping[str, Mapping[int, dict[str, Any]]]  # the results of each loss, by seed
+    notes: Sequence[str]  # what is missing, or was left out
 
     @property
     def title(self) -> str:
@@ -57,26 +48,19 @@ class Section:
 
     def scores(self) -> pd.DataFrame:
         """Mean and standard deviation of each score over the seeds, in percent; a row for each loss, the best first."""
-        rows = {
-            loss: {
-                (score, part): value
-                for score in SCORES
-                for values in [pd.Series([100 * line["results"][self.target][score] for line in lines.values()])]
-                for part, value in (("mean", values.mean()), ("sd", values.std()))
-            }
-            | {("seeds", ""): len(lines)}
+        percent = pd.concat({
+            loss: 100 * pd.DataFrame([line["results"][self.target] for line in lines.values()], columns=[*SCORES])
             for loss, lines in self.lines.items()
-        }
-        return pd.DataFrame.from_dict(rows, orient="index").sort_values(("mAP", "mean"), ascending=False)
+        })  # fmt: skip
+        by_loss = percent.groupby(level=0, sort=False)
+        table = by_loss.agg(["mean", "std"]).rename(columns={"std": "sd"})
+        table["seeds", ""] = by_loss.size()
+        return table.sort_values(("mAP", "mean"), ascending=False)
 
     def differences(self, reference: str) -> pd.DataFrame:
-        """How far the reference is ahead of each other loss, in percentage points, on the seeds that both have.
-
-        A loss that ``drsl-benchmark tune`` chose, NAME-tuned, is compared with the tuned reference.
-
-        Returns:
-            A row for each loss and score: mean, low, high, p, seeds; p is corrected for the number of losses (Holm).
-        """
+        """How far the reference is ahead of each other loss, in percentage points, on the seeds that both have. A row
+        for each loss and score: mean, low, high, p, seeds; p is corrected for the number of losses (Holm). A loss that
+        ``drsl-benchmark tune`` chose, NAME-tuned, is compared with the tuned reference."""
         rows = []
         for score, of_query in COMPARED.items():
             found = {}
@@ -153,26 +137,15 @@ def _section(target: str, network: str, lines: Sequence[Mapping[str, Any]]) -> S
 
 def to_markdown(section: Section, reference: str) -> str:
     """The section in Markdown: the scores of every loss, and the differences of the reference to each of them."""
-    scores, differences = section.scores(), section.differences(reference)
-    ahead = {(row.loss, row.score): row for row in differences.itertuples()}
-    table = pd.DataFrame(
-        [
-            {
-                "loss": f"**{loss}**" if loss in (reference, reference + TUNED) else loss,
-                "seeds": int(row[("seeds", "")]),
-                **{score: _spread(row[(score, "mean")], row[(score, "sd")]) for score in SCORES},
-                **{
-                    f"{reference} is ahead in {score}": _interval(ahead[loss, score]) if (loss, score) in ahead else "-"
-                    for score in COMPARED
-                },
-            }
-            for loss, row in scores.iterrows()
-        ]
-    )
-    lines = [f"### {section.title}", "", table.to_markdown(index=False, disable_numparse=True)]
-    if section.notes:
-        lines += ["", " ".join(section.notes)]
-    return "\n".join(lines)
+    ahead = {(row.loss, row.score): _interval(row) for row in section.differences(reference).itertuples()}
+    rows = []
+    for loss, row in section.scores().iterrows():
+        rows.append({"loss": f"**{loss}**" if loss in (reference, reference + TUNED) else loss})
+        rows[-1]["seeds"] = int(row["seeds", ""])
+        rows[-1] |= {score: _spread(row[score, "mean"], row[score, "sd"]) for score in SCORES}
+        rows[-1] |= {f"{reference} is ahead in {score}": ahead.get((loss, score), "-") for score in COMPARED}
+    table = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+    return "\n\n".join([f"### {section.title}", table, *([" ".join(section.notes)] if section.notes else [])])
 
 
 def stated(section: Section, loss: str) -> str:
@@ -192,11 +165,8 @@ def _interval(row: Any) -> str:
 
 
 def report(results: Sequence[Mapping[str, Any]], reference: str = "drsl", losses: Sequence[str] | None = None) -> str:
-    """All sections in Markdown.
-
-    Raises:
-        InputError: if there are no results, or results of one loss and seed that were tested on other queries.
-    """
+    """All sections in Markdown. Raises InputError if there are no results, or results of one loss and seed that were
+    tested on other queries."""
     found = sections(results, losses)
     if not found:
         raise InputError("there are no results to report; make them with drsl-benchmark run")
@@ -209,11 +179,8 @@ def report(results: Sequence[Mapping[str, Any]], reference: str = "drsl", losses
 
 
 def insert(path: Path, text: str) -> None:
-    """Writes a report to a file; where the file has the two comments ``BEGIN`` and ``END``, between them alone.
-
-    Raises:
-        InputError: if the file has only one of them.
-    """
+    """Writes a report to a file; where the file has the two comments ``BEGIN`` and ``END``, between them alone. Raises
+    InputError if the file has only one of them."""
     content = path.read_text(encoding="utf-8") if path.exists() else f"{BEGIN}\n{END}\n"
     before, begin, rest = content.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -224,9 +191,7 @@ def insert(path: Path, text: str) -> None:
 
 def draw(sections: Sequence[Section], path: Path) -> None:
     """Draws one panel for each section, mean and standard deviation of mAP and rank-1; the suffix gives the format.
-
-    Where the names of losses tell the number of negatives for each positive, the panel has a curve of mAP for each.
-    """
+    Where the names of losses tell the number of negatives for each positive, the panel has a curve of mAP for each."""
     # matplotlib takes long to import, and only a figure needs it.
     from matplotlib.figure import Figure
 

@@ -37,17 +37,14 @@ WEIGHT_KEYS = {"triplet": "loss.triplet.weight_t", "drsl": "loss.drsl.weight_m",
 def run_all(runs: Sequence[Run], results: Path, workers: int, keep: Path | None = None) -> int:
     """Makes the runs that are not in the file of results yet, several at a time, and adds each as it ends.
 
-    A run that fails is reported in one line, and does not stop the others. SIGTERM stops them, as Ctrl-C does.
+    Returns the number of runs that failed. A failure is reported in one line, and does not stop the other runs. SIGTERM
+    stops them, as Ctrl-C does.
 
     Args:
-        runs: the runs, in the order in which they start.
+        runs: the runs, in the order in which they start; ``workers`` of them, at least 1, run at the same time.
         results: the file of results, a line for each run.
-        workers: number of runs at the same time, at least 1.
         keep: a folder for the checkpoints and logs of the runs. By default they are in a temporary folder, which only
             stays if a run fails.
-
-    Returns:
-        The number of runs that failed.
     """
     there = [line["configuration"] for line in read_results(results)]
     waiting = [run for run in runs if not any(same(run.configuration, configuration) for configuration in there)]
@@ -59,7 +56,7 @@ def run_all(runs: Sequence[Run], results: Path, workers: int, keep: Path | None 
     versions = {"commit": commit(), "torch": metadata.version("torch")}
     running: list[Process] = []
     failed = 0
-    handler = signal.signal(signal.SIGTERM, _interrupt)
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         # A log is no terminal: a line a minute is enough there.
         with tqdm(total=len(waiting), unit="run", mininterval=0.1 if sys.stderr.isatty() else 60) as bar:
@@ -84,10 +81,6 @@ def run_all(runs: Sequence[Run], results: Path, workers: int, keep: Path | None 
         if keep is None and not failed:
             shutil.rmtree(folder, ignore_errors=True)
     return failed
-
-
-def _interrupt(signum: int, frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 class Process:
@@ -123,15 +116,10 @@ class Process:
         }
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         with open(self.folder / "errors.txt", "wb") as errors:
-            self._process = subprocess.Popen(
-                [*DRSL_TRAIN, "--config-file", str(file), *(word for pair in words.items() for word in pair)],
-                env=os.environ | threads,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-                # Ctrl-C reaches the benchmark alone, which then stops the runs.
-                start_new_session=True,
-            )
+            command = [*DRSL_TRAIN, "--config-file", str(file), *(word for pair in words.items() for word in pair)]
+            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": errors}
+            # Ctrl-C reaches the benchmark alone, in a session of its own, which then stops the runs.
+            self._process = subprocess.Popen(command, env=os.environ | threads, start_new_session=True, **streams)
         self._started = time.monotonic()
 
     def ended(self) -> bool:
@@ -205,27 +193,19 @@ def commit() -> str:
 
 
 def tune(
-    losses: Mapping[str, Snippet],
-    settings: Mapping[str, Sequence[Snippet]],
-    grid: Mapping[str, Any],
-    results: Path,
-    workers: int,
-) -> tuple[dict[str, dict[str, Any]], dict[str, float], int]:
+    losses: Mapping[str, Snippet], settings: Mapping[str, Sequence[Snippet]], grid: Mapping[str, Any],
+    results: Path, workers: int,
+) -> tuple[dict[str, dict[str, Any]], dict[str, float], int]:  # fmt: skip
     """First tries the weights of each loss beside cross-entropy, then its settings with the best of these weights.
 
+    Returns the best keys of each loss, the mean mAP of each trial over seeds and targets, and the number of failures.
+    Raises InputError if the configuration tests on test identities, or every trial of a loss fails.
+
     Args:
-        losses: the keys that each loss sets, by its name.
-        settings: further keys to try, by the name of the loss.
+        losses, settings: the keys that each loss sets, by its name, and further keys to try, by the name of the loss.
         grid: the other arguments of ``plan``: ``files``, ``seeds``, ``words``, ``varied``, ``root``. The configuration
             must test on validation identities, and there must be one file.
-        results: the file of results. A trial that is in it is not made again.
-        workers: number of runs at the same time.
-
-    Returns:
-        The best keys of each loss, the mean mAP of each trial over seeds and targets, and the number of failed runs.
-
-    Raises:
-        InputError: if the configuration tests on test identities, or every trial of a loss fails.
+        results, workers: as for ``run_all``; a trial that is in the file is not made again.
     """
     trials: dict[str, Snippet] = {}
     for loss, snippet in losses.items():
@@ -235,12 +215,11 @@ def tune(
         key = WEIGHT_KEYS.get(run.configuration["loss.name"])
         trials |= {f"{loss}*{weight:g}": {**snippet, key: weight} for weight in WEIGHTS} if key else {loss: snippet}
     scores, failed = _try_all(trials, grid, results, workers)
-    second: dict[str, Snippet] = {
-        f"{name}+{number}": {**trials[name], **setting}
-        for loss in losses
-        for name in [_best(loss, scores)]
-        for number, setting in enumerate(settings.get(loss, ()), 1)
-    }
+    second: dict[str, Snippet] = {}
+    for loss in losses:
+        name = _best(loss, scores)
+        for number, setting in enumerate(settings.get(loss, ()), 1):
+            second[f"{name}+{number}"] = {**trials[name], **setting}
     more, failed_too = _try_all(second, grid, results, workers)
     trials |= second
     scores |= more

@@ -26,16 +26,14 @@ class SparsePairwiseLoss(BaseMetricLossFunction):
         S+_ada  =  a S+_h + (1 - a) S+_lh,   a = 2 S+_h S+_lh / (S+_h + S+_lh), or 0 if S+_h is not above 0
         loss    =  mean over the identities of log(1 + exp((S- - S+) / t))
 
-    The weight ``a`` has no gradient. The sums over n and m include n = m, as in the code that the authors published.
-    An identity with a single image in the batch, or a batch with a single identity, has no pair and no loss.
+    The weight ``a`` has no gradient. The sums over n and m include n = m, as in the code that the authors published. An
+    identity with a single image in the batch, or a batch with a single identity, has no pair and no loss. Raises
+    InputError for an unknown mining, or a temperature that is not above 0.
 
     Args:
         mining: the positive pair: ``"h"`` (SP-H), ``"lh"`` (SP-LH) or ``"ada"`` (AdaSP).
         temperature: t, above 0. The default is the value of the paper.
         **kwargs: arguments of ``BaseMetricLossFunction``. The distance must be ``CosineSimilarity``.
-
-    Raises:
-        InputError: for an unknown mining, or a temperature that is not above 0.
     """
 
     def __init__(self, mining: str = "ada", temperature: float = 0.04, **kwargs: Any) -> None:
@@ -72,10 +70,8 @@ class SparsePairwiseLoss(BaseMetricLossFunction):
         return {"loss": {"losses": losses[kept], "indices": first[kept], "reduction_type": "element"}}
 
     def _positive(self, hardest: Tensor, least_hard: Tensor) -> Tensor:
-        if self.mining == "h":
-            return hardest
-        if self.mining == "lh":
-            return least_hard
+        if self.mining != "ada":
+            return hardest if self.mining == "h" else least_hard
         h, lh = (self.temperature * part.detach() for part in (hardest, least_hard))
         weight = torch.where(h > 0, 2 * h * lh / (h + lh).clamp_min(torch.finfo(h.dtype).tiny), 0)
         return weight * hardest + (1 - weight) * least_hard

@@ -13,30 +13,19 @@ Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one loss is ahead of another, in units of the score.
+    """How far one loss is ahead of another, in units of the score."""
 
-    Attributes:
-        mean: mean difference over the seeds.
-        low: lower end of the 95 % interval.
-        high: upper end.
-        p: two-sided p-value of no difference.
-        seeds: number of seeds that were compared.
-    """
-
-    mean: float
-    low: float
+    mean: float  # over the seeds
+    low: float  # ends of the 95 % interval
     high: float
-    p: float
-    seeds: int
+    p: float  # two-sided p-value of no difference
+    seeds: int  # number of seeds that were compared
 
 
 def compare(
-    scores: Sequence[Sequence[float]],
-    identities: Sequence[Sequence[int]],
-    nested: bool = False,
-    draws: int = 10_000,
-    seed: int = 0,
-) -> Difference:
+    scores: Sequence[Sequence[float]], identities: Sequence[Sequence[int]], nested: bool = False,
+    draws: int = 10_000, seed: int = 0,
+) -> Difference:  # fmt: skip
     """A hierarchical bootstrap of paired differences, which takes both seeds and test identities for a sample.
 
     A draw of the mean difference has two parts. *Identities* are drawn with replacement, each with all of its queries:
@@ -50,11 +39,9 @@ def compare(
     part of the identities alone.
 
     Args:
-        scores: for each seed, the difference of each query.
-        identities: for each seed, the identity of each query.
+        scores, identities: for each seed, the difference and the identity of each query.
         nested: whether every seed tests on other people.
-        draws: number of draws.
-        seed: of the draws.
+        draws, seed: number of draws, and the seed of their generator.
     """
     rng = np.random.default_rng(seed)
     sums, counts = _by_identity(scores, identities)
@@ -76,12 +63,11 @@ def compare(
 
 def _by_identity(scores: Sequence[Sequence[float]], identities: Sequence[Sequence[int]]) -> tuple[Array, Array]:
     """Sum of the scores and number of the queries of each identity, both of shape (seeds, identities)."""
-    known = np.unique(np.concatenate([np.asarray(of_seed) for of_seed in identities]))
+    rows = np.repeat(np.arange(len(scores)), [len(of_seed) for of_seed in scores])
+    known, columns = np.unique(np.concatenate([np.asarray(of_seed) for of_seed in identities]), return_inverse=True)
     sums, counts = np.zeros((len(scores), len(known))), np.zeros((len(scores), len(known)))
-    for row, (values, of_seed) in enumerate(zip(scores, identities, strict=True)):
-        column = np.searchsorted(known, np.asarray(of_seed))
-        np.add.at(sums[row], column, np.asarray(values, dtype=float))
-        np.add.at(counts[row], column, 1.0)
+    np.add.at(sums, (rows, columns), np.concatenate(scores))
+    np.add.at(counts, (rows, columns), 1.0)
     return sums, counts
 
 
@@ -93,10 +79,8 @@ def _drawn(rng: np.random.Generator, draws: int, there: Array) -> Array:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """The p-values corrected for their number (Holm, Scandinavian Journal of Statistics 1979).
-
-    The sorted p-values are multiplied by n, n - 1, ..., 1, and none is below the one before it.
-    """
+    """The p-values corrected for their number (Holm, Scandinavian Journal of Statistics 1979). The sorted p-values are
+    multiplied by n, n - 1, ..., 1, and none is below the one before it."""
     order = np.argsort(p)
     factors = np.arange(len(order), 0, -1)
     corrected = np.empty(len(order))

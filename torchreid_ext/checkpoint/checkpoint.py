@@ -22,11 +22,8 @@ from torchreid_ext.runtime.files import replacing
 # torchreid stores its rank-1 as a numpy scalar. These types are needed to read one, by the names of numpy 1 and 2.
 _scalar = np.float64(0).__reduce__()[0]
 _NUMPY_SCALAR: list[Any] = [
-    (_scalar, "numpy.core.multiarray.scalar"),
-    (_scalar, "numpy._core.multiarray.scalar"),
-    np.dtype,
-    np.dtypes.Float32DType,
-    np.dtypes.Float64DType,
+    *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *(np.dtype, np.dtypes.Float32DType, np.dtypes.Float64DType),
 ]
 
 # The settings that distinguish the types of optimizers. Other settings differ between versions of torch.
@@ -34,12 +31,9 @@ _TELLING = {"betas", "amsgrad", "momentum", "dampening", "nesterov", "alpha", "c
 
 
 def save(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Writes a checkpoint atomically: ``path`` keeps its old content until the new content is complete.
-
-    Raises:
-        InputError: if the state holds an object that ``load`` would refuse.
-        OSError: if the file cannot be written, for example because the disk is full.
-    """
+    """Writes a checkpoint atomically: ``path`` keeps its old content until the new content is complete. Raises
+    InputError if the state holds an object that ``load`` would refuse; OSError if the file cannot be written, for
+    example because the disk is full."""
     try:
         with replacing(path) as file:
             torch.save(state, file)
@@ -54,11 +48,8 @@ def save(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a checkpoint of this package or of torchreid onto the CPU.
-
-    Raises:
-        InputError: if the file is missing or damaged, or holds anything but tensors, numbers and containers.
-    """
+    """Reads a checkpoint of this package or of torchreid onto the CPU. Raises InputError if the file is missing or
+    damaged, or holds anything but tensors, numbers and containers."""
     if not os.path.isfile(path):
         raise InputError(f"{_named(path)} does not exist")
     try:
@@ -127,19 +118,15 @@ class Loaded:
 
     def __str__(self) -> str:
         own = len(self.fitting) + len(self.untouched)
-        lines = [f"Loaded {len(self.fitting)} of the model's {own} weights from '{self.path}'"]
+        text = f"Loaded {len(self.fitting)} of the model's {own} weights from '{self.path}'"
         for names, what in ((self.untouched, "left unchanged"), (self.unused, "of the file, not used")):
-            if names:
-                lines.append(f"{len(names)} {what}: {_some(names)}")
-        return "; ".join(lines)
+            text += f"; {len(names)} {what}: {_some(names)}" if names else ""
+        return text
 
 
 def weights_of(state: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The weights by name in what ``load`` returned: a checkpoint of a run, or the weights themselves.
-
-    Raises:
-        InputError: if there is no tensor; it names ``path``.
-    """
+    """The weights by name in what ``load`` returned: a checkpoint of a run, or the weights themselves. Raises
+    InputError if there is no tensor; it names ``path``."""
     held = state.get("state_dict", state)
     if not isinstance(held, Mapping):
         raise InputError(f"{_named(path)} holds a {type(held).__name__}, not a dictionary of weights")
@@ -157,17 +144,14 @@ def _plain_names(state: Mapping[Any, Any]) -> dict[str, Any]:
 def fit_weights(
     model: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLike[str], complete: str = ""
 ) -> Loaded:
-    """Loads the weights that fit a model, and returns which did and which did not.
+    """Loads the weights that fit a model, and returns which did and which did not. Raises InputError if no weight fits;
+    with ``complete``, if any does not.
 
     Args:
         model: the model, which may be inside ``DataParallel``.
-        weights: what ``weights_of`` returned.
-        path: the file, for the messages.
+        weights, path: what ``weights_of`` returned, and the file, for the messages.
         complete: name of the network, to refuse weights that are missing, too many or of another shape. Networks that
             torch saved before 0.4.1 lack the number of batches that their batch normalisation saw; it may be missing.
-
-    Raises:
-        InputError: if no weight fits; with ``complete``, if any does not.
     """
     target = distributed.unwrapped(model)
     own = target.state_dict()
@@ -196,13 +180,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> Loaded:
 
 @contextlib.contextmanager
 def fitting(path: str | os.PathLike[str], part: str = "state") -> Iterator[None]:
-    """Context: an error of the block means that a part of a checkpoint does not fit this run.
-
-    A checkpoint that is readable may still hold anything in any place.
-
-    Raises:
-        InputError: in place of the error, in one line.
-    """
+    """Context: an error of the block means that a part of a checkpoint does not fit this run. A checkpoint that is
+    readable may still hold anything in any place. Raises InputError in place of the error, in one line."""
     try:
         yield
     except InputError:
@@ -213,11 +192,8 @@ def fitting(path: str | os.PathLike[str], part: str = "state") -> Iterator[None]
 
 
 def restore(state: dict[str, Any], parts: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Loads the state of each part that is not None. ``path`` is for the messages.
-
-    Raises:
-        InputError: if the checkpoint has no state for a part, or a state that does not fit.
-    """
+    """Loads the state of each part that is not None. ``path`` is for the messages. Raises InputError if the checkpoint
+    has no state for a part, or a state that does not fit."""
     for name, part in parts.items():
         if part is None:
             continue

@@ -18,16 +18,14 @@ LAST, BEST = "model-last.pth.tar", "model-best.pth.tar"
 
 class History:
     """``FOLDER/model.pth.tar-EPOCH``, as torchreid names them, with ``model-last.pth.tar`` and ``model-best.pth.tar``.
+    Raises InputError for a negative ``keep``.
 
     Args:
-        folder: the folder of the checkpoints. It is created when the first checkpoint is saved.
+        folder: the folder of the checkpoints, which the first of them creates.
         keep: number of numbered checkpoints to keep, >= 0; 0 keeps all. The last and the best are always kept.
 
     Attributes:
         newest: the checkpoint that this object saved last, or None; ``saved_epoch`` is its epoch, or -1.
-
-    Raises:
-        InputError: for a negative ``keep``.
     """
 
     def __init__(self, folder: Path, keep: int = 0) -> None:
@@ -38,11 +36,8 @@ class History:
         self.saved_epoch = -1
 
     def save(self, state: dict[str, Any], epoch: int, is_best: bool = False) -> Path:
-        """Saves the state after ``epoch`` epochs, and removes old checkpoints that are no longer kept.
-
-        Raises:
-            InputError, OSError: as ``checkpoint.save``.
-        """
+        """Saves the state after ``epoch`` epochs, and removes old checkpoints that are no longer kept. Raises
+        InputError and OSError as ``checkpoint.save``."""
         path = self.folder / f"model.pth.tar-{epoch}"
         checkpoint.save(state, path)
         files.link(path, LAST)
@@ -62,13 +57,9 @@ class History:
             numbered[number].unlink(missing_ok=True)
 
     def load_newest(self, since: float = 0) -> tuple[Path, dict[str, Any]] | None:
-        """The path and the state of the newest readable checkpoint; None if there are no checkpoints.
-
-        Checkpoints that were written before the time ``since``, in seconds since 1970, are ignored.
-
-        Raises:
-            InputError: if there are checkpoints but none can be read.
-        """
+        """The path and the state of the newest readable checkpoint; None if there are no checkpoints. Checkpoints that
+        were written before the time ``since``, in seconds since 1970, are ignored. Raises InputError if there are
+        checkpoints but none can be read."""
         numbered = sorted(self._numbered().values(), key=lambda path: path.stat().st_mtime, reverse=True)
         named = [path for path in (self.folder / LAST, *numbered) if path.is_file()]
         candidates = [path for path in named if path.stat().st_mtime >= since]
@@ -103,7 +94,7 @@ def first_start(folder: Path) -> float | None:
     if not distributed.launched():
         return None
     # A machine counts only the restarts of its own processes.
-    again = distributed.largest(distributed.restarts()) > 0
+    again = max(distributed.gathered(distributed.restarts())) > 0
     note, run = folder / ".started", os.environ["TORCHELASTIC_RUN_ID"]
 
     def noted() -> float | None:

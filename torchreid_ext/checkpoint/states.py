@@ -38,14 +38,9 @@ def of_engine(engine: Any, epoch: int) -> dict[str, Any]:
 
 
 def restore_engine(engine: Any, state: dict[str, Any], path: str) -> None:
-    """Restores the state that ``of_engine`` returned, except for the part that ``restore_randomness`` restores.
-
-    A checkpoint of torchreid has no ``"training"``; then only its weights, optimizer and scheduler are restored.
-    ``path`` is for the messages.
-
-    Raises:
-        InputError: if a part is missing or does not fit.
-    """
+    """Restores the state that ``of_engine`` returned, except for the part that ``restore_randomness`` restores. A
+    checkpoint of torchreid has no ``"training"``; then only its weights, optimizer and scheduler are restored. ``path``
+    is for the messages. Raises InputError if a part is missing or does not fit."""
     first, *others = engine.get_model_names()
     checkpoint.restore(state, _parts(engine, first), path)
     with checkpoint.fitting(path):
@@ -68,12 +63,9 @@ def restore_engine(engine: Any, state: dict[str, Any], path: str) -> None:
 
 
 def check_fits(engine: Any, state: dict[str, Any], path: str, test_only: bool) -> None:
-    """Checks that a checkpoint fits this run, and prints the differences between their configurations.
-
-    Raises:
-        InputError: if the number of identities differs, if the number of processes differs (unless ``test_only``), or
-            if a key of the configuration differs that cannot change.
-    """
+    """Checks that a checkpoint fits this run, and prints the differences between their configurations. Raises
+    InputError if the number of identities differs, if the number of processes differs (unless ``test_only``), or if a
+    key of the configuration differs that cannot change."""
     training = state.get("training")
     if training is None:
         print(f"'{path}' was saved by torchreid and has no random state: training goes on, but not exactly as before")
@@ -96,12 +88,8 @@ def check_fits(engine: Any, state: dict[str, Any], path: str, test_only: bool) -
 
 def compare(saved: dict[str, Any], current: dict[str, Any], on_resume: dict[str, str]) -> list[str]:
     """A line for each dotted key whose value differs between the configurations of a checkpoint and of this run.
-
     ``on_resume`` says what a resumed run does with another value of a key: see ``torchreid_ext.runtime.options.Key``.
-
-    Raises:
-        InputError: if keys differ that cannot change; the message names them.
-    """
+    Raises InputError if keys differ that cannot change; the message names them."""
     on_resume = on_resume | {f"datasets.{name}": "fixed" for name in saved.get("data.sources", [])}
     if saved.get("train.lr_scheduler") == "cosine":
         # After its last epoch, the cosine would rise again.
@@ -134,11 +122,8 @@ def not_finite(engine: Any) -> str | None:
 
 
 def restore_randomness(engine: Any, state: dict[str, Any], path: str) -> None:
-    """Restores the generators, the sampler and the gradient scaler, right before training goes on.
-
-    Raises:
-        InputError: if a part is missing or does not fit.
-    """
+    """Restores the generators, the sampler and the gradient scaler, right before training goes on. Raises InputError if
+    a part is missing or does not fit."""
     training = state.get("training")
     if training is None:
         return
@@ -161,16 +146,15 @@ def losses_of(engine: Any) -> dict[str, nn.Module]:
 
 def keep_buffers(modules: list[nn.Module]) -> Callable[[], None]:
     """Copies the buffers that a forward pass changes (statistics, memories); returns a function that restores them."""
-    buffers = [{name: buffer.clone() for name, buffer in module.named_buffers()} for module in modules]
-    fills = [_memory_fills(module) for module in modules]
+    kept = [({name: buffer.clone() for name, buffer in each.named_buffers()}, _memory_fills(each)) for each in modules]
 
     @torch.no_grad()
     def restore() -> None:
-        for module, copies, fill in zip(modules, buffers, fills, strict=True):
+        for module, (buffers, fills) in zip(modules, kept, strict=True):
             for name, buffer in module.named_buffers():
-                buffer.copy_(copies[name])
+                buffer.copy_(buffers[name])
             for name, memory in _memories(module).items():
-                vars(memory).update(fill[name])
+                vars(memory).update(fills[name])
 
     return restore
 

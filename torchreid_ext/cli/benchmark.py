@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pml_drsl import speed
 from pml_drsl.checks import InputError
 from pml_drsl.console import guarded
 from pml_drsl.machine import available_cores
@@ -35,7 +36,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "drsl-benchmark", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = {"run": _run, "tune": _tune, "report": _report, "speed": _speed}
+    commands: dict[str, Callable[[Sequence[str]], int]] = {
+        "run": _run,
+        "tune": _tune,
+        "report": _report,
+        "speed": speed.main,
+    }
     parser.add_argument("command", choices=commands)
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="its options; see COMMAND --help")
     args = parser.parse_args(arguments)
@@ -125,12 +131,6 @@ def _report(words: Sequence[str]) -> int:
     if args.figure:
         report.draw(report.sections(results, args.losses), args.figure)
     return 0
-
-
-def _speed(words: Sequence[str]) -> int:
-    import pml_drsl.speed
-
-    return int(pml_drsl.speed.main(list(words)))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,13 @@ COMPARED = 16
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status, which :func:`pml_drsl.console.guarded` explains."""
-    args = _parser().parse_args(arguments)
+    parser = console.parser("drsl-export", __doc__, EXAMPLES)
+    parser.add_argument("output", metavar="OUTPUT", help="the file to write: its name ends in .onnx")
+    parser.add_argument("--without-normalisation", dest="normalise", action="store_false",
+                        help="leave the normalisation out of the file: whoever uses it must normalise")  # fmt: skip
+    parser.add_argument("--images", metavar="FOLDER",
+                        help="compare with images of this folder (drawn pedestrians otherwise)")  # fmt: skip
+    args = parser.parse_args(arguments)
     return guarded("drsl-export", lambda: run(args), [args.output])
 
 
@@ -53,16 +59,6 @@ def run(args: argparse.Namespace) -> None:
     say(f"{args.output!r} takes [N, 3, {about['height']}, {about['width']}]: {about['input']}")
     if not args.normalise:
         say(f"mean {about['mean']}, std {about['std']}")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = console.parser("drsl-export", __doc__, EXAMPLES)
-    parser.add_argument("output", metavar="OUTPUT", help="the file to write: its name ends in .onnx")
-    parser.add_argument("--without-normalisation", dest="normalise", action="store_false",
-                        help="leave the normalisation out of the file: whoever uses it must normalise")  # fmt: skip
-    parser.add_argument("--images", metavar="FOLDER",
-                        help="compare with images of this folder (drawn pedestrians otherwise)")  # fmt: skip
-    return parser
 
 
 if __name__ == "__main__":

@@ -36,8 +36,12 @@ EXAMPLES = """
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status, which :func:`pml_drsl.console.guarded` explains."""
+    parser = console.parser("drsl-extract", __doc__, EXAMPLES)
+    parser.add_argument("sources", nargs="*", metavar="SOURCE", help="folders, CSV files and images")
+    parser.add_argument("--output", required=True, metavar="FILE.npz", help="where to write the features")
+    console.add_device(parser)
     # Options may stand before, between and after the sources.
-    args = _parser().parse_intermixed_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     return guarded("drsl-extract", lambda: run(args), [args.output])
 
 
@@ -72,14 +76,6 @@ def run(args: argparse.Namespace) -> None:
             say(f"Scores: drsl-evaluate {args.output} --metric {model.metric}")
         else:
             say("There are no scores to compute: that needs query and gallery images with identities")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = console.parser("drsl-extract", __doc__, EXAMPLES)
-    parser.add_argument("sources", nargs="*", metavar="SOURCE", help="folders, CSV files and images")
-    parser.add_argument("--output", required=True, metavar="FILE.npz", help="where to write the features")
-    console.add_device(parser)
-    return parser
 
 
 if __name__ == "__main__":

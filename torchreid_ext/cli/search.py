@@ -39,7 +39,25 @@ EXAMPLES = """
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status, which :func:`pml_drsl.console.guarded` explains."""
-    args = _parser().parse_args(arguments)
+    parser = console.parser("drsl-search", __doc__, EXAMPLES)
+    add = parser.add_argument
+    add("--gallery", nargs="+", default=[], metavar="SOURCE",
+        help="folders, images, CSV files or .npz files of drsl-extract")  # fmt: skip
+    add("--query", nargs="+", default=[], metavar="IMAGE", help="images to look up, or their folders")
+    add("--top", type=int, default=10, metavar="K", help="gallery images to show (%(default)s)")
+    add("--rerank", action="store_true", help="re-rank by k-reciprocal neighbours (slower)")
+    add("--crop", nargs=4, type=int, metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
+        help="use this part of the query, in pixels: a person in a larger picture")  # fmt: skip
+    add("--html", metavar="PAGE", help="write one page with all pictures in it, for any browser")
+    add("--json", metavar="FILE", help="write what was found as JSON; - for stdout")
+    add("--index", metavar="FILE", help="keep the features of the gallery in this file")
+    add("--remove", nargs="+", default=[], metavar="PATTERN",
+        help="images to remove from the index: their paths as they are printed, or '*/anna/*'")  # fmt: skip
+    add("--prune", action="store_true", help="remove images from the index whose files are gone")
+    add("--index-type", metavar="STRING",
+        help="another index than the exact one, a string of faiss.index_factory: 'IVF1024,Flat;nprobe=32'")  # fmt: skip
+    console.add_device(parser)
+    args = parser.parse_args(arguments)
     return guarded("drsl-search", lambda: run(args), [args.index, args.json, args.html])
 
 
@@ -143,28 +161,6 @@ def _update(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
         say(f"left out: {reason}", out)
     searcher.gallery.add(read.entries, read.features)
     return True
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = console.parser("drsl-search", __doc__, EXAMPLES)
-    add = parser.add_argument
-    add("--gallery", nargs="+", default=[], metavar="SOURCE",
-        help="folders, images, CSV files or .npz files of drsl-extract")  # fmt: skip
-    add("--query", nargs="+", default=[], metavar="IMAGE", help="images to look up, or their folders")
-    add("--top", type=int, default=10, metavar="K", help="gallery images to show (%(default)s)")
-    add("--rerank", action="store_true", help="re-rank by k-reciprocal neighbours (slower)")
-    add("--crop", nargs=4, type=int, metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
-        help="use this part of the query, in pixels: a person in a larger picture")  # fmt: skip
-    add("--html", metavar="PAGE", help="write one page with all pictures in it, for any browser")
-    add("--json", metavar="FILE", help="write what was found as JSON; - for stdout")
-    add("--index", metavar="FILE", help="keep the features of the gallery in this file")
-    add("--remove", nargs="+", default=[], metavar="PATTERN",
-        help="images to remove from the index: their paths as they are printed, or '*/anna/*'")  # fmt: skip
-    add("--prune", action="store_true", help="remove images from the index whose files are gone")
-    add("--index-type", metavar="STRING",
-        help="another index than the exact one, a string of faiss.index_factory: 'IVF1024,Flat;nprobe=32'")  # fmt: skip
-    console.add_device(parser)
-    return parser
 
 
 if __name__ == "__main__":

@@ -33,14 +33,6 @@ examples:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns its exit status, which :func:`pml_drsl.console.guarded` explains."""
-    parser = _parser()
-    args = parser.parse_args(arguments)
-    if not any(vars(args).values()):
-        parser.error("give a configuration, such as --config-file configs/demo.yaml; --help says more")
-    return guarded("drsl-train", lambda: _list(*args.list) if args.list else _run(args), stopped="stopped")
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "drsl-train", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -55,7 +47,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--transforms", nargs="+", metavar="NAME", help="augmentations")
     add("--root", metavar="FOLDER", help="folder that holds the data sets")
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys to change, in pairs")
-    return parser
+    args = parser.parse_args(arguments)
+    if not any(vars(args).values()):
+        parser.error("give a configuration, such as --config-file configs/demo.yaml; --help says more")
+    return guarded("drsl-train", lambda: _list(*args.list) if args.list else _run(args), stopped="stopped")
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -122,12 +117,7 @@ def _list(what: str, *words: str) -> None:
 
 def next_commands(save_dir: str, query: Sequence[str], gallery: Sequence[str]) -> str:
     """The two commands that a user would type next, with the paths of the run; empty if it saved no best checkpoint.
-
-    Args:
-        save_dir: folder of the run.
-        query: query images of a target.
-        gallery: gallery images of the same target.
-    """
+    ``save_dir`` is the folder of the run; ``query`` and ``gallery`` are the images of one target."""
     from torchreid_ext.checkpoint.folder import BEST
 
     checkpoint = Path(save_dir, "model", BEST)

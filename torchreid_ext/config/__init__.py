@@ -7,19 +7,6 @@ from torchreid_ext.config.node import Config, check, flat, get_default_config, p
 from torchreid_ext.config.run import prepare, train
 
 __all__ = [
-    "KEYS",
-    "Config",
-    "build_criterion",
-    "build_datamanager",
-    "build_engine",
-    "build_model",
-    "build_optimizer",
-    "build_scheduler",
-    "check",
-    "flat",
-    "get_default_config",
-    "plain",
-    "prepare",
-    "run_options",
-    "train",
-]
+    "KEYS", "Config", "build_criterion", "build_datamanager", "build_engine", "build_model", "build_optimizer",
+    "build_scheduler", "check", "flat", "get_default_config", "plain", "prepare", "run_options", "train",
+]  # fmt: skip

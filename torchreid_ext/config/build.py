@@ -22,12 +22,9 @@ from torchreid_ext.runtime import distributed, generators
 
 
 def build_model(cfg: Config, num_classes: int) -> nn.Module:
-    """The network, which returns in training what the loss needs; with ``use_gpu`` on all available GPUs.
-
-    Raises:
-        InputError: for an unknown network, a network that cannot have ``model.bnneck`` or ``model.last_stride``,
-            ImageNet weights that cannot be downloaded, or ``train.sync_batchnorm`` on the CPU.
-    """
+    """The network, which returns in training what the loss needs; with ``use_gpu`` on all available GPUs. Raises
+    InputError for an unknown network, a network that cannot have ``model.bnneck`` or ``model.last_stride``, ImageNet
+    weights that cannot be downloaded, or ``train.sync_batchnorm`` on the CPU."""
     use_gpu = cfg.use_gpu and torch.cuda.is_available()
     model = _from_the_zoo(cfg, num_classes, use_gpu)
     if cfg.model.last_stride == 1:
@@ -52,9 +49,8 @@ def _from_the_zoo(cfg: Config, num_classes: int, use_gpu: bool) -> nn.Module:
         if name.startswith(networks.TIMM):
             size = cfg.data.height, cfg.data.width
             return networks.TimmNetwork(name.removeprefix(networks.TIMM), num_classes, loss, pretrained, *size)
-        return torchreid.models.build_model(
-            name=name, num_classes=num_classes, loss=loss, pretrained=pretrained, use_gpu=use_gpu
-        )
+        options = {"num_classes": num_classes, "loss": loss, "pretrained": pretrained, "use_gpu": use_gpu}
+        return torchreid.models.build_model(name=name, **options)
 
     try:
         return build(cfg.model.pretrained)
@@ -73,11 +69,9 @@ def _from_the_zoo(cfg: Config, num_classes: int, use_gpu: bool) -> nn.Module:
 
 @torch.no_grad()
 def check_takes(cfg: Config, model: nn.Module) -> None:
-    """Passes a few black images through the network, which it leaves as it was.
-
-    In training these are as many as the smallest chunk, at most two, because batch normalisation needs two values.
-    Raises InputError for a network that cannot take so few or so small images.
-    """
+    """Passes a few black images through the network, which it leaves as it was. In training these are as many as the
+    smallest chunk, at most two, because batch normalisation needs two values. Raises InputError for a network that
+    cannot take so few or so small images."""
     in_batch = cfg.train.batch_size // distributed.size() * (cfg.video.seq_len if cfg.data.type == "video" else 1)
     in_batch *= cfg.data.k_tfm
     chunk = min(cfg.train.chunk_size or in_batch, in_batch)
@@ -106,15 +100,13 @@ def check_takes(cfg: Config, model: nn.Module) -> None:
 def build_criterion(cfg: Config, model: nn.Module, num_classes: int, steps: int | None = None) -> nn.Module | None:
     """The metric loss of ``loss.drsl`` or ``loss.pml``, on the model's device; None for torchreid's own losses.
 
-    Give the loss to ``build_optimizer`` and to ``build_engine``, because it may have weights.
+    Give the loss to ``build_optimizer`` and to ``build_engine``, because it may have weights. Raises InputError for an
+    unknown class or argument, or a combination that cannot be trained.
 
     Args:
         num_classes: number of training identities.
-        steps: number of training steps in an epoch, ``samplers.steps_per_epoch(datamanager)``. Only a
-            cross-batch memory needs it, unless the memory starts at once.
-
-    Raises:
-        InputError: for an unknown class or argument, or a combination that cannot be trained.
+        steps: training steps in an epoch, ``samplers.steps_per_epoch(datamanager)``, for a cross-batch memory that does
+            not start at once.
     """
     name = cfg.loss.name
     if name == "drsl":
@@ -140,10 +132,7 @@ def build_criterion(cfg: Config, model: nn.Module, num_classes: int, steps: int 
 
 def build_optimizer(cfg: Config, model: nn.Module, criterion: nn.Module | None = None) -> Optimizer:
     """torchreid's optimizer of the model and of the criterion, whose weights have the learning rate ``loss.pml.lr``.
-
-    Raises:
-        InputError: for an unknown optimizer, or a value that the optimizer refuses.
-    """
+    Raises InputError for an unknown optimizer, or a value that the optimizer refuses."""
     try:
         optimizer = torchreid.optim.build_optimizer(
             model,
@@ -166,38 +155,24 @@ def build_optimizer(cfg: Config, model: nn.Module, criterion: nn.Module | None =
 
 
 def build_scheduler(cfg: Config, optimizer: Optimizer) -> Any:
-    """torchreid's scheduler, or None. With ``train.warmup_epoch`` the learning rate first rises linearly.
-
-    Raises:
-        InputError: for an unknown scheduler, or a value that the scheduler refuses.
-    """
-    scheduler = None
-    if cfg.train.lr_scheduler != "none":
+    """torchreid's scheduler, or None. With ``train.warmup_epoch`` the learning rate first rises linearly. Raises
+    InputError for an unknown scheduler, or a value that the scheduler refuses."""
+    named, scheduler = cfg.train.lr_scheduler, None
+    if named != "none":
+        options = picked(cfg.train, "lr_scheduler", "stepsize", "gamma", "max_epoch")
         try:
-            scheduler = torchreid.optim.build_lr_scheduler(
-                optimizer, **picked(cfg.train, "lr_scheduler", "stepsize", "gamma", "max_epoch")
-            )
+            scheduler = torchreid.optim.build_lr_scheduler(optimizer, **options)
         except (ValueError, TypeError) as error:
-            raise InputError(f"train.lr_scheduler {cfg.train.lr_scheduler!r}: {error}") from error
+            raise InputError(f"train.lr_scheduler {named!r}: {error}") from error
     return warmed_up(optimizer, scheduler, cfg.train.warmup_epoch)
 
 
 def build_engine(
-    cfg: Config,
-    datamanager: Any,
-    model: nn.Module,
-    optimizer: Optimizer,
-    scheduler: Any,
+    cfg: Config, datamanager: Any, model: nn.Module, optimizer: Optimizer, scheduler: Any,
     criterion: nn.Module | None = None,
-) -> Any:
-    """The engine of ``data.type`` and ``loss.name``.
-
-    Args:
-        criterion: from ``build_criterion``; None builds it here.
-
-    Raises:
-        InputError: for a value that is not allowed, or values that exclude each other.
-    """
+) -> Any:  # fmt: skip
+    """The engine of ``data.type`` and ``loss.name``; a ``criterion`` of None is built here. Raises InputError for a
+    value that is not allowed, or values that exclude each other."""
     check(cfg)
     loss, section = cfg.loss.name, cfg.loss[cfg.loss.name]
     if section.get("weight_x", 1) == 0 and cfg.train.fixbase_epoch > 0:
@@ -212,12 +187,5 @@ def build_engine(
         arguments |= picked(section, "weight_m", "weight_x")
     if cfg.data.type == "video":
         arguments["pooling_method"] = cfg.video.pooling_method
-    return ENGINES[cfg.data.type, loss](
-        datamanager,
-        model,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        use_gpu=cfg.use_gpu,
-        label_smooth=cfg.loss.softmax.label_smooth,
-        **arguments,
-    )
+    arguments |= {"use_gpu": cfg.use_gpu, "label_smooth": cfg.loss.softmax.label_smooth}
+    return ENGINES[cfg.data.type, loss](datamanager, model, optimizer=optimizer, scheduler=scheduler, **arguments)

@@ -20,19 +20,15 @@ from torchreid_ext.runtime import distributed
 
 
 def build_datamanager(cfg: Config) -> Any:
-    """torchreid's data manager of ``data.type``, with the data sets of ``datasets`` registered.
-
-    Raises:
-        InputError: for an unknown data set, sampler or augmentation, missing data, a batch that cannot be filled, or
-            images that are in two sources, or in training and in the test.
-    """
+    """torchreid's data manager of ``data.type``, with the data sets of ``datasets`` registered. Raises InputError for
+    an unknown data set, sampler or augmentation, missing data, a batch that cannot be filled, or images that are in two
+    sources, or in training and in the test."""
     check(cfg)
     register_datasets(cfg.datasets)
     sampler, video = cfg.sampler.train_sampler, cfg.data.type == "video"
     if video and cfg.data.k_tfm > 1:
-        raise InputError(
-            f"data.k_tfm must be 1 for video, whose tracklets have several frames already; got {cfg.data.k_tfm}"
-        )
+        got = cfg.data.k_tfm
+        raise InputError(f"data.k_tfm must be 1 for video, whose tracklets have several frames already; got {got}")
     check_shares(cfg.data.type, cfg.data.identities, cfg.data.validation)
     reduced = bool(cfg.data.identities or cfg.data.validation)
     replaced = reduced or sampler in SAMPLERS

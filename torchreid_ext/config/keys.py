@@ -19,27 +19,23 @@ from torchreid_ext.runtime.options import Key
 _fixed, _kept, _free = (partial(Key, on_resume=word) for word in ("fixed", "kept", "free"))
 
 
+# Tables, which the formatter would pull apart.
+# fmt: off
 def _metric_loss(section: str, name: str) -> dict[str, Key]:
     """Keys that ``loss.drsl`` and ``loss.pml`` share."""
-    return {
-        f"loss.{section}.miner": Key(
-            {}, "miner of pytorch_metric_learning or pml_drsl: its name, or {name: CLASS, ARGUMENT: VALUE}"
-        ),
-        f"loss.{section}.reducer": Key(
-            {}, f"reducer, which turns the errors into one number, described like a miner; {{}}: the reducer of {name}"
-        ),
-        f"loss.{section}.distance": Key(
-            {}, f"distance between features, described like a miner; {{}}: the distance of {name}"
-        ),
-        f"loss.{section}.memory_size": Key(
-            0, "number of features of past batches to compare with (cross-batch memory), for losses that can"
-        ),
-        f"loss.{section}.memory_start_epoch": Key(
-            -1, "epochs at the start without the memory; -1: as many as train.warmup_epoch, and at least one"
-        ),
-        f"loss.{section}.weight_m": Key(1.0, f"weight of {name}"),
-        f"loss.{section}.weight_x": Key(1.0, "weight of the identity cross-entropy"),
+    keys = {
+        "miner": Key({}, "miner of pytorch_metric_learning or pml_drsl: its name, or {name: CLASS, ARGUMENT: VALUE}"),
+        "reducer": Key({},
+            f"reducer, which turns the errors into one number, described like a miner; {{}}: the reducer of {name}"),
+        "distance": Key({}, f"distance between features, described like a miner; {{}}: the distance of {name}"),
+        "memory_size": Key(0,
+            "number of features of past batches to compare with (cross-batch memory), for losses that can"),
+        "memory_start_epoch": Key(-1,
+            "epochs at the start without the memory; -1: as many as train.warmup_epoch, and at least one"),
+        "weight_m": Key(1.0, f"weight of {name}"),
+        "weight_x": Key(1.0, "weight of the identity cross-entropy"),
     }
+    return {f"loss.{section}.{argument}": key for argument, key in keys.items()}
 
 
 # Keys of torchreid's own default_config.py, with its defaults.
@@ -50,31 +46,24 @@ TORCHREID: dict[str, Key] = {
     "model.pretrained": Key(True, "load ImageNet weights (needs a network connection the first time)"),
     "model.load_weights": _free("", "file of weights to start from; layers that do not fit are listed and left out"),
     "model.resume": _free(
-        "", "checkpoint to resume training from; auto: the newest in data.save_dir, if there is one", scores=False
-    ),
+        "", "checkpoint to resume training from; auto: the newest in data.save_dir, if there is one", scores=False),
     # data
     "data.type": _fixed("image", "image or video", choices=("image", "video")),
     "data.root": Key("reid-data", "folder that holds the data sets (also --root)", scores=False),
     "data.sources": _fixed(["market1501"], "data sets to train on (also -s)"),
     "data.targets": Key(["market1501"], "data sets to test on (also -t)"),
-    "data.workers": Key(
-        4,
-        "loading processes of each training process, at most one for each core; -1: one for each core",
-        least=-1,
-        scores=False,
-    ),
+    "data.workers": Key(4,
+        "loading processes of each training process, at most one for each core; -1: one for each core", least=-1,
+        scores=False),
     "data.split_id": _fixed(0, "split, for data sets that have several", least=0),
     "data.height": Key(256, "image height in pixels", least=1, features=True),
     "data.width": Key(128, "image width in pixels", least=1, features=True),
     "data.combineall": _fixed(False, "train on train, query and gallery together"),
-    "data.transforms": Key(
-        ["random_flip"],
+    "data.transforms": Key(["random_flip"],
         "augmentations (also --transforms): random_flip, random_crop, random_patch, color_jitter, random_erase",
-        may_be_empty=True,
-    ),
+        may_be_empty=True),
     "data.k_tfm": Key(
-        1, "augmented views of each image, all in one batch, which has as many times more images", least=1
-    ),
+        1, "augmented views of each image, all in one batch, which has as many times more images", least=1),
     "data.norm_mean": Key([0.485, 0.456, 0.406], "mean of each channel", features=True),
     "data.norm_std": Key([0.229, 0.224, 0.225], "standard deviation of each channel", features=True),
     "data.load_train_targets": Key(False, "also load the training images of the targets"),
@@ -83,41 +72,33 @@ TORCHREID: dict[str, Key] = {
     "cuhk03.labeled_images": _fixed(False, "use the labeled images, not the detected ones"),
     "cuhk03.classic_split": _fixed(False, "use the split of Li et al., CVPR 2014"),
     # sampler
-    "sampler.train_sampler": Key(
-        "RandomSampler",
+    "sampler.train_sampler": Key("RandomSampler",
         "RandomIdentitySampler or MPerClassSampler (for ranking losses), RandomSampler, SequentialSampler, "
         "RandomDomainSampler or RandomDatasetSampler",
-        choices=tuple(dict.fromkeys([*SAMPLERS, *torchreid.data.sampler.AVAI_SAMPLERS])),
-    ),
+        choices=tuple(dict.fromkeys([*SAMPLERS, *torchreid.data.sampler.AVAI_SAMPLERS]))),
     "sampler.train_sampler_t": Key(
-        "RandomSampler", "sampler of the targets' training images", choices=tuple(torchreid.data.sampler.AVAI_SAMPLERS)
-    ),
+        "RandomSampler", "sampler of the targets' training images",
+        choices=tuple(torchreid.data.sampler.AVAI_SAMPLERS)),
     "sampler.num_instances": Key(
-        4, "images of an identity in a batch, for RandomIdentitySampler and MPerClassSampler", least=1
-    ),
+        4, "images of an identity in a batch, for RandomIdentitySampler and MPerClassSampler", least=1),
     "sampler.num_cams": Key(1, "cameras in a batch, for RandomDomainSampler", least=1),
     "sampler.num_datasets": Key(1, "data sets in a batch, for RandomDatasetSampler", least=1),
     # video
     "video.seq_len": Key(15, "images sampled of a tracklet", least=1),
     "video.sample_method": Key("evenly", "evenly, random or all", choices=("evenly", "random", "all")),
     "video.pooling_method": Key(
-        "avg", "avg or max: how the features of a tracklet's images become one feature", choices=("avg", "max")
-    ),
+        "avg", "avg or max: how the features of a tracklet's images become one feature", choices=("avg", "max")),
     # training
     "train.optim": _fixed(
-        "adam", "adam, amsgrad, sgd, rmsprop or radam", choices=("adam", "amsgrad", "sgd", "rmsprop", "radam")
-    ),
+        "adam", "adam, amsgrad, sgd, rmsprop or radam", choices=("adam", "amsgrad", "sgd", "rmsprop", "radam")),
     "train.lr": _kept(0.0003, "learning rate"),
     "train.weight_decay": _kept(5e-4, "weight decay"),
     "train.batch_size": Key(32, "images (or tracklets) in a batch, of all processes together", least=1),
     "train.staged_lr": _kept(False, "give layers other than new_layers a smaller learning rate"),
     "train.new_layers": _kept(["classifier"], "layers that keep the full learning rate with staged_lr"),
     "train.base_lr_mult": _kept(0.1, "factor on the learning rate of the other layers with staged_lr"),
-    "train.lr_scheduler": _fixed(
-        "single_step",
-        "single_step, multi_step, cosine or none",
-        choices=("single_step", "multi_step", "cosine", "none"),
-    ),
+    "train.lr_scheduler": _fixed("single_step", "single_step, multi_step, cosine or none",
+        choices=("single_step", "multi_step", "cosine", "none")),
     "train.stepsize": _kept([20], "epochs at which the learning rate falls", least=1),
     "train.gamma": _kept(0.1, "factor by which it falls"),
     "train.seed": _kept(1, "seed of every random number generator"),
@@ -138,36 +119,27 @@ TORCHREID: dict[str, Key] = {
 }
 
 OURS: dict[str, Key] = {
-    "model.bnneck": _fixed(
-        False,
+    "model.bnneck": _fixed(False,
         "batch normalisation neck: metric loss before it, cross-entropy and retrieval after it (Luo et al., TMM 2019)",
-        features=True,
-    ),
+        features=True),
     "model.last_stride": _fixed(
-        2, "stride of the last stage, for networks with a layer4; 1 keeps its resolution", choices=(1, 2), features=True
-    ),
-    "data.validation": _fixed(
-        0.0,
+        2, "stride of the last stage, for networks with a layer4; 1 keeps its resolution", choices=(1, 2),
+        features=True),
+    "data.validation": _fixed(0.0,
         "share of the training identities, in (0, 1), that is taken out of training and tested on instead of the "
-        "targets; 0: none",
-    ),
+        "targets; 0: none"),
     "data.validation_seed": _fixed(0, "seed of the draw of the validation identities", least=0),
     "data.identities": _fixed(
-        0, "number of training identities to draw before the validation identities; 0: all", least=0
-    ),
+        0, "number of training identities to draw before the validation identities; 0: all", least=0),
     "data.allow_overlap": Key(False, "allow images that are in two sources, or both in training and in the test"),
     "datasets": Key({}, "data sets of your own, by name: see torchreid_ext.data.datasets.register_datasets"),
     "train.warmup_epoch": _fixed(
-        0, "epochs at the start over which the learning rate rises linearly to its full value", least=0
-    ),
+        0, "epochs at the start over which the learning rate rises linearly to its full value", least=0),
     "train.sync_batchnorm": Key(False, "several GPUs: batch normalisation over the whole batch, not over each share"),
     "train.timeout": _free(
-        1800, "seconds after which a process that waits for another process gives up", least=1, scores=False
-    ),
-    "loss.cross_camera": Key(
-        False,
-        "drsl and pml: leave pairs of one identity and one camera out of positives and negatives, as evaluation does",
-    ),
+        1800, "seconds after which a process that waits for another process gives up", least=1, scores=False),
+    "loss.cross_camera": Key(False,
+        "drsl and pml: leave pairs of one identity and one camera out of positives and negatives, as evaluation does"),
     **_metric_loss("drsl", "DRSL"),
     "loss.pml.loss": _fixed("TripletMarginLoss", "class of pytorch_metric_learning.losses, or package.module.Class"),
     "loss.pml.kwargs": Key({}, "arguments of the loss; num_classes and embedding_size are filled in"),
@@ -177,20 +149,20 @@ OURS: dict[str, Key] = {
 }
 
 
-def keys_of_arguments(section: str, kind: type) -> dict[str, Key]:
-    """A config key ``SECTION.ARGUMENT`` for each argument of a class that is a number, a bool or a string.
+# fmt: on
 
-    The default is the argument's. The explanation is the first sentence about it in the docstring's ``Args``.
-    """
+
+def keys_of_arguments(section: str, kind: type) -> dict[str, Key]:
+    """A config key ``SECTION.ARGUMENT`` for each argument of a class that is a number, a bool or a string. The default
+    is the argument's. The explanation is the first sentence about it in the docstring's ``Args``."""
     hints = typing.get_type_hints(kind.__init__)  # type: ignore[misc]
     explained = _explained(inspect.getdoc(kind) or "")
     keys = {}
     for name, parameter in inspect.signature(kind).parameters.items():
         types_of = {*(typing.get_args(hints.get(name)) or [hints.get(name)])}
-        optional = types.NoneType in types_of
         scalars = types_of - {types.NoneType}
         if parameter.default is not parameter.empty and len(scalars) == 1 and scalars <= {bool, int, float, str}:
-            scalar = scalars.pop() if optional else None
+            scalar = scalars.pop() if types.NoneType in types_of else None
             keys[f"{section}.{name}"] = Key(parameter.default, explained.get(name, ""), kind=scalar, name=name)
     return keys
 

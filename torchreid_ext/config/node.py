@@ -33,12 +33,8 @@ class Config(CfgNode):
     """
 
     def merge_from_file(self, cfg_filename: str | Path) -> None:
-        """Merges a YAML file.
-
-        Raises:
-            InputError: for a file that is missing or is not a YAML mapping, a key that stands twice in a section, base
-                files in a circle, an unknown key, or a wrong type of value.
-        """
+        """Merges a YAML file. Raises InputError for a file that is missing or is not a YAML mapping, a key that stands
+        twice in a section, base files in a circle, an unknown key, or a wrong type of value."""
         self._merge_file(Path(cfg_filename), [])
 
     def _merge_file(self, path: Path, above: list[Path]) -> None:
@@ -54,12 +50,8 @@ class Config(CfgNode):
 
     def merge_from_list(self, cfg_list: list[Any]) -> None:
         """Merges ``[key, value, key, value, ...]``. A value is an object, or a string in the syntax of Python or YAML.
-
-        A lone ``--`` is ignored: with many commands it separates the options from the other words.
-
-        Raises:
-            InputError: for an odd number of words, an unknown key, or a wrong type of value.
-        """
+        A lone ``--`` is ignored: with many commands it separates the options from the other words. Raises InputError
+        for an odd number of words, an unknown key, or a wrong type of value."""
         words = [word for word in cfg_list if word != "--"]
         if len(words) % 2:
             raise InputError(f"options come as KEY VALUE pairs, got {len(words)} words: {' '.join(map(str, words))}")
@@ -183,11 +175,9 @@ def _options(key: str, value: Any, known: Config, source: str) -> Config:
 
 
 def _converted(key: str, value: Any, source: str) -> Any:
-    """``value`` as the type of a config key, where its meaning is plain.
-
-    A whole number becomes a string where a string is wanted, ``"1e-3"`` a number, ``60.0`` a whole number, and a
-    single value a list. The entries of a list become the type of the entries of its default.
-    """
+    """``value`` as the type of a config key, where its meaning is plain. A whole number becomes a string where a string
+    is wanted, ``"1e-3"`` a number, ``60.0`` a whole number, and a single value a list. The entries of a list become the
+    type of the entries of its default."""
     entry = KEYS[key]
     default = entry.default
     if value is None and entry.kind is not None:

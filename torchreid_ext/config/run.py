@@ -32,11 +32,8 @@ from torchreid_ext.runtime import distributed, files, generators
 
 
 def prepare(cfg: Config) -> Any:
-    """Seeds the generators, and builds the engine of a configuration with all that it needs.
-
-    Raises:
-        InputError: for a value that cannot be used, or missing data.
-    """
+    """Seeds the generators, and builds the engine of a configuration with all that it needs. Raises InputError for a
+    value that cannot be used, or missing data."""
     if cfg.test.evaluate and not (cfg.model.resume or cfg.model.load_weights):
         raise InputError(
             "test.evaluate True tests a trained network, and there is none: give its checkpoint with model.resume FILE "
@@ -61,14 +58,8 @@ def prepare(cfg: Config) -> Any:
 
 
 def train(cfg: Config) -> tuple[Any, dict[str, RetrievalResult]]:
-    """Trains and tests as configured, from the checkpoint of ``model.resume``, if there is one.
-
-    Returns:
-        The engine, and the results of the last test by target.
-
-    Raises:
-        InputError: as ``prepare``, and for a checkpoint that does not fit.
-    """
+    """Trains and tests as configured, from the checkpoint of ``model.resume``, if there is one. Returns the engine, and
+    the results of the last test by target. Raises InputError as ``prepare``, and for a checkpoint that does not fit."""
     print(f"Configuration\n{cfg}\n")
     since = first_start(Path(cfg.data.save_dir))
     engine = prepare(cfg)
@@ -92,8 +83,8 @@ def train(cfg: Config) -> tuple[Any, dict[str, RetrievalResult]]:
     columns["trained"] = engine.run(**options.arguments() | {"start_epoch": start_epoch})
     if len(columns) > 1 and columns["trained"]:
         ranking.print_side_by_side(columns, cfg.test.ranks)
-    parts = {"checkpoints": "model/*.pth.tar*", "TensorBoard log": "events.*", "metrics.json": "metrics.json"}
     folder = Path(cfg.data.save_dir)
+    parts = {"checkpoints": "model/*.pth.tar*", "TensorBoard log": "events.*", "metrics.json": "metrics.json"}
     written = [name for name, pattern in parts.items() if any(folder.glob(pattern))]
     print(f'Written to "{folder}": {", ".join(written)}')
     return engine, columns["trained"]
@@ -147,13 +138,9 @@ class _EnoughError(Exception):
 
 
 def dry_run(cfg: Config) -> None:
-    """Prints the data sets and the size of the network, draws a batch and estimates the time of an epoch.
-
-    torchreid prints the data sets. The batch is written to ``batch.png`` in ``data.save_dir``; nothing else is kept.
-
-    Raises:
-        InputError: for whatever a run would refuse.
-    """
+    """Prints the data sets and the size of the network, draws a batch and estimates the time of an epoch. torchreid
+    prints the data sets. The batch is written to ``batch.png`` in ``data.save_dir``; nothing else is kept. Raises
+    InputError for whatever a run would refuse."""
     engine = prepare(cfg)
     steps = steps_per_epoch(engine.datamanager)
     batches, times = _try(cfg, engine, min(STEPS, steps))
@@ -187,10 +174,7 @@ def _try(cfg: Config, engine: Any, steps: int) -> tuple[list[Any], list[float]]:
         return summary
 
     engine.forward_backward = watched
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.suppress(_EnoughError),
-    ):
+    save_dir = tempfile.TemporaryDirectory()
+    with save_dir as folder, contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(_EnoughError):
         engine.run(**run_options(cfg).arguments() | {"save_dir": folder, "start_epoch": 0, "max_epoch": 1})
     return batches, [end - start for start, end in itertools.pairwise(moments)]

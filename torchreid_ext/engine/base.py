@@ -125,8 +125,8 @@ class BaseEngine(Tester, TrainingStep):
         self._layers = {self.model: Layers(self.model)}
         if chosen.fixbase_epoch > 0:
             self._layers[self.model].check(_names(chosen.open_layers))
-        folder, resumed_from = self._folder(chosen.save_dir), self._resumed_from
-        self._checkpoints = RunCheckpoints(self, folder, chosen.keep_checkpoints, resumed_from)
+        folder = self._folder(chosen.save_dir)
+        self._checkpoints = RunCheckpoints(self, folder, chosen.keep_checkpoints, self._resumed_from)
         self.stepper = Stepper(chosen.amp, chosen.compiled, self.device.type, chosen.chunk_size)
         if chosen.start_epoch < chosen.max_epoch:
             check_batch_norm(self.model, self.images_in_batches(), chosen.chunk_size)
@@ -185,8 +185,7 @@ class BaseEngine(Tester, TrainingStep):
         for index, data in enumerate(log.batches(self.train_loader)):
             self.batch_idx, skipped = index, self.skipped
             steps += 1
-            # All processes must stop after the same batch, or some would wait for ever. A signal that comes later is
-            # noticed after the next batch.
+            # All processes must stop after the same batch, or some would wait for ever.
             summary, signum = distributed.agreed(self.forward_backward(data), self.stop.signum)
             if self.skipped == skipped:
                 log.add(index, summary, self.get_current_lr())
@@ -212,12 +211,11 @@ class BaseEngine(Tester, TrainingStep):
     ) -> None:
         """Trains all layers, or only ``open_layers`` in the first epochs; layers that the user froze stay frozen."""
         model = self.model if model is None else model
-        layers = self._layers.setdefault(model, Layers(model))
+        names = None
         if epoch < fixbase_epoch and open_layers is not None:
             print(f"* Only train {open_layers} (epoch: {epoch + 1}/{fixbase_epoch})")
-            layers.open(_names(open_layers))
-        else:
-            layers.open()
+            names = _names(open_layers)
+        self._layers.setdefault(model, Layers(model)).open(names)
 
     def save_model(self, epoch: int, rank1: float, save_dir: str, is_best: bool = False) -> None:
         """Writes ``save_dir/model/model.pth.tar-EPOCH``, where EPOCH is counted from 1, as torchreid does."""
@@ -228,14 +226,13 @@ class BaseEngine(Tester, TrainingStep):
     def resume(self, path: str, save_dir: str = "log", since: float = 0, test_only: bool = False) -> int:
         """Loads a checkpoint; returns its epoch, which is the ``start_epoch`` for ``run``.
 
+        Raises InputError if there is nothing to load, if the checkpoint does not fit, or if ``config`` differs from the
+        checkpoint's in a key that cannot change.
+
         Args:
             path: a checkpoint of this package or of torchreid, or ``"auto"`` for the newest checkpoint in ``save_dir``
                 that can be read and was written at the time ``since`` or later, in seconds since 1970.
             test_only: accept a checkpoint that another number of processes trained.
-
-        Raises:
-            InputError: if there is nothing to load, if the checkpoint does not fit, or if ``config`` differs from the
-                checkpoint's in a key that cannot change.
         """
         folder = self._folder(save_dir)
         found = distributed.from_first(

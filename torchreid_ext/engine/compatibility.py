@@ -15,14 +15,9 @@ from torchreid_ext.runtime import distributed
 
 
 def check_criterion(criterion: Any, optimizer: Optimizer, miner: nn.Module | None, cross_camera: bool) -> None:
-    """Refuses a criterion, or a loss inside it, that an engine could not train with, or would not train.
-
-    The optimizer must have all weights of the criterion. With ``cross_camera`` pairs of one identity and one camera are
-    left out.
-
-    Raises:
-        InputError: naming the loss, the reason and the fix.
-    """
+    """Refuses a criterion, or a loss inside it, that an engine could not train with, or would not train. The optimizer
+    must have all weights of the criterion. With ``cross_camera`` pairs of one identity and one camera are left out.
+    Raises InputError, naming the loss, the reason and the fix."""
     if not isinstance(criterion, nn.Module):
         raise InputError(f"criterion must be a loss of pytorch_metric_learning, got {criterion!r}")
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -53,19 +48,15 @@ def check_criterion(criterion: Any, optimizer: Optimizer, miner: nn.Module | Non
     if any(_parts(loss, losses.CrossBatchMemory) for loss in mined):
         raise InputError(
             "a miner gives indices of images of the batch, and the CrossBatchMemory reads them as indices of its "
-            "memory: give the miner to the memory, CrossBatchMemory(..., miner=...), and no miner to the engine or "
-            "to MultipleLosses"
+            "memory: give the miner to the memory, CrossBatchMemory(..., miner=...), and no miner to the engine or to "
+            "MultipleLosses"
         )
 
 
 def check_returns_features(model: nn.Module) -> None:
-    """Refuses a network of torchreid's zoo that was built for another loss.
-
-    Such a network returns logits alone. With two heads it returns two logits, which look like logits and features.
-
-    Raises:
-        InputError: saying how to build the network.
-    """
+    """Refuses a network of torchreid's zoo that was built for another loss. Such a network returns logits alone. With
+    two heads it returns two logits, which look like logits and features. Raises InputError, saying how to build the
+    network."""
     built_for = getattr(distributed.unwrapped(model), "loss", "triplet")
     if built_for != "triplet":
         raise InputError(
@@ -76,12 +67,8 @@ def check_returns_features(model: nn.Module) -> None:
 
 def check_batch_norm(model: nn.Module, batches: Iterable[int], chunk_size: int) -> None:
     """Refuses batches and chunks of a single image for a network with batch normalisation, before training starts.
-
-    ``batches`` are the numbers of images that a process may have in a batch; ``chunk_size`` is 0 for no chunks.
-
-    Raises:
-        InputError: naming the numbers and the fix.
-    """
+    ``batches`` are the numbers of images that a process may have in a batch; ``chunk_size`` is 0 for no chunks. Raises
+    InputError, naming the numbers and the fix."""
     # SyncBatchNorm sees the images of all processes.
     alone = [nn.modules.batchnorm._BatchNorm] if distributed.size() == 1 else [nn.BatchNorm1d, nn.BatchNorm2d]
     if not any(isinstance(module, tuple(alone)) for module in model.modules()):
@@ -99,10 +86,8 @@ def check_batch_norm(model: nn.Module, batches: Iterable[int], chunk_size: int) 
 
 
 def loss_that_compares_images(criterion: nn.Module) -> str | None:
-    """The name of a loss in the criterion that compares the images of a batch with each other; None if there is none.
-
-    A loss with weights (ArcFace, proxies) compares the images with its weights instead.
-    """
+    """The name of a loss in the criterion that compares the images of a batch with each other; None if there is none. A
+    loss with weights (ArcFace, proxies) compares the images with its weights instead."""
     parts = _parts(criterion, losses.BaseMetricLossFunction) or [criterion]
     return next((type(loss).__name__ for loss in parts if not any(p.requires_grad for p in loss.parameters())), None)
 

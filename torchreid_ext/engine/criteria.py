@@ -65,9 +65,7 @@ TABLES: dict[str, dict[str, type]] = {
 
 def parameters(kind: type) -> dict[str, inspect.Parameter]:
     """The named arguments of a class, including the arguments that it passes to its base class as ``**kwargs``.
-
-    Required arguments of an abstract base class are left out, because its subclasses give them.
-    """
+    Required arguments of an abstract base class are left out, because its subclasses give them."""
     found: dict[str, inspect.Parameter] = {}
     for part in kind.__mro__:
         if "__init__" not in vars(part):
@@ -95,15 +93,14 @@ def build(
 ) -> Any:
     """Builds the object that ``{"name": CLASS, ARGUMENT: VALUE, ...}`` describes, as are values at any depth.
 
+    Raises InputError for an unknown name (the message gives the nearest name), for a dotted path without a class, for
+    an unknown or missing argument (the message gives the signature), or for a value that the class refuses.
+
     Args:
         key: config key, for messages.
         spec: the description.
         table: the known classes by name.
         from_the_data: values of required arguments, used if the description has none.
-
-    Raises:
-        InputError: for an unknown name (the message gives the nearest name), for a dotted path without a class, for an
-            unknown or missing argument (the message gives the signature), or for a value that the class refuses.
     """
     arguments = dict(spec)
     name = arguments.pop("name", None)
@@ -147,8 +144,7 @@ def _objects(key: str, value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
     if "name" in value:
-        every = {name: kind for table in TABLES.values() for name, kind in table.items()}
-        return build(key, value, every)
+        return build(key, value, {name: kind for table in TABLES.values() for name, kind in table.items()})
     return {name: _objects(f"{key}.{name}", part) for name, part in value.items()}
 
 
@@ -157,25 +153,18 @@ class PerFeature(nn.ModuleList):
 
 
 def build_criterion(
-    key: str,
-    section: Mapping[str, Any],
-    loss: Mapping[str, Any],
-    num_classes: int,
-    sizes: Sequence[int],
+    key: str, section: Mapping[str, Any], loss: Mapping[str, Any], num_classes: int, sizes: Sequence[int],
     memory_warmup: int = 0,
-) -> nn.Module:
-    """Builds the metric loss of a config's section, with its distance, its reducer and its memory.
+) -> nn.Module:  # fmt: skip
+    """Builds the metric loss of a config's section, with its distance, its reducer and its memory. Raises InputError as
+    ``build``, for a ``memory_size`` below 0, or for a loss that does not support a memory.
 
     Args:
         key: the section's name, for messages.
         section: ``distance``, ``reducer``, ``miner`` and ``memory_size``.
         loss: description of the loss, for ``build``.
-        num_classes: number of training identities.
-        sizes: dimensions of each of the network's features.
+        num_classes, sizes: number of training identities, and dimensions of each of the network's features.
         memory_warmup: number of training steps before the memory starts.
-
-    Raises:
-        InputError: as ``build``, for a ``memory_size`` below 0, or for a loss that does not support a memory.
     """
     memory_size = section["memory_size"]
     if memory_size < 0:
@@ -188,9 +177,8 @@ def build_criterion(
     for size in sizes:
         # P2SGradLoss calls its embedding size descriptors_dim.
         from_the_data = {"num_classes": num_classes, "embedding_size": size, "descriptors_dim": size}
-        criterion = build(
-            f"{key}.loss" if "loss" in section else key, {**described, **loss}, TABLES["loss"], from_the_data
-        )
+        described_loss = {**described, **loss}
+        criterion = build(f"{key}.loss" if "loss" in section else key, described_loss, TABLES["loss"], from_the_data)
         if memory_size:
             supported = CrossBatchMemory.supported_losses()
             if type(criterion).__name__ not in supported:
@@ -210,9 +198,7 @@ def memory_warmup(key: str, section: Mapping[str, Any], warmup_epoch: int, steps
 
     ``memory_start_epoch`` of the section is the number of epochs without the memory. -1 stands for the ``warmup_epoch``
     epochs in which the learning rate rises, and for at least one epoch. The number of steps in an epoch may be None.
-
-    Raises:
-        InputError: for a ``memory_start_epoch`` below -1, or if the steps of an epoch are needed and not known.
+    Raises InputError for a ``memory_start_epoch`` below -1, or if the steps of an epoch are needed and not known.
     """
     start = section["memory_start_epoch"]
     if start < -1:
@@ -235,15 +221,12 @@ def build_miner(key: str, section: Mapping[str, Any]) -> Any:
 
 
 def cross_camera_pairs(pids: Tensor, camids: Tensor, mined: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
-    """The pairs of a batch, without the pairs of one identity and one camera; all negatives stay.
+    """The pairs (a1, p, a2, n) of a batch, without the pairs of one identity and one camera; all negatives stay. They
+    are triplets if the miner chose triplets.
 
     Args:
-        pids: identities, shape (N,), integer.
-        camids: cameras, shape (N,), integer.
+        pids, camids: identities and cameras, shape (N,), integer.
         mined: the choice of a miner, pairs (a1, p, a2, n) or triplets (a, p, n) of indices below N; None for all pairs.
-
-    Returns:
-        Pairs (a1, p, a2, n), or triplets if the miner chose triplets.
     """
     if mined is None:
         same = pids[:, None] == pids

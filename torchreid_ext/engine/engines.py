@@ -28,9 +28,11 @@ class ImagePMLEngine(BaseEngine):
     In a run of several processes, each process has its share of the batch. The criterion and the miner see the whole
     batch.
 
-    A model that returns several features or logits in training (``pcb_p6``, ``hacnn``) is trained on the mean of
-    their losses. The log shows ``loss_m``, ``loss_x``, ``acc`` (accuracy of the first logits in percent), and the
-    statistics of a criterion that has ``collect_stats``.
+    A model that returns several features or logits in training (``pcb_p6``, ``hacnn``) is trained on the mean of their
+    losses. The log shows ``loss_m``, ``loss_x``, ``acc`` (accuracy of the first logits in percent), and the statistics
+    of a criterion that has ``collect_stats``. Raises InputError for a weight below 0, for a criterion, miner and
+    optimizer that do not fit together (see ``check_criterion``), or for a model that does not return what the weights
+    need.
 
     Example::
 
@@ -59,26 +61,13 @@ class ImagePMLEngine(BaseEngine):
         use_gpu: evaluate on CUDA if there is a device. Training takes place on the device of the model.
         label_smooth: smooth the labels of the cross-entropy by 0.1.
         cross_camera: leave pairs of one identity and one camera out, as evaluation does; a miner's choice too.
-
-    Raises:
-        InputError: for a weight below 0, for a criterion, miner and optimizer that do not fit together (see
-            ``check_criterion``), or for a model that does not return what the weights need.
     """
 
     def __init__(
-        self,
-        datamanager: Any,
-        model: nn.Module,
-        optimizer: Optimizer,
-        criterion: nn.Module,
-        weight_m: float = 1,
-        weight_x: float = 1,
-        miner: BaseMiner | None = None,
-        scheduler: Any = None,
-        use_gpu: bool = True,
-        label_smooth: bool = True,
-        cross_camera: bool = False,
-    ) -> None:
+        self, datamanager: Any, model: nn.Module, optimizer: Optimizer, criterion: nn.Module,
+        weight_m: float = 1, weight_x: float = 1, miner: BaseMiner | None = None, scheduler: Any = None,
+        use_gpu: bool = True, label_smooth: bool = True, cross_camera: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(datamanager, use_gpu)
         if weight_m < 0 or weight_x < 0 or weight_m + weight_x == 0:
             raise InputError(f"weight_m and weight_x must be 0 or more and not both 0, got {weight_m} and {weight_x}")
@@ -87,8 +76,7 @@ class ImagePMLEngine(BaseEngine):
         check_criterion(criterion, optimizer, miner, cross_camera)
         if weight_m > 0:
             check_returns_features(model)
-            comparing = loss_that_compares_images(criterion)
-            if comparing is not None:
+            if comparing := loss_that_compares_images(criterion):
                 warn_if_positives_are_rare(datamanager.train_loader, comparing)
         self.criterion = criterion
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
@@ -151,10 +139,8 @@ class ImagePMLEngine(BaseEngine):
         if self.miner is None and camids is None:
             return None
         features, pids = gather_batch(features.detach(), pids)
-        mined = None
-        if self.miner is not None:
-            with draws_of_first(pids.device):
-                mined = self.miner(features, pids)
+        with draws_of_first(pids.device):
+            mined = None if self.miner is None else self.miner(features, pids)
         if camids is None:
             return mined
         (camids,) = gather_batch(camids)
@@ -258,13 +244,9 @@ class VideoTripletEngine(Tracklets, TripletStep, torchreid.engine.VideoTripletEn
 
 
 ENGINES: dict[tuple[str, str], Any] = {
-    ("image", "softmax"): ImageSoftmaxEngine,
-    ("video", "softmax"): VideoSoftmaxEngine,
-    ("image", "triplet"): ImageTripletEngine,
-    ("video", "triplet"): VideoTripletEngine,
-    ("image", "drsl"): ImageDRSLEngine,
-    ("video", "drsl"): VideoDRSLEngine,
-    ("image", "pml"): ImagePMLEngine,
-    ("video", "pml"): VideoPMLEngine,
-}
+    ("image", "softmax"): ImageSoftmaxEngine, ("video", "softmax"): VideoSoftmaxEngine,
+    ("image", "triplet"): ImageTripletEngine, ("video", "triplet"): VideoTripletEngine,
+    ("image", "drsl"): ImageDRSLEngine, ("video", "drsl"): VideoDRSLEngine,
+    ("image", "pml"): ImagePMLEngine, ("video", "pml"): VideoPMLEngine,
+}  # fmt: skip
 """The engines by ``data.type`` and ``loss.name``."""

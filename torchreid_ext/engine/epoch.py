@@ -27,12 +27,10 @@ class Layers:
 
     def check(self, names: Iterable[str]) -> None:
         """Raises InputError if one of the names is not the name of a child."""
-        unknown = [name for name in names if name not in self._children]
+        unknown = ", ".join(name for name in names if name not in self._children)
         if unknown:
-            raise InputError(
-                f"train.open_layers: the model has no layer {', '.join(unknown)}; its layers are "
-                f"{', '.join(self._children)}"
-            )
+            known = ", ".join(self._children)
+            raise InputError(f"train.open_layers: the model has no layer {unknown}; its layers are {known}")
 
     def open(self, names: Iterable[str] | None = None) -> None:
         """Lets only the named children train, or all; the others get no gradients and are in evaluation mode."""
@@ -45,12 +43,8 @@ class Layers:
 
 def warmed_up(optimizer: Optimizer, scheduler: Any, epochs: int) -> Any:
     """Adds a linear warm-up to a scheduler: the learning rate is multiplied by 1/N, 2/N, ..., 1 in the first N epochs.
-
-    The scheduler is None for a constant learning rate; 0 and 1 epochs change nothing.
-
-    Raises:
-        InputError: for a negative number of epochs.
-    """
+    The scheduler is None for a constant learning rate; 0 and 1 epochs change nothing. Raises InputError for a negative
+    number of epochs."""
     if epochs < 0:
         raise InputError(f"train.warmup_epoch must be 0 (no warm-up) or more, got {epochs}")
     if epochs < 2:
@@ -95,8 +89,7 @@ class EpochLog:
         self.meters.update(summary)
         if self.writer is not None:
             step = self.epoch * self.num_batches + batch_index
-            values = {**summary, "lr": lr, "time": self.time.val, "data": self.data.val}
-            for name, value in values.items():
+            for name, value in {**summary, "lr": lr, "time": self.time.val, "data": self.data.val}.items():
                 self.writer.add_scalar(f"Train/{name}", value, step)
         if (batch_index + 1) % self.print_freq == 0:
             self._print(lr)
@@ -107,11 +100,7 @@ class EpochLog:
             self._print(lr)
 
     def _print(self, lr: float) -> None:
-        self._printed = self._taken
-        with tqdm.external_write_mode():
-            print(self._line(self._taken, lr), flush=True)
-
-    def _line(self, done: int, lr: float) -> str:
+        done = self._printed = self._taken
         left = self.num_batches - done + (self.max_epoch - self.epoch - 1) * self.num_batches
         parts = [
             f"epoch: [{self.epoch + 1}/{self.max_epoch}][{done}/{self.num_batches}]",
@@ -121,4 +110,5 @@ class EpochLog:
             str(self.meters),
             f"lr {lr:.6f}",
         ]
-        return "\t".join(parts)
+        with tqdm.external_write_mode():
+            print("\t".join(parts), flush=True)

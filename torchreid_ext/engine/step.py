@@ -69,10 +69,8 @@ class TrainingStep(torchreid.engine.Engine):
 
     def as_images(self, given: Any) -> Tensor:
         """The images (N, C, H, W) of a batch; of torchreid's list of k augmented views of each, all views (k * N, ...).
-
-        The views of an image stay together. The batches of all processes, one after the other, then have the order that
-        the batch of one process has, which matters to a cross-batch memory.
-        """
+        The views of an image stay together, so that several processes have the order of one, which a memory depends
+        on."""
         return given if isinstance(given, Tensor) else torch.stack(list(given), dim=1).flatten(0, 1)
 
     def repeated(self, labels: Tensor, given: Any) -> Tensor:
@@ -112,10 +110,7 @@ class TrainingStep(torchreid.engine.Engine):
 
     def step(self, loss: Tensor) -> None:
         """Steps the optimizers of every registered model on a loss; several processes step on the mean of their losses.
-
-        Raises:
-            FloatingPointError: if the loss is not finite, unless ``skip_nonfinite`` is set.
-        """
+        Raises FloatingPointError if the loss is not finite, unless ``skip_nonfinite`` is set."""
         value = distributed.mean(loss)
         if torch.isfinite(value):
             self.stepper.step(loss, [optimizer for optimizer in self._optims.values() if optimizer is not None])
@@ -141,12 +136,8 @@ class TrainingStep(torchreid.engine.Engine):
 
 class Tracklets:
     """Mixed into an engine: trains on the frames of tracklets and tests on their features, pooled by a method.
-
-    torchreid's video engines do the same, but take no tracklets of different lengths in a batch.
-
-    Raises:
-        InputError: for another ``pooling_method`` than ``"avg"`` and ``"max"``.
-    """
+    torchreid's video engines do the same, but take no tracklets of different lengths in a batch. Raises InputError for
+    another ``pooling_method`` than ``"avg"`` and ``"max"``."""
 
     model: Any
     train_loader: Any
@@ -163,9 +154,8 @@ class Tracklets:
 
     def images_in_batches(self) -> set[int]:
         dataset = self.train_loader.dataset
-        if dataset.sample_method == "all":
-            return set()
-        return {number * dataset.seq_len for number in super().images_in_batches()}  # type: ignore[misc]
+        numbers = set() if dataset.sample_method == "all" else super().images_in_batches()  # type: ignore[misc]
+        return {number * dataset.seq_len for number in numbers}
 
     def as_images(self, given: Tensor) -> Tensor:
         return _frames(given)[0]
@@ -201,15 +191,13 @@ def collate_tracklets(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
 class Stepper:
     """Runs the network in the precision of ``amp``, and steps the optimizers, in every process of a run alike.
 
-    The network's outputs leave it in float32 (float64 stays), so that the loss is never in half precision. The
-    network, and every parameter of the optimizers besides, gets the mean of the processes' gradients.
+    The network's outputs leave it in float32 (float64 stays), so that the loss is never in half precision. The network,
+    and every parameter of the optimizers besides, gets the mean of the processes' gradients. Raises InputError for
+    another ``amp``.
 
     Args:
         amp, compiled, chunk_size: see ``RunOptions``; ``pml_drsl.LargeBatch`` explains the chunks.
         device_type: of the network, ``"cpu"`` or ``"cuda"``.
-
-    Raises:
-        InputError: for another ``amp``.
     """
 
     def __init__(self, amp: str = "off", compiled: bool = False, device_type: str = "cpu", chunk_size: int = 0) -> None:

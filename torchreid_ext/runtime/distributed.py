@@ -77,11 +77,9 @@ def joined(use_gpu: bool = True, timeout: int = 1800) -> Iterator[None]:
 
 
 def _place(timeout: datetime.timedelta) -> dict[str, Any]:
-    """The store where the processes find each other, and the rank of this process.
-
-    torchrun may keep one store for all starts of a run, with the addresses of processes that died. Therefore each start
-    gets a prefix of its own there. Several machines could not agree on it, because each counts its own starts.
-    """
+    """The store where the processes find each other, and the rank of this process. torchrun may keep one store for all
+    starts of a run, with the addresses of processes that died. Therefore each start gets a prefix of its own there.
+    Several machines could not agree on it, because each counts its own starts."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
     if int(os.environ.get("GROUP_WORLD_SIZE", 1)) == 1:
@@ -138,17 +136,12 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) if launched() else 0
 
 
-def _gathered(value: T) -> list[T]:
+def gathered(value: T) -> list[T]:
     """What each process gave."""
     values: list[Any] = [value] * size()
     if size() > 1:
         dist.all_gather_object(values, value)
     return values
-
-
-def largest(number: int) -> int:
-    """The largest number that any process gave."""
-    return max(_gathered(number))
 
 
 def check_share(batch_size: int, num_instances: int = 1) -> None:
@@ -195,11 +188,8 @@ def from_first(function: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def one_first() -> Iterator[None]:
-    """Context: one process of each machine runs the block before the others, which then find what it downloaded.
-
-    Raises:
-        ConnectionError: on a process that did not fail, if the block raised an error on such a first process.
-    """
+    """Context: one process of each machine runs the block before the others, which then find what it downloaded. Raises
+    ConnectionError on a process that did not fail, if the block raised an error on such a first process."""
     leads = int(os.environ.get("LOCAL_RANK", 0)) == 0
     failed: BaseException | None = None
     if leads:
@@ -207,7 +197,7 @@ def one_first() -> Iterator[None]:
             yield
         except BaseException as error:
             failed = error
-    told = _gathered(failed and repr(failed))
+    told = gathered(failed and repr(failed))
     if failed:
         raise failed
     for number, why in enumerate(told):
@@ -224,18 +214,20 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def mean(value: Tensor) -> Tensor:
     """The mean of a scalar over the processes, without gradient. One value that is not finite makes the mean so."""
-    if size() == 1:
-        return value.detach()
-    total = value.detach().clone()
-    dist.all_reduce(total)
-    return total / size()
+    return _averaged(value.detach().clone())
+
+
+def _averaged(tensor: Tensor) -> Tensor:
+    """The tensor, whose values are replaced by their means over the processes."""
+    if size() > 1:
+        dist.all_reduce(tensor)
+        tensor /= size()
+    return tensor
 
 
 def local_mean_scale(number: int, device: torch.device) -> float:
-    """The factor on a mean over ``number`` samples of this process, or on its gradients.
-
-    With it, the mean over the processes equals the mean over all samples.
-    """
+    """The factor on a mean over ``number`` samples of this process, or on its gradients. With it, the mean over the
+    processes equals the mean over all samples."""
     if size() == 1:
         return 1.0
     total = torch.tensor(number, device=device)
@@ -247,27 +239,25 @@ def agreed(summary: dict[str, float], signum: int | None) -> tuple[dict[str, flo
     """The mean of each value over the processes, which have the same names, and the signal that any received."""
     if size() == 1:
         return summary, signum
-    gathered = _gathered((summary, signum))
-    means = {name: sum(values[name] for values, _ in gathered) / size() for name in summary}
-    return means, max((number for _, number in gathered if number is not None), default=None)
+    all_of_them = gathered((summary, signum))
+    means = {name: sum(values[name] for values, _ in all_of_them) / size() for name in summary}
+    return means, max((number for _, number in all_of_them if number is not None), default=None)
 
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Averages the gradients over the processes, for parameters outside ``DistributedDataParallel``."""
     for parameter in parameters:
-        if size() > 1 and parameter.grad is not None:
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= size()
+        if parameter.grad is not None:
+            _averaged(parameter.grad)
 
 
 @torch.no_grad()
 def average_buffers(model: nn.Module) -> None:
     """Averages the buffers over the processes, such as the statistics of batch normalisation."""
     for buffer in model.buffers():
-        if size() > 1 and buffer.is_floating_point():
-            dist.all_reduce(buffer)
-            buffer /= size()
+        if buffer.is_floating_point():
+            _averaged(buffer)
 
 
 @torch.no_grad()

@@ -28,13 +28,9 @@ _DAY = 24 * 60 * 60
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Context: opens a temporary file, which replaces ``path`` when it is complete and safely on the disk.
-
-    Each writer has a temporary file of its own. Of several writers of one path, the last to finish wins.
-
-    Raises:
-        OSError: if the file cannot be written; ``path`` then keeps its old content.
-    """
+    """Context: opens a temporary file, which replaces ``path`` when it is complete and safely on the disk. Each writer
+    has a temporary file of its own. Of several writers of one path, the last to finish wins. Raises OSError if the file
+    cannot be written; ``path`` then keeps its old content."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
@@ -65,10 +61,8 @@ def link(path: Path, name: str) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes the temporary files that processes of this machine left in a folder when they were killed.
-
-    A file of a process that still runs stays. A file from another machine is removed when it is a day old.
-    """
+    """Removes the temporary files that processes of this machine left in a folder when they were killed. A file of a
+    process that still runs stays. A file from another machine is removed when it is a day old."""
     for path in folder.glob(".*.tmp"):
         match = _TEMPORARY.fullmatch(path.name)
         with contextlib.suppress(FileNotFoundError):
@@ -80,14 +74,11 @@ def remove_unfinished(folder: Path) -> None:
 def locked(path: str | os.PathLike[str]) -> Iterator[None]:
     """Context for reading, changing and writing a file: another process that wants to do so waits until its end.
 
-    A process that has to wait says so on stderr. The lock of a process that is killed is free again. Within the
-    context the same process must not ask for the lock once more, because it would wait for itself.
+    A process that has to wait says so on stderr. The lock of a process that is killed is free again. Within the context
+    the same process must not ask for the lock once more, because it would wait for itself. Raises OSError if the folder
+    cannot be written, or its file system has no locks.
 
-    Args:
-        path: the file, which need not exist. ``.NAME.lock`` stands beside it while it is locked.
-
-    Raises:
-        OSError: if the folder cannot be written, or its file system has no locks.
+    The file need not exist. ``.NAME.lock`` stands beside it while it is locked.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

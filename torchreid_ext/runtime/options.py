@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -60,8 +60,7 @@ def option(key: str, default: Any, text: str, *, config_default: Any = None, **o
 
     Args:
         key: config key that sets the option; empty for an option that a config cannot set.
-        default: value of the option where it is not given.
-        text: explanation, for ``drsl-train --list keys`` and the docs.
+        default, text: value where it is not given, and explanation, for ``drsl-train --list keys`` and the docs.
         config_default: default of the config key, where torchreid's config has another default than its functions.
         others: other attributes of ``Key``.
     """
@@ -74,11 +73,8 @@ def option(key: str, default: Any, text: str, *, config_default: Any = None, **o
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Base class of options: checks their values, and refuses unknown names.
-
-    Raises:
-        InputError: for a value that is not allowed, or a name that is not an option.
-    """
+    """Base class of options: checks their values, and refuses unknown names. Raises InputError for a value that is not
+    allowed, or a name that is not an option."""
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -107,10 +103,8 @@ class Options:
 
 def documented(cls: type[T]) -> type[T]:
     """Decorator: adds the options of a dataclass, with their keys and explanations, to its docstring."""
-    lines: Iterable[str] = (
-        f"    {each.name}: {each.metadata['setting'].text}"
-        + (f" (``{each.metadata['key']}``)" if each.metadata["key"] else "")
-        for each in fields(cls)
-    )
-    cls.__doc__ = f"{cls.__doc__}\n\nAttributes:\n" + "\n".join(lines)
+    cls.__doc__ = f"{cls.__doc__}\n\nAttributes:"
+    for each in fields(cls):
+        key = each.metadata["key"]
+        cls.__doc__ += f"\n    {each.name}: {each.metadata['setting'].text}" + (f" (``{key}``)" if key else "")
     return cls

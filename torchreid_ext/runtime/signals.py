@@ -22,9 +22,7 @@ class Interrupted(KeyboardInterrupt):
 
 class StopRequest:
     """Context: records SIGTERM or SIGINT, which would otherwise end the process, in ``signum``; a second one does.
-
-    Outside the main thread the context does nothing, because python allows signal handlers only there.
-    """
+    Outside the main thread the context does nothing, because python allows signal handlers only there."""
 
     def __init__(self) -> None:
         self.signum: int | None = None
