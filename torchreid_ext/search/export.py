@@ -86,10 +86,11 @@ def export(
     shown = drawn_images() if images is None else list(images)
     alike = f"{len(shown)} images to compare with are too few or too similar to notice a mistake in the exported file"
     cure = "give two images or more that look different"
-    if len(shown) < 2:
-        raise InputError(f"{alike}: {cure}")
     prepare = Preprocessing(model.config)
-    resized = torch.stack([prepare.resized(image) for image in shown])
+    read = [prepare.resized(image) for image in shown]
+    if len(read) < 2:
+        raise InputError(f"{alike}: {cure}")
+    resized = torch.stack(read)
     expected = model.features(prepare.normalised(resized)).numpy()
     largest = float(np.abs(expected).max())
     if np.ptp(expected, axis=0).max() <= 10 * TOLERANCE * largest:
