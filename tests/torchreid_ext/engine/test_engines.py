@@ -294,7 +294,7 @@ def test_a_batch_that_cannot_be_filled_is_refused_before_training(tmp_path):
 
 def test_positives_by_chance_matter_to_losses_that_compare_images(tmp_path, recwarn):
     manager = make_image_manager(tmp_path, train_sampler="RandomSampler")
-    with pytest.warns(UserWarning, match="TripletMarginLoss needs several .* which RandomSampler brings together by"):
+    with pytest.warns(UserWarning, match="TripletMarginLoss needs several .* which RandomSampler draws by"):
         make_engine(build(num_classes=6), datamanager=manager, criterion=pml_losses.TripletMarginLoss())
     recwarn.clear()
     model, arcface = build(num_classes=6), pml_losses.ArcFaceLoss(6, 512)
