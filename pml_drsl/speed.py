@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
@@ -246,7 +245,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--evaluation", action="store_true", help="measure the evaluation in place of the losses")
     parser.add_argument("--csv", metavar="FILE", help="write one line for each loss and size here")
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -113,7 +113,3 @@ def _parser() -> argparse.ArgumentParser:
     option("--json", "write all scores, the CMC curve and the counts here", metavar="FILE")
     option("--device", "where to compute (cuda if there is a device, else cpu)", choices=["cpu", "cuda"])
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,7 +130,3 @@ def _report(words: Sequence[str]) -> int:
     if args.figure:
         report.draw(report.sections(results, args.losses), args.figure)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

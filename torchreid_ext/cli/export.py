@@ -9,7 +9,6 @@ printed. Above 1e-4 of the largest feature value no file is written.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from pml_drsl.console import check_outputs, guarded, say
@@ -22,8 +21,7 @@ EXAMPLES = """
     drsl-export osnet.pth model.onnx --config-file configs/market1501_osnet_x0_25.yaml
 """
 
-# More images than this would only take longer.
-COMPARED = 16
+COMPARED = 16  # images; more would only take longer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,7 +57,3 @@ def run(args: argparse.Namespace) -> None:
     say(f"{args.output!r} takes [N, 3, {about['height']}, {about['width']}]: {about['input']}")
     if not args.normalise:
         say(f"mean {about['mean']}, std {about['std']}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

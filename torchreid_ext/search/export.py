@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -79,10 +79,8 @@ def export(
     if Path(path).suffix != ".onnx":
         raise InputError(f"{os.fspath(path)!r}: the name of the file must end in .onnx")
     for package in ("onnx", "onnxscript", "onnxruntime"):
-        try:
-            importlib.import_module(package)
-        except ModuleNotFoundError as error:
-            raise InputError(f"ONNX needs the package {package}: pip install {package}") from error
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"ONNX needs the package {package}: pip install {package}")
     shown = drawn_images() if images is None else list(images)
     alike = f"{len(shown)} images to compare with are too few or too similar to notice a mistake in the exported file"
     cure = "give two images or more that look different"
