@@ -205,6 +205,5 @@ def _copies(network: nn.Module) -> dict[str, Tensor]:
 
 def _put_back(network: nn.Module, copies: dict[str, Tensor]) -> None:
     for name, buffer in network.named_buffers():
-        # Autograd does not count this as a change: the graph of another forward pass, which may hold the buffer, finds
-        # its values again.
+        # Autograd does not count this as a change: the graph of another pass that holds the buffer finds its values.
         buffer.data.copy_(copies[name])

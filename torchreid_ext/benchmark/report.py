@@ -118,14 +118,19 @@ def _recipe(line: Mapping[str, Any]) -> tuple[str, str, tuple[tuple[str, str], .
 def _section(target: str, network: str, lines: Sequence[Mapping[str, Any]]) -> Section:
     notes = []
     by_loss: dict[str, dict[int, dict[str, Any]]] = {}
+    # What losses may set, such as their sampler; all else is the recipe, which is that of the newest line.
+    folders = {key.partition(".")[0] for line in lines for key in line["snippet"]}
+    theirs = {key for line in lines for key in line["configuration"] if key.partition(".")[0] in folders}
     for loss in dict.fromkeys(line["loss"] for line in lines):
         own = [line for line in lines if line["loss"] == loss]
-        newest = own[-1]
-        free = {"train.seed", *newest.get("varied", {})}
-        kept = [line for line in own if same(line["configuration"], newest["configuration"], free)]
+        free, newest = {"train.seed", *own[-1].get("varied", {})}, own[-1]["configuration"]
+        recipe = {*free, *lines[-1].get("varied", {}), *theirs}
+        kept = [line for line in own if same(line["configuration"], newest, free)]
+        kept = [line for line in kept if same(line["configuration"], lines[-1]["configuration"], recipe)]
         if len(kept) < len(own):
             notes.append(f"{loss}: {len(own) - len(kept)} results of an older configuration are left out.")
-        by_loss[loss] = {line["seed"]: dict(line) for line in kept}
+        if kept:
+            by_loss[loss] = {line["seed"]: dict(line) for line in kept}
     every = sorted({seed for of_loss in by_loss.values() for seed in of_loss})
     for loss, of_loss in by_loss.items():
         missing = [str(seed) for seed in every if seed not in of_loss]

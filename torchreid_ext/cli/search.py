@@ -161,7 +161,3 @@ def _update(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
         say(f"left out: {reason}", out)
     searcher.gallery.add(read.entries, read.features)
     return True
-
-
-if __name__ == "__main__":
-    sys.exit(main())

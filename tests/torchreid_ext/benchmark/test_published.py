@@ -8,7 +8,7 @@ from torchreid_ext.benchmark import grid, report
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "docs" / "benchmark.jsonl.gz"
-pytestmark = pytest.mark.skipif(not RESULTS.exists(), reason="no results are published")
+published = pytest.mark.skipif(not RESULTS.exists(), reason="no results are published")
 
 
 @pytest.fixture(scope="module")
@@ -16,11 +16,22 @@ def results():
     return grid.read_results(RESULTS)
 
 
+def held(page):
+    _, _, rest = (ROOT / "docs" / page).read_text().partition(report.BEGIN)
+    return rest.partition(report.END)[0].strip()
+
+
+@published
 def test_the_page_holds_the_report(results):
-    _, _, rest = (ROOT / "docs" / "benchmark.md").read_text().partition(report.BEGIN)
-    assert rest.partition(report.END)[0].strip() == report.report(results).strip()
+    assert held("benchmark.md") == report.report(results).strip()
 
 
+def test_the_page_of_validation_holds_its_report():
+    results = grid.read_results(ROOT / "docs" / "validation.jsonl.gz")
+    assert held("validation.md") == report.report(results, "t0.1-p0.1-s0.3").strip()
+
+
+@published
 def test_each_configuration_states_its_figures(results):
     sections = [section for section in report.sections(results) if not section.changes]
     assert sections

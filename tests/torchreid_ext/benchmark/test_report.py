@@ -32,6 +32,7 @@ def line(loss, seed, mean, *, people=60, changes=None, varied=None, target="mark
         "loss": loss,
         "seed": seed,
         "changes": changes or {},
+        "snippet": {"loss": {"name": loss}, "sampler.train_sampler": "RandomSampler"},
         "varied": varied or {},
         "results": {target: scores},
         "configuration": configuration,
@@ -100,6 +101,15 @@ def test_sections_are_told_apart_by_data_network_neck_and_changed_keys():
     found = report.sections(results)
     assert [len(section.lines["drsl"]) for section in found] == [2, 1, 1, 1, 1]
     assert "with the neck" in found[3].title and "train.max_epoch 5" in found[4].title
+
+
+def test_results_of_an_older_recipe_do_not_stand_beside_the_newest():
+    # A loss may bring a sampler of its own, and another learning rate is another recipe.
+    own = [line("softmax", seed, 0.9, **{"sampler.train_sampler": "RandomSampler"}) for seed in range(3)]
+    old = [line("circle", seed, 0.9, **{"train.lr": 0.1}) for seed in range(3)]
+    (section,) = report.sections([*own, *old, *RESULTS])
+    assert "softmax" in section.lines and "circle" not in section.lines
+    assert any(note.startswith("circle: 3 results") for note in section.notes)
 
 
 def test_results_of_an_older_default_do_not_mix_with_the_newest():

@@ -21,6 +21,7 @@ from torchreid_ext.runtime.files import locked
 from torchreid_ext.search.searcher import Match, as_text, rankings
 
 ROOT = Path(__file__).parents[3]
+SEARCH = "import sys; from torchreid_ext.cli.search import main; sys.exit(main())"
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +161,7 @@ def test_an_index_is_made_searched_added_to_and_removed_from(model, photos, tmp_
 
 def start(*words, **options):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | options.pop("env", {})
-    words = [sys.executable, "-W", "ignore", "-m", "torchreid_ext.cli.search", *map(str, words), "--device", "cpu"]
+    words = [sys.executable, "-W", "ignore", "-c", SEARCH, *map(str, words), "--device", "cpu"]
     return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
