@@ -90,14 +90,14 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
                 print(f"waiting for another process that writes {os.fspath(path)!r}", file=sys.stderr, flush=True)
                 _acquired(file, wait=True)
             # The process that had the lock removed the file; then the lock of the removed file protects nothing.
-            if lock.exists() and os.path.samestat(lock.stat(), os.fstat(file.fileno())):
-                break
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(lock.stat(), os.fstat(file.fileno())):
+                    break
             file.close()
         try:
             yield
         finally:
-            # Windows does not remove a file that is open.
-            with contextlib.suppress(PermissionError):
+            with contextlib.suppress(PermissionError):  # Windows does not remove a file that is open.
                 lock.unlink()
 
 

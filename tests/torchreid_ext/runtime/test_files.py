@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -121,3 +122,20 @@ def test_a_failed_write_leaves_nothing(tmp_path):
         file.write(b"new")
         raise RuntimeError("half-way")
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_lock_that_another_process_removes_at_any_moment_is_taken_again(tmp_path, monkeypatch):
+    path, acquired, calls = tmp_path / "index", files._acquired, []
+
+    def removed_once(file, wait):
+        calls.append(wait)
+        if len(calls) == 1:
+            os.unlink(file.name)  # what the process does that had the lock
+        return acquired(file, wait)
+
+    monkeypatch.setattr(files, "_acquired", removed_once)
+    # A third process has made the file again, and removes it before it can be compared.
+    monkeypatch.setattr(Path, "exists", lambda self: True)
+    with files.locked(path):
+        assert len(calls) == 2 and (tmp_path / ".index.lock").is_file()
+    assert not (tmp_path / ".index.lock").is_file()
