@@ -53,7 +53,7 @@ class DRSLoss(BaseMetricLossFunction):
             pairs whose order is right.
         query_chunk_size: queries whose distances are computed at once; bounds memory, changes no value.
             None chooses it so that one chunk of distances takes 64 MiB, or as much as the references.
-        fused: compute by the fast path, differentiable once; double backward and ``torch.func`` (not in torch 2.6) need False.
+        fused: the fast path, differentiable once; double backward and ``torch.func`` (torch > 2.6) need False.
         **kwargs: arguments of ``BaseMetricLossFunction``: ``distance`` (default: ``CosineSimilarity()``; refused are
             ``BatchedDistance``, and ``p`` or ``power`` below 1, whose gradient is infinite at a distance of 0),
             ``reducer`` (default: ``PerQueryReducer``), ``embedding_regularizer``, ``embedding_reg_weight``,
