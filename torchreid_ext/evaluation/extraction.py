@@ -28,6 +28,9 @@ class Samples:
     pids: np.ndarray[Any, Any]
     camids: np.ndarray[Any, Any]
 
+    def at(self, indices: np.ndarray[Any, Any]) -> Samples:
+        return Samples(self.features[indices], self.pids[indices], self.camids[indices])
+
 
 def extract(engine: Any, loader: Any, group: dist.ProcessGroup | None = None) -> Samples:
     """Extracts the features, on the CPU, of all images of a loader with the model of the engine.

@@ -25,17 +25,19 @@ Paths = tuple[Sequence[Any], Sequence[Any]]
 class Search:
     """The ranking of a gallery for every query, by ``metric`` ``"euclidean"`` or ``"cosine"``.
 
-    ``normalize`` scales every feature to unit norm first; ``rerank`` re-ranks by k-reciprocal neighbours. Raises
-    InputError if the metric is unknown, or features are not finite.
+    ``normalize`` scales every feature to unit norm first; ``rerank`` re-ranks by k-reciprocal neighbours, without the
+    images of identity -1, which would be neighbours of others. ``kept`` are the numbers of the remaining queries and
+    gallery entries. Raises InputError if the metric is unknown, or features are not finite.
     """
 
     def __init__(
         self, query: Samples, gallery: Samples, metric: str = "euclidean", normalize: bool = False, rerank: bool = False
     ) -> None:
-        self.query, self.gallery = query, gallery
-        features = query.features, gallery.features
+        self.kept = tuple(np.flatnonzero((samples.pids != -1) | (not rerank)) for samples in (query, gallery))
+        self.query, self.gallery = query.at(self.kept[0]), gallery.at(self.kept[1])
+        features = self.query.features, self.gallery.features
         if normalize:
-            features = F.normalize(query.features), F.normalize(gallery.features)
+            features = F.normalize(features[0]), F.normalize(features[1])
         search = reranking.rerank if rerank else FeatureDistances
         self.distances = search(*features, metric=metric)  # type: ignore[arg-type]
 
@@ -52,9 +54,9 @@ class Search:
         return summarize(rank_queries(self.distances, *labels, protocol=protocol, group=group), max_rank)
 
     def ranking(self, index: int, topk: int, paths: Paths) -> Ranking:
-        """Returns the nearest gallery entries of one query: ``topk`` valid entries, and the junk between them.
+        """Returns the nearest gallery entries of one kept query: ``topk`` valid entries, and the junk between them.
 
-        ``paths`` are the images of queries and gallery, each a path or the paths of a tracklet.
+        ``paths`` are the images of all queries and of the gallery, each a path or the paths of a tracklet.
         """
         pid, camid = self.query.pids[index], self.query.camids[index]
         # Identity -1 is a badly drawn box, which has no effect either.
@@ -64,8 +66,10 @@ class Search:
         order = distances.argsort(kind="stable")
         # An entry is shown if fewer than topk valid entries precede it.
         shown = order[np.cumsum(~junk[order]) - ~junk[order] < topk]
-        matches = [Found(Picture(paths[1][entry]), float(distances[entry]), str(marks[entry])) for entry in shown]
-        return Ranking(Picture(paths[0][index]), matches)
+        images = [paths[1][number] for number in self.kept[1][shown]]
+        nearest = zip(images, distances[shown].tolist(), marks[shown].tolist(), strict=True)
+        matches = [Found(Picture(path), distance, mark) for path, distance, mark in nearest]
+        return Ranking(Picture(paths[0][self.kept[0][index]]), matches)
 
 
 def print_result(result: RetrievalResult, ranks: Sequence[int]) -> None:
@@ -98,7 +102,7 @@ def print_side_by_side(columns: dict[str, dict[str, RetrievalResult]], ranks: Se
 def draw_some(search: Search, paths: Paths, count: int, topk: int, path: Path, title: str) -> None:
     """Draws the rankings of ``count`` queries in one picture, with ``paths`` of queries and gallery."""
     # The queries are spread evenly over the query set, so that the picture shows many identities.
-    indices = np.linspace(0, len(paths[0]) - 1, min(count, len(paths[0]))).astype(int).tolist()
+    indices = np.linspace(0, len(search.query.pids) - 1, min(count, len(search.query.pids))).astype(int).tolist()
     save_ranking_picture(path, [search.ranking(index, topk, paths) for index in indices], title)
 
 

@@ -110,6 +110,22 @@ def test_an_image_of_nobody_is_neither_right_nor_wrong():
     assert {found.picture.path for found in row.matches if found.mark == "junk"} == {"a", "d"}
 
 
+def test_images_of_nobody_do_not_take_part_in_re_ranking(tmp_path):
+    query, gallery = samples(0, 20), samples(1, 60)
+    query.pids[3], gallery.pids[10:30] = -1, -1
+    query.camids[:], gallery.camids[:] = 0, 1
+    known = [samples.at(np.flatnonzero(samples.pids != -1)) for samples in (query, gallery)]
+    q, g = (samples.features for samples in known)
+    host = torchreid.utils.re_ranking(*(torch.cdist(*pair).square().numpy() for pair in ((q, g), (q, q), (g, g))))
+    search = Search(query, gallery, rerank=True)
+    assert search.evaluate().mAP == pytest.approx(host_scores(*known, host)[1], abs=1e-2)
+    assert search.evaluate().num_query == 19
+    # Pictures are found by the numbers of the whole sets.
+    row = search.ranking(3, 40, ([f"q{i}" for i in range(20)], [f"g{i}" for i in range(60)]))
+    assert row.query.path == "q4"
+    assert [found.picture.path for found in row.matches] == [f"g{i + 20 * (i >= 10)}" for i in host[3].argsort()]
+
+
 def test_results_are_printed_in_torchreids_format(capsys):
     query, gallery = samples(0, 20), samples(1, 60)
     query.pids[3] = 99
