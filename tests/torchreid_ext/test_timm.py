@@ -2,11 +2,14 @@
 
 import copy
 
+import onnxruntime
 import pytest
 import torch
+import trained
 
 from pml_drsl.checks import InputError
-from torchreid_ext import config, get_default_config, networks
+from torchreid_ext import Searcher, config, get_default_config, networks
+from torchreid_ext.search.export import TOLERANCE, drawn_images, export
 
 timm = pytest.importorskip("timm")
 
@@ -67,3 +70,34 @@ def test_by_configuration_it_is_built_with_its_name():
     twin = copy.deepcopy(model)
     twin.load_state_dict(model.state_dict())
     assert torch.equal(twin.eval()(images()), model.eval()(images()))
+
+
+def test_images_have_the_networks_own_size_and_normalisation_unless_others_are_given(tmp_path):
+    (tmp_path / "own.yaml").write_text("data: {height: 64}\nmodel: {name: timm/vit_tiny_patch16_224}\n")
+    (tmp_path / "zoo.yaml").write_text("base: own.yaml\nmodel: {name: osnet_x0_25}\n")
+    cfg, zoo = get_default_config(), get_default_config()
+    cfg.merge_from_file(tmp_path / "own.yaml")
+    zoo.merge_from_file(tmp_path / "zoo.yaml")
+    wanted = timm.get_pretrained_cfg("vit_tiny_patch16_224")
+    assert (cfg.data.height, cfg.data.width) == (64, wanted.input_size[2])
+    assert (tuple(cfg.data.norm_mean), tuple(cfg.data.norm_std)) == (wanted.mean, wanted.std)
+    # What is given stays, in any order, also when the configuration of a run is read again.
+    cfg.merge_from_list(["data.width", "32", "data.norm_mean", "[0.1, 0.2, 0.3]", "model.name", cfg.model.name])
+    again = get_default_config()
+    again.merge_from_list([word for pair in config.flat(cfg).items() for word in pair])
+    assert (again.data.height, again.data.width, again.data.norm_mean) == (64, 32, [0.1, 0.2, 0.3])
+    assert (zoo.data.height, zoo.data.width, zoo.data.norm_mean[0]) == (64, 128, 0.485)
+
+
+def test_a_vision_transformer_trains_in_chunks_and_half_precision_and_is_exported_and_searched(tmp_path, capsys):
+    checkpoint = trained.train(tmp_path, **{
+        "model.name": "timm/vit_tiny_patch16_224", "data.height": 64, "data.width": 32, "model.bnneck": True,
+        "train.chunk_size": 4, "train.amp": "bf16",
+    })  # fmt: skip
+    searcher, images = Searcher(checkpoint, device="cpu"), drawn_images(3)
+    searcher.add(images, names=["a", "b", "c"])
+    assert [found[0].name for found in searcher.search(images, top=1)] == ["a", "b", "c"]
+    comparison = export(searcher.model, tmp_path / "model.onnx")
+    assert comparison.difference <= TOLERANCE * comparison.largest
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    assert session.get_inputs()[0].shape[1:] == [3, 64, 32]

@@ -13,6 +13,7 @@ import yaml
 from yacs.config import CfgNode
 
 from pml_drsl.checks import InputError, is_real, nearest
+from torchreid_ext import networks
 from torchreid_ext.config.keys import KEYS, OPTIONS
 from torchreid_ext.data.samplers import SAMPLERS
 from torchreid_ext.engine.options import RunOptions
@@ -32,10 +33,16 @@ class Config(CfgNode):
     set already. A value that names a class replaces them.
     """
 
+    @property
+    def _given(self) -> set[str]:
+        """The keys that were merged, rather than left at their defaults."""
+        return self.__dict__.setdefault("given", set())
+
     def merge_from_file(self, cfg_filename: str | Path) -> None:
         """Merges a YAML file. Raises InputError for a file that is missing or is not a YAML mapping, a key that stands
         twice in a section, base files in a circle, an unknown key, or a wrong type of value."""
         self._merge_file(Path(cfg_filename), [])
+        self._fit_images()
 
     def _merge_file(self, path: Path, above: list[Path]) -> None:
         if path.resolve() in above:
@@ -60,6 +67,16 @@ class Config(CfgNode):
                 raise InputError(f"{key} stands after KEY VALUE pairs: options with a dash come before all of them")
             decoded = self._decoded(key, value) if isinstance(value, str) else value
             self._merge(_nested(key, decoded), "the command line")
+        self._fit_images()
+
+    def _fit_images(self) -> None:
+        """Gives a network of timm images of its own size and normalisation, where nobody gave others."""
+        if not self.model.name.startswith(networks.TIMM):
+            return
+        size, mean, std = networks.timm_images(self.model.name.removeprefix(networks.TIMM))
+        for name, value in zip(("height", "width", "norm_mean", "norm_std"), (*size, mean, std), strict=True):
+            if f"data.{name}" not in self._given:
+                self.data[name] = value
 
     def _decoded(self, key: str, word: str) -> Any:
         value: Any = word
@@ -80,6 +97,7 @@ class Config(CfgNode):
         for key, value in pairs:
             inside = "datasets.NAME" if key == "datasets" else next((k for k in known if k.startswith(f"{key}.")), "")
             if not inside:
+                self._given.add(key)
                 _set(self, key, _coerce(key, value, known, source))
             elif value is not None:  # Nothing is set where all keys of a section are commented out.
                 raise InputError(

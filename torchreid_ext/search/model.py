@@ -199,12 +199,12 @@ def _config(
     if config_file is not None:
         config.merge_from_file(Path(config_file))
     if model is not None:
-        config.model.name = model
+        config.merge_from_list(["model.name", model])
         if not saved and config_file is None:
             config.data.height, config.data.width = _SIZES.get(model, (config.data.height, config.data.width))
             config.test.dist_metric = "cosine"
             size = f"{config.data.height} x {config.data.width} pixels"
-            taken = f"{model} with images of {size}, ImageNet's normalisation and cosine distance"
+            taken = f"{model} with images of {size}, its usual normalisation and the cosine distance"
             _note(f"{path!r} holds no configuration: taking {taken}, unless --config-file says otherwise")
     # The weights come from the checkpoint, and the device is chosen by load_model.
     config.model.pretrained = config.use_gpu = config.train.sync_batchnorm = False
