@@ -13,7 +13,6 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
-from pathlib import Path
 
 import browser
 import numpy as np
@@ -29,7 +28,6 @@ pytest.importorskip("fastapi")
 
 from torchreid_ext.search import serve  # noqa: E402
 
-ROOT = Path(__file__).parents[3]
 NAMES = r"(?P<identity>\d+)_(?P<camera>\d+)_\d+\.png"
 
 
@@ -199,7 +197,8 @@ def test_the_command_serves_until_it_is_interrupted(model, photos, tmp_path, cap
     folder.mkdir()
     command = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", program, *map(str, words)], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, cwd=folder, env=os.environ | {"TMPDIR": str(folder), "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE, text=True, cwd=folder,
+        env=os.environ | {"TMPDIR": str(folder), "PYTHONPATH": os.pathsep.join(map(str, sys.path))},
     )  # fmt: skip
     address = ""
     for line in command.stdout:
@@ -232,8 +231,8 @@ LOOK = "({ground: getComputedStyle(document.body).backgroundColor, wide: documen
 @pytest.mark.skipif(browser.PATH is None, reason="no chromium is installed here: apt-get install chromium")
 def test_a_browser_drops_crops_searches_and_walks(searcher, photos, address, tmp_path):
     (path,) = photos.rglob("2_1_0.png")
-    street = Image.new("RGB", (300, 200), (40, 90, 40))
-    street.paste(Image.open(path), (100, 60))
+    street = Image.new("RGB", (900, 600), (40, 90, 40))
+    street.paste(Image.open(path).resize((160, 320)), (300, 180))
     street.save(tmp_path / "street.png")
     with browser.Browser(tmp_path / "profile") as page:
         page("Emulation.setDeviceMetricsOverride", width=1200, height=1200, deviceScaleFactor=1, mobile=False)
@@ -244,22 +243,25 @@ def test_a_browser_drops_crops_searches_and_walks(searcher, photos, address, tmp
         assert page.js("document.querySelector('main h2').textContent") == "street.png"
         # The box is dragged over the person, from its lower right corner, in the photo's own pixels.
         shown = page.js("document.querySelector('.stage img').getBoundingClientRect().toJSON()")
-        scale = shown["width"] / 300
-        corners = [(shown["x"] + x * scale, shown["y"] + y * scale) for x, y in ((116, 92), (110, 80), (100, 60))]
+        scale = shown["width"] / 900
+        corners = [(shown["x"] + x * scale, shown["y"] + y * scale) for x, y in ((460, 500), (400, 400), (300, 180))]
         page.drag(*corners)
         page.until("document.querySelector('main .query .about')?.textContent.startsWith('part')")
+        drawn = page.js("document.querySelector('.box').getBoundingClientRect().toJSON()")
+        sides = [drawn[side] for side in ("right", "bottom", "left", "top")]
+        assert np.abs(np.subtract(sides, [*corners[0], *corners[2]])).max() < 2
         box = page.js("[...document.querySelectorAll('fieldset input')].map(edge => Number(edge.value))")
-        assert np.abs(np.subtract(box, (100, 60, 116, 92))).max() <= 1
+        assert np.abs(np.subtract(box, (300, 180, 460, 500))).max() <= 3
         page.js("""(() => {
             const edges = document.querySelectorAll('fieldset input');
-            [100, 60, 116, 92].forEach((value, index) => edges[index].value = value);
+            [300, 180, 460, 500].forEach((value, index) => edges[index].value = value);
             document.querySelector("[name=top]").value = 3;
             document.querySelector("[name=top]").focus();
         })()""")
         page.press("Enter")
         page.until("document.querySelectorAll('main li').length == 3")
         drawn = page.js("document.querySelector('main').innerHTML")
-        assert listed(drawn) == expected(searcher.search(street, top=3, crop=(100, 60, 116, 92))[0])
+        assert listed(drawn) == expected(searcher.search(street, top=3, crop=(300, 180, 460, 500))[0])
         assert page.js("document.querySelector('[role=status]').textContent") == "3 images found"
         # Results that came later are walked through like those of a page that was written.
         page.js("document.querySelector('main .card').focus()")
