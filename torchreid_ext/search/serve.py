@@ -59,8 +59,8 @@ def application(searcher: Searcher, rerank: bool = False, top: int = 10, hosts: 
     cameras = {_printable(camera): camera for camera in sorted({entry.camera for entry in entries} - {""})}
     folders = {_printable(str(folder)): folder for folder in sorted({Path(shown(row.path)).parent for row in entries})}
     limits = {"MEGABYTES": [str(MEGABYTES)], "MOST": [str(MOST)], "TOP": [str(min(top, MOST))]}
-    choices = {"CAMERAS": _options(cameras), "FOLDERS": _options(folders)}
-    form = b"".join(filled("search/serve.html", limits | choices)).decode()
+    choices = [_choice("Camera", "camera", cameras), _choice("Folder, with those in it", "folder", folders)]
+    form = b"".join(filled("search/serve.html", {**limits, "CHOICES": choices})).decode()
     policy = {"POLICY": [" blob:; connect-src 'self'"], "HEAD": [form], "BODY": []}
     page = b"".join(whole("Search by photo", caption(searcher, rerank), policy))
     alone = threading.Lock()  # One photo is decoded at a time, which bounds the memory.
@@ -183,5 +183,7 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _options(names: Iterable[str]) -> list[str]:
-    return [f'<option value="{escape(name)}">{escape(name)}</option>' for name in names]
+def _choice(label: str, name: str, values: Iterable[str]) -> str:
+    options = [f'<option value="{escape(value)}">{escape(value)}</option>' for value in values]
+    every = '<option value="">all</option>'
+    return f'<label>{label} <select name="{name}">{every}{"".join(options)}</select></label>' if options else ""

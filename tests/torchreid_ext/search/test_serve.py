@@ -175,6 +175,7 @@ def test_what_cannot_be_used_is_refused_in_a_line(address, monkeypatch):
 
 def test_an_empty_gallery_is_told(model):
     with running(Searcher(model, device="cpu")) as address:
+        assert "<select" not in ask(address)[1]  # there is nothing to choose
         assert ask(address, saved(Image.new("RGB", (20, 40)))) == (400, "the gallery is empty: add images to it first")
 
 
