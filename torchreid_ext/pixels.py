@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import os
 import struct
 import zlib
@@ -36,14 +37,18 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def read_image(image: str | os.PathLike[str] | Image.Image | Array) -> Image.Image:
+def read_image(
+    image: str | os.PathLike[str] | bytes | Image.Image | Array, megapixels: float | None = None
+) -> Image.Image:
     """An RGB image, decoded completely, with the pixels that torchreid reads, but for three kinds of images.
 
     A photo is turned upright, as its EXIF orientation says. 16-bit grey becomes 8-bit grey by a division by 257.
     Transparent pixels are laid on white, because the colours below them are arbitrary.
 
     Args:
-        image: a path, a Pillow image, or a uint8 or uint16 array of shape [H, W] or [H, W, 3] in RGB order.
+        image: a path, the bytes of a file, a Pillow image, or a uint8 or uint16 array of shape [H, W] or [H, W, 3] in
+            RGB order. Bytes are read in the formats of ``SUFFIXES`` alone, none of which runs another program.
+        megapixels: refuse a file with more pixels, before they are decoded.
 
     Raises:
         InputError: for a file that is missing, empty, damaged, too large or not an image, for an array of another shape
@@ -53,20 +58,30 @@ def read_image(image: str | os.PathLike[str] | Image.Image | Array) -> Image.Ima
         return _from_array(image)
     if isinstance(image, Image.Image):
         return _upright_rgb(image, "that was given")
-    path = os.fspath(image)
-    if not os.path.isfile(path):
-        raise InputError(f"cannot read image {path!r}: there is no such file")
-    if os.path.getsize(path) == 0:
-        raise InputError(f"cannot read image {path!r}: the file is empty; restore it or remove it")
+    formats = None
+    if isinstance(image, bytes):
+        name, empty = "that was given", not image
+        formats = [kind for suffix, kind in Image.registered_extensions().items() if suffix in SUFFIXES]
+    else:
+        name = repr(os.fspath(image))
+        if not os.path.isfile(image):
+            raise InputError(f"cannot read image {name}: there is no such file")
+        empty = os.path.getsize(image) == 0
+    if empty:
+        raise InputError(f"cannot read image {name}: the file is empty; restore it or remove it")
     try:
-        with Image.open(path) as opened:
-            return _upright_rgb(opened, repr(path))
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=formats) as opened:
+            if megapixels and opened.width * opened.height > megapixels * 1e6:
+                raise InputError(
+                    f"cannot read image {name}: it has more than {megapixels:g} megapixels; make it smaller"
+                )
+            return _upright_rgb(opened, name)
     except InputError:
         raise
     except _DAMAGE as error:
         what = "too large" if isinstance(error, Image.DecompressionBombError) else "damaged"
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else f"{what} ({error})"
-        raise InputError(f"cannot read image {path!r}: it is {reason}; restore it or remove it") from error
+        raise InputError(f"cannot read image {name}: it is {reason}; restore it or remove it") from error
 
 
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:

@@ -7,6 +7,8 @@ are shown, and matches are marked right or wrong.
 
 With --index, the features of the gallery are kept in a file, and only images that are new are read the next time. Other
 commands that change the file meanwhile wait.
+
+With --serve, a page of this machine looks up photos that are dropped on it.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ from pml_drsl.console import check_outputs, guarded, say
 from torchreid_ext.cli import console
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from torchreid_ext.images import Row
     from torchreid_ext.search.searcher import Searcher
 
 EXAMPLES = """
@@ -34,6 +39,7 @@ EXAMPLES = """
     drsl-search CHECKPOINT --index photos.index --query street.jpg --top 5 --json -   searches it
     drsl-search CHECKPOINT --index photos.index --gallery new_photos --remove '*/anna/*' --prune
     drsl-search CHECKPOINT --gallery features.npz --query street.jpg --rerank
+    drsl-search CHECKPOINT --index photos.index --serve
 """
 
 
@@ -56,33 +62,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--prune", action="store_true", help="remove images from the index whose files are gone")
     add("--index-type", metavar="STRING",
         help="another index than the exact one, a string of faiss.index_factory: 'IVF1024,Flat;nprobe=32'")  # fmt: skip
+    add("--serve", nargs="?", type=int, const=7861, metavar="PORT",
+        help="look photos up on a page of this machine, at this port (%(const)s; 0 for a free one)")  # fmt: skip
+    add("--host", default="127.0.0.1",
+        help="address of the page; 0.0.0.0 lets everybody in the network search (%(default)s)")  # fmt: skip
     console.add_device(parser)
     args = parser.parse_args(arguments)
-    return guarded("drsl-search", lambda: run(args), [args.index, args.json, args.html])
+    extra = "reid" if args.serve is None else "reid,serve"
+    return guarded("drsl-search", lambda: run(args), [args.index, args.json, args.html], extra=extra)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Makes or opens the gallery, searches it, and prints and writes what was found; raises InputError."""
-    from torchreid_ext.evaluation.page import write_pages
-    from torchreid_ext.runtime.files import locked, replacing
-    from torchreid_ext.search import searcher as search
-    from torchreid_ext.search.sources import absolute, list_queries, resolved
-
+    """Makes or opens the gallery, searches it or serves a page, prints and writes what was found; raises InputError."""
     _check(args)
+    if args.serve is None:
+        _search(args)
+        return
+    from torchreid_ext.search.serve import listen, serve
+
+    # A port that is in use ends the command before the gallery is read.
+    with listen(args.host, args.serve) as listener:
+        searcher, _, _ = _opened(args, sys.stdout)
+        serve(listener, searcher, args.rerank, args.top)
+
+
+def _search(args: argparse.Namespace) -> None:
+    from torchreid_ext.evaluation.page import write_pages
+    from torchreid_ext.runtime.files import replacing
+    from torchreid_ext.search import searcher as search
+
     # Text for people goes to stderr where stdout is JSON.
     out = sys.stderr if args.json == "-" else sys.stdout
-    changes = args.index and (args.gallery or args.remove or args.prune)
-    with locked(resolved(args.index)) if changes else contextlib.nullcontext():
-        kept = args.index if args.index and Path(args.index).exists() else None
-        given = {name: getattr(args, name) for name in ("model", "config_file", "index_type", "device")}
-        searcher = search.Searcher(args.checkpoint, index=kept, **given)
-        queries = [absolute(row) for row in list_queries(args.query, args.names)]
-        _check_outputs(args, [entry.path for entry in (*queries, *searcher.gallery.entries)])
-        features = searcher.extract([query.path for query in queries], args.crop) if queries else None
-        changed = _update(args, searcher, out)
-        if changes and (changed or kept is None):
-            searcher.gallery.save(args.index)
-            say(f"The index of {len(searcher):,} images is in {args.index!r}", out)
+    searcher, queries, features = _opened(args, out)
     if features is None:
         return
     rows = search.rankings(queries, args.crop, searcher.search_features(features, args.top, args.rerank))
@@ -100,10 +111,35 @@ def run(args: argparse.Namespace) -> None:
         sys.stdout.write(text)
 
 
+def _opened(args: argparse.Namespace, out: TextIO) -> tuple[Searcher, list[Row], Tensor | None]:
+    """The searcher with its gallery, which is kept if --index says so, and the queries with their features, if any."""
+    from torchreid_ext.runtime.files import locked
+    from torchreid_ext.search.searcher import Searcher
+    from torchreid_ext.search.sources import absolute, list_queries, resolved
+
+    changes = args.index and (args.gallery or args.remove or args.prune)
+    with locked(resolved(args.index)) if changes else contextlib.nullcontext():
+        kept = args.index if args.index and Path(args.index).exists() else None
+        given = {name: getattr(args, name) for name in ("model", "config_file", "index_type", "device", "names")}
+        searcher = Searcher(args.checkpoint, index=kept, **given)
+        queries = [absolute(row) for row in list_queries(args.query, args.names)]
+        _check_outputs(args, [entry.path for entry in (*queries, *searcher.gallery.entries)])
+        features = searcher.extract([query.path for query in queries], args.crop) if queries else None
+        changed = _update(args, searcher, out)
+        if changes and (changed or kept is None):
+            searcher.gallery.save(args.index)
+            say(f"The index of {len(searcher):,} images is in {args.index!r}", out)
+    return searcher, queries, features
+
+
 def _check(args: argparse.Namespace) -> None:
     """Raises InputError for options that cannot go together, before any work is done."""
-    if not args.query and not args.index:
-        raise InputError("there is nothing to do: give --query IMAGE to search, or --index FILE to make an index")
+    if args.serve is not None and (args.query or args.crop or args.html or args.json):
+        raise InputError("--serve searches on its page: leave out --query, --crop, --html and --json")
+    if not args.query and not args.index and args.serve is None:
+        raise InputError(
+            "there is nothing to do: give --query IMAGE or --serve to search, or --index FILE to make an index"
+        )
     if not args.gallery and not (args.index and Path(args.index).is_file()):
         at = f"; the index {args.index!r} does not exist" if args.index else ""
         raise InputError(f"there is no gallery to search: give --gallery FOLDER{at}")

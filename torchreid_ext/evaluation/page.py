@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
@@ -45,6 +45,7 @@ class Picture:
     identity: str = ""
     camera: str = ""
     crop: Box | None = None  # the part of the image that counts; None for the whole image
+    image: Image.Image | None = None  # its pixels, where no file holds them
 
     @property
     def path(self) -> str:
@@ -103,18 +104,29 @@ def write_pages(
     """
     first, count = Path(path), max(1, -(-len(rankings) // QUERIES_PER_PAGE))
     pages = [first, *(first.with_name(f"{first.stem}-{number}{first.suffix}") for number in range(2, count + 1))]
-    template = resources.files("torchreid_ext.evaluation").joinpath("page.html").read_text(encoding="utf-8")
     for number, page in enumerate(pages):
         start = number * QUERIES_PER_PAGE
-        sections = _sections(rankings[start : start + QUERIES_PER_PAGE], start + 1)
-        parts = {"TITLE": [escape(title)], "CAPTION": [escape(caption)], "PAGES": [_links(pages, number)]}
+        body = sections(rankings[start : start + QUERIES_PER_PAGE], start + 1)
         with replacing(page) as file:
-            # The template is split once, so that the name of a file is never taken for a place in it.
-            for index, piece in enumerate(template.split("%%")):
-                for text in (sections if piece == "BODY" else parts[piece]) if index % 2 else [piece]:
-                    # A file's name may hold bytes that are no UTF-8.
-                    file.write(text.encode("utf-8", "backslashreplace"))
+            file.writelines(whole(title, caption, {"HEAD": [_links(pages, number)], "BODY": body}))
     return pages
+
+
+def whole(title: str, caption: str, parts: Mapping[str, Iterable[str]]) -> Iterator[bytes]:
+    """A page piece by piece, with its ``HEAD`` and ``BODY``, and in ``POLICY`` what else its browser may load."""
+    return filled(
+        "evaluation/page.html", {"POLICY": [], "TITLE": [escape(title)], "CAPTION": [escape(caption)], **parts}
+    )
+
+
+def filled(template: str, parts: Mapping[str, Iterable[str]]) -> Iterator[bytes]:
+    """The pieces of a file of this package, with the HTML of each part in its place ``%%NAME%%``."""
+    # The template is split once, so that the name of a file is never taken for a place in it.
+    pieces = resources.files("torchreid_ext").joinpath(template).read_text(encoding="utf-8").split("%%")
+    for index, piece in enumerate(pieces):
+        for text in parts[piece] if index % 2 else [piece]:
+            # A file's name may hold bytes that are no UTF-8.
+            yield text.encode("utf-8", "backslashreplace")
 
 
 def number(distance: float) -> str:
@@ -131,7 +143,8 @@ def _links(pages: Sequence[Path], current: int) -> str:
     return f'<nav aria-label="Pages">Page {" ".join(links)}</nav>'
 
 
-def _sections(rankings: Sequence[Ranking], first: int) -> Iterator[str]:
+def sections(rankings: Sequence[Ranking], first: int = 1) -> Iterator[str]:
+    """The HTML of rankings, whose numbers on their page count from ``first``."""
     for index, row in enumerate(rankings, first):
         note = f" - {escape(row.note)}" if row.note else ""
         yield (
@@ -175,11 +188,11 @@ def _card(picture: Picture, kind: str, name: str, distance: float | None = None)
 
 def _image(picture: Picture) -> str:
     try:
-        images = [read_image(file) for file in picture.shown]
+        images = [picture.image] if picture.image else [read_image(file) for file in picture.shown]
     except InputError:
         # An index may outlive its images, and a name given in Python is no file.
         return '<span class="missing">the picture cannot be read</span>'
-    shown = images[0] if picture.crop is None else images[0].crop(picture.crop)
+    shown = images[0].crop(picture.crop)
     if len(images) > 1:
         shown = tiled(images, THUMBNAIL)
     shown.thumbnail(THUMBNAIL, Image.Resampling.LANCZOS)

@@ -1,0 +1,189 @@
+"""A page on this machine that looks up a photo, or a part of it, in a gallery. No photo is written to disk."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from html import escape
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+import uvicorn
+from fastapi import FastAPI, Query, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.trustedhost import TrustedHostMiddleware
+from fastapi.responses import HTMLResponse, PlainTextResponse
+from torch import Tensor
+
+from pml_drsl.checks import InputError
+from pml_drsl.console import say
+from torchreid_ext.evaluation.page import filled, sections, whole
+from torchreid_ext.images import Row, in_name, pattern
+from torchreid_ext.pixels import read_image
+from torchreid_ext.search.searcher import Match, Searcher, caption, rankings
+from torchreid_ext.search.sources import shown
+
+MEGABYTES, MEGAPIXELS = 20, 50
+"""A larger photo is refused before it is read whole, or decoded."""
+
+MOST = 500
+"""Results on one page at most: each is a picture in it."""
+
+# Photos and faces stay out of the browser's cache too.
+_HEADERS = {"Cache-Control": "no-store"}
+
+
+class TooLarge(InputError):
+    """A photo of too many bytes."""
+
+
+def application(searcher: Searcher, rerank: bool = False, top: int = 10, hosts: Sequence[str] = ("*",)) -> FastAPI:
+    """The page (``GET /``) and its search (``POST /search``, with the photo's file as the body).
+
+    Args:
+        searcher: the network and its gallery. Its cameras and folders are read once, here.
+        rerank: re-rank by k-reciprocal neighbours.
+        top: how many results the page asks for at first, >= 1.
+        hosts: names of this server that a browser may use; those of all others are refused.
+    """
+    carried = pattern(searcher.names, "--names")
+    entries = searcher.gallery.entries
+    cameras = {_printable(camera): camera for camera in sorted({entry.camera for entry in entries} - {""})}
+    folders = {_printable(str(folder)): folder for folder in sorted({Path(shown(row.path)).parent for row in entries})}
+    limits = {"MEGABYTES": [str(MEGABYTES)], "MOST": [str(MOST)], "TOP": [str(min(top, MOST))]}
+    choices = [_choice("Camera", "camera", cameras), _choice("Folder, with those in it", "folder", folders)]
+    form = b"".join(filled("search/serve.html", {**limits, "CHOICES": choices})).decode()
+    policy = {"POLICY": [" blob:; connect-src 'self'"], "HEAD": [form], "BODY": []}
+    page = b"".join(whole("Search by photo", caption(searcher, rerank), policy))
+    alone = threading.Lock()  # One photo is decoded at a time, which bounds the memory.
+
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    # Another site cannot make its own name stand for this machine, and read the gallery with its visitor's browser.
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
+
+    @app.exception_handler(InputError)
+    async def refused(_: Request, error: InputError) -> PlainTextResponse:
+        return PlainTextResponse(_printable(str(error)), 413 if isinstance(error, TooLarge) else 400, _HEADERS)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> PlainTextResponse:
+        first = error.errors()[0]
+        return PlainTextResponse(f"{first['loc'][-1]}: {first['msg']}", 400, _HEADERS)
+
+    @app.get("/")
+    async def home() -> HTMLResponse:
+        return HTMLResponse(page, headers=_HEADERS)
+
+    @app.post("/search")
+    async def search(
+        request: Request,
+        name: str = "photo",
+        top: Annotated[int, Query(ge=1, le=MOST)] = 10,
+        crop: Annotated[list[int] | None, Query(min_length=4, max_length=4)] = None,
+        camera: str = "",
+        folder: str = "",
+        others: bool = False,
+    ) -> HTMLResponse:
+        photo = await _received(request)
+        for given, known in ((camera, cameras), (folder, folders)):
+            if given and given not in known:
+                raise InputError(f"no image of the gallery is of {given!r}")
+
+        def wanted(match: Match) -> bool:
+            return (
+                (not camera or match.camera == cameras[camera])
+                and (not folder or folders[folder] in Path(shown(match.name)).parents)
+                and not (others and _holds(match.name, photo))
+            )
+
+        def found() -> str:
+            with alone:
+                image = read_image(photo, MEGAPIXELS)
+                box = (crop[0], crop[1], crop[2], crop[3]) if crop else None
+                matches = _nearest(searcher, searcher.extract(image, box), top, rerank, wanted)
+                (row,) = rankings([Row(name, *(in_name(carried, name) or ()))], box, [matches])
+                return "".join(sections([replace(row, query=replace(row.query, image=image))]))
+
+        return HTMLResponse(_printable(await run_in_threadpool(found)), headers=_HEADERS)
+
+    return app
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens at a port, 0 for a free one; InputError where that cannot be."""
+    try:
+        if not 0 <= port <= 65535:
+            raise OSError(0, "a port is from 0 to 65535")
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        cure = "give another port, or --serve 0 for a free one, and a --host of this machine"
+        raise InputError(f"cannot listen at port {port} of {host!r} ({reason}): {cure}") from error
+
+
+def serve(listener: socket.socket, searcher: Searcher, rerank: bool = False, top: int = 10) -> None:
+    """Serves :func:`application` at a socket of :func:`listen` until Ctrl-C, and says where on stdout."""
+    address, port = listener.getsockname()[:2]
+    hosts = ["*"]
+    if ipaddress.ip_address(address).is_loopback:
+        # Before version 1, starlette took the address [::1]:7861 for the name "[".
+        hosts = ["localhost", address, f"[{address}]", "["]
+    else:
+        say("Anyone in the network can search this gallery and see its pictures", sys.stderr)
+    app = application(searcher, rerank, top, hosts)
+    say(f"Search at http://{f'[{address}]' if ':' in address else address}:{port} (Ctrl-C ends)")
+    sys.stdout.flush()
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run([listener])
+
+
+async def _received(request: Request) -> bytes:
+    data = bytearray()
+    async for part in request.stream():
+        data += part
+        if len(data) > MEGABYTES * 1e6:
+            raise TooLarge(f"the photo has more than {MEGABYTES} megabytes: make it smaller")
+    return bytes(data)
+
+
+def _nearest(
+    searcher: Searcher, feature: Tensor, top: int, rerank: bool, wanted: Callable[[Match], bool]
+) -> list[Match]:
+    """The nearest ``top`` images that are wanted; InputError if there is none."""
+    # The first few are enough, unless a choice leaves most of the gallery out.
+    for count in [len(searcher)] if rerank else [2 * top, len(searcher)]:
+        matches = searcher.search_features(feature, max(count, 1), rerank)[0]
+        chosen = list(islice(filter(wanted, matches), top))
+        if len(chosen) == top:
+            break
+    if not chosen:
+        raise InputError("no other image of the gallery is of this camera and folder")
+    return chosen
+
+
+def _holds(path: str, data: bytes) -> bool:
+    try:
+        return os.path.getsize(path) == len(data) and Path(path).read_bytes() == data
+    except OSError:  # An index may outlive its images, and a name given in Python is no file.
+        return False
+
+
+def _printable(text: str) -> str:
+    """The text as a page of UTF-8 shows it: a name may hold bytes that are none."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _choice(label: str, name: str, values: Iterable[str]) -> str:
+    options = [f'<option value="{escape(value)}">{escape(value)}</option>' for value in values]
+    every = '<option value="">all</option>'
+    return f'<label>{label} <select name="{name}">{every}{"".join(options)}</select></label>' if options else ""
