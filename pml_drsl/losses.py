@@ -67,7 +67,7 @@ class DRSLoss(BaseMetricLossFunction):
     def __init__(
         self,
         temperature: float = 0.1,
-        sort_weight: float = 0.3,
+        sort_weight: float = 1.0,
         margin: float = 0.0,
         bound_power: float | None = 0.1,
         query_chunk_size: int | None = None,
