@@ -17,6 +17,7 @@ from typing import Any
 from pml_drsl.checks import InputError
 from pml_drsl.console import check_outputs, guarded, say
 from pml_drsl.evaluation import cli
+from pml_drsl.machine import available_cores
 
 RUNS = """
 Give runs of drsl-train in the place of files, to compare them, or to see why one fails:
@@ -36,7 +37,7 @@ EXAMPLES = """  drsl-evaluate log/demo --errors
   drsl-evaluate log/market1501 log/msmt17 --csv table.csv
 """
 
-SCORES = ("mAP", "rank-1")
+SCORES, FILES = ("mAP", "rank-1"), ("metrics.json", "config.yaml")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,7 +76,7 @@ def _holds_features(args: argparse.Namespace) -> bool:
 
 
 def _errors(args: argparse.Namespace) -> None:
-    from pml_drsl.evaluation.arrays import load_arrays
+    from pml_drsl.evaluation.arrays import PATHS, load_arrays
     from torchreid_ext.evaluation import errors
     from torchreid_ext.search.features import extract_files
     from torchreid_ext.search.model import load_model
@@ -85,11 +86,7 @@ def _errors(args: argparse.Namespace) -> None:
     if _holds_features(args):
         data, metric = cli.read(args), args.metric
         held = load_arrays(args.features[0]) if len(args.features) == 1 else {}
-        # The files of other programs have no paths.
-        paths = [
-            [str(path) for path in held.get(f"{side}_paths", [f"{side} {row}" for row in range(len(data[side]))])]
-            for side in errors.SIDES
-        ]
+        paths: list[Any] = [held.get(name) for name in PATHS]
     elif len(args.features) > 1:
         raise InputError(f"--errors takes one run, got {len(args.features)}")
     else:
@@ -98,13 +95,14 @@ def _errors(args: argparse.Namespace) -> None:
         check_outputs({"--html": args.html}, [model.path, *(row.path for row in table.rows)])
         data, paths = dict[str, Any](), []
         for side, rows in (("query", table.query), ("gallery", table.gallery)):
-            data[side] = extract_files(model, rows, description=side).features
+            workers = min(4, available_cores())
+            found = extract_files(model, rows, workers=workers, skip_damaged=True, description=side)
+            for reason in found.damaged:
+                say(f"left out: {reason}")
+            files, identities, cameras, _ = zip(*found.entries, strict=True)
             # torchreid gives identities and cameras numbers.
-            data |= {
-                f"{side}_ids": [int(row.identity) for row in rows],
-                f"{side}_cams": [int(row.camera) for row in rows],
-            }
-            paths.append([row.path for row in rows])
+            data |= {side: found.features, f"{side}_ids": [*map(int, identities)], f"{side}_cams": [*map(int, cameras)]}
+            paths.append(files)
     search, pictures = errors.prepare(data, paths, metric, args.junk)
     say(errors.write_page(args.html, search, pictures, f"Why {args.features[0]} fails"))
     say(f"The page to look at is {args.html!r}")
@@ -123,9 +121,6 @@ def _compare(args: argparse.Namespace) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *cells in rows:
         say("  ".join([first.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))
-
-
-FILES = ("metrics.json", "config.yaml")
 
 
 def table(runs: Sequence[str]) -> list[list[str]]:
@@ -149,7 +144,7 @@ def table(runs: Sequence[str]) -> list[list[str]]:
                 for name, value in zip(SCORES, values, strict=True)
             })  # fmt: skip
             sources.append("+".join(yaml.safe_load(config.read_bytes())["data"]["sources"]))
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             cure = "give the folders of finished runs of drsl-train, or feature files alone"
             raise InputError(f"{run!r} has no {Path(error.filename).name}: {cure}") from error
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, yaml.YAMLError) as error:

@@ -108,13 +108,12 @@ def camera_pairs(search: Search) -> dict[tuple[int, int], tuple[float, int]]:
     return pairs
 
 
-def prepare(
-    data: Mapping[str, Any], paths: Sequence[Sequence[str]], metric: Metric, junk: Junk
-) -> tuple[Search, Pictures]:
+def prepare(data: Mapping[str, Any], paths: Sequence[Any], metric: Metric, junk: Junk) -> tuple[Search, Pictures]:
     """The search and its pictures, without images of junk identities, which have no effect.
 
     ``data`` holds the arguments of ``pml_drsl.evaluation.scores.evaluate``: features, identities and perhaps cameras.
-    ``paths`` are the image files of query and gallery. Raises InputError as ``evaluate``.
+    ``paths`` are the image files of query and gallery, or None where they are not known. Raises InputError as
+    ``evaluate``.
     """
     features = [as_features(data[side], side).cpu() for side in SIDES]
     sizes = [len(part) for part in features]
@@ -128,7 +127,9 @@ def prepare(
         kept = np.flatnonzero(pids[place] >= 0)
         samples.append(Samples(features[place], pids[place].numpy(), cams[place].numpy()).at(kept))
         ids, cameras = (label_array(data.get(f"{side}_{kind}", [""] * sizes[place])) for kind in ("ids", "cams"))
-        pictures.append([Picture(paths[place][row], str(ids[row]), str(cameras[row])) for row in kept.tolist()])
+        known = np.shape(paths[place]) == (sizes[place],)
+        files = paths[place] if known else [f"{side} {row}" for row in range(sizes[place])]
+        pictures.append([Picture(str(files[row]), str(ids[row]), str(cameras[row])) for row in kept.tolist()])
     return Search(samples[0], samples[1], metric), (pictures[0], pictures[1])
 
 
@@ -188,12 +189,9 @@ def _map(search: Search, pictures: Pictures, ranked: RankedQueries) -> str:
         axes.scatter(places[1][:, 0], places[1][:, 1], s=6, color="gray", alpha=0.4, linewidths=0, label="all others")
         for pid, (colour, marker) in zip(people, MARKERS.items(), strict=False):
             name = f"{pictures[0][int(np.argmax(pids == pid))].identity} (mAP {means[pid]:.0%})"
-            for side, points, size in ((search.query, places[0], 80), (search.gallery, places[1], 25)):
-                x, y = points[side.pids == pid].T
-                of_gallery = side is search.gallery
-                fill = colour if of_gallery else "none"
-                axes.scatter(x, y, s=size, marker=marker, facecolors=fill, edgecolors=colour,
-                             label=name if of_gallery else None)  # fmt: skip
+            queries, entries = places[0][pids == pid], places[1][search.gallery.pids == pid]
+            axes.scatter(queries[:, 0], queries[:, 1], s=80, marker=marker, facecolors="none", edgecolors=colour)
+            axes.scatter(entries[:, 0], entries[:, 1], s=25, marker=marker, color=colour, label=name)
         axes.set(xticks=[], yticks=[], xlabel="first principal component", ylabel="second principal component")
         axes.legend(framealpha=0, loc="center left", bbox_to_anchor=(1, 0.5), title="identity", fontsize="small")
 

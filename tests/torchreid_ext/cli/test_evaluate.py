@@ -45,6 +45,32 @@ def test_the_errors_of_a_run_and_of_its_features_are_those_of_its_own_test(run, 
     assert evaluate.main([str(checkpoint), "--errors", "--html", str(tmp_path / "c.html")]) == 0
 
 
+def test_damaged_images_are_left_out_and_gone_ones_are_named(tmp_path, capsys):
+    run = trained.train(tmp_path).parents[1]
+    query = next(line.split(",")[0] for line in (tmp_path / "list.csv").read_text().splitlines() if "query" in line)
+    (tmp_path / query).write_bytes(b"")
+    capsys.readouterr()
+    assert evaluate.main([str(run), "--errors"]) == 0
+    queries = json.loads((run / "metrics.json").read_text())["listed"]["num_query"]
+    out = capsys.readouterr().out
+    assert "left out: cannot read image" in out and f"hardest of {queries - 1} queries" in out
+    (tmp_path / query).unlink()
+    assert evaluate.main([str(run), "--errors", "--html", str(tmp_path / "p.html")]) == 2
+    assert query in complaint(capsys) and not (tmp_path / "p.html").exists()
+
+
+def test_features_of_another_program_have_no_images(tmp_path, capsys):
+    ids = np.arange(3) // 2
+    arrays = {"query": np.eye(3), "gallery": np.eye(3), "query_ids": ids, "gallery_ids": ids, "query_paths": ids[:1]}
+    np.savez(tmp_path / "f.npz", **arrays)
+    assert evaluate.main([str(tmp_path / "f.npz"), "--errors"]) == 0
+    assert "6 of the 6 images cannot be found" in capsys.readouterr().out
+    assert ">query 2 - first match at rank 1, AP 100.0%<" in (tmp_path / "errors.html").read_text(encoding="utf-8")
+    np.savez(tmp_path / "f.npz", **arrays | {"query": np.float64(1)})
+    assert evaluate.main([str(tmp_path / "f.npz"), "--errors"]) == 2
+    assert "query features have shape []" in complaint(capsys)
+
+
 def made_run(folder, sources, **scores):
     folder.mkdir()
     metrics = {target: {"mAP": mAP, "mINP": 0.1, "cmc": [rank1, 1.0]} for target, (mAP, rank1) in scores.items()}
@@ -91,7 +117,7 @@ def test_the_table_has_what_a_run_wrote(run, capsys):
         (["RUN", "--errors", "--html", "RUN/../images/00.png"], "would overwrite the input"),
         (["RUN", "--errors", "--html", "nowhere/p.html"], "not a file in a folder that exists"),
         (["RUN/model"], "has no metrics.json"),
-        (["RUN", "f.npz"], "f.npz"),
+        (["RUN", "f.npz"], "'f.npz' has no metrics.json"),
         (["nowhere", "--errors"], "nowhere"),
     ],
 )
