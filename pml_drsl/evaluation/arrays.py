@@ -17,6 +17,7 @@ from torch import Tensor
 from pml_drsl.checks import InputError
 
 REQUIRED, CAMERAS = ("query", "gallery", "query_ids", "gallery_ids"), ("query_cams", "gallery_cams")
+PATHS = ("query_paths", "gallery_paths")  # of images, which drsl-extract writes
 COLUMNS = ("set", "id", "camera")
 
 NumpyArray: TypeAlias = np.ndarray[Any, Any]
@@ -69,7 +70,7 @@ def read_npz(path: str) -> dict[str, Any]:
     if missing := [name for name in REQUIRED if name not in loaded]:
         needs = f"it needs {', '.join(REQUIRED)}, and {' and '.join(CAMERAS)} if there are cameras"
         raise InputError(f"{path} lacks {', '.join(missing)}: {needs}; it holds {', '.join(loaded) or 'nothing'}")
-    for name in set(loaded) - set(known):  # Ignoring a misspelt array would silently ignore the cameras.
+    for name in set(loaded) - {*known, *PATHS}:  # Ignoring a misspelt array would silently ignore the cameras.
         if near := difflib.get_close_matches(name, [camera for camera in CAMERAS if camera not in loaded], n=1):
             raise InputError(f"{path} has an unknown array {name!r}: did you mean {near[0]!r}?")
     return {name: loaded[name] for name in known if name in loaded}

@@ -47,14 +47,14 @@ EPILOG = """examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status, which :func:`pml_drsl.console.guarded` explains."""
-    args = _parser().parse_args(arguments)
-    return guarded("drsl-evaluate", lambda: _run(args), [args.json])
+    args = parser().parse_args(arguments)
+    return guarded("drsl-evaluate", lambda: run(args), [args.json])
 
 
-def _run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    """Computes, prints and writes the scores of feature files; raises InputError for bad input."""
     import torch
 
-    from pml_drsl.evaluation.arrays import CAMERAS, read_npy, read_npz
     from pml_drsl.evaluation.scores import evaluate
 
     if min(args.ranks) < 1:
@@ -65,11 +65,7 @@ def _run(args: argparse.Namespace) -> None:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no CUDA device here")
-    if args.ids and len(args.features) == 1:
-        raise InputError("--ids goes with two .npy files; a .npz file holds its own query_ids and gallery_ids")
-    data = read_npz(args.features[0]) if len(args.features) == 1 else read_npy(args.features, args.ids)
-    if args.no_cameras:
-        data = {name: array for name, array in data.items() if name not in CAMERAS}
+    data = read(args)
     options = {name: getattr(args, name) for name in ("metric", "ties", "protocol", "rerank", "seed", "junk")}
     max_rank, progress = max(50, *args.ranks), sys.stderr.isatty()
     result = evaluate(**data, **options, max_rank=max_rank, device=device, progress=progress)
@@ -77,6 +73,16 @@ def _run(args: argparse.Namespace) -> None:
         Path(args.json).write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
     left_out = len(data["query"]) - result.num_query + len(data["gallery"]) - result.num_gallery
     print(report(result, args.ranks, "query_cams" in data, left_out))
+
+
+def read(args: argparse.Namespace) -> dict[str, Any]:
+    """The features and labels of the files that were given, as ``evaluate`` takes them; InputError for bad files."""
+    from pml_drsl.evaluation.arrays import CAMERAS, read_npy, read_npz
+
+    if args.ids and len(args.features) == 1:
+        raise InputError("--ids goes with two .npy files; a .npz file holds its own query_ids and gallery_ids")
+    data = read_npz(args.features[0]) if len(args.features) == 1 else read_npy(args.features, args.ids)
+    return {name: array for name, array in data.items() if not (args.no_cameras and name in CAMERAS)}
 
 
 def report(result: RetrievalResult, ranks: Sequence[int], has_cameras: bool, left_out: int) -> str:
@@ -88,15 +94,16 @@ def report(result: RetrievalResult, ranks: Sequence[int], has_cameras: bool, lef
     return "\n".join([first, *(f"{name:<8} {value:7.2%}" for name, value in result.scores(ranks).items())])
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The options for feature files."""
+    made = argparse.ArgumentParser(
         "drsl-evaluate", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
     def option(name: str, about: str, **kwargs: Any) -> None:
-        parser.add_argument(name, help=about, **kwargs)
+        made.add_argument(name, help=about, **kwargs)
 
-    parser.add_argument("--version", action="version", version=f"%(prog)s {version()}")
+    made.add_argument("--version", action="version", version=f"%(prog)s {version()}")
     option("features", "FEATURES.npz, or QUERY.npy GALLERY.npy", nargs="+", metavar="FILE")
     option("--ids", "identities and cameras of the two .npy files", metavar="IDS.csv")
     option("--metric", "distance (%(default)s)", choices=METRICS, default="euclidean")
@@ -112,4 +119,4 @@ def _parser() -> argparse.ArgumentParser:
     option("--ranks", "ranks to print (1 5 10 20)", type=int, nargs="+", default=list(RANKS), metavar="K")
     option("--json", "write all scores, the CMC curve and the counts here", metavar="FILE")
     option("--device", "where to compute (cuda if there is a device, else cpu)", choices=["cpu", "cuda"])
-    return parser
+    return made

@@ -71,6 +71,7 @@ class Found:
     picture: Picture
     distance: float
     mark: str = ""
+    rank: int = 0  # among the entries that are not junk; 0: the next one
 
 
 @dataclass(frozen=True)
@@ -94,29 +95,33 @@ def tiled(images: Sequence[Image.Image], size: tuple[int, int]) -> Image.Image:
 
 
 def write_pages(
-    path: str | os.PathLike[str], rankings: Sequence[Ranking], caption: str, title: str = "Search results"
+    path: str | os.PathLike[str],
+    rankings: Sequence[Ranking],
+    caption: str,
+    title: str = "Search results",
+    figures: str = "",
 ) -> list[Path]:
     """Writes one or more rankings with all pictures inside, each page whole or not at all, and returns the pages.
 
-    The page ``path`` has the ``caption`` below its title. From 101 queries on there are more pages, ``NAME-2.html`` and
-    so on, which link to each other. A picture that cannot be read is named on the page. Raises OSError if a page cannot
-    be written.
+    The page ``path`` has the ``caption`` below its title, and below that the ``figures``, which are HTML. From 101
+    queries on there are more pages, ``NAME-2.html`` and so on, which link to each other. A picture that cannot be read
+    is named on the page. Raises OSError if a page cannot be written.
     """
     first, count = Path(path), max(1, -(-len(rankings) // QUERIES_PER_PAGE))
     pages = [first, *(first.with_name(f"{first.stem}-{number}{first.suffix}") for number in range(2, count + 1))]
     for number, page in enumerate(pages):
         start = number * QUERIES_PER_PAGE
         body = sections(rankings[start : start + QUERIES_PER_PAGE], start + 1)
+        parts = {"HEAD": [_links(pages, number)], "FIGURES": [figures if number == 0 else ""], "BODY": body}
         with replacing(page) as file:
-            file.writelines(whole(title, caption, {"HEAD": [_links(pages, number)], "BODY": body}))
+            file.writelines(whole(title, caption, parts))
     return pages
 
 
 def whole(title: str, caption: str, parts: Mapping[str, Iterable[str]]) -> Iterator[bytes]:
     """A page piece by piece, with its ``HEAD`` and ``BODY``, and in ``POLICY`` what else its browser may load."""
-    return filled(
-        "evaluation/page.html", {"POLICY": [], "TITLE": [escape(title)], "CAPTION": [escape(caption)], **parts}
-    )
+    always = {"POLICY": [], "FIGURES": [], "TITLE": [escape(title)], "CAPTION": [escape(caption)]}
+    return filled("evaluation/page.html", always | parts)
 
 
 def filled(template: str, parts: Mapping[str, Iterable[str]]) -> Iterator[bytes]:
@@ -153,7 +158,7 @@ def sections(rankings: Sequence[Ranking], first: int = 1) -> Iterator[str]:
         )
         rank = 0
         for found in row.matches:
-            rank += found.mark != "junk"
+            rank = found.rank or rank + (found.mark != "junk")
             name = "junk" if found.mark == "junk" else str(rank)
             yield f"<li>{_card(found.picture, found.mark, name, found.distance)}</li>\n"
         yield "</ol>\n</div>\n</section>\n"

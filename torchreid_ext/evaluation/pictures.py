@@ -77,7 +77,7 @@ def ranking_picture(rows: Sequence[Ranking], title: str) -> Image.Image:
         for column, found in enumerate(row.matches):
             left = _MARGIN + _CELL[0] + _QUERY_GAP + column * (_CELL[0] + _GAP)
             junk = found.mark == "junk"
-            rank += not junk
+            rank = found.rank or rank + (not junk)
             _paste(page, found.picture, left, top, found.mark)
             if not junk:
                 _mark(draw, left + _CELL[0] + 4, top - 4, found.mark)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -13,13 +12,14 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from pml_drsl.evaluation import reranking
-from pml_drsl.evaluation.scores import FeatureDistances, RetrievalResult, rank_queries, summarize
-from torchreid_ext.evaluation import page
+from pml_drsl.evaluation.scores import FeatureDistances, RankedQueries, RetrievalResult, rank_queries, summarize
 from torchreid_ext.evaluation.extraction import Samples
 from torchreid_ext.evaluation.page import Found, Picture, Ranking
-from torchreid_ext.evaluation.pictures import save_ranking_picture
 
-Paths = tuple[Sequence[Any], Sequence[Any]]
+Pictures = tuple[Sequence[Picture], Sequence[Picture]]
+"""All queries, and the whole gallery."""
+
+Mask: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 class Search:
@@ -35,7 +35,7 @@ class Search:
     ) -> None:
         self.kept = tuple(np.flatnonzero((samples.pids != -1) | (not rerank)) for samples in (query, gallery))
         self.query, self.gallery = query.at(self.kept[0]), gallery.at(self.kept[1])
-        features = self.query.features, self.gallery.features
+        self.metric, features = metric, (self.query.features, self.gallery.features)
         if normalize:
             features = F.normalize(features[0]), F.normalize(features[1])
         search = reranking.rerank if rerank else FeatureDistances
@@ -53,23 +53,33 @@ class Search:
         labels = query.pids, gallery.pids, query.camids, gallery.camids
         return summarize(rank_queries(self.distances, *labels, protocol=protocol, group=group), max_rank)
 
-    def ranking(self, index: int, topk: int, paths: Paths) -> Ranking:
+    def masks(self, start: int, stop: int) -> tuple[Mask, Mask]:
+        """Which gallery entries are matches, and which are junk, of the queries from ``start`` to ``stop``: (q, M)."""
+        same = self.query.pids[start:stop, None] == self.gallery.pids
+        # Identity -1 is a badly drawn box, which has no effect either.
+        junk = (self.gallery.pids == -1) | (same & (self.query.camids[start:stop, None] == self.gallery.camids))
+        return same & ~junk, junk
+
+    def ranking(self, index: int, topk: int, pictures: Pictures, first_match: bool = False) -> Ranking:
         """Returns the nearest gallery entries of one kept query: ``topk`` valid entries, and the junk between them.
 
-        ``paths`` are the images of all queries and of the gallery, each a path or the paths of a tracklet.
+        With ``first_match`` the nearest match follows, where it is not among them.
         """
-        pid, camid = self.query.pids[index], self.query.camids[index]
-        # Identity -1 is a badly drawn box, which has no effect either.
-        junk = (self.gallery.pids == -1) | ((self.gallery.pids == pid) & (self.gallery.camids == camid))
-        marks = np.select([junk, self.gallery.pids == pid], ["junk", "right"], "wrong")
+        right, junk = (mask[0] for mask in self.masks(index, index + 1))
+        marks = np.select([junk, right], ["junk", "right"], "wrong")
         distances = self.distances.distances(index, index + 1)[0].cpu().numpy()
         order = distances.argsort(kind="stable")
+        ranks = np.cumsum(~junk[order])
         # An entry is shown if fewer than topk valid entries precede it.
-        shown = order[np.cumsum(~junk[order]) - ~junk[order] < topk]
-        images = [paths[1][number] for number in self.kept[1][shown]]
-        nearest = zip(images, distances[shown].tolist(), marks[shown].tolist(), strict=True)
-        matches = [Found(Picture(path), distance, mark) for path, distance, mark in nearest]
-        return Ranking(Picture(paths[0][self.kept[0][index]]), matches)
+        shown = ranks - ~junk[order] < topk
+        if first_match and right.any():
+            shown[right[order].argmax()] = True
+        found = zip(order[shown].tolist(), ranks[shown].tolist(), strict=True)
+        matches = [
+            Found(pictures[1][self.kept[1][entry]], float(distances[entry]), str(marks[entry]), rank)
+            for entry, rank in found
+        ]
+        return Ranking(pictures[0][self.kept[0][index]], matches)
 
 
 def print_result(result: RetrievalResult, ranks: Sequence[int]) -> None:
@@ -99,18 +109,23 @@ def print_side_by_side(columns: dict[str, dict[str, RetrievalResult]], ranks: Se
             )
 
 
-def draw_some(search: Search, paths: Paths, count: int, topk: int, path: Path, title: str) -> None:
-    """Draws the rankings of ``count`` queries in one picture, with ``paths`` of queries and gallery."""
-    # The queries are spread evenly over the query set, so that the picture shows many identities.
+def some(search: Search, pictures: Pictures, count: int, topk: int) -> list[Ranking]:
+    """The rankings of ``count`` queries, the same ones in every test."""
+    # The queries are spread evenly over the query set, so that a picture shows many identities.
     indices = np.linspace(0, len(search.query.pids) - 1, min(count, len(search.query.pids))).astype(int).tolist()
-    save_ranking_picture(path, [search.ranking(index, topk, paths) for index in indices], title)
+    return [search.ranking(index, topk, pictures) for index in indices]
 
 
-def write_pages(search: Search, paths: Paths, topk: int, path: Path, title: str) -> None:
-    """Writes the ranking of every query on web pages, by rising average precision; those without a match come last."""
-    precision = search.evaluate().ranked.average_precision.nan_to_num(torch.inf).tolist()
+def hardest(
+    search: Search, ranked: RankedQueries, pictures: Pictures, topk: int, count: int | None = None
+) -> list[Ranking]:
+    """The rankings of ``count`` queries, or all, by rising average precision; those without a match come last."""
+    precision = ranked.average_precision.nan_to_num(torch.inf).tolist()
+    # The mean of equally likely places, where ties leave the place open.
+    places = ranked.first_places.mean(dim=1).tolist()
     rankings = []
-    for index in sorted(range(len(precision)), key=precision.__getitem__):
-        note = f"AP {precision[index]:.1%}" if precision[index] <= 1 else "no match in the gallery"
-        rankings.append(replace(search.ranking(index, topk, paths), note=note))
-    page.write_pages(path, rankings, f"{len(rankings)} queries, hardest first.", title)
+    for index in sorted(range(len(precision)), key=precision.__getitem__)[:count]:
+        note = f"first match at rank {places[index]:g}, AP {precision[index]:.1%}"
+        note = note if precision[index] <= 1 else "no match in the gallery"
+        rankings.append(replace(search.ranking(index, topk, pictures, first_match=True), note=note))
+    return rankings

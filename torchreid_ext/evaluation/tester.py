@@ -12,11 +12,16 @@ from typing import Any
 import numpy as np
 
 from pml_drsl.evaluation.scores import RankedQueries, RetrievalResult
-from torchreid_ext.evaluation import ranking
+from torchreid_ext.evaluation import page, ranking
 from torchreid_ext.evaluation.extraction import extract
+from torchreid_ext.evaluation.page import Picture
+from torchreid_ext.evaluation.pictures import ranking_picture, save_ranking_picture
 from torchreid_ext.runtime import distributed, generators
 from torchreid_ext.runtime.files import replacing
 from torchreid_ext.runtime.options import Options, documented, option
+
+LOGGED = 3
+"""Queries whose ranked galleries TensorBoard gets after every test."""
 
 
 @documented
@@ -87,18 +92,22 @@ class Tester:
         ranking.print_result(result, options.ranks)
         if options.queries and options.save_dir:
             write_queries(search, result.ranked, Path(options.save_dir, f"queries_{target}.csv"))
-        query, gallery = self.datamanager.fetch_test_loaders(target) if options.picture or options.visrank else ([], [])
-        paths = [items[0] for items in query], [items[0] for items in gallery]
+        drawn = options.picture or options.visrank or self.writer is not None
+        query, gallery = self.datamanager.fetch_test_loaders(target) if drawn else ([], [])
+        pictures = [Picture(items[0]) for items in query], [Picture(items[0]) for items in gallery]
+        topk, title = options.visrank_topk, f"{target}: ranked gallery"
         if options.picture:
             picture = Path(options.save_dir, f"ranking_{target}.png")
-            title = f"{target}: ranked gallery"
-            ranking.draw_some(search, paths, options.picture, options.visrank_topk, picture, title)
+            save_ranking_picture(picture, ranking.some(search, pictures, options.picture, topk), title)
             print(f'Picture of ranked results saved to "{picture}"')
         if options.visrank:
             index = Path(options.save_dir, f"visrank_{target}", "index.html")
-            ranking.write_pages(search, paths, options.visrank_topk, index, f"Rankings: {target}")
+            rankings = ranking.hardest(search, search.evaluate().ranked, pictures, topk)
+            page.write_pages(index, rankings, f"{len(rankings)} queries, hardest first.", f"Rankings: {target}")
             print(f'Rankings of {len(query)} queries saved; open "{index}" in a browser')
         if self.writer is not None:
+            drawing = np.asarray(ranking_picture(ranking.some(search, pictures, LOGGED, topk), title))
+            self.writer.add_image(f"Test/{target}/ranking", drawing, self.epoch, dataformats="HWC")
             for name, value in result.scores([1]).items():
                 # torchreid writes rank1.
                 self.writer.add_scalar(f"Test/{target}/{name.replace('-', '')}", value, self.epoch)

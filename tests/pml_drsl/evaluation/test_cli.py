@@ -181,7 +181,7 @@ def test_junk_is_left_out_and_said(tmp_path: Path, arrays: dict[str, Any], capsy
 
 
 def test_help_and_version_need_no_torch() -> None:
-    code = "import sys; sys.modules['torch'] = None; from pml_drsl.evaluation.cli import _parser; _parser()"
+    code = "import sys; sys.modules['torch'] = None; from pml_drsl.evaluation.cli import parser; parser()"
     light = (
         "import types, sys; sys.modules['pml_drsl'] = p = types.ModuleType('pml_drsl'); p.__path__ = [sys.argv[1]]; "
     )

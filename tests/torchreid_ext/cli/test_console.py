@@ -9,14 +9,14 @@ import pytest
 
 from pml_drsl import console
 from pml_drsl.checks import InputError
-from torchreid_ext.cli import export, extract, search
+from torchreid_ext.cli import evaluate, export, extract, search
 
 ROOT = Path(__file__).parents[3]
 
 HELP = """
 import sys
-from torchreid_ext.cli import export, extract, search
-for command in (export, extract, search):
+from torchreid_ext.cli import evaluate, export, extract, search
+for command in (evaluate, export, extract, search):
     try:
         command.main(["--help"])
     except SystemExit as end:
@@ -30,7 +30,7 @@ def test_help_does_not_load_torch():
     assert done.returncode == 0 and done.stdout.endswith("\n[]\n"), done.stdout[-500:] + done.stderr
 
 
-@pytest.mark.parametrize("command", [search, extract, export])
+@pytest.mark.parametrize("command", [search, extract, export, evaluate])
 def test_every_command_says_its_version(command, capsys):
     with pytest.raises(SystemExit) as end:
         command.main(["--version"])

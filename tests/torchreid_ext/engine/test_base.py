@@ -520,6 +520,8 @@ def test_lines_and_scalars(tmp_path, capsys):
     tags = set(events.Tags()["scalars"])
     assert tags >= {"Train/loss_m", "Train/loss_x", "Train/retrieval_error", "Train/lr"}
     assert tags >= {"Test/toy/mAP", "Test/toy/rank1"}
+    pictures = events.Images("Test/toy/ranking")
+    assert [picture.step for picture in pictures] == [0, 1] and pictures[0].height > 3 * 192
     # The share of errors, where the loss is the sum of its bound and of the error of sorting.
     errors, terms = ([event.value for event in events.Scalars(f"Train/{n}")] for n in ("retrieval_error", "loss_m"))
     assert all(0 <= error <= 1 for error in errors) and not set(errors) & set(terms)

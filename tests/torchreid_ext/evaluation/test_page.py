@@ -58,7 +58,9 @@ def rows(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def written(rows, tmp_path_factory):
-    (path,) = write_pages(tmp_path_factory.mktemp("pages") / "page é.html", rows, "5 images", "A title")
+    # A table wider than the window scrolls by itself, and the keys leave it alone.
+    figures = f"<aside><figure><table><tr>{'<td>12.3%</td>' * 40}</tr></table></figure></aside>"
+    (path,) = write_pages(tmp_path_factory.mktemp("pages") / "page é.html", rows, "5 images", "A title", figures)
     return path
 
 

@@ -12,6 +12,7 @@ from toy_data import make_image_manager, make_video_manager
 from pml_drsl.evaluation.scores import summarize
 from torchreid_ext.engine.engines import ImageDRSLEngine, VideoDRSLEngine
 from torchreid_ext.evaluation import ranking
+from torchreid_ext.evaluation.page import Picture
 from torchreid_ext.evaluation.ranking import Samples, Search, print_result, print_side_by_side
 
 
@@ -19,6 +20,10 @@ def samples(seed, size, pids=4, camids=3):
     rng = np.random.default_rng(seed)
     features = torch.from_numpy(rng.normal(size=(size, 6)).astype(np.float32))
     return Samples(features, rng.integers(0, pids, size), rng.integers(0, camids, size))
+
+
+def pictures(letter, count):
+    return [Picture(f"{letter}{index}") for index in range(count)]
 
 
 def host_scores(query, gallery, distances, **kwargs):
@@ -63,7 +68,7 @@ def test_the_curve_reaches_the_largest_rank(tmp_path, monkeypatch):
 def test_a_ranking_marks_junk_and_shows_topk_other_entries():
     query, gallery = samples(0, 5), samples(1, 40)
     search = Search(query, gallery)
-    paths = [f"q{i}" for i in range(5)], [f"g{i}" for i in range(40)]
+    paths = pictures("q", 5), pictures("g", 40)
     for index in range(5):
         row = search.ranking(index, 7, paths)
         entries = [int(found.picture.path[1:]) for found in row.matches]
@@ -106,8 +111,8 @@ def test_an_image_of_nobody_is_neither_right_nor_wrong():
     query, gallery = samples(0, 1, pids=1), samples(1, 4)
     gallery.pids[:] = [-1, 0, 1, -1]
     gallery.camids[:] = 9
-    row = Search(query, gallery).ranking(0, 4, (["q"], list("abcd")))
-    assert {found.picture.path for found in row.matches if found.mark == "junk"} == {"a", "d"}
+    row = Search(query, gallery).ranking(0, 4, (pictures("q", 1), pictures("g", 4)))
+    assert {found.picture.path for found in row.matches if found.mark == "junk"} == {"g0", "g3"}
 
 
 def test_images_of_nobody_do_not_take_part_in_re_ranking(tmp_path):
@@ -121,7 +126,7 @@ def test_images_of_nobody_do_not_take_part_in_re_ranking(tmp_path):
     assert search.evaluate().mAP == pytest.approx(host_scores(*known, host)[1], abs=1e-2)
     assert search.evaluate().num_query == 19
     # Pictures are found by the numbers of the whole sets.
-    row = search.ranking(3, 40, ([f"q{i}" for i in range(20)], [f"g{i}" for i in range(60)]))
+    row = search.ranking(3, 40, (pictures("q", 20), pictures("g", 60)))
     assert row.query.path == "q4"
     assert [found.picture.path for found in row.matches] == [f"g{i + 20 * (i >= 10)}" for i in host[3].argsort()]
 

@@ -1,0 +1,161 @@
+"""Scores features from files, compares finished runs, and shows why a run fails.
+
+Feature files alone need no more than the base installation, because the rest is imported when it is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pml_drsl.checks import InputError
+from pml_drsl.console import check_outputs, guarded, say
+from pml_drsl.evaluation import cli
+from pml_drsl.machine import available_cores
+
+RUNS = """
+Give runs of drsl-train in the place of files, to compare them, or to see why one fails:
+
+  drsl-evaluate RUN RUN2 ...
+      One table of the mAP and rank-1 that the runs wrote: a row for the sources of each run, a column for each target.
+
+  drsl-evaluate RUN --errors
+      One page: the queries with the lowest average precision with what came before their first match, mAP by pair of
+      cameras, the distances of matches and of others with the point of equal error, and a map of the gallery. RUN is a
+      folder or a checkpoint, and its test images are searched again, those of its first target. FEATURES.npz of
+      drsl-extract will do too.
+"""
+
+EXAMPLES = """  drsl-evaluate log/demo --errors
+  drsl-evaluate features.npz --metric cosine --errors --html errors.html
+  drsl-evaluate log/market1501 log/msmt17 --csv table.csv
+"""
+
+SCORES, FILES = ("mAP", "rank-1"), ("metrics.json", "config.yaml")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit status, which :func:`pml_drsl.console.guarded` explains."""
+    parser = cli.parser()
+    parser.description, parser.epilog = f"{parser.description}{RUNS}", f"{parser.epilog}{EXAMPLES}"
+    add = parser.add_argument_group("runs of drsl-train").add_argument
+    add("--errors", action="store_true", help="write a page that shows why a search fails")
+    add(
+        "--html", metavar="PAGE.html", help="the page of --errors (errors.html beside the file, or in the run's folder)"
+    )
+    add("--csv", metavar="FILE", help="write the table of several runs here")
+    args = parser.parse_args(arguments)
+    if args.errors and not args.html:
+        given = Path(args.features[0])
+        args.html = str((given if given.is_dir() else given.parent) / "errors.html")
+    return guarded("drsl-evaluate", lambda: _run(parser, args), [args.json, args.html, args.csv])
+
+
+def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    work, takes, where = cli.run, {name for name in vars(args) if name not in ("html", "csv")}, "feature files"
+    if args.errors:
+        work, takes, where = _errors, {"errors", "html", "junk", "device"}, "--errors"
+        if _holds_features(args):
+            takes |= {"ids", "metric", "no_cameras"}
+    elif any(Path(name).is_dir() for name in args.features):
+        work, takes, where = _compare, {"csv"}, "runs without --errors"
+    for name, value in vars(args).items():
+        if name not in takes | {"features"} and value != parser.get_default(name):
+            raise InputError(f"--{name.replace('_', '-')} does not go with {where}: leave it out (see --help)")
+    work(args)
+
+
+def _holds_features(args: argparse.Namespace) -> bool:
+    return args.features[0].endswith((".npz", ".npy"))
+
+
+def _errors(args: argparse.Namespace) -> None:
+    from pml_drsl.evaluation.arrays import PATHS, load_arrays
+    from torchreid_ext.evaluation import errors
+    from torchreid_ext.search.features import extract_files
+    from torchreid_ext.search.model import load_model
+    from torchreid_ext.search.sources import test_images
+
+    check_outputs({"--html": args.html}, [*args.features, args.ids])
+    if _holds_features(args):
+        data, metric = cli.read(args), args.metric
+        held = load_arrays(args.features[0]) if len(args.features) == 1 else {}
+        paths: list[Any] = [held.get(name) for name in PATHS]
+    elif len(args.features) > 1:
+        raise InputError(f"--errors takes one run, got {len(args.features)}")
+    else:
+        model = load_model(args.features[0], device=args.device)
+        metric, table = model.metric, test_images(model.config)
+        check_outputs({"--html": args.html}, [model.path, *(row.path for row in table.rows)])
+        data, paths = dict[str, Any](), []
+        for side, rows in (("query", table.query), ("gallery", table.gallery)):
+            workers = min(4, available_cores())
+            found = extract_files(model, rows, workers=workers, skip_damaged=True, description=side)
+            for reason in found.damaged:
+                say(f"left out: {reason}")
+            files, identities, cameras, _ = zip(*found.entries, strict=True)
+            # torchreid gives identities and cameras numbers.
+            data |= {side: found.features, f"{side}_ids": [*map(int, identities)], f"{side}_cams": [*map(int, cameras)]}
+            paths.append(files)
+    search, pictures = errors.prepare(data, paths, metric, args.junk)
+    say(errors.write_page(args.html, search, pictures, f"Why {args.features[0]} fails"))
+    say(f"The page to look at is {args.html!r}")
+
+
+def _compare(args: argparse.Namespace) -> None:
+    rows = table(args.features)
+    check_outputs({"--csv": args.csv}, (str(Path(run, name)) for run in args.features for name in FILES))
+    if args.csv:
+        from torchreid_ext.runtime.files import replacing
+
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows(rows)
+        with replacing(args.csv) as file:
+            file.write(text.getvalue().encode())
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *cells in rows:
+        say("  ".join([first.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))
+
+
+def table(runs: Sequence[str]) -> list[list[str]]:
+    """The scores that finished runs wrote, in percent: a line for the heads, and a line for the sources of each run.
+
+    Each target has a column for each of ``SCORES``; a run that was not tested on it has ``"-"``. Runs with the same
+    sources also have their folders as names. Raises InputError for a folder without scores or a configuration, or with
+    damaged ones.
+    """
+    import yaml
+
+    scores, sources = list[dict[str, str]](), list[str]()
+    for run in runs:
+        metrics, config = (Path(run, name) for name in FILES)
+        try:
+            # The CMC begins with rank-1.
+            found = {target: (of["mAP"], of["cmc"][0]) for target, of in json.loads(metrics.read_bytes()).items()}
+            scores.append({
+                f"{target} {name}": f"{100 * value:.1f}"
+                for target, values in found.items()
+                for name, value in zip(SCORES, values, strict=True)
+            })  # fmt: skip
+            sources.append("+".join(yaml.safe_load(config.read_bytes())["data"]["sources"]))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            cure = "give the folders of finished runs of drsl-train, or feature files alone"
+            raise InputError(f"{run!r} has no {Path(error.filename).name}: {cure}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, yaml.YAMLError) as error:
+            raise InputError(f"{run!r}: {' or '.join(FILES)} is damaged ({error}): test the run again") from error
+    columns = list(dict.fromkeys(column for of_run in scores for column in of_run))
+    names = [f"{name} ({run})" if sources.count(name) > 1 else name for name, run in zip(sources, runs, strict=True)]
+    lines = [
+        [name, *(of_run.get(column, "-") for column in columns)] for name, of_run in zip(names, scores, strict=True)
+    ]
+    return [["sources", *columns], *lines]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,248 @@
+"""Shows why a search fails: its hardest queries, pairs of cameras, distances, and a map of the gallery, on one page."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pml_drsl.checks import InputError
+from pml_drsl.evaluation import Metric
+from pml_drsl.evaluation.arrays import CAMERAS, Junk, label_array, number_identities, shared_labels
+from pml_drsl.evaluation.distances import as_features, rows_per_chunk
+from pml_drsl.evaluation.scores import RankedQueries
+from torchreid_ext.evaluation.extraction import Samples
+from torchreid_ext.evaluation.page import Picture, number, write_pages
+from torchreid_ext.evaluation.ranking import Pictures, Search, hardest
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Array = np.ndarray[Any, Any]
+
+HARDEST, TOPK = 50, 10
+"""Queries on the page, and gallery entries of each query."""
+
+MOST_CAMERAS = 40
+"""More cameras than this have no table: so many are images without a camera, each with a camera of its own."""
+
+STEPS, BARS = 10_000, 100
+"""Steps in which distances are counted, and bars in which they are drawn."""
+
+MARKERS = {
+    "tab:blue": "o", "tab:orange": "s", "tab:green": "^", "tab:red": "v", "tab:purple": "D", "tab:brown": "P",
+    "tab:pink": "X", "gold": "*", "tab:olive": "<", "tab:cyan": ">",
+}  # fmt: skip
+"""The colours of people on the map, and their marks, for readers to whom the colours look alike."""
+
+SIDES = ("query", "gallery")
+UNITS = {"euclidean": "squared Euclidean distance", "cosine": "cosine distance"}
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How many pairs of a query and a gallery entry have a distance in each of ``STEPS`` equal steps, without junk.
+
+    ``edges`` of the steps: (STEPS + 1,); ``positive`` and ``negative`` pairs: int64 of shape (STEPS,).
+    """
+
+    edges: Array
+    positive: Array
+    negative: Array
+
+    def equal_error(self) -> tuple[float, float]:
+        """The equal error rate, in [0, 1], and its threshold.
+
+        At this threshold the share of negative pairs that are nearer (false accepts) is the share of positive pairs
+        that are farther (false rejects), as nearly as the steps allow.
+        """
+        nearer = [np.r_[0, counts.cumsum()] / max(1, counts.sum()) for counts in (self.negative, self.positive)]
+        accepted, rejected = nearer[0], 1 - nearer[1]
+        place = np.abs(accepted - rejected).argmin()
+        return float(accepted[place] + rejected[place]) / 2, float(self.edges[place])
+
+
+def count_distances(search: Search) -> Histogram:
+    """Counts the distances a few queries at a time, because Market-1501 has 66 million of them."""
+
+    def chunks() -> Iterator[tuple[int, int, Array]]:
+        step = rows_per_chunk(len(search.gallery.pids))
+        for start in range(0, len(search.query.pids), step):
+            stop = min(start + step, len(search.query.pids))
+            yield start, stop, search.distances.distances(start, stop).cpu().numpy()
+
+    # Distances that are all zero have a range too.
+    top = max(float(rows.max()) for *_, rows in chunks()) or 1.0
+    counts = np.zeros((2, STEPS), np.int64)
+    for start, stop, rows in chunks():
+        right, junk = search.masks(start, stop)
+        for count, mask in zip(counts, (right, ~(right | junk)), strict=True):
+            count += np.histogram(rows[mask], STEPS, (0, top))[0]
+    return Histogram(np.linspace(0, top, STEPS + 1), *counts)
+
+
+def camera_pairs(search: Search) -> dict[tuple[int, int], tuple[float, int]]:
+    """mAP, and the number of queries scored, by the camera of the queries and the only camera of the gallery.
+
+    A pair of cameras without a match is left out.
+    """
+    pairs = {}
+    for camera in np.unique(search.gallery.camids):
+        part = search.gallery.at(np.flatnonzero(search.gallery.camids == camera))
+        with contextlib.suppress(InputError):  # No query has a match in this camera.
+            precision = Search(search.query, part, search.metric).evaluate().ranked.average_precision.numpy()
+            for other in np.unique(search.query.camids):
+                found = precision[(search.query.camids == other) & ~np.isnan(precision)]
+                if len(found):
+                    pairs[int(other), int(camera)] = float(found.mean()), len(found)
+    return pairs
+
+
+def prepare(data: Mapping[str, Any], paths: Sequence[Any], metric: Metric, junk: Junk) -> tuple[Search, Pictures]:
+    """The search and its pictures, without images of junk identities, which have no effect.
+
+    ``data`` holds the arguments of ``pml_drsl.evaluation.scores.evaluate``: features, identities and perhaps cameras.
+    ``paths`` are the image files of query and gallery, or None where they are not known. Raises InputError as
+    ``evaluate``.
+    """
+    features = [as_features(data[side], side).cpu() for side in SIDES]
+    sizes = [len(part) for part in features]
+    pids = number_identities(data["query_ids"], data["gallery_ids"], sizes[0], sizes[1], junk)
+    # Without cameras, no entry is from its query's camera.
+    cams: Sequence[Tensor] = [torch.zeros(sizes[0]).long(), torch.ones(sizes[1]).long()]
+    if any(name in data for name in CAMERAS):
+        cams = shared_labels(data.get("query_cams", []), data.get("gallery_cams", []), sizes[0], sizes[1], "cams")
+    samples, pictures = list[Samples](), list[list[Picture]]()
+    for place, side in enumerate(SIDES):
+        kept = np.flatnonzero(pids[place] >= 0)
+        samples.append(Samples(features[place], pids[place].numpy(), cams[place].numpy()).at(kept))
+        ids, cameras = (label_array(data.get(f"{side}_{kind}", [""] * sizes[place])) for kind in ("ids", "cams"))
+        known = np.shape(paths[place]) == (sizes[place],)
+        files = paths[place] if known else [f"{side} {row}" for row in range(sizes[place])]
+        pictures.append([Picture(str(files[row]), str(ids[row]), str(cameras[row])) for row in kept.tolist()])
+    return Search(samples[0], samples[1], metric), (pictures[0], pictures[1])
+
+
+def write_page(path: str | os.PathLike[str], search: Search, pictures: Pictures, title: str) -> str:
+    """Writes the page, and returns the caption that it has below its title. Raises InputError if no query has a match,
+    and OSError if the page cannot be written."""
+    result = search.evaluate()
+    counts = count_distances(search)
+    rankings = hardest(search, result.ranked, pictures, TOPK, HARDEST)
+    scores = ", ".join(f"{name} {value:.1%}" for name, value in result.scores([1]).items())
+    shown = {picture.path for row in rankings for picture in (row.query, *(found.picture for found in row.matches))}
+    missing = sum(not os.path.isfile(path) for path in shown)
+    caption = (
+        f"{scores}, equal error rate {counts.equal_error()[0]:.1%}. The {len(rankings)} hardest of {result.num_query} "
+        f"queries, by rising average precision, each with its {TOPK} nearest of {result.num_gallery} gallery images "
+        "and its first match"
+    )
+    caption += f". {missing} of the {len(shown)} images cannot be found" if missing else ""
+    parts = _distances(counts, UNITS[search.metric]), _map(search, pictures, result.ranked), _cameras(search, pictures)
+    write_pages(path, rankings, f"{caption}.", title, f'<aside aria-label="Overview">{"".join(parts)}</aside>')
+    return caption
+
+
+def _distances(counts: Histogram, unit: str) -> str:
+    rate, threshold = counts.equal_error()
+    about = f"At {unit} {number(threshold)} as many matches are farther as others are nearer: {rate:.1%} of each."
+
+    def draw(axes: Axes) -> None:
+        edges = counts.edges[:: STEPS // BARS]
+        styles = (("matches", counts.positive, "#159c74", "-"), ("other people", counts.negative, "#e0525f", "--"))
+        for name, steps, colour, line in styles:
+            shares = 100 * steps.reshape(BARS, -1).sum(axis=1) / max(1, steps.sum())
+            axes.stairs(shares, edges, fill=True, color=colour, alpha=0.25)
+            axes.stairs(shares, edges, color=colour, linestyle=line, label=f"{name} ({steps.sum():,} pairs)")
+        axes.axvline(threshold, color="gray", linewidth=1, label=f"equal error {rate:.1%}")
+        axes.set(xlabel=unit, ylabel="share of pairs (%)", xlim=(0, edges[-1]))
+        axes.legend(framealpha=0)
+
+    return _drawn(draw, "Distances", f"{about} Distances are counted in {STEPS:,} steps of {counts.edges[1]:.2g}.")
+
+
+def _map(search: Search, pictures: Pictures, ranked: RankedQueries) -> str:
+    from sklearn.decomposition import PCA
+
+    sides, matched, precision = (search.query, search.gallery), ranked.matched.numpy(), ranked.average_precision.numpy()
+    pids = search.query.pids
+    means = {pid: precision[matched & (pids == pid)].mean() for pid in np.unique(pids[matched])}
+    people = sorted(means, key=means.__getitem__)
+    cosine = search.metric == "cosine"
+    query, gallery = ((F.normalize(side.features) if cosine else side.features).numpy() for side in sides)
+    with np.errstate(all="ignore"):  # Equal features have no variance.
+        plane = PCA(min(2, *gallery.shape), random_state=0).fit(gallery)
+    # One component is a line on the plane.
+    places = [np.c_[plane.transform(features), np.zeros(len(features))][:, :2] for features in (query, gallery)]
+
+    def draw(axes: Axes) -> None:
+        axes.scatter(places[1][:, 0], places[1][:, 1], s=6, color="gray", alpha=0.4, linewidths=0, label="all others")
+        for pid, (colour, marker) in zip(people, MARKERS.items(), strict=False):
+            name = f"{pictures[0][int(np.argmax(pids == pid))].identity} (mAP {means[pid]:.0%})"
+            queries, entries = places[0][pids == pid], places[1][search.gallery.pids == pid]
+            axes.scatter(queries[:, 0], queries[:, 1], s=80, marker=marker, facecolors="none", edgecolors=colour)
+            axes.scatter(entries[:, 0], entries[:, 1], s=25, marker=marker, color=colour, label=name)
+        axes.set(xticks=[], yticks=[], xlabel="first principal component", ylabel="second principal component")
+        axes.legend(framealpha=0, loc="center left", bbox_to_anchor=(1, 0.5), title="identity", fontsize="small")
+
+    kept = np.nan_to_num(plane.explained_variance_ratio_).sum()
+    about = f"The gallery on its first two principal components, which hold {kept:.0%} of its variance. In colour: the"
+    return _drawn(draw, "Map", f"{about} people with the lowest mAP, up to ten; large hollow marks are their queries.")
+
+
+def _drawn(draw: Callable[[Axes], None], name: str, about: str) -> str:
+    """A figure of the page, drawn for light and for dark paper."""
+    # matplotlib takes long to import, and only this page needs it.
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    images = []
+    for paper in ("default", "dark_background"):
+        with style.context(paper):
+            figure, file = Figure(figsize=(6.2, 4), layout="constrained"), io.BytesIO()
+            draw(figure.subplots())
+            figure.savefig(file, dpi=160, transparent=True)
+        images.append(f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}")
+    dark = f'<source media="(prefers-color-scheme: dark)" srcset="{images[1]}">'
+    return _framed(f'<picture>{dark}<img src="{images[0]}" alt="{escape(f"{name}: {about}")}"></picture>', name, about)
+
+
+def _framed(content: str, name: str, about: str) -> str:
+    return f"<figure>{content}<figcaption><b>{name}.</b> {escape(about)}</figcaption></figure>\n"
+
+
+def _cameras(search: Search, pictures: Pictures) -> str:
+    """The table of camera pairs, whose colours make it a heat map."""
+    sides = zip((search.query, search.gallery), pictures, strict=True)
+    query, gallery = (
+        dict(sorted(zip(side.camids.tolist(), [picture.camera for picture in shown], strict=True)))
+        for side, shown in sides
+    )
+    if "" in query.values():
+        return _framed("", "Cameras", "These images have no cameras.")
+    if len(query | gallery) > MOST_CAMERAS:
+        return _framed("", "Cameras", f"{len(query | gallery):,} cameras are too many for a table of their pairs.")
+    pairs = camera_pairs(search)
+    rows = [
+        "<th>query \\ gallery</th>",
+        *(f'<th scope="col">{escape(name)}</th>' for name in gallery.values()),
+        "</tr>",
+    ]
+    for camera, name in query.items():
+        rows.append(f'<tr><th scope="row">{escape(name)}</th>')
+        for score, count in (pairs.get((camera, other), (0, 0)) for other in gallery):
+            text = f"{score:.1%}<small>{count}</small>" if count else "-"
+            rows.append(f'<td style="--share:{score:.3f}">{text}</td>')
+        rows.append("</tr>")
+    about = "mAP in the gallery of one camera, by the camera of the query, and below it the number of queries."
+    return _framed(f"<table><tr>{''.join(rows)}</table>", "Cameras", about)
