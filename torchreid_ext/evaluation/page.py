@@ -121,7 +121,7 @@ def write_pages(
 def whole(title: str, caption: str, parts: Mapping[str, Iterable[str]]) -> Iterator[bytes]:
     """A page piece by piece, with its ``HEAD`` and ``BODY``, and in ``POLICY`` what else its browser may load."""
     always = {"POLICY": [], "FIGURES": [], "TITLE": [escape(title)], "CAPTION": [escape(caption)]}
-    return filled("evaluation/page.html", always | parts)
+    return filled("evaluation/page.html", {**always, **parts})
 
 
 def filled(template: str, parts: Mapping[str, Iterable[str]]) -> Iterator[bytes]:

@@ -90,7 +90,8 @@ def listed(fragment):
 
 
 def expected(matches):
-    return [(f"{match.distance:.4f}", os.path.basename(match.name)) for match in matches]
+    # The distance of an image to itself is 0, but for its rounding.
+    return [(f"{abs(match.distance):.4f}", os.path.basename(match.name)) for match in matches]
 
 
 def saved(image, kind="PNG", **options):
