@@ -166,7 +166,9 @@ def _spread(mean: float, deviation: float) -> str:
 
 def _interval(row: Any) -> str:
     text = f"{row.mean:+.1f} [{row.low:+.1f}, {row.high:+.1f}]"
-    return f"{text}, p {'< 0.001' if row.p < 0.001 else f'= {row.p:.3f}'}" if row.p < LEVEL else text
+    if row.seeds == 1 or row.p >= LEVEL:
+        return text
+    return f"{text}, p {'< 0.001' if row.p < 0.001 else f'= {row.p:.3f}'}"
 
 
 def report(results: Sequence[Mapping[str, Any]], reference: str = "drsl", losses: Sequence[str] | None = None) -> str:
@@ -178,7 +180,8 @@ def report(results: Sequence[Mapping[str, Any]], reference: str = "drsl", losses
     head = (
         f"Mean ± standard deviation over the seeds, in percent. The last columns give the difference to {reference} in "
         "percentage points, with a 95 % interval over seeds and test identities; a p-value stands where it is below "
-        f"{LEVEL}, corrected for the number of losses of the table (Holm)."
+        f"{LEVEL}, corrected for the number of losses of the table (Holm). With one seed, the interval is of the "
+        "identities alone, and there is no p-value."
     )
     return "\n\n".join([head, *(to_markdown(section, reference) for section in found)]) + "\n"
 

@@ -126,6 +126,12 @@ def test_other_queries_cannot_be_compared():
             report.report([line("drsl", 0, 0.5), line("triplet", 0, 0.5, **other)])
 
 
+def test_one_seed_has_an_interval_of_the_identities_alone_and_no_p_value():
+    one, three = (report.report(lines) for lines in (RESULTS[::3], RESULTS))
+    assert one.count("+22.5 [") == 1 and "p < " not in one and "p = " not in one
+    assert "p < 0.001" in three
+
+
 def test_the_page_keeps_what_is_around_the_report(tmp_path, capsys):
     path, page, figure = tmp_path / "results.jsonl", tmp_path / "page.md", tmp_path / "figure.png"
     path.write_text("".join(json.dumps(each) + "\n" for each in RESULTS))
