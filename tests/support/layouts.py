@@ -1,6 +1,8 @@
-"""Trains, saves and resumes every combination of loss, scheduler and precision, with whichever torchreid there is.
+"""Trains, saves and resumes combinations of loss, scheduler and precision, with whichever torchreid there is.
 
-python tests/support/layouts.py FOLDER
+python tests/support/layouts.py FOLDER HALF
+
+Each half, 0 or 1, holds every pair of a loss, a scheduler and a precision, and both together hold all combinations.
 """
 
 import contextlib
@@ -25,6 +27,13 @@ OPTIONS = {
     # One that has weights of its own.
     "loss.pml.loss": "ArcFaceLoss",
 }  # fmt: skip
+
+
+def combinations(half: int) -> list[tuple[str, str, str]]:
+    every = itertools.product(*(enumerate(values) for values in (LOSSES, SCHEDULERS, AMPS)))
+    return [
+        tuple(value for _, value in numbered) for numbered in every if sum(place for place, _ in numbered) % 2 == half
+    ]
 
 
 def train(folder: Path, **options) -> None:
@@ -56,7 +65,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     register_toys()
     print(torchreid.models.__name__)
-    for combination in itertools.product(LOSSES, SCHEDULERS, AMPS):
+    for combination in combinations(int(sys.argv[2])):
         path = Path(sys.argv[1], "-".join(combination))
         path.mkdir(parents=True)
         check(path, *combination)

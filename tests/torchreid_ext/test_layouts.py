@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import layouts
 import pytest
 
 TESTS = Path(__file__).parents[1]
@@ -26,17 +27,25 @@ def as_on_github(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["installed", "github"])
-def test_every_combination_trains_saves_and_resumes(tmp_path, layout):
+@pytest.mark.parametrize(("layout", "half"), [("installed", 0), ("github", 1)])
+def test_combinations_train_save_and_resume(tmp_path, layout, half):
     paths = [TESTS.parent, TESTS / "support"]
     if layout == "github":
         paths.insert(0, as_on_github(tmp_path))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(TESTS / "support" / "layouts.py"), str(tmp_path / "runs")]
+    command = [sys.executable, "-W", "ignore", str(TESTS / "support" / "layouts.py"), str(tmp_path / "runs"), str(half)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
-    modules, *combinations = done.stdout.splitlines()
+    modules, *trained = done.stdout.splitlines()
     if layout == "github":
         assert modules == "torchreid.models"
-    wanted = itertools.product(["softmax", "triplet", "drsl", "pml"], ["multi_step", "none"], ["off", "bf16"])
-    assert combinations == [" ".join(combination) for combination in wanted]
+    assert trained == [" ".join(combination) for combination in layouts.combinations(half)]
+
+
+def test_the_halves_hold_every_pair_and_together_every_combination():
+    halves = [set(layouts.combinations(half)) for half in (0, 1)]
+    for half in halves:
+        for left, right in itertools.combinations(range(3), 2):
+            pairs = itertools.product(*((layouts.LOSSES, layouts.SCHEDULERS, layouts.AMPS)[i] for i in (left, right)))
+            assert {(combination[left], combination[right]) for combination in half} == set(pairs)
+    assert halves[0] | halves[1] == set(itertools.product(layouts.LOSSES, layouts.SCHEDULERS, layouts.AMPS))
