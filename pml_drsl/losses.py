@@ -57,11 +57,8 @@ class DRSLoss(BaseMetricLossFunction):
         **kwargs: arguments of ``BaseMetricLossFunction``: ``distance`` (default: ``CosineSimilarity()``; refused are
             ``BatchedDistance``, and ``p`` or ``power`` below 1, whose gradient is infinite at a distance of 0),
             ``reducer`` (default: ``PerQueryReducer``), ``embedding_regularizer``, ``embedding_reg_weight``,
-            ``collect_stats``.
-
-    Raises:
-        InputError: a ``ValueError``, for an unknown argument or a hyper-parameter out of range, or when called for
-            tensors of wrong shape or type.
+            ``collect_stats``. Unknown arguments, values out of range, and a call with tensors of a wrong shape or type
+            raise an InputError, which is a ``ValueError``.
     """
 
     def __init__(
@@ -191,9 +188,9 @@ class DRSLoss(BaseMetricLossFunction):
         retrieval, sort = functional.errors(distances, pairs, **shared, **options)
         errors = {"retrieval": retrieval} if sort is None else {"retrieval": retrieval, "sort": sort}
         if self.collect_stats:
-            errors["smoothed"] = retrieval.detach()
-            if self.bound_power is not None:
-                errors["smoothed"], _ = functional.errors(distances.detach(), pairs, **shared)
+            unbounded = self.bound_power is None
+            smoothed = retrieval if unbounded else functional.errors(distances.detach(), pairs, **shared)[0]
+            errors["smoothed"] = smoothed.detach()
         return errors
 
     def _sub_loss_names(self) -> list[str]:

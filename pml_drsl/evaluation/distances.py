@@ -25,10 +25,7 @@ class DistanceRows(Protocol):
 
     def rows(self, start: int, stop: int) -> Tensor:
         """The distances of the queries from ``start`` to ``stop``, shape (stop - start, num_gallery), in a new tensor.
-
-        Each row may differ from the distances by a constant, because only the order within a row matters.
-        """
-        ...
+        Each row may differ from the distances by a constant, because only the order within a row matters."""
 
 
 class FeatureDistances:
@@ -42,13 +39,10 @@ class FeatureDistances:
     metrics come from ``|g|^2 / 2 - q.g``, of features centred by ``_center``.
 
     Args:
-        query, gallery: floating-point tensors or arrays of shapes (Q, D) and (M, D), with D at least 1.
+        query, gallery: floating-point tensors or arrays of shapes (Q, D) and (M, D), with D at least 1. No features at
+            all, NaN, infinity, squares that overflow, and other shapes or types are an InputError.
         metric: ``"euclidean"``, or ``"cosine"`` for 1 - cosine similarity. A zero vector has cosine distance 1.
         device: where to compute; None for the device of ``query``.
-
-    Raises:
-        InputError: if the metric is unknown, or if features are missing, have a wrong shape or type, contain NaN or
-            infinity, or are so large that their squares overflow.
     """
 
     def __init__(
@@ -67,14 +61,13 @@ class FeatureDistances:
             squared_norms(features, name)
         if metric == "cosine":
             query, gallery = torch.nn.functional.normalize(query), torch.nn.functional.normalize(gallery)
-        lifts = [_lift(features, metric) for features in (query, gallery)]
+        self._query_lifts, self._gallery_lifts = (_lift(features, metric) for features in (query, gallery))
         center = _center(gallery)
         if center is not None:
             query, gallery = query - center, gallery - center
         self.metric, self.query, self.gallery = metric, query, gallery
-        self._query_lifts, self._gallery_lifts = lifts
-        self._query_halves = squared_norms(query, "query") / 2 + lifts[0]
-        self._gallery_halves = squared_norms(gallery, "gallery") / 2 + lifts[1]
+        self._query_halves = squared_norms(query, "query") / 2 + self._query_lifts
+        self._gallery_halves = squared_norms(gallery, "gallery") / 2 + self._gallery_lifts
         self._copies, self._originals = _repeated_rows(gallery)
 
     def rows(self, start: int, stop: int) -> Tensor:
@@ -115,9 +108,7 @@ def _lift(features: Tensor, metric: Metric) -> Tensor:
 
 def _center(gallery: Tensor) -> Tensor | None:
     """A point near the mean of the gallery, or None if zero is: far from zero, ``|g|^2 / 2 - q.g`` loses digits.
-
-    Rounding to about the spread, a power of two, keeps features of few digits so, and their equal distances equal.
-    """
+    Rounding to about the spread, a power of two, keeps features of few digits so, and their equal distances equal."""
     mean = gallery.mean(dim=0)
     parts = gallery.split(rows_per_chunk(gallery.shape[1]))
     # In float64, because squares of large features overflow in float32.
