@@ -50,9 +50,8 @@ def read_image(
             RGB order. Bytes are read in the formats of ``SUFFIXES`` alone, none of which runs another program.
         megapixels: refuse a file with more pixels, before they are decoded.
 
-    Raises:
-        InputError: for a file that is missing, empty, damaged, too large or not an image, for an array of another shape
-            or type, and for pixels without a defined range (floats, 32-bit integers). The message names the file.
+    An InputError names a file that is missing, empty, damaged, too large or not an image, and refuses arrays of another
+    shape or type, and pixels without a defined range (floats, 32-bit integers).
     """
     if isinstance(image, np.ndarray):
         return _from_array(image)
@@ -72,9 +71,8 @@ def read_image(
     try:
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=formats) as opened:
             if megapixels and opened.width * opened.height > megapixels * 1e6:
-                raise InputError(
-                    f"cannot read image {name}: it has more than {megapixels:g} megapixels; make it smaller"
-                )
+                large = f"it has more than {megapixels:g} megapixels"
+                raise InputError(f"cannot read image {name}: {large}; make it smaller")
             return _upright_rgb(opened, name)
     except InputError:
         raise

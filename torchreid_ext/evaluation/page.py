@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -28,6 +27,8 @@ EMPTY = (236, 236, 236)
 
 QUERIES_PER_PAGE = 100
 """More queries than this are written on several pages, because every page holds its own pictures."""
+
+UNITS = {"euclidean": "squared Euclidean distance", "cosine": "cosine distance"}
 
 _MARKS = {
     "right": ("✓", "same identity"),
@@ -62,21 +63,18 @@ class Picture:
 
 @dataclass(frozen=True)
 class Found:
-    """An entry of the gallery, as a query found it.
-
-    Its mark is ``"right"`` or ``"wrong"`` identity, ``"junk"`` that evaluation leaves out, or empty where the identity
-    of one of the two is unknown.
-    """
+    """An entry of the gallery, as a query found it. Its mark is ``"right"`` or ``"wrong"`` identity, ``"junk"`` that
+    evaluation leaves out, or empty where the identity of one of the two is unknown."""
 
     picture: Picture
     distance: float
-    mark: str = ""
-    rank: int = 0  # among the entries that are not junk; 0: the next one
+    mark: str
+    rank: int  # from 1, among the entries that are not junk
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """A query and its nearest gallery entries, nearest first. Ranks count from 1 and leave junk out."""
+    """A query and its nearest gallery entries, nearest first."""
 
     query: Picture
     matches: Sequence[Found]
@@ -95,18 +93,13 @@ def tiled(images: Sequence[Image.Image], size: tuple[int, int]) -> Image.Image:
 
 
 def write_pages(
-    path: str | os.PathLike[str],
-    rankings: Sequence[Ranking],
-    caption: str,
-    title: str = "Search results",
-    figures: str = "",
+    path: str | Path, rankings: Sequence[Ranking], caption: str, title: str = "Search results", figures: str = ""
 ) -> list[Path]:
     """Writes one or more rankings with all pictures inside, each page whole or not at all, and returns the pages.
 
     The page ``path`` has the ``caption`` below its title, and below that the ``figures``, which are HTML. From 101
     queries on there are more pages, ``NAME-2.html`` and so on, which link to each other. A picture that cannot be read
-    is named on the page. Raises OSError if a page cannot be written.
-    """
+    is named on the page. Raises OSError if a page cannot be written."""
     first, count = Path(path), max(1, -(-len(rankings) // QUERIES_PER_PAGE))
     pages = [first, *(first.with_name(f"{first.stem}-{number}{first.suffix}") for number in range(2, count + 1))]
     for number, page in enumerate(pages):
@@ -156,10 +149,8 @@ def sections(rankings: Sequence[Ranking], first: int = 1) -> Iterator[str]:
             f'<section aria-labelledby="query{index}">\n<h2 id="query{index}">{escape(Path(row.query.path).name)}{note}'
             f'</h2>\n<div class="row">\n{_card(row.query, "query", "query")}\n<ol>\n'
         )
-        rank = 0
         for found in row.matches:
-            rank = found.rank or rank + (found.mark != "junk")
-            name = "junk" if found.mark == "junk" else str(rank)
+            name = "junk" if found.mark == "junk" else str(found.rank)
             yield f"<li>{_card(found.picture, found.mark, name, found.distance)}</li>\n"
         yield "</ol>\n</div>\n</section>\n"
 

@@ -63,11 +63,7 @@ class Tester:
 
         The options are the fields of ``EvaluationOptions``. The random number generators are restored afterwards, so
         that training does not depend on the number of tests. The processes of a distributed run share the work with the
-        result of one; the first one prints and writes.
-
-        Raises:
-            InputError: for an unknown option, or a value out of its range.
-        """
+        result of one; the first one prints and writes. Raises InputError for an unknown option, or one out of range."""
         chosen = EvaluationOptions.of(options)
         self.set_model_mode("eval")
         self.results = {}
@@ -84,7 +80,7 @@ class Tester:
                 # An error of the first process ends the others too, which would otherwise wait for it.
                 distributed.from_first(functools.partial(self._report, target, search, result, chosen))
         if chosen.save_dir:
-            distributed.from_first(lambda: _write_metrics(self.results, chosen.save_dir))
+            distributed.from_first(functools.partial(self._write_metrics, Path(chosen.save_dir, "metrics.json")))
         return self.results
 
     def _report(self, target: str, search: ranking.Search, result: RetrievalResult, options: EvaluationOptions) -> None:
@@ -112,6 +108,11 @@ class Tester:
                 # torchreid writes rank1.
                 self.writer.add_scalar(f"Test/{target}/{name.replace('-', '')}", value, self.epoch)
 
+    def _write_metrics(self, path: Path) -> None:
+        scores = {target: result.to_dict() for target, result in self.results.items()}
+        with replacing(path) as file:
+            file.write(f"{json.dumps(scores, indent=2)}\n".encode())
+
 
 def write_queries(search: ranking.Search, ranked: RankedQueries, path: Path) -> None:
     """Writes a line for each query: identity, camera, AP, INP and rank-1; the scores are ``nan`` without a match."""
@@ -120,9 +121,3 @@ def write_queries(search: ranking.Search, ranked: RankedQueries, path: Path) -> 
     head, form = "identity,camera,AP,INP,rank-1", ("%d", "%d", "%.6g", "%.6g", "%g")
     with replacing(path) as file:
         np.savetxt(file, table, form, delimiter=",", header=head, comments="")
-
-
-def _write_metrics(results: dict[str, RetrievalResult], save_dir: str) -> None:
-    text = json.dumps({target: result.to_dict() for target, result in results.items()}, indent=2) + "\n"
-    with replacing(Path(save_dir, "metrics.json")) as file:
-        file.write(text.encode())

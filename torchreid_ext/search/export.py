@@ -72,9 +72,8 @@ def export(
         normalise: include the normalisation, so that the file takes images in [0, 1].
         images: two different images or more to compare with; None draws eight pedestrians.
 
-    Raises:
-        InputError: for a name with another ending, too few or too similar images, a network that ONNX cannot express, a
-            package that is missing, or a file whose features differ from torch's. Nothing is written then.
+    An InputError refuses another ending, too few or too similar images, a network that ONNX cannot express, a missing
+    package, and a file whose features differ from torch's. Nothing is written then.
     """
     if Path(path).suffix != ".onnx":
         raise InputError(f"{os.fspath(path)!r}: the name of the file must end in .onnx")
