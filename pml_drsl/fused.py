@@ -19,8 +19,7 @@ from pml_drsl.pairs import Pairs
 
 # Elements of a block of comparisons, which bounds the memory of `count_ahead`: to fit a CPU's cache, or to fill a GPU.
 CPU_BLOCK, DEVICE_BLOCK = 2**18, 2**26
-# Temperatures behind a positive at which ``softplus(x)`` is ``exp(x)``, up to a relative error of 5e-14.
-DEPTH = 30
+DEPTH = 30  # Temperatures behind a positive at which ``softplus(x)`` is ``exp(x)``, up to a relative error of 5e-14.
 
 
 def count_ahead(

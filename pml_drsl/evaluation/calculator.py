@@ -66,8 +66,7 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
             raise InputError("label_comparison_fn is not supported: identities are compared for equality")
         self.metric, self.ties, self.protocol = metric, ties, protocol
         self.max_rank, self.seed, self.junk = max_rank, seed, junk
-        # PML finds its metrics by the names of these attributes.
-        for name in REID_METRICS:
+        for name in REID_METRICS:  # PML finds its metrics by the names of these attributes.
             setattr(self, f"calculate_{name}", partial(self._calculate, name))
         self.set_cameras(query_cams, reference_cams)
         try:

@@ -153,8 +153,7 @@ def squared_norms(features: Tensor, name: str) -> Tensor:
     """Squared norms of features, shape (N,). An InputError if they are not finite, or squared distances overflow."""
     with full_precision(features.device.type):
         squares: Tensor = torch.linalg.vecdot(features, features)
-    # A squared distance is at most four times the larger squared norm.
-    if not bool((4 * squares).isfinite().all()):
+    if not bool((4 * squares).isfinite().all()):  # A squared distance is at most four times the larger squared norm.
         bad = (~features.isfinite().all(dim=1)).nonzero()
         if len(bad):
             given = f"{len(bad)} of {len(features)} {name} features contain NaN or infinity (first: row {int(bad[0])})"
@@ -176,7 +175,6 @@ def _repeated_rows(features: Tensor) -> tuple[Tensor, Tensor]:
     rows = torch.arange(len(features), device=features.device)
     first = torch.full_like(rows, len(features)).scatter_reduce_(0, group, rows, "amin")[group]
     copies = (first != rows).nonzero().squeeze(1)
-    # Different rows may have equal hashes.
-    pairs = zip(copies.split(step), first[copies].split(step), strict=True)
+    pairs = zip(copies.split(step), first[copies].split(step), strict=True)  # Different rows may have equal hashes.
     same = torch.cat([(features[copy] == features[original]).all(dim=1) for copy, original in pairs])
     return copies[same], first[copies][same]

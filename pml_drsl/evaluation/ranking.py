@@ -102,8 +102,7 @@ def rank_queries(
         group: processes that share the queries, in whole chunks. Every process must give the same arguments, and gets
             the result of one process with the same number of threads, bit for bit.
 
-    An InputError refuses labels of a wrong shape or type, a single camera list, unknown options and no match at all.
-    """
+    An InputError refuses labels of a wrong shape or type, a single camera list, unknown options and no match at all."""
     check_option("ties", ties, TIES)
     check_option("protocol", protocol, PROTOCOLS)
     num_query, num_gallery = distances.num_query, distances.num_gallery

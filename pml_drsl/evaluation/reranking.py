@@ -43,8 +43,7 @@ def rerank(
         lambda_value: weight of the original distance, in [0, 1].
         metric, device, progress: see ``pml_drsl.evaluation.scores.evaluate``.
 
-    An InputError refuses parameters out of their range, and features as ``FeatureDistances`` does.
-    """
+    An InputError refuses parameters out of their range, and features as ``FeatureDistances`` does."""
     for name, value in (("k1", k1), ("k2", k2)):
         if value < 1:
             raise InputError(f"{name}={value}: give at least 1 neighbour")

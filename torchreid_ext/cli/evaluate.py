@@ -9,7 +9,6 @@ import argparse
 import csv
 import io
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -124,8 +123,7 @@ def table(runs: Sequence[str]) -> list[list[str]]:
     """The scores that finished runs wrote, in percent: a line for the heads, and a line for the sources of each run.
 
     Each target has a column for mAP and one for rank-1; a run that was not tested on it has ``"-"``. Runs with the same
-    sources also have their folders as names. Raises InputError for scores or a configuration that lack or are damaged.
-    """
+    sources also have their folders as names. Raises InputError if scores or a configuration are missing or damaged."""
     import yaml
 
     scores, sources = list[dict[str, str]](), list[str]()
@@ -147,7 +145,3 @@ def table(runs: Sequence[str]) -> list[list[str]]:
     names = [f"{name} ({run})" if sources.count(name) > 1 else name for name, run in zip(sources, runs, strict=True)]
     lines = zip(names, scores, strict=True)
     return [["sources", *columns], *([name, *(row.get(column, "-") for column in columns)] for name, row in lines)]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

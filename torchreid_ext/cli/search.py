@@ -90,8 +90,7 @@ def _search(args: argparse.Namespace) -> None:
     from torchreid_ext.runtime.files import replacing
     from torchreid_ext.search import searcher as search
 
-    # Text for people goes to stderr where stdout is JSON.
-    out = sys.stderr if args.json == "-" else sys.stdout
+    out = sys.stderr if args.json == "-" else sys.stdout  # Text for people goes to stderr where stdout is JSON.
     searcher, queries, features = _opened(args, out)
     if features is None:
         return
@@ -102,10 +101,8 @@ def _search(args: argparse.Namespace) -> None:
     if args.json and args.json != "-":
         with replacing(args.json) as file:
             file.write(text.encode())
-    pages = write_pages(args.html, rows, caption) if args.html else []
-    say(f"{caption}\n\n{search.as_text(rows)}", out)
-    if pages:
-        say(f"\nThe page to look at is {str(pages[0])!r}", out)
+    page = f"\n\nThe page to look at is {str(write_pages(args.html, rows, caption)[0])!r}" if args.html else ""
+    say(f"{caption}\n\n{search.as_text(rows)}{page}", out)
     if args.json == "-":
         sys.stdout.write(text)
 

@@ -85,15 +85,13 @@ def _list(what: str, *words: str) -> None:
     def classes(table: Mapping[str, type]) -> list[str]:
         return [f"{name}({', '.join(parameters(kind))})" for name, kind in table.items() if name not in NOT_TRAINED]
 
-    datasets = vars(torchreid.data.datasets)
+    sets = vars(torchreid.data.datasets)
     lists: dict[str, Iterable[str]] = {
         "keys": [f"{key} ({entry.default!r})\n    {entry.text}" for key, entry in KEYS.items()],
         "models": sorted(vars(torchreid.models)["__model_factory"]),
         "losses": sorted(classes(TABLES["loss"])),
         "miners": sorted(classes(TABLES["miner"])),
-        "datasets": [
-            f"{name} ({kind})" for kind in ("image", "video") for name in sorted(datasets[f"__{kind}_datasets"])
-        ],
+        "datasets": [f"{name} ({kind})" for kind in ("image", "video") for name in sorted(sets[f"__{kind}_datasets"])],
     }
     if what not in lists:
         raise InputError(f"--list takes one of {', '.join(lists)}, got {what!r}")

@@ -6,7 +6,7 @@ import base64
 import contextlib
 import io
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -31,21 +31,14 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
-HARDEST, TOPK = 50, 10
-"""Queries on the page, and gallery entries of each query."""
-
-MOST_CAMERAS = 40
-"""More cameras than this have no table: so many are images without a camera, each with a camera of its own."""
-
-STEPS, BARS = 10_000, 100
-"""Steps in which distances are counted, and bars in which they are drawn."""
-
+HARDEST, TOPK = 50, 10  # queries on the page, and gallery entries of each query
+MOST_CAMERAS = 40  # More have no table: so many are images without a camera, each with a camera of its own.
+STEPS, BARS = 10_000, 100  # steps in which distances are counted, and bars in which they are drawn
+# The colours of people on the map, and their marks, for readers to whom the colours look alike.
 MARKERS = {
     "tab:blue": "o", "tab:orange": "s", "tab:green": "^", "tab:red": "v", "tab:purple": "D", "tab:brown": "P",
     "tab:pink": "X", "gold": "*", "tab:olive": "<", "tab:cyan": ">",
 }  # fmt: skip
-"""The colours of people on the map, and their marks, for readers to whom the colours look alike."""
-
 SIDES = ("query", "gallery")
 
 
@@ -69,18 +62,12 @@ class Histogram:
 
 def count_distances(search: Search) -> Histogram:
     """Counts the distances a few queries at a time, because Market-1501 has 66 million of them."""
-
-    def chunks() -> Iterator[tuple[int, int, Array]]:
-        step = rows_per_chunk(len(search.gallery.pids))
-        for start in range(0, len(search.query.pids), step):
-            stop = min(start + step, len(search.query.pids))
-            yield start, stop, search.distances.distances(start, stop).cpu().numpy()
-
-    # Distances that are all zero have a range too.
-    top = max(float(rows.max()) for *_, rows in chunks()) or 1.0
-    counts = np.zeros((2, STEPS), np.int64)
-    for start, stop, rows in chunks():
-        right, junk = search.masks(start, stop)
+    size, step = len(search.query.pids), rows_per_chunk(len(search.gallery.pids))
+    chunks = [(start, min(start + step, size)) for start in range(0, size, step)]
+    distances, counts = search.distances.distances, np.zeros((2, STEPS), np.int64)
+    top = max(float(distances(*chunk).max()) for chunk in chunks) or 1.0  # Distances that are all 0 have a range too.
+    for chunk in chunks:
+        rows, (right, junk) = distances(*chunk).cpu().numpy(), search.masks(*chunk)
         for count, mask in zip(counts, (right, ~(right | junk)), strict=True):
             count += np.histogram(rows[mask], STEPS, (0, top))[0]
     return Histogram(np.linspace(0, top, STEPS + 1), *counts)
@@ -190,8 +177,7 @@ def _map(search: Search, pictures: Pictures, ranked: RankedQueries) -> str:
 
 def _drawn(draw: Callable[[Axes], None], name: str, about: str) -> str:
     """A figure of the page, drawn for light and for dark paper."""
-    # matplotlib takes long to import, and only this page needs it.
-    from matplotlib import style
+    from matplotlib import style  # matplotlib takes long to import, and only this page needs it.
     from matplotlib.figure import Figure
 
     images = []

@@ -19,22 +19,14 @@ from torchreid_ext.runtime.files import replacing
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom of a part of an image in pixels, right and bottom excluded."""
 
-# Twice the size at which the page shows a picture, for screens with many pixels.
-THUMBNAIL = (256, 512)
-
-EMPTY = (236, 236, 236)
-"""The colour beside an image that does not fill its place."""
-
-QUERIES_PER_PAGE = 100
-"""More queries than this are written on several pages, because every page holds its own pictures."""
-
+THUMBNAIL = (256, 512)  # twice the size at which the page shows a picture, for screens with many pixels
+EMPTY = (236, 236, 236)  # the colour beside an image that does not fill its place
+QUERIES_PER_PAGE = 100  # More are written on several pages, because every page holds its own pictures.
 UNITS = {"euclidean": "squared Euclidean distance", "cosine": "cosine distance"}
-
 _MARKS = {
     "right": ("✓", "same identity"),
     "wrong": ("✗", "another identity"),
     "junk": ("-", "same identity and camera, left out"),
-    "": ("", ""),
 }
 
 
@@ -123,8 +115,7 @@ def filled(template: str, parts: Mapping[str, Iterable[str]]) -> Iterator[bytes]
     pieces = resources.files("torchreid_ext").joinpath(template).read_text(encoding="utf-8").split("%%")
     for index, piece in enumerate(pieces):
         for text in parts[piece] if index % 2 else [piece]:
-            # A file's name may hold bytes that are no UTF-8.
-            yield text.encode("utf-8", "backslashreplace")
+            yield text.encode("utf-8", "backslashreplace")  # A file's name may hold bytes that are no UTF-8.
 
 
 def number(distance: float) -> str:
@@ -162,24 +153,21 @@ def _card(picture: Picture, kind: str, name: str, distance: float | None = None)
     if picture.crop:
         about.append("part {}, {} to {}, {}".format(*picture.crop))
     full = picture.path if isinstance(picture.files, str) else f"{picture.path} and {len(picture.files) - 1} more"
-    spoken = [f"rank {name}" if name.isdigit() else name]
-    line = f"<b>{name}</b>"
-    if distance is not None:
-        spoken.append(f"distance {number(distance)}")
-        line += f'<span class="distance">{number(distance)}</span>'
-    spoken += [*about, words, Path(picture.path).name]
-    rows = [f'<span class="line">{line}</span>', *(f'<span class="about">{escape(text)}</span>' for text in about)]
-    if sign:
-        rows.append(f'<span class="words">{words}</span>')
+    far = "" if distance is None else number(distance)
+    spoken = [f"rank {name}" if name.isdigit() else name, far and f"distance {far}", *about, words]
+    label = escape(", ".join(filter(None, [*spoken, Path(picture.path).name])))
     # The end of the path fits below a thumbnail; the enlarged picture shows the whole path.
-    rows.append(f'<span class="path short">{escape("/".join(Path(picture.path).parts[-2:]))}</span>')
-    rows.append(f'<span class="path full">{escape(full)}</span>')
-    mark = f'<span class="mark">{sign}</span>' if sign else ""
-    label = escape(", ".join(filter(None, spoken)))
+    paths = ("path short", "/".join(Path(picture.path).parts[-2:])), ("path full", full)
+    rows = [_span("line", f"<b>{name}</b>{_span('distance', far)}"), *(_span("about", escape(text)) for text in about)]
+    rows += [_span("words", words), *(_span(place, escape(text)) for place, text in paths)]
     return (
         f'<button type="button" class="{f"card {kind}".strip()}" aria-label="{label}">'
-        f'{_image(picture)}{mark}<span class="caption">{"".join(rows)}</span></button>'
+        f"{_image(picture)}{_span('mark', sign)}{_span('caption', ''.join(rows))}</button>"
     )
+
+
+def _span(kind: str, content: str) -> str:
+    return f'<span class="{kind}">{content}</span>' if content else ""
 
 
 def _image(picture: Picture) -> str:

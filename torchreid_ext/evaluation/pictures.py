@@ -25,8 +25,7 @@ FRAMES = {"right": RIGHT, "wrong": WRONG, "junk": (190, 190, 190), "query": INK}
 _IMAGE = (96, 192)
 _FRAME, _GAP, _MARGIN, _CAPTION, _HEADER = 5, 12, 24, 24, 64
 _CELL = (_IMAGE[0] + 2 * _FRAME, _IMAGE[1] + 2 * _FRAME)
-_QUERY_GAP = 40
-_MARK = 13
+_QUERY_GAP, _MARK = 40, 13
 
 
 def _paste(page: Image.Image, picture: Picture, left: int, top: int, kind: str) -> None:
@@ -37,8 +36,7 @@ def _paste(page: Image.Image, picture: Picture, left: int, top: int, kind: str) 
 
 
 def _mark(draw: ImageDraw.ImageDraw, right: int, top: int, kind: str) -> None:
-    # A tick or a cross on a disc with these edges.
-    x, y = right - _MARK, top + _MARK
+    x, y = right - _MARK, top + _MARK  # A tick or a cross on a disc with these edges.
     draw.ellipse((x - _MARK, y - _MARK, x + _MARK, y + _MARK), fill=FRAMES[kind], outline=PAPER, width=2)
     if kind == "right":
         draw.line([(x - 6, y), (x - 2, y + 5), (x + 6, y - 5)], fill=PAPER, width=3, joint="curve")

@@ -16,9 +16,7 @@ from pml_drsl.evaluation.scores import FeatureDistances, RankedQueries, Retrieva
 from torchreid_ext.evaluation.extraction import Samples
 from torchreid_ext.evaluation.page import Found, Picture, Ranking
 
-Pictures = tuple[Sequence[Picture], Sequence[Picture]]
-"""All queries, and the whole gallery."""
-
+Pictures = tuple[Sequence[Picture], Sequence[Picture]]  # all queries, and the whole gallery
 Mask: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
 
 
@@ -64,8 +62,7 @@ class Search:
         distances = self.distances.distances(index, index + 1)[0].cpu().numpy()
         order = distances.argsort(kind="stable")
         ranks = np.cumsum(~junk[order])
-        # An entry is shown if fewer than topk valid entries precede it.
-        shown = ranks - ~junk[order] < topk
+        shown = ranks - ~junk[order] < topk  # An entry is shown if fewer than topk valid entries precede it.
         if first_match and right.any():
             shown[right[order].argmax()] = True
         matches = [

@@ -23,8 +23,7 @@ from torchreid_ext.data.drawing import CAMERAS, draw_image, draw_scene, make_per
 from torchreid_ext.runtime.files import replacing
 from torchreid_ext.search.model import ImageLike, Preprocessing, TrainedModel
 
-TOLERANCE = 1e-4
-"""The largest difference that an exported network may have, as a share of the largest feature value."""
+TOLERANCE = 1e-4  # the largest difference that an exported network may have, as a share of the largest feature value
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,7 @@ def export(
         images: two different images or more to compare with; None draws eight pedestrians.
 
     An InputError refuses another ending, too few or too similar images, a network that ONNX cannot express, a missing
-    package, and a file whose features differ from torch's. Nothing is written then.
-    """
+    package, and a file whose features differ from torch's. Nothing is written then."""
     if Path(path).suffix != ".onnx":
         raise InputError(f"{os.fspath(path)!r}: the name of the file must end in .onnx")
     for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -102,8 +100,7 @@ def export(
             session = runtime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
             for part in (slice(None), slice(0, 1), slice(1, 2)):
                 (found,) = session.run(["features"], {"images": fed[part]})
-                # An exported batch size gives another shape.
-                same = found.shape == expected[part].shape
+                same = found.shape == expected[part].shape  # An exported batch size gives another shape.
                 differences.append(np.abs(found - expected[part]).max() if same else np.inf)
         except Exception as error:  # onnxruntime has errors of its own
             raise _refusal(model, f"the file cannot be run with {len(fed)} images and with one", error) from error
@@ -140,8 +137,7 @@ def _write(model: TrainedModel, path: Path, normalise: bool, images: Tensor) -> 
     network, example = ExportedNetwork(model, normalise).eval(), images[:2]
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            # They speak of the exporter's own future, not of this network.
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # They speak of the exporter's own future, not of this network.
             sizes = {"images": {0: torch.export.Dim("batch")}}
             program = torch.export.export(network, (example,), dynamic_shapes=sizes)
             written: Any = torch.onnx.export(

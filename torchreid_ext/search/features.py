@@ -24,14 +24,10 @@ from torchreid_ext.runtime import distributed
 from torchreid_ext.runtime.files import replacing
 from torchreid_ext.search.model import Preprocessing, TrainedModel
 
-EXACT = "Flat"
-"""faiss's name of the exact index."""
-
+EXACT = "Flat"  # faiss's name of the exact index
 # For more queries at once, faiss computes |q|^2 - 2 qg + |g|^2, which loses small distances far from the origin.
 _ACCURATE_BLOCK = 16
-
 Array = np.ndarray[Any, Any]
-
 _FINGERPRINT = "model_fingerprint"  # beside the arrays of drsl-evaluate, which ignores it
 
 
@@ -79,8 +75,7 @@ def extract_files(
         skip_damaged: leave out an image that cannot be read, instead of raising an InputError.
         description: what stands before the progress bar.
 
-    An InputError refuses numbers out of their range, and images none of which can be read.
-    """
+    An InputError refuses numbers out of their range, and images of which none can be read."""
     size = int(model.config.test.batch_size) if batch_size is None else batch_size
     if size < 1 or workers < 0:
         raise InputError(f"batch size {size} and workers {workers}: give 1 or more and 0 or more")
@@ -159,8 +154,10 @@ class FeatureIndex:
 
     def __init__(self, dim: int, metric: str, kind: str = EXACT) -> None:
         self.dim, self.metric, self.kind = dim, metric, kind
+        # Not imported with the package: torch and faiss each bring a copy of OpenMP, which collide on macOS.
+        self._faiss = importlib.import_module("faiss")
         # Features of unit norm have twice the cosine distance as squared Euclidean distance.
-        self._exact = _faiss().IndexFlatL2(dim)
+        self._exact = self._faiss.IndexFlatL2(dim)
         self._other: Any = None
 
     def __len__(self) -> int:
@@ -194,14 +191,13 @@ class FeatureIndex:
 
     def _made(self) -> Any:
         if self._other is None:
-            faiss, vectors = _faiss(), self.features().numpy()
-            factory, _, parameters = self.kind.partition(";")
+            vectors, (factory, _, parameters) = self.features().numpy(), self.kind.partition(";")
             try:
-                index = faiss.index_factory(self.dim, factory)
+                index = self._faiss.index_factory(self.dim, factory)
                 index.train(vectors)
                 index.add(vectors)
                 if parameters:
-                    faiss.ParameterSpace().set_index_parameters(index, parameters)
+                    self._faiss.ParameterSpace().set_index_parameters(index, parameters)
             except (RuntimeError, AssertionError) as error:
                 reason = " ".join(str(error).split()).rpartition(": ")[2] or type(error).__name__
                 size = f"{len(self):,} features with {self.dim} dimensions"
@@ -215,8 +211,3 @@ class FeatureIndex:
         if not torch.isfinite(vectors).all():
             raise InputError("features must be finite, and some are NaN or infinite")
         return np.ascontiguousarray(vectors.numpy())
-
-
-def _faiss() -> Any:
-    # Not imported with the package: torch and faiss each bring a copy of OpenMP, and the two copies collide on macOS.
-    return importlib.import_module("faiss")

@@ -68,7 +68,8 @@ class Gallery:
         found: set[int] = set()
         paths = [(row, entry.path) for row, entry in enumerate(self.entries)]
         for pattern in patterns:
-            here = {row for row, path in paths if path in (pattern, resolved(pattern))} or {
+            whole = pattern, resolved(pattern)
+            here = {row for row, path in paths if path in whole} or {
                 row for row, path in paths if fnmatchcase(path, pattern) or fnmatchcase(shown(path), pattern)
             }
             if not here:

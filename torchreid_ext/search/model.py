@@ -133,8 +133,7 @@ def load_model(
             torchreid's zoo was trained with, which stderr says.
 
     An InputError refuses a checkpoint that is missing, damaged, without a configuration or not of the network that its
-    configuration names, and a device that is not there.
-    """
+    configuration names, and a device that is not there."""
     path = find_checkpoint(path)
     state = checkpoint.load(path)
     config = _config(path, state, config_file, model)
@@ -210,9 +209,8 @@ def _note(text: str) -> None:
 
 
 def _fingerprint(network: nn.Module, config: Config) -> str:
-    digest = hashlib.sha256()
     settings = [value for key, value in flat(config).items() if key in KEYS and KEYS[key].features]
-    digest.update(repr(settings).encode())
+    digest = hashlib.sha256(repr(settings).encode())
     for name, value in sorted(network.state_dict().items()):
         if not name.endswith("num_batches_tracked"):
             digest.update(name.encode() + value.contiguous().numpy().tobytes())

@@ -31,14 +31,9 @@ from torchreid_ext.pixels import read_image
 from torchreid_ext.search.searcher import Match, Searcher, caption, rankings
 from torchreid_ext.search.sources import shown
 
-MEGABYTES, MEGAPIXELS = 20, 50
-"""A larger photo is refused before it is read whole, or decoded."""
-
-MOST = 500
-"""Results on one page at most: each is a picture in it."""
-
-# Photos and faces stay out of the browser's cache too.
-_HEADERS = {"Cache-Control": "no-store"}
+MEGABYTES, MEGAPIXELS = 20, 50  # A larger photo is refused before it is read whole, or decoded.
+MOST = 500  # results on one page at most: each is a picture in it
+_HEADERS = {"Cache-Control": "no-store"}  # Photos and faces stay out of the browser's cache too.
 
 
 class TooLarge(InputError):

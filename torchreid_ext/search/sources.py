@@ -16,9 +16,7 @@ from torchreid_ext.config import Config
 from torchreid_ext.data.datasets import register_datasets, without_empty_folders
 from torchreid_ext.images import Row, Table
 
-NAMES = "market"
-"""How names carry identities and cameras, unless the user says otherwise: see ``torchreid_ext.images.pattern``."""
-
+NAMES = "market"  # how names carry identities and cameras by default: see ``torchreid_ext.images.pattern``
 # The folders of Market-1501's layout; DukeMTMC-reID and the drawn pedestrians have the same.
 _QUERY, _GALLERY = "query", ("bounding_box_test", "gallery")
 
