@@ -176,7 +176,6 @@ def _rank_rows(
     precision = (rank_pos / (rank_pos + false_pos)).masked_fill_(~real, 0)
     average_precision = precision.sum(dim=1) / count  # Without a match, 0 / 0 gives NaN.
     penalty = count / (count + false_pos.gather(1, last).squeeze(1))
-
     bounds = {"mean": (0, 1), "optimistic": (0,), "pessimistic": (1,)}[ties]
     earlier, tied = first or (earlier[:, :1], tied[:, :1])
     places = torch.cat([1.0 + earlier + bound * tied for bound in bounds], dim=1).double()

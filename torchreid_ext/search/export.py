@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -107,8 +106,8 @@ def export(
         comparison = Comparison(len(shown), float(np.max(differences)), largest)
         if not comparison.difference <= TOLERANCE * largest:
             raise InputError(f"the exported file is wrong and was not written: {comparison}")
-        with open(temporary, "rb") as source, replacing(path) as target:
-            shutil.copyfileobj(source, target)
+        with replacing(path) as file:
+            file.write(temporary.read_bytes())
     return comparison
 
 
