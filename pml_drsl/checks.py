@@ -7,10 +7,6 @@ import inspect
 import math
 import numbers
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class InputError(ValueError):
@@ -39,26 +35,3 @@ def check_arguments(kind: type, names: Iterable[str]) -> None:
     for name in names:
         if name not in known:
             raise InputError(f"{kind.__name__} has no argument {name!r}; the nearest is {nearest(name, known)!r}")
-
-
-def check_embeddings(name: str, x: Tensor, dim: int | None = None) -> None:
-    """Refuses what is not a floating-point tensor of shape (batch, ``dim``), with an ``InputError``."""
-    from torch import Tensor
-
-    if not isinstance(x, Tensor) or x.ndim != 2 or not x.is_floating_point():
-        got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise InputError(f"{name} must be a floating-point tensor of shape (batch, dim), got {got}")
-    if dim is not None and x.shape[1] != dim:
-        raise InputError(f"{name} has {x.shape[1]} dimensions and embeddings {dim}; give both the same number")
-
-
-def check_labels(name: str, labels: Tensor | None, size: int) -> None:
-    """Refuses labels that are not an integer tensor of shape (``size``,), with an ``InputError``. None is accepted."""
-    from torch import Tensor
-
-    if labels is None:
-        return
-    is_tensor = isinstance(labels, Tensor)
-    if not is_tensor or labels.is_floating_point() or labels.is_complex() or labels.shape != (size,):
-        got = f"{labels.dtype} of shape {tuple(labels.shape)}" if is_tensor else type(labels).__name__
-        raise InputError(f"{name} must be an integer tensor of shape ({size},), one for each embedding, got {got}")

@@ -41,12 +41,9 @@ def guarded(
     """Runs a command, and explains on stderr in one line what stopped it. A defect of the program keeps its traceback.
 
     An interrupted command names the ``outputs`` that it has written, or says ``stopped``. ``extra`` is the extra of
-    this distribution that installs what the command needs.
-
-    Returns:
-        The exit status: 0, or what ``work`` returned; 2 for bad input, a loss that is not finite or a missing package;
-        130 if interrupted (143 by SIGTERM); 141 if stdout was closed.
-    """
+    this distribution that installs what the command needs. Returns the exit status: 0, or what ``work`` returned; 2 for
+    bad input, a loss that is not finite or a missing package; 130 if interrupted (143 by SIGTERM); 141 if stdout was
+    closed."""
     for stream in (sys.stdout, sys.stderr):  # which a path in another encoding than the terminal's would end
         if isinstance(stream, io.TextIOWrapper):  # not so where a notebook or a test has replaced it
             stream.reconfigure(errors="backslashreplace")
@@ -88,9 +85,7 @@ def message(error: BaseException) -> str:
 
 def check_outputs(outputs: dict[str, str | None], inputs: Iterable[str | None]) -> None:
     """Refuses files to write that are in no folder, or that are an input or another output, with an ``InputError``.
-
-    ``outputs`` has the path of each option that names such a file; None, empty and ``"-"`` are left out.
-    """
+    ``outputs`` has the path of each option that names such a file; None, empty and ``"-"`` are left out."""
     others = dict.fromkeys((path for path in inputs if path and os.path.exists(path)), "the input")
     for option, path in outputs.items():
         if not path or path == "-":

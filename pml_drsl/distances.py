@@ -29,22 +29,17 @@ def distance_matrix(distance: BaseDistance, x: Tensor, ref: Tensor | None = None
         ref: embeddings of the candidates, shape (M, dim), of the type of ``x``; None for the queries themselves.
         fused: give Euclidean distances and inner products a gradient in full precision, which can be differentiated
             once, and takes one matrix product less if a batch is compared with itself. All else is plain autograd,
-            whose backward pass follows the user's settings.
-
-    Raises:
-        InputError: for infinite or NaN values of a distance that is not computed here.
+            whose backward pass follows the user's settings. Infinite or NaN values of such a distance: an InputError.
     """
     euclidean = isinstance(distance, LpDistance)
     known = is_known(distance) and not distance.collect_stats
     if known and fused:
         if distance.normalize_embeddings:
             x, ref = _Normalized.apply(x), None if ref is None else _Normalized.apply(ref)
-        if euclidean:
-            mat: Tensor = _EuclideanDistances.apply(x, ref)
-            return mat if distance.power == 1 else mat.pow(distance.power)
+        mat: Tensor = (_EuclideanDistances if euclidean else _MinusInnerProducts).apply(x, ref)
         if distance.power == 1:
-            return _InnerProducts.apply(x, ref, -1)  # type: ignore[no-any-return]
-        return -_InnerProducts.apply(x, ref, 1).pow(distance.power)  # type: ignore[no-any-return]
+            return mat
+        return mat.pow(distance.power) if euclidean else -(-mat).pow(distance.power)
     if distance.normalize_embeddings:
         x, ref = _without_gradient_of_zeros(x), None if ref is None else _without_gradient_of_zeros(ref)
     with full_precision(x.device.type):
@@ -65,8 +60,7 @@ def angular_dissimilarity(
     """The angular dissimilarity ``u = (1 - cos) / 2`` of pairs, shape (E,), in [0, 1].
 
     If possible it comes from ``of_pairs``, the distance of each pair from ``distance_matrix``. A zero vector counts as
-    orthogonal to all others (u = 1/2) and gets no gradient. ``ref`` is ``x`` if the batch is compared with itself.
-    """
+    orthogonal to all others (u = 1/2) and gets no gradient. ``ref`` is ``x`` if the batch is compared with itself."""
     euclidean = isinstance(distance, LpDistance)
     query, candidate = pairs.query, pairs.positive
     if not is_known(distance) or distance.power > (2 if euclidean else 1):
@@ -146,8 +140,7 @@ class _Normalized(torch.autograd.Function):
 
 class _EuclideanDistances(torch.autograd.Function):
     """``torch.cdist(x, ref)``. The gradient in x_i is ``sum over j of w_ij (x_i - ref_j)``, w the gradient over the
-    distance, or 0 at distance 0. Of a batch with itself, w is ``w + w.T``.
-    """
+    distance, or 0 at distance 0. Of a batch with itself, w is ``w + w.T``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, ref: Tensor | None) -> Tensor:
@@ -169,28 +162,26 @@ class _EuclideanDistances(torch.autograd.Function):
             return grad_x, torch.addmm(ref * w.sum(0)[:, None], w.T, x, alpha=-1) if needs_ref else None
 
 
-class _InnerProducts(torch.autograd.Function):
-    """``sign * x @ ref.T``. Of a batch with itself the gradient takes one product, ``sign * (grad + grad.T) @ x``."""
+class _MinusInnerProducts(torch.autograd.Function):
+    """``-x @ ref.T``. Of a batch with itself the gradient takes one product, ``-(grad + grad.T) @ x``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ref: Tensor | None, sign: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, ref: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, ref)
-        ctx.sign = sign
         with full_precision(x.device.type):
-            return _product(sign, x, (x if ref is None else ref).T)
+            return _minus_product(x, (x if ref is None else ref).T)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, ref = ctx.saved_tensors
         with full_precision(x.device.type):
             if ref is None:
                 grad, ref = _plus_transposed(grad), x
-            needs_x, needs_ref, _ = ctx.needs_input_grad
-            grad_x = _product(ctx.sign, grad, ref) if needs_x else None
-            return grad_x, _product(ctx.sign, grad.T, x) if needs_ref else None, None
+            needs_x, needs_ref = ctx.needs_input_grad
+            return _minus_product(grad, ref) if needs_x else None, _minus_product(grad.T, x) if needs_ref else None
 
 
-def _product(sign: int, a: Tensor, b: Tensor) -> Tensor:
+def _minus_product(a: Tensor, b: Tensor) -> Tensor:
     # The matrix product takes the sign as its factor, without a pass over the result.
-    return torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=sign)
+    return torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=-1)

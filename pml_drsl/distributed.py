@@ -20,8 +20,7 @@ from pml_drsl.pairs import IndicesTuple, Pairs
 
 class DistributedMinerWrapper(pml_distributed.DistributedMinerWrapper):
     """Mines the batch of all processes, for ``DistributedLossWrapper``: every process gets the same indices, into the
-    embeddings of all in order of rank. With ``efficient=True`` each process mines its own queries.
-    """
+    embeddings of all in order of rank. With ``efficient=True`` each process mines its own queries."""
 
     def forward(
         self, emb: Tensor, labels: Tensor, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
@@ -56,11 +55,8 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
     Weights of the loss get the gradient of one process on the whole batch.
 
     ``efficient=True`` takes ``DRSLoss`` only. Every process computes the errors of its own queries, and the errors are
-    gathered before they are reduced. (PML's efficient mode gathers embeddings without their gradient.)
-
-    Raises:
-        InputError: for ``efficient=True`` with a loss that is not ``DRSLoss``, or for a memory called with ``ref_emb``.
-    """
+    gathered before they are reduced. (PML's efficient mode gathers embeddings without their gradient.) An InputError
+    refuses any other loss, and a memory called with ``ref_emb``."""
 
     def __init__(self, loss: torch.nn.Module, efficient: bool = False) -> None:
         super().__init__(loss, efficient)
@@ -114,8 +110,7 @@ def gather_batch(*parts: Tensor) -> tuple[Tensor, ...]:
     """The parts of a batch, such as embeddings and labels, shapes (N, ...), of all processes in order of rank.
 
     Every process must compute the same loss of them. Its gradient then goes to the process's own part, times the number
-    of processes, by which ``DistributedDataParallel`` divides again. One process gets its parts back unchanged.
-    """
+    of processes, by which ``DistributedDataParallel`` divides again. One process gets its parts back unchanged."""
     return parts if is_single_process() else tuple(_gather(part)[0] for part in parts)
 
 
@@ -184,8 +179,7 @@ def _gather(x: Tensor, share_gradients: bool = False) -> tuple[Tensor, list[int]
 
 class _Gather(torch.autograd.Function):
     """Concatenates the tensors of all processes. The gradient of a part is the sum over all copies
-    (``share_gradients``), or, where all compute the same loss, that of the process's own copy, times their number.
-    """
+    (``share_gradients``), or, where all compute the same loss, that of the process's own copy, times their number."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, sizes: list[int], share_gradients: bool) -> Tensor:

@@ -63,9 +63,7 @@ def errors(
             None leaves the sort error out.
         use_fused: count the negatives by ``fused.count_ahead``, which is faster, and can be differentiated once.
 
-    Returns:
-        ``(retrieval, sort)``, of shape (E,). Both are in [0, 1], but the bound has no upper limit.
-    """
+    Returns ``(retrieval, sort)``, of shape (E,). Both are in [0, 1], but the bound has no upper limit."""
     is_bound = bound_power is not None
     if use_fused:
         d, false_pos, shift = fused.count_ahead(distances, pairs, temperature, margin, is_bound)

@@ -19,8 +19,7 @@ from pml_drsl.pairs import Pairs
 
 # Elements of a block of comparisons, which bounds the memory of `count_ahead`: to fit a CPU's cache, or to fill a GPU.
 CPU_BLOCK, DEVICE_BLOCK = 2**18, 2**26
-# Temperatures behind a positive at which ``softplus(x)`` is ``exp(x)``, up to a relative error of 5e-14.
-DEPTH = 30
+DEPTH = 30  # Temperatures behind a positive at which ``softplus(x)`` is ``exp(x)``, up to a relative error of 5e-14.
 
 
 def count_ahead(
@@ -37,8 +36,7 @@ def count_ahead(
     all negatives is compared as if it were ``DEPTH`` ahead, where B is an exponential function, and the rest is shift.
 
     Returns ``(d, count, shift)``, each of shape (E,). The first two are differentiable (once) in ``distances``. The
-    other arguments are those of ``functional.errors``.
-    """
+    other arguments are those of ``functional.errors``."""
     return _CountAhead.apply(distances, _Settings(pairs, temperature, margin, bound))  # type: ignore[no-any-return]
 
 
@@ -126,8 +124,7 @@ def _blocks(
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
     """The pairs of each block; their queries; the query of each pair among these; and how far each pair is behind each
     candidate, in units of the temperature, as ``threshold``, shape (pairs, M), which the next block overwrites. Raised
-    thresholds are written into ``raised``; it is None if ``threshold`` has them.
-    """
+    thresholds are written into ``raised``; it is None if ``threshold`` has them."""
     query = settings.pairs.query
     size = CPU_BLOCK if distances.device.type == "cpu" else DEVICE_BLOCK
     step = min(len(query), max(1, size // max(1, distances.shape[1])))

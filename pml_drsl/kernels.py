@@ -64,8 +64,7 @@ def count(z: Tensor, x: Tensor, query: Tensor, bound: bool = False) -> tuple[Ten
     The count is the sum over c of ``G = sigmoid(x_e - z[query_e, c])``, with slope ``G * (1 - G)``. With ``bound`` it
     is the sum of ``log2(1 + exp(x_e - z[query_e, c]))``, with slope ``G / log(2)``. Distances ``z``, shape (Q, C),
     contiguous, and thresholds ``x``, shape (E,), of one type, are in units of the temperature; ``z`` is infinite for
-    excluded candidates. ``query`` is the row of each threshold, shape (E,), int64, ascending.
-    """
+    excluded candidates. ``query`` is the row of each threshold, shape (E,), int64, ascending."""
     counts, slopes = torch.empty_like(x), torch.empty_like(x)
     kernel: Any = _count
     with torch.cuda.device_of(z):  # Triton launches on the current device, which may be another.

@@ -38,15 +38,12 @@ class LargeBatch(nn.Module):
         loss.backward()
 
     Args:
-        network: takes images, shape (N, ...), and returns embeddings, shape (N, D), or tuples, lists or dictionaries of
-            tensors of length N.
+        network: an ``nn.Module`` that takes images, shape (N, ...), and returns embeddings, shape (N, D), or tuples,
+            lists or dictionaries of tensors of length N; an InputError for anything else.
         loss: any function of what the network returns and of the labels, such as a loss of pytorch-metric-learning.
-        chunk_size: largest number of images to embed at a time, >= 1. Chunks differ by one image at most: with a
-            ``chunk_size`` of 16, 20 images are embedded as 10 and 10.
+        chunk_size: largest number of images to embed at a time, >= 1, else an InputError. Chunks differ by one image at
+            most: with a ``chunk_size`` of 16, 20 images are embedded as 10 and 10.
         miner: a miner of pytorch-metric-learning, for a network that returns embeddings alone. It sees the whole batch.
-
-    Raises:
-        InputError: for a network that is no ``nn.Module``, or a ``chunk_size`` that is no integer of 1 or more.
     """
 
     def __init__(
@@ -59,11 +56,8 @@ class LargeBatch(nn.Module):
     def forward(self, images: Tensor, labels: Tensor, **loss_arguments: Any) -> Tensor:
         """The loss of a batch, a scalar: images of shape (N, ...), N >= 1, and labels of shape (N,).
 
-        Further arguments are those of the loss, such as ``indices_tuple``, ``ref_emb`` or ``enqueue_mask``.
-
-        Raises:
-            InputError: as ``forward_in_chunks``; for labels of another length; for an ``indices_tuple`` with a miner.
-        """
+        Further arguments are those of the loss, such as ``indices_tuple``, ``ref_emb`` or ``enqueue_mask``. Raises
+        InputError as ``forward_in_chunks``, for labels of another length, and for an ``indices_tuple`` with a miner."""
         if isinstance(images, Tensor) and images.ndim and len(labels) != len(images):
             raise InputError(f"there are {len(images)} images and {len(labels)} labels; give one label for each image")
         output = forward_in_chunks(self.network, images, self.chunk_size)
@@ -83,23 +77,19 @@ class LargeBatch(nn.Module):
 def forward_in_chunks(network: nn.Module, images: Tensor, chunk_size: int) -> Any:
     """What ``network(images)`` returns, computed and differentiated with the memory of one chunk.
 
-    It is the part of ``LargeBatch``, which describes it, before the loss: call it in place of the network.
-
-    Raises:
-        InputError: as ``LargeBatch``, or for images that are no tensor of shape (N, ...) with N >= 1, or for an output
-            of another kind or length.
-    """
+    It is the part of ``LargeBatch``, which describes it, before the loss: call it in place of the network. Raises
+    InputError as ``LargeBatch``, for images that are no tensor of shape (N, ...), N >= 1, and for any other output."""
     _check_chunks(network, chunk_size)
     if not isinstance(images, Tensor) or images.ndim == 0 or len(images) == 0:
         given = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise InputError(f"images must be a tensor of shape (N, ...) with one image or more, got {given}")
     if len(images) <= chunk_size:
         return _checked_output(network(images), len(images))
-    passes = _TwoPasses(network, images, number=-(-len(images) // chunk_size))
+    number, structure = -(-len(images) // chunk_size), list[Any]()
     # Autograd records a function only if one of its inputs needs a gradient, and images seldom do.
     trained = any(parameter.requires_grad for parameter in network.parameters())
-    outputs = _InChunks.apply(passes, images, torch.empty(0, requires_grad=trained))
-    return tree_unflatten(list(outputs), passes.structure)
+    outputs = _InChunks.apply(network, number, structure, images, torch.empty(0, requires_grad=trained))
+    return tree_unflatten(list(outputs), *structure)
 
 
 def _check_chunks(network: nn.Module, chunk_size: int) -> None:
@@ -121,82 +111,67 @@ def _checked_output(output: Any, number: int) -> Any:
 
 
 class _InChunks(torch.autograd.Function):
-    """Runs the first pass forward, and the second pass backward."""
+    """The first pass is its forward, the second its backward. ``structure`` receives that of the network's output."""
 
     @staticmethod
-    def forward(ctx: Any, passes: _TwoPasses, images: Tensor, anchor: Tensor) -> tuple[Tensor, ...]:
-        ctx.passes = passes
+    def forward(
+        ctx: Any, network: nn.Module, number: int, structure: list[Any], images: Tensor, anchor: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.network, ctx.number = network, number
         ctx.save_for_backward(images)
         ctx.set_materialize_grads(False)  # An output that the loss leaves out has no gradient in the second pass.
-        outputs = passes.first(images)
+        used = {tensor.device for tensor in (images, *network.parameters())}
+        ctx.cuda = sorted({device.index for device in used if device.type == "cuda"})
+        ctx.autocast = [
+            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), torch.is_autocast_cache_enabled())
+            for kind in sorted({"cpu", *(device.type for device in used)})
+        ]
+        ctx.buffers, ctx.random, parts = _copies(network), [], []
+        for chunk in images.tensor_split(number):
+            ctx.random.append([torch.get_rng_state(), *map(torch.cuda.get_rng_state, ctx.cuda)])
+            leaves, spec = tree_flatten(_checked_output(network(chunk), len(chunk)))
+            parts.append(leaves)
+        structure.append(spec)
+        torch.clear_autocast_cache()  # The second pass must not find half-precision weights, which have no graph.
+        outputs = [torch.cat(part) for part in zip(*parts, strict=True)]
         ctx.mark_non_differentiable(*(part for part in outputs if not part.is_floating_point()))
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, Tensor | None, None]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, None, None, Tensor | None, None]:
         (images,) = ctx.saved_tensors
-        of_images = torch.zeros_like(images) if ctx.needs_input_grad[1] else None
-        ctx.passes.second(images, gradients, of_images)
-        return None, of_images, None
-
-
-class _TwoPasses:
-    """The two forward passes of one batch, and what the second pass needs in order to repeat the first."""
-
-    def __init__(self, network: nn.Module, images: Tensor, number: int) -> None:
-        self.structure: Any = None  # of the network's output, known after the first pass
-        self._network, self._number = network, number
-        used = {tensor.device for tensor in (images, *network.parameters())}
-        self._cuda = sorted({device.index for device in used if device.type == "cuda"})
-        self._autocast = [
-            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), torch.is_autocast_cache_enabled())
-            for kind in sorted({"cpu", *(device.type for device in used)})
-        ]
-        self._buffers = _copies(network)
-        self._random: list[list[Tensor]] = []
-
-    def first(self, images: Tensor) -> list[Tensor]:
-        """The tensors that the network returns for all images, without a graph."""
-        parts = []
-        for chunk in images.tensor_split(self._number):
-            self._random.append([torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._cuda)])
-            leaves, self.structure = tree_flatten(_checked_output(self._network(chunk), len(chunk)))
-            parts.append(leaves)
-        torch.clear_autocast_cache()  # The second pass must not find half-precision weights, which have no graph.
-        return [torch.cat(part) for part in zip(*parts, strict=True)]
-
-    def second(self, images: Tensor, gradients: Sequence[Tensor | None], of_images: Tensor | None) -> None:
-        """Adds to the ``.grad`` of the weights, and writes ``of_images``; ``gradients`` are of what ``first`` gave."""
-        split = [[None] * self._number if part is None else part.tensor_split(self._number) for part in gradients]
-        after = _copies(self._network)
-        _put_back(self._network, self._buffers)  # Batch normalisation and the like go through the same states again.
+        of_images = torch.zeros_like(images) if ctx.needs_input_grad[3] else None
+        split = [[None] * ctx.number if part is None else part.tensor_split(ctx.number) for part in gradients]
+        after = _copies(ctx.network)
+        _put_back(ctx.network, ctx.buffers)  # Batch normalisation and the like go through the same states again.
         try:
-            for number, (chunk, *parts) in enumerate(zip(images.tensor_split(self._number), *split, strict=True)):
+            for number, (chunk, *parts) in enumerate(zip(images.tensor_split(ctx.number), *split, strict=True)):
                 chunk = chunk.detach().requires_grad_(of_images is not None)
-                self._back_propagate(number, chunk, parts)
+                _back_propagate(ctx, number, chunk, parts)
                 if of_images is not None and chunk.grad is not None:
-                    of_images.tensor_split(self._number)[number].copy_(chunk.grad)
+                    of_images.tensor_split(ctx.number)[number].copy_(chunk.grad)
         finally:
-            _put_back(self._network, after)
+            _put_back(ctx.network, after)
+        return None, None, None, of_images, None
 
-    def _back_propagate(self, number: int, chunk: Tensor, gradients: Sequence[Tensor | None]) -> None:
-        # DistributedDataParallel reduces what has added up when it sees the last chunk.
-        is_last = number == self._number - 1
-        add_up = nullcontext if is_last else getattr(self._network, "no_sync", nullcontext)
-        with torch.enable_grad(), add_up():
-            with ExitStack() as stack:  # Random numbers and autocast are as in the first pass.
-                stack.enter_context(torch.random.fork_rng(self._cuda))
-                for settings in self._autocast:
-                    stack.enter_context(torch.autocast(*settings))
-                cpu, *cuda = self._random[number]
-                torch.set_rng_state(cpu)
-                for device, state in zip(self._cuda, cuda, strict=True):
-                    torch.cuda.set_rng_state(state, device)
-                leaves = tree_leaves(self._network(chunk))
-            reached = [(a, b) for a, b in zip(leaves, gradients, strict=True) if b is not None and a.requires_grad]
-            if reached:
-                torch.autograd.backward([leaf for leaf, _ in reached], [gradient for _, gradient in reached])
+
+def _back_propagate(ctx: Any, number: int, chunk: Tensor, gradients: Sequence[Tensor | None]) -> None:
+    # DistributedDataParallel reduces what has added up when it sees the last chunk.
+    add_up = nullcontext if number == ctx.number - 1 else getattr(ctx.network, "no_sync", nullcontext)
+    with torch.enable_grad(), add_up():
+        with ExitStack() as stack:  # Random numbers and autocast are as in the first pass.
+            stack.enter_context(torch.random.fork_rng(ctx.cuda))
+            for settings in ctx.autocast:
+                stack.enter_context(torch.autocast(*settings))
+            cpu, *cuda = ctx.random[number]
+            torch.set_rng_state(cpu)
+            for device, state in zip(ctx.cuda, cuda, strict=True):
+                torch.cuda.set_rng_state(state, device)
+            leaves = tree_leaves(ctx.network(chunk))
+        reached = [(a, b) for a, b in zip(leaves, gradients, strict=True) if b is not None and a.requires_grad]
+        if reached:
+            torch.autograd.backward([leaf for leaf, _ in reached], [gradient for _, gradient in reached])
 
 
 def _copies(network: nn.Module) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from pytorch_metric_learning.losses import BaseMetricLossFunction
 from torch import Tensor
 
 from pml_drsl import functional
-from pml_drsl.checks import InputError, check_arguments, check_embeddings, check_labels, is_real, is_whole
+from pml_drsl.checks import InputError, check_arguments, is_real, is_whole
 from pml_drsl.distances import angular_dissimilarity, check_distance, distance_matrix
 from pml_drsl.machine import full_precision
 from pml_drsl.pairs import IndicesTuple, Pairs, pairs_from_indices, pairs_from_labels
@@ -57,11 +57,8 @@ class DRSLoss(BaseMetricLossFunction):
         **kwargs: arguments of ``BaseMetricLossFunction``: ``distance`` (default: ``CosineSimilarity()``; refused are
             ``BatchedDistance``, and ``p`` or ``power`` below 1, whose gradient is infinite at a distance of 0),
             ``reducer`` (default: ``PerQueryReducer``), ``embedding_regularizer``, ``embedding_reg_weight``,
-            ``collect_stats``.
-
-    Raises:
-        InputError: a ``ValueError``, for an unknown argument or a hyper-parameter out of range, or when called for
-            tensors of wrong shape or type.
+            ``collect_stats``. Unknown arguments, values out of range, and a call with tensors of a wrong shape or type
+            raise an InputError, which is a ``ValueError``.
     """
 
     def __init__(
@@ -124,11 +121,9 @@ class DRSLoss(BaseMetricLossFunction):
             ref_emb, ref_labels: the candidates, shapes (references, dim) and (references,). A query is no candidate of
                 its own without them, or if ``ref_emb`` is the object ``embeddings`` (PML decides by the labels).
         """
-        check_embeddings("embeddings", embeddings)
-        check_labels("labels", labels, len(embeddings))
+        _check_batch("embeddings", embeddings, "labels", labels)
         if ref_emb is not None:
-            check_embeddings("ref_emb", ref_emb, embeddings.shape[1])
-            check_labels("ref_labels", ref_labels, len(ref_emb))
+            _check_batch("ref_emb", ref_emb, "ref_labels", ref_labels, embeddings.shape[1])
         if indices_tuple is None and (labels is None or (ref_emb is not None and ref_labels is None)):
             raise InputError("labels (and ref_labels with ref_emb) are required where no indices_tuple is given")
         # At temperature 0.01 a half-precision similarity has no usable ranks.
@@ -191,9 +186,9 @@ class DRSLoss(BaseMetricLossFunction):
         retrieval, sort = functional.errors(distances, pairs, **shared, **options)
         errors = {"retrieval": retrieval} if sort is None else {"retrieval": retrieval, "sort": sort}
         if self.collect_stats:
-            errors["smoothed"] = retrieval.detach()
-            if self.bound_power is not None:
-                errors["smoothed"], _ = functional.errors(distances.detach(), pairs, **shared)
+            unbounded = self.bound_power is None
+            smoothed = retrieval if unbounded else functional.errors(distances.detach(), pairs, **shared)[0]
+            errors["smoothed"] = smoothed.detach()
         return errors
 
     def _sub_loss_names(self) -> list[str]:
@@ -202,3 +197,19 @@ class DRSLoss(BaseMetricLossFunction):
     def extra_repr(self) -> str:
         names = ("temperature", "sort_weight", "margin", "bound_power")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+
+def _check_batch(name: str, x: Tensor, name_of_labels: str, labels: Tensor | None, dim: int | None = None) -> None:
+    """Refuses what is not a floating-point tensor of shape (N, ``dim``) with None or integer labels of shape (N,)."""
+    if not isinstance(x, Tensor) or x.ndim != 2 or not x.is_floating_point():
+        raise InputError(f"{name} must be a floating-point tensor of shape (batch, dim), got {_kind(x)}")
+    if dim is not None and x.shape[1] != dim:
+        raise InputError(f"{name} has {x.shape[1]} dimensions and embeddings {dim}; give both the same number")
+    whole = isinstance(labels, Tensor) and not (labels.is_floating_point() or labels.is_complex())
+    if labels is not None and not (whole and labels.shape == x.shape[:1]):
+        wanted = f"an integer tensor of shape ({len(x)},), one for each embedding"
+        raise InputError(f"{name_of_labels} must be {wanted}, got {_kind(labels)}")
+
+
+def _kind(x: object) -> str:
+    return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

@@ -45,8 +45,7 @@ def full_precision(device_type: str) -> Iterator[None]:
     """Matrix products without autocast, TensorFloat-32 or bfloat16, whose ranks differ; settings are restored.
 
     The settings belong to the process. The first block saves them and the last restores them, so blocks may be nested,
-    and may run in several threads, as the backward pass of several GPUs does.
-    """
+    and may run in several threads, as the backward pass of several GPUs does."""
     import torch  # The commands count the cores before they need torch.
 
     global _depth, _before
@@ -80,10 +79,8 @@ def _set_precision(values: list[Any] | None) -> list[Any]:
 
 
 def keep_freed_memory() -> None:
-    """Lets the process keep the memory that it frees, where the C library is glibc, as on most Linux systems.
-
-    A training step allocates the same large tensors again and again, and the system clears all memory that it gives.
-    """
+    """Lets the process keep the memory that it frees, where the C library is glibc, as on most Linux systems. A
+    training step allocates the same large tensors again and again, and the system clears all memory that it gives."""
     if not sys.platform.startswith("linux"):
         return
     with suppress(AttributeError, OSError):

@@ -21,8 +21,7 @@ FourIndices = tuple[Tensor, Tensor, Tensor, Tensor]
 
 class RankingMiner(BaseMiner):
     """A miner that ranks the candidates of each query, by distances in full precision, and unlike PML's can be told
-    which candidate is the query itself, in a cross-batch memory or among embeddings of other processes.
-    """
+    which candidate is the query itself, in a cross-batch memory or among embeddings of other processes."""
 
     def forward(
         self,
@@ -105,10 +104,8 @@ class NegativeBudgetMiner(RankingMiner):
         positives: positives kept for each query, drawn at random; None keeps all. With 1, the imbalance can exceed the
             number of identities.
         seed: seed of the draws, 0 or more; their number is part of the ``state_dict``. None: torch's global generator.
-        **kwargs: arguments of ``BaseMiner``: ``distance`` (default: ``LpDistance``), ``collect_stats``.
-
-    Raises:
-        InputError: for a hyper-parameter out of range.
+        **kwargs: arguments of ``BaseMiner``: ``distance`` (default: ``LpDistance``), ``collect_stats``. A value out of
+            its range is an InputError.
     """
 
     def __init__(

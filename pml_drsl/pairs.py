@@ -18,8 +18,7 @@ IndicesTuple = tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Ten
 @dataclass(frozen=True)
 class SparseMask:
     """Mask of the listed (query, candidate) pairs (``included``), or of all others but the query's ``own``. Pairs are
-    listed once, ascending by query. A dense mask would need an extra pass over the distances.
-    """
+    listed once, ascending by query. A dense mask would need an extra pass over the distances."""
 
     query: Tensor
     candidate: Tensor
@@ -89,8 +88,7 @@ class Pairs:
 
 def pairs_from_labels(labels: Tensor, ref_labels: Tensor, same: bool) -> Pairs:
     """The pairs of ``lmu.get_all_pairs_indices``, without its N^2 indices, of integer labels, shapes (Q,) and (M,).
-    ``same``: the candidates are the queries, none its own candidate.
-    """
+    ``same``: the candidates are the queries, none its own candidate."""
     of_refs, order = ref_labels.long().sort(stable=True)
     of_queries = labels.long().contiguous()
     first = torch.searchsorted(of_refs, of_queries)
@@ -110,10 +108,8 @@ def pairs_from_labels(labels: Tensor, ref_labels: Tensor, same: bool) -> Pairs:
 
 
 def pairs_from_indices(indices_tuple: IndicesTuple, num_queries: int, num_refs: int, device: torch.device) -> Pairs:
-    """The pairs of a miner: 3 tensors (anchors, positives, negatives) or 4 (anchors, positives, anchors, negatives).
-
-    An InputError for another number of tensors, indices out of range, or a pair both positive and negative.
-    """
+    """The pairs of a miner: 3 tensors (anchors, positives, negatives) or 4 (anchors, positives, anchors, negatives). An
+    InputError for another number of tensors, indices out of range, or a pair both positive and negative."""
     a1, p, a2, n = _check_indices(indices_tuple, num_queries, num_refs, device)
     codes = a1 * num_refs + p, a2 * num_refs + n
     # Most miners return the pairs ascending, and each once.

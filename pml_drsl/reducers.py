@@ -26,8 +26,7 @@ class PerQueryReducer(_QueryReducer):
     """Averages the losses of each query, then reduces the queries that have one.
 
     Unlike PML's ``PerAnchorReducer`` it gives a query without a loss no weight, and the references may outnumber the
-    batch (``ref_emb``, cross-batch memory). The ``reducer`` of the queries' averages, "elements", is their mean.
-    """
+    batch (``ref_emb``, cross-batch memory). The ``reducer`` of the queries' averages, "elements", is their mean."""
 
     def __init__(self, reducer: BaseReducer | None = None, **kwargs: Any) -> None:
         check_arguments(type(self), kwargs)
@@ -52,8 +51,7 @@ class PerQueryReducer(_QueryReducer):
 
 class PerIdentityReducer(_QueryReducer):
     """Every identity weighs the same, however many samples it has: the mean over the losses of each query, of these
-    over the queries of each identity, and of these over the identities that have one. Needs labels.
-    """
+    over the queries of each identity, and of these over the identities that have one. Needs labels."""
 
     def element_reduction(
         self, losses: Tensor, loss_indices: Tensor, embeddings: Tensor, labels: Tensor | None

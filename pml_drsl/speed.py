@@ -45,21 +45,30 @@ Step = Callable[[], object]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status, which :func:`pml_drsl.console.guarded` explains."""
-    args = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(
+        "drsl-benchmark speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
-    def work() -> None:
-        rows = run(args)
-        if args.csv:
-            rows.to_csv(args.csv, index=False)
-        print(report(rows))
+    def option(name: str, default: Any, about: str, **kwargs: Any) -> None:
+        parser.add_argument(name, default=default, help=f"{about} (%(default)s)", **kwargs)
 
-    return guarded("drsl-benchmark speed", work, [args.csv], extra="benchmark")
+    option("--sizes", [256, 1024, 4096], "numbers of embeddings, multiples of 4", type=int, nargs="+", metavar="N")
+    option("--dims", [512, 2048], "numbers of dimensions", type=int, nargs="+", metavar="D")
+    option("--losses", list(LOSSES), "losses to measure", nargs="+", choices=LOSSES)
+    option("--seconds", 5.0, "seconds for the rounds of one size, at least three rounds", type=float)
+    option("--memory", 6.0, "GiB that one step may take; a loss that needs more is left out", type=float)
+    option("--threads", 1, "number of torch's threads on the CPU", type=int)
+    option("--device", "cpu", "where to compute", choices=["cpu", "cuda"])
+    parser.add_argument("--evaluation", action="store_true", help="measure the evaluation in place of the losses")
+    parser.add_argument("--csv", metavar="FILE", help="write one line for each loss and size here")
+    args = parser.parse_args(arguments)
+    return guarded("drsl-benchmark speed", lambda: run(args), [args.csv], extra="benchmark")
 
 
-def run(args: argparse.Namespace) -> pd.DataFrame:
-    """Measures every loss at every size. An InputError if an argument is out of its range.
+def run(args: argparse.Namespace) -> None:
+    """Measures every loss at every size, prints the report and writes it. An InputError if an option is out of range.
 
-    A row of the result has the columns ``dim``, ``size``, ``loss``, ``seconds`` (median), ``ratio`` (to the distance
+    A row of the file has the columns ``dim``, ``size``, ``loss``, ``seconds`` (median), ``ratio`` (to the distance
     matrix, median over the rounds), ``peak_mib`` and ``rounds``. Figures of a loss that does not fit in memory are NaN.
     """
     import pandas as pd
@@ -79,10 +88,12 @@ def run(args: argparse.Namespace) -> pd.DataFrame:
         torch.manual_seed(0)
         steps = {name: make(name, size, dim, device) for name in (FLOOR, *names)}
         peaks = {name: peak_mib(step, args.memory, device) for name, step in steps.items()}
-        fitting = {name: step for name, step in steps.items() if peaks[name] is not None}
-        times = take_turns(fitting, args.seconds, device)
+        times = take_turns({name: steps[name] for name in steps if peaks[name] is not None}, args.seconds, device)
         rows += ({"dim": dim, "size": size} | row for row in summarize(times, peaks))
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    if args.csv:
+        table.to_csv(args.csv, index=False)
+    print(report(table))
 
 
 def make_step(name: str, size: int, dim: int, device: str) -> Step:
@@ -104,8 +115,7 @@ def make_step(name: str, size: int, dim: int, device: str) -> Step:
 
 def make_search(name: str, size: int, dim: int, device: str) -> Step:
     """The evaluation of ``size`` random gallery features around the centers of their identities, which finds some of
-    the matches (mAP is about 25 %), or its distances alone (``FLOOR``).
-    """
+    the matches (mAP is about 25 %), or its distances alone (``FLOOR``)."""
     import torch
 
     from pml_drsl.evaluation.distances import rows_per_chunk
@@ -118,7 +128,7 @@ def make_search(name: str, size: int, dim: int, device: str) -> Step:
         features = torch.randn(count, dim).mul_(spread).add_(centers[ids]).to(device)
         sides.append((features, ids, torch.randint(CAMERAS, (count,))))
     if name == EVALUATION:
-        return lambda: evaluate(*(side[column] for column in range(3) for side in sides))
+        return lambda: evaluate(*(part for parts in zip(*sides, strict=True) for part in parts))
     distances, step = FeatureDistances(sides[0][0], sides[1][0]), rows_per_chunk(size)
     return lambda: [distances.rows(start, min(start + step, QUERIES)) for start in range(0, QUERIES, step)][:0]
 
@@ -225,23 +235,3 @@ def _check(args: argparse.Namespace) -> None:
     check_outputs({"--csv": args.csv}, ())
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device cuda: torch {torch.__version__} finds no CUDA device here")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "drsl-benchmark speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-
-    def option(name: str, default: Any, about: str, **kwargs: Any) -> None:
-        parser.add_argument(name, default=default, help=f"{about} (%(default)s)", **kwargs)
-
-    option("--sizes", [256, 1024, 4096], "numbers of embeddings, multiples of 4", type=int, nargs="+", metavar="N")
-    option("--dims", [512, 2048], "numbers of dimensions", type=int, nargs="+", metavar="D")
-    option("--losses", list(LOSSES), "losses to measure", nargs="+", choices=LOSSES)
-    option("--seconds", 5.0, "seconds for the rounds of one size, at least three rounds", type=float)
-    option("--memory", 6.0, "GiB that one step may take; a loss that needs more is left out", type=float)
-    option("--threads", 1, "number of torch's threads on the CPU", type=int)
-    option("--device", "cpu", "where to compute", choices=["cpu", "cuda"])
-    parser.add_argument("--evaluation", action="store_true", help="measure the evaluation in place of the losses")
-    parser.add_argument("--csv", metavar="FILE", help="write one line for each loss and size here")
-    return parser

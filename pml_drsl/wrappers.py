@@ -44,10 +44,8 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         loss: a loss of PML that supports a memory, or ``DRSLoss``.
         embedding_size, memory_size: dimension of the embeddings, and their number in the memory, at least a batch.
         miner: a miner of PML that chooses pairs of the batch and the memory; None for all pairs.
-        warmup: number of calls, 0 or more, before the memory starts.
-
-    Raises:
-        InputError: for another ``warmup``; for a batch larger than the memory, or indices outside it, when called.
+        warmup: number of calls, 0 or more, before the memory starts. An InputError refuses another number, and in a
+            call a batch larger than the memory, or indices outside the batch.
     """
 
     def __init__(

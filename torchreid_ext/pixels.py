@@ -21,11 +21,9 @@ Array: TypeAlias = np.ndarray[Any, Any]
 # The errors that Pillow raises for damaged files. DecompressionBombError means that the image is suspiciously large.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
-try:  # Pillow reads photos of iPhones with this optional package.
+HEIF: tuple[str, ...] = ()
+with contextlib.suppress(ImportError):  # Pillow reads photos of iPhones with this optional package.
     importlib.import_module("pillow_heif").register_heif_opener()
-except ImportError:
-    HEIF: tuple[str, ...] = ()
-else:
     HEIF = (".heic", ".heif")
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", *HEIF)
@@ -50,10 +48,8 @@ def read_image(
             RGB order. Bytes are read in the formats of ``SUFFIXES`` alone, none of which runs another program.
         megapixels: refuse a file with more pixels, before they are decoded.
 
-    Raises:
-        InputError: for a file that is missing, empty, damaged, too large or not an image, for an array of another shape
-            or type, and for pixels without a defined range (floats, 32-bit integers). The message names the file.
-    """
+    An InputError names a file that is missing, empty, damaged, too large or not an image, and refuses arrays of another
+    shape or type, and pixels without a defined range (floats, 32-bit integers)."""
     if isinstance(image, np.ndarray):
         return _from_array(image)
     if isinstance(image, Image.Image):
@@ -72,9 +68,8 @@ def read_image(
     try:
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=formats) as opened:
             if megapixels and opened.width * opened.height > megapixels * 1e6:
-                raise InputError(
-                    f"cannot read image {name}: it has more than {megapixels:g} megapixels; make it smaller"
-                )
+                large = f"it has more than {megapixels:g} megapixels"
+                raise InputError(f"cannot read image {name}: {large}; make it smaller")
             return _upright_rgb(opened, name)
     except InputError:
         raise
@@ -89,8 +84,7 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     image.load()
     # Pillow opens 16-bit PGM files in mode I, and its older versions 16-bit PNG files too.
     is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-    # A damaged orientation is none. The pixels are all there.
-    with contextlib.suppress(*_DAMAGE):
+    with contextlib.suppress(*_DAMAGE):  # A damaged orientation is none. The pixels are all there.
         image = ImageOps.exif_transpose(image)
     if is_16_bit:
         return _from_16_bit(np.asarray(image), image.info.get("transparency"))

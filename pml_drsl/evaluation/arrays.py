@@ -27,10 +27,8 @@ Junk: TypeAlias = Sequence[int | str]
 
 
 def load_arrays(path: str | os.PathLike[str]) -> dict[str, NumpyArray]:
-    """All arrays of an .npz file, in the byte order of this machine.
-
-    An InputError if the file is damaged or has another format, or holds pickled objects, which could run code.
-    """
+    """All arrays of an .npz file, in the byte order of this machine. Damaged files, other formats, and pickled objects,
+    which could run code, are an InputError."""
     loaded = _load(path)
     if isinstance(loaded, np.ndarray):
         raise InputError(f"{os.fspath(path)} holds a single array: give an .npz file, which names its arrays")
@@ -61,12 +59,9 @@ def _native(array: Any) -> NumpyArray:
 
 
 def read_npz(path: str) -> dict[str, Any]:
-    """The arguments of ``evaluate`` from an .npz file. Other arrays are ignored.
-
-    An InputError as ``load_arrays``, or if an array is missing or that of the cameras misspelt.
-    """
-    loaded = load_arrays(path)
-    known = (*REQUIRED, *CAMERAS)
+    """The arguments of ``evaluate`` from an .npz file. Other arrays are ignored. An InputError as ``load_arrays``, or
+    if an array is missing or that of the cameras misspelt."""
+    loaded, known = load_arrays(path), (*REQUIRED, *CAMERAS)
     if missing := [name for name in REQUIRED if name not in loaded]:
         needs = f"it needs {', '.join(REQUIRED)}, and {' and '.join(CAMERAS)} if there are cameras"
         raise InputError(f"{path} lacks {', '.join(missing)}: {needs}; it holds {', '.join(loaded) or 'nothing'}")
@@ -77,47 +72,51 @@ def read_npz(path: str) -> dict[str, Any]:
 
 
 def read_npy(paths: Sequence[str], ids: str | None) -> dict[str, Any]:
-    """The arguments of ``evaluate`` from two .npy files, query and gallery, and the CSV file of their identities.
-
-    An InputError as ``load_arrays``, or if the CSV file does not match the arrays.
-    """
+    """The arguments of ``evaluate`` from two .npy files, query and gallery, and the CSV file of their identities. An
+    InputError as ``load_arrays``, or if the CSV file does not match the arrays."""
     if len(paths) != 2:
         raise InputError(f"{len(paths)} feature files given: give one .npz, or two .npy (query, gallery) with --ids")
     if ids is None:
         raise InputError("two feature files need --ids IDS.csv, with columns set,id,camera (see --help)")
     data: dict[str, Any] = {}
-    for name, path in zip(("query", "gallery"), paths, strict=True):
-        data[name] = _load(path)
-        if not isinstance(data[name], np.ndarray):
+    for side, path in zip(("query", "gallery"), paths, strict=True):
+        data[side] = _load(path)
+        if not isinstance(data[side], np.ndarray):
             raise InputError(f"{path} is an .npz file, which names its arrays: give an .npy file")
-        if data[name].ndim != 2 or len(data[name]) == 0:
-            raise InputError(f"{path} has shape {list(data[name].shape)}: give [images, dimensions]")
-    labels = _read_csv(ids)
-    for side in ("query", "gallery"):
-        if len(labels[side]) != len(data[side]):
-            raise InputError(f"{ids} has {len(labels[side])} {side} lines for {len(data[side])} {side} features")
-        data |= zip((f"{side}_ids", f"{side}_cams"), np.array(labels[side], dtype=str).T, strict=False)
+        if data[side].ndim != 2 or len(data[side]) == 0:
+            raise InputError(f"{path} has shape {list(data[side].shape)}: give [images, dimensions]")
+    for side, rows in _read_csv(ids).items():
+        if len(rows) != len(data[side]):
+            raise InputError(f"{ids} has {len(rows)} {side} lines for {len(data[side])} {side} features")
+        data |= zip((f"{side}_ids", f"{side}_cams"), np.array(rows, dtype=str).T, strict=False)
     return data
 
 
 def _read_csv(path: str) -> dict[str, list[list[str]]]:
-    """The identity, and the camera if there is one, of each line of the two sets."""
+    """The identity, and the camera if there is one, of each line of the two sets. UTF-8 may have a byte order mark."""
+    content = Path(path).read_bytes()
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content:
+        raise InputError(f"{path}, line 1: the file is UTF-16, or not text: save it as CSV in UTF-8")
     labels: dict[str, list[list[str]]] = {"query": [], "gallery": []}
-    reader = csv.reader(_lines(path), strict=True)
     columns: list[str] = []
     try:
+        reader = csv.reader(content.decode("utf-8-sig").splitlines(keepends=True), strict=True)
         for values in reader:
             values = [value.strip() for value in values]
-            row = dict(zip(columns, values, strict=False))
+            where, row = f"{path}, line {reader.line_num}", dict(zip(columns, values, strict=False))
             if not any(values):
                 continue
             if not columns:
-                columns = _checked_header(path, reader.line_num, values)
+                columns = _checked_header(where, values)
             elif len(values) != len(columns) or "" in values or row["set"] not in labels:
-                where, fault = f"{path}, line {reader.line_num}", f"{','.join(values)!r} is not {','.join(columns)}"
-                raise InputError(f"{where}: {fault} with set query or gallery: correct the line")
+                fault = f"{','.join(values)!r} is not {','.join(columns)} with set query or gallery"
+                raise InputError(f"{where}: {fault}: correct the line")
             else:
                 labels[row["set"]].append([row[name] for name in COLUMNS[1:] if name in row])
+    except UnicodeDecodeError as error:
+        line, byte = content[: error.start].count(b"\n") + 1, content[error.start]
+        cure = "save the file as CSV in UTF-8, or convert it (iconv -f latin1 -t utf-8)"
+        raise InputError(f"{path}, line {line}: the byte 0x{byte:02x} is not UTF-8: {cure}") from error
     except csv.Error as error:
         cure = "write plain values, without quotes and line breaks"
         raise InputError(f"{path}, line {reader.line_num}: {error}: {cure}") from error
@@ -126,29 +125,17 @@ def _read_csv(path: str) -> dict[str, list[list[str]]]:
     return labels
 
 
-def _lines(path: str) -> list[str]:
-    """The lines of a text file in UTF-8, with or without a byte order mark."""
-    content = Path(path).read_bytes()
-    try:
-        if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content:
-            raise InputError(f"{path}, line 1: the file is UTF-16, or not text: save it as CSV in UTF-8")
-        return content.decode("utf-8-sig").splitlines(keepends=True)
-    except UnicodeDecodeError as error:
-        line, byte = content[: error.start].count(b"\n") + 1, content[error.start]
-        cure = "save the file as CSV in UTF-8, or convert it (iconv -f latin1 -t utf-8)"
-        raise InputError(f"{path}, line {line}: the byte 0x{byte:02x} is not UTF-8: {cure}") from error
-
-
-def _checked_header(path: str, line: int, columns: list[str]) -> list[str]:
-    if sorted(columns) in (sorted(COLUMNS), sorted(COLUMNS[:2])):
+def _checked_header(where: str, columns: list[str]) -> list[str]:
+    known, header = (sorted(COLUMNS), sorted(COLUMNS[:2])), ",".join(columns)
+    if sorted(columns) in known:
         return columns
-    header, cure = ",".join(columns), "it needs set,id,camera, or set,id without cameras"
+    cure = "it needs set,id,camera, or set,id without cameras"
     for separator, name in ((";", "semicolons"), ("\t", "tabs")):
         if separator in header:
             cure = f"it has {name} between its columns: save the file with commas"
-    if sorted(map(str.lower, columns)) in (sorted(COLUMNS), sorted(COLUMNS[:2])):
+    if sorted(map(str.lower, columns)) in known:
         cure = f"write it in small letters, {header.lower()}"
-    raise InputError(f"{path}, line {line}: the header is {header!r}: {cure}")
+    raise InputError(f"{where}: the header is {header!r}: {cure}")
 
 
 def label_array(labels: Labels) -> NumpyArray:
@@ -158,10 +145,8 @@ def label_array(labels: Labels) -> NumpyArray:
 
 
 def shared_labels(query: Labels, gallery: Labels, num_query: int, num_gallery: int, name: str) -> tuple[Tensor, Tensor]:
-    """Numbers the labels of the queries and of the gallery from 0, equal ones equally: two int64 tensors on the CPU.
-
-    An InputError if there is not one label for each feature, or the labels are not integers or strings.
-    """
+    """Numbers the labels of the queries and of the gallery from 0, equal ones equally: two int64 tensors on the CPU. An
+    InputError if there is not one label for each feature, or the labels are not integers or strings."""
     sides: list[NumpyArray] = []
     for side, labels, count in (("query", query, num_query), ("gallery", gallery, num_gallery)):
         array = label_array(labels)
@@ -181,10 +166,8 @@ def shared_labels(query: Labels, gallery: Labels, num_query: int, num_gallery: i
 def number_identities(
     query: Labels, gallery: Labels, num_query: int, num_gallery: int, junk: Junk, name: str = "ids"
 ) -> tuple[Tensor, Tensor]:
-    """Numbers identities as ``shared_labels`` does. Junk identities get -1; "-1" stands for -1 too, and -1 for "-1".
-
-    An InputError as ``shared_labels``, or if a junk identity is a name, and the identities are integers.
-    """
+    """Numbers identities as ``shared_labels`` does. Junk identities get -1; "-1" stands for -1 too, and -1 for "-1". An
+    InputError as ``shared_labels``, or if a junk identity is a name, and the identities are integers."""
     numbers = shared_labels(query, gallery, num_query, num_gallery, name)
     if isinstance(junk, str):
         raise InputError(f"junk={junk!r}: give a list of identities, such as [{junk!r}]")

@@ -43,11 +43,8 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
         query_cams, reference_cams: cameras of the queries, shape (Q,), and of the reference set (the gallery), shape
             (M,), or None for retrieval without cameras.
         metric, ties, protocol, max_rank, seed, junk: see ``pml_drsl.evaluation.scores.evaluate``.
-        **kwargs: arguments of ``AccuracyCalculator``: ``avg_of_avgs``, ``return_per_class``, ``device`` and others.
-
-    Raises:
-        InputError: if a ``label_comparison_fn`` is given, because identities are compared for equality.
-        ValueError: if a metric is unknown.
+        **kwargs: arguments of ``AccuracyCalculator``: ``avg_of_avgs``, ``return_per_class``, ``device`` and others, but
+            no ``label_comparison_fn`` (an InputError). PML raises a ValueError for an unknown metric.
     """
 
     def __init__(
@@ -69,8 +66,7 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
             raise InputError("label_comparison_fn is not supported: identities are compared for equality")
         self.metric, self.ties, self.protocol = metric, ties, protocol
         self.max_rank, self.seed, self.junk = max_rank, seed, junk
-        # PML finds its metrics by the names of these attributes.
-        for name in REID_METRICS:
+        for name in REID_METRICS:  # PML finds its metrics by the names of these attributes.
             setattr(self, f"calculate_{name}", partial(self._calculate, name))
         self.set_cameras(query_cams, reference_cams)
         try:
@@ -93,10 +89,8 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
     ) -> dict[str, Any]:
-        """The metrics by name. The arguments are those of PML's ``AccuracyCalculator.get_accuracy``.
-
-        Features are compared in float32. Large identity numbers stay distinct. An InputError if labels or cameras are
-        not one for each embedding, as in ``evaluate``, or not integers.
+        """The metrics by name; the arguments are those of PML. Features are compared in float32. Large identity numbers
+        stay distinct. An InputError if labels or cameras are not integers, one for each embedding, as in ``evaluate``.
         """
         if reference is None or reference_labels is None:
             reference, reference_labels, ref_includes_query = query, query_labels, True
@@ -114,10 +108,10 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
         if any(name in REID_METRICS for name in function_dict):
             distances = FeatureDistances(kwargs["query"], kwargs["reference"], self.metric)
             ids = kwargs["query_labels"].long(), kwargs["reference_labels"].long()
-            cams, with_query = (self.query_cams, self.reference_cams), kwargs["ref_includes_query"]
             # ``get_accuracy`` has numbered the junk identities -1.
             options: dict[str, Any] = {"ties": self.ties, "protocol": self.protocol, "seed": self.seed, "junk": JUNK}
-            kwargs["ranked"] = rank_queries(distances, *ids, *cams, gallery_starts_with_query=with_query, **options)
+            options["gallery_starts_with_query"] = kwargs["ref_includes_query"]
+            kwargs["ranked"] = rank_queries(distances, *ids, self.query_cams, self.reference_cams, **options)
         return super()._get_accuracy(function_dict, **kwargs)  # type: ignore[no-any-return]
 
     def _calculate(self, name: str, ranked: RankedQueries, query_labels: Tensor, **kwargs: Any) -> Any:
@@ -141,6 +135,6 @@ def _as_integers(labels: Array, side: str) -> Tensor:
         cure = "give one identity per embedding, and cameras through set_cameras"
         raise InputError(f"{side} labels have shape {list(tensor.shape)}: {cure}")
     integers = tensor.long()
-    if not torch.equal(integers.to(tensor.dtype), tensor):
-        raise InputError(f"{side} labels are not integers: {tensor[integers.to(tensor.dtype) != tensor][0]}")
+    if len(others := tensor[integers.to(tensor.dtype) != tensor]):
+        raise InputError(f"{side} labels are not integers: {others[0]}")
     return integers

@@ -26,14 +26,11 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pml_drsl.checks import InputError
 from pml_drsl.console import check_outputs, guarded, version
 from pml_drsl.evaluation import METRICS, PROTOCOLS, RANKS, TIES
-
-if TYPE_CHECKING:
-    from pml_drsl.evaluation.scores import RetrievalResult
 
 # torch and numpy are imported after the arguments are read, so that --help is fast.
 
@@ -62,17 +59,22 @@ def run(args: argparse.Namespace) -> None:
     if args.seed < 0:
         raise InputError(f"--seed {args.seed}: seeds start at 0")
     check_outputs({"--json": args.json}, [*args.features, args.ids])
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
+    if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no CUDA device here")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     data = read(args)
     options = {name: getattr(args, name) for name in ("metric", "ties", "protocol", "rerank", "seed", "junk")}
-    max_rank, progress = max(50, *args.ranks), sys.stderr.isatty()
-    result = evaluate(**data, **options, max_rank=max_rank, device=device, progress=progress)
+    options |= {"max_rank": max(50, *args.ranks), "device": device, "progress": sys.stderr.isatty()}
+    result = evaluate(**data, **options)
     if args.json:
         Path(args.json).write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+    protocol = f"{result.num_junk} junk pairs left out" if "query_cams" in data else "no cameras: nothing left out"
     left_out = len(data["query"]) - result.num_query + len(data["gallery"]) - result.num_gallery
-    print(report(result, args.ranks, "query_cams" in data, left_out))
+    junk = f"; {left_out} images with a junk identity left out" if left_out else ""
+    queries = f"{result.num_query} queries ({result.num_unmatched} without a match, not scored)"
+    print(f"{queries}, {result.num_gallery} gallery images, {protocol}{junk}")
+    for name, value in result.scores(args.ranks).items():
+        print(f"{name:<8} {value:7.2%}")
 
 
 def read(args: argparse.Namespace) -> dict[str, Any]:
@@ -85,38 +87,26 @@ def read(args: argparse.Namespace) -> dict[str, Any]:
     return {name: array for name, array in data.items() if not (args.no_cameras and name in CAMERAS)}
 
 
-def report(result: RetrievalResult, ranks: Sequence[int], has_cameras: bool, left_out: int) -> str:
-    """A line that describes the search, ``left_out`` images of junk identities too, and a line for each score."""
-    protocol = f"{result.num_junk} junk pairs left out" if has_cameras else "no cameras: nothing left out"
-    junk = f"; {left_out} images with a junk identity left out" if left_out else ""
-    queries = f"{result.num_query} queries ({result.num_unmatched} without a match, not scored)"
-    first = f"{queries}, {result.num_gallery} gallery images, {protocol}{junk}"
-    return "\n".join([first, *(f"{name:<8} {value:7.2%}" for name, value in result.scores(ranks).items())])
-
-
 def parser() -> argparse.ArgumentParser:
     """The options for feature files."""
     made = argparse.ArgumentParser(
         "drsl-evaluate", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-
-    def option(name: str, about: str, **kwargs: Any) -> None:
-        made.add_argument(name, help=about, **kwargs)
-
-    made.add_argument("--version", action="version", version=f"%(prog)s {version()}")
-    option("features", "FEATURES.npz, or QUERY.npy GALLERY.npy", nargs="+", metavar="FILE")
-    option("--ids", "identities and cameras of the two .npy files", metavar="IDS.csv")
-    option("--metric", "distance (%(default)s)", choices=METRICS, default="euclidean")
+    add = made.add_argument
+    add("--version", action="version", version=f"%(prog)s {version()}")
+    add("features", help="FEATURES.npz, or QUERY.npy GALLERY.npy", nargs="+", metavar="FILE")
+    add("--ids", help="identities and cameras of the two .npy files", metavar="IDS.csv")
+    add("--metric", help="distance (%(default)s)", choices=METRICS, default="euclidean")
     about = "whether a wrong image at the distance of a match counts half, after the match or before it (%(default)s)"
-    option("--ties", about, choices=TIES, default="mean")
-    option("--rerank", "re-rank by k-reciprocal neighbours first (slower)", action="store_true")
+    add("--ties", help=about, choices=TIES, default="mean")
+    add("--rerank", help="re-rank by k-reciprocal neighbours first (slower)", action="store_true")
     about = "how CMC is measured (%(default)s, as for Market-1501)"
-    option("--protocol", about, choices=PROTOCOLS, default="standard")
-    option("--seed", "seed of the draws of single-gallery-shot (%(default)s)", type=int, default=0)
+    add("--protocol", help=about, choices=PROTOCOLS, default="standard")
+    add("--seed", help="seed of the draws of single-gallery-shot (%(default)s)", type=int, default=0)
     about = "identities of images that have no effect (-1); without an ID, every image counts"
-    option("--junk", about, nargs="*", default=["-1"], metavar="ID")
-    option("--no-cameras", "ignore cameras, so that nothing is junk", action="store_true")
-    option("--ranks", "ranks to print (1 5 10 20)", type=int, nargs="+", default=list(RANKS), metavar="K")
-    option("--json", "write all scores, the CMC curve and the counts here", metavar="FILE")
-    option("--device", "where to compute (cuda if there is a device, else cpu)", choices=["cpu", "cuda"])
+    add("--junk", help=about, nargs="*", default=["-1"], metavar="ID")
+    add("--no-cameras", help="ignore cameras, so that nothing is junk", action="store_true")
+    add("--ranks", help="ranks to print (1 5 10 20)", type=int, nargs="+", default=list(RANKS), metavar="K")
+    add("--json", help="write all scores, the CMC curve and the counts here", metavar="FILE")
+    add("--device", help="where to compute (cuda if there is a device, else cpu)", choices=["cpu", "cuda"])
     return made

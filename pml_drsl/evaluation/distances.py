@@ -25,10 +25,7 @@ class DistanceRows(Protocol):
 
     def rows(self, start: int, stop: int) -> Tensor:
         """The distances of the queries from ``start`` to ``stop``, shape (stop - start, num_gallery), in a new tensor.
-
-        Each row may differ from the distances by a constant, because only the order within a row matters.
-        """
-        ...
+        Each row may differ from the distances by a constant, because only the order within a row matters."""
 
 
 class FeatureDistances:
@@ -42,13 +39,10 @@ class FeatureDistances:
     metrics come from ``|g|^2 / 2 - q.g``, of features centred by ``_center``.
 
     Args:
-        query, gallery: floating-point tensors or arrays of shapes (Q, D) and (M, D), with D at least 1.
+        query, gallery: floating-point tensors or arrays of shapes (Q, D) and (M, D), with D at least 1. No features at
+            all, NaN, infinity, squares that overflow, and other shapes or types are an InputError.
         metric: ``"euclidean"``, or ``"cosine"`` for 1 - cosine similarity. A zero vector has cosine distance 1.
         device: where to compute; None for the device of ``query``.
-
-    Raises:
-        InputError: if the metric is unknown, or if features are missing, have a wrong shape or type, contain NaN or
-            infinity, or are so large that their squares overflow.
     """
 
     def __init__(
@@ -67,14 +61,13 @@ class FeatureDistances:
             squared_norms(features, name)
         if metric == "cosine":
             query, gallery = torch.nn.functional.normalize(query), torch.nn.functional.normalize(gallery)
-        lifts = [_lift(features, metric) for features in (query, gallery)]
+        self._query_lifts, self._gallery_lifts = (_lift(features, metric) for features in (query, gallery))
         center = _center(gallery)
         if center is not None:
             query, gallery = query - center, gallery - center
         self.metric, self.query, self.gallery = metric, query, gallery
-        self._query_lifts, self._gallery_lifts = lifts
-        self._query_halves = squared_norms(query, "query") / 2 + lifts[0]
-        self._gallery_halves = squared_norms(gallery, "gallery") / 2 + lifts[1]
+        self._query_halves = squared_norms(query, "query") / 2 + self._query_lifts
+        self._gallery_halves = squared_norms(gallery, "gallery") / 2 + self._gallery_lifts
         self._copies, self._originals = _repeated_rows(gallery)
 
     def rows(self, start: int, stop: int) -> Tensor:
@@ -115,9 +108,7 @@ def _lift(features: Tensor, metric: Metric) -> Tensor:
 
 def _center(gallery: Tensor) -> Tensor | None:
     """A point near the mean of the gallery, or None if zero is: far from zero, ``|g|^2 / 2 - q.g`` loses digits.
-
-    Rounding to about the spread, a power of two, keeps features of few digits so, and their equal distances equal.
-    """
+    Rounding to about the spread, a power of two, keeps features of few digits so, and their equal distances equal."""
     mean = gallery.mean(dim=0)
     parts = gallery.split(rows_per_chunk(gallery.shape[1]))
     # In float64, because squares of large features overflow in float32.
@@ -162,8 +153,7 @@ def squared_norms(features: Tensor, name: str) -> Tensor:
     """Squared norms of features, shape (N,). An InputError if they are not finite, or squared distances overflow."""
     with full_precision(features.device.type):
         squares: Tensor = torch.linalg.vecdot(features, features)
-    # A squared distance is at most four times the larger squared norm.
-    if not bool((4 * squares).isfinite().all()):
+    if not bool((4 * squares).isfinite().all()):  # A squared distance is at most four times the larger squared norm.
         bad = (~features.isfinite().all(dim=1)).nonzero()
         if len(bad):
             given = f"{len(bad)} of {len(features)} {name} features contain NaN or infinity (first: row {int(bad[0])})"
@@ -185,7 +175,6 @@ def _repeated_rows(features: Tensor) -> tuple[Tensor, Tensor]:
     rows = torch.arange(len(features), device=features.device)
     first = torch.full_like(rows, len(features)).scatter_reduce_(0, group, rows, "amin")[group]
     copies = (first != rows).nonzero().squeeze(1)
-    # Different rows may have equal hashes.
-    pairs = zip(copies.split(step), first[copies].split(step), strict=True)
+    pairs = zip(copies.split(step), first[copies].split(step), strict=True)  # Different rows may have equal hashes.
     same = torch.cat([(features[copy] == features[original]).all(dim=1) for copy, original in pairs])
     return copies[same], first[copies][same]

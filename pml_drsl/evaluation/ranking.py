@@ -57,9 +57,7 @@ class RankedQueries:
 
     def hits(self, max_rank: int = 50) -> Tensor:
         """The CMC of each query: float64 of shape (Q, min(max_rank, gallery size)), in [0, 1], ``max_rank`` >= 1.
-
-        Column k - 1 is the probability that a match is among the first k entries.
-        """
+        Column k - 1 is the probability that a match is among the first k entries."""
         if max_rank < 1:
             raise InputError(f"max_rank={max_rank}: give a positive rank")
         ranks = torch.arange(1, min(max_rank, self.num_gallery) + 1, device=self.first_places.device)
@@ -104,23 +102,19 @@ def rank_queries(
         group: processes that share the queries, in whole chunks. Every process must give the same arguments, and gets
             the result of one process with the same number of threads, bit for bit.
 
-    Raises:
-        InputError: if labels have a wrong shape or type, only one camera list is given, an option is unknown, or no
-            query has a match.
-    """
+    An InputError refuses labels of a wrong shape or type, a single camera list, unknown options and no match at all."""
     check_option("ties", ties, TIES)
     check_option("protocol", protocol, PROTOCOLS)
     num_query, num_gallery = distances.num_query, distances.num_gallery
     ids = number_identities(query_ids, gallery_ids, num_query, num_gallery, junk)
+    if (query_cams is None) != (gallery_cams is None):
+        given, missing = ("gallery", "query") if query_cams is None else ("query", "gallery")
+        raise InputError(f"{given}_cams without {missing}_cams: give both, or neither to ignore cameras")
     cams = None
     if query_cams is not None and gallery_cams is not None:
         cams = shared_labels(query_cams, gallery_cams, num_query, num_gallery, "cams")
-    elif query_cams is not None or gallery_cams is not None:
-        given, missing = ("gallery", "query") if query_cams is None else ("query", "gallery")
-        raise InputError(f"{given}_cams without {missing}_cams: give both, or neither to ignore cameras")
     if gallery_starts_with_query and (num_gallery < num_query or not torch.equal(ids[0], ids[1][:num_query])):
         raise InputError("gallery_starts_with_query: the first gallery identities are not those of the queries")
-
     is_junk, ignored = ids[0] < 0, (ids[1] < 0).nonzero().squeeze(1)
     groups = Identities(ids[1], max(1, int(torch.cat(ids).max()) + 1))
     shots = SingleShots(groups, seed) if protocol == "single-gallery-shot" else None
@@ -159,10 +153,8 @@ def rank_queries(
 def _rank_rows(
     rows: Tensor, members: Tensor, valid: Tensor, removed: Tensor, ties: Ties, shots: SingleShots | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The first four attributes of ``RankedQueries`` for a chunk of q queries. Overwrites ``rows``, shape (q, M).
-
-    The members of each query's identity, ``valid`` (False for padding) and ``removed`` by the protocol: shape (q, C).
-    """
+    """The first four attributes of ``RankedQueries`` for a chunk of q queries. Overwrites ``rows``, shape (q, M). The
+    members of each query's identity, ``valid`` (False for padding) and ``removed`` by the protocol: shape (q, C)."""
     num_positives, device = (valid & ~removed).sum(dim=1), rows.device
     members, positive = members.to(device), (valid & ~removed).to(device)
     # Padding gets an infinite distance, so that sorting puts it after the query's own positives.
@@ -184,7 +176,6 @@ def _rank_rows(
     precision = (rank_pos / (rank_pos + false_pos)).masked_fill_(~real, 0)
     average_precision = precision.sum(dim=1) / count  # Without a match, 0 / 0 gives NaN.
     penalty = count / (count + false_pos.gather(1, last).squeeze(1))
-
     bounds = {"mean": (0, 1), "optimistic": (0,), "pessimistic": (1,)}[ties]
     earlier, tied = first or (earlier[:, :1], tied[:, :1])
     places = torch.cat([1.0 + earlier + bound * tied for bound in bounds], dim=1).double()
@@ -242,9 +233,7 @@ class SingleShots:
 
     def negatives_before(self, rows: Tensor, thresholds: Tensor, num_positives: Tensor) -> tuple[Tensor, Tensor]:
         """The numbers of drawn negatives closer than the drawn positive, and at its distance: (q, ``NUM_REPEATS``).
-
-        ``rows`` has the distances of the negatives, infinite elsewhere; ``thresholds`` starts with the positives'.
-        """
+        ``rows`` has the distances of the negatives, infinite elsewhere; ``thresholds`` starts with the positives'."""
         # One stream of random numbers in the order of the queries makes results independent of the chunks.
         shape = (len(rows), NUM_REPEATS, len(self.counts) + 1)
         draws = torch.from_numpy(self.generator.random(shape))

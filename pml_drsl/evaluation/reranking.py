@@ -43,9 +43,7 @@ def rerank(
         lambda_value: weight of the original distance, in [0, 1].
         metric, device, progress: see ``pml_drsl.evaluation.scores.evaluate``.
 
-    Raises:
-        InputError: if a parameter is out of its range, or ``FeatureDistances`` refuses the features.
-    """
+    An InputError refuses parameters out of their range, and features as ``FeatureDistances`` does."""
     for name, value in (("k1", k1), ("k2", k2)):
         if value < 1:
             raise InputError(f"{name}={value}: give at least 1 neighbour")
@@ -55,14 +53,18 @@ def rerank(
     everyone = torch.cat([as_features(features, "").to(between.query) for features in (query, gallery)])
     among = FeatureDistances(everyone, everyone, metric)
     neighbours, largest = _nearest(among, max(k1 + 1, k2), progress)
-    encoded = _expand_queries(_encode(among, neighbours, largest, k1), neighbours[:, :k2])
+    encoded, size = _encode(among, neighbours, largest, k1), len(everyone)
+    if k2 > 1:  # Replaces each code by the mean code of the image's nearest neighbours (eq. 11).
+        nearest = neighbours[:, :k2]
+        starts = np.arange(0, nearest.numel() + 1, nearest.shape[1])
+        weights = np.full(nearest.numel(), 1 / nearest.shape[1], dtype=np.float32)
+        encoded = sparse.csr_array((weights, nearest.flatten().numpy(), starts), shape=(size, size)) @ encoded
     return RerankedDistances(between, largest[: between.num_query], encoded, lambda_value)
 
 
 class RerankedDistances:
     """Rows of re-ranked distances: ``(1 - lambda) * Jaccard + lambda * original`` (eq. 12). ``rerank`` creates it, from
-    the largest original distance of each query, (Q,), and the codes of all images, queries first, (Q + M, Q + M).
-    """
+    the largest original distance of each query, (Q,), and the codes of all images, queries first, (Q + M, Q + M)."""
 
     def __init__(
         self, original: FeatureDistances, largest: Tensor, encoded: sparse.csr_array, lambda_value: float
@@ -142,13 +144,3 @@ def _encode(among: FeatureDistances, neighbours: Tensor, largest: Tensor, k1: in
     weights = torch.exp(-_normalise(distances, largest[rows].cpu())).double().numpy()
     weights /= np.bincount(rows, weights, size)[rows]
     return sparse.csr_array((weights.astype(np.float32), (rows, columns)), shape=(size, size))
-
-
-def _expand_queries(encoded: sparse.csr_array, neighbours: Tensor) -> sparse.csr_array:
-    """Replaces each code by the mean code of the image's nearest neighbours (eq. 11); neighbours have shape (N, k2)."""
-    size, k2 = neighbours.shape
-    if k2 == 1:
-        return encoded
-    starts = np.arange(0, size * k2 + 1, k2)
-    weights = np.full(size * k2, 1 / k2, dtype=np.float32)
-    return sparse.csr_array((weights, neighbours.flatten().numpy(), starts), shape=(size, size)) @ encoded

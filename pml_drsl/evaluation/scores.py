@@ -120,9 +120,7 @@ def evaluate(
         chunk_size: number of queries to rank at once; None for about 64 MiB of distances.
         progress: show a progress bar on stderr.
 
-    Raises:
-        InputError: if an argument is out of its range, features contain NaN or infinity, or no query has a match.
-    """
+    An InputError refuses arguments out of range, NaN or infinity in features, and queries of which none has a match."""
     distances: DistanceRows
     if rerank:  # Junk images would be neighbours of others.
         query, gallery = as_features(query, "query"), as_features(gallery, "gallery")

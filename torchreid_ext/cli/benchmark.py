@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "drsl-benchmark", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands: dict[str, Callable[[Sequence[str]], int]] = {
-        "run": _run,
-        "tune": _tune,
-        "report": _report,
-        "speed": speed.main,
-    }
+    commands: dict[str, Any] = {"run": _run, "tune": _tune, "report": _report, "speed": speed.main}
     parser.add_argument("command", choices=commands)
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="its options; see COMMAND --help")
     args = parser.parse_args(arguments)

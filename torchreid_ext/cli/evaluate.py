@@ -9,7 +9,6 @@ import argparse
 import csv
 import io
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ EXAMPLES = """  drsl-evaluate log/demo --errors
   drsl-evaluate log/market1501 log/msmt17 --csv table.csv
 """
 
-SCORES, FILES = ("mAP", "rank-1"), ("metrics.json", "config.yaml")
+FILES = ("metrics.json", "config.yaml")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,9 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.description, parser.epilog = f"{parser.description}{RUNS}", f"{parser.epilog}{EXAMPLES}"
     add = parser.add_argument_group("runs of drsl-train").add_argument
     add("--errors", action="store_true", help="write a page that shows why a search fails")
-    add(
-        "--html", metavar="PAGE.html", help="the page of --errors (errors.html beside the file, or in the run's folder)"
-    )
+    add("--html", metavar="PAGE.html", help="page of --errors (errors.html beside the file, or in the run's folder)")
     add("--csv", metavar="FILE", help="write the table of several runs here")
     args = parser.parse_args(arguments)
     if args.errors and not args.html:
@@ -58,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    work, takes, where = cli.run, {name for name in vars(args) if name not in ("html", "csv")}, "feature files"
+    work, takes, where = cli.run, set(vars(args)) - {"html", "csv"}, "feature files"
     if args.errors:
         work, takes, where = _errors, {"errors", "html", "junk", "device"}, "--errors"
         if _holds_features(args):
@@ -93,9 +90,8 @@ def _errors(args: argparse.Namespace) -> None:
         model = load_model(args.features[0], device=args.device)
         metric, table = model.metric, test_images(model.config)
         check_outputs({"--html": args.html}, [model.path, *(row.path for row in table.rows)])
-        data, paths = dict[str, Any](), []
+        data, paths, workers = dict[str, Any](), [], min(4, available_cores())
         for side, rows in (("query", table.query), ("gallery", table.gallery)):
-            workers = min(4, available_cores())
             found = extract_files(model, rows, workers=workers, skip_damaged=True, description=side)
             for reason in found.damaged:
                 say(f"left out: {reason}")
@@ -126,23 +122,19 @@ def _compare(args: argparse.Namespace) -> None:
 def table(runs: Sequence[str]) -> list[list[str]]:
     """The scores that finished runs wrote, in percent: a line for the heads, and a line for the sources of each run.
 
-    Each target has a column for each of ``SCORES``; a run that was not tested on it has ``"-"``. Runs with the same
-    sources also have their folders as names. Raises InputError for a folder without scores or a configuration, or with
-    damaged ones.
-    """
+    Each target has a column for mAP and one for rank-1; a run that was not tested on it has ``"-"``. Runs with the same
+    sources also have their folders as names. Raises InputError if scores or a configuration are missing or damaged."""
     import yaml
 
     scores, sources = list[dict[str, str]](), list[str]()
     for run in runs:
         metrics, config = (Path(run, name) for name in FILES)
         try:
-            # The CMC begins with rank-1.
-            found = {target: (of["mAP"], of["cmc"][0]) for target, of in json.loads(metrics.read_bytes()).items()}
-            scores.append({
-                f"{target} {name}": f"{100 * value:.1f}"
-                for target, values in found.items()
-                for name, value in zip(SCORES, values, strict=True)
-            })  # fmt: skip
+            row: dict[str, str] = {}
+            for target, of in json.loads(metrics.read_bytes()).items():
+                # The CMC begins with rank-1.
+                row |= {f"{target} mAP": f"{100 * of['mAP']:.1f}", f"{target} rank-1": f"{100 * of['cmc'][0]:.1f}"}
+            scores.append(row)
             sources.append("+".join(yaml.safe_load(config.read_bytes())["data"]["sources"]))
         except (FileNotFoundError, NotADirectoryError) as error:
             cure = "give the folders of finished runs of drsl-train, or feature files alone"
@@ -151,11 +143,5 @@ def table(runs: Sequence[str]) -> list[list[str]]:
             raise InputError(f"{run!r}: {' or '.join(FILES)} is damaged ({error}): test the run again") from error
     columns = list(dict.fromkeys(column for of_run in scores for column in of_run))
     names = [f"{name} ({run})" if sources.count(name) > 1 else name for name, run in zip(sources, runs, strict=True)]
-    lines = [
-        [name, *(of_run.get(column, "-") for column in columns)] for name, of_run in zip(names, scores, strict=True)
-    ]
-    return [["sources", *columns], *lines]
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    lines = zip(names, scores, strict=True)
+    return [["sources", *columns], *([name, *(row.get(column, "-") for column in columns)] for name, row in lines)]

@@ -40,8 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("sources", nargs="*", metavar="SOURCE", help="folders, CSV files and images")
     parser.add_argument("--output", required=True, metavar="FILE.npz", help="where to write the features")
     console.add_device(parser)
-    # Options may stand before, between and after the sources.
-    args = parser.parse_intermixed_args(arguments)
+    args = parser.parse_intermixed_args(arguments)  # Options may stand before, between and after the sources.
     return guarded("drsl-extract", lambda: run(args), [args.output])
 
 

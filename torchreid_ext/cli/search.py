@@ -47,8 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status, which :func:`pml_drsl.console.guarded` explains."""
     parser = console.parser("drsl-search", __doc__, EXAMPLES)
     add = parser.add_argument
-    add("--gallery", nargs="+", default=[], metavar="SOURCE",
-        help="folders, images, CSV files or .npz files of drsl-extract")  # fmt: skip
+    add("--gallery", nargs="+", default=[], metavar="SOURCE", help="folders, images, CSV files, .npz of drsl-extract")
     add("--query", nargs="+", default=[], metavar="IMAGE", help="images to look up, or their folders")
     add("--top", type=int, default=10, metavar="K", help="gallery images to show (%(default)s)")
     add("--rerank", action="store_true", help="re-rank by k-reciprocal neighbours (slower)")
@@ -91,8 +90,7 @@ def _search(args: argparse.Namespace) -> None:
     from torchreid_ext.runtime.files import replacing
     from torchreid_ext.search import searcher as search
 
-    # Text for people goes to stderr where stdout is JSON.
-    out = sys.stderr if args.json == "-" else sys.stdout
+    out = sys.stderr if args.json == "-" else sys.stdout  # Text for people goes to stderr where stdout is JSON.
     searcher, queries, features = _opened(args, out)
     if features is None:
         return
@@ -103,10 +101,8 @@ def _search(args: argparse.Namespace) -> None:
     if args.json and args.json != "-":
         with replacing(args.json) as file:
             file.write(text.encode())
-    pages = write_pages(args.html, rows, caption) if args.html else []
-    say(f"{caption}\n\n{search.as_text(rows)}", out)
-    if pages:
-        say(f"\nThe page to look at is {str(pages[0])!r}", out)
+    page = f"\n\nThe page to look at is {str(write_pages(args.html, rows, caption)[0])!r}" if args.html else ""
+    say(f"{caption}\n\n{search.as_text(rows)}{page}", out)
     if args.json == "-":
         sys.stdout.write(text)
 
@@ -137,9 +133,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.serve is not None and (args.query or args.crop or args.html or args.json):
         raise InputError("--serve searches on its page: leave out --query, --crop, --html and --json")
     if not args.query and not args.index and args.serve is None:
-        raise InputError(
-            "there is nothing to do: give --query IMAGE or --serve to search, or --index FILE to make an index"
-        )
+        raise InputError("there is nothing to do: give --query IMAGE or --serve, or --index FILE to make an index")
     if not args.gallery and not (args.index and Path(args.index).is_file()):
         at = f"; the index {args.index!r} does not exist" if args.index else ""
         raise InputError(f"there is no gallery to search: give --gallery FOLDER{at}")
@@ -164,10 +158,9 @@ def _update(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
     from torchreid_ext.search.features import extract_files, read_gallery
     from torchreid_ext.search.sources import absolute, list_sources
 
-    changed = False
+    changed = bool(args.remove)
     if args.remove:
         say(f"Removed {searcher.remove(args.remove):,} images from the index", out)
-        changed = True
     if args.prune:
         gone = searcher.prune()
         say(f"Removed {gone:,} images from the index, whose files are gone", out)

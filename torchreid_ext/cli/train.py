@@ -8,14 +8,10 @@ import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pml_drsl.checks import InputError
 from pml_drsl.console import guarded, version
 from pml_drsl.machine import keep_freed_memory
-
-if TYPE_CHECKING:
-    from torchreid_ext.config import Config
 
 EPILOG = """config keys are those of torchreid's default_config.py, and more:
   drsl-train --list keys              all keys, with their defaults and what they are for
@@ -55,11 +51,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     # These imports take seconds, because they import torch. --help does not wait for them.
-    from torchreid_ext.config import run
+    from torchreid_ext.config import check, get_default_config, run
     from torchreid_ext.runtime import distributed
 
     keep_freed_memory()
-    cfg = read_config(args)
+    # The defaults are overridden by the file, then by the flags, then by the KEY VALUE pairs.
+    cfg = get_default_config()
+    if args.config_file:
+        cfg.merge_from_file(args.config_file)
+    for name in ("root", "sources", "targets", "transforms"):
+        cfg.data[name] = getattr(args, name) or cfg.data[name]
+    cfg.merge_from_list(args.opts)
+    check(cfg)
     if args.dry_run:
         run.dry_run(cfg)
         return
@@ -72,20 +75,6 @@ def _run(args: argparse.Namespace) -> None:
             print(next_commands(cfg.data.save_dir, *([item[0] for item in split] for split in splits)))
 
 
-def read_config(args: argparse.Namespace) -> Config:
-    """The configuration: the defaults, overridden by the file, then by the flags, then by the KEY VALUE pairs."""
-    from torchreid_ext.config import check, get_default_config
-
-    cfg = get_default_config()
-    if args.config_file:
-        cfg.merge_from_file(args.config_file)
-    for name in ("root", "sources", "targets", "transforms"):
-        cfg.data[name] = getattr(args, name) or cfg.data[name]
-    cfg.merge_from_list(args.opts)
-    check(cfg)
-    return cfg
-
-
 def _list(what: str, *words: str) -> None:
     """Prints what a configuration can name, of which only the entries with the words in them, in any case."""
     import torchreid
@@ -96,15 +85,13 @@ def _list(what: str, *words: str) -> None:
     def classes(table: Mapping[str, type]) -> list[str]:
         return [f"{name}({', '.join(parameters(kind))})" for name, kind in table.items() if name not in NOT_TRAINED]
 
-    datasets = vars(torchreid.data.datasets)
+    sets = vars(torchreid.data.datasets)
     lists: dict[str, Iterable[str]] = {
         "keys": [f"{key} ({entry.default!r})\n    {entry.text}" for key, entry in KEYS.items()],
         "models": sorted(vars(torchreid.models)["__model_factory"]),
         "losses": sorted(classes(TABLES["loss"])),
         "miners": sorted(classes(TABLES["miner"])),
-        "datasets": [
-            f"{name} ({kind})" for kind in ("image", "video") for name in sorted(datasets[f"__{kind}_datasets"])
-        ],
+        "datasets": [f"{name} ({kind})" for kind in ("image", "video") for name in sorted(sets[f"__{kind}_datasets"])],
     }
     if what not in lists:
         raise InputError(f"--list takes one of {', '.join(lists)}, got {what!r}")
@@ -119,6 +106,7 @@ def next_commands(save_dir: str, query: Sequence[str], gallery: Sequence[str]) -
     """The two commands that a user would type next, with the paths of the run; empty if it saved no best checkpoint.
     ``save_dir`` is the folder of the run; ``query`` and ``gallery`` are the images of one target."""
     from torchreid_ext.checkpoint.folder import BEST
+    from torchreid_ext.search.sources import shown
 
     checkpoint = Path(save_dir, "model", BEST)
     if not checkpoint.is_file():
@@ -128,17 +116,12 @@ def next_commands(save_dir: str, query: Sequence[str], gallery: Sequence[str]) -
     # Images on two disks share no folder but the root, which nobody wants to search: then one of the folders will do.
     folder = str(shared) if shared != Path(shared.anchor) and shared != Path.home() else min(folders)
     page, exported = str(Path(save_dir, "search.html")), str(Path(save_dir, "model.onnx"))
-    words = ["--gallery", _short(folder), "--query", _short(query[0]), "--html", page]
+    words = ["--gallery", shown(folder), "--query", shown(query[0]), "--html", page]
     return "\n  ".join([
         "Next, look a person up in the gallery, and export the network:",
         shlex.join([_program("drsl-search"), str(checkpoint), *words]),
         shlex.join([_program("drsl-export"), str(checkpoint), exported]),
     ])  # fmt: skip
-
-
-def _short(path: str) -> str:
-    relative = os.path.relpath(path)
-    return path if relative.startswith("..") else relative
 
 
 def _program(name: str) -> str:

@@ -6,9 +6,10 @@ import base64
 import contextlib
 import io
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from pml_drsl.evaluation.arrays import CAMERAS, Junk, label_array, number_identi
 from pml_drsl.evaluation.distances import as_features, rows_per_chunk
 from pml_drsl.evaluation.scores import RankedQueries
 from torchreid_ext.evaluation.extraction import Samples
-from torchreid_ext.evaluation.page import Picture, number, write_pages
+from torchreid_ext.evaluation.page import UNITS, Picture, number, write_pages
 from torchreid_ext.evaluation.ranking import Pictures, Search, hardest
 
 if TYPE_CHECKING:
@@ -30,72 +31,51 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
-HARDEST, TOPK = 50, 10
-"""Queries on the page, and gallery entries of each query."""
-
-MOST_CAMERAS = 40
-"""More cameras than this have no table: so many are images without a camera, each with a camera of its own."""
-
-STEPS, BARS = 10_000, 100
-"""Steps in which distances are counted, and bars in which they are drawn."""
-
+HARDEST, TOPK = 50, 10  # queries on the page, and gallery entries of each query
+MOST_CAMERAS = 40  # More have no table: so many are images without a camera, each with a camera of its own.
+STEPS, BARS = 10_000, 100  # steps in which distances are counted, and bars in which they are drawn
+# The colours of people on the map, and their marks, for readers to whom the colours look alike.
 MARKERS = {
     "tab:blue": "o", "tab:orange": "s", "tab:green": "^", "tab:red": "v", "tab:purple": "D", "tab:brown": "P",
     "tab:pink": "X", "gold": "*", "tab:olive": "<", "tab:cyan": ">",
 }  # fmt: skip
-"""The colours of people on the map, and their marks, for readers to whom the colours look alike."""
-
 SIDES = ("query", "gallery")
-UNITS = {"euclidean": "squared Euclidean distance", "cosine": "cosine distance"}
 
 
 @dataclass(frozen=True)
 class Histogram:
     """How many pairs of a query and a gallery entry have a distance in each of ``STEPS`` equal steps, without junk.
-
-    ``edges`` of the steps: (STEPS + 1,); ``positive`` and ``negative`` pairs: int64 of shape (STEPS,).
-    """
+    ``edges`` of the steps: (STEPS + 1,); ``positive`` and ``negative`` pairs: int64 of shape (STEPS,)."""
 
     edges: Array
     positive: Array
     negative: Array
 
     def equal_error(self) -> tuple[float, float]:
-        """The equal error rate, in [0, 1], and its threshold.
-
-        At this threshold the share of negative pairs that are nearer (false accepts) is the share of positive pairs
-        that are farther (false rejects), as nearly as the steps allow.
-        """
-        nearer = [np.r_[0, counts.cumsum()] / max(1, counts.sum()) for counts in (self.negative, self.positive)]
-        accepted, rejected = nearer[0], 1 - nearer[1]
+        """The equal error rate, in [0, 1], and its threshold, where the share of negative pairs that are nearer (false
+        accepts) is that of positive pairs that are farther (false rejects), as nearly as the steps allow."""
+        accepted, nearer = (np.r_[0, of.cumsum()] / max(1, of.sum()) for of in (self.negative, self.positive))
+        rejected = 1 - nearer
         place = np.abs(accepted - rejected).argmin()
         return float(accepted[place] + rejected[place]) / 2, float(self.edges[place])
 
 
 def count_distances(search: Search) -> Histogram:
     """Counts the distances a few queries at a time, because Market-1501 has 66 million of them."""
-
-    def chunks() -> Iterator[tuple[int, int, Array]]:
-        step = rows_per_chunk(len(search.gallery.pids))
-        for start in range(0, len(search.query.pids), step):
-            stop = min(start + step, len(search.query.pids))
-            yield start, stop, search.distances.distances(start, stop).cpu().numpy()
-
-    # Distances that are all zero have a range too.
-    top = max(float(rows.max()) for *_, rows in chunks()) or 1.0
-    counts = np.zeros((2, STEPS), np.int64)
-    for start, stop, rows in chunks():
-        right, junk = search.masks(start, stop)
+    size, step = len(search.query.pids), rows_per_chunk(len(search.gallery.pids))
+    chunks = [(start, min(start + step, size)) for start in range(0, size, step)]
+    distances, counts = search.distances.distances, np.zeros((2, STEPS), np.int64)
+    top = max(float(distances(*chunk).max()) for chunk in chunks) or 1.0  # Distances that are all 0 have a range too.
+    for chunk in chunks:
+        rows, (right, junk) = distances(*chunk).cpu().numpy(), search.masks(*chunk)
         for count, mask in zip(counts, (right, ~(right | junk)), strict=True):
             count += np.histogram(rows[mask], STEPS, (0, top))[0]
     return Histogram(np.linspace(0, top, STEPS + 1), *counts)
 
 
 def camera_pairs(search: Search) -> dict[tuple[int, int], tuple[float, int]]:
-    """mAP, and the number of queries scored, by the camera of the queries and the only camera of the gallery.
-
-    A pair of cameras without a match is left out.
-    """
+    """mAP, and the number of queries scored, by the camera of the queries and the only camera of the gallery. A pair of
+    cameras without a match is left out."""
     pairs = {}
     for camera in np.unique(search.gallery.camids):
         part = search.gallery.at(np.flatnonzero(search.gallery.camids == camera))
@@ -112,28 +92,25 @@ def prepare(data: Mapping[str, Any], paths: Sequence[Any], metric: Metric, junk:
     """The search and its pictures, without images of junk identities, which have no effect.
 
     ``data`` holds the arguments of ``pml_drsl.evaluation.scores.evaluate``: features, identities and perhaps cameras.
-    ``paths`` are the image files of query and gallery, or None where they are not known. Raises InputError as
-    ``evaluate``.
-    """
+    ``paths`` are the image files of query and gallery, or None if not known. Raises InputError as ``evaluate``."""
     features = [as_features(data[side], side).cpu() for side in SIDES]
-    sizes = [len(part) for part in features]
-    pids = number_identities(data["query_ids"], data["gallery_ids"], sizes[0], sizes[1], junk)
+    sizes = len(features[0]), len(features[1])
+    pids = number_identities(data["query_ids"], data["gallery_ids"], *sizes, junk)
     # Without cameras, no entry is from its query's camera.
     cams: Sequence[Tensor] = [torch.zeros(sizes[0]).long(), torch.ones(sizes[1]).long()]
     if any(name in data for name in CAMERAS):
-        cams = shared_labels(data.get("query_cams", []), data.get("gallery_cams", []), sizes[0], sizes[1], "cams")
+        cams = shared_labels(data.get("query_cams", []), data.get("gallery_cams", []), *sizes, "cams")
     samples, pictures = list[Samples](), list[list[Picture]]()
-    for place, side in enumerate(SIDES):
-        kept = np.flatnonzero(pids[place] >= 0)
-        samples.append(Samples(features[place], pids[place].numpy(), cams[place].numpy()).at(kept))
-        ids, cameras = (label_array(data.get(f"{side}_{kind}", [""] * sizes[place])) for kind in ("ids", "cams"))
-        known = np.shape(paths[place]) == (sizes[place],)
-        files = paths[place] if known else [f"{side} {row}" for row in range(sizes[place])]
-        pictures.append([Picture(str(files[row]), str(ids[row]), str(cameras[row])) for row in kept.tolist()])
+    for side, given, size, pid, cam, files in zip(SIDES, features, sizes, pids, cams, paths, strict=True):
+        kept = np.flatnonzero(pid >= 0)
+        samples.append(Samples(given, pid.numpy(), cam.numpy()).at(kept))
+        ids, cameras = (label_array(data.get(f"{side}_{kind}", [""] * size)) for kind in ("ids", "cams"))
+        names = files if np.shape(files) == (size,) else [f"{side} {row}" for row in range(size)]
+        pictures.append([Picture(str(names[row]), str(ids[row]), str(cameras[row])) for row in kept.tolist()])
     return Search(samples[0], samples[1], metric), (pictures[0], pictures[1])
 
 
-def write_page(path: str | os.PathLike[str], search: Search, pictures: Pictures, title: str) -> str:
+def write_page(path: str | Path, search: Search, pictures: Pictures, title: str) -> str:
     """Writes the page, and returns the caption that it has below its title. Raises InputError if no query has a match,
     and OSError if the page cannot be written."""
     result = search.evaluate()
@@ -174,11 +151,9 @@ def _distances(counts: Histogram, unit: str) -> str:
 def _map(search: Search, pictures: Pictures, ranked: RankedQueries) -> str:
     from sklearn.decomposition import PCA
 
-    sides, matched, precision = (search.query, search.gallery), ranked.matched.numpy(), ranked.average_precision.numpy()
-    pids = search.query.pids
+    pids, matched, precision = search.query.pids, ranked.matched.numpy(), ranked.average_precision.numpy()
     means = {pid: precision[matched & (pids == pid)].mean() for pid in np.unique(pids[matched])}
-    people = sorted(means, key=means.__getitem__)
-    cosine = search.metric == "cosine"
+    cosine, sides = search.metric == "cosine", (search.query, search.gallery)
     query, gallery = ((F.normalize(side.features) if cosine else side.features).numpy() for side in sides)
     with np.errstate(all="ignore"):  # Equal features have no variance.
         plane = PCA(min(2, *gallery.shape), random_state=0).fit(gallery)
@@ -187,7 +162,7 @@ def _map(search: Search, pictures: Pictures, ranked: RankedQueries) -> str:
 
     def draw(axes: Axes) -> None:
         axes.scatter(places[1][:, 0], places[1][:, 1], s=6, color="gray", alpha=0.4, linewidths=0, label="all others")
-        for pid, (colour, marker) in zip(people, MARKERS.items(), strict=False):
+        for pid, (colour, marker) in zip(sorted(means, key=means.__getitem__), MARKERS.items(), strict=False):
             name = f"{pictures[0][int(np.argmax(pids == pid))].identity} (mAP {means[pid]:.0%})"
             queries, entries = places[0][pids == pid], places[1][search.gallery.pids == pid]
             axes.scatter(queries[:, 0], queries[:, 1], s=80, marker=marker, facecolors="none", edgecolors=colour)
@@ -202,8 +177,7 @@ def _map(search: Search, pictures: Pictures, ranked: RankedQueries) -> str:
 
 def _drawn(draw: Callable[[Axes], None], name: str, about: str) -> str:
     """A figure of the page, drawn for light and for dark paper."""
-    # matplotlib takes long to import, and only this page needs it.
-    from matplotlib import style
+    from matplotlib import style  # matplotlib takes long to import, and only this page needs it.
     from matplotlib.figure import Figure
 
     images = []
@@ -223,21 +197,17 @@ def _framed(content: str, name: str, about: str) -> str:
 
 def _cameras(search: Search, pictures: Pictures) -> str:
     """The table of camera pairs, whose colours make it a heat map."""
-    sides = zip((search.query, search.gallery), pictures, strict=True)
     query, gallery = (
         dict(sorted(zip(side.camids.tolist(), [picture.camera for picture in shown], strict=True)))
-        for side, shown in sides
+        for side, shown in zip((search.query, search.gallery), pictures, strict=True)
     )
     if "" in query.values():
         return _framed("", "Cameras", "These images have no cameras.")
     if len(query | gallery) > MOST_CAMERAS:
         return _framed("", "Cameras", f"{len(query | gallery):,} cameras are too many for a table of their pairs.")
     pairs = camera_pairs(search)
-    rows = [
-        "<th>query \\ gallery</th>",
-        *(f'<th scope="col">{escape(name)}</th>' for name in gallery.values()),
-        "</tr>",
-    ]
+    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in gallery.values())
+    rows = [f"<th>query \\ gallery</th>{heads}</tr>"]
     for camera, name in query.items():
         rows.append(f'<tr><th scope="row">{escape(name)}</th>')
         for score, count in (pairs.get((camera, other), (0, 0)) for other in gallery):

@@ -36,15 +36,9 @@ def extract(engine: Any, loader: Any, group: dist.ProcessGroup | None = None) ->
     """Extracts the features, on the CPU, of all images of a loader with the model of the engine.
 
     Each process of a ``group`` extracts its share and gets all features, which are equal, bit for bit, to those that
-    one process extracts with the same number of threads.
-
-    With ``video.sample_method: random`` the first process extracts all, because each would draw other frames.
-
-    Raises:
-        Interrupted: if a signal asks the run to stop.
-        InputError: if the loader of a group does not make batches.
-        InputError, RuntimeError: on every process of a group, if one of them fails.
-    """
+    one process extracts with the same number of threads. With ``video.sample_method: random`` the first process
+    extracts all, because each would draw other frames. Raises Interrupted if a signal asks the run to stop, InputError
+    if the loader of a group does not make batches, and as ``gather_samples`` on every process if one of them fails."""
     if group is None:
         return _extract(engine, loader)
     if loader.batch_sampler is None:
@@ -94,12 +88,8 @@ def gather_samples(extract: Callable[[], Samples | None], device: torch.device, 
     """Calls ``extract`` on each process, and returns the samples of all processes, in the order of their ranks.
 
     ``extract`` returns None on a process without an image. ``group`` can send from ``device``, that of the model.
-
-    Raises:
-        Interrupted: if any process received a signal to stop.
-        InputError: if ``extract`` raised an InputError or an OSError on another process, or no process has an image.
-        RuntimeError: if ``extract`` raised any other error on another process.
-    """
+    Raises Interrupted if any process received a signal to stop, InputError if no process has an image or ``extract``
+    raised an InputError or an OSError on another process, and RuntimeError if it raised any other error there."""
     own: Samples | None = None
     failed: BaseException | None = None
     failure: tuple[Any, ...] | None = None
@@ -115,19 +105,15 @@ def gather_samples(extract: Callable[[], Samples | None], device: torch.device, 
     dist.all_gather_object(reports, (failure, about), group)
     if failed is not None:
         raise failed
-    for other, _ in reports:
-        if other is not None:
-            raise other[0](*other[1:])
-
     parts = []
+    if failures := [other for other, _ in reports if other is not None]:
+        raise failures[0][0](*failures[0][1:])
     for rank, (_, about) in enumerate(reports):
         if about is None:
             continue
         shape, dtype, pids, camids = about
-        if own is not None and rank == dist.get_rank(group):
-            features = own.features.to(device)
-        else:
-            features = torch.empty(shape, dtype=dtype, device=device)
+        mine = own if rank == dist.get_rank(group) else None
+        features = torch.empty(shape, dtype=dtype, device=device) if mine is None else mine.features.to(device)
         # Shares differ in size, and all_gather would pad every share to the largest. So there is a broadcast for each.
         dist.broadcast(features, src=dist.get_global_rank(group, rank), group=group)
         parts.append(Samples(features.cpu(), pids, camids))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -20,20 +19,14 @@ from torchreid_ext.runtime.files import replacing
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom of a part of an image in pixels, right and bottom excluded."""
 
-# Twice the size at which the page shows a picture, for screens with many pixels.
-THUMBNAIL = (256, 512)
-
-EMPTY = (236, 236, 236)
-"""The colour beside an image that does not fill its place."""
-
-QUERIES_PER_PAGE = 100
-"""More queries than this are written on several pages, because every page holds its own pictures."""
-
+THUMBNAIL = (256, 512)  # twice the size at which the page shows a picture, for screens with many pixels
+EMPTY = (236, 236, 236)  # the colour beside an image that does not fill its place
+QUERIES_PER_PAGE = 100  # More are written on several pages, because every page holds its own pictures.
+UNITS = {"euclidean": "squared Euclidean distance", "cosine": "cosine distance"}
 _MARKS = {
     "right": ("✓", "same identity"),
     "wrong": ("✗", "another identity"),
     "junk": ("-", "same identity and camera, left out"),
-    "": ("", ""),
 }
 
 
@@ -62,21 +55,18 @@ class Picture:
 
 @dataclass(frozen=True)
 class Found:
-    """An entry of the gallery, as a query found it.
-
-    Its mark is ``"right"`` or ``"wrong"`` identity, ``"junk"`` that evaluation leaves out, or empty where the identity
-    of one of the two is unknown.
-    """
+    """An entry of the gallery, as a query found it. Its mark is ``"right"`` or ``"wrong"`` identity, ``"junk"`` that
+    evaluation leaves out, or empty where the identity of one of the two is unknown."""
 
     picture: Picture
     distance: float
-    mark: str = ""
-    rank: int = 0  # among the entries that are not junk; 0: the next one
+    mark: str
+    rank: int  # from 1, among the entries that are not junk
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """A query and its nearest gallery entries, nearest first. Ranks count from 1 and leave junk out."""
+    """A query and its nearest gallery entries, nearest first."""
 
     query: Picture
     matches: Sequence[Found]
@@ -95,18 +85,13 @@ def tiled(images: Sequence[Image.Image], size: tuple[int, int]) -> Image.Image:
 
 
 def write_pages(
-    path: str | os.PathLike[str],
-    rankings: Sequence[Ranking],
-    caption: str,
-    title: str = "Search results",
-    figures: str = "",
+    path: str | Path, rankings: Sequence[Ranking], caption: str, title: str = "Search results", figures: str = ""
 ) -> list[Path]:
     """Writes one or more rankings with all pictures inside, each page whole or not at all, and returns the pages.
 
     The page ``path`` has the ``caption`` below its title, and below that the ``figures``, which are HTML. From 101
     queries on there are more pages, ``NAME-2.html`` and so on, which link to each other. A picture that cannot be read
-    is named on the page. Raises OSError if a page cannot be written.
-    """
+    is named on the page. Raises OSError if a page cannot be written."""
     first, count = Path(path), max(1, -(-len(rankings) // QUERIES_PER_PAGE))
     pages = [first, *(first.with_name(f"{first.stem}-{number}{first.suffix}") for number in range(2, count + 1))]
     for number, page in enumerate(pages):
@@ -130,8 +115,7 @@ def filled(template: str, parts: Mapping[str, Iterable[str]]) -> Iterator[bytes]
     pieces = resources.files("torchreid_ext").joinpath(template).read_text(encoding="utf-8").split("%%")
     for index, piece in enumerate(pieces):
         for text in parts[piece] if index % 2 else [piece]:
-            # A file's name may hold bytes that are no UTF-8.
-            yield text.encode("utf-8", "backslashreplace")
+            yield text.encode("utf-8", "backslashreplace")  # A file's name may hold bytes that are no UTF-8.
 
 
 def number(distance: float) -> str:
@@ -156,10 +140,8 @@ def sections(rankings: Sequence[Ranking], first: int = 1) -> Iterator[str]:
             f'<section aria-labelledby="query{index}">\n<h2 id="query{index}">{escape(Path(row.query.path).name)}{note}'
             f'</h2>\n<div class="row">\n{_card(row.query, "query", "query")}\n<ol>\n'
         )
-        rank = 0
         for found in row.matches:
-            rank = found.rank or rank + (found.mark != "junk")
-            name = "junk" if found.mark == "junk" else str(rank)
+            name = "junk" if found.mark == "junk" else str(found.rank)
             yield f"<li>{_card(found.picture, found.mark, name, found.distance)}</li>\n"
         yield "</ol>\n</div>\n</section>\n"
 
@@ -171,24 +153,21 @@ def _card(picture: Picture, kind: str, name: str, distance: float | None = None)
     if picture.crop:
         about.append("part {}, {} to {}, {}".format(*picture.crop))
     full = picture.path if isinstance(picture.files, str) else f"{picture.path} and {len(picture.files) - 1} more"
-    spoken = [f"rank {name}" if name.isdigit() else name]
-    line = f"<b>{name}</b>"
-    if distance is not None:
-        spoken.append(f"distance {number(distance)}")
-        line += f'<span class="distance">{number(distance)}</span>'
-    spoken += [*about, words, Path(picture.path).name]
-    rows = [f'<span class="line">{line}</span>', *(f'<span class="about">{escape(text)}</span>' for text in about)]
-    if sign:
-        rows.append(f'<span class="words">{words}</span>')
+    far = "" if distance is None else number(distance)
+    spoken = [f"rank {name}" if name.isdigit() else name, far and f"distance {far}", *about, words]
+    label = escape(", ".join(filter(None, [*spoken, Path(picture.path).name])))
     # The end of the path fits below a thumbnail; the enlarged picture shows the whole path.
-    rows.append(f'<span class="path short">{escape("/".join(Path(picture.path).parts[-2:]))}</span>')
-    rows.append(f'<span class="path full">{escape(full)}</span>')
-    mark = f'<span class="mark">{sign}</span>' if sign else ""
-    label = escape(", ".join(filter(None, spoken)))
+    paths = ("path short", "/".join(Path(picture.path).parts[-2:])), ("path full", full)
+    rows = [_span("line", f"<b>{name}</b>{_span('distance', far)}"), *(_span("about", escape(text)) for text in about)]
+    rows += [_span("words", words), *(_span(place, escape(text)) for place, text in paths)]
     return (
         f'<button type="button" class="{f"card {kind}".strip()}" aria-label="{label}">'
-        f'{_image(picture)}{mark}<span class="caption">{"".join(rows)}</span></button>'
+        f"{_image(picture)}{_span('mark', sign)}{_span('caption', ''.join(rows))}</button>"
     )
+
+
+def _span(kind: str, content: str) -> str:
+    return f'<span class="{kind}">{content}</span>' if content else ""
 
 
 def _image(picture: Picture) -> str:

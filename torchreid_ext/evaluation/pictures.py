@@ -25,8 +25,7 @@ FRAMES = {"right": RIGHT, "wrong": WRONG, "junk": (190, 190, 190), "query": INK}
 _IMAGE = (96, 192)
 _FRAME, _GAP, _MARGIN, _CAPTION, _HEADER = 5, 12, 24, 24, 64
 _CELL = (_IMAGE[0] + 2 * _FRAME, _IMAGE[1] + 2 * _FRAME)
-_QUERY_GAP = 40
-_MARK = 13
+_QUERY_GAP, _MARK = 40, 13
 
 
 def _paste(page: Image.Image, picture: Picture, left: int, top: int, kind: str) -> None:
@@ -37,8 +36,7 @@ def _paste(page: Image.Image, picture: Picture, left: int, top: int, kind: str) 
 
 
 def _mark(draw: ImageDraw.ImageDraw, right: int, top: int, kind: str) -> None:
-    # A tick or a cross on a disc with these edges.
-    x, y = right - _MARK, top + _MARK
+    x, y = right - _MARK, top + _MARK  # A tick or a cross on a disc with these edges.
     draw.ellipse((x - _MARK, y - _MARK, x + _MARK, y + _MARK), fill=FRAMES[kind], outline=PAPER, width=2)
     if kind == "right":
         draw.line([(x - 6, y), (x - 2, y + 5), (x + 6, y - 5)], fill=PAPER, width=3, joint="curve")
@@ -52,8 +50,7 @@ def ranking_picture(rows: Sequence[Ranking], title: str) -> Image.Image:
 
     A right match has a green frame and a tick, a wrong one a red frame and a cross. Rank and distance are below each
     image. Junk is grey, and has no mark and no rank. The numbers of matches, which are all marked, may differ. A title
-    wider than the page is shortened. Raises InputError if there are no rows, or an image cannot be read.
-    """
+    wider than the page is shortened. Raises InputError if there are no rows, or an image cannot be read."""
     if not rows:
         raise InputError("rows is empty: give at least one Ranking")
     row_height = _CELL[1] + _CAPTION + _GAP
@@ -62,7 +59,6 @@ def ranking_picture(rows: Sequence[Ranking], title: str) -> Image.Image:
     page = Image.new("RGB", (width, _HEADER + len(rows) * row_height + _MARGIN - _GAP), PAPER)
     draw = ImageDraw.Draw(page)
     heading, caption = ImageFont.load_default(20), ImageFont.load_default(13)
-
     while draw.textlength(title, heading) > width - 2 * _MARGIN and len(title) > 1:
         title = title.removesuffix("…")[:-1] + "…"
     draw.text((_MARGIN, _MARGIN), title, INK, heading, anchor="lt")
@@ -73,15 +69,14 @@ def ranking_picture(rows: Sequence[Ranking], title: str) -> Image.Image:
         draw.text((_MARGIN + _CELL[0] // 2, below), "query", INK, caption, anchor="mt")
         line = _MARGIN + _CELL[0] + _QUERY_GAP // 2
         draw.line([(line, top), (line, top + _CELL[1])], fill=(200, 200, 200), width=1)
-        rank = 0
         for column, found in enumerate(row.matches):
             left = _MARGIN + _CELL[0] + _QUERY_GAP + column * (_CELL[0] + _GAP)
-            junk = found.mark == "junk"
-            rank = found.rank or rank + (not junk)
             _paste(page, found.picture, left, top, found.mark)
-            if not junk:
+            if found.mark == "junk":
+                draw.text((left, below), "junk", FAINT, caption, anchor="lt")
+            else:
                 _mark(draw, left + _CELL[0] + 4, top - 4, found.mark)
-            draw.text((left, below), "junk" if junk else f"{rank}", FAINT if junk else INK, caption, anchor="lt")
+                draw.text((left, below), str(found.rank), INK, caption, anchor="lt")
             # Zero is added, because a negative distance that rounds to zero has a sign.
             distance = f"{round(found.distance, 3) + 0.0:.3f}"
             draw.text((left + _CELL[0], below), distance, FAINT, caption, anchor="rt")
@@ -89,9 +84,7 @@ def ranking_picture(rows: Sequence[Ranking], title: str) -> Image.Image:
 
 
 def save_ranking_picture(path: str | os.PathLike[str], rows: Sequence[Ranking], title: str) -> None:
-    """Draws a page with :func:`ranking_picture`, and saves it as a PNG, whole or not at all.
-
-    Raises InputError as :func:`ranking_picture`, and OSError if the page cannot be written.
-    """
+    """Draws a page with :func:`ranking_picture`, and saves it as a PNG, whole or not at all. Raises InputError as
+    :func:`ranking_picture`, and OSError if the page cannot be written."""
     with replacing(path) as file:
         ranking_picture(rows, title).save(file, "PNG")

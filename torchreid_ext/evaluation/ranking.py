@@ -16,9 +16,7 @@ from pml_drsl.evaluation.scores import FeatureDistances, RankedQueries, Retrieva
 from torchreid_ext.evaluation.extraction import Samples
 from torchreid_ext.evaluation.page import Found, Picture, Ranking
 
-Pictures = tuple[Sequence[Picture], Sequence[Picture]]
-"""All queries, and the whole gallery."""
-
+Pictures = tuple[Sequence[Picture], Sequence[Picture]]  # all queries, and the whole gallery
 Mask: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
 
 
@@ -27,8 +25,7 @@ class Search:
 
     ``normalize`` scales every feature to unit norm first; ``rerank`` re-ranks by k-reciprocal neighbours, without the
     images of identity -1, which would be neighbours of others. ``kept`` are the numbers of the remaining queries and
-    gallery entries. Raises InputError if the metric is unknown, or features are not finite.
-    """
+    gallery entries. Raises InputError if the metric is unknown, or features are not finite."""
 
     def __init__(
         self, query: Samples, gallery: Samples, metric: str = "euclidean", normalize: bool = False, rerank: bool = False
@@ -45,12 +42,9 @@ class Search:
         self, single_gallery_shot: bool = False, max_rank: int = 50, group: dist.ProcessGroup | None = None
     ) -> RetrievalResult:
         """Returns CMC up to ``max_rank``, mAP and mINP, by the protocol of Market-1501 or CUHK03 (single-gallery-shot).
-
-        The processes of ``group`` share the queries. Every one of them must call this method.
-        """
-        query, gallery = self.query, self.gallery
+        The processes of ``group`` share the queries. Every one of them must call this method."""
         protocol: Any = "single-gallery-shot" if single_gallery_shot else "standard"
-        labels = query.pids, gallery.pids, query.camids, gallery.camids
+        labels = self.query.pids, self.gallery.pids, self.query.camids, self.gallery.camids
         return summarize(rank_queries(self.distances, *labels, protocol=protocol, group=group), max_rank)
 
     def masks(self, start: int, stop: int) -> tuple[Mask, Mask]:
@@ -61,40 +55,33 @@ class Search:
         return same & ~junk, junk
 
     def ranking(self, index: int, topk: int, pictures: Pictures, first_match: bool = False) -> Ranking:
-        """Returns the nearest gallery entries of one kept query: ``topk`` valid entries, and the junk between them.
-
-        With ``first_match`` the nearest match follows, where it is not among them.
-        """
+        """The nearest gallery entries of one kept query: ``topk`` valid entries, and the junk between them. With
+        ``first_match`` the nearest match follows, where it is not among them."""
         right, junk = (mask[0] for mask in self.masks(index, index + 1))
         marks = np.select([junk, right], ["junk", "right"], "wrong")
         distances = self.distances.distances(index, index + 1)[0].cpu().numpy()
         order = distances.argsort(kind="stable")
         ranks = np.cumsum(~junk[order])
-        # An entry is shown if fewer than topk valid entries precede it.
-        shown = ranks - ~junk[order] < topk
+        shown = ranks - ~junk[order] < topk  # An entry is shown if fewer than topk valid entries precede it.
         if first_match and right.any():
             shown[right[order].argmax()] = True
-        found = zip(order[shown].tolist(), ranks[shown].tolist(), strict=True)
         matches = [
             Found(pictures[1][self.kept[1][entry]], float(distances[entry]), str(marks[entry]), rank)
-            for entry, rank in found
+            for entry, rank in zip(order[shown].tolist(), ranks[shown].tolist(), strict=True)
         ]
         return Ranking(pictures[0][self.kept[0][index]], matches)
 
 
 def print_result(result: RetrievalResult, ranks: Sequence[int]) -> None:
     """Prints a result in the format of torchreid."""
-    print("** Results **")
-    print(
-        f"{result.num_query} queries, {result.num_unmatched} of them left out because they have no match; "
-        f"{result.num_gallery} gallery entries, {result.num_junk / result.num_query:.1f} junk entries per query"
-    )
-    curve = False
-    for name, value in result.scores(ranks).items():
-        if name.startswith("rank-") and not curve:
-            print("CMC curve")
-            curve = True
-        print(f"{name.replace('rank-', 'Rank-'):<8}: {value:.1%}" if curve else f"{name}: {value:.1%}")
+    queries = f"{result.num_query} queries, {result.num_unmatched} of them left out because they have no match"
+    junk = f"{result.num_junk / result.num_query:.1f} junk entries per query"
+    print(f"** Results **\n{queries}; {result.num_gallery} gallery entries, {junk}")
+    for name, value in result.means.items():
+        print(f"{name}: {value:.1%}")
+    print("CMC curve")
+    for k in ranks:
+        print(f"{f'Rank-{k}':<8}: {result.rank(k):.1%}")
 
 
 def print_side_by_side(columns: dict[str, dict[str, RetrievalResult]], ranks: Sequence[int]) -> None:
@@ -103,10 +90,8 @@ def print_side_by_side(columns: dict[str, dict[str, RetrievalResult]], ranks: Se
         results = {name: results[target].scores(ranks) for name, results in columns.items()}
         print(f"\n{target:<12}" + "".join(f"{name:>12}" for name in results))
         for name in next(iter(results.values())):
-            print(
-                f"{name.replace('rank-', 'Rank-'):<12}"
-                + "".join(f"{values[name]:>12.1%}" for values in results.values())
-            )
+            cells = "".join(f"{values[name]:>12.1%}" for values in results.values())
+            print(f"{name.replace('rank-', 'Rank-'):<12}{cells}")
 
 
 def some(search: Search, pictures: Pictures, count: int, topk: int) -> list[Ranking]:

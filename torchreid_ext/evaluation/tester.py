@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pml_drsl.evaluation.scores import RankedQueries, RetrievalResult
+from pml_drsl.evaluation.scores import RetrievalResult
 from torchreid_ext.evaluation import page, ranking
 from torchreid_ext.evaluation.extraction import extract
 from torchreid_ext.evaluation.page import Picture
@@ -20,8 +20,7 @@ from torchreid_ext.runtime import distributed, generators
 from torchreid_ext.runtime.files import replacing
 from torchreid_ext.runtime.options import Options, documented, option
 
-LOGGED = 3
-"""Queries whose ranked galleries TensorBoard gets after every test."""
+LOGGED = 3  # queries whose ranked galleries TensorBoard gets after every test
 
 
 @documented
@@ -63,11 +62,7 @@ class Tester:
 
         The options are the fields of ``EvaluationOptions``. The random number generators are restored afterwards, so
         that training does not depend on the number of tests. The processes of a distributed run share the work with the
-        result of one; the first one prints and writes.
-
-        Raises:
-            InputError: for an unknown option, or a value out of its range.
-        """
+        result of one; the first one prints and writes. Raises InputError for an unknown option, or one out of range."""
         chosen = EvaluationOptions.of(options)
         self.set_model_mode("eval")
         self.results = {}
@@ -84,14 +79,19 @@ class Tester:
                 # An error of the first process ends the others too, which would otherwise wait for it.
                 distributed.from_first(functools.partial(self._report, target, search, result, chosen))
         if chosen.save_dir:
-            distributed.from_first(lambda: _write_metrics(self.results, chosen.save_dir))
+            distributed.from_first(functools.partial(self._write_metrics, Path(chosen.save_dir, "metrics.json")))
         return self.results
 
     def _report(self, target: str, search: ranking.Search, result: RetrievalResult, options: EvaluationOptions) -> None:
         """Prints, writes, draws and logs the result of a target."""
         ranking.print_result(result, options.ranks)
         if options.queries and options.save_dir:
-            write_queries(search, result.ranked, Path(options.save_dir, f"queries_{target}.csv"))
+            hits = result.ranked.hits(1)[:, 0]  # A line for each query; the scores are ``nan`` without a match.
+            scores = result.ranked.average_precision, result.ranked.inverse_negative_penalty, hits
+            lines = np.column_stack([search.query.pids, search.query.camids, *scores])
+            head, form = "identity,camera,AP,INP,rank-1", ("%d", "%d", "%.6g", "%.6g", "%g")
+            with replacing(Path(options.save_dir, f"queries_{target}.csv")) as file:
+                np.savetxt(file, lines, form, delimiter=",", header=head, comments="")
         drawn = options.picture or options.visrank or self.writer is not None
         query, gallery = self.datamanager.fetch_test_loaders(target) if drawn else ([], [])
         pictures = [Picture(items[0]) for items in query], [Picture(items[0]) for items in gallery]
@@ -112,17 +112,7 @@ class Tester:
                 # torchreid writes rank1.
                 self.writer.add_scalar(f"Test/{target}/{name.replace('-', '')}", value, self.epoch)
 
-
-def write_queries(search: ranking.Search, ranked: RankedQueries, path: Path) -> None:
-    """Writes a line for each query: identity, camera, AP, INP and rank-1; the scores are ``nan`` without a match."""
-    scores = ranked.average_precision, ranked.inverse_negative_penalty, ranked.hits(1)[:, 0]
-    table = np.column_stack([search.query.pids, search.query.camids, *scores])
-    head, form = "identity,camera,AP,INP,rank-1", ("%d", "%d", "%.6g", "%.6g", "%g")
-    with replacing(path) as file:
-        np.savetxt(file, table, form, delimiter=",", header=head, comments="")
-
-
-def _write_metrics(results: dict[str, RetrievalResult], save_dir: str) -> None:
-    text = json.dumps({target: result.to_dict() for target, result in results.items()}, indent=2) + "\n"
-    with replacing(Path(save_dir, "metrics.json")) as file:
-        file.write(text.encode())
+    def _write_metrics(self, path: Path) -> None:
+        scores = {target: result.to_dict() for target, result in self.results.items()}
+        with replacing(path) as file:
+            file.write(f"{json.dumps(scores, indent=2)}\n".encode())

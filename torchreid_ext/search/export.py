@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -23,8 +22,7 @@ from torchreid_ext.data.drawing import CAMERAS, draw_image, draw_scene, make_per
 from torchreid_ext.runtime.files import replacing
 from torchreid_ext.search.model import ImageLike, Preprocessing, TrainedModel
 
-TOLERANCE = 1e-4
-"""The largest difference that an exported network may have, as a share of the largest feature value."""
+TOLERANCE = 1e-4  # the largest difference that an exported network may have, as a share of the largest feature value
 
 
 @dataclass(frozen=True)
@@ -72,10 +70,8 @@ def export(
         normalise: include the normalisation, so that the file takes images in [0, 1].
         images: two different images or more to compare with; None draws eight pedestrians.
 
-    Raises:
-        InputError: for a name with another ending, too few or too similar images, a network that ONNX cannot express, a
-            package that is missing, or a file whose features differ from torch's. Nothing is written then.
-    """
+    An InputError refuses another ending, too few or too similar images, a network that ONNX cannot express, a missing
+    package, and a file whose features differ from torch's. Nothing is written then."""
     if Path(path).suffix != ".onnx":
         raise InputError(f"{os.fspath(path)!r}: the name of the file must end in .onnx")
     for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -103,16 +99,15 @@ def export(
             session = runtime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
             for part in (slice(None), slice(0, 1), slice(1, 2)):
                 (found,) = session.run(["features"], {"images": fed[part]})
-                # An exported batch size gives another shape.
-                same = found.shape == expected[part].shape
+                same = found.shape == expected[part].shape  # An exported batch size gives another shape.
                 differences.append(np.abs(found - expected[part]).max() if same else np.inf)
         except Exception as error:  # onnxruntime has errors of its own
             raise _refusal(model, f"the file cannot be run with {len(fed)} images and with one", error) from error
         comparison = Comparison(len(shown), float(np.max(differences)), largest)
         if not comparison.difference <= TOLERANCE * largest:
             raise InputError(f"the exported file is wrong and was not written: {comparison}")
-        with open(temporary, "rb") as source, replacing(path) as target:
-            shutil.copyfileobj(source, target)
+        with replacing(path) as file:
+            file.write(temporary.read_bytes())
     return comparison
 
 
@@ -141,8 +136,7 @@ def _write(model: TrainedModel, path: Path, normalise: bool, images: Tensor) -> 
     network, example = ExportedNetwork(model, normalise).eval(), images[:2]
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            # They speak of the exporter's own future, not of this network.
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # They speak of the exporter's own future, not of this network.
             sizes = {"images": {0: torch.export.Dim("batch")}}
             program = torch.export.export(network, (example,), dynamic_shapes=sizes)
             written: Any = torch.onnx.export(

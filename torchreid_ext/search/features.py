@@ -24,16 +24,11 @@ from torchreid_ext.runtime import distributed
 from torchreid_ext.runtime.files import replacing
 from torchreid_ext.search.model import Preprocessing, TrainedModel
 
-EXACT = "Flat"
-"""faiss's name of the exact index."""
-
+EXACT = "Flat"  # faiss's name of the exact index
 # For more queries at once, faiss computes |q|^2 - 2 qg + |g|^2, which loses small distances far from the origin.
 _ACCURATE_BLOCK = 16
-
 Array = np.ndarray[Any, Any]
-
-# Beside the arrays of drsl-evaluate, which ignores these.
-_FINGERPRINT, _PATHS = "model_fingerprint", "{}_paths"
+_FINGERPRINT = "model_fingerprint"  # beside the arrays of drsl-evaluate, which ignores it
 
 
 @dataclass(frozen=True)
@@ -77,12 +72,10 @@ def extract_files(
     Args:
         batch_size: images in a batch; None for ``test.batch_size`` of the model's configuration.
         workers: loading processes, >= 0.
-        skip_damaged: leave out an image that cannot be read, instead of raising an error.
+        skip_damaged: leave out an image that cannot be read, instead of raising an InputError.
         description: what stands before the progress bar.
 
-    Raises:
-        InputError: for a number out of its range, an image that cannot be read, or no image that can be read.
-    """
+    An InputError refuses numbers out of their range, and images of which none can be read."""
     size = int(model.config.test.batch_size) if batch_size is None else batch_size
     if size < 1 or workers < 0:
         raise InputError(f"batch size {size} and workers {workers}: give 1 or more and 0 or more")
@@ -108,13 +101,8 @@ def extract_files(
                 kept += [index for index, _ in read]
         return Samples(torch.cat(parts), np.array(kept), np.array(kept)) if parts else None
 
-    if group is None:
-        found = extract()
-    else:
-        found = gather_samples(extract, model.device, group)
-        told: list[Any] = [None] * distributed.size()
-        torch.distributed.all_gather_object(told, damaged, group)
-        damaged = [reason for reasons in told for reason in reasons]
+    found = extract() if group is None else gather_samples(extract, model.device, group)
+    damaged = [reason for reasons in distributed.gathered(damaged) for reason in reasons]
     if found is None:
         raise InputError(f"none of the {len(entries)} images can be read, for example: {damaged[0]}")
     return ExtractedSet([entries[index] for index in found.pids], found.features, damaged)
@@ -123,16 +111,13 @@ def extract_files(
 def write_features(path: str | os.PathLike[str], model: TrainedModel, sets: dict[str, ExtractedSet]) -> bool:
     """Writes features of ``"query"``, ``"gallery"`` or both in ``drsl-evaluate``'s .npz format, whole or not at all.
 
-    Identities are written where those of all images are known, and cameras likewise.
-
-    Returns:
-        Whether ``drsl-evaluate`` can compute scores: there are both sets, and all identities are known.
-    """
+    Identities are written where those of all images are known, and cameras likewise. Returns whether ``drsl-evaluate``
+    can compute scores: there are both sets, and all identities are known."""
     rows = [row for extracted in sets.values() for row in extracted.entries]
     arrays: dict[str, Any] = {_FINGERPRINT: np.array(model.fingerprint)}
     for name, extracted in sets.items():
         arrays[name] = extracted.features.numpy()
-        arrays[_PATHS.format(name)] = np.array([os.path.abspath(row.path) for row in extracted.entries])
+        arrays[f"{name}_paths"] = np.array([os.path.abspath(row.path) for row in extracted.entries])
         if all(row.identity for row in rows):
             arrays[f"{name}_ids"] = np.array([row.identity for row in extracted.entries])
             if all(row.camera for row in rows):
@@ -143,19 +128,15 @@ def write_features(path: str | os.PathLike[str], model: TrainedModel, sets: dict
 
 
 def read_gallery(path: str | os.PathLike[str], model: TrainedModel) -> ExtractedSet:
-    """The gallery of a file that :func:`write_features` wrote.
-
-    Raises InputError for a file that is damaged, of another format, without a gallery or of another model, and
-    OSError for a file that cannot be opened.
-    """
+    """The gallery of a file that :func:`write_features` wrote. Raises InputError for a file that is damaged, of another
+    format, without a gallery or of another model, and OSError for a file that cannot be opened."""
     arrays = load_arrays(path)
-    missing = [name for name in (_FINGERPRINT, "gallery", _PATHS.format("gallery")) if name not in arrays]
-    if missing:
+    if missing := [name for name in (_FINGERPRINT, "gallery", "gallery_paths") if name not in arrays]:
         raise InputError(f"{os.fspath(path)!r} lacks {', '.join(missing)}: give a file of a gallery from drsl-extract")
     if str(arrays[_FINGERPRINT]) != model.fingerprint:
         other = f"{os.fspath(path)!r} holds features of another model than {model.path!r}"
         raise InputError(f"{other}, which cannot be compared: extract them again with this checkpoint")
-    features, paths = arrays["gallery"], arrays[_PATHS.format("gallery")]
+    features, paths = arrays["gallery"], arrays["gallery_paths"]
     columns = [paths, *(arrays.get(f"gallery_{name}", np.full(paths.shape, "")) for name in ("ids", "cams"))]
     if features.ndim != 2 or features.dtype.kind != "f" or any(part.shape != features.shape[:1] for part in columns):
         wanted = "[images, dimensions] numbers, and its paths, identities and cameras one value for each image"
@@ -165,19 +146,18 @@ def read_gallery(path: str | os.PathLike[str], model: TrainedModel) -> Extracted
 
 
 class FeatureIndex:
-    """The features of N images in rows, and faiss's index of them; only searches may run in several threads at once.
+    """The features of N images, of ``dim`` dimensions, in rows, and faiss's index of them, by ``"euclidean"`` distance,
+    squared, or ``"cosine"``, 1 - similarity. Only searches may run in several threads at once.
 
-    Args:
-        dim: dimensions of a feature.
-        metric: ``"euclidean"``, squared, or ``"cosine"``, 1 - similarity.
-        kind: a string of ``faiss.index_factory``, and after a semicolon parameters of faiss's ``ParameterSpace``:
-            ``"IVF1024,Flat;nprobe=32"``. Any index but ``"Flat"`` is made anew by the first search after a change.
-    """
+    ``kind`` is a string of ``faiss.index_factory``, and after a semicolon parameters of faiss's ``ParameterSpace``:
+    ``"IVF1024,Flat;nprobe=32"``. Any index but ``"Flat"`` is made anew by the first search after a change."""
 
     def __init__(self, dim: int, metric: str, kind: str = EXACT) -> None:
         self.dim, self.metric, self.kind = dim, metric, kind
+        # Not imported with the package: torch and faiss each bring a copy of OpenMP, which collide on macOS.
+        self._faiss = importlib.import_module("faiss")
         # Features of unit norm have twice the cosine distance as squared Euclidean distance.
-        self._exact = _faiss().IndexFlatL2(dim)
+        self._exact = self._faiss.IndexFlatL2(dim)
         self._other: Any = None
 
     def __len__(self) -> int:
@@ -185,9 +165,7 @@ class FeatureIndex:
 
     def add(self, features: Tensor, normalised: bool = False) -> None:
         """Adds [N, D] features below the rows that are there; ``normalised`` ones have the metric's norm already.
-
-        Raises InputError for features that are not finite.
-        """
+        Raises InputError for features that are not finite."""
         self._exact.add(self._vectors(features, normalised))
         self._other = None
 
@@ -203,9 +181,7 @@ class FeatureIndex:
 
     def search(self, queries: Tensor, top: int) -> tuple[Array, Array]:
         """The rows, [Q, top], -1 where fewer were found, and distances, [Q, top], of the nearest of Q queries, [Q, D].
-
-        Raises InputError for queries that are not finite, or a kind of index that faiss cannot make of the features.
-        """
+        Raises InputError for queries that are not finite, or a kind of index that faiss cannot make of the features."""
         vectors, top = self._vectors(queries), min(top, len(self))
         block = len(vectors) if self.metric == "cosine" else _ACCURATE_BLOCK
         index = self._exact if self.kind == EXACT else self._made()
@@ -215,14 +191,13 @@ class FeatureIndex:
 
     def _made(self) -> Any:
         if self._other is None:
-            faiss, vectors = _faiss(), self.features().numpy()
-            factory, _, parameters = self.kind.partition(";")
+            vectors, (factory, _, parameters) = self.features().numpy(), self.kind.partition(";")
             try:
-                index = faiss.index_factory(self.dim, factory)
+                index = self._faiss.index_factory(self.dim, factory)
                 index.train(vectors)
                 index.add(vectors)
                 if parameters:
-                    faiss.ParameterSpace().set_index_parameters(index, parameters)
+                    self._faiss.ParameterSpace().set_index_parameters(index, parameters)
             except (RuntimeError, AssertionError) as error:
                 reason = " ".join(str(error).split()).rpartition(": ")[2] or type(error).__name__
                 size = f"{len(self):,} features with {self.dim} dimensions"
@@ -236,8 +211,3 @@ class FeatureIndex:
         if not torch.isfinite(vectors).all():
             raise InputError("features must be finite, and some are NaN or infinite")
         return np.ascontiguousarray(vectors.numpy())
-
-
-def _faiss() -> Any:
-    # Not imported with the package: torch and faiss each bring a copy of OpenMP, and the two copies collide on macOS.
-    return importlib.import_module("faiss")

@@ -24,15 +24,11 @@ from torchreid_ext.search.sources import resolved, shown
 
 
 class Gallery:
-    """Images and the index of their features. It is empty at first.
+    """Images and the index of their features, by one model; those of another are refused. It is empty at first. The
+    ``kind`` of the index is that of :class:`FeatureIndex`; None is the exact one."""
 
-    Args:
-        model: the model that makes the features; those of another model are refused.
-        kind: kind of the index; see :class:`FeatureIndex`.
-    """
-
-    def __init__(self, model: TrainedModel, kind: str = EXACT) -> None:
-        self.model, self.kind = model, kind
+    def __init__(self, model: TrainedModel, kind: str | None = None) -> None:
+        self.model, self.kind = model, kind or EXACT
         # In the order in which they were added, by the absolute path of a file or the name that was given.
         self.entries: list[Row] = []
         self._names: set[str] = set()
@@ -46,11 +42,9 @@ class Gallery:
         return path in self._names
 
     def add(self, entries: Sequence[Row], features: Tensor, normalised: bool = False) -> None:
-        """Adds N images with their features, [N, D]; ``normalised`` ones have the metric's norm already.
-
-        Raises InputError for a path that is in the gallery or given twice, features of another number of
-        dimensions, or features that are not finite. Nothing is added then.
-        """
+        """Adds N images with their features, [N, D]; ``normalised`` ones have the metric's norm already. Raises
+        InputError for a path that is in the gallery or given twice, and for features of another number of dimensions,
+        or that are not finite. Nothing is added then."""
         new: set[str] = set()
         for entry in entries:
             if entry.path in self or entry.path in new:
@@ -68,15 +62,16 @@ class Gallery:
         self._names |= new
 
     def remove(self, patterns: Sequence[str]) -> list[Row]:
-        """Removes images by their names or paths, absolute or from the current folder, and returns them.
-
-        In any other word ``*``, ``?`` and ``[]`` stand for characters, slashes too. ``"*"`` is every image.
-        Raises InputError for a pattern that no image matches, or another pattern than ``"*"`` that every image
-        matches. Nothing is removed then.
-        """
+        """Removes images by their names or paths, absolute or from the current folder, and returns them. In any other
+        word ``*``, ``?`` and ``[]`` stand for characters, slashes too. Raises InputError for a pattern that no image
+        matches, or that every image matches, unless it is ``"*"``. Nothing is removed then."""
         found: set[int] = set()
+        paths = [(row, entry.path) for row, entry in enumerate(self.entries)]
         for pattern in patterns:
-            here = self._matching(pattern)
+            whole = pattern, resolved(pattern)
+            here = {row for row, path in paths if path in whole} or {
+                row for row, path in paths if fnmatchcase(path, pattern) or fnmatchcase(shown(path), pattern)
+            }
             if not here:
                 raise InputError(f"no image of the gallery matches {pattern!r}")
             if len(here) == len(self) > 1 and pattern != "*":
@@ -89,13 +84,6 @@ class Gallery:
         paths = enumerate(entry.path for entry in self.entries)
         return self._without({row for row, path in paths if os.path.isabs(path) and not os.path.isfile(path)})
 
-    def _matching(self, pattern: str) -> set[int]:
-        paths, whole = [entry.path for entry in self.entries], (pattern, resolved(pattern))
-        named = {row for row, path in enumerate(paths) if path in whole}
-        return named or {
-            row for row, path in enumerate(paths) if fnmatchcase(path, pattern) or fnmatchcase(shown(path), pattern)
-        }
-
     def _without(self, rows: set[int]) -> list[Row]:
         gone = [entry for row, entry in enumerate(self.entries) if row in rows]
         if self._index is not None and rows:
@@ -105,11 +93,9 @@ class Gallery:
         return gone
 
     def nearest(self, queries: Tensor, top: int, rerank: bool = False) -> list[list[tuple[Row, float]]]:
-        """The ``top`` nearest images of each query, [Q, D], with their distances, nearest first.
-
-        ``rerank`` re-ranks all images by k-reciprocal neighbours; distances then lie in [0, 1]. Raises
-        InputError for an empty gallery, ``top`` below 1, or queries of another number of dimensions.
-        """
+        """The ``top`` nearest images of each query, [Q, D], with their distances, nearest first. ``rerank`` re-ranks
+        all images by k-reciprocal neighbours; distances then lie in [0, 1]. Raises InputError for an empty gallery,
+        ``top`` below 1, or queries of another number of dimensions."""
         if self._index is None or not len(self):
             raise InputError("the gallery is empty: add images to it first")
         if top < 1:
@@ -117,8 +103,7 @@ class Gallery:
         if queries.shape[1] != self._index.dim:
             raise InputError(f"queries have {queries.shape[1]} dimensions, and the gallery has {self._index.dim}")
         if rerank:
-            metric: Any = self.model.metric
-            ranked = reranking.rerank(queries.float(), self._index.features(), metric=metric)
+            ranked = reranking.rerank(queries.float(), self._index.features(), metric=self.model.metric)
             distances, places = ranked.rows(0, len(queries)).topk(min(top, len(self)), largest=False)
             rows, found = places.numpy(), distances.numpy()
         else:
@@ -129,21 +114,15 @@ class Gallery:
         ]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the gallery to a file, whole or not at all. Call it inside ``files.locked``.
-
-        Paths below the folder of the file are written relative to it, so that the folder may move. Raises
-        InputError for a gallery to which nothing was ever added, or a file that another process has changed
-        since this gallery was read from it.
-        """
+        """Writes the gallery to a file, whole or not at all. Call it inside ``files.locked``. Paths below the folder of
+        the file are written relative to it, so that the folder may move. Raises InputError for a gallery to which
+        nothing was ever added, or a file that another process has changed since this gallery was read from it."""
         if self._index is None:
             raise InputError("the gallery is empty: there is no index to write")
         target = resolved(os.fspath(path))
         folder = os.path.join(os.path.dirname(target), "")
         about = {"version": 2, "fingerprint": self.model.fingerprint, "metric": self._index.metric, "kind": self.kind}
-        rows = [
-            [entry.path.removeprefix(folder), entry.identity, entry.camera, entry.path.startswith(folder)]
-            for entry in self.entries
-        ]
+        rows = [[row.path.removeprefix(folder), *row[1:3], row.path.startswith(folder)] for row in self.entries]
         settings, entries = (np.frombuffer(json.dumps(value).encode(), np.uint8) for value in (about, rows))
         if self._read is not None and self._read[0] == target and self._read[1] != file_stamp(target):
             changed = f"{os.fspath(path)!r} was changed by another process since it was read"
@@ -154,11 +133,9 @@ class Gallery:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: TrainedModel, kind: str | None = None) -> Gallery:
-        """The gallery that :meth:`save` wrote with this model; ``kind`` None takes the kind that the file names.
-
-        Raises InputError for a file that is cut short, damaged or no index, or an index of another model,
-        and OSError for a file that cannot be opened.
-        """
+        """The gallery that :meth:`save` wrote with this model; ``kind`` None takes the kind that the file names. Raises
+        InputError for a file that is cut short, damaged or no index, or an index of another model, and OSError for a
+        file that cannot be opened."""
         target = resolved(os.fspath(path))
         stamp = file_stamp(target)
         try:

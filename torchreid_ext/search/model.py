@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.transforms import functional as transforms
 
 from pml_drsl.checks import InputError
+from pml_drsl.evaluation import Metric
 from torchreid_ext.checkpoint import checkpoint
 from torchreid_ext.checkpoint.folder import BEST, LAST
 from torchreid_ext.config import KEYS, Config, build_model, flat, get_default_config
@@ -25,7 +26,8 @@ from torchreid_ext.evaluation.page import Box
 from torchreid_ext.pixels import check_not_empty, read_image
 from torchreid_ext.runtime import distributed
 
-ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any] | Tensor"
+File: TypeAlias = "str | os.PathLike[str]"
+ImageLike: TypeAlias = "File | Image.Image | np.ndarray[Any, Any] | Tensor"
 """One image: a path, a PIL image or an array, as :func:`torchreid_ext.pixels.read_image` takes them; or a [3, H, W]
 tensor, uint8 or floating in [0, 1]. It is not normalised yet."""
 
@@ -35,10 +37,7 @@ _SIZES = {"hacnn": (160, 64)}
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained network in evaluation mode, with what its configuration says of its images and features.
-
-    ``features`` may be called from several threads.
-    """
+    """A trained network in evaluation mode, with what its configuration says of its images and features."""
 
     network: nn.Module  # from [N, 3, height, width] normalised images to [N, D] features
     config: Config  # with which the network was trained
@@ -52,16 +51,14 @@ class TrainedModel:
         return next(self.network.parameters()).device
 
     @property
-    def metric(self) -> str:
-        """``"euclidean"`` or ``"cosine"``: the distance by which the run was tested.
-
-        ``test.normalize_feature`` makes it ``"cosine"``, because both give features of unit norm one order.
-        """
-        return "cosine" if self.config.test.normalize_feature else str(self.config.test.dist_metric)
+    def metric(self) -> Metric:
+        """The distance by which the run was tested. ``test.normalize_feature`` makes it ``"cosine"``, because both give
+        features of unit norm one order."""
+        return "cosine" if self.config.test.normalize_feature else self.config.test.dist_metric
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """The features, [N, D] on the CPU, of normalised images, [N, 3, height, width]."""
+        """The features, [N, D] on the CPU, of normalised images, [N, 3, height, width]; for any thread."""
         # A network with a neck changes its mode inside its forward pass, which two threads must not do at once.
         with self._lock:
             return self.network(images.to(self.device)).cpu()
@@ -75,18 +72,21 @@ class Preprocessing:
         self.mean, self.std = list(config.data.norm_mean), list(config.data.norm_std)
 
     def resized(self, image: ImageLike, crop: Box | None = None) -> Tensor:
-        """[3, height, width] values in [0, 1] of one image, or of the part ``crop`` of it.
-
-        Raises InputError for an image that cannot be read, an array or a tensor of another shape, type or
-        range, or a crop that does not lie within the image.
-        """
-        given = _from_tensor(image.detach().cpu()) if isinstance(image, Tensor) else _read(image)
-        if isinstance(given, Image.Image):
-            part = given if crop is None else given.crop(_checked(crop, given.width, given.height))
-            return transforms.to_tensor(transforms.resize(part, self.size))
+        """[3, height, width] values in [0, 1] of one image, or of its part ``crop``. Raises InputError if it cannot be
+        read, for an array or a tensor of another shape, type or range, and for a crop outside the image."""
+        if not isinstance(image, (str, os.PathLike, Image.Image, np.ndarray, Tensor)):
+            wanted = "give a path, a PIL image, an array or a tensor"
+            raise InputError(f"a {type(image).__name__} is not an image: {wanted}")
+        given = _from_tensor(image.detach().cpu()) if isinstance(image, Tensor) else read_image(image)
         if crop is not None:
-            left, top, right, bottom = _checked(crop, given.shape[2], given.shape[1])
-            given = given[:, top:bottom, left:right]
+            (left, top, right, bottom), (width, height) = crop, transforms.get_image_size(given)
+            if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+                size = f"{width} pixels wide and {height} high"
+                area = f"crop {left} {top} {right} {bottom} (left, top, right, bottom)"
+                raise InputError(f"{area} does not lie within the image, which is {size}")
+            given = transforms.crop(given, top, left, bottom - top, right - left)
+        if isinstance(given, Image.Image):
+            return transforms.to_tensor(transforms.resize(given, self.size))
         return transforms.resize(given, self.size, antialias=True).clamp(0, 1)
 
     def normalised(self, images: Tensor) -> Tensor:
@@ -105,12 +105,6 @@ def as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
     return [images] if isinstance(images, (str, os.PathLike, Image.Image)) else list(images)
 
 
-def _read(image: object) -> Image.Image:
-    if isinstance(image, (str, os.PathLike, Image.Image, np.ndarray)):
-        return read_image(image)
-    raise InputError(f"a {type(image).__name__} is not an image: give a path, a PIL image, an array or a tensor")
-
-
 def _from_tensor(image: Tensor) -> Image.Image | Tensor:
     if image.ndim != 3 or image.shape[0] != 3:
         raise InputError(f"a tensor of shape {list(image.shape)} is not an image: give [3, H, W], or [N, 3, H, W]")
@@ -126,20 +120,8 @@ def _from_tensor(image: Tensor) -> Image.Image | Tensor:
     return image.float()
 
 
-def _checked(crop: Box, width: int, height: int) -> Box:
-    left, top, right, bottom = crop
-    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-        size = f"{width} pixels wide and {height} high"
-        given = f"crop {left} {top} {right} {bottom} (left, top, right, bottom)"
-        raise InputError(f"{given} does not lie within the image, which is {size}")
-    return crop
-
-
 def load_model(
-    path: str | os.PathLike[str],
-    config_file: str | os.PathLike[str] | None = None,
-    device: torch.device | str | None = None,
-    model: str | None = None,
+    path: File, config_file: File | None = None, device: torch.device | str | None = None, model: str | None = None
 ) -> TrainedModel:
     """Loads a checkpoint with its configuration, or another one by the name of its network or a configuration file.
 
@@ -150,10 +132,8 @@ def load_model(
         model: name of the network. With neither a configuration in the checkpoint nor a file, the rest is what
             torchreid's zoo was trained with, which stderr says.
 
-    Raises:
-        InputError: for a checkpoint that is missing, damaged, without a configuration or not of the network that its
-            configuration names, and for a device that is not there.
-    """
+    An InputError refuses a checkpoint that is missing, damaged, without a configuration or not of the network that its
+    configuration names, and a device that is not there."""
     path = find_checkpoint(path)
     state = checkpoint.load(path)
     config = _config(path, state, config_file, model)
@@ -169,21 +149,18 @@ def load_model(
     return TrainedModel(network.eval().to(place), config, path, fingerprint)
 
 
-def find_checkpoint(path: str | os.PathLike[str]) -> str:
+def find_checkpoint(path: File) -> str:
     """The checkpoint itself, or the best or else the last one in the folder of a run; InputError if it has none."""
     folder = Path(path)
     if not folder.is_dir():
         return os.fspath(path)
-    for place in (folder / "model", folder):
-        for name in (BEST, LAST):
-            if (place / name).is_file():
-                return str(place / name)
+    for place in (folder / "model" / BEST, folder / "model" / LAST, folder / BEST, folder / LAST):
+        if place.is_file():
+            return str(place)
     raise InputError(f"the folder {os.fspath(path)!r} holds no model/{BEST}: give a checkpoint, or the folder of a run")
 
 
-def _config(
-    path: str, state: Mapping[str, Any], config_file: str | os.PathLike[str] | None, model: str | None
-) -> Config:
+def _config(path: str, state: Mapping[str, Any], config_file: File | None, model: str | None) -> Config:
     config = get_default_config()
     training = state.get("training")
     saved = training.get("config") if isinstance(training, Mapping) else None
@@ -232,9 +209,8 @@ def _note(text: str) -> None:
 
 
 def _fingerprint(network: nn.Module, config: Config) -> str:
-    digest = hashlib.sha256()
     settings = [value for key, value in flat(config).items() if key in KEYS and KEYS[key].features]
-    digest.update(repr(settings).encode())
+    digest = hashlib.sha256(repr(settings).encode())
     for name, value in sorted(network.state_dict().items()):
         if not name.endswith("num_batches_tracked"):
             digest.update(name.encode() + value.contiguous().numpy().tobytes())

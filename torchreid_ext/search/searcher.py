@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from pml_drsl.checks import InputError
-from torchreid_ext.evaluation.page import Box, Found, Picture, Ranking, number
+from torchreid_ext.evaluation.page import UNITS, Box, Found, Picture, Ranking, number
 from torchreid_ext.images import Row, named, pattern
 from torchreid_ext.runtime.files import locked
-from torchreid_ext.search.features import EXACT
 from torchreid_ext.search.gallery import Gallery
 from torchreid_ext.search.model import ImageLike, Preprocessing, as_list, load_model
 from torchreid_ext.search.sources import NAMES, absolute, resolved, shown
@@ -26,11 +25,8 @@ _WORDS = {"right": "same", "wrong": "other", "": ""}
 
 @dataclass(frozen=True)
 class Match:
-    """An image of the gallery that a search found; what is unknown of it is empty.
-
-    The distance from the query is squared Euclidean, or 1 - cosine similarity, as the model was tested; it is between 0
-    and 1 after re-ranking.
-    """
+    """An image of the gallery that a search found; what is unknown of it is empty. The distance from the query is
+    squared Euclidean, or 1 - cosine similarity, as the model was tested; it is in [0, 1] after re-ranking."""
 
     rank: int  # from 1
     name: str  # its absolute path, or the name under which it was added
@@ -55,16 +51,15 @@ class Searcher:
         index_type: kind of faiss's index such as ``"HNSW32"``, see ``torchreid_ext.search.features.FeatureIndex``; None
             for the kind of ``index``, or else the exact one.
         device: where to compute; None takes the GPU where there is one.
-        batch_size: images in a batch; None for ``test.batch_size`` of the configuration.
+        batch_size: images in a batch, 1 or more; None for ``test.batch_size`` of the configuration.
         names: how names of images carry identities and cameras: ``"market"`` (``0002_c1s1_000451_03.jpg``),
             ``"folder"`` (``anna/hall_1.jpg``) or another one of :func:`torchreid_ext.images.pattern`.
+
+    An InputError says why an argument cannot be used.
 
     Attributes:
         model: the network, its configuration and its fingerprint.
         gallery: the images added so far, with the index of their features.
-
-    Raises:
-        InputError: for a checkpoint or an index that cannot be used, or a ``batch_size`` below 1.
     """
 
     def __init__(
@@ -85,30 +80,24 @@ class Searcher:
         self.model = load_model(checkpoint, config_file, device, model)
         self.batch_size = batch_size or int(self.model.config.test.batch_size)
         self.preprocessing = Preprocessing(self.model.config)
-        if index is None:
-            self.gallery = Gallery(self.model, index_type or EXACT)
-        else:
-            self.gallery = Gallery.load(index, self.model, index_type)
+        given = self.model, index_type
+        self.gallery = Gallery(*given) if index is None else Gallery.load(index, *given)
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.gallery)
 
     def extract(self, images: ImageLike | Sequence[ImageLike], crop: Box | None = None) -> Tensor:
-        """The features of images, [N, D] on the CPU, not normalised.
+        """The features of images, [N, D] on the CPU, not normalised; InputError for none, or one that cannot be used.
 
         Args:
             images: one image or several: paths, PIL images, [H, W, 3] uint8 arrays in RGB order, or tensors [3, H, W]
                 of uint8 or of floating values in [0, 1]. They are resized and normalised here.
             crop: left, top, right and bottom in pixels of the part of each image to use.
-
-        Raises:
-            InputError: for no images, or an image that cannot be used; the message says why.
         """
-        given = as_list(images)
+        given, parts = as_list(images), list[Tensor]()
         if not given:
             raise InputError("there are no images to extract features from")
-        parts = []
         for start in range(0, len(given), self.batch_size):
             batch = [self.preprocessing(image, crop) for image in given[start : start + self.batch_size]]
             parts.append(self.model.features(torch.stack(batch)))
@@ -118,11 +107,8 @@ class Searcher:
         """Adds images, as for :meth:`extract`, to the gallery.
 
         Their ``names`` may carry identities and cameras. An image that is a path has its absolute path for a name.
-
-        Raises:
-            InputError: for images without names, a name that is in the gallery already, or an image that cannot be
-                used. Nothing is added then.
-        """
+        An InputError refuses images without names, names that are in the gallery already, and images that cannot be
+        used. Nothing is added then."""
         given, carried = as_list(images), pattern(self.names, "--names")
         if names is None:
             if not all(isinstance(image, (str, os.PathLike)) for image in given):
@@ -158,15 +144,9 @@ class Searcher:
     ) -> list[list[Match]]:
         """At most ``top`` images of the gallery that are nearest to each of Q queries, nearest first.
 
-        Args:
-            queries: Q images, as for :meth:`extract`.
-            top: how many images to find, >= 1.
-            rerank: re-rank the gallery by k-reciprocal neighbours first: slower, often better.
-            crop: the part of each query to use.
-
-        Raises:
-            InputError: for an empty gallery, ``top`` below 1, or a query that cannot be used.
-        """
+        ``queries`` and ``crop``, the part of each to use, are as for :meth:`extract`. ``rerank`` re-ranks the gallery
+        by k-reciprocal neighbours first: slower, often better. An InputError refuses an empty gallery, ``top`` below 1,
+        and queries that cannot be used."""
         return self.search_features(self.extract(queries, crop), top, rerank)
 
     def search_features(self, features: Tensor, top: int = 10, rerank: bool = False) -> list[list[Match]]:
@@ -185,15 +165,13 @@ class Searcher:
 
 
 def rankings(queries: Sequence[Row], crop: Box | None, found: Sequence[Sequence[Match]]) -> list[Ranking]:
-    """The queries, of which the part ``crop`` was used, with the matches that a search found for each, for the page.
-
-    A match is marked right or wrong only where the identities of the query and of the match are both known.
-    """
+    """The queries, of which the part ``crop`` was used, with the matches that a search found for each, for the page. A
+    match is marked right or wrong only where the identities of the query and of the match are both known."""
 
     def marked(query: Row, match: Match) -> Found:
         known = bool(query.identity and match.identity)
         mark = ("right" if query.identity == match.identity else "wrong") if known else ""
-        return Found(Picture(match.name, match.identity, match.camera), match.distance, mark)
+        return Found(Picture(match.name, match.identity, match.camera), match.distance, mark, match.rank)
 
     return [
         Ranking(Picture(query.path, query.identity, query.camera, crop), [marked(query, match) for match in matches])
@@ -203,9 +181,8 @@ def rankings(queries: Sequence[Row], crop: Box | None, found: Sequence[Sequence[
 
 def caption(searcher: Searcher, rerank: bool) -> str:
     """What was searched and by which distance, in a sentence."""
-    kind = {"euclidean": "squared Euclidean distance", "cosine": "cosine distance"}[searcher.model.metric]
     ranked = " after re-ranking by k-reciprocal neighbours" if rerank else ""
-    return f"{len(searcher):,} gallery images, ranked by {kind}{ranked}"
+    return f"{len(searcher):,} gallery images, ranked by {UNITS[searcher.model.metric]}{ranked}"
 
 
 def as_text(rows: Sequence[Ranking]) -> str:
@@ -215,8 +192,8 @@ def as_text(rows: Sequence[Ranking]) -> str:
         about = ", ".join(filter(None, _about(row.query)))
         lines = [f"query {_line(row.query)}" + (f" ({about})" if about else "")]
         cells = [
-            [str(rank), number(found.distance), _WORDS[found.mark], *_about(found.picture)]
-            for rank, found in enumerate(row.matches, 1)
+            [str(found.rank), number(found.distance), _WORDS[found.mark], *_about(found.picture)]
+            for found in row.matches
         ]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         for found, line in zip(row.matches, cells, strict=True):
@@ -232,11 +209,12 @@ def as_dict(searcher: Searcher, rows: Sequence[Ranking], rerank: bool) -> dict[s
     def plain(picture: Picture) -> dict[str, str]:
         return {"path": picture.path, "identity": picture.identity, "camera": picture.camera}
 
-    def matches(row: Ranking) -> list[dict[str, Any]]:
-        return [
-            {"rank": rank, **plain(found.picture), "distance": found.distance, "same_identity": _SAME[found.mark]}
-            for rank, found in enumerate(row.matches, 1)
-        ]
+    def match(found: Found) -> dict[str, Any]:
+        same = _SAME[found.mark]
+        return {"rank": found.rank, **plain(found.picture), "distance": found.distance, "same_identity": same}
+
+    def query(row: Ranking) -> dict[str, Any]:
+        return {**plain(row.query), "crop": row.query.crop, "matches": [match(found) for found in row.matches]}
 
     return {
         "checkpoint": os.path.abspath(searcher.model.path),
@@ -244,13 +222,12 @@ def as_dict(searcher: Searcher, rows: Sequence[Ranking], rerank: bool) -> dict[s
         "metric": searcher.model.metric,
         "reranked": rerank,
         "gallery": len(searcher),
-        "queries": [{**plain(row.query), "crop": row.query.crop, "matches": matches(row)} for row in rows],
+        "queries": [query(row) for row in rows],
     }
 
 
 def _line(picture: Picture) -> str:
-    # A name may hold the end of a line.
-    return shown(picture.path).replace("\n", "\\n")
+    return shown(picture.path).replace("\n", "\\n")  # A name may hold the end of a line.
 
 
 def _about(picture: Picture) -> list[str]:

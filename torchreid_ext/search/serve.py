@@ -31,14 +31,9 @@ from torchreid_ext.pixels import read_image
 from torchreid_ext.search.searcher import Match, Searcher, caption, rankings
 from torchreid_ext.search.sources import shown
 
-MEGABYTES, MEGAPIXELS = 20, 50
-"""A larger photo is refused before it is read whole, or decoded."""
-
-MOST = 500
-"""Results on one page at most: each is a picture in it."""
-
-# Photos and faces stay out of the browser's cache too.
-_HEADERS = {"Cache-Control": "no-store"}
+MEGABYTES, MEGAPIXELS = 20, 50  # A larger photo is refused before it is read whole, or decoded.
+MOST = 500  # results on one page at most: each is a picture in it
+_HEADERS = {"Cache-Control": "no-store"}  # Photos and faces stay out of the browser's cache too.
 
 
 class TooLarge(InputError):
@@ -48,12 +43,8 @@ class TooLarge(InputError):
 def application(searcher: Searcher, rerank: bool = False, top: int = 10, hosts: Sequence[str] = ("*",)) -> FastAPI:
     """The page (``GET /``) and its search (``POST /search``, with the photo's file as the body).
 
-    Args:
-        searcher: the network and its gallery. Its cameras and folders are read once, here.
-        rerank: re-rank by k-reciprocal neighbours.
-        top: how many results the page asks for at first, >= 1.
-        hosts: names of this server that a browser may use; those of all others are refused.
-    """
+    The gallery's cameras and folders are read once, here. The page asks for ``top`` results, >= 1, at first. ``hosts``
+    are the names of this server that a browser may use; all others are refused."""
     carried = pattern(searcher.names, "--names")
     entries = searcher.gallery.entries
     cameras = {_printable(camera): camera for camera in sorted({entry.camera for entry in entries} - {""})}
@@ -133,11 +124,10 @@ def listen(host: str, port: int) -> socket.socket:
 def serve(listener: socket.socket, searcher: Searcher, rerank: bool = False, top: int = 10) -> None:
     """Serves :func:`application` at a socket of :func:`listen` until Ctrl-C, and says where on stdout."""
     address, port = listener.getsockname()[:2]
-    hosts = ["*"]
-    if ipaddress.ip_address(address).is_loopback:
-        # Before version 1, starlette took the address [::1]:7861 for the name "[".
-        hosts = ["localhost", address, f"[{address}]", "["]
-    else:
+    # Before version 1, starlette took the address [::1]:7861 for the name "[".
+    hosts = ["localhost", address, f"[{address}]", "["]
+    if not ipaddress.ip_address(address).is_loopback:
+        hosts = ["*"]
         say("Anyone in the network can search this gallery and see its pictures", sys.stderr)
     app = application(searcher, rerank, top, hosts)
     say(f"Search at http://{f'[{address}]' if ':' in address else address}:{port} (Ctrl-C ends)")

@@ -16,9 +16,7 @@ from torchreid_ext.config import Config
 from torchreid_ext.data.datasets import register_datasets, without_empty_folders
 from torchreid_ext.images import Row, Table
 
-NAMES = "market"
-"""How names carry identities and cameras, unless the user says otherwise: see ``torchreid_ext.images.pattern``."""
-
+NAMES = "market"  # how names carry identities and cameras by default: see ``torchreid_ext.images.pattern``
 # The folders of Market-1501's layout; DukeMTMC-reID and the drawn pedestrians have the same.
 _QUERY, _GALLERY = "query", ("bounding_box_test", "gallery")
 
@@ -46,8 +44,7 @@ def list_sources(sources: Sequence[str], names: str = NAMES) -> Table:
     layout (``query`` and ``bounding_box_test``), be one of these two, or hold images in any folders below it. Where
     the identities and cameras of all such images are known, the first of each is a query too. An image file is of
     the gallery. Raises InputError for a source that is missing, has no image, or names an image as another source
-    does.
-    """
+    does."""
     carried = images.pattern(names, "--names")
     table, origin = Table(), dict[tuple[str, str], str]()
     for source in sources:
@@ -68,10 +65,8 @@ def list_sources(sources: Sequence[str], names: str = NAMES) -> Table:
 
 
 def list_queries(sources: Sequence[str], names: str = NAMES) -> list[Row]:
-    """Query images: image files, all images of folders, and the query images of CSV files.
-
-    Raises InputError for a folder without an image, or a CSV file that cannot be read.
-    """
+    """Query images: image files, all images of folders, and the query images of CSV files. Raises InputError for a
+    folder without an image, or a CSV file that cannot be read."""
     carried = images.pattern(names, "--names")
     rows: list[Row] = []
     for source in sources:
@@ -112,10 +107,8 @@ def _listed(source: str, names: re.Pattern[str]) -> Table:
 
 
 def test_images(config: Config) -> Table:
-    """The query and the gallery on which a run's first target is tested, in the order of the run's test.
-
-    Raises InputError for a target of video, or one that is not found.
-    """
+    """The query and the gallery on which a run's first target is tested, in the order of the run's test. Raises
+    InputError for a target of video, or one that is not found."""
     target, root = config.data.targets[0], config.data.root
     if config.data.type != "image":
         raise InputError(f"target {target!r} is of video: give the folder of its images instead")

@@ -48,9 +48,9 @@ def rows(tmp_path_factory):
         Image.fromarray(pixels).save(folder / f"{index}.png")
         files.append(str(folder / f"{index}.png"))
     matches = [
-        Found(Picture(files[1], "anna", "c2"), -1e-9, "right"),
-        Found(Picture(files[2], "anna", "c1"), 0.25, "junk"),
-        Found(Picture([*files, *files], "ben", "c3"), 1.5, "wrong"),
+        Found(Picture(files[1], "anna", "c2"), -1e-9, "right", 1),
+        Found(Picture(files[2], "anna", "c1"), 0.25, "junk", 1),
+        Found(Picture([*files, *files], "ben", "c3"), 1.5, "wrong", 2),
     ]
     query = Picture(files[0], "anna", "c1", crop=(0, 0, 10, 20))
     return [Ranking(query, matches, "AP 50.0%"), Ranking(Picture(files[3]), matches[:2])]
@@ -93,7 +93,7 @@ def test_the_page_shows_what_it_was_given_and_is_whole_in_itself(written):
 
 def test_names_do_not_become_parts_of_the_page(tmp_path):
     evil = "</span><script>alert(1)</script>%%BODY%%\udcff"
-    found = Found(Picture(evil, evil), 0.5)
+    found = Found(Picture(evil, evil), 0.5, "", 1)
     write_pages(tmp_path / "p.html", [Ranking(Picture(evil, evil, evil), [found], evil)], "caption %%TITLE%%")
     text = (tmp_path / "p.html").read_text(encoding="utf-8")
     assert "<script>alert" not in text and text.count("<section") == 1 and "caption %%TITLE%%" in text

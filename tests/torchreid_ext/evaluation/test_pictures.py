@@ -25,7 +25,8 @@ def images(tmp_path: Path) -> dict[tuple[int, int, int], str]:
 
 
 def ranked(query: str, *matches: tuple[str | list[str], float, str]) -> Ranking:
-    return Ranking(Picture(query), [Found(Picture(files), distance, mark) for files, distance, mark in matches])
+    found = [Found(Picture(files), far, mark, rank) for rank, (files, far, mark) in enumerate(matches, 1)]
+    return Ranking(Picture(query), found)
 
 
 def columns(page: Image.Image, colour: tuple[int, int, int]) -> list[int]:
