@@ -29,7 +29,10 @@ def distance_matrix(distance: BaseDistance, x: Tensor, ref: Tensor | None = None
         ref: embeddings of the candidates, shape (M, dim), of the type of ``x``; None for the queries themselves.
         fused: give Euclidean distances and inner products a gradient in full precision, which can be differentiated
             once, and takes one matrix product less if a batch is compared with itself. All else is plain autograd,
-            whose backward pass follows the user's settings. Infinite or NaN values of such a distance: an InputError.
+            whose backward pass follows the user's settings.
+
+    Raises:
+        InputError: for infinite or NaN values of a distance that is not computed here.
     """
     euclidean = isinstance(distance, LpDistance)
     known = is_known(distance) and not distance.collect_stats

@@ -38,12 +38,15 @@ class LargeBatch(nn.Module):
         loss.backward()
 
     Args:
-        network: an ``nn.Module`` that takes images, shape (N, ...), and returns embeddings, shape (N, D), or tuples,
-            lists or dictionaries of tensors of length N; an InputError for anything else.
+        network: takes images, shape (N, ...), and returns embeddings, shape (N, D), or tuples, lists or dictionaries of
+            tensors of length N.
         loss: any function of what the network returns and of the labels, such as a loss of pytorch-metric-learning.
-        chunk_size: largest number of images to embed at a time, >= 1, else an InputError. Chunks differ by one image at
-            most: with a ``chunk_size`` of 16, 20 images are embedded as 10 and 10.
+        chunk_size: largest number of images to embed at a time, >= 1. Chunks differ by one image at most: with a
+            ``chunk_size`` of 16, 20 images are embedded as 10 and 10.
         miner: a miner of pytorch-metric-learning, for a network that returns embeddings alone. It sees the whole batch.
+
+    Raises:
+        InputError: for a network that is no ``nn.Module``, or a ``chunk_size`` that is no integer of 1 or more.
     """
 
     def __init__(

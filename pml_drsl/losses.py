@@ -57,8 +57,11 @@ class DRSLoss(BaseMetricLossFunction):
         **kwargs: arguments of ``BaseMetricLossFunction``: ``distance`` (default: ``CosineSimilarity()``; refused are
             ``BatchedDistance``, and ``p`` or ``power`` below 1, whose gradient is infinite at a distance of 0),
             ``reducer`` (default: ``PerQueryReducer``), ``embedding_regularizer``, ``embedding_reg_weight``,
-            ``collect_stats``. Unknown arguments, values out of range, and a call with tensors of a wrong shape or type
-            raise an InputError, which is a ``ValueError``.
+            ``collect_stats``.
+
+    Raises:
+        InputError: a ``ValueError``, for an unknown argument or a hyper-parameter out of range, or when called for
+            tensors of wrong shape or type.
     """
 
     def __init__(
