@@ -190,8 +190,7 @@ class BaseEngine(Tester, TrainingStep):
             if self.skipped == skipped:
                 log.add(index, summary, self.get_current_lr())
             if signum is not None:
-                self.stop.signum = signum
-                self.stop.check()
+                raise Interrupted(signum, "a signal asked this run to stop")
         if steps == 0:
             raise InputError(
                 f"no batch came in epoch {self.epoch + 1}, where the loader's length is {self.num_batches}: its "
@@ -203,7 +202,7 @@ class BaseEngine(Tester, TrainingStep):
             )
         log.finish(self.get_current_lr())
         for model in self._models.values():
-            distributed.average_buffers(model)
+            distributed.average(buffer for buffer in model.buffers() if buffer.is_floating_point())
         self.update_lr()
 
     def two_stepped_transfer_learning(

@@ -244,7 +244,7 @@ class Stepper:
         self.scaler.scale(loss).backward()
         in_networks = {id(parameter) for model in self._networks for parameter in model.parameters()}
         every = {id(p): p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-        distributed.average_gradients(p for key, p in every.items() if key not in in_networks)
+        distributed.average(p.grad for key, p in every.items() if key not in in_networks)
         for optimizer in optimizers:
             if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
                 self.scaler.step(optimizer)

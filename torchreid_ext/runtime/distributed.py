@@ -25,16 +25,12 @@ T = TypeVar("T")
 def joined(use_gpu: bool = True, timeout: int = 1800) -> Iterator[None]:
     """Context: connects the processes that torchrun started. Only the first process prints to stdout.
 
-    Each process uses the GPU with the number of its local rank, if there are GPUs.
-
-    Args:
-        use_gpu: whether to train on GPUs, where there are any.
-        timeout: seconds after which a process that waits for another process stops with an error.
+    With ``use_gpu`` each process uses the GPU with the number of its local rank, if there are GPUs.
 
     Raises:
         InputError: for a timeout below 1, for more processes than GPUs, or for restarts on several machines with a
             store of torchrun that keeps the addresses of dead processes.
-        TimeoutError: at the end, if gloo waited longer than ``timeout`` for another process.
+        TimeoutError: at the end, if gloo waited longer than ``timeout`` seconds for another process.
         ConnectionError: at the end, if gloo found that another process had ended.
     """
     if not launched():
@@ -78,12 +74,12 @@ def joined(use_gpu: bool = True, timeout: int = 1800) -> Iterator[None]:
 
 def _place(timeout: datetime.timedelta) -> dict[str, Any]:
     """The store where the processes find each other, and the rank of this process. torchrun may keep one store for all
-    starts of a run, with the addresses of processes that died. Therefore each start gets a prefix of its own there.
-    Several machines could not agree on it, because each counts its own starts."""
+    starts of a run, with the addresses of dead processes. Each start therefore has a prefix of its own there, on which
+    several machines could not agree, because each counts its own starts."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
     if int(os.environ.get("GROUP_WORLD_SIZE", 1)) == 1:
-        # These imports are here because not every build of torch has these modules.
+        # Not every build of torch has these modules.
         from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
@@ -182,14 +178,13 @@ def from_first(function: Callable[[], T]) -> T:
     dist.broadcast_object_list(answer)
     if failed or answer[1]:
         raise failed or answer[1]
-    result: T = answer[0]
-    return result
+    return answer[0]
 
 
 @contextlib.contextmanager
 def one_first() -> Iterator[None]:
-    """Context: one process of each machine runs the block before the others, which then find what it downloaded. Raises
-    ConnectionError on a process that did not fail, if the block raised an error on such a first process."""
+    """Context: one process of each machine runs the block before the others, which then find what it downloaded. If the
+    block fails there, the other processes raise ConnectionError."""
     leads = int(os.environ.get("LOCAL_RANK", 0)) == 0
     failed: BaseException | None = None
     if leads:
@@ -214,20 +209,22 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def mean(value: Tensor) -> Tensor:
     """The mean of a scalar over the processes, without gradient. One value that is not finite makes the mean so."""
-    return _averaged(value.detach().clone())
+    value = value.detach().clone()
+    average([value])
+    return value
 
 
-def _averaged(tensor: Tensor) -> Tensor:
-    """The tensor, whose values are replaced by their means over the processes."""
-    if size() > 1:
-        dist.all_reduce(tensor)
-        tensor /= size()
-    return tensor
+@torch.no_grad()
+def average(tensors: Iterable[Tensor | None]) -> None:
+    """Replaces the values of tensors (gradients, statistics) by their means over the processes; None is left out."""
+    for tensor in tensors:
+        if size() > 1 and tensor is not None:
+            dist.all_reduce(tensor)
+            tensor /= size()
 
 
 def local_mean_scale(number: int, device: torch.device) -> float:
-    """The factor on a mean over ``number`` samples of this process, or on its gradients. With it, the mean over the
-    processes equals the mean over all samples."""
+    """The factor on a mean over ``number`` samples of this process; the processes' mean is then that of all samples."""
     if size() == 1:
         return 1.0
     total = torch.tensor(number, device=device)
@@ -237,27 +234,9 @@ def local_mean_scale(number: int, device: torch.device) -> float:
 
 def agreed(summary: dict[str, float], signum: int | None) -> tuple[dict[str, float], int | None]:
     """The mean of each value over the processes, which have the same names, and the signal that any received."""
-    if size() == 1:
-        return summary, signum
     all_of_them = gathered((summary, signum))
     means = {name: sum(values[name] for values, _ in all_of_them) / size() for name in summary}
     return means, max((number for _, number in all_of_them if number is not None), default=None)
-
-
-@torch.no_grad()
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Averages the gradients over the processes, for parameters outside ``DistributedDataParallel``."""
-    for parameter in parameters:
-        if parameter.grad is not None:
-            _averaged(parameter.grad)
-
-
-@torch.no_grad()
-def average_buffers(model: nn.Module) -> None:
-    """Averages the buffers over the processes, such as the statistics of batch normalisation."""
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            _averaged(buffer)
 
 
 @torch.no_grad()
