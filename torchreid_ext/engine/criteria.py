@@ -81,10 +81,8 @@ def parameters(kind: type) -> dict[str, inspect.Parameter]:
 
 
 def _signature(kind: type) -> str:
-    listed = (
-        p.name if p.default is p.empty else f"{p.name}={p.default!r}"
-        for p in sorted(parameters(kind).values(), key=lambda p: p.default is not p.empty)
-    )
+    required_first = sorted(parameters(kind).values(), key=lambda p: p.default is not p.empty)
+    listed = (p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in required_first)
     return f"{kind.__name__}({', '.join(listed)})"
 
 
@@ -93,14 +91,9 @@ def build(
 ) -> Any:
     """Builds the object that ``{"name": CLASS, ARGUMENT: VALUE, ...}`` describes, as are values at any depth.
 
-    Raises InputError for an unknown name (the message gives the nearest name), for a dotted path without a class, for
-    an unknown or missing argument (the message gives the signature), or for a value that the class refuses.
-
-    Args:
-        key: config key, for messages.
-        spec: the description.
-        table: the known classes by name.
-        from_the_data: values of required arguments, used if the description has none.
+    The table has the known classes by name; ``from_the_data`` has values of required arguments that the description
+    lacks. Raises InputError, with the config key, for an unknown name, a dotted path without a class, an unknown or
+    missing argument (the message gives the signature), or a value that the class refuses.
     """
     arguments = dict(spec)
     name = arguments.pop("name", None)
@@ -160,8 +153,7 @@ def build_criterion(
     ``build``, for a ``memory_size`` below 0, or for a loss that does not support a memory.
 
     Args:
-        key: the section's name, for messages.
-        section: ``distance``, ``reducer``, ``miner`` and ``memory_size``.
+        key, section: name and content of the section: ``distance``, ``reducer``, ``miner`` and ``memory_size``.
         loss: description of the loss, for ``build``.
         num_classes, sizes: number of training identities, and dimensions of each of the network's features.
         memory_warmup: number of training steps before the memory starts.
@@ -180,12 +172,10 @@ def build_criterion(
         described_loss = {**described, **loss}
         criterion = build(f"{key}.loss" if "loss" in section else key, described_loss, TABLES["loss"], from_the_data)
         if memory_size:
-            supported = CrossBatchMemory.supported_losses()
-            if type(criterion).__name__ not in supported:
-                raise InputError(
-                    f"{key}.memory_size is {memory_size}, but {type(criterion).__name__} does not support a memory; "
-                    f"set it to 0, or take one of {', '.join(supported)}"
-                )
+            name, supported = type(criterion).__name__, CrossBatchMemory.supported_losses()
+            if name not in supported:
+                refused = f"{key}.memory_size is {memory_size}, but {name} does not support a memory"
+                raise InputError(f"{refused}; set it to 0, or take one of {', '.join(supported)}")
             miner = build_miner(key, section)
             criterion = CrossBatchMemory(criterion, size, memory_size, miner, warmup=memory_warmup)
         criteria.append(criterion)
@@ -197,8 +187,8 @@ def memory_warmup(key: str, section: Mapping[str, Any], warmup_epoch: int, steps
     """The number of training steps before the cross-batch memory of a config's section starts.
 
     ``memory_start_epoch`` of the section is the number of epochs without the memory. -1 stands for the ``warmup_epoch``
-    epochs in which the learning rate rises, and for at least one epoch. The number of steps in an epoch may be None.
-    Raises InputError for a ``memory_start_epoch`` below -1, or if the steps of an epoch are needed and not known.
+    epochs in which the learning rate rises, and for at least one epoch. Raises InputError for a ``memory_start_epoch``
+    below -1, or if the steps of an epoch are needed and None.
     """
     start = section["memory_start_epoch"]
     if start < -1:
@@ -208,10 +198,9 @@ def memory_warmup(key: str, section: Mapping[str, Any], warmup_epoch: int, steps
     if not section["memory_size"] or not start:
         return 0
     if steps_per_epoch is None:
-        raise InputError(
-            f"{key}.memory_start_epoch: the number of steps in an epoch is needed to start the memory after {start} "
-            f"epochs; give it to build_criterion, or start the memory at once with memory_start_epoch 0"
-        )
+        needed = f"the number of steps in an epoch is needed to start the memory after {start} epochs"
+        cure = "give it to build_criterion, or start the memory at once with memory_start_epoch 0"
+        raise InputError(f"{key}.memory_start_epoch: {needed}; {cure}")
     return start * steps_per_epoch
 
 

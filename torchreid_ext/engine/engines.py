@@ -107,18 +107,14 @@ class ImagePMLEngine(BaseEngine):
         if self.weight_m == 0 and isinstance(output, Tensor):
             return [output], []
         if not isinstance(output, (tuple, list)) or len(output) != 2:
-            raise InputError(
-                f"the model must return (logits, features) in training, got {type(output).__name__}; "
-                f"build a model of torchreid with loss='triplet'"
-            )
+            wanted = f"the model must return (logits, features) in training, got {type(output).__name__}"
+            raise InputError(f"{wanted}; build a model of torchreid with loss='triplet'")
         logits, features = (list(part) if isinstance(part, (tuple, list)) else [part] for part in output)
         num_pids = self.datamanager.num_train_pids
         for y in logits:
             if y.ndim != 2 or y.shape[1] < num_pids:
-                raise InputError(
-                    f"the model's logits have shape {tuple(y.shape)}, but there are {num_pids} training identities; "
-                    f"build it with num_classes={num_pids}"
-                )
+                few = f"the model's logits have shape {tuple(y.shape)}, but there are {num_pids} training identities"
+                raise InputError(f"{few}; build it with num_classes={num_pids}")
         return logits, features
 
     def _metric_loss(self, features: list[Tensor], pids: Tensor, camids: Tensor | None) -> Tensor:

@@ -42,10 +42,9 @@ def joined(use_gpu: bool = True, timeout: int = 1800) -> Iterator[None]:
     if use_gpu and torch.cuda.is_available():
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
-            raise InputError(
-                f"process {local} of this machine has no GPU of its own: there are {torch.cuda.device_count()}. Start "
-                f"as many with torchrun --nproc_per_node gpu, or train on the CPU with use_gpu False"
-            )
+            none = f"process {local} of this machine has no GPU of its own: there are {torch.cuda.device_count()}"
+            cure = "Start as many with torchrun --nproc_per_node gpu, or train on the CPU with use_gpu False"
+            raise InputError(f"{none}. {cure}")
         torch.cuda.set_device(local)
         # Small tensors on the CPU do not have to wait for the GPU.
         backend = "cpu:gloo,cuda:nccl"
@@ -59,14 +58,11 @@ def joined(use_gpu: bool = True, timeout: int = 1800) -> Iterator[None]:
         except RuntimeError as error:
             # These are messages of gloo. nccl ends the process itself, with its own message.
             if "Timed out waiting" in str(error):
-                raise TimeoutError(
-                    f"waited {timeout} seconds for another process, which hangs or has much work to do alone: if it "
-                    f"only needs more time, increase train.timeout"
-                ) from error
+                why = f"waited {timeout} seconds for another process, which hangs or has much work to do alone"
+                raise TimeoutError(f"{why}: if it only needs more time, increase train.timeout") from error
             if "Connection closed by peer" in str(error):
-                raise ConnectionError(
-                    "another process ended, so this process ends too; the message of the other process says why"
-                ) from error
+                why = "another process ended, so this process ends too"
+                raise ConnectionError(f"{why}; the message of the other process says why") from error
             raise
     # This is not done after an error, because it could wait for processes that wait for this one.
     dist.destroy_process_group()
@@ -86,10 +82,9 @@ def _place(timeout: datetime.timedelta) -> dict[str, Any]:
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
         return {"store": PrefixStore(f"start {restarts()}", store), "rank": rank, "world_size": world_size}
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-        raise InputError(
-            "torchrun --max-restarts on several machines would connect new processes to dead ones: start torchrun on "
-            "each with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, or with --max-restarts 0"
-        )
+        why = "torchrun --max-restarts on several machines would connect new processes to dead ones"
+        cure = "with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, or with --max-restarts 0"
+        raise InputError(f"{why}: start torchrun on each {cure}")
     return {}
 
 
@@ -144,19 +139,16 @@ def check_share(batch_size: int, num_instances: int = 1) -> None:
     """Raises InputError if a batch has no equal shares for the processes, of complete groups of ``num_instances``."""
     if size() > 1 and batch_size % (size() * num_instances):
         groups = f" in complete groups of sampler.num_instances {num_instances}" if num_instances > 1 else ""
-        raise InputError(
-            f"train.batch_size {batch_size} is the batch of all {size()} processes together, and it cannot be divided "
-            f"equally{groups}: make it a multiple of {size() * num_instances}"
-        )
+        whole = f"train.batch_size {batch_size} is the batch of all {size()} processes together"
+        cure = f"make it a multiple of {size() * num_instances}"
+        raise InputError(f"{whole}, and it cannot be divided equally{groups}: {cure}")
 
 
 def share(batch: list[T]) -> list[T]:
     """This process's share of a batch. Raises InputError if the batch cannot be divided equally."""
     if len(batch) % size():
-        raise InputError(
-            f"a batch of {len(batch)} cannot be divided equally among {size()} processes; if it is the last batch of "
-            f"an epoch, make the loader with drop_last=True"
-        )
+        cure = "if it is the last batch of an epoch, make the loader with drop_last=True"
+        raise InputError(f"a batch of {len(batch)} cannot be divided equally among {size()} processes; {cure}")
     part = len(batch) // size()
     return batch[rank() * part : (rank() + 1) * part]
 

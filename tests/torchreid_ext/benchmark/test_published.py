@@ -36,4 +36,7 @@ def test_each_configuration_states_its_figures(results):
     sections = [section for section in report.sections(results) if not section.changes]
     assert sections
     for section in sections:
-        assert f"#   {report.stated(section, 'drsl')}\n" in (ROOT / "configs" / section.config).read_text()
+        row, seeds = section.scores().loc["drsl"], len(section.lines["drsl"])
+        scores = (f"{score} {row[score, 'mean']:.1f} ± {row[score, 'sd']:.1f}" for score in report.SCORES)
+        line = f"#   drsl: {', '.join(scores)} ({seeds} seeds)\n"
+        assert line in (ROOT / "configs" / section.config).read_text()
