@@ -140,7 +140,7 @@ def files(folder: str, prefix: str = "", above: tuple[str, ...] = ()) -> Iterato
             yield prefix + entry.name, os.path.realpath(entry.path) if entry.is_symlink() else f"{real}/{entry.name}"
 
 
-def list_folder(folder: str, names: re.Pattern[str], junk: Collection[str] = JUNK) -> Table:
+def list_folder(folder: str, names: re.Pattern[str]) -> Table:
     """All images below a folder, in the order of their names, as gallery; the folder's own name is no identity. Raises
     InputError if the folder is missing or has no image."""
     if not os.path.isdir(folder):
@@ -150,7 +150,7 @@ def list_folder(folder: str, names: re.Pattern[str], junk: Collection[str] = JUN
         found = in_name(names, name) or ("", "")
         if not is_image(name):
             table.leave_out(NO_IMAGES, name)
-        elif found[0] in junk:
+        elif found[0] in JUNK:
             table.leave_out("images of junk", name)
         else:
             table.rows.append(Row(os.path.join(folder, name), *found, "gallery"))

@@ -65,8 +65,7 @@ def timm_images(name: str) -> tuple[tuple[int, int], list[float], list[float]]:
     config = timm.get_pretrained_cfg(name)
     if config is None:
         return (224, 224), list(timm.data.IMAGENET_DEFAULT_MEAN), list(timm.data.IMAGENET_DEFAULT_STD)
-    _, height, width = config.input_size
-    return (height, width), list(config.mean), list(config.std)
+    return config.input_size[1:], list(config.mean), list(config.std)
 
 
 def _timm(name: str) -> Any:
@@ -92,11 +91,9 @@ class Head:
 
 
 class NeckClassifier(nn.Linear):
-    """A classifier without bias behind a batch normalisation without shift, the neck; it replaces ``classifier``.
-
-    The metric loss gets the features before the neck; cross-entropy and retrieval get the features after the neck (Luo
-    et al., "A strong baseline and batch normalization neck", TMM 2019).
-    """
+    """A classifier without bias behind a batch normalisation without shift, the neck; it replaces ``classifier``. The
+    metric loss gets the features before the neck; cross-entropy and retrieval get the features after the neck (Luo et
+    al., "A strong baseline and batch normalization neck", TMM 2019)."""
 
     def __init__(self, classifier: nn.Linear) -> None:
         super().__init__(classifier.in_features, classifier.out_features, bias=False)

@@ -83,10 +83,8 @@ class Section:
         """The difference of each query that has a match, and its identity."""
         one, other = ours["results"][self.target], theirs["results"][self.target]
         if one["identity"] != other["identity"] or ours.get("varied") != theirs.get("varied"):
-            raise InputError(
-                f"{self.title}: {ours['loss']} and {theirs['loss']} were tested on other queries with seed "
-                f"{ours['seed']}; give their runs the same --vary"
-            )
+            other_queries = f"{ours['loss']} and {theirs['loss']} were tested on other queries with seed {ours['seed']}"
+            raise InputError(f"{self.title}: {other_queries}; give their runs the same --vary")
         pairs = zip(one[score], other[score], one["identity"], strict=True)
         kept = [(a - b, identity) for a, b, identity in pairs if a is not None and b is not None]
         return [difference for difference, _ in kept], [identity for _, identity in kept]

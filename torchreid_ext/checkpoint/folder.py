@@ -51,8 +51,8 @@ class History:
         were written before the time ``since``, in seconds since 1970, are ignored. Raises InputError if there are
         checkpoints but none can be read."""
         numbered = sorted(self._numbered().values(), key=lambda path: path.stat().st_mtime, reverse=True)
-        named = [path for path in (self.folder / LAST, *numbered) if path.is_file()]
-        candidates = [path for path in named if path.stat().st_mtime >= since]
+        paths = self.folder / LAST, *numbered
+        candidates = [path for path in paths if path.is_file() and path.stat().st_mtime >= since]
         for path in candidates:
             try:
                 state = checkpoint.load(path)

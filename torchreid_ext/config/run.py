@@ -128,9 +128,6 @@ class _Tee:
         return False
 
 
-STEPS = 3
-
-
 class _EnoughError(Exception):
     """As many steps as a dry run takes."""
 
@@ -140,7 +137,7 @@ def dry_run(cfg: Config) -> None:
     batch is kept, ``batch.png`` in ``data.save_dir``. Raises InputError for whatever a run would refuse."""
     engine = prepare(cfg)
     steps = steps_per_epoch(engine.datamanager)
-    batches, times = _try(cfg, engine, min(STEPS, steps))
+    batches, times = _try(cfg, engine, min(3, steps))
     path = Path(cfg.data.save_dir, "batch.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     images = engine.training_batch(batches[0]).images.reshape(-1, 3, cfg.data.height, cfg.data.width)

@@ -76,12 +76,10 @@ class PerClassSampler(MPerClassSampler):
     def __init__(self, pids: Sequence[int], batch_size: int, num_instances: int) -> None:
         check_batch(pids, batch_size, num_instances)
         super().__init__(pids, num_instances, batch_size, max(batch_size, len(pids)))
-        self.labels: list[int] = sorted(set(pids))
-        self._ordered = list(self.labels)
 
     def __iter__(self) -> Iterator[int]:
         # MPerClassSampler shuffles its labels in place. A resumed run would otherwise shuffle another order.
-        self.labels = list(self._ordered)
+        self.labels: list[int] = sorted(self.labels)
         return map(int, super().__iter__())
 
 

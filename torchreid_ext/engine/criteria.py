@@ -110,8 +110,7 @@ def build(
             raise InputError(f"{key}: {name} takes no {argument!r}; it is {_signature(kind)}")
     required = [p for p in known if known[p].default is inspect.Parameter.empty and p not in arguments]
     arguments |= {p: value for p, value in (from_the_data or {}).items() if p in required}
-    missing = [p for p in required if p not in arguments]
-    if missing:
+    if missing := [p for p in required if p not in arguments]:
         raise InputError(f"{key}: {name} needs {', '.join(missing)}; it is {_signature(kind)}")
     try:
         return kind(**{argument: _objects(f"{key}.{argument}", value) for argument, value in arguments.items()})

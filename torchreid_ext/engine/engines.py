@@ -25,14 +25,11 @@ from torchreid_ext.runtime import distributed
 class ImagePMLEngine(BaseEngine):
     """Trains with a loss of pytorch-metric-learning (PML) on the features and cross-entropy on the identity logits.
 
-    In a run of several processes, each process has its share of the batch. The criterion and the miner see the whole
-    batch.
-
+    In a run of several processes, each has its share of the batch, and the criterion and the miner see the whole batch.
     A model that returns several features or logits in training (``pcb_p6``, ``hacnn``) is trained on the mean of their
     losses. The log shows ``loss_m``, ``loss_x``, ``acc`` (accuracy of the first logits in percent), and the statistics
     of a criterion that has ``collect_stats``. Raises InputError for a weight below 0, for a criterion, miner and
-    optimizer that do not fit together (see ``check_criterion``), or for a model that does not return what the weights
-    need.
+    optimizer that do not fit together, or for a model that does not return what the weights need.
 
     Example::
 

@@ -37,6 +37,7 @@ def test_each_configuration_states_its_figures(results):
     assert sections
     for section in sections:
         row, seeds = section.scores().loc["drsl"], len(section.lines["drsl"])
-        scores = (f"{score} {row[score, 'mean']:.1f} ± {row[score, 'sd']:.1f}" for score in report.SCORES)
-        line = f"#   drsl: {', '.join(scores)} ({seeds} seeds)\n"
+        form = "{} {:.1f} ± {:.1f}" if seeds > 1 else "{} {:.1f}"
+        scores = ", ".join(form.format(score, row[score, "mean"], row[score, "sd"]) for score in report.SCORES)
+        line = f"#   drsl: {scores} ({seeds} seed{'s' * (seeds > 1)})\n"
         assert line in (ROOT / "configs" / section.config).read_text()
