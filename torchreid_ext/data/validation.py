@@ -24,13 +24,11 @@ Item = tuple[str, int, int, int]
 def hold_out(manager: Any, identities: int, share: float, seed: int, batch_size: int) -> None:
     """Keeps some training identities of an image data manager, and tests on some of them instead of the targets.
 
-    The draws depend on the images' paths and on the seed alone; a smaller draw is a part of a larger one. What is left
-    for training is numbered from 0. The sampler of the training loader must be replaced afterwards.
-
-    Args:
-        identities: number of training identities to keep, the same for every seed; 0 for all.
-        share: share of these to test on, in [0, 1), with the first image of each identity and camera as a query and all
-            in the gallery, in batches of ``batch_size``; 0 keeps the manager's targets.
+    The number ``identities`` of them is kept (0: all), the same for every seed. A ``share`` of these, in [0, 1), is
+    tested on in batches of ``batch_size``: the first image of each identity and camera is a query, and all are the
+    gallery; 0 keeps the manager's targets. The draws depend on the images' paths and on the seed alone; a smaller draw
+    is a part of a larger one. What is left for training is numbered from 0. The sampler of the training loader must be
+    replaced afterwards.
 
     Raises:
         InputError: for more identities than there are, or for a share that leaves fewer than two identities for

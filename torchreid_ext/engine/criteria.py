@@ -148,14 +148,11 @@ def build_criterion(
     key: str, section: Mapping[str, Any], loss: Mapping[str, Any], num_classes: int, sizes: Sequence[int],
     memory_warmup: int = 0,
 ) -> nn.Module:  # fmt: skip
-    """Builds the metric loss of a config's section, with its distance, its reducer and its memory. Raises InputError as
-    ``build``, for a ``memory_size`` below 0, or for a loss that does not support a memory.
+    """Builds the metric loss of a config's section, ``key``, with its distance, its reducer and its memory.
 
-    Args:
-        key, section: name and content of the section: ``distance``, ``reducer``, ``miner`` and ``memory_size``.
-        loss: description of the loss, for ``build``.
-        num_classes, sizes: number of training identities, and dimensions of each of the network's features.
-        memory_warmup: number of training steps before the memory starts.
+    ``loss`` is described as for ``build``; ``sizes`` are the dimensions of each of the network's features. The memory
+    starts after ``memory_warmup`` training steps. Raises InputError as ``build``, for a ``memory_size`` below 0, or for
+    a loss that does not support a memory.
     """
     memory_size = section["memory_size"]
     if memory_size < 0:
@@ -183,12 +180,9 @@ def build_criterion(
 
 
 def memory_warmup(key: str, section: Mapping[str, Any], warmup_epoch: int, steps_per_epoch: int | None) -> int:
-    """The number of training steps before the cross-batch memory of a config's section starts.
-
-    ``memory_start_epoch`` of the section is the number of epochs without the memory. -1 stands for the ``warmup_epoch``
-    epochs in which the learning rate rises, and for at least one epoch. Raises InputError for a ``memory_start_epoch``
-    below -1, or if the steps of an epoch are needed and None.
-    """
+    """The number of training steps before the cross-batch memory of a config's section starts: those of its first
+    ``memory_start_epoch`` epochs. -1 stands for the ``warmup_epoch`` epochs in which the learning rate rises, at least
+    one. Raises InputError for a number below -1, or if the steps of an epoch are needed and None."""
     start = section["memory_start_epoch"]
     if start < -1:
         raise InputError(f"{key}.memory_start_epoch must be 0 or more epochs, or -1 for the default, got {start}")
@@ -209,13 +203,8 @@ def build_miner(key: str, section: Mapping[str, Any]) -> Any:
 
 
 def cross_camera_pairs(pids: Tensor, camids: Tensor, mined: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
-    """The pairs (a1, p, a2, n) of a batch, without the pairs of one identity and one camera; all negatives stay. They
-    are triplets if the miner chose triplets.
-
-    Args:
-        pids, camids: identities and cameras, shape (N,), integer.
-        mined: the choice of a miner, pairs (a1, p, a2, n) or triplets (a, p, n) of indices below N; None for all pairs.
-    """
+    """The pairs (a1, p, a2, n) or triplets (a, p, n) that a miner chose (None: all pairs of the batch) without those
+    of one identity and one camera. All negatives stay. ``pids`` and ``camids`` have shape (N,), integer."""
     if mined is None:
         same = pids[:, None] == pids
         positive = same & (camids[:, None] != camids)
