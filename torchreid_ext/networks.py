@@ -223,8 +223,8 @@ def feature_sizes(model: nn.Module, height: int, width: int) -> list[int]:
 def on_black_images(
     model: nn.Module, height: int, width: int, training: bool, layers_train: bool = False, number: int = 1
 ) -> Any:
-    """What a network, in training mode or not, returns for black images. Its layers are in evaluation mode, unless
-    ``layers_train``. The network and the generators are left as they were."""
+    """What a network returns for black images: in training mode its features too. Its layers are in evaluation mode,
+    unless ``layers_train``. The network and the generators are left as they were."""
     network = distributed.unwrapped(model)
     modes = [(module, module.training) for module in network.modules()]
     restore_buffers, parameter = states.keep_buffers([network]), next(network.parameters())

@@ -165,7 +165,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> Loaded:
 
 @contextlib.contextmanager
 def fitting(path: str | os.PathLike[str], part: str = "state") -> Iterator[None]:
-    """Context: an error of the block, in which a readable checkpoint may hold anything, becomes an InputError."""
+    """Context: an error of the block becomes an InputError of one line; a readable checkpoint may hold anything."""
     try:
         yield
     except InputError:

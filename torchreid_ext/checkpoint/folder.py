@@ -66,8 +66,8 @@ class History:
                     files.link(path, BEST)
             return path, state
         if candidates:
-            none = f"none of the {len(candidates)} checkpoints in '{self.folder}' can be read"
-            raise InputError(f"model.resume auto: {none}; remove them to start a new run")
+            unreadable = f"none of the {len(candidates)} checkpoints in '{self.folder}' can be read"
+            raise InputError(f"model.resume auto: {unreadable}; remove them to start a new run")
         return None
 
     def _numbered(self) -> dict[int, Path]:

@@ -35,10 +35,10 @@ def prepare(cfg: Config) -> Any:
     """Seeds the generators, and builds the engine of a configuration with all that it needs. Raises InputError for a
     value that cannot be used, or missing data."""
     if cfg.test.evaluate and not (cfg.model.resume or cfg.model.load_weights):
-        none = "test.evaluate True tests a trained network, and there is none"
+        lacking = "test.evaluate True tests a trained network, and there is none"
         cure = "give its checkpoint with model.resume FILE or model.load_weights FILE"
         other = "To test a network before any training, set test.untrained True and train.max_epoch 0 instead"
-        raise InputError(f"{none}: {cure}. {other}")
+        raise InputError(f"{lacking}: {cure}. {other}")
     check(cfg)
     generators.seed_everything(cfg.train.seed)
     with distributed.one_first():

@@ -184,8 +184,8 @@ class BaseEngine(Tester, TrainingStep):
             if signum is not None:
                 raise Interrupted(signum, "a signal asked this run to stop")
         if steps == 0:
-            none = f"no batch came in epoch {self.epoch + 1}, where the loader's length is {self.num_batches}"
-            raise InputError(f"{none}: its sampler must draw as many samples as its __len__ says")
+            empty = f"no batch came in epoch {self.epoch + 1}, where the loader's length is {self.num_batches}"
+            raise InputError(f"{empty}: its sampler must draw as many samples as its __len__ says")
         if self.skipped - skipped_before == steps:
             every = f"the loss of every batch of epoch {self.epoch + 1}"
             raise FloatingPointError(f"{every} is not finite{self._last_good()}")

@@ -42,9 +42,9 @@ def joined(use_gpu: bool = True, timeout: int = 1800) -> Iterator[None]:
     if use_gpu and torch.cuda.is_available():
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
-            none = f"process {local} of this machine has no GPU of its own: there are {torch.cuda.device_count()}"
+            lacking = f"process {local} of this machine has no GPU of its own: there are {torch.cuda.device_count()}"
             cure = "Start as many with torchrun --nproc_per_node gpu, or train on the CPU with use_gpu False"
-            raise InputError(f"{none}. {cure}")
+            raise InputError(f"{lacking}. {cure}")
         torch.cuda.set_device(local)
         # Small tensors on the CPU do not have to wait for the GPU.
         backend = "cpu:gloo,cuda:nccl"
