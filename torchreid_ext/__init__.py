@@ -69,9 +69,7 @@ def _register(torchreid: Any) -> None:
 class _AfterTorchreid(MetaPathFinder):
     """Registers right after the import of torchreid."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
         if fullname != "torchreid":
             return None
         others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
 import os
@@ -64,10 +63,6 @@ class Table:
         return [row for row in self.rows if row.split == split]
 
     @property
-    def train(self) -> list[Row]:
-        return self.of("train")
-
-    @property
     def query(self) -> list[Row]:
         return self.of("query")
 
@@ -96,9 +91,7 @@ class Table:
 
 def pattern(names: str, option: str = "names") -> re.Pattern[str]:
     """The regular expression for names: one of ``NAMES``, or the user's own, with the groups identity and camera.
-
-    Raises InputError for a word that is neither, which the user gave to ``option``.
-    """
+    Raises InputError for a word that is neither, which the user gave to ``option``."""
     takes = f"one of {', '.join(NAMES)}, or a regular expression with (?P<identity>...) and perhaps (?P<camera>...)"
     try:
         compiled = re.compile(NAMES.get(names, names))
@@ -129,8 +122,8 @@ def named(path: str, names: re.Pattern[str]) -> Row:
 def files(folder: str, prefix: str = "", above: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
     """Yields the POSIX path below ``folder`` and the path without any link of every file, in the order of their names.
 
-    Hidden files and folders are left out. Links are followed. ``prefix`` and ``above`` are of folders within
-    folders. Raises InputError for a link that leads to a folder above itself, or to nothing.
+    Hidden files and folders are left out. ``prefix`` and ``above`` are of folders within folders. Raises InputError for
+    a link that leads to a folder above itself, or to nothing.
     """
     real = os.path.realpath(folder)
     if real in above:
@@ -147,11 +140,9 @@ def files(folder: str, prefix: str = "", above: tuple[str, ...] = ()) -> Iterato
             yield prefix + entry.name, os.path.realpath(entry.path) if entry.is_symlink() else f"{real}/{entry.name}"
 
 
-def list_folder(folder: str, names: re.Pattern[str], junk: Collection[str] = JUNK) -> Table:
-    """All images below a folder, in the order of their names, as gallery; the folder's own name is no identity.
-
-    Raises InputError if the folder is missing or has no image.
-    """
+def list_folder(folder: str, names: re.Pattern[str]) -> Table:
+    """All images below a folder, in the order of their names, as gallery; the folder's own name is no identity. Raises
+    InputError if the folder is missing or has no image."""
     if not os.path.isdir(folder):
         raise InputError(f"there is no folder {folder!r}")
     table = Table()
@@ -159,7 +150,7 @@ def list_folder(folder: str, names: re.Pattern[str], junk: Collection[str] = JUN
         found = in_name(names, name) or ("", "")
         if not is_image(name):
             table.leave_out(NO_IMAGES, name)
-        elif found[0] in junk:
+        elif found[0] in JUNK:
             table.leave_out("images of junk", name)
         else:
             table.rows.append(Row(os.path.join(folder, name), *found, "gallery"))
@@ -223,8 +214,8 @@ _AS_UTF8 = "save it as UTF-8 (in a spreadsheet program: CSV UTF-8, comma delimit
 def _records(file: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """Yields the place of every record of a CSV, for messages, and its values by column, stripped."""
     data = Path(file).read_bytes()
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
-        line = data[: max(0, data.find(b"\0"))].count(b"\n") + 1
+    if b"\0" in data:
+        line = data[: data.index(b"\0")].count(b"\n") + 1
         raise InputError(f"{file}, line {line}: the text has zero bytes, as UTF-16 has: {_AS_UTF8}")
     # Names of files may be no UTF-8; Python has its own way to keep them.
     reader = csv.reader(io.StringIO(data.decode("utf-8-sig", "surrogateescape"), newline=""), skipinitialspace=True)
@@ -244,8 +235,7 @@ def _records(file: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str,
 
 
 def _check_head(file: str, head: Sequence[str], columns: Sequence[str]) -> None:
-    missing = [column for column in columns if column not in head]
-    if not missing:
+    if not (missing := [column for column in columns if column not in head]):
         return
     wanted, text = ",".join(columns), "".join(head)
     cure = f"the first line must name {wanted}"

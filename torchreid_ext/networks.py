@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pml_drsl.checks import InputError, nearest
-from torchreid_ext.runtime import distributed
+from torchreid_ext.checkpoint import states
+from torchreid_ext.runtime import distributed, generators
 
 TIMM = "timm/"
 """What stands before the name of a network of timm."""
@@ -20,17 +21,8 @@ class TimmNetwork(nn.Module):
     """A network of timm that returns what the engines need, as networks of torchreid's zoo do.
 
     In training it returns the logits, shape (N, classes), or ``(logits, features)`` for ``loss="triplet"``; otherwise
-    the features, shape (N, D).
-
-    Args:
-        name: name of the network in timm.
-        num_classes: number of training identities.
-        loss: ``"triplet"`` or ``"softmax"``.
-        pretrained: whether to load timm's weights, which needs a network connection the first time.
-        height, width: pixels of the images. A network with position embeddings is made for this size.
-
-    Raises:
-        InputError: for an unknown name, or where timm is not installed.
+    the features, shape (N, D). A network with position embeddings is made for images of ``height`` and ``width``.
+    ``pretrained`` weights need a network connection the first time. Raises InputError as ``timm_images``.
     """
 
     def __init__(
@@ -68,15 +60,12 @@ class TimmNetwork(nn.Module):
 
 def timm_images(name: str) -> tuple[tuple[int, int], list[float], list[float]]:
     """What a network of timm was trained on: height and width of its images, and the mean and deviation of channels.
-
-    Raises InputError for an unknown name, or where timm is not installed.
-    """
+    Raises InputError for an unknown name, or where timm is not installed."""
     timm = _timm(name)
     config = timm.get_pretrained_cfg(name)
     if config is None:
         return (224, 224), list(timm.data.IMAGENET_DEFAULT_MEAN), list(timm.data.IMAGENET_DEFAULT_STD)
-    _, height, width = config.input_size
-    return (height, width), list(config.mean), list(config.std)
+    return config.input_size[1:], list(config.mean), list(config.std)
 
 
 def _timm(name: str) -> Any:
@@ -102,11 +91,9 @@ class Head:
 
 
 class NeckClassifier(nn.Linear):
-    """A classifier without bias behind a batch normalisation without shift, the neck; it replaces ``classifier``.
-
-    The metric loss gets the features before the neck; cross-entropy and retrieval get the features after the neck (Luo
-    et al., "A strong baseline and batch normalization neck", TMM 2019).
-    """
+    """A classifier without bias behind a batch normalisation without shift, the neck; it replaces ``classifier``. The
+    metric loss gets the features before the neck; cross-entropy and retrieval get the features after the neck (Luo et
+    al., "A strong baseline and batch normalization neck", TMM 2019)."""
 
     def __init__(self, classifier: nn.Linear) -> None:
         super().__init__(classifier.in_features, classifier.out_features, bias=False)
@@ -164,11 +151,10 @@ def _blank(kind: Any) -> nn.Module:
 def add_neck(model: nn.Module) -> None:
     """Puts a neck before each classifier of a network of the zoo, in place.
 
-    In training the network returns its logits, with ``loss="triplet"`` also the features before the necks. In
-    evaluation it returns the features after the necks, concatenated. There is one feature for each classifier
-    (``pcb_p6``: of each part; ``hacnn``: global and local). Weights of the network without a neck load, because the
-    layers keep their names; only the biases of the classifiers are gone. Raises InputError for a network without a
-    linear layer named ``classifier...``.
+    In training the network returns its logits, with ``loss="triplet"`` also the feature before each neck; in evaluation
+    the features after the necks, concatenated. Weights of the network without a neck load, because the layers keep
+    their names; only the biases of the classifiers are gone. Raises InputError for a network without a linear layer
+    named ``classifier...``.
     """
     kind: Any = type(model)
     replaced: dict[str, nn.Module] = {}
@@ -188,10 +174,8 @@ def add_neck(model: nn.Module) -> None:
 
 
 def set_last_stride(model: nn.Module, name: str) -> None:
-    """Sets the stride of the last stage of a network to 1, in place, so that the stage keeps its resolution.
-
-    Raises InputError for a network, ``name``, without a ``layer4``, which every kind of ResNet has.
-    """
+    """Sets the stride of the last stage of a network to 1, in place, so that the stage keeps its resolution. Raises
+    InputError for a network, ``name``, without a ``layer4``, which every kind of ResNet has."""
     stage = getattr(model, "layer4", None)
     if not isinstance(stage, nn.Module):
         taking = "networks whose last stage is a layer4 (resnet*, resnext*, se_res*, pcb_*)"
@@ -205,19 +189,11 @@ def set_last_stride(model: nn.Module, name: str) -> None:
 
 
 def set_memory_format(model: nn.Module, channels_last: bool | str, height: int, width: int, half: bool = False) -> None:
-    """Lets a network compute in the memory format ``channels_last``, in place, where that is asked for.
+    """Lets a network, on its device, compute in the memory format ``channels_last``, in place, where that is asked for.
 
-    Convolutions with converted weights convert their images. The values change by rounding alone.
-
-    Args:
-        model: the network, on its device.
-        channels_last: True, False, or ``"auto"``: where it makes the network faster. On a CPU, that is without instance
-            normalisation, which converts images back and forth; on a GPU, in half precision.
-        height, width: pixels of the network's images.
-        half: whether the network is trained in half precision.
-
-    Raises:
-        InputError: for True and a network that cannot take the format.
+    Convolutions with converted weights convert their images. The values change by rounding alone. ``"auto"`` asks for
+    it where it makes the network faster: on a CPU without instance normalisation, which converts images back and forth;
+    on a GPU in ``half`` precision. Raises InputError for True and a network that cannot take the format.
     """
     if not channels_last or not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         return
@@ -229,7 +205,7 @@ def set_memory_format(model: nn.Module, channels_last: bool | str, height: int, 
     network = distributed.unwrapped(model)
     network.to(memory_format=torch.channels_last)
     try:
-        _on_a_black_image(network, height, width, training=False)
+        on_black_images(network, height, width, training=False)
     except RuntimeError as error:
         network.to(memory_format=torch.contiguous_format)
         if channels_last != "auto":
@@ -239,19 +215,25 @@ def set_memory_format(model: nn.Module, channels_last: bool | str, height: int, 
 
 def feature_sizes(model: nn.Module, height: int, width: int) -> list[int]:
     """The dimension of each feature that a ``loss="triplet"`` network gives in training; its state does not change."""
-    _, features = _on_a_black_image(distributed.unwrapped(model), height, width, training=True)
+    _, features = on_black_images(model, height, width, training=True)
     return [part.shape[1] for part in (features if isinstance(features, (list, tuple)) else [features])]
 
 
 @torch.no_grad()
-def _on_a_black_image(network: nn.Module, height: int, width: int, training: bool) -> Any:
+def on_black_images(
+    model: nn.Module, height: int, width: int, training: bool, layers_train: bool = False, number: int = 1
+) -> Any:
+    """What a network returns for black images: in training mode its features too. Its layers are in evaluation mode,
+    unless ``layers_train``. The network and the generators are left as they were."""
+    network = distributed.unwrapped(model)
     modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    # The network itself in training mode returns its features; its layers, in evaluation mode, gather no statistics.
+    restore_buffers, parameter = states.keep_buffers([network]), next(network.parameters())
+    network.train(layers_train)
     network.training = training
     try:
-        parameter = next(network.parameters())
-        return network(torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype))
+        with generators.untouched():
+            return network(torch.zeros(number, 3, height, width, device=parameter.device, dtype=parameter.dtype))
     finally:
         for module, mode in modes:
             module.training = mode
+        restore_buffers()

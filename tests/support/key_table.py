@@ -1,9 +1,14 @@
 """Writes the table of keys that torchreid does not have into the guide: ``python tests/support/key_table.py``."""
 
+import inspect
 from pathlib import Path
 
-from torchreid_ext.config.keys import ADDED, KEYS
+import torchreid
 
+from torchreid_ext.config.keys import KEYS, TORCHREID
+
+_TAKEN = inspect.signature(torchreid.engine.Engine.run).parameters
+ADDED = [key for key, entry in KEYS.items() if key not in TORCHREID and entry.name not in _TAKEN]
 GUIDE = Path(__file__).parents[2] / "docs" / "torchreid.md"
 HEAD = "| Key | Default | What it is for |\n|---|---|---|\n"
 

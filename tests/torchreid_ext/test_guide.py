@@ -6,11 +6,11 @@ from pathlib import Path
 import torchreid
 import torchreid_keys
 import yaml
-from key_table import with_table
+from key_table import ADDED, with_table
 from toy_data import make_image_manager
 
 from torchreid_ext import get_default_config
-from torchreid_ext.config.keys import ADDED, KEYS
+from torchreid_ext.config.keys import KEYS
 from torchreid_ext.engine import criteria
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "torchreid.md").read_text(encoding="utf-8")

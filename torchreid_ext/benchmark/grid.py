@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import gzip
 import hashlib
 import json
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import yaml
 from pml_drsl.checks import InputError, nearest
 from torchreid_ext.config.keys import KEYS
 from torchreid_ext.config.node import check, flat, get_default_config, plain
+from torchreid_ext.runtime.files import locked
 
 Snippet = Mapping[str, Any]
 """Config keys with values, nested as in YAML, or dotted."""
@@ -45,12 +46,16 @@ class Run:
 
 def same(mine: Mapping[str, Any], other: Mapping[str, Any], without: Iterable[str] = ()) -> bool:
     """Whether two flat configurations are equal, but for some keys and for keys that do not change a score. A key that
-    only one of them knows counts as its default: a new key makes no result stale, and a new default does."""
+    only one of them knows counts as its default: a new key makes no result stale, and a new default does. A key that is
+    gone had no effect that this version knows of."""
     left, right = comparable(mine), comparable(other)
-    return all(
-        left.get(key, _default(key, right.get(key))) == right.get(key, _default(key, left.get(key)))
-        for key in {*left, *right} - {*without}
-    )
+    for key in {*left, *right} - {*without}:
+        values = [each[key] for each in (left, right) if key in each]
+        if len(values) == 1 and key in KEYS:
+            values.append(plain(KEYS[key].default))
+        if values[0] != values[-1]:
+            return False
+    return True
 
 
 def comparable(configuration: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,23 +66,18 @@ def comparable(configuration: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _default(key: str, otherwise: Any) -> Any:
-    """The default of a key. A key that is gone had no effect that this version knows of."""
-    return plain(KEYS[key].default) if key in KEYS else otherwise
-
-
 def fingerprint(configuration: Mapping[str, Any]) -> str:
     """A short hash of the keys that have an effect on scores."""
     return hashlib.sha256(json.dumps(comparable(configuration), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_losses(path: Path, names: Sequence[str] | None) -> tuple[dict[str, Snippet], dict[str, list[Snippet]]]:
-    """The losses of a YAML file, and the settings of each that are tried when it is tuned.
+    """The losses of a YAML file with these names, in this order (None: all), and the settings that tuning tries.
 
     A loss is a mapping of the config keys that it sets, nested or dotted. Its entry ``settings``, which it need not
     have, is a list of such mappings that are added to it. Raises InputError for a file that is missing or holds
     something else, or for a name that is not in it.
-    ``names`` are the losses to return, in this order; None for all."""
+    """
     try:
         losses = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
@@ -103,21 +103,15 @@ def plan(
     """All runs of a grid, seed by seed, so that a grid that is stopped early has whole seeds. All of them are checked.
     Raises InputError for a file, a key or a value that is wrong, or a key with more or fewer values than seeds.
 
-    Args:
-        files, seeds: configuration files, and values of ``train.seed``.
-        losses: the keys that each loss sets, by its name; they override those of the file.
-        words: KEY VALUE pairs that override the file and the loss.
-        varied: lists of a key and a value of it for each seed.
-        root: ``data.root``, if it is not that of the files.
+    The keys of a loss override those of a file. The KEY VALUE pairs of ``words`` override both, and so do lists in
+    ``varied`` of a key and a value of it for each seed. ``root`` is ``data.root``, if it is not that of the files.
     """
     if len(words) % 2:
         raise InputError(f"options come as KEY VALUE pairs, got {len(words)} words: {' '.join(words)}")
     for key, *values in varied:
         if len(values) != len(seeds):
-            raise InputError(
-                f"--vary {key} has {len(values)} values for {len(seeds)} seeds: {' '.join(values)}. Give one for each "
-                f"seed, and other options after them"
-            )
+            counts = f"{len(values)} values for {len(seeds)} seeds: {' '.join(values)}"
+            raise InputError(f"--vary {key} has {counts}. Give one for each seed, and other options after them")
     fixed = dict(zip(words[::2], words[1::2], strict=True))
     runs = []
     for number, seed in enumerate(seeds):
@@ -139,19 +133,17 @@ def plan(
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The results of a file, one for each line; an empty list for a file that is not there. It may be a .gz file.
-    Raises InputError for a line that is not a result. The last line alone may be cut off: it is left out with a
-    warning."""
+    """The results of a file, which may be a .gz file, one for each line; an empty list for a file that is not there.
+    Raises InputError for a line that is not a result. A last line that is cut off is left out with a warning."""
     if not path.exists():
         return []
     results: list[dict[str, Any]] = []
     content = path.read_bytes()
     lines = (gzip.decompress(content) if path.suffix == ".gz" else content).decode().splitlines()
     for number, line in enumerate(lines, 1):
-        try:
+        result = None
+        with suppress(ValueError):
             result = json.loads(line)
-        except ValueError:
-            result = None
         if isinstance(result, dict) and "configuration" in result and "results" in result:
             results.append(result)
         elif number == len(lines) and line.startswith("{"):
@@ -165,9 +157,7 @@ def append_result(path: Path, result: Mapping[str, Any]) -> None:
     """Appends one line. Several processes may append to one file, and a line that was cut off is removed first."""
     if path.suffix == ".gz":
         raise InputError(f"{path}: results are added to a file that is not compressed")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with locked(path), open(path, "a+b") as file:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
         file.write((json.dumps(result, separators=(",", ":")) + "\n").encode())

@@ -83,24 +83,16 @@ class Section:
         """The difference of each query that has a match, and its identity."""
         one, other = ours["results"][self.target], theirs["results"][self.target]
         if one["identity"] != other["identity"] or ours.get("varied") != theirs.get("varied"):
-            raise InputError(
-                f"{self.title}: {ours['loss']} and {theirs['loss']} were tested on other queries with seed "
-                f"{ours['seed']}; give their runs the same --vary"
-            )
+            other_queries = f"{ours['loss']} and {theirs['loss']} were tested on other queries with seed {ours['seed']}"
+            raise InputError(f"{self.title}: {other_queries}; give their runs the same --vary")
         pairs = zip(one[score], other[score], one["identity"], strict=True)
         kept = [(a - b, identity) for a, b, identity in pairs if a is not None and b is not None]
         return [difference for difference, _ in kept], [identity for _, identity in kept]
 
 
 def sections(results: Sequence[Mapping[str, Any]], losses: Sequence[str] | None = None) -> list[Section]:
-    """The results by data set, network and recipe.
-
-    If a loss has results of several configurations, which a changed default makes, only those of the newest count.
-
-    Args:
-        results: lines of the file of results, the newest last.
-        losses: the losses to report; None for all.
-    """
+    """The results, the newest last, by data set, network and recipe; of some losses, or of all. Of a loss with results
+    of several configurations, which a changed default makes, only those of the newest count."""
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for line in results:
         if losses is None or line["loss"] in losses:
@@ -133,8 +125,7 @@ def _section(target: str, network: str, lines: Sequence[Mapping[str, Any]]) -> S
             by_loss[loss] = {line["seed"]: dict(line) for line in kept}
     every = sorted({seed for of_loss in by_loss.values() for seed in of_loss})
     for loss, of_loss in by_loss.items():
-        missing = [str(seed) for seed in every if seed not in of_loss]
-        if missing:
+        if missing := [str(seed) for seed in every if seed not in of_loss]:
             notes.append(f"{loss}: seed {', '.join(missing)} is missing.")
     changes = {key: value for key, value in _recipe(lines[0])[2] if key != "model.load_weights"}
     return Section(target, lines[0]["config"], network, changes, by_loss, notes)
@@ -151,13 +142,6 @@ def to_markdown(section: Section, reference: str) -> str:
         rows[-1] |= {f"{reference} is ahead in {score}": ahead.get((loss, score), "-") for score in COMPARED}
     table = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
     return "\n\n".join([f"### {section.title}", table, *([" ".join(section.notes)] if section.notes else [])])
-
-
-def stated(section: Section, loss: str) -> str:
-    """The scores of a loss in a line, as the configurations state them."""
-    row, number = section.scores().loc[loss], len(section.lines[loss])
-    scores = ", ".join(f"{score} {_spread(row[(score, 'mean')], row[(score, 'sd')])}" for score in SCORES)
-    return f"{loss}: {scores} ({number} seed{'s' * (number > 1)})"
 
 
 def _spread(mean: float, deviation: float) -> str:

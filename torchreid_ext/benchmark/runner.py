@@ -38,13 +38,8 @@ def run_all(runs: Sequence[Run], results: Path, workers: int, keep: Path | None 
     """Makes the runs that are not in the file of results yet, several at a time, and adds each as it ends.
 
     Returns the number of runs that failed. A failure is reported in one line, and does not stop the other runs. SIGTERM
-    stops them, as Ctrl-C does.
-
-    Args:
-        runs: the runs, in the order in which they start; ``workers`` of them, at least 1, run at the same time.
-        results: the file of results, a line for each run.
-        keep: a folder for the checkpoints and logs of the runs. By default they are in a temporary folder, which only
-            stays if a run fails.
+    stops them, as Ctrl-C does. Checkpoints and logs are in the folder ``keep``, or in a temporary folder, which only
+    stays if a run fails.
     """
     there = [line["configuration"] for line in read_results(results)]
     waiting = [run for run in runs if not any(same(run.configuration, configuration) for configuration in there)]
@@ -84,13 +79,8 @@ def run_all(runs: Sequence[Run], results: Path, workers: int, keep: Path | None 
 
 
 class Process:
-    """A run in a process of ``drsl-train`` with one thread, which starts at once.
-
-    Attributes:
-        run: what it runs.
-        folder: its ``data.save_dir``, a folder in the given folder, with its configuration and messages beside it.
-        status: its exit status; None while it runs.
-    """
+    """A run in a process of ``drsl-train`` with one thread, which starts at once. Its ``data.save_dir`` is a folder in
+    the given folder; its exit status is None while it runs."""
 
     def __init__(self, run: Run, folder: Path) -> None:
         name = f"{run.config.stem}-{run.loss.replace('/', '_')}-{fingerprint(run.configuration)}"
@@ -147,19 +137,14 @@ class Process:
 
     def result(self) -> dict[str, Any]:
         """The line of the file of results."""
-        run = self.run
         metrics = json.loads((self.folder / "metrics.json").read_text())
         return {
-            "config": run.config.name,
-            "loss": run.loss,
-            "seed": run.seed,
-            "changes": dict(run.changes),
-            "varied": dict(run.varied),
-            "snippet": dict(run.snippet),
+            "config": self.run.config.name,
+            **{name: getattr(self.run, name) for name in ("loss", "seed", "changes", "varied", "snippet")},
             "results": {target: self._scores(target, scores) for target, scores in metrics.items()},
             "seconds": round(time.monotonic() - self._started, 1),
-            "fingerprint": fingerprint(run.configuration),
-            "configuration": dict(run.configuration),
+            "fingerprint": fingerprint(self.run.configuration),
+            "configuration": self.run.configuration,
         }
 
     def _scores(self, target: str, scores: dict[str, Any]) -> dict[str, Any]:
@@ -203,8 +188,7 @@ def tune(
 
     Args:
         losses, settings: the keys that each loss sets, by its name, and further keys to try, by the name of the loss.
-        grid: the other arguments of ``plan``: ``files``, ``seeds``, ``words``, ``varied``, ``root``. The configuration
-            must test on validation identities, and there must be one file.
+        grid: the other arguments of ``plan``, of which ``files`` holds one file.
         results, workers: as for ``run_all``; a trial that is in the file is not made again.
     """
     trials: dict[str, Snippet] = {}

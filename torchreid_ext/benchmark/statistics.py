@@ -36,12 +36,8 @@ def compare(
     deviation holds the effect of the people too, whose variance is taken off.
 
     If the identities do not differ, the interval is that of a paired t-test over the seeds. With one seed it has the
-    part of the identities alone.
-
-    Args:
-        scores, identities: for each seed, the difference and the identity of each query.
-        nested: whether every seed tests on other people.
-        draws, seed: number of draws, and the seed of their generator.
+    part of the identities alone. ``scores`` and ``identities`` hold the difference and the identity of each query, for
+    each seed.
     """
     rng = np.random.default_rng(seed)
     sums, counts = _by_identity(scores, identities)

@@ -32,14 +32,12 @@ _TELLING = {"betas", "amsgrad", "momentum", "dampening", "nesterov", "alpha", "c
 
 def save(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Writes a checkpoint atomically: ``path`` keeps its old content until the new content is complete. Raises
-    InputError if the state holds an object that ``load`` would refuse; OSError if the file cannot be written, for
-    example because the disk is full."""
+    InputError if the state holds an object that ``load`` would refuse; OSError if the file cannot be written."""
     try:
         with replacing(path) as file:
             torch.save(state, file)
             file.flush()
-            refused = _refused(file.name)
-            if refused:
+            if refused := _refused(file.name):
                 raise InputError(f"a checkpoint must hold only tensors, numbers and containers, not {_some(refused)}")
     except (OSError, RuntimeError) as error:
         # torch raises its own error, and keeps the error of the failed write as its context.
@@ -67,7 +65,10 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             with contextlib.suppress(Exception):
                 # This fails if the file is so damaged that torch does not recognize it as a checkpoint.
                 refused = _refused(path)
-        what = f"refused: it asks for {_some(refused)}" if refused else f"damaged, or no checkpoint{_reason(error)}"
+        # torch may advise to load the file unsafely.
+        said = str(error) if "weights_only" not in str(error) else ""
+        reason = f" ({_one_line(said.splitlines()[0])})" if said else ""
+        what = f"refused: it asks for {_some(refused)}" if refused else f"damaged, or no checkpoint{reason}"
         raise InputError(f"{_named(path)} is {what}") from error
     if damaged:
         raise InputError(f"{_named(path)} is damaged: the checksum of {_one_line(damaged)} is wrong")
@@ -85,12 +86,6 @@ def _named(path: str | os.PathLike[str]) -> str:
     return f"checkpoint {os.fspath(path)!r}"
 
 
-def _reason(error: Exception) -> str:
-    """What torch says of a damaged file, in one line; nothing where it advises to load the file unsafely."""
-    text = str(error)
-    return "" if not text or "weights_only" in text else f" ({_one_line(text.splitlines()[0])})"
-
-
 def _one_line(text: str) -> str:
     """A text that may come from a damaged file, without line breaks and control characters, and not too long."""
     text = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
@@ -103,18 +98,12 @@ def _some(names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The result of loading weights from ``path`` into a model; as a string, it is a message for the user.
-
-    Attributes:
-        fitting: names of the weights that were loaded.
-        unused: names of the weights of the file that the model does not have, or has in another shape.
-        untouched: names of the weights of the model that were not in the file.
-    """
+    """The names of weights, after loading those of ``path`` into a model; as a string, a message for the user."""
 
     path: str
-    fitting: list[str]
-    unused: list[str]
-    untouched: list[str]
+    fitting: list[str]  # were loaded
+    unused: list[str]  # the file has them, and the model does not, or in another shape
+    untouched: list[str]  # the model has them, and the file does not
 
     def __str__(self) -> str:
         own = len(self.fitting) + len(self.untouched)
@@ -159,16 +148,12 @@ def fit_weights(
     unused, untouched = sorted(weights.keys() - fitting.keys()), sorted(own.keys() - fitting.keys())
     wrong = sorted({*unused, *(name for name in untouched if not name.endswith("num_batches_tracked"))})
     if complete and wrong:
-        raise InputError(
-            f"{_named(path)} is not of {complete!r} as its configuration describes it: {len(wrong)} weights are "
-            f"missing, too many or of another shape: {_some(wrong)}. Check model.name, model.bnneck and "
-            f"model.last_stride"
-        )
+        what = f"{len(wrong)} weights are missing, too many or of another shape: {_some(wrong)}"
+        cure = "Check model.name, model.bnneck and model.last_stride"
+        raise InputError(f"{_named(path)} is not of {complete!r} as its configuration describes it: {what}. {cure}")
     if not fitting:
-        raise InputError(
-            f"no weight in {os.fspath(path)!r} fits the model: it has {_some(list(weights))}, the model "
-            f"{_some(list(own))}; check model.name"
-        )
+        names = f"it has {_some(list(weights))}, the model {_some(list(own))}"
+        raise InputError(f"no weight in {os.fspath(path)!r} fits the model: {names}; check model.name")
     target.load_state_dict(own | fitting)
     return Loaded(os.fspath(path), list(fitting), unused, untouched)
 
@@ -180,8 +165,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> Loaded:
 
 @contextlib.contextmanager
 def fitting(path: str | os.PathLike[str], part: str = "state") -> Iterator[None]:
-    """Context: an error of the block means that a part of a checkpoint does not fit this run. A checkpoint that is
-    readable may still hold anything in any place. Raises InputError in place of the error, in one line."""
+    """Context: an error of the block becomes an InputError of one line; a readable checkpoint may hold anything."""
     try:
         yield
     except InputError:
@@ -192,11 +176,9 @@ def fitting(path: str | os.PathLike[str], part: str = "state") -> Iterator[None]
 
 
 def restore(state: dict[str, Any], parts: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Loads the state of each part that is not None. ``path`` is for the messages. Raises InputError if the checkpoint
-    has no state for a part, or a state that does not fit."""
+    """Loads the state of each part. ``path`` is for the messages. Raises InputError if the checkpoint has no state for
+    a part, or a state that does not fit."""
     for name, part in parts.items():
-        if part is None:
-            continue
         if name not in state:
             raise InputError(f"{_named(path)} has no {name!r}; take its weights with model.load_weights")
         saved = state[name]
@@ -207,8 +189,6 @@ def restore(state: dict[str, Any], parts: dict[str, Any], path: str | os.PathLik
                 # torch would load the state of another type of optimizer.
                 given, own = (set(groups[0]) & _TELLING for groups in (saved["param_groups"], part.param_groups))
                 if given != own:
-                    raise InputError(
-                        f"{_named(path)} does not fit this run's optimizer: its optimizer has "
-                        f"{', '.join(sorted(given))}, not {', '.join(sorted(own))}"
-                    )
+                    other = f"its optimizer has {', '.join(sorted(given))}, not {', '.join(sorted(own))}"
+                    raise InputError(f"{_named(path)} does not fit this run's optimizer: {other}")
             part.load_state_dict(saved)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -18,26 +17,17 @@ LAST, BEST = "model-last.pth.tar", "model-best.pth.tar"
 
 class History:
     """``FOLDER/model.pth.tar-EPOCH``, as torchreid names them, with ``model-last.pth.tar`` and ``model-best.pth.tar``.
-    Raises InputError for a negative ``keep``.
 
-    Args:
-        folder: the folder of the checkpoints, which the first of them creates.
-        keep: number of numbered checkpoints to keep, >= 0; 0 keeps all. The last and the best are always kept.
-
-    Attributes:
-        newest: the checkpoint that this object saved last, or None; ``saved_epoch`` is its epoch, or -1.
+    The first checkpoint creates the folder. Of the numbered ones the newest ``keep`` are kept; 0 keeps all.
     """
 
     def __init__(self, folder: Path, keep: int = 0) -> None:
-        if keep < 0:
-            raise InputError(f"train.keep_checkpoints must be 0 (all) or more, got {keep}")
         self.folder, self.keep = folder, keep
-        self.newest: Path | None = None
-        self.saved_epoch = -1
+        self.newest: Path | None = None  # the checkpoint that this object saved last
+        self.saved_epoch = -1  # its epoch
 
     def save(self, state: dict[str, Any], epoch: int, is_best: bool = False) -> Path:
-        """Saves the state after ``epoch`` epochs, and removes old checkpoints that are no longer kept. Raises
-        InputError and OSError as ``checkpoint.save``."""
+        """Saves the state after ``epoch`` epochs as ``checkpoint.save`` does, and removes those no longer kept."""
         path = self.folder / f"model.pth.tar-{epoch}"
         checkpoint.save(state, path)
         files.link(path, LAST)
@@ -61,8 +51,8 @@ class History:
         were written before the time ``since``, in seconds since 1970, are ignored. Raises InputError if there are
         checkpoints but none can be read."""
         numbered = sorted(self._numbered().values(), key=lambda path: path.stat().st_mtime, reverse=True)
-        named = [path for path in (self.folder / LAST, *numbered) if path.is_file()]
-        candidates = [path for path in named if path.stat().st_mtime >= since]
+        paths = self.folder / LAST, *numbered
+        candidates = [path for path in paths if path.is_file() and path.stat().st_mtime >= since]
         for path in candidates:
             try:
                 state = checkpoint.load(path)
@@ -76,17 +66,13 @@ class History:
                     files.link(path, BEST)
             return path, state
         if candidates:
-            raise InputError(
-                f"model.resume auto: none of the {len(candidates)} checkpoints in '{self.folder}' can be read; remove "
-                f"them to start a new run"
-            )
+            unreadable = f"none of the {len(candidates)} checkpoints in '{self.folder}' can be read"
+            raise InputError(f"model.resume auto: {unreadable}; remove them to start a new run")
         return None
 
     def _numbered(self) -> dict[int, Path]:
-        names = {
-            path: re.fullmatch(r"model\.pth\.tar-(\d+)", path.name) for path in self.folder.glob("model.pth.tar-*")
-        }
-        return {int(match[1]): path for path, match in names.items() if match}
+        paths = {path.name.removeprefix("model.pth.tar-"): path for path in self.folder.glob("model.pth.tar-*")}
+        return {int(number): path for number, path in paths.items() if number.isdecimal()}
 
 
 def first_start(folder: Path) -> float | None:
@@ -109,18 +95,12 @@ def first_start(folder: Path) -> float | None:
 
 class RunCheckpoints(History):
     """The checkpoints that a run of an engine saves between epochs; the first of several processes writes the files.
-
-    Args:
-        engine: the engine; for ``folder`` and ``keep`` see ``History``.
-        newest: the checkpoint from which the run was resumed, or None.
-
-    Attributes:
-        start: the state in which the present epoch began, unless it is saved or another process saves it; or None.
-    """
+    ``newest`` is the checkpoint from which the run was resumed, or None."""
 
     def __init__(self, engine: Any, folder: Path, keep: int, newest: Path | None) -> None:
         super().__init__(folder, keep)
         self._engine, self.newest = engine, newest
+        # The state in which the present epoch began, unless it is saved or another process saves it.
         self.start: dict[str, Any] | None = None
 
     def begin_epoch(self) -> None:
@@ -143,16 +123,13 @@ class RunCheckpoints(History):
         epoch = self._engine.epoch
         if self.start is not None:
             self.save(self.start, epoch)
-        return (
-            f"stopped by {signal.Signals(signum).name} in epoch {epoch + 1}; model.resume auto begins it again "
-            f"from '{self.newest}'"
-        )
+        where = f"{signal.Signals(signum).name} in epoch {epoch + 1}"
+        return f"stopped by {where}; model.resume auto begins it again from '{self.newest}'"
 
     def last_good(self) -> str:
         """The end of a message about weights or a loss that are not finite."""
         return f"; the last good checkpoint is '{self.newest}'" if self.newest else "; no checkpoint was saved"
 
     def _check_finite(self, epoch: int) -> None:
-        name = states.not_finite(self._engine)
-        if name is not None:
+        if name := states.not_finite(self._engine):
             raise FloatingPointError(f"{name} is not finite after epoch {epoch}{self.last_good()}")

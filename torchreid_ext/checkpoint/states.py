@@ -14,6 +14,8 @@ from pml_drsl.checks import InputError
 from torchreid_ext.checkpoint import checkpoint
 from torchreid_ext.runtime import distributed, generators
 
+_NEW_RUN = "start a new run in another data.save_dir, from these weights with model.load_weights"
+
 
 def of_engine(engine: Any, epoch: int) -> dict[str, Any]:
     """The state of an engine after ``epoch`` epochs, by torchreid's names where it has some; ``copied`` copies it."""
@@ -38,15 +40,13 @@ def of_engine(engine: Any, epoch: int) -> dict[str, Any]:
 
 
 def restore_engine(engine: Any, state: dict[str, Any], path: str) -> None:
-    """Restores the state that ``of_engine`` returned, except for the part that ``restore_randomness`` restores. A
-    checkpoint of torchreid has no ``"training"``; then only its weights, optimizer and scheduler are restored. ``path``
-    is for the messages. Raises InputError if a part is missing or does not fit."""
+    """Restores the state that ``of_engine`` returned, but for the part of ``restore_randomness``; of a checkpoint of
+    torchreid, only weights, optimizer and scheduler. Raises InputError if a part is missing or does not fit."""
     first, *others = engine.get_model_names()
     checkpoint.restore(state, _parts(engine, first), path)
     with checkpoint.fitting(path):
         engine.rank1 = float(state.get("rank1", 0))
-        training = state.get("training")
-        if training is not None:
+        if (training := state.get("training")) is not None:
             for name in others:
                 checkpoint.restore(training["others"].get(name, {}), _parts(engine, name), path)
             losses = losses_of(engine)
@@ -57,15 +57,13 @@ def restore_engine(engine: Any, state: dict[str, Any], path: str) -> None:
             best = training["best"]
             engine.best = {"mAP": float(best["mAP"]), "epoch": int(best["epoch"])}
             engine.skipped = int(training["skipped"])
-    name = not_finite(engine)
-    if name is not None:
+    if name := not_finite(engine):
         raise InputError(f"checkpoint {path!r}: {name} is not finite; resume from an earlier checkpoint")
 
 
 def check_fits(engine: Any, state: dict[str, Any], path: str, test_only: bool) -> None:
     """Checks that a checkpoint fits this run, and prints the differences between their configurations. Raises
-    InputError if the number of identities differs, if the number of processes differs (unless ``test_only``), or if a
-    key of the configuration differs that cannot change."""
+    InputError for another number of identities or (unless ``test_only``) of processes, or as ``compare``."""
     training = state.get("training")
     if training is None:
         print(f"'{path}' was saved by torchreid and has no random state: training goes on, but not exactly as before")
@@ -76,20 +74,17 @@ def check_fits(engine: Any, state: dict[str, Any], path: str, test_only: bool) -
     # Older checkpoints, all from runs of one process, do not have this field.
     processes = training.get("processes", 1)
     if processes != distributed.size() and not test_only:
-        raise InputError(
-            f"'{path}' was trained by {processes} processes, and this run has {distributed.size()}: start it with the "
-            f"same number (torchrun --nnodes times --nproc_per_node, or drsl-train alone for one process), or start a "
-            f"new run in another data.save_dir, from these weights with model.load_weights"
-        )
+        counts = f"'{path}' was trained by {processes} processes, and this run has {distributed.size()}"
+        same = "the same number (torchrun --nnodes times --nproc_per_node, or drsl-train alone for one process)"
+        raise InputError(f"{counts}: start it with {same}, or {_NEW_RUN}")
     if engine.config and training["config"]:
         for line in compare(training["config"], engine.config, engine.on_resume):
             print(f"Config differs from the checkpoint's: {line}")
 
 
 def compare(saved: dict[str, Any], current: dict[str, Any], on_resume: dict[str, str]) -> list[str]:
-    """A line for each dotted key whose value differs between the configurations of a checkpoint and of this run.
-    ``on_resume`` says what a resumed run does with another value of a key: see ``torchreid_ext.runtime.options.Key``.
-    Raises InputError if keys differ that cannot change; the message names them."""
+    """A line for each dotted key whose value differs between the configurations of a checkpoint and of this run; for
+    ``on_resume`` see ``torchreid_ext.runtime.options.Key``. Raises InputError if keys differ that cannot change."""
     on_resume = on_resume | {f"datasets.{name}": "fixed" for name in saved.get("data.sources", [])}
     if saved.get("train.lr_scheduler") == "cosine":
         # After its last epoch, the cosine would rise again.
@@ -106,10 +101,7 @@ def compare(saved: dict[str, Any], current: dict[str, Any], on_resume: dict[str,
         else:
             lines.append(line + (" (the checkpoint's is kept)" if effect == "kept" else ""))
     if refused:
-        raise InputError(
-            f"cannot resume with another {'; '.join(refused)}. Set it back, or start a new run in another "
-            f"data.save_dir, from these weights with model.load_weights"
-        )
+        raise InputError(f"cannot resume with another {'; '.join(refused)}. Set it back, or {_NEW_RUN}")
     return lines
 
 
@@ -124,17 +116,16 @@ def not_finite(engine: Any) -> str | None:
 def restore_randomness(engine: Any, state: dict[str, Any], path: str) -> None:
     """Restores the generators, the sampler and the gradient scaler, right before training goes on. Raises InputError if
     a part is missing or does not fit."""
-    training = state.get("training")
-    if training is None:
+    if (training := state.get("training")) is None:
         return
     with checkpoint.fitting(path):
         if training["scaler"] and engine.stepper.scaler.is_enabled():
             engine.stepper.scaler.load_state_dict(training["scaler"])
-        sampler, saved = _sampler(engine), training["sampler"]
+        (sampler, generator), saved = _sampler(engine), training["sampler"]
         if "state_dict" in saved and hasattr(sampler, "load_state_dict"):
             sampler.load_state_dict(saved["state_dict"])
-        elif "generator" in saved and isinstance(getattr(sampler, "generator", None), torch.Generator):
-            sampler.generator.set_state(saved["generator"])
+        elif "generator" in saved and isinstance(generator, torch.Generator):
+            generator.set_state(saved["generator"])
         generators.restore(training["generators"])
 
 
@@ -200,14 +191,14 @@ def _memory_fills(module: nn.Module) -> dict[str, dict[str, Any]]:
 
 def _of_sampler(engine: Any) -> dict[str, Any]:
     # Most samplers draw from the global generators and have no state.
-    sampler = _sampler(engine)
+    sampler, generator = _sampler(engine)
     if hasattr(sampler, "state_dict"):
         return {"state_dict": sampler.state_dict()}
-    generator = getattr(sampler, "generator", None)
     return {"generator": generator.get_state()} if isinstance(generator, torch.Generator) else {}
 
 
-def _sampler(engine: Any) -> Any:
-    """The sampler inside ``SeededBatches`` and torch's ``BatchSampler``."""
+def _sampler(engine: Any) -> tuple[Any, Any]:
+    """The sampler inside ``SeededBatches`` and torch's ``BatchSampler``, and its generator, if it has one."""
     batches = engine.train_loader.batch_sampler.batches
-    return getattr(batches, "sampler", batches)
+    sampler = getattr(batches, "sampler", batches)
+    return sampler, getattr(sampler, "generator", None)

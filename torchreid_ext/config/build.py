@@ -18,7 +18,7 @@ from torchreid_ext.data.samplers import steps_per_epoch
 from torchreid_ext.engine import criteria
 from torchreid_ext.engine.engines import ENGINES
 from torchreid_ext.engine.epoch import warmed_up
-from torchreid_ext.runtime import distributed, generators
+from torchreid_ext.runtime import distributed
 
 
 def build_model(cfg: Config, num_classes: int) -> nn.Module:
@@ -61,52 +61,32 @@ def _from_the_zoo(cfg: Config, num_classes: int, use_gpu: bool) -> nn.Module:
             raise
         # torchreid's downloads raise errors of many kinds. An error of the network itself comes again without weights.
         build(False)
-        raise InputError(
-            f"cannot get the ImageNet weights of {name}: {error}. Connect to the network, or train from random weights "
-            f"with model.pretrained False"
-        ) from error
+        cure = "Connect to the network, or train from random weights with model.pretrained False"
+        raise InputError(f"cannot get the ImageNet weights of {name}: {error}. {cure}") from error
 
 
-@torch.no_grad()
 def check_takes(cfg: Config, model: nn.Module) -> None:
-    """Passes a few black images through the network, which it leaves as it was. In training these are as many as the
-    smallest chunk, at most two, because batch normalisation needs two values. Raises InputError for a network that
-    cannot take so few or so small images."""
+    """Raises InputError for a network that cannot take as small or as few images as it will get: in training as many as
+    are in the smallest chunk, of which two are tried, because batch normalisation needs two values."""
     in_batch = cfg.train.batch_size // distributed.size() * (cfg.video.seq_len if cfg.data.type == "video" else 1)
     in_batch *= cfg.data.k_tfm
     chunk = min(cfg.train.chunk_size or in_batch, in_batch)
-    number = 1 if cfg.test.evaluate else min(in_batch % chunk or chunk, 2)
-    network = distributed.unwrapped(model)
-    modes = [(module, module.training) for module in network.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
-    device = next(network.parameters()).device
+    trains, number = not cfg.test.evaluate, 1 if cfg.test.evaluate else min(in_batch % chunk or chunk, 2)
     try:
-        with generators.untouched():
-            network.train(not cfg.test.evaluate)
-            network(torch.zeros(number, 3, cfg.data.height, cfg.data.width, device=device))
+        networks.on_black_images(model, cfg.data.height, cfg.data.width, trains, trains, number)
     except (ValueError, RuntimeError, AssertionError) as error:
         images = f"{number} {'image' if number == 1 else 'images'} of {cfg.data.height} x {cfg.data.width} pixels"
-        raise InputError(
-            f"{cfg.model.name} cannot take {images}: {error or 'its layers need another size'}. Give larger images "
-            f"(data.height, data.width), or more images at a time (train.batch_size, train.chunk_size)"
-        ) from error
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for buffer, before in buffers:
-            buffer.copy_(before)
+        why = error or "its layers need another size"
+        larger = "larger images (data.height, data.width), or more at a time (train.batch_size, train.chunk_size)"
+        raise InputError(f"{cfg.model.name} cannot take {images}: {why}. Give {larger}") from error
 
 
 def build_criterion(cfg: Config, model: nn.Module, num_classes: int, steps: int | None = None) -> nn.Module | None:
     """The metric loss of ``loss.drsl`` or ``loss.pml``, on the model's device; None for torchreid's own losses.
 
-    Give the loss to ``build_optimizer`` and to ``build_engine``, because it may have weights. Raises InputError for an
-    unknown class or argument, or a combination that cannot be trained.
-
-    Args:
-        num_classes: number of training identities.
-        steps: training steps in an epoch, ``samplers.steps_per_epoch(datamanager)``, for a cross-batch memory that does
-            not start at once.
+    Give the loss to ``build_optimizer`` and to ``build_engine``, because it may have weights. ``steps`` is the number
+    in an epoch, ``samplers.steps_per_epoch(datamanager)``, for a cross-batch memory that does not start at once. Raises
+    InputError for an unknown class or argument, or a combination that cannot be trained.
     """
     name = cfg.loss.name
     if name == "drsl":
@@ -121,11 +101,9 @@ def build_criterion(cfg: Config, model: nn.Module, num_classes: int, steps: int 
     sizes = networks.feature_sizes(model, cfg.data.height, cfg.data.width)
     memory_warmup = criteria.memory_warmup(f"loss.{name}", cfg.loss[name], cfg.train.warmup_epoch, steps)
     if memory_warmup and steps and memory_warmup >= steps * cfg.train.max_epoch and distributed.is_first():
-        warnings.warn(
-            f"the cross-batch memory would start after {memory_warmup // steps} epochs, and train.max_epoch is "
-            f"{cfg.train.max_epoch}: it is never used; set loss.{name}.memory_start_epoch",
-            stacklevel=2,
-        )
+        late = f"would start after {memory_warmup // steps} epochs, and train.max_epoch is {cfg.train.max_epoch}"
+        cure = f"it is never used; set loss.{name}.memory_start_epoch"
+        warnings.warn(f"the cross-batch memory {late}: {cure}", stacklevel=2)
     criterion = criteria.build_criterion(f"loss.{name}", cfg.loss[name], described, num_classes, sizes, memory_warmup)
     return criterion.to(next(model.parameters()).device)
 
@@ -133,17 +111,11 @@ def build_criterion(cfg: Config, model: nn.Module, num_classes: int, steps: int 
 def build_optimizer(cfg: Config, model: nn.Module, criterion: nn.Module | None = None) -> Optimizer:
     """torchreid's optimizer of the model and of the criterion, whose weights have the learning rate ``loss.pml.lr``.
     Raises InputError for an unknown optimizer, or a value that the optimizer refuses."""
+    options = picked(cfg.train, "optim", "lr", "weight_decay", "staged_lr", "new_layers", "base_lr_mult")
+    options |= {"momentum": cfg.sgd.momentum, "sgd_dampening": cfg.sgd.dampening, "sgd_nesterov": cfg.sgd.nesterov}
+    options |= {"rmsprop_alpha": cfg.rmsprop.alpha, "adam_beta1": cfg.adam.beta1, "adam_beta2": cfg.adam.beta2}
     try:
-        optimizer = torchreid.optim.build_optimizer(
-            model,
-            **picked(cfg.train, "optim", "lr", "weight_decay", "staged_lr", "new_layers", "base_lr_mult"),
-            momentum=cfg.sgd.momentum,
-            sgd_dampening=cfg.sgd.dampening,
-            sgd_nesterov=cfg.sgd.nesterov,
-            rmsprop_alpha=cfg.rmsprop.alpha,
-            adam_beta1=cfg.adam.beta1,
-            adam_beta2=cfg.adam.beta2,
-        )
+        optimizer = torchreid.optim.build_optimizer(model, **options)
     except ValueError as error:
         raise InputError(f"train.optim {cfg.train.optim!r}: {error}") from error
     weights = [] if criterion is None else list(criterion.parameters())

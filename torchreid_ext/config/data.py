@@ -15,7 +15,7 @@ from torchreid_ext.config.node import Config, check, picked
 from torchreid_ext.data.datasets import register_datasets, without_empty_folders
 from torchreid_ext.data.loading import rebuilt
 from torchreid_ext.data.samplers import SAMPLERS
-from torchreid_ext.data.validation import check_overlap, check_shares, hold_out
+from torchreid_ext.data.validation import check_overlap, hold_out
 from torchreid_ext.runtime import distributed
 
 
@@ -25,15 +25,10 @@ def build_datamanager(cfg: Config) -> Any:
     sources, or in training and in the test."""
     check(cfg)
     register_datasets(cfg.datasets)
-    sampler, video = cfg.sampler.train_sampler, cfg.data.type == "video"
-    if video and cfg.data.k_tfm > 1:
-        got = cfg.data.k_tfm
-        raise InputError(f"data.k_tfm must be 1 for video, whose tracklets have several frames already; got {got}")
-    check_shares(cfg.data.type, cfg.data.identities, cfg.data.validation)
-    reduced = bool(cfg.data.identities or cfg.data.validation)
+    sampler, reduced = cfg.sampler.train_sampler, bool(cfg.data.identities or cfg.data.validation)
     replaced = reduced or sampler in SAMPLERS
+    kind = torchreid.data.VideoDataManager if cfg.data.type == "video" else torchreid.data.ImageDataManager
     with _input_errors(cfg), without_empty_folders(Path(cfg.data.root)):
-        kind = torchreid.data.VideoDataManager if video else torchreid.data.ImageDataManager
         manager = kind(**_arguments(cfg), train_sampler="SequentialSampler" if replaced else sampler)
         # torchreid loses this number when it joins several sources.
         manager.train_loader.dataset.k_tfm = cfg.data.k_tfm
@@ -67,20 +62,12 @@ def _arguments(cfg: Config) -> dict[str, Any]:
         arguments |= picked(cfg.video, "seq_len", "sample_method")
     else:
         arguments |= picked(cfg.data, "k_tfm", "load_train_targets") | picked(cfg.sampler, "train_sampler_t")
-        arguments |= {
-            "cuhk03_labeled": cfg.cuhk03.labeled_images,
-            "cuhk03_classic_split": cfg.cuhk03.classic_split,
-            "market1501_500k": cfg.market1501.use_500k_distractors,
-        }
-    return {
-        **arguments,
-        # With validation identities, the targets are not tested on, and need not be there.
-        "targets": [] if cfg.data.validation and not cfg.data.load_train_targets else cfg.data.targets,
-        "use_gpu": cfg.use_gpu,
-        "batch_size_train": cfg.train.batch_size,
-        "batch_size_test": cfg.test.batch_size,
-        "workers": _workers(cfg.data.workers),
-    }
+        arguments |= {"cuhk03_labeled": cfg.cuhk03.labeled_images, "cuhk03_classic_split": cfg.cuhk03.classic_split}
+        arguments["market1501_500k"] = cfg.market1501.use_500k_distractors
+    # With validation identities, the targets are not tested on, and need not be there.
+    targets = [] if cfg.data.validation and not cfg.data.load_train_targets else cfg.data.targets
+    arguments |= {"targets": targets, "use_gpu": cfg.use_gpu, "workers": _workers(cfg.data.workers)}
+    return arguments | {"batch_size_train": cfg.train.batch_size, "batch_size_test": cfg.test.batch_size}
 
 
 @contextlib.contextmanager
@@ -90,22 +77,19 @@ def _input_errors(cfg: Config) -> Iterator[None]:
         yield
     except AssertionError as error:
         # torchreid's samplers and data sets check their arguments with assertions that have no message.
-        raise InputError(
-            f"{str(error) or 'the sampler cannot fill a batch'}: train.batch_size {cfg.train.batch_size}, "
-            f"sampler.train_sampler {cfg.sampler.train_sampler!r}, "
-            f"{', '.join(f'sampler.{name} {cfg.sampler[name]}' for name in _GROUPS)}. A batch needs batch_size / "
-            f"num_instances identities that the sources have, and equal shares for cameras or data sets"
-        ) from error
+        given = {name: cfg.sampler[name] for name in ("train_sampler", *_GROUPS)}
+        values = ", ".join(f"sampler.{name} {value!r}" for name, value in given.items())
+        needs = "batch_size / num_instances identities that the sources have, and equal shares for cameras or data sets"
+        why = f"{str(error) or 'the sampler cannot fill a batch'}: train.batch_size {cfg.train.batch_size}"
+        raise InputError(f"{why}, {values}. A batch needs {needs}") from error
     except InputError:
         raise
     except ValueError as error:
         # torchreid's data managers raise it for an unknown data set or split.
         raise InputError(f"{error}: data.sources {cfg.data.sources}, data.targets {cfg.data.targets}") from error
     except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"cannot read {' '.join(cfg.data.sources + cfg.data.targets)} below data.root {cfg.data.root!r}: {error}. "
-            f"Put the data there, or say with --root where it is"
-        ) from error
+        unread = f"{' '.join(cfg.data.sources + cfg.data.targets)} below data.root {cfg.data.root!r}: {error}"
+        raise InputError(f"cannot read {unread}. Put the data there, or say with --root where it is") from error
 
 
 def _workers(wanted: int) -> int:

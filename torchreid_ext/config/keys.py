@@ -28,8 +28,8 @@ def _metric_loss(section: str, name: str) -> dict[str, Key]:
         "reducer": Key({},
             f"reducer, which turns the errors into one number, described like a miner; {{}}: the reducer of {name}"),
         "distance": Key({}, f"distance between features, described like a miner; {{}}: the distance of {name}"),
-        "memory_size": Key(0,
-            "number of features of past batches to compare with (cross-batch memory), for losses that can"),
+        "memory_size": Key(
+            0, "number of features of past batches to compare with (cross-batch memory), for losses that can"),
         "memory_start_epoch": Key(-1,
             "epochs at the start without the memory; -1: as many as train.warmup_epoch, and at least one"),
         "weight_m": Key(1.0, f"weight of {name}"),
@@ -38,57 +38,48 @@ def _metric_loss(section: str, name: str) -> dict[str, Key]:
     return {f"loss.{section}.{argument}": key for argument, key in keys.items()}
 
 
+_HOSTS = tuple(torchreid.data.sampler.AVAI_SAMPLERS)
+
 # Keys of torchreid's own default_config.py, with its defaults.
 TORCHREID: dict[str, Key] = {
     "use_gpu": Key(True, "use CUDA where there is a device"),
-    # model
     "model.name": _fixed("resnet50", "network, a name of torchreid's model zoo", features=True),
     "model.pretrained": Key(True, "load ImageNet weights (needs a network connection the first time)"),
     "model.load_weights": _free("", "file of weights to start from; layers that do not fit are listed and left out"),
     "model.resume": _free(
         "", "checkpoint to resume training from; auto: the newest in data.save_dir, if there is one", scores=False),
-    # data
     "data.type": _fixed("image", "image or video", choices=("image", "video")),
     "data.root": Key("reid-data", "folder that holds the data sets (also --root)", scores=False),
     "data.sources": _fixed(["market1501"], "data sets to train on (also -s)"),
     "data.targets": Key(["market1501"], "data sets to test on (also -t)"),
-    "data.workers": Key(4,
-        "loading processes of each training process, at most one for each core; -1: one for each core", least=-1,
-        scores=False),
+    "data.workers": Key(4, least=-1, scores=False,
+        text="loading processes of each training process, at most one for each core; -1: one for each core"),
     "data.split_id": _fixed(0, "split, for data sets that have several", least=0),
     "data.height": Key(256, "image height in pixels", least=1, features=True),
     "data.width": Key(128, "image width in pixels", least=1, features=True),
     "data.combineall": _fixed(False, "train on train, query and gallery together"),
-    "data.transforms": Key(["random_flip"],
-        "augmentations (also --transforms): random_flip, random_crop, random_patch, color_jitter, random_erase",
-        may_be_empty=True),
+    "data.transforms": Key(["random_flip"], may_be_empty=True,
+        text="augmentations (also --transforms): random_flip, random_crop, random_patch, color_jitter, random_erase"),
     "data.k_tfm": Key(
         1, "augmented views of each image, all in one batch, which has as many times more images", least=1),
     "data.norm_mean": Key([0.485, 0.456, 0.406], "mean of each channel", features=True),
     "data.norm_std": Key([0.229, 0.224, 0.225], "standard deviation of each channel", features=True),
     "data.load_train_targets": Key(False, "also load the training images of the targets"),
-    # single data sets
     "market1501.use_500k_distractors": Key(False, "add the 500,000 distractors to the gallery"),
     "cuhk03.labeled_images": _fixed(False, "use the labeled images, not the detected ones"),
     "cuhk03.classic_split": _fixed(False, "use the split of Li et al., CVPR 2014"),
-    # sampler
-    "sampler.train_sampler": Key("RandomSampler",
-        "RandomIdentitySampler or MPerClassSampler (for ranking losses), RandomSampler, SequentialSampler, "
-        "RandomDomainSampler or RandomDatasetSampler",
-        choices=tuple(dict.fromkeys([*SAMPLERS, *torchreid.data.sampler.AVAI_SAMPLERS]))),
-    "sampler.train_sampler_t": Key(
-        "RandomSampler", "sampler of the targets' training images",
-        choices=tuple(torchreid.data.sampler.AVAI_SAMPLERS)),
+    "sampler.train_sampler": Key("RandomSampler", choices=tuple(dict.fromkeys([*SAMPLERS, *_HOSTS])),
+        text="RandomIdentitySampler or MPerClassSampler (for ranking losses), RandomSampler, SequentialSampler, "
+        "RandomDomainSampler or RandomDatasetSampler"),
+    "sampler.train_sampler_t": Key("RandomSampler", "sampler of the targets' training images", choices=_HOSTS),
     "sampler.num_instances": Key(
         4, "images of an identity in a batch, for RandomIdentitySampler and MPerClassSampler", least=1),
     "sampler.num_cams": Key(1, "cameras in a batch, for RandomDomainSampler", least=1),
     "sampler.num_datasets": Key(1, "data sets in a batch, for RandomDatasetSampler", least=1),
-    # video
     "video.seq_len": Key(15, "images sampled of a tracklet", least=1),
     "video.sample_method": Key("evenly", "evenly, random or all", choices=("evenly", "random", "all")),
     "video.pooling_method": Key(
         "avg", "avg or max: how the features of a tracklet's images become one feature", choices=("avg", "max")),
-    # training
     "train.optim": _fixed(
         "adam", "adam, amsgrad, sgd, rmsprop or radam", choices=("adam", "amsgrad", "sgd", "rmsprop", "radam")),
     "train.lr": _kept(0.0003, "learning rate"),
@@ -108,23 +99,19 @@ TORCHREID: dict[str, Key] = {
     "rmsprop.alpha": _kept(0.99, "smoothing constant"),
     "adam.beta1": _kept(0.9, "decay rate of the first moment"),
     "adam.beta2": _kept(0.999, "decay rate of the second moment"),
-    # loss
     "loss.name": _fixed("softmax", "softmax, triplet, drsl or pml", choices=("softmax", "triplet", "drsl", "pml")),
     "loss.softmax.label_smooth": Key(True, "smooth the labels of the identity cross-entropy (of every loss)"),
     "loss.triplet.margin": Key(0.3, "distance margin"),
     "loss.triplet.weight_t": Key(1.0, "weight of the triplet loss"),
     "loss.triplet.weight_x": Key(0.0, "weight of the identity cross-entropy"),
-    # test
     "test.batch_size": Key(100, "images (or tracklets) in a batch", least=1, scores=False),
 }
 
 OURS: dict[str, Key] = {
-    "model.bnneck": _fixed(False,
-        "batch normalisation neck: metric loss before it, cross-entropy and retrieval after it (Luo et al., TMM 2019)",
-        features=True),
-    "model.last_stride": _fixed(
-        2, "stride of the last stage, for networks with a layer4; 1 keeps its resolution", choices=(1, 2),
-        features=True),
+    "model.bnneck": _fixed(False, features=True, text="batch normalisation neck: metric loss before it, cross-entropy "
+        "and retrieval after it (Luo et al., TMM 2019)"),
+    "model.last_stride": _fixed(2, choices=(1, 2), features=True,
+        text="stride of the last stage, for networks with a layer4; 1 keeps its resolution"),
     "data.validation": _fixed(0.0,
         "share of the training identities, in (0, 1), that is taken out of training and tested on instead of the "
         "targets; 0: none"),
@@ -153,8 +140,8 @@ OURS: dict[str, Key] = {
 
 
 def keys_of_arguments(section: str, kind: type) -> dict[str, Key]:
-    """A config key ``SECTION.ARGUMENT`` for each argument of a class that is a number, a bool or a string. The default
-    is the argument's. The explanation is the first sentence about it in the docstring's ``Args``."""
+    """A config key ``SECTION.ARGUMENT`` for each argument of a class that is a number, a bool or a string, with its
+    default. The explanation is the first sentence about it in the docstring's ``Args``."""
     hints = typing.get_type_hints(kind.__init__)  # type: ignore[misc]
     explained = _explained(inspect.getdoc(kind) or "")
     keys = {}
@@ -189,10 +176,6 @@ def _by_section(keys: dict[str, Key]) -> dict[str, Key]:
 
 KEYS: dict[str, Key] = _by_section(TORCHREID | DRSL_ARGUMENTS | OURS | RunOptions.keys())
 """Every config key."""
-
-_TAKEN = inspect.signature(torchreid.engine.Engine.run).parameters
-ADDED = [key for key, entry in KEYS.items() if key not in TORCHREID and entry.name not in _TAKEN]
-"""The keys that torchreid does not have."""
 
 OPTIONS = {key for key, entry in KEYS.items() if entry.default == {} and key != "datasets"}
 """Keys whose value is a mapping of free form."""

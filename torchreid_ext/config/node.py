@@ -29,8 +29,8 @@ class Config(CfgNode):
     A YAML file may name a base file with ``base: FILE``, a path relative to the YAML file. The values of the YAML file
     override the values of the base file.
 
-    Keys below ``datasets`` and below ``keys.OPTIONS`` have any names. Values there are added to the values that are
-    set already. A value that names a class replaces them.
+    Keys below ``datasets`` and ``keys.OPTIONS`` have any names, and their values are added to those that are set
+    already. A value that names a class replaces them.
     """
 
     @property
@@ -39,8 +39,8 @@ class Config(CfgNode):
         return self.__dict__.setdefault("given", set())
 
     def merge_from_file(self, cfg_filename: str | Path) -> None:
-        """Merges a YAML file. Raises InputError for a file that is missing or is not a YAML mapping, a key that stands
-        twice in a section, base files in a circle, an unknown key, or a wrong type of value."""
+        """Merges a YAML file. Raises InputError for a file that is missing or no YAML mapping, a key that stands twice
+        in a section, base files in a circle, an unknown key, or a wrong type of value."""
         self._merge_file(Path(cfg_filename), [])
         self._fit_images()
 
@@ -100,9 +100,8 @@ class Config(CfgNode):
                 self._given.add(key)
                 _set(self, key, _coerce(key, value, known, source))
             elif value is not None:  # Nothing is set where all keys of a section are commented out.
-                raise InputError(
-                    f"config key {key!r} is a section of keys, such as {inside}, got {value!r} in {source}"
-                )
+                wanted = f"is a section of keys, such as {inside}"
+                raise InputError(f"config key {key!r} {wanted}, got {value!r} in {source}")
 
 
 def _is_text(key: str, value: Any) -> bool:
@@ -193,9 +192,8 @@ def _options(key: str, value: Any, known: Config, source: str) -> Config:
 
 
 def _converted(key: str, value: Any, source: str) -> Any:
-    """``value`` as the type of a config key, where its meaning is plain. A whole number becomes a string where a string
-    is wanted, ``"1e-3"`` a number, ``60.0`` a whole number, and a single value a list. The entries of a list become the
-    type of the entries of its default."""
+    """``value`` as the type of a config key, where its meaning is plain: a whole number becomes a string where a string
+    is wanted, ``"1e-3"`` a number, ``60.0`` a whole number, and a single value a list."""
     entry = KEYS[key]
     default = entry.default
     if value is None and entry.kind is not None:
@@ -288,18 +286,26 @@ def check(cfg: Config) -> None:
     try:
         cfg.data.save_dir.encode()
     except UnicodeEncodeError as error:
-        raise InputError(
-            f"data.save_dir {cfg.data.save_dir!r} has bytes that are not UTF-8, which TensorBoard needs: choose another"
-        ) from error
-    tracklets_differ = cfg.data.type == "video" and cfg.video.sample_method == "all"
-    if cfg.train.chunk_size and cfg.train.sync_batchnorm and tracklets_differ:
-        raise InputError(
-            "train.sync_batchnorm needs as many chunks in every process, but with video.sample_method all the numbers "
-            "of images differ; set train.sync_batchnorm to False, or train.chunk_size to 0"
-        )
+        wrong = f"{cfg.data.save_dir!r} has bytes that are not UTF-8, which TensorBoard needs"
+        raise InputError(f"data.save_dir {wrong}: choose another") from error
+    if not 0 <= cfg.data.validation < 1:
+        raise InputError(f"data.validation must be at least 0 and less than 1, got {cfg.data.validation}")
+    if cfg.data.type == "video":
+        _check_video(cfg)
     if not cfg.test.evaluate:
         in_groups = cfg.sampler.train_sampler in SAMPLERS
         distributed.check_share(cfg.train.batch_size, cfg.sampler.num_instances if in_groups else 1)
+
+
+def _check_video(cfg: Config) -> None:
+    if cfg.data.k_tfm > 1:
+        frames = f"whose tracklets have several frames already; got {cfg.data.k_tfm}"
+        raise InputError(f"data.k_tfm must be 1 for video, {frames}")
+    if cfg.data.identities or cfg.data.validation:
+        raise InputError("data.validation and data.identities are for data.type image: set both to 0 for video")
+    if cfg.train.chunk_size and cfg.train.sync_batchnorm and cfg.video.sample_method == "all":
+        differ = "needs as many chunks in every process, but with video.sample_method all the numbers of images differ"
+        raise InputError(f"train.sync_batchnorm {differ}; set it to False, or train.chunk_size to 0")
 
 
 def run_options(cfg: Config) -> RunOptions:

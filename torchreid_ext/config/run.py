@@ -35,11 +35,10 @@ def prepare(cfg: Config) -> Any:
     """Seeds the generators, and builds the engine of a configuration with all that it needs. Raises InputError for a
     value that cannot be used, or missing data."""
     if cfg.test.evaluate and not (cfg.model.resume or cfg.model.load_weights):
-        raise InputError(
-            "test.evaluate True tests a trained network, and there is none: give its checkpoint with model.resume FILE "
-            "or model.load_weights FILE. To test a network before any training, set test.untrained True and "
-            "train.max_epoch 0 instead"
-        )
+        lacking = "test.evaluate True tests a trained network, and there is none"
+        cure = "give its checkpoint with model.resume FILE or model.load_weights FILE"
+        other = "To test a network before any training, set test.untrained True and train.max_epoch 0 instead"
+        raise InputError(f"{lacking}: {cure}. {other}")
     check(cfg)
     generators.seed_everything(cfg.train.seed)
     with distributed.one_first():
@@ -58,8 +57,8 @@ def prepare(cfg: Config) -> Any:
 
 
 def train(cfg: Config) -> tuple[Any, dict[str, RetrievalResult]]:
-    """Trains and tests as configured, from the checkpoint of ``model.resume``, if there is one. Returns the engine, and
-    the results of the last test by target. Raises InputError as ``prepare``, and for a checkpoint that does not fit."""
+    """Trains and tests as configured, from the checkpoint of ``model.resume``, if any. Returns the engine, and the
+    results of the last test by target. Raises InputError as ``prepare``, and for a checkpoint that does not fit."""
     print(f"Configuration\n{cfg}\n")
     since = first_start(Path(cfg.data.save_dir))
     engine = prepare(cfg)
@@ -75,15 +74,14 @@ def train(cfg: Config) -> tuple[Any, dict[str, RetrievalResult]]:
         with files.replacing(Path(cfg.data.save_dir, "config.yaml")) as file:  # which --config-file reads again
             file.write(yaml.safe_dump(plain(cfg), sort_keys=False).encode())
 
-    columns, options = {}, run_options(cfg)
+    columns, options, folder = {}, run_options(cfg), Path(cfg.data.save_dir)
     if cfg.test.untrained and not cfg.test.evaluate and not start_epoch:
         print("=> Test before training")
-        untrained = str(Path(cfg.data.save_dir, "untrained"))
-        columns["untrained"] = engine.test(**options.last_test() | {"visrank": False, "save_dir": untrained})
+        changed = {"visrank": False, "save_dir": str(folder / "untrained")}
+        columns["untrained"] = engine.test(**options.last_test() | changed)
     columns["trained"] = engine.run(**options.arguments() | {"start_epoch": start_epoch})
     if len(columns) > 1 and columns["trained"]:
         ranking.print_side_by_side(columns, cfg.test.ranks)
-    folder = Path(cfg.data.save_dir)
     parts = {"checkpoints": "model/*.pth.tar*", "TensorBoard log": "events.*", "metrics.json": "metrics.json"}
     written = [name for name, pattern in parts.items() if any(folder.glob(pattern))]
     print(f'Written to "{folder}": {", ".join(written)}')
@@ -130,20 +128,16 @@ class _Tee:
         return False
 
 
-STEPS = 3
-
-
 class _EnoughError(Exception):
     """As many steps as a dry run takes."""
 
 
 def dry_run(cfg: Config) -> None:
-    """Prints the data sets and the size of the network, draws a batch and estimates the time of an epoch. torchreid
-    prints the data sets. The batch is written to ``batch.png`` in ``data.save_dir``; nothing else is kept. Raises
-    InputError for whatever a run would refuse."""
+    """Prints the data sets and the size of the network, draws a batch and estimates the time of an epoch. Only the
+    batch is kept, ``batch.png`` in ``data.save_dir``. Raises InputError for whatever a run would refuse."""
     engine = prepare(cfg)
     steps = steps_per_epoch(engine.datamanager)
-    batches, times = _try(cfg, engine, min(STEPS, steps))
+    batches, times = _try(cfg, engine, min(3, steps))
     path = Path(cfg.data.save_dir, "batch.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     images = engine.training_batch(batches[0]).images.reshape(-1, 3, cfg.data.height, cfg.data.width)
@@ -151,11 +145,9 @@ def dry_run(cfg: Config) -> None:
     save_image(images.cpu() * std + mean, path, nrow=8, padding=0)
     print(f"A batch of {len(images)} images, as the network gets them, is drawn in {path}")
     # The first steps are slower than the others.
-    seconds = steps * times[-1]
-    print(
-        f"An epoch of {steps} steps takes about {seconds:.0f} s; {cfg.train.max_epoch} epochs, without tests, about "
-        f"{cfg.train.max_epoch * seconds / 60:.0f} min"
-    )
+    seconds, epochs = steps * times[-1], cfg.train.max_epoch
+    whole = f"{epochs} epochs, without tests, about {epochs * seconds / 60:.0f} min"
+    print(f"An epoch of {steps} steps takes about {seconds:.0f} s; {whole}")
 
 
 def _try(cfg: Config, engine: Any, steps: int) -> tuple[list[Any], list[float]]:
@@ -174,7 +166,7 @@ def _try(cfg: Config, engine: Any, steps: int) -> tuple[list[Any], list[float]]:
         return summary
 
     engine.forward_backward = watched
-    save_dir = tempfile.TemporaryDirectory()
-    with save_dir as folder, contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(_EnoughError):
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with tempfile.TemporaryDirectory() as folder, quiet, contextlib.suppress(_EnoughError):
         engine.run(**run_options(cfg).arguments() | {"save_dir": folder, "start_epoch": 0, "max_epoch": 1})
     return batches, [end - start for start, end in itertools.pairwise(moments)]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,14 @@ from pml_drsl.checks import InputError
 from torchreid_ext.data.splits import SetOptions, check_splits, make_options, read
 from torchreid_ext.images import SPLITS, Table
 
-Item = tuple[str, int, int]
-"""A path, the number of an identity and the number of a camera, as in torchreid's data sets."""
-
 
 def _numbers(names: Iterable[str]) -> dict[str, int]:
     return {name: number for number, name in enumerate(sorted(set(names)))}
 
 
-def _numbered(table: Table) -> list[list[Item]]:
-    """Train, query and gallery with numbers from 0 in place of names."""
-    train, test = table.train, table.query + table.gallery
+def _numbered(table: Table) -> list[list[tuple[str, int, int]]]:
+    """Train, query and gallery with numbers from 0 in place of the names of identities and cameras."""
+    train, test = table.of("train"), table.query + table.gallery
     trained, tested = (_numbers(row.identity for row in rows) for rows in (train, test))
     # The cameras of training come first: torchreid relies on numbers without gaps when it joins data sets.
     cameras = _numbers(row.seen_by for row in train)
@@ -37,18 +33,10 @@ def _numbered(table: Table) -> list[list[Item]]:
 class ConfiguredDataset(torchreid.data.ImageDataset):
     """A torchreid image data set described by options instead of code, with any names of identities and cameras.
 
-    The identities for training are numbered from 0, and so are those of query and gallery together.
-
-    Args:
-        name: name of the data set, for messages.
-        options: from :func:`torchreid_ext.data.splits.make_options`; their folder or CSV is below ``root``.
-        mode: train, query or gallery; a data set without a test set has no other mode than train.
-        combineall: train on train, query and gallery together.
-        verbose: print the counts, and what was left out.
-        kwargs: what torchreid's data managers pass besides. Arguments for other data sets (split_id, ...) are ignored.
-
-    Raises:
-        InputError: if the data cannot be used. The message names the data set, the file or value, and the fix.
+    The identities for training are numbered from 0, and so are those of query and gallery together. The folder or CSV
+    of the options (:func:`torchreid_ext.data.splits.make_options`) is below ``root``; the other arguments are those of
+    torchreid's data sets. A data set without a test set has no other mode than train. Raises InputError if the data
+    cannot be used. The message names the data set, the file or value, and the fix.
     """
 
     train: list[Any]
@@ -83,7 +71,7 @@ class ConfiguredDataset(torchreid.data.ImageDataset):
             self.show_summary()
 
     def show_summary(self) -> None:
-        """Prints the data set's name, its counts, and the files that were left out."""
+        """Prints name, counts, and the files that were left out."""
         print(f"=> {self.name}")
         super().show_summary()
         if line := self.table.about_left_out():
@@ -114,14 +102,14 @@ def register_datasets(datasets: Mapping[str, Mapping[str, Any]]) -> None:
     for name, options in checked.items():
         if name not in _registered:
             try:
-                torchreid.data.register_image_dataset(name, functools.partial(_registered_dataset, name))
+                torchreid.data.register_image_dataset(name, _maker(name))
             except ValueError as error:
                 raise InputError(f"datasets: torchreid has its own {name!r} already; choose another name") from error
         _registered[name] = options
 
 
-def _registered_dataset(name: str, **kwargs: Any) -> ConfiguredDataset:
-    return ConfiguredDataset(name, _registered[name], **kwargs)
+def _maker(name: str) -> Callable[..., ConfiguredDataset]:
+    return lambda **kwargs: ConfiguredDataset(name, _registered[name], **kwargs)
 
 
 @contextlib.contextmanager

@@ -46,8 +46,8 @@ class ReadableDataset(WrappedDataset):
     """A torchreid data set whose images are read with :func:`torchreid_ext.pixels.read_image`.
 
     torchreid's own reader tries a damaged image for ever, leaves photos on their side, and makes 16-bit images white. A
-    data set that reads in its own way has its images checked before it reads an entry for the first time: those of the
-    path or paths ``dataset.data[i][0]``. Raises InputError, which names it, when an unreadable image is read.
+    data set that reads in its own way has the images of an entry, ``dataset.data[i][0]``, checked before it reads them
+    for the first time. Raises InputError, which names it, when an unreadable image is read.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -69,11 +69,8 @@ class ReadableDataset(WrappedDataset):
 
 
 def readable(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """Returns a loader of the same batches as ``loader``, with our reader, which refuses an unreadable image.
-
-    A loader that this function returned before is returned unchanged. Raises InputError if the data set is
-    iterable-style, or has no ``data`` with the paths.
-    """
+    """Returns a loader of the same batches as ``loader``, with our reader, which refuses an unreadable image; it may
+    have it already. Raises InputError if the data set is iterable-style, or has no ``data`` with the paths."""
     dataset: Any = loader.dataset
     if isinstance(dataset, ReadableDataset):
         return loader
@@ -90,20 +87,19 @@ def rebuilt(loader: DataLoader[Any], dataset: Any, **changes: Any) -> DataLoader
         "generator", "prefetch_factor", "persistent_workers", "pin_memory_device", "in_order",
     )  # fmt: skip
     options: dict[str, Any] = {name: getattr(loader, name) for name in kept}
-    if "batch_sampler" not in changes:
-        if loader.batch_size is None and loader.batch_sampler is not None:
-            options["batch_sampler"] = loader.batch_sampler
-        else:
-            options.update(batch_size=loader.batch_size, sampler=loader.sampler, drop_last=loader.drop_last)
+    if loader.batch_size is None and loader.batch_sampler is not None:
+        options["batch_sampler"] = loader.batch_sampler
+    elif "batch_sampler" not in changes:
+        options.update(batch_size=loader.batch_size, sampler=loader.sampler, drop_last=loader.drop_last)
     return DataLoader(dataset, **options | changes)
 
 
 class Draw(NamedTuple):
-    """One entry of a batch: the index of a sample, the seed of the epoch, and the position in the epoch."""
+    """One entry of a batch."""
 
-    sample: int
+    sample: int  # its index
     epoch_seed: int
-    position: int
+    position: int  # in the epoch
 
 
 class SeededBatches(Sampler[list[Draw]]):
@@ -149,9 +145,9 @@ class SeededDataset(WrappedDataset):
 def repeatable(loader: DataLoader[Any]) -> DataLoader[Any]:
     """Returns a loader like ``loader``, whose epochs depend only on the state of the global generators at their start.
 
-    With a seed for every sample, torchreid's augmentations do not depend on the workers or on what they read
-    before. A resumed epoch is therefore equal to that of a run without interruption. The workers stay alive from
-    epoch to epoch. Raises InputError if the loader does not make batches.
+    With a seed for every sample, torchreid's augmentations do not depend on the workers or on what they read before, so
+    a resumed epoch is equal to that of a run without interruption. The workers stay alive from epoch to epoch. Raises
+    InputError if the loader does not make batches.
     """
     if isinstance(loader.dataset, SeededDataset):
         return loader

@@ -24,15 +24,7 @@ class IdentitySampler(Sampler[int]):
 
     An epoch shows every image at most once, unless its identity has fewer than ``num_instances`` images. It has as many
     batches as this allows: with ``g_i`` groups of ``num_instances`` images of identity i and P identities in a batch,
-    the largest B with ``sum over i of min(g_i, B) >= P * B``.
-
-    Args:
-        pids: identity of each training sample.
-        batch_size: samples in a batch, a multiple of ``num_instances`` and at least twice that.
-        num_instances: samples of an identity in a batch, >= 1.
-
-    Raises:
-        InputError: if the numbers do not fit together, or if there are too few identities to fill a batch.
+    the largest B with ``sum over i of min(g_i, B) >= P * B``. Raises InputError as ``check_batch``.
     """
 
     def __init__(self, pids: Sequence[int], batch_size: int, num_instances: int) -> None:
@@ -84,12 +76,10 @@ class PerClassSampler(MPerClassSampler):
     def __init__(self, pids: Sequence[int], batch_size: int, num_instances: int) -> None:
         check_batch(pids, batch_size, num_instances)
         super().__init__(pids, num_instances, batch_size, max(batch_size, len(pids)))
-        self.labels: list[int] = sorted(set(pids))
-        self._ordered = list(self.labels)
 
     def __iter__(self) -> Iterator[int]:
         # MPerClassSampler shuffles its labels in place. A resumed run would otherwise shuffle another order.
-        self.labels = list(self._ordered)
+        self.labels: list[int] = sorted(self.labels)
         return map(int, super().__iter__())
 
 
@@ -97,11 +87,8 @@ SAMPLERS = {"RandomIdentitySampler": IdentitySampler, "MPerClassSampler": PerCla
 
 
 def whole_batches(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """A loader like ``loader``, with ``IdentitySampler`` in the place of torchreid's ``RandomIdentitySampler``.
-
-    torchreid's draws fewer images than its length says, splits an identity between batches, and fills a batch with
-    one. Raises InputError as ``IdentitySampler``.
-    """
+    """A loader like ``loader``, with ``IdentitySampler`` in the place of torchreid's ``RandomIdentitySampler``, which
+    draws fewer images than its length says, splits an identity between batches, and fills a batch with one."""
     host = loader.sampler
     if not isinstance(host, torchreid.data.sampler.RandomIdentitySampler):
         return loader
@@ -116,21 +103,17 @@ def steps_per_epoch(datamanager: Any) -> int:
 
 def check_trains(datamanager: Any) -> None:
     """Refuses training data that would train nothing, where torchreid says nothing; draws nothing from the sampler.
-
-    Raises InputError for fewer samples in an epoch than in a batch, for a sampler without a length, or for a single
-    identity.
-    """
-    loader = whole_batches(datamanager.train_loader)
-    sampler: Any = loader.sampler
-    dataset: Any = loader.dataset
-    name = type(sampler).__name__
+    Raises InputError for fewer samples in an epoch than in a batch, a sampler without a length, or a single identity,
+    and as ``check_batch``."""
+    loader: Any = whole_batches(datamanager.train_loader)
+    name = type(loader.sampler).__name__
     try:
-        drawn, batches = len(sampler), len(loader)
+        drawn, batches = len(loader.sampler), len(loader)
     except TypeError as error:
         cure = "give it a method __len__ that returns the number of samples in an epoch"
         raise InputError(f"{name} has no length, which the log and the schedule need: {cure}") from error
     if drawn < (loader.batch_size or 1) or batches == 0:
-        few = f"{name} draws {drawn} of the {len(dataset)} training samples an epoch"
+        few = f"{name} draws {drawn} of the {len(loader.dataset)} training samples an epoch"
         raise InputError(f"a batch of {loader.batch_size} cannot be filled: {few}; make train.batch_size smaller")
     if datamanager.num_train_pids < 2:
         raise InputError("the training data have a single identity, and a loss needs two: add images of others")
@@ -151,7 +134,8 @@ def warn_if_positives_are_rare(loader: DataLoader[Any], loss: str) -> None:
 
 
 def check_batch(pids: Sequence[int], batch_size: int, num_instances: int) -> int:
-    """The number of identities in a batch, which must be whole groups of at least two identities."""
+    """The number of identities in a batch of samples with the identities ``pids``: whole groups of ``num_instances``.
+    Raises InputError for a batch of a part of a group or of a single group, or for too few identities to fill it."""
     if num_instances < 1 or batch_size % num_instances:
         uneven = f"train.batch_size {batch_size} is not a multiple of sampler.num_instances {num_instances}"
         raise InputError(f"{uneven}: an identity would straddle two batches")

@@ -25,36 +25,29 @@ Named = tuple[str, Row]
 class SetOptions(Options):
     """The options of a data set (``datasets.NAME``)."""
 
-    folder: Sequence[str] = option(
-        "", [""], "folder below ``data.root``, or a list of them: one name in two folders is one person; '' is the root"
-    )
-    csv: str | None = option(
-        "", None, "path below ``data.root`` of a CSV (``torchreid_ext.images.read_csv``) in place of a folder", kind=str
-    )
+    # fmt: off
+    folder: Sequence[str] = option("", [""],
+        "folder below ``data.root``, or a list of them: one name in two folders is one person; '' is the root")
+    csv: str | None = option("", None, kind=str,
+        text="path below ``data.root`` of a CSV (``torchreid_ext.images.read_csv``) in place of a folder")
     pattern: str = option(
-        "", "folder", "how paths below a folder carry names: an argument of ``torchreid_ext.images.pattern``"
-    )
-    cameras: str = option(
-        "", "names", "``names`` (or the column camid) carry cameras, and images without one are left out; ``none``: "
-        "cameras do not matter, and every other image of an identity is a match", choices=("names", "none"),
-    )  # fmt: skip
-    train: Sequence[str] | None = option(
-        "", None, "files to train on: paths relative to ``folder`` of files, or of folders with all files below them. "
-        "``*``, ``?`` and ``[]`` match characters of one name, ``**`` any number of folders",
-        kind=list, may_be_empty=True,
-    )  # fmt: skip
-    test: Sequence[str] | None = option(
-        "", None, "files to test on, likewise. One of both may be empty; if both are missing, identities are split at "
-        "random", kind=list, may_be_empty=True,
-    )  # fmt: skip
+        "", "folder", "how paths below a folder carry names: an argument of ``torchreid_ext.images.pattern``")
+    cameras: str = option("", "names", choices=("names", "none"),
+        text="``names`` (or the column camid) carry cameras, and images without one are left out; ``none``: cameras do "
+        "not matter, and every other image of an identity is a match")
+    train: Sequence[str] | None = option("", None, kind=list, may_be_empty=True,
+        text="files to train on: paths relative to ``folder`` of files, or of folders with all files below them. "
+        "``*``, ``?`` and ``[]`` match characters of one name, ``**`` any number of folders")
+    test: Sequence[str] | None = option("", None, kind=list, may_be_empty=True,
+        text="files to test on, likewise. One of both may be empty; without both, identities are split at random")
     test_fraction: float = option("", 0.5, "share of the identities to test on, between 0 and 1")
     seed: int = option("", 0, "seed of the random split", least=0)
-    query_cameras: Sequence[str] | None = option(
-        "", None, "cameras whose test images are queries, and all others the gallery; see "
-        "``torchreid_ext.images.with_queries``", kind=list,
-    )  # fmt: skip
+    query_cameras: Sequence[str] | None = option("", None, kind=list,
+        text="cameras of the queries; all others are the gallery; see ``torchreid_ext.images.with_queries``")
     min_images: int = option("", 1, "identities with fewer images are left out", least=1)
     junk: Sequence[str] = option("", list(JUNK), "identities whose images are left out everywhere", may_be_empty=True)
+
+    # fmt: on
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -69,16 +62,12 @@ class SetOptions(Options):
 
 
 def make_options(name: str, given: Mapping[str, Any]) -> SetOptions:
-    """Checks the options of the data set ``name``.
-
-    Raises InputError for an unknown option, options that exclude each other, or a value out of range.
-    """
+    """The options of the data set ``name``. Raises InputError for an unknown option, options that exclude each other,
+    or a value out of range."""
     where = f"datasets.{name}"
     if not isinstance(given, Mapping):
         raise InputError(f"{where}={given!r} must be a mapping of options, such as {{folder: images}}")
-    values = {
-        key: [str(v) for v in value] if isinstance(value, (list, tuple)) else value for key, value in given.items()
-    }
+    values = {k: [str(each) for each in v] if isinstance(v, (list, tuple)) else v for k, v in given.items()}
     if isinstance(values.get("folder"), str):
         values["folder"] = [values["folder"]]
     try:
@@ -124,18 +113,18 @@ def selects(entry: str, path: str) -> bool:
 def read(name: str, options: SetOptions, root: str) -> Table:
     """The table of the data set ``name``, from folders of images or a CSV below ``root``.
 
-    Links are followed. An image that several paths of a folder reach counts once in each split. Raises InputError
-    if a folder or a file does not exist, no file matches the pattern, an entry of a split selects nothing, a query
-    camera is unknown, a link is broken or leads to a folder above itself, several paths give one image different
-    identities or cameras, or a CSV is wrong.
+    Links are followed. An image that several paths of a folder reach counts once in each split. Raises InputError if a
+    folder or file is missing, no file matches the pattern, an entry of a split selects nothing, a query camera is
+    unknown, a link or a CSV is wrong, or several paths give one image different identities or cameras.
     """
     where, table = f"datasets.{name}", Table()
+    above = Path(root).expanduser().absolute()
     if options.csv is not None:
-        file = Path(root).expanduser().absolute() / options.csv
+        file = above / options.csv
         if not file.is_file():
             raise InputError(f"{where}: there is no CSV {file}: set data.root (--root) or {where}.csv")
         return images.read_csv(str(file), options.cameras != "none", options.junk)
-    found, real_paths = _matching(where, options, root, table)
+    found, real_paths = _matching(where, options, above, table)
     count = Counter(row.identity for row in _unique(where, (row for _, row in found), real_paths))
     found = [(path, row) for path, row in found if count[row.identity] >= options.min_images]
     train, test = (_unique(where, split, real_paths) for split in _split(where, options, found))
@@ -151,13 +140,12 @@ def read(name: str, options: SetOptions, root: str) -> Table:
     return table
 
 
-def _matching(where: str, options: SetOptions, root: str, table: Table) -> tuple[list[Named], dict[str, str]]:
+def _matching(where: str, options: SetOptions, root: Path, table: Table) -> tuple[list[Named], dict[str, str]]:
     """The images that match, in order, and the real path of each; ``table`` gets the names of the other files."""
     names = images.pattern(options.pattern, f"{where}.pattern")
     found: list[Named] = []
     real_paths: dict[str, str] = {}
-    for part in options.folder:
-        folder = Path(root).expanduser().absolute() / part
+    for folder in [root / part for part in options.folder]:
         if not folder.is_dir():
             raise InputError(f"{where}: there is no folder {folder}: set data.root (--root) or {where}.folder")
         for path, real in sorted(images.files(str(folder))):
@@ -177,7 +165,7 @@ def _matching(where: str, options: SetOptions, root: str, table: Table) -> tuple
                 real_paths[row.path] = real
     if not found:
         seen = table.about_left_out() or "there is no file"
-        folders = " and ".join(str(Path(root).expanduser().absolute() / part) for part in options.folder)
+        folders = " and ".join(str(root / part) for part in options.folder)
         raise InputError(f"{where}: no image below {folders} matches the pattern {options.pattern!r}; {seen}")
     return found, real_paths
 
@@ -215,17 +203,14 @@ def _split(where: str, options: SetOptions, found: list[Named]) -> tuple[list[Ro
 def check_splits(name: str, table: Table, mode: str) -> None:
     """Checks that a data set can be used for training (mode ``"train"``) or for the test (another mode).
 
-    Warns of queries that have no match in the gallery from another camera, because evaluation leaves them out.
-    Raises InputError if a split that is needed is empty, training has a single identity, or an identity is in
-    training and in test.
+    Warns of queries without a match in the gallery from another camera, which evaluation leaves out. Raises InputError
+    if all are so, a needed split is empty, training has a single identity, or an identity is in training and in test.
     """
     where = f"datasets.{name}"
-    train, query, gallery = table.train, table.query, table.gallery
-    needed = ("train",) if mode == "train" else ("query", "gallery")
-    if query or gallery:
-        # A test with queries alone is a mistake, and not a data set that only trains.
-        needed = (*needed, "query", "gallery")
-    for split in needed:
+    train, query, gallery = (table.of(split) for split in images.SPLITS)
+    # A test with queries alone is a mistake, and not a data set that only trains.
+    tested = ("query", "gallery") if query or gallery or mode != "train" else ()
+    for split in (*(("train",) if mode == "train" else ()), *tested):
         if not table.of(split):
             hint = "; to train without a test set, set data.validation, or other data.targets" if not gallery else ""
             raise InputError(f"{where}: the split {split!r} has no image: see how it is chosen{hint}")

@@ -57,11 +57,8 @@ class _Drawn:
 
     @classmethod
     def draw(cls, folder: str | os.PathLike[str], seed: int = 0) -> None:
-        """Draws the data set, which depends on ``seed`` alone, into a new ``folder``, whole or not at all.
-
-        If another process was faster, its folder is kept. Raises InputError if ``seed`` is negative, and
-        OSError if the folder cannot be written.
-        """
+        """Draws the data set, which depends on ``seed`` alone, into a new ``folder``, whole or not at all. If another
+        process was faster, its folder is kept. Raises InputError for a negative seed, OSError if it cannot write."""
         if seed < 0:
             raise InputError(f"seed={seed} must be 0 or more")
         destination = Path(folder)
@@ -146,9 +143,7 @@ class SyntheticPedestrians(_Drawn, torchreid.data.datasets.Market1501):
 
     def process_dir(self, dir_path: str, relabel: bool = False) -> list[tuple[str, int, int]]:
         """Lists a folder's images as (path, pid, camid from 0), sorted by name; ``relabel`` makes pids 0..n-1.
-
-        torchreid's own method does not sort, and a parent folder named ``3_c1`` would give it the identity.
-        """
+        torchreid's own method does not sort, and a parent folder named ``3_c1`` would give it the identity."""
         rows = []
         for path in sorted(Path(dir_path).glob("*.jpg")):
             found = _FILE_NAME.match(path.name)

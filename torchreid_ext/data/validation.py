@@ -21,27 +21,14 @@ Item = tuple[str, int, int, int]
 """A path, the number of an identity, the number of a camera and the number of a data set, as torchreid has them."""
 
 
-def check_shares(data_type: str, identities: int, share: float) -> None:
-    """Refuses a share out of its range, and data of video."""
-    if not 0 <= share < 1:
-        raise InputError(f"data.validation must be at least 0 and less than 1, got {share}")
-    if data_type != "image" and (identities or share):
-        raise InputError("data.validation and data.identities are for data.type image: set both to 0 for video")
-
-
 def hold_out(manager: Any, identities: int, share: float, seed: int, batch_size: int) -> None:
-    """Keeps some training identities of an image data manager, and tests on others of them instead of the targets.
+    """Keeps some training identities of an image data manager, and tests on some of them instead of the targets.
 
-    The draws depend on the images' paths and on the seed alone; a smaller draw is a part of a larger one. What is left
-    for training is numbered from 0. The sampler of the training loader must be replaced afterwards.
-
-    Args:
-        manager: a torchreid ``ImageDataManager``.
-        identities: number of training identities to keep, before the validation identities are taken out; 0 for all.
-        share: share of these to test on, in [0, 1), with the first image of each identity and camera as a query and all
-            in the gallery; 0 keeps the manager's targets.
-        seed: of the draw of the validation identities; the draw of ``identities`` is the same for every seed.
-        batch_size: validation images in a batch.
+    The number ``identities`` of them is kept (0: all), the same for every seed. A ``share`` of these, in [0, 1), is
+    tested on in batches of ``batch_size``: the first image of each identity and camera is a query, and all are the
+    gallery; 0 keeps the manager's targets. The draws depend on the images' paths and on the seed alone; a smaller draw
+    is a part of a larger one. What is left for training is numbered from 0. The sampler of the training loader must be
+    replaced afterwards.
 
     Raises:
         InputError: for more identities than there are, or for a share that leaves fewer than two identities for
@@ -97,17 +84,13 @@ def _test_on(manager: Any, dataset: Any, gallery: list[Item], batch_size: int) -
         of_split.mode, of_split.transform, of_split.k_tfm = split, manager.transform_te, 1
         batches = BatchSampler(SequentialSampler(of_split), batch_size, drop_last=False)
         loaders[split] = rebuilt(manager.train_loader, of_split, batch_sampler=batches)
-    manager.targets = [NAME]
-    manager.test_loader = {NAME: loaders}
+    manager.targets, manager.test_loader = [NAME], {NAME: loaders}
     manager.test_dataset = {NAME: {"query": query, "gallery": gallery}}
 
 
 def check_overlap(manager: Any, tested: bool = True) -> None:
-    """Refuses a data manager, of images or of video, with an image in two sources, or in training and in the test.
-
-    Files are compared, whatever their paths: a link and its target are one image. ``tested`` compares the test too.
-    Raises InputError if there are such images. The message counts those of a test.
-    """
+    """Refuses a data manager with an image in two sources, or (if ``tested``) in training and in the test. Files are
+    compared: a link and its target are one image."""
     trained: dict[tuple[int, int], tuple[str, int]] = {}
     for item in manager.train_loader.dataset.train:
         for path, file in _files(item[0]):
@@ -121,8 +104,8 @@ def check_overlap(manager: Any, tested: bool = True) -> None:
         both = [path for file, path in paths.items() if file in trained]
         if both:
             share = f"{len(both)} of the {len(paths)} test images of {target!r} are training images of"
-            cure = "Take them out of one of the data sets, or set data.allow_overlap True"
             what = f"for example {both[0]}: a test on them says nothing about new people"
+            cure = "Take them out of one of the data sets, or set data.allow_overlap True"
             raise InputError(f"{share} {manager.sources} too, {what}. {cure}")
 
 

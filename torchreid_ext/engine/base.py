@@ -32,33 +32,21 @@ class BaseEngine(Tester, TrainingStep):
     """An engine of torchreid whose runs can be interrupted and resumed exactly.
 
     It is also mixed into torchreid's own engines. A subclass implements ``compute_losses``. In a run of several
-    processes, inside ``distributed.joined``, each process trains on its share of every batch.
-
-    Attributes:
-        results: results of the latest test, by target.
-        rank1: rank-1 of the latest test, on its last target.
-        best: mean mAP over the targets of the best test so far, and the epoch after which it was; -1 before any test.
-        config: flat configuration of the run (dotted key, plain value), saved with it and compared when it is resumed.
-        on_resume: what a resumed run does with another value of a key of ``config``: see ``Key.on_resume``.
-        options: options of the present run.
-        skipped: number of steps that were skipped because their loss was not finite.
-        stepper: steps the optimizers, in the precision of the run.
-        stop: whether a signal asked the run to stop.
-
-    Raises:
-        InputError: at construction, if the training loader cannot fill a batch, if there is a single identity, or if
-            no batch holds two identities. (torchreid's ``RandomIdentitySampler`` is replaced by ``IdentitySampler``.)
+    processes, inside ``distributed.joined``, each process trains on its share of every batch. (torchreid's
+    ``RandomIdentitySampler`` is replaced by ``IdentitySampler``.) Raises InputError as ``check_trains``.
     """
 
     def __init__(self, datamanager: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(datamanager, *args, **kwargs)
-        self.results: dict[str, RetrievalResult] = {}
+        self.results: dict[str, RetrievalResult] = {}  # of the latest test, by target
+        self.rank1 = 0.0  # of the latest test, on its last target
+        # The mean mAP over the targets of the best test so far, and the epoch after which it was.
         self.best: dict[str, float] = {"mAP": -1.0, "epoch": -1}
+        # Flat, saved with the run and compared when it is resumed; for ``on_resume`` see ``Key.on_resume``.
         self.config: dict[str, Any] = {}
         self.on_resume: dict[str, str] = {}
         self.skipped = self.batch_idx = self.max_epoch = 0
         self.stop = StopRequest()
-        self.rank1 = 0.0
         self.options = RunOptions()
         self.stepper = Stepper()
         self._checkpoints: RunCheckpoints | None = None
@@ -75,12 +63,9 @@ class BaseEngine(Tester, TrainingStep):
     def run(self, save_dir: str = "log", **options: Any) -> dict[str, RetrievalResult]:
         """Trains, tests and saves, as torchreid's engines do; returns the results of the last test by target.
 
-        On SIGTERM or SIGINT the run stops after the present batch and saves the state in which the epoch began. A
-        resumed run repeats that epoch exactly.
-
-        Args:
-            save_dir: folder for checkpoints, the TensorBoard log, metrics and pictures.
-            **options: the other fields of ``RunOptions``; torchreid's arguments keep their names and defaults.
+        The options are the fields of ``RunOptions``; torchreid's arguments keep their names and defaults. On SIGTERM or
+        SIGINT the run stops after the present batch and saves the state in which the epoch began. A resumed run repeats
+        that epoch exactly.
 
         Raises:
             InputError: for an unknown option, or a value out of its range.
@@ -99,7 +84,7 @@ class BaseEngine(Tester, TrainingStep):
         checkpoints = self._prepare(chosen)
         try:
             with self.stop:
-                self._train_and_test(chosen, checkpoints)
+                self._train_and_test(checkpoints)
         except (Interrupted, RuntimeError) as error:
             # A signal may also have reached a process of the loader, which died of it, or only another process.
             dead = re.search(r"DataLoader worker \(pid|Connection closed by peer", str(error))
@@ -139,7 +124,8 @@ class BaseEngine(Tester, TrainingStep):
         self.writer = writers[0] if writers else None
         return self._checkpoints
 
-    def _train_and_test(self, chosen: RunOptions, checkpoints: RunCheckpoints) -> None:
+    def _train_and_test(self, checkpoints: RunCheckpoints) -> None:
+        chosen = self.options
         states.restore_randomness(self, self._resumed, str(self._resumed_from))
         self._resumed = {}
         if self.start_epoch < self.max_epoch:
@@ -147,7 +133,7 @@ class BaseEngine(Tester, TrainingStep):
             for self.epoch in range(chosen.start_epoch, chosen.max_epoch):
                 checkpoints.begin_epoch()
                 self.train(chosen.print_freq, chosen.fixbase_epoch, chosen.open_layers)
-                self._test_and_save(chosen, checkpoints)
+                self._test_and_save(checkpoints)
             return
         print(f"=> Trained {self.start_epoch} epochs already")
         if self.max_epoch > 0:
@@ -157,10 +143,10 @@ class BaseEngine(Tester, TrainingStep):
             if self._is_best(self.test(**chosen.last_test())):
                 checkpoints.save_present(is_best=True)
 
-    def _test_and_save(self, chosen: RunOptions, checkpoints: RunCheckpoints) -> None:
+    def _test_and_save(self, checkpoints: RunCheckpoints) -> None:
         """Tests and saves after the present epoch, where the options say so."""
-        done = self.epoch + 1
-        last, is_best = done == self.max_epoch, False
+        chosen, done, is_best = self.options, self.epoch + 1, False
+        last = done == self.max_epoch
         tested = last or (chosen.eval_freq > 0 and done >= chosen.start_eval and done % chosen.eval_freq == 0)
         if last:
             print("=> Final test")
@@ -176,9 +162,15 @@ class BaseEngine(Tester, TrainingStep):
             checkpoints.save_present(is_best)
 
     def train(self, print_freq: int = 10, fixbase_epoch: int = 0, open_layers: str | list[str] | None = None) -> None:
-        """Trains one epoch; raises as ``run``, also InputError if the training loader gives no batch."""
+        """Trains one epoch, of the first ``fixbase_epoch`` only ``open_layers``; raises as ``run``, also InputError if
+        the training loader gives no batch."""
         self.set_model_mode("train")
-        self.two_stepped_transfer_learning(self.epoch, fixbase_epoch, open_layers)
+        names = None
+        if self.epoch < fixbase_epoch and open_layers is not None:
+            print(f"* Only train {open_layers} (epoch: {self.epoch + 1}/{fixbase_epoch})")
+            names = _names(open_layers)
+        # Layers that the user froze stay frozen.
+        self._layers.setdefault(self.model, Layers(self.model)).open(names)
         self.num_batches = len(self.train_loader)
         log = EpochLog(self.epoch, self.max_epoch, self.num_batches, print_freq, self.writer)
         steps, skipped_before = 0, self.skipped
@@ -190,32 +182,17 @@ class BaseEngine(Tester, TrainingStep):
             if self.skipped == skipped:
                 log.add(index, summary, self.get_current_lr())
             if signum is not None:
-                self.stop.signum = signum
-                self.stop.check()
+                raise Interrupted(signum, "a signal asked this run to stop")
         if steps == 0:
-            raise InputError(
-                f"no batch came in epoch {self.epoch + 1}, where the loader's length is {self.num_batches}: its "
-                f"sampler must draw as many samples as its __len__ says"
-            )
+            empty = f"no batch came in epoch {self.epoch + 1}, where the loader's length is {self.num_batches}"
+            raise InputError(f"{empty}: its sampler must draw as many samples as its __len__ says")
         if self.skipped - skipped_before == steps:
-            raise FloatingPointError(
-                f"the loss of every batch of epoch {self.epoch + 1} is not finite{self._last_good()}"
-            )
+            every = f"the loss of every batch of epoch {self.epoch + 1}"
+            raise FloatingPointError(f"{every} is not finite{self._last_good()}")
         log.finish(self.get_current_lr())
         for model in self._models.values():
-            distributed.average_buffers(model)
+            distributed.average(buffer for buffer in model.buffers() if buffer.is_floating_point())
         self.update_lr()
-
-    def two_stepped_transfer_learning(
-        self, epoch: int, fixbase_epoch: int, open_layers: str | list[str] | None, model: nn.Module | None = None
-    ) -> None:
-        """Trains all layers, or only ``open_layers`` in the first epochs; layers that the user froze stay frozen."""
-        model = self.model if model is None else model
-        names = None
-        if epoch < fixbase_epoch and open_layers is not None:
-            print(f"* Only train {open_layers} (epoch: {epoch + 1}/{fixbase_epoch})")
-            names = _names(open_layers)
-        self._layers.setdefault(model, Layers(model)).open(names)
 
     def save_model(self, epoch: int, rank1: float, save_dir: str, is_best: bool = False) -> None:
         """Writes ``save_dir/model/model.pth.tar-EPOCH``, where EPOCH is counted from 1, as torchreid does."""
@@ -226,13 +203,10 @@ class BaseEngine(Tester, TrainingStep):
     def resume(self, path: str, save_dir: str = "log", since: float = 0, test_only: bool = False) -> int:
         """Loads a checkpoint; returns its epoch, which is the ``start_epoch`` for ``run``.
 
-        Raises InputError if there is nothing to load, if the checkpoint does not fit, or if ``config`` differs from the
-        checkpoint's in a key that cannot change.
-
-        Args:
-            path: a checkpoint of this package or of torchreid, or ``"auto"`` for the newest checkpoint in ``save_dir``
-                that can be read and was written at the time ``since`` or later, in seconds since 1970.
-            test_only: accept a checkpoint that another number of processes trained.
+        ``path`` is a checkpoint of this package or of torchreid, or ``"auto"``: the newest in ``save_dir`` that can be
+        read and was written at the time ``since`` (seconds since 1970) or later. With ``test_only`` another number of
+        processes may have trained it. Raises InputError if there is nothing to load, if the checkpoint does not fit, or
+        if ``config`` differs from the checkpoint's in a key that cannot change.
         """
         folder = self._folder(save_dir)
         found = distributed.from_first(

@@ -15,60 +15,48 @@ from torchreid_ext.runtime import distributed
 
 
 def check_criterion(criterion: Any, optimizer: Optimizer, miner: nn.Module | None, cross_camera: bool) -> None:
-    """Refuses a criterion, or a loss inside it, that an engine could not train with, or would not train. The optimizer
-    must have all weights of the criterion. With ``cross_camera`` pairs of one identity and one camera are left out.
-    Raises InputError, naming the loss, the reason and the fix."""
+    """Refuses a criterion, or a loss inside it, that an engine could not train with, or whose weights the optimizer
+    does not have. Raises InputError, naming the loss, the reason and the fix."""
     if not isinstance(criterion, nn.Module):
         raise InputError(f"criterion must be a loss of pytorch_metric_learning, got {criterion!r}")
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for part in list(criterion) if isinstance(criterion, PerFeature) else [criterion]:
         if any(p.requires_grad and id(p) not in trained for p in part.parameters()):
-            raise InputError(
-                f"{type(part).__name__} has weights that the optimizer does not train; make the optimizer with "
-                f"build_optimizer(cfg, model, criterion), or call "
-                f"optimizer.add_param_group({{'params': criterion.parameters()}})"
-            )
+            made = "make the optimizer with build_optimizer(cfg, model, criterion)"
+            added = "call optimizer.add_param_group({'params': criterion.parameters()})"
+            untrained = f"{type(part).__name__} has weights that the optimizer does not train"
+            raise InputError(f"{untrained}; {made}, or {added}")
     for loss in _parts(criterion, WITHOUT_PAIRS) if cross_camera else []:
         in_memory = isinstance(loss, losses.CrossBatchMemory)
-        why = "does not know the cameras in its memory" if in_memory else "takes no pairs"
-        raise InputError(
-            f"cross_camera chooses the pairs of the loss, and {type(loss).__name__} {why}; turn cross_camera off"
-        )
+        why = f"{type(loss).__name__} {'does not know the cameras in its memory' if in_memory else 'takes no pairs'}"
+        raise InputError(f"cross_camera chooses the pairs of the loss, and {why}; turn cross_camera off")
     sums = _parts(criterion, losses.MultipleLosses)
     if (miner is not None or cross_camera) and any(each.miners for each in sums):
-        raise InputError(
-            "MultipleLosses has miners of its own and takes no other pairs: give the engine neither miner nor "
-            "cross_camera, or give MultipleLosses no miners"
-        )
+        cure = "give the engine neither miner nor cross_camera, or give MultipleLosses no miners"
+        raise InputError(f"MultipleLosses has miners of its own and takes no other pairs: {cure}")
     mined = [] if miner is None else [criterion]
     for each in sums:
         if each.miners is not None:
             names = each.miners.keys() if each.is_dict else range(len(each.miners))
             mined += [each.losses[name] for name in names if each.miners[name] is not None]
     if any(_parts(loss, losses.CrossBatchMemory) for loss in mined):
-        raise InputError(
-            "a miner gives indices of images of the batch, and the CrossBatchMemory reads them as indices of its "
-            "memory: give the miner to the memory, CrossBatchMemory(..., miner=...), and no miner to the engine or to "
-            "MultipleLosses"
-        )
+        misread = "a miner gives indices of images of the batch, and the CrossBatchMemory reads them as of its memory"
+        cure = "give it to the memory, CrossBatchMemory(..., miner=...), and none to the engine or to MultipleLosses"
+        raise InputError(f"{misread}: {cure}")
 
 
 def check_returns_features(model: nn.Module) -> None:
-    """Refuses a network of torchreid's zoo that was built for another loss. Such a network returns logits alone. With
-    two heads it returns two logits, which look like logits and features. Raises InputError, saying how to build the
-    network."""
+    """Refuses a network of torchreid's zoo that was built for another loss, and returns logits alone. With two heads it
+    returns two logits, which look like logits and features. Raises InputError, saying how to build the network."""
     built_for = getattr(distributed.unwrapped(model), "loss", "triplet")
     if built_for != "triplet":
-        raise InputError(
-            f"the model was built with loss={built_for!r} and returns no features in training; build it with "
-            f"torchreid.models.build_model(..., loss='triplet')"
-        )
+        cure = "build it with torchreid.models.build_model(..., loss='triplet')"
+        raise InputError(f"the model was built with loss={built_for!r} and returns no features in training; {cure}")
 
 
 def check_batch_norm(model: nn.Module, batches: Iterable[int], chunk_size: int) -> None:
     """Refuses batches and chunks of a single image for a network with batch normalisation, before training starts.
-    ``batches`` are the numbers of images that a process may have in a batch; ``chunk_size`` is 0 for no chunks. Raises
-    InputError, naming the numbers and the fix."""
+    ``batches`` are the numbers of images that a process may have in a batch; ``chunk_size`` is 0 for no chunks."""
     # SyncBatchNorm sees the images of all processes.
     alone = [nn.modules.batchnorm._BatchNorm] if distributed.size() == 1 else [nn.BatchNorm1d, nn.BatchNorm2d]
     if not any(isinstance(module, tuple(alone)) for module in model.modules()):
@@ -76,13 +64,11 @@ def check_batch_norm(model: nn.Module, batches: Iterable[int], chunk_size: int) 
     for images in batches:
         # The chunks of a batch differ by one image at most.
         if images and images // (-(-images // chunk_size) if chunk_size else 1) == 1:
-            where = (
-                f"train.chunk_size {chunk_size} divides {images} images so that a chunk" if images > 1 else "a batch"
-            )
-            raise InputError(
-                f"{where} has a single image in it, and the network's batch normalisation needs two or more to compute "
-                f"a variance: make train.{'chunk_size' if images > 1 else 'batch_size'} larger"
-            )
+            where, key = "a batch", "train.batch_size"
+            if images > 1:
+                where, key = f"train.chunk_size {chunk_size} divides {images} images: a chunk", "train.chunk_size"
+            needs = "the network's batch normalisation needs two or more to compute a variance"
+            raise InputError(f"{where} has a single image in it, and {needs}: make {key} larger")
 
 
 def loss_that_compares_images(criterion: nn.Module) -> str | None:

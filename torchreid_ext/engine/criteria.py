@@ -81,10 +81,8 @@ def parameters(kind: type) -> dict[str, inspect.Parameter]:
 
 
 def _signature(kind: type) -> str:
-    listed = (
-        p.name if p.default is p.empty else f"{p.name}={p.default!r}"
-        for p in sorted(parameters(kind).values(), key=lambda p: p.default is not p.empty)
-    )
+    required_first = sorted(parameters(kind).values(), key=lambda p: p.default is not p.empty)
+    listed = (p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in required_first)
     return f"{kind.__name__}({', '.join(listed)})"
 
 
@@ -93,14 +91,9 @@ def build(
 ) -> Any:
     """Builds the object that ``{"name": CLASS, ARGUMENT: VALUE, ...}`` describes, as are values at any depth.
 
-    Raises InputError for an unknown name (the message gives the nearest name), for a dotted path without a class, for
-    an unknown or missing argument (the message gives the signature), or for a value that the class refuses.
-
-    Args:
-        key: config key, for messages.
-        spec: the description.
-        table: the known classes by name.
-        from_the_data: values of required arguments, used if the description has none.
+    The table has the known classes by name; ``from_the_data`` has values of required arguments that the description
+    lacks. Raises InputError, with the config key, for an unknown name, a dotted path without a class, an unknown or
+    missing argument (the message gives the signature), or a value that the class refuses.
     """
     arguments = dict(spec)
     name = arguments.pop("name", None)
@@ -117,8 +110,7 @@ def build(
             raise InputError(f"{key}: {name} takes no {argument!r}; it is {_signature(kind)}")
     required = [p for p in known if known[p].default is inspect.Parameter.empty and p not in arguments]
     arguments |= {p: value for p, value in (from_the_data or {}).items() if p in required}
-    missing = [p for p in required if p not in arguments]
-    if missing:
+    if missing := [p for p in required if p not in arguments]:
         raise InputError(f"{key}: {name} needs {', '.join(missing)}; it is {_signature(kind)}")
     try:
         return kind(**{argument: _objects(f"{key}.{argument}", value) for argument, value in arguments.items()})
@@ -156,15 +148,11 @@ def build_criterion(
     key: str, section: Mapping[str, Any], loss: Mapping[str, Any], num_classes: int, sizes: Sequence[int],
     memory_warmup: int = 0,
 ) -> nn.Module:  # fmt: skip
-    """Builds the metric loss of a config's section, with its distance, its reducer and its memory. Raises InputError as
-    ``build``, for a ``memory_size`` below 0, or for a loss that does not support a memory.
+    """Builds the metric loss of a config's section, ``key``, with its distance, its reducer and its memory.
 
-    Args:
-        key: the section's name, for messages.
-        section: ``distance``, ``reducer``, ``miner`` and ``memory_size``.
-        loss: description of the loss, for ``build``.
-        num_classes, sizes: number of training identities, and dimensions of each of the network's features.
-        memory_warmup: number of training steps before the memory starts.
+    ``loss`` is described as for ``build``; ``sizes`` are the dimensions of each of the network's features. The memory
+    starts after ``memory_warmup`` training steps. Raises InputError as ``build``, for a ``memory_size`` below 0, or for
+    a loss that does not support a memory.
     """
     memory_size = section["memory_size"]
     if memory_size < 0:
@@ -180,12 +168,10 @@ def build_criterion(
         described_loss = {**described, **loss}
         criterion = build(f"{key}.loss" if "loss" in section else key, described_loss, TABLES["loss"], from_the_data)
         if memory_size:
-            supported = CrossBatchMemory.supported_losses()
-            if type(criterion).__name__ not in supported:
-                raise InputError(
-                    f"{key}.memory_size is {memory_size}, but {type(criterion).__name__} does not support a memory; "
-                    f"set it to 0, or take one of {', '.join(supported)}"
-                )
+            name, supported = type(criterion).__name__, CrossBatchMemory.supported_losses()
+            if name not in supported:
+                refused = f"{key}.memory_size is {memory_size}, but {name} does not support a memory"
+                raise InputError(f"{refused}; set it to 0, or take one of {', '.join(supported)}")
             miner = build_miner(key, section)
             criterion = CrossBatchMemory(criterion, size, memory_size, miner, warmup=memory_warmup)
         criteria.append(criterion)
@@ -194,12 +180,9 @@ def build_criterion(
 
 
 def memory_warmup(key: str, section: Mapping[str, Any], warmup_epoch: int, steps_per_epoch: int | None) -> int:
-    """The number of training steps before the cross-batch memory of a config's section starts.
-
-    ``memory_start_epoch`` of the section is the number of epochs without the memory. -1 stands for the ``warmup_epoch``
-    epochs in which the learning rate rises, and for at least one epoch. The number of steps in an epoch may be None.
-    Raises InputError for a ``memory_start_epoch`` below -1, or if the steps of an epoch are needed and not known.
-    """
+    """The number of training steps before the cross-batch memory of a config's section starts: those of its first
+    ``memory_start_epoch`` epochs. -1 stands for the ``warmup_epoch`` epochs in which the learning rate rises, at least
+    one. Raises InputError for a number below -1, or if the steps of an epoch are needed and None."""
     start = section["memory_start_epoch"]
     if start < -1:
         raise InputError(f"{key}.memory_start_epoch must be 0 or more epochs, or -1 for the default, got {start}")
@@ -208,10 +191,9 @@ def memory_warmup(key: str, section: Mapping[str, Any], warmup_epoch: int, steps
     if not section["memory_size"] or not start:
         return 0
     if steps_per_epoch is None:
-        raise InputError(
-            f"{key}.memory_start_epoch: the number of steps in an epoch is needed to start the memory after {start} "
-            f"epochs; give it to build_criterion, or start the memory at once with memory_start_epoch 0"
-        )
+        needed = f"the number of steps in an epoch is needed to start the memory after {start} epochs"
+        cure = "give it to build_criterion, or start the memory at once with memory_start_epoch 0"
+        raise InputError(f"{key}.memory_start_epoch: {needed}; {cure}")
     return start * steps_per_epoch
 
 
@@ -221,13 +203,8 @@ def build_miner(key: str, section: Mapping[str, Any]) -> Any:
 
 
 def cross_camera_pairs(pids: Tensor, camids: Tensor, mined: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
-    """The pairs (a1, p, a2, n) of a batch, without the pairs of one identity and one camera; all negatives stay. They
-    are triplets if the miner chose triplets.
-
-    Args:
-        pids, camids: identities and cameras, shape (N,), integer.
-        mined: the choice of a miner, pairs (a1, p, a2, n) or triplets (a, p, n) of indices below N; None for all pairs.
-    """
+    """The pairs (a1, p, a2, n) or triplets (a, p, n) that a miner chose (None: all pairs of the batch) without those
+    of one identity and one camera. All negatives stay. ``pids`` and ``camids`` have shape (N,), integer."""
     if mined is None:
         same = pids[:, None] == pids
         positive = same & (camids[:, None] != camids)

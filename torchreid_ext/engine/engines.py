@@ -25,14 +25,11 @@ from torchreid_ext.runtime import distributed
 class ImagePMLEngine(BaseEngine):
     """Trains with a loss of pytorch-metric-learning (PML) on the features and cross-entropy on the identity logits.
 
-    In a run of several processes, each process has its share of the batch. The criterion and the miner see the whole
-    batch.
-
+    In a run of several processes, each has its share of the batch, and the criterion and the miner see the whole batch.
     A model that returns several features or logits in training (``pcb_p6``, ``hacnn``) is trained on the mean of their
     losses. The log shows ``loss_m``, ``loss_x``, ``acc`` (accuracy of the first logits in percent), and the statistics
     of a criterion that has ``collect_stats``. Raises InputError for a weight below 0, for a criterion, miner and
-    optimizer that do not fit together (see ``check_criterion``), or for a model that does not return what the weights
-    need.
+    optimizer that do not fit together, or for a model that does not return what the weights need.
 
     Example::
 
@@ -107,18 +104,14 @@ class ImagePMLEngine(BaseEngine):
         if self.weight_m == 0 and isinstance(output, Tensor):
             return [output], []
         if not isinstance(output, (tuple, list)) or len(output) != 2:
-            raise InputError(
-                f"the model must return (logits, features) in training, got {type(output).__name__}; "
-                f"build a model of torchreid with loss='triplet'"
-            )
+            wanted = f"the model must return (logits, features) in training, got {type(output).__name__}"
+            raise InputError(f"{wanted}; build a model of torchreid with loss='triplet'")
         logits, features = (list(part) if isinstance(part, (tuple, list)) else [part] for part in output)
         num_pids = self.datamanager.num_train_pids
         for y in logits:
             if y.ndim != 2 or y.shape[1] < num_pids:
-                raise InputError(
-                    f"the model's logits have shape {tuple(y.shape)}, but there are {num_pids} training identities; "
-                    f"build it with num_classes={num_pids}"
-                )
+                few = f"the model's logits have shape {tuple(y.shape)}, but there are {num_pids} training identities"
+                raise InputError(f"{few}; build it with num_classes={num_pids}")
         return logits, features
 
     def _metric_loss(self, features: list[Tensor], pids: Tensor, camids: Tensor | None) -> Tensor:

@@ -27,8 +27,7 @@ class Layers:
 
     def check(self, names: Iterable[str]) -> None:
         """Raises InputError if one of the names is not the name of a child."""
-        unknown = ", ".join(name for name in names if name not in self._children)
-        if unknown:
+        if unknown := ", ".join(name for name in names if name not in self._children):
             known = ", ".join(self._children)
             raise InputError(f"train.open_layers: the model has no layer {unknown}; its layers are {known}")
 
@@ -43,10 +42,7 @@ class Layers:
 
 def warmed_up(optimizer: Optimizer, scheduler: Any, epochs: int) -> Any:
     """Adds a linear warm-up to a scheduler: the learning rate is multiplied by 1/N, 2/N, ..., 1 in the first N epochs.
-    The scheduler is None for a constant learning rate; 0 and 1 epochs change nothing. Raises InputError for a negative
-    number of epochs."""
-    if epochs < 0:
-        raise InputError(f"train.warmup_epoch must be 0 (no warm-up) or more, got {epochs}")
+    The scheduler is None for a constant learning rate; 0 and 1 epochs change nothing."""
     if epochs < 2:
         return scheduler
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / epochs, total_iters=epochs - 1)
@@ -56,10 +52,8 @@ def warmed_up(optimizer: Optimizer, scheduler: Any, epochs: int) -> Any:
 class EpochLog:
     """The log of one epoch: lines of text, a progress bar on a terminal, and the scalars of TensorBoard.
 
-    Args:
-        epoch: number of the epoch, from 0, of ``max_epoch`` with ``num_batches`` batches each.
-        print_freq: number of batches between two lines, >= 1. The last batch of an epoch always has a line.
-        writer: TensorBoard's ``SummaryWriter``, or None.
+    The epoch is counted from 0. ``print_freq`` batches are between two lines, and the last batch always has a line.
+    ``writer`` is TensorBoard's, or None.
     """
 
     def __init__(self, epoch: int, max_epoch: int, num_batches: int, print_freq: int, writer: Any) -> None:
@@ -101,7 +95,7 @@ class EpochLog:
 
     def _print(self, lr: float) -> None:
         done = self._printed = self._taken
-        left = self.num_batches - done + (self.max_epoch - self.epoch - 1) * self.num_batches
+        left = (self.max_epoch - self.epoch) * self.num_batches - done
         parts = [
             f"epoch: [{self.epoch + 1}/{self.max_epoch}][{done}/{self.num_batches}]",
             f"time {self.time.val:.3f} ({self.time.avg:.3f})",

@@ -12,8 +12,7 @@ from torchreid_ext.runtime.options import documented, option
 @documented
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(EvaluationOptions):
-    """Options of ``engine.run``. A field added here is also a config key, a line of ``drsl-train --list keys`` and a
-    row of the table in docs/torchreid.md (``python tests/support/key_table.py`` writes that table)."""
+    """Options of ``engine.run``; each is also a config key, and a row of the table in docs/torchreid.md."""
 
     # fmt: off
     save_dir: str = option(
@@ -25,13 +24,11 @@ class RunOptions(EvaluationOptions):
         "train.open_layers", None, "layers trained in the first fixbase_epoch epochs", config_default=["classifier"])
     print_freq: int = option("train.print_freq", 10, "batches between two lines of the log", least=1, config_default=20,
         on_resume="free", scores=False)
-    amp: str = option("train.amp", "off",
-        "precision of the network in training: off, bf16 or fp16 (with scaled gradients)",
-        choices=("off", "bf16", "fp16"))
+    amp: str = option("train.amp", "off", choices=("off", "bf16", "fp16"),
+        text="precision of the network in training: off, bf16 or fp16 (with scaled gradients)")
     compiled: bool = option("train.compile", False, "compile the network for training with torch.compile")
-    channels_last: str | bool = option("train.channels_last", "auto",
-        "memory format channels_last, in training and tests: True, False, or auto: where it is faster",
-        choices=("auto", True, False))
+    channels_last: str | bool = option("train.channels_last", "auto", choices=("auto", True, False),
+        text="memory format channels_last, in training and tests: True, False, or auto: where it is faster")
     chunk_size: int = option("train.chunk_size", 0,
         "images that the network takes at a time in each process; memory then allows a larger train.batch_size, the "
         "gradients are those of the whole batch, and there is a second forward pass; 0: all at once", least=0)

@@ -26,17 +26,11 @@ POOLING: dict[str, Callable[[Tensor], Tensor]] = {"avg": lambda frames: frames.m
 
 
 class Batch(NamedTuple):
-    """A training batch, or one process's share of it.
+    """A training batch, or one process's share of it."""
 
-    Attributes:
-        images: what the network takes, shape (N, C, H, W).
-        pids: identity of each image, shape (N,), integer.
-        camids: camera of each image, shape (N,), integer; None if the loader does not give the cameras.
-    """
-
-    images: Tensor
-    pids: Tensor
-    camids: Tensor | None
+    images: Tensor  # what the network takes, shape (N, C, H, W)
+    pids: Tensor  # identity of each image, shape (N,), integer
+    camids: Tensor | None  # camera of each image, likewise; None if the loader does not give the cameras
 
 
 class TrainingStep(torchreid.engine.Engine):
@@ -69,8 +63,7 @@ class TrainingStep(torchreid.engine.Engine):
 
     def as_images(self, given: Any) -> Tensor:
         """The images (N, C, H, W) of a batch; of torchreid's list of k augmented views of each, all views (k * N, ...).
-        The views of an image stay together, so that several processes have the order of one, which a memory depends
-        on."""
+        The views of an image stay together: several processes have the order of one, on which a memory depends."""
         return given if isinstance(given, Tensor) else torch.stack(list(given), dim=1).flatten(0, 1)
 
     def repeated(self, labels: Tensor, given: Any) -> Tensor:
@@ -99,14 +92,10 @@ class TrainingStep(torchreid.engine.Engine):
 
     def classified(self, name: str, loss: Tensor, logits: Any, pids: Tensor) -> tuple[Tensor, dict[str, float]]:
         """A mean over the logits of this process, and the values to log, so that the processes' mean is over all."""
-        scale = self.local_mean_scale(pids)
+        scale = distributed.local_mean_scale(len(pids), pids.device)
         accuracy = torchreid.metrics.accuracy(logits, pids)[0].item()
         loss = loss * scale
         return loss, {name: loss.item(), "acc": accuracy * scale}
-
-    def local_mean_scale(self, pids: Tensor) -> float:
-        """The factor that makes the mean over the processes of a local mean equal to the mean over all samples."""
-        return 1.0
 
     def step(self, loss: Tensor) -> None:
         """Steps the optimizers of every registered model on a loss; several processes step on the mean of their losses.
@@ -117,10 +106,8 @@ class TrainingStep(torchreid.engine.Engine):
             return
         place = f"epoch {self.epoch + 1}, batch {self.batch_idx + 1}"
         if not self.options.skip_nonfinite:
-            raise FloatingPointError(
-                f"the loss is {value.item()} in {place}: try a smaller learning rate, now {self.get_current_lr()}"
-                f"{self._last_good()}"
-            )
+            cure = f"try a smaller learning rate, now {self.get_current_lr()}"
+            raise FloatingPointError(f"the loss is {value.item()} in {place}: {cure}{self._last_good()}")
         self._put_back()
         self.skipped += 1
         print(f"Skipped {place}: the loss is {value.item()}")
@@ -135,9 +122,8 @@ class TrainingStep(torchreid.engine.Engine):
 
 
 class Tracklets:
-    """Mixed into an engine: trains on the frames of tracklets and tests on their features, pooled by a method.
-    torchreid's video engines do the same, but take no tracklets of different lengths in a batch. Raises InputError for
-    another ``pooling_method`` than ``"avg"`` and ``"max"``."""
+    """Mixed into an engine: trains on the frames of tracklets and tests on their pooled features. torchreid's video
+    engines take no tracklets of different lengths in a batch. Raises InputError for an unknown ``pooling_method``."""
 
     model: Any
     train_loader: Any
@@ -162,9 +148,6 @@ class Tracklets:
 
     def repeated(self, labels: Tensor, given: Tensor) -> Tensor:
         return labels.repeat_interleave(_frames(given)[1])
-
-    def local_mean_scale(self, pids: Tensor) -> float:
-        return distributed.local_mean_scale(len(pids), pids.device)
 
     def extract_features(self, images: Tensor) -> Tensor:
         frames, lengths = _frames(images)
@@ -192,17 +175,11 @@ class Stepper:
     """Runs the network in the precision of ``amp``, and steps the optimizers, in every process of a run alike.
 
     The network's outputs leave it in float32 (float64 stays), so that the loss is never in half precision. The network,
-    and every parameter of the optimizers besides, gets the mean of the processes' gradients. Raises InputError for
-    another ``amp``.
-
-    Args:
-        amp, compiled, chunk_size: see ``RunOptions``; ``pml_drsl.LargeBatch`` explains the chunks.
-        device_type: of the network, ``"cpu"`` or ``"cuda"``.
+    and every parameter of the optimizers besides, gets the mean of the processes' gradients. ``amp``, ``compiled`` and
+    ``chunk_size`` are those of ``RunOptions``; ``device_type`` of the network is ``"cpu"`` or ``"cuda"``.
     """
 
     def __init__(self, amp: str = "off", compiled: bool = False, device_type: str = "cpu", chunk_size: int = 0) -> None:
-        if amp not in AMP:
-            raise InputError(f"train.amp must be one of {', '.join(AMP)}, got {amp!r}")
         self.dtype = AMP[amp]
         self.scaler = torch.amp.GradScaler(device_type, enabled=amp == "fp16")
         self._compiled, self._chunk_size = compiled, chunk_size
@@ -212,8 +189,7 @@ class Stepper:
     def forward(self, model: nn.Module, images: Tensor) -> Any:
         """The network's training output, tensors or nested tuples, lists and dictionaries of them."""
         network = self._network(model)
-        precision = nullcontext() if self.dtype is None else torch.autocast(images.device.type, self.dtype)
-        with precision:
+        with nullcontext() if self.dtype is None else torch.autocast(images.device.type, self.dtype):
             output = forward_in_chunks(network, images, self._chunk_size) if self._chunk_size else network(images)
         return output if self.dtype is None else _in_float32(output)
 
@@ -244,7 +220,7 @@ class Stepper:
         self.scaler.scale(loss).backward()
         in_networks = {id(parameter) for model in self._networks for parameter in model.parameters()}
         every = {id(p): p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-        distributed.average_gradients(p for key, p in every.items() if key not in in_networks)
+        distributed.average(p.grad for key, p in every.items() if key not in in_networks)
         for optimizer in optimizers:
             if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
                 self.scaler.step(optimizer)

@@ -25,16 +25,12 @@ T = TypeVar("T")
 def joined(use_gpu: bool = True, timeout: int = 1800) -> Iterator[None]:
     """Context: connects the processes that torchrun started. Only the first process prints to stdout.
 
-    Each process uses the GPU with the number of its local rank, if there are GPUs.
-
-    Args:
-        use_gpu: whether to train on GPUs, where there are any.
-        timeout: seconds after which a process that waits for another process stops with an error.
+    With ``use_gpu`` each process uses the GPU with the number of its local rank, if there are GPUs.
 
     Raises:
         InputError: for a timeout below 1, for more processes than GPUs, or for restarts on several machines with a
             store of torchrun that keeps the addresses of dead processes.
-        TimeoutError: at the end, if gloo waited longer than ``timeout`` for another process.
+        TimeoutError: at the end, if gloo waited longer than ``timeout`` seconds for another process.
         ConnectionError: at the end, if gloo found that another process had ended.
     """
     if not launched():
@@ -46,10 +42,9 @@ def joined(use_gpu: bool = True, timeout: int = 1800) -> Iterator[None]:
     if use_gpu and torch.cuda.is_available():
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
-            raise InputError(
-                f"process {local} of this machine has no GPU of its own: there are {torch.cuda.device_count()}. Start "
-                f"as many with torchrun --nproc_per_node gpu, or train on the CPU with use_gpu False"
-            )
+            lacking = f"process {local} of this machine has no GPU of its own: there are {torch.cuda.device_count()}"
+            cure = "Start as many with torchrun --nproc_per_node gpu, or train on the CPU with use_gpu False"
+            raise InputError(f"{lacking}. {cure}")
         torch.cuda.set_device(local)
         # Small tensors on the CPU do not have to wait for the GPU.
         backend = "cpu:gloo,cuda:nccl"
@@ -63,14 +58,11 @@ def joined(use_gpu: bool = True, timeout: int = 1800) -> Iterator[None]:
         except RuntimeError as error:
             # These are messages of gloo. nccl ends the process itself, with its own message.
             if "Timed out waiting" in str(error):
-                raise TimeoutError(
-                    f"waited {timeout} seconds for another process, which hangs or has much work to do alone: if it "
-                    f"only needs more time, increase train.timeout"
-                ) from error
+                why = f"waited {timeout} seconds for another process, which hangs or has much work to do alone"
+                raise TimeoutError(f"{why}: if it only needs more time, increase train.timeout") from error
             if "Connection closed by peer" in str(error):
-                raise ConnectionError(
-                    "another process ended, so this process ends too; the message of the other process says why"
-                ) from error
+                why = "another process ended, so this process ends too"
+                raise ConnectionError(f"{why}; the message of the other process says why") from error
             raise
     # This is not done after an error, because it could wait for processes that wait for this one.
     dist.destroy_process_group()
@@ -78,22 +70,21 @@ def joined(use_gpu: bool = True, timeout: int = 1800) -> Iterator[None]:
 
 def _place(timeout: datetime.timedelta) -> dict[str, Any]:
     """The store where the processes find each other, and the rank of this process. torchrun may keep one store for all
-    starts of a run, with the addresses of processes that died. Therefore each start gets a prefix of its own there.
-    Several machines could not agree on it, because each counts its own starts."""
+    starts of a run, with the addresses of dead processes. Each start therefore has a prefix of its own there, on which
+    several machines could not agree, because each counts its own starts."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
     if int(os.environ.get("GROUP_WORLD_SIZE", 1)) == 1:
-        # These imports are here because not every build of torch has these modules.
+        # Not every build of torch has these modules.
         from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
         return {"store": PrefixStore(f"start {restarts()}", store), "rank": rank, "world_size": world_size}
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-        raise InputError(
-            "torchrun --max-restarts on several machines would connect new processes to dead ones: start torchrun on "
-            "each with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, or with --max-restarts 0"
-        )
+        why = "torchrun --max-restarts on several machines would connect new processes to dead ones"
+        cure = "with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, or with --max-restarts 0"
+        raise InputError(f"{why}: start torchrun on each {cure}")
     return {}
 
 
@@ -148,19 +139,16 @@ def check_share(batch_size: int, num_instances: int = 1) -> None:
     """Raises InputError if a batch has no equal shares for the processes, of complete groups of ``num_instances``."""
     if size() > 1 and batch_size % (size() * num_instances):
         groups = f" in complete groups of sampler.num_instances {num_instances}" if num_instances > 1 else ""
-        raise InputError(
-            f"train.batch_size {batch_size} is the batch of all {size()} processes together, and it cannot be divided "
-            f"equally{groups}: make it a multiple of {size() * num_instances}"
-        )
+        whole = f"train.batch_size {batch_size} is the batch of all {size()} processes together"
+        cure = f"make it a multiple of {size() * num_instances}"
+        raise InputError(f"{whole}, and it cannot be divided equally{groups}: {cure}")
 
 
 def share(batch: list[T]) -> list[T]:
     """This process's share of a batch. Raises InputError if the batch cannot be divided equally."""
     if len(batch) % size():
-        raise InputError(
-            f"a batch of {len(batch)} cannot be divided equally among {size()} processes; if it is the last batch of "
-            f"an epoch, make the loader with drop_last=True"
-        )
+        cure = "if it is the last batch of an epoch, make the loader with drop_last=True"
+        raise InputError(f"a batch of {len(batch)} cannot be divided equally among {size()} processes; {cure}")
     part = len(batch) // size()
     return batch[rank() * part : (rank() + 1) * part]
 
@@ -182,14 +170,13 @@ def from_first(function: Callable[[], T]) -> T:
     dist.broadcast_object_list(answer)
     if failed or answer[1]:
         raise failed or answer[1]
-    result: T = answer[0]
-    return result
+    return answer[0]
 
 
 @contextlib.contextmanager
 def one_first() -> Iterator[None]:
-    """Context: one process of each machine runs the block before the others, which then find what it downloaded. Raises
-    ConnectionError on a process that did not fail, if the block raised an error on such a first process."""
+    """Context: one process of each machine runs the block before the others, which then find what it downloaded. If the
+    block fails there, the other processes raise ConnectionError."""
     leads = int(os.environ.get("LOCAL_RANK", 0)) == 0
     failed: BaseException | None = None
     if leads:
@@ -214,20 +201,22 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def mean(value: Tensor) -> Tensor:
     """The mean of a scalar over the processes, without gradient. One value that is not finite makes the mean so."""
-    return _averaged(value.detach().clone())
+    value = value.detach().clone()
+    average([value])
+    return value
 
 
-def _averaged(tensor: Tensor) -> Tensor:
-    """The tensor, whose values are replaced by their means over the processes."""
-    if size() > 1:
-        dist.all_reduce(tensor)
-        tensor /= size()
-    return tensor
+@torch.no_grad()
+def average(tensors: Iterable[Tensor | None]) -> None:
+    """Replaces the values of tensors (gradients, statistics) by their means over the processes; None is left out."""
+    for tensor in tensors:
+        if size() > 1 and tensor is not None:
+            dist.all_reduce(tensor)
+            tensor /= size()
 
 
 def local_mean_scale(number: int, device: torch.device) -> float:
-    """The factor on a mean over ``number`` samples of this process, or on its gradients. With it, the mean over the
-    processes equals the mean over all samples."""
+    """The factor on a mean over ``number`` samples of this process; the processes' mean is then that of all samples."""
     if size() == 1:
         return 1.0
     total = torch.tensor(number, device=device)
@@ -237,27 +226,9 @@ def local_mean_scale(number: int, device: torch.device) -> float:
 
 def agreed(summary: dict[str, float], signum: int | None) -> tuple[dict[str, float], int | None]:
     """The mean of each value over the processes, which have the same names, and the signal that any received."""
-    if size() == 1:
-        return summary, signum
     all_of_them = gathered((summary, signum))
     means = {name: sum(values[name] for values, _ in all_of_them) / size() for name in summary}
     return means, max((number for _, number in all_of_them if number is not None), default=None)
-
-
-@torch.no_grad()
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Averages the gradients over the processes, for parameters outside ``DistributedDataParallel``."""
-    for parameter in parameters:
-        if parameter.grad is not None:
-            _averaged(parameter.grad)
-
-
-@torch.no_grad()
-def average_buffers(model: nn.Module) -> None:
-    """Averages the buffers over the processes, such as the statistics of batch normalisation."""
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            _averaged(buffer)
 
 
 @torch.no_grad()

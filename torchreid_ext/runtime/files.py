@@ -23,14 +23,12 @@ else:
 # Names the machine in the name of a temporary file: processes are numbered on each machine anew.
 _MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"
 _TEMPORARY = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.tmp")
-_DAY = 24 * 60 * 60
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Context: opens a temporary file, which replaces ``path`` when it is complete and safely on the disk. Each writer
-    has a temporary file of its own. Of several writers of one path, the last to finish wins. Raises OSError if the file
-    cannot be written; ``path`` then keeps its old content."""
+    """Context: opens a temporary file, which replaces ``path`` when it is complete and safely on the disk. Of several
+    writers, the last to finish wins. Raises OSError if the file cannot be written; ``path`` keeps its old content."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
@@ -72,14 +70,10 @@ def remove_unfinished(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Context for reading, changing and writing a file: another process that wants to do so waits until its end.
-
-    A process that has to wait says so on stderr. The lock of a process that is killed is free again. Within the context
-    the same process must not ask for the lock once more, because it would wait for itself. Raises OSError if the folder
-    cannot be written, or its file system has no locks.
-
-    The file need not exist. ``.NAME.lock`` stands beside it while it is locked.
-    """
+    """Context for reading, changing and writing a file, which need not exist: another process that wants to do so waits
+    until its end, and says so on stderr. ``.NAME.lock`` stands beside the file while it is locked. The lock of a killed
+    process is free again. A process that asks for its own lock once more waits for itself. Raises OSError if the folder
+    cannot be written, or its file system has no locks."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f".{path.name}.lock")
@@ -124,7 +118,7 @@ def _temporary(path: Path) -> Path:
 
 def _is_left(path: Path, machine: str, process: int) -> bool:
     if machine != _MACHINE or os.name != "posix":
-        return time.time() - path.stat().st_mtime > _DAY
+        return time.time() - path.stat().st_mtime > 24 * 60 * 60
     try:
         os.kill(process, 0)
     except ProcessLookupError:

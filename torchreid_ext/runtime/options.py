@@ -15,32 +15,22 @@ T = TypeVar("T", bound="Options")
 class Key:
     """A setting, which a config key or an argument of a function sets.
 
-    Attributes:
-        default: its value where it is not set.
-        text: what it is for.
-        least: smallest allowed whole number, also of the entries of a list.
-        choices: allowed values, also of the entries of a list.
-        on_resume: what a resumed run does with another value. ``"fixed"``: it refuses the value, because the weights or
-            the state of the optimizer would not fit. ``"kept"``: the value has no effect, because the state of the
-            optimizer, the scheduler or the generators holds it. ``"free"``: it says nothing, because the value has no
-            effect on the training. Empty: it prints the change.
-        features: whether another value gives other features from the same weights and images.
-        scores: whether another value may give other scores in the last test of a run.
-        may_be_empty: whether a list may have no entry.
-        kind: type of its values, if they may be None; otherwise the type of the default is meant.
-        name: name of the option or argument that it sets, if the key is derived from one.
+    ``on_resume`` is what a resumed run does with another value. ``"fixed"``: it refuses the value, because the weights
+    or the state of the optimizer would not fit. ``"kept"``: the value has no effect, because the state of the
+    optimizer, the scheduler or the generators holds it. ``"free"``: it says nothing, because the value has no effect on
+    the training. Empty: it prints the change.
     """
 
     default: Any
-    text: str
-    least: int | None = None
-    choices: Collection[Any] | None = None
+    text: str  # what it is for
+    least: int | None = None  # smallest allowed whole number, also of the entries of a list
+    choices: Collection[Any] | None = None  # allowed values, also of the entries of a list
     on_resume: str = ""
-    features: bool = False
-    scores: bool = True
-    may_be_empty: bool = False
-    kind: type | None = None
-    name: str = ""
+    features: bool = False  # whether another value gives other features from the same weights and images
+    scores: bool = True  # whether another value may give other scores in the last test of a run
+    may_be_empty: bool = False  # whether a list may have no entry
+    kind: type | None = None  # of its values, if they may be None; otherwise the type of the default is meant
+    name: str = ""  # of the option or argument that it sets, if the key is derived from one
 
     def check(self, key: str, value: Any) -> None:
         """Raises InputError for a value that is not allowed; ``key`` names the setting in the message."""
@@ -56,25 +46,17 @@ class Key:
 
 
 def option(key: str, default: Any, text: str, *, config_default: Any = None, **others: Any) -> Any:
-    """A field of an ``Options`` dataclass.
-
-    Args:
-        key: config key that sets the option; empty for an option that a config cannot set.
-        default, text: value where it is not given, and explanation, for ``drsl-train --list keys`` and the docs.
-        config_default: default of the config key, where torchreid's config has another default than its functions.
-        others: other attributes of ``Key``.
-    """
+    """A field of an ``Options`` dataclass, which the config key sets; an empty key is of an option that a config cannot
+    set. ``config_default`` is the key's default, where torchreid's config has another one than its functions. The text
+    is for ``drsl-train --list keys`` and the docs, and ``others`` are attributes of ``Key``."""
     setting = Key(default if config_default is None else config_default, text, **others)
-    metadata = {"key": key, "setting": setting}
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    given: dict[str, Any] = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**given, metadata={"key": key, "setting": setting})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Base class of options: checks their values, and refuses unknown names. Raises InputError for a value that is not
-    allowed, or a name that is not an option."""
+    """Base class of options. Raises InputError for a value that is not allowed, or a name that is not an option."""
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -84,10 +66,9 @@ class Options:
     def of(cls: type[T], given: Mapping[str, Any]) -> T:
         """Options from their values by name; an unknown name is refused with the nearest known name."""
         known = [each.name for each in fields(cls)]
-        for name in given:
-            if name not in known:
-                near = nearest(name, known)
-                raise InputError(f"there is no option {name!r}; did you mean {near!r}? Known: {', '.join(known)}")
+        if unknown := [name for name in given if name not in known]:
+            near = nearest(unknown[0], known)
+            raise InputError(f"there is no option {unknown[0]!r}; did you mean {near!r}? Known: {', '.join(known)}")
         return cls(**given)
 
     @classmethod

@@ -46,8 +46,7 @@ class StopRequest:
             raise Interrupted(self.signum, f"stopped by {signal.Signals(self.signum).name}")
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        # Ctrl-C also reaches the workers of the data loader. Their parent process decides when they stop.
-        if os.getpid() != self._process:
+        if os.getpid() != self._process:  # Ctrl-C also reaches the loader's workers, which their parent stops.
             return
         if self.signum is not None:
             raise KeyboardInterrupt("stopped at once by a second signal")

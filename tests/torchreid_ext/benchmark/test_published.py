@@ -36,4 +36,8 @@ def test_each_configuration_states_its_figures(results):
     sections = [section for section in report.sections(results) if not section.changes]
     assert sections
     for section in sections:
-        assert f"#   {report.stated(section, 'drsl')}\n" in (ROOT / "configs" / section.config).read_text()
+        row, seeds = section.scores().loc["drsl"], len(section.lines["drsl"])
+        form = "{} {:.1f} ± {:.1f}" if seeds > 1 else "{} {:.1f}"
+        scores = ", ".join(form.format(score, row[score, "mean"], row[score, "sd"]) for score in report.SCORES)
+        line = f"#   drsl: {scores} ({seeds} seed{'s' * (seeds > 1)})\n"
+        assert line in (ROOT / "configs" / section.config).read_text()

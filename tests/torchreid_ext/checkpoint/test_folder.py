@@ -92,8 +92,3 @@ def test_unfinished_files_of_a_killed_run_are_removed(tmp_path):
     temporary.with_name(temporary.name.replace(f"-{os.getpid()}-", "-99999999-")).write_bytes(b"half")
     save(History(tmp_path), [1])
     assert names(tmp_path) == sorted([LAST, *numbered(1)])
-
-
-def test_a_negative_number_to_keep_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"keep_checkpoints must be 0 .* got -1"):
-        History(tmp_path, -1)

@@ -184,6 +184,8 @@ def test_wrong_words_are_refused():
         (["train.stepsize", "[20, 0]"], r"train.stepsize takes whole numbers of 1 or more, got 0"),
         (["data.norm_mean", "[0.5]"], r"data.norm_mean takes a number for each of the 3 channels, got \[0.5\]"),
         (["test.batch_size", "0"], r"test.batch_size takes whole numbers of 1 or more, got 0"),
+        (["train.warmup_epoch", "-1"], r"train.warmup_epoch takes whole numbers of 0 or more, got -1"),
+        (["train.keep_checkpoints", "-1"], r"train.keep_checkpoints takes whole numbers of 0 or more, got -1"),
         (["data.targets", "[]"], r"data.targets takes a list of one or more entries, got \[\]"),
         (["data.sources", "[]"], r"data.sources takes a list of one or more entries"),
         (["test.ranks", "[]"], r"test.ranks takes a list of one or more entries"),

@@ -158,7 +158,7 @@ class TestNamesAndCameras:
         for pid, camera, shot in itertools.product(range(8), (1, 2), (0, 1)):
             draw(tmp_path / name.format(pid=pid, camera=camera, shot=shot))
         table = load(tmp_path, pattern=pattern).table
-        assert len(table.train) == 16 and len(table.query) == 8 and not table.left_out
+        assert len(table.of("train")) == 16 and len(table.query) == 8 and not table.left_out
         assert {row.identity for row in table.rows} == {f"{pid:04}" for pid in range(8)}
         assert {row.camera.lstrip("0") for row in table.rows} == {"1", "2"}
 

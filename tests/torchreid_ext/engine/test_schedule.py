@@ -61,11 +61,6 @@ def test_its_state_is_saved_and_resumed_safely(tmp_path, name):
     assert [rate for pair in found for rate in pair] == pytest.approx([rate for pair in wanted for rate in pair])
 
 
-def test_a_negative_warm_up_is_refused():
-    with pytest.raises(ValueError, match=r"train\.warmup_epoch must be 0 \(no warm-up\) or more, got -1"):
-        scheduled("none", -1)
-
-
 def network():
     model = nn.Sequential()
     for name in ("stem", "body", "classifier"):
