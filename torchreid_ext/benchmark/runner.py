@@ -12,8 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from statistics import mean
@@ -51,11 +51,11 @@ def run_all(runs: Sequence[Run], results: Path, workers: int, keep: Path | None 
     versions = {"commit": commit(), "torch": metadata.version("torch")}
     running: list[Process] = []
     failed = 0
-    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         # A log is no terminal: a line a minute is enough there.
-        with tqdm(total=len(waiting), unit="run", mininterval=0.1 if sys.stderr.isatty() else 60) as bar:
-            while waiting or running:
+        seconds = 0.1 if sys.stderr.isatty() else 60
+        with _noted_signals() as stopped, tqdm(total=len(waiting), unit="run", mininterval=seconds) as bar:
+            while (waiting or running) and not stopped:
                 while waiting and len(running) < workers:
                     running.append(Process(waiting.pop(0), folder))
                 for process in [process for process in running if process.ended()]:
@@ -72,10 +72,33 @@ def run_all(runs: Sequence[Run], results: Path, workers: int, keep: Path | None 
             process.send(signal.SIGTERM)
         for process in running:
             process.wait(STOP_SECONDS)
-        signal.signal(signal.SIGTERM, handler)
         if keep is None and not failed:
             shutil.rmtree(folder, ignore_errors=True)
     return failed
+
+
+@contextmanager
+def _noted_signals() -> Iterator[list[int]]:
+    """Context: notes a SIGINT or SIGTERM, and raises KeyboardInterrupt at its end, or at a second signal. While a run
+    starts, an exception would lose its process."""
+    noted: list[int] = []
+
+    def note(signum: int, frame: Any) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(signum)
+
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    for signum, handler in handlers.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(signum, note)
+    try:
+        yield noted
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+    if noted:
+        raise KeyboardInterrupt
 
 
 class Process:

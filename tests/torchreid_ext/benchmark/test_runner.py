@@ -75,11 +75,19 @@ def test_a_run_that_fails_is_told_in_a_line_and_stops_no_other(script, tmp_path,
     assert len(list(kept.glob("demo-drsl-*/run.yaml"))) == 2
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_signal_stops_the_runs_and_keeps_what_is_done(script, tmp_path, signum):
+@pytest.mark.parametrize(
+    ("signum", "seconds"), [(signal.SIGTERM, 1), pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow)]
+)
+def test_a_signal_stops_the_runs_and_keeps_what_is_done(script, tmp_path, signum, seconds):
+    """Also while a run starts, which takes the benchmark a second here after the run's process has begun."""
     code = f"""
-import signal, sys
+import signal, subprocess, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
+class Slow(subprocess.Popen):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        time.sleep({seconds})
+subprocess.Popen = Slow
 sys.path[:0] = {sys.path!r}
 from pathlib import Path
 from torchreid_ext.benchmark import grid, runner
@@ -94,7 +102,7 @@ runner.run_all(runs, Path("results.jsonl"), 1, Path("kept"))
     process.send_signal(signum)
     assert process.wait(20) != 0
     assert [line["seed"] for line in grid.read_results(tmp_path / "results.jsonl")] == [0]
-    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    running = subprocess.run(["ps", "-ewwo", "args"], capture_output=True, text=True, check=True).stdout
     assert str(tmp_path / "train.py") not in running
 
 
