@@ -21,8 +21,7 @@ COLUMNS = ("path", "pid", "camid", "split")
 JUNK = ("-1",)
 """Identities of images that have no effect: Market-1501 has this name for its bad detections."""
 
-NO_IMAGES = "files that are no images"
-"""The reason why a file is left out whose name is not that of an image."""
+NO_IMAGES = "files that are no images"  # why a file is left out whose name is not that of an image
 
 _ENDING = rf"[^/]*(?i:{'|'.join(map(re.escape, SUFFIXES))})"
 NAMES = {

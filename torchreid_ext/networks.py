@@ -13,8 +13,7 @@ from pml_drsl.checks import InputError, nearest
 from torchreid_ext.checkpoint import states
 from torchreid_ext.runtime import distributed, generators
 
-TIMM = "timm/"
-"""What stands before the name of a network of timm."""
+TIMM = "timm/"  # stands before the name of a network of timm
 
 
 class TimmNetwork(nn.Module):

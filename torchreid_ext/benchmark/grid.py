@@ -24,8 +24,7 @@ Snippet = Mapping[str, Any]
 """Config keys with values, nested as in YAML, or dotted."""
 
 SETTINGS, TUNED = "settings", "-tuned"
-LOSSES = "losses.yaml"
-"""The file of losses beside the first configuration file, unless another is given."""
+LOSSES = "losses.yaml"  # beside the first configuration file, unless another file is given
 
 
 @dataclass(frozen=True)

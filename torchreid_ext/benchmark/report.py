@@ -42,7 +42,6 @@ class Section:
 
     @property
     def title(self) -> str:
-        """The data set, the network, and what was changed."""
         changed = "".join(f", `{key} {value}`" for key, value in self.changes.items())
         return f"{self.target}, {self.network} (`{self.config}`{changed})"
 

@@ -27,8 +27,7 @@ from torchreid_ext.benchmark.grid import TUNED, Run, Snippet, append_result, fin
 
 DRSL_TRAIN = (sys.executable, "-m", "torchreid_ext")
 RANKS = (1, 5, 10)
-STOP_SECONDS = 10.0
-"""How long a process has to end after it was asked to."""
+STOP_SECONDS = 10.0  # how long a process has to end after it was asked to
 WEIGHTS = (0.1, 0.3, 1.0, 3.0)
 WEIGHT_KEYS = {"triplet": "loss.triplet.weight_t", "drsl": "loss.drsl.weight_m", "pml": "loss.pml.weight_m"}
 """The key with the weight of each ``loss.name``, beside a cross-entropy of weight 1. ``softmax`` has none."""
@@ -136,7 +135,6 @@ class Process:
         self._started = time.monotonic()
 
     def ended(self) -> bool:
-        """Whether the process has ended."""
         self.status = self._process.poll()
         return self.status is not None
 

@@ -24,11 +24,9 @@ from pml_drsl.checks import InputError
 from torchreid_ext.data.drawing import CAMERAS, draw_image, draw_scene, make_person
 
 LAYOUT = "Market-1501-v15.09.15"
-PEDESTRIANS = {"train": range(1, 101), "test": range(101, 161)}
-"""The identities of ``synthetic_pedestrians``."""
+PEDESTRIANS = {"train": range(1, 101), "test": range(101, 161)}  # the identities of ``synthetic_pedestrians``
 CAMERAS_PER_PERSON, SHOTS_PER_CAMERA, QUERIES_PER_PERSON, DISTRACTORS = 5, 2, 3, 60
-TRACKED = {"train": range(1, 41), "test": range(41, 65)}
-"""The identities of ``synthetic_tracklets``."""
+TRACKED = {"train": range(1, 41), "test": range(41, 65)}  # the identities of ``synthetic_tracklets``
 CAMERAS_PER_TRACKED, TRACKLETS_PER_CAMERA, FRAMES = 3, 2, range(3, 7)
 
 # Random streams are seeded by (seed, stream, ...). The stream of a pedestrian is its pid; no other is near these.

@@ -14,8 +14,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from pml_drsl.checks import InputError
 from torchreid_ext.data.loading import rebuilt
 
-NAME = "validation"
-"""The name of the target that the validation identities become."""
+NAME = "validation"  # of the target that the validation identities become
 
 Item = tuple[str, int, int, int]
 """A path, the number of an identity, the number of a camera and the number of a data set, as torchreid has them."""

@@ -114,7 +114,6 @@ class TrainingStep(torchreid.engine.Engine):
 
     @property
     def device(self) -> torch.device:
-        """The device of the model."""
         return next(self.model.parameters()).device
 
     def _last_good(self) -> str:

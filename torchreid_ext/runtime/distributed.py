@@ -98,7 +98,6 @@ def _joined() -> bool:
 
 
 def size() -> int:
-    """The number of processes."""
     return dist.get_world_size() if _joined() else 1
 
 
