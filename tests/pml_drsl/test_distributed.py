@@ -126,6 +126,7 @@ def train_on_share(rank, world_size, store, results):
     found.append(stateful(DistributedLossWrapper, DistributedMinerWrapper, ddp, half))
     assert torch.equal(gather_batch(torch.arange(rank + 1))[0], torch.tensor([0, 0, 1]))
     torch.save(found, f"{results}{rank}")
+    torch.distributed.barrier()  # Meanwhile gloo frees the last tensors, for which torch would wait below without end.
     torch.distributed.destroy_process_group()
 
 

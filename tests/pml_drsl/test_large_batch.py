@@ -330,6 +330,7 @@ def train_on_share(rank, world_size, store, results):
         assert len(reductions) == 1, name
         found.append((loss.detach(), used))
     torch.save(found, f"{results}{rank}")
+    torch.distributed.barrier()  # Meanwhile gloo frees the last tensors, for which torch would wait below without end.
     torch.distributed.destroy_process_group()
 
 

@@ -279,6 +279,7 @@ def train_on_shard(rank, world_size, store, results):
     loss.backward()
     if rank == 0:
         torch.save((loss.detach(), network.module.weight.grad), results)
+    torch.distributed.barrier()  # Meanwhile gloo frees the last tensors, for which torch would wait below without end.
     torch.distributed.destroy_process_group()
 
 

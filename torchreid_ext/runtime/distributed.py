@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -64,6 +65,9 @@ def joined(use_gpu: bool = True, timeout: int = 1800) -> Iterator[None]:
                 why = "another process ended, so this process ends too"
                 raise ConnectionError(f"{why}; the message of the other process says why") from error
             raise
+    # torch joins gloo's threads while it holds Python's lock. A thread that still waits for the lock, because it frees
+    # tensors of the last exchange, would never end.
+    time.sleep(0.1)
     # This is not done after an error, because it could wait for processes that wait for this one.
     dist.destroy_process_group()
 

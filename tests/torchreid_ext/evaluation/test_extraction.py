@@ -133,6 +133,7 @@ def work(rank_, world_size, folder):
             found["raised"].append((type(error).__name__, str(error)))
     found["asked to stop"] = engine.stop.signum
     torch.save(found, folder / f"found{rank_}")
+    dist.barrier()  # Meanwhile gloo frees the last tensors, for which torch would wait below without end.
     dist.destroy_process_group()
 
 
@@ -152,6 +153,7 @@ def one_thread(monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_shared_test_has_the_result_of_one_process(case, outcome, one_thread, tmp_path):
     folder, found = outcome
@@ -166,6 +168,7 @@ def test_a_shared_test_has_the_result_of_one_process(case, outcome, one_thread, 
     assert not (folder / f"{case} 1").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(RANKINGS)), ids=str)
 def test_a_shared_ranking_is_equal_to_the_ranking_of_one_process(index, outcome):
     threads = torch.get_num_threads()
@@ -182,6 +185,7 @@ def test_a_shared_ranking_is_equal_to_the_ranking_of_one_process(index, outcome)
             np.testing.assert_array_equal(column.numpy(), of_one.numpy())
 
 
+@pytest.mark.slow
 def test_the_model_may_be_wrapped_in_ddp_and_two_processes_may_share(outcome, one_thread, tmp_path):
     _, found = outcome
     engine = make_engine("three batches", tmp_path)
@@ -191,6 +195,7 @@ def test_the_model_may_be_wrapped_in_ddp_and_two_processes_may_share(outcome, on
     assert all(torch.equal(of_process["features of two"], features) for of_process in found[:2])
 
 
+@pytest.mark.slow
 def test_only_the_first_process_prints(outcome):
     _, found = outcome
     assert found[0]["printed"].count("mAP:") == len(CASES)
@@ -198,6 +203,7 @@ def test_only_the_first_process_prints(outcome):
     assert "mAP" not in found[1]["printed"] + found[2]["printed"]
 
 
+@pytest.mark.slow
 def test_a_failure_on_one_process_ends_the_test_on_all(outcome):
     _, found = outcome
     damage, stop = zip(*(of_process["raised"] for of_process in found), strict=True)
@@ -208,6 +214,7 @@ def test_a_failure_on_one_process_ends_the_test_on_all(outcome):
     assert [of_process["asked to stop"] for of_process in found] == [15] * 3
 
 
+@pytest.mark.slow
 def test_results_that_cannot_be_written_end_the_test_on_all(outcome):
     """Only the first process writes; the others would wait for it."""
     _, found = outcome

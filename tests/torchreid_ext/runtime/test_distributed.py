@@ -64,6 +64,7 @@ def together(tmp_path_factory):
     return [torch.load(folder / f"found{rank}", weights_only=True) for rank in range(3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", shared_training.CASES)
 def test_several_processes_train_as_one_does(alone, together, name):
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if name == "float32" else {"rtol": 1e-9, "atol": 1e-9}
@@ -81,6 +82,7 @@ def test_several_processes_train_as_one_does(alone, together, name):
             torch.testing.assert_close(found["state"], wanted["state"], **tolerance)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_of_several_processes_is_equal_to_a_run_without_a_stop(together):
     for of_process in together:
         whole, resumed = of_process["resumed"]["ends"]
@@ -126,6 +128,7 @@ def last(data, log):
     return checkpoint.load(data / log / "model" / "model-last.pth.tar")
 
 
+@pytest.mark.slow
 def test_only_the_first_process_prints_and_saves(data, whole):
     assert [line.split("\t")[0] for line in whole.splitlines() if line.startswith("epoch: ")] == [
         f"epoch: [{epoch}/3][{batch}/3]" for epoch in (1, 2, 3) for batch in (1, 2, 3)
@@ -135,6 +138,7 @@ def test_only_the_first_process_prints_and_saves(data, whole):
         assert len(list((data / "whole").glob(names))) == 1, names
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_restarted_and_a_signal_stops_all(data, whole, capsys):
     # This checkpoint belongs to an earlier run, so the restart must not use it.
     folder = data / "stopped" / "model"
