@@ -45,6 +45,7 @@ def test_a_grid_is_files_times_losses_times_seeds():
         ({"model.load_weights": "elsewhere/weights.pth"}, True),
         ({"model.load_weights": "others.pth"}, False),
         ({"loss.drsl.temperature": 0.5}, False),
+        ({"loss.pml.loss": "SupConLoss", "loss.triplet.margin": 1.0}, True),
         ({"train.seed": 1}, False),
         ({"a.key.that.is.gone": 1}, True),
         ({"train.warmup_epoch": None}, True),

@@ -18,7 +18,8 @@ def line(loss, seed, mean, *, people=60, changes=None, varied=None, target="mark
     noise = np.random.default_rng(seed).uniform(-0.2, 0.2, 2 * people)
     own = np.random.default_rng([seed, *loss.encode()]).uniform(-0.05, 0.05, 2 * people)
     ap = np.clip(mean + noise + own, 0, 1).round(5)
-    configuration = flat(get_default_config()) | {"train.seed": seed, **keys}
+    kind = loss if loss in ("softmax", "triplet", "drsl") else "pml"
+    configuration = flat(get_default_config()) | {"train.seed": seed, "loss.name": kind, **keys}
     scores = {
         "mAP": float(ap.mean()),
         "mINP": float(ap.mean() / 2),
