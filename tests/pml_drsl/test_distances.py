@@ -88,7 +88,8 @@ def test_gradients_are_finite_for_identical_zero_and_large_embeddings(name):
     directions = torch.nn.functional.normalize(torch.randn(size, 6, generator=torch.Generator().manual_seed(0)))
     values = torch.ones(size, 6), torch.zeros(size, 6), 1e4 * directions, 1e-4 * directions
     dtypes = torch.float64, torch.float32, torch.float16, torch.bfloat16
-    for value, dtype, fused, bound_power in itertools.product(values, dtypes, (True, False), (None, 0.1)):
+    for number, (value, dtype, fused) in enumerate(itertools.product(values, dtypes, (True, False))):
+        bound_power = (None, 0.1)[(number // 2 + number // 8 + number) % 2]  # both for every value, type and path
         x = value.clone().to(dtype)
         x[: size // 2] *= 0.5
         x[3], x[5] = 0, x[4]

@@ -1,5 +1,6 @@
 """Training that can be interrupted, resumed and depended on, with small networks and real data managers."""
 
+import gc
 import inspect
 import io
 import math
@@ -107,7 +108,10 @@ def test_a_hundred_kills(tmp_path):
 
 
 @pytest.mark.parametrize(("signum", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
-def test_a_signal_saves_and_the_run_goes_on_as_it_would_have(tmp_path, signum, workers):
+def test_a_signal_saves_and_the_run_goes_on_as_it_would_have(tmp_path, monkeypatch, signum, workers):
+    # A loader that ends with a reference cycle waits so many seconds for each of its workers.
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+
     def fresh():
         seed_everything(3)
         return make_engine(tmp_path, workers, memory())
@@ -119,8 +123,8 @@ def test_a_signal_saves_and_the_run_goes_on_as_it_would_have(tmp_path, signum, w
     before = signal.getsignal(signum)
     with pytest.raises(Interrupted, match=f"stopped by {signum.name} in epoch 3; model.resume auto .*tar-2'"):
         stopped.run(str(tmp_path / "cut"), max_epoch=4, checkpoint_freq=10)
-    # A loader that ends with a reference cycle waits five seconds for each of its workers.
     del stopped.step
+    gc.collect()
     assert signal.getsignal(signum) is before
     resumed = fresh()
     seed_everything(99)
