@@ -20,23 +20,23 @@ pyplot.rcParams |= {
 }
 
 
-def smooth_count(x, temperature):
+def smooth_count(x: np.ndarray, temperature: float) -> np.ndarray:
     """G(x) = sigmoid(x / temperature): how much of a false positive a negative is."""
     return 1 / (1 + np.exp(-x / temperature))
 
 
-def bound_of_count(x, temperature):
+def bound_of_count(x: np.ndarray, temperature: float) -> np.ndarray:
     """B(x) = log2(1 + exp(x / temperature)), which is never below G(x)."""
     return np.logaddexp2(0, x / temperature / np.log(2))
 
 
-def definition(x, temperature):
+def definition(x: np.ndarray, temperature: float) -> np.ndarray:
     """The error of a positive with one negative, ``bound_power=None``; x is how far it is behind the negative."""
     count = smooth_count(x, temperature)
     return count / (1 + count)
 
 
-def bound(x, temperature, power):
+def bound(x: np.ndarray, temperature: float, power: float) -> np.ndarray:
     """Its upper bound, ``bound_power=power``."""
     return np.log1p(bound_of_count(x, temperature) ** power) / power
 

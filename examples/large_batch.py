@@ -37,7 +37,7 @@ for part, their_labels in zip(images.split(args.chunk_size), labels.split(args.c
     (DRSLoss()(small(part), their_labels) * len(part) / len(images)).backward()
 
 
-def difference(other):
+def difference(other: torch.nn.Module) -> float:
     """The distance of a network's gradient from that of the whole batch, as a share of the latter's length."""
     gradients = [torch.cat([p.grad.flatten() for p in model.parameters()]) for model in (whole, other)]
     return ((gradients[1] - gradients[0]).norm() / gradients[0].norm()).item()

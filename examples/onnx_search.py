@@ -23,7 +23,7 @@ session = onnxruntime.InferenceSession(args.model, providers=["CPUExecutionProvi
 settings = session.get_modelmeta().custom_metadata_map  # size, normalisation and distance are in the file
 
 
-def features(path):
+def features(path: str | Path) -> np.ndarray:
     """The features of a photo, [D]."""
     photo = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     photo = photo.resize((int(settings["width"]), int(settings["height"])), Image.Resampling.BILINEAR)

@@ -31,7 +31,7 @@ rng = np.random.default_rng(0)
 torch.manual_seed(0)
 
 
-def draw(folder, animals=48, photos=8):
+def draw(folder: str, animals: int = 48, photos: int = 8) -> pd.DataFrame:
     """Animals with spots in places of their own; each photo from a little further left or right, in another light."""
     rows = []
     for animal in range(animals):
@@ -70,7 +70,7 @@ model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 8 * 8, 64))
 loss_fn, optimizer = DRSLoss(), torch.optim.Adam(model.parameters(), lr=1e-3)
 
 
-def report(when):
+def report(when: str) -> None:
     """Looks every photo of the animals that were not trained on up among their other photos."""
     model.eval()
     with torch.no_grad():
