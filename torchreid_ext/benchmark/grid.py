@@ -60,7 +60,8 @@ def same(mine: Mapping[str, Any], other: Mapping[str, Any], without: Iterable[st
 def comparable(configuration: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a flat configuration that have an effect on scores: without those of losses that are not trained.
     Weights are told by the name of their file."""
-    idle = tuple(f"loss.{name}." for name in ("drsl", "pml", "triplet") if name != configuration.get("loss.name"))
+    trained = {configuration.get("loss.name"), "softmax"}  # A cross-entropy stands beside every loss.
+    idle = tuple(f"loss.{name}." for name in KEYS["loss.name"].choices or () if name not in trained)
     effective = {key: value for key, value in configuration.items() if not key.startswith(idle)}
     kept = {key: value for key, value in effective.items() if key not in KEYS or KEYS[key].scores}
     if kept.get("model.load_weights"):

@@ -92,10 +92,14 @@ class TrainingStep(torchreid.engine.Engine):
 
     def classified(self, name: str, loss: Tensor, logits: Any, pids: Tensor) -> tuple[Tensor, dict[str, float]]:
         """A mean over the logits of this process, and the values to log, so that the processes' mean is over all."""
-        scale = distributed.local_mean_scale(len(pids), pids.device)
+        scale = self.local_mean_scale(pids)
         accuracy = torchreid.metrics.accuracy(logits, pids)[0].item()
         loss = loss * scale
         return loss, {name: loss.item(), "acc": accuracy * scale}
+
+    def local_mean_scale(self, pids: Tensor) -> float:
+        """The factor that makes the mean over the processes of a local mean equal to the mean over all samples."""
+        return 1.0
 
     def step(self, loss: Tensor) -> None:
         """Steps the optimizers of every registered model on a loss; several processes step on the mean of their losses.
@@ -147,6 +151,9 @@ class Tracklets:
 
     def repeated(self, labels: Tensor, given: Tensor) -> Tensor:
         return labels.repeat_interleave(_frames(given)[1])
+
+    def local_mean_scale(self, pids: Tensor) -> float:
+        return distributed.local_mean_scale(len(pids), pids.device)
 
     def extract_features(self, images: Tensor) -> Tensor:
         frames, lengths = _frames(images)
