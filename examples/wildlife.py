@@ -31,7 +31,7 @@ rng = np.random.default_rng(0)
 torch.manual_seed(0)
 
 
-def draw(folder: str, animals: int = 48, photos: int = 8) -> pd.DataFrame:
+def draw(folder: Path, animals: int = 48, photos: int = 8) -> pd.DataFrame:
     """Animals with spots in places of their own; each photo from a little further left or right, in another light."""
     rows = []
     for animal in range(animals):
