@@ -70,7 +70,8 @@ def _by_identity(scores: Sequence[Sequence[float]], identities: Sequence[Sequenc
 def _drawn(rng: np.random.Generator, draws: int, there: Array) -> Array:
     """How often each identity that is there is drawn, shape (draws, identities)."""
     drawn, columns = np.zeros((draws, len(there))), np.flatnonzero(there)
-    drawn[:, columns] = rng.multinomial(len(columns), np.full(len(columns), 1 / len(columns)), size=draws)
+    places = rng.integers(len(columns), size=(draws, len(columns)))
+    drawn[:, columns] = [np.bincount(row, minlength=len(columns)) for row in places]  # Faster than a multinomial draw.
     return drawn
 
 

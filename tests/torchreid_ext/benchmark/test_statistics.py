@@ -15,7 +15,8 @@ def test_without_differences_between_identities_it_is_the_t_test_over_seeds(seed
     low, high = test.confidence_interval()
     assert found.mean == pytest.approx(means.mean())
     assert found.low == pytest.approx(low, rel=0.03, abs=1e-3) and found.high == pytest.approx(high, rel=0.03, abs=1e-3)
-    assert found.p == pytest.approx(test.pvalue, rel=0.1)
+    # So many draws tell the smaller of the two p-values to 4 %.
+    assert found.p == pytest.approx(test.pvalue, rel=0.2)
 
 
 def test_with_one_seed_it_is_the_t_test_over_identities():
