@@ -6,6 +6,18 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from PIL import Image, PngImagePlugin
+
+
+def _save_fast(image, file, filename):
+    """Saves a PNG with little compression. Tests write thousands, among them a page of images for each test's log."""
+    image.encoderinfo.setdefault("compress_level", 1)
+    PngImagePlugin._save(image, file, filename)
+
+
+Image.preinit()
+Image.register_save("PNG", _save_fast)
+
 
 def pytest_collection_modifyitems(items):
     """Slow tests go first, so that no process of `pytest -n` has one left when the others have finished."""

@@ -1,5 +1,6 @@
 """Two processes that share a batch must give the loss and the gradient of one process that has all of it."""
 
+import processes
 import pytest
 import torch
 from batches import make_batch, make_loss
@@ -133,7 +134,7 @@ def train_on_share(rank, world_size, store, results):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
-    torch.multiprocessing.spawn(train_on_share, (2, folder / "store", folder / "results"), nprocs=2)
+    processes.start(train_on_share, (2, folder / "store", folder / "results"), 2)
     return [torch.load(f"{folder / 'results'}{rank}", weights_only=True) for rank in range(2)]
 
 

@@ -2,6 +2,7 @@
 
 import copy
 
+import processes
 import pytest
 import torch
 from batches import DEVICES, make_batch, pairwise
@@ -341,7 +342,7 @@ def _reduced(bucket, seen):
 
 
 def test_two_processes_agree_with_one_and_reduce_once_a_step(tmp_path):
-    torch.multiprocessing.spawn(train_on_share, (2, tmp_path / "store", tmp_path / "results"), nprocs=2)
+    processes.start(train_on_share, (2, tmp_path / "store", tmp_path / "results"), 2)
     images, labels = make_data()
     of_processes = [torch.load(tmp_path / f"results{rank}", weights_only=True) for rank in range(2)]
     for index, (name, miner, _) in enumerate(SHARED):

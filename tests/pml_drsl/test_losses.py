@@ -9,6 +9,7 @@ import sys
 from unittest import mock
 
 import numpy as np
+import processes
 import pytest
 import reference
 import torch
@@ -292,7 +293,7 @@ def make_network():
 
 def test_fact_5_any_split_over_processes(tmp_path):
     results = tmp_path / "results"
-    torch.multiprocessing.spawn(train_on_shard, (2, tmp_path / "store", results), nprocs=2)
+    processes.start(train_on_shard, (2, tmp_path / "store", results), 2)
     loss, gradient = torch.load(results, weights_only=True)
     x, labels = make_batch(15, size=16)
     network = make_network()

@@ -1,13 +1,8 @@
-"""Trains small networks in several ways and saves what they end with; alone, or in the processes of torchrun.
-
-    torchrun --nproc_per_node 2 tests/support/shared_training.py FOLDER
+"""Trains small networks in several ways and saves what they end with; alone, or in several processes.
 
 The network has no batch normalisation, which sees the share of a process and not the whole batch; and no dropout,
 but where a run is resumed.
 """
-
-import sys
-from pathlib import Path
 
 import torch
 from pytorch_metric_learning import losses, miners
@@ -152,9 +147,8 @@ def resume(folder):
     return {"ends": ends, "drawn": drawn}
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
+def train_and_resume(folder):
+    """What each of torchrun's processes does."""
     with distributed.joined(use_gpu=False, timeout=60):
         # Each writes the images it reads.
         own = folder / str(distributed.rank())

@@ -1,6 +1,9 @@
 """Tiny image and video data sets on disk, for torchreid's own data managers."""
 
 import contextlib
+import functools
+import io
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -10,20 +13,29 @@ from PIL import Image
 IDENTITIES, CAMERAS, SHOTS = 6, 2, 2
 
 
-def write_images(folder):
-    """One colour an identity, in noise; named PID_CAMERA_SHOT.png. Returns (path, pid, camid) of each."""
+@functools.cache
+def images():
+    """By identity, camera and shot: a file's content. One colour an identity, in noise."""
     rng = np.random.default_rng(0)
-    rows = []
-    folder = Path(folder)
-    folder.mkdir(exist_ok=True)
+    contents = {}
     for pid in range(2 * IDENTITIES):
         colour = rng.integers(0, 256, 3)
-        for camid in range(CAMERAS):
-            for shot in range(SHOTS):
-                path = folder / f"{pid}_{camid}_{shot}.png"
-                noise = rng.normal(0, 30, (32, 16, 3))
-                Image.fromarray((colour + noise).clip(0, 255).astype(np.uint8)).save(path)
-                rows.append((str(path), pid, camid))
+        for camid, shot in itertools.product(range(CAMERAS), range(SHOTS)):
+            noise = rng.normal(0, 30, (32, 16, 3))
+            file = io.BytesIO()
+            Image.fromarray((colour + noise).clip(0, 255).astype(np.uint8)).save(file, "PNG")
+            contents[pid, camid, shot] = file.getvalue()
+    return contents
+
+
+def write_images(folder):
+    """Writes all images, named PID_CAMERA_SHOT.png; returns (path, pid, camid) of each."""
+    Path(folder).mkdir(exist_ok=True)
+    rows = []
+    for (pid, camid, shot), content in images().items():
+        path = Path(folder, f"{pid}_{camid}_{shot}.png")
+        path.write_bytes(content)
+        rows.append((str(path), pid, camid))
     return rows
 
 

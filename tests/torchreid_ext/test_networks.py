@@ -142,7 +142,7 @@ def test_a_head_learns_through_its_neck():
 
 
 def test_a_compiled_network_has_the_same_neck():
-    model = build()
+    model = build("squeezenet1_1")
     networks.add_neck(model)
     model.train()
     twin = torch.compile(copy.deepcopy(model), backend="eager")

@@ -1,12 +1,10 @@
 """drsl-extract gives drsl-evaluate what the run's own test scored, and one clear line for bad input."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 import trained
@@ -16,8 +14,6 @@ from pml_drsl.evaluation import cli
 from torchreid_ext.checkpoint import checkpoint
 from torchreid_ext.cli import extract
 from torchreid_ext.search.model import load_model
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "necked"])
@@ -103,18 +99,10 @@ def extract_by_hand(model, path):
 
 def test_several_processes_write_what_one_writes(any_model, tmp_path):
     listed = str(any_model.parents[2] / "list.csv")
-    for name in ("one", "two"):
-        start = ["-m"] if name == "one" else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-        words = ["torchreid_ext.cli.extract", any_model, listed, "--output", tmp_path / f"{name}.npz"]
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", *start, *map(str, words), "--workers", "0", "--device", "cpu"],
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-        assert done.returncode == 0, done.stderr
-    assert done.stdout.count("features of 512 dimensions") == 1
+    for number, name in enumerate(("one", "two"), 1):
+        words = [any_model, listed, "--output", tmp_path / f"{name}.npz", "--workers", "0", "--device", "cpu"]
+        printed = processes.like_torchrun(extract.main, (list(map(str, words)),), number, tmp_path / name)
+    assert printed.count("features of 512 dimensions") == 1
     with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
         assert set(one) == set(two) and all(np.array_equal(one[name], two[name]) for name in one)
 

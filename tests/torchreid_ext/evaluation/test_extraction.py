@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 import torchreid
@@ -140,7 +141,7 @@ def work(rank_, world_size, folder):
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
-    torch.multiprocessing.spawn(work, (3, folder), nprocs=3)
+    processes.start(work, (3, folder), 3)
     return folder, [torch.load(folder / f"found{rank_}", weights_only=False) for rank_ in range(3)]
 
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
+import processes
 import pytest
 import shared_training
 import torch
@@ -59,8 +60,7 @@ def alone(tmp_path_factory):
 def together(tmp_path_factory):
     """The findings of each of three processes."""
     folder = tmp_path_factory.mktemp("together")
-    done = torchrun("--nproc_per_node", 3, SUPPORT / "shared_training.py", folder)
-    assert done.returncode == 0, done.stderr
+    processes.like_torchrun(shared_training.train_and_resume, (folder,), 3, folder / "printed")
     return [torch.load(folder / f"found{rank}", weights_only=True) for rank in range(3)]
 
 
@@ -119,9 +119,7 @@ def words(data, log, **options):
 @pytest.fixture(scope="module")
 def whole(data):
     """A run without any interruption."""
-    done = torchrun("--nproc_per_node", 2, "-m", "torchreid_ext", *words(data, "whole"))
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return processes.like_torchrun(main, (words(data, "whole"),), 2, data / "printed")
 
 
 def last(data, log):
@@ -160,9 +158,8 @@ def test_a_killed_process_is_restarted_and_a_signal_stops_all(data, whole, capsy
     assert main(resume) == 2
     assert "was trained by 2 processes, and this run has 1: start it with the same number" in capsys.readouterr().err
     assert main([*resume, "test.evaluate", "True"]) == 0
-    resumed = torchrun("--nproc_per_node", 2, "-m", "torchreid_ext", *resume)
-    assert resumed.returncode == 0, resumed.stderr
-    assert resumed.stdout.count("Resuming from") == 1
+    resumed = processes.like_torchrun(main, (list(map(str, resume)),), 2, data / "printed by the resumed")
+    assert resumed.count("Resuming from") == 1
     assert differing(last(data, "whole"), last(data, "stopped")) == 0
 
 
