@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -181,14 +182,16 @@ def insert(path: Path, text: str) -> None:
 
 
 def draw(sections: Sequence[Section], path: Path) -> None:
-    """Draws one panel for each section, mean and standard deviation of mAP and rank-1; the suffix gives the format.
-    Where the names of losses tell the number of negatives for each positive, the panel has a curve of mAP for each."""
+    """Draws one panel for each section, three in a row: mean and standard deviation of mAP and rank-1. The suffix of
+    the path gives the format. Where the names of losses tell the number of negatives for each positive, the panel has
+    a curve of mAP for each."""
     # matplotlib takes long to import, and only a figure needs it.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6 * len(sections), 4), layout="constrained")
+    columns, rows = min(3, len(sections)), math.ceil(len(sections) / 3)
+    figure = Figure(figsize=(6 * columns, 4.5 * rows), layout="constrained")
     for number, section in enumerate(sections, 1):
-        axes, scores = figure.add_subplot(1, len(sections), number), section.scores().fillna(0)
+        axes, scores = figure.add_subplot(rows, columns, number), section.scores().fillna(0)
         curves = any(WITH_NEGATIVES.fullmatch(loss) for loss in section.lines)
         (_curves if curves else _points)(axes, scores)
         axes.set_title(f"{section.target}, {section.network}")

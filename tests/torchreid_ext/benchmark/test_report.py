@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import yaml
 from matplotlib.figure import Figure
+from PIL import Image
 
 from pml_drsl.checks import InputError
 from torchreid_ext.benchmark import grid, report, runner
@@ -149,6 +150,14 @@ def test_the_page_keeps_what_is_around_the_report(tmp_path, capsys):
     assert "supcon" in printed and "triplet" not in printed
     page.write_text(f"{report.BEGIN} only\n")
     assert benchmark.main(words) == 2 and page.read_text() == f"{report.BEGIN} only\n"
+
+
+def test_a_figure_has_three_panels_in_a_row(tmp_path):
+    sections = report.sections([line("drsl", 0, 0.5, target=name) for name in ("one", "two", "three", "four")])
+    report.draw(sections[:1], tmp_path / "one.png")
+    report.draw(sections, tmp_path / "four.png")
+    (width, height), size = (Image.open(tmp_path / f"{name}.png").size for name in ("one", "four"))
+    assert size == (3 * width, 2 * height)
 
 
 def test_losses_with_numbers_of_negatives_become_curves():
