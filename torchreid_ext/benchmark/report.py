@@ -124,9 +124,11 @@ def _section(target: str, network: str, lines: Sequence[Mapping[str, Any]]) -> S
         if kept:
             by_loss[loss] = {line["seed"]: dict(line) for line in kept}
     every = sorted({seed for of_loss in by_loss.values() for seed in of_loss})
+    without: dict[str, list[str]] = {}
     for loss, of_loss in by_loss.items():
-        if missing := [str(seed) for seed in every if seed not in of_loss]:
-            notes.append(f"{loss}: seed {', '.join(missing)} is missing.")
+        if missing := ", ".join(str(seed) for seed in every if seed not in of_loss):
+            without.setdefault(missing, []).append(loss)
+    notes += [f"No results for seed {missing}: {', '.join(names)}." for missing, names in without.items()]
     changes = {key: value for key, value in _recipe(lines[0])[2] if key != "model.load_weights"}
     return Section(target, lines[0]["config"], network, changes, by_loss, notes)
 

@@ -120,7 +120,13 @@ def test_results_of_an_older_default_do_not_mix_with_the_newest():
     (section,) = report.sections([old, *RESULTS[1:]])
     assert sorted(section.lines["drsl"]) == [1, 2]
     assert any("older configuration" in note for note in section.notes)
-    assert any("drsl: seed 0 is missing" in note for note in section.notes)
+    assert "No results for seed 0: drsl." in section.notes
+
+
+def test_losses_that_miss_the_same_seeds_share_a_note():
+    some = [line(loss, seed, 0.5) for loss, seeds in (("a", (0,)), ("b", (0, 1)), ("c", (0,))) for seed in seeds]
+    (section,) = report.sections([*some, line("drsl", 0, 0.5), line("drsl", 1, 0.5), line("drsl", 2, 0.5)])
+    assert section.notes == ["No results for seed 1, 2: a, c.", "No results for seed 2: b."]
 
 
 def test_other_queries_cannot_be_compared():
