@@ -62,26 +62,21 @@ def angular_dissimilarity(
 ) -> Tensor:
     """The angular dissimilarity ``u = (1 - cos) / 2`` of pairs, shape (E,), in [0, 1].
 
-    If possible it comes from ``of_pairs``, the distance of each pair from ``distance_matrix``. A zero vector counts as
-    orthogonal to all others (u = 1/2) and gets no gradient. ``ref`` is ``x`` if the batch is compared with itself."""
+    Of normalised embeddings it comes from ``of_pairs``, the distance of each pair from ``distance_matrix``. From the
+    distance of a long and a short vector, rounding has taken their angle. A zero vector counts as orthogonal to all
+    others (u = 1/2) and gets no gradient. ``ref`` is ``x`` if the batch is compared with itself."""
     euclidean = isinstance(distance, LpDistance)
     query, candidate = pairs.query, pairs.positive
-    if not is_known(distance) or distance.power > (2 if euclidean else 1):
+    if not is_known(distance) or not distance.normalize_embeddings or distance.power > (2 if euclidean else 1):
         cosines = distance_matrix(_COSINE, x, None if ref is x else ref, fused)
         return 0.5 + 0.5 * cosines[query, candidate]
-    if distance.normalize_embeddings and not euclidean:
+    if not euclidean:
         return 0.5 + 0.5 * of_pairs
-    squared = of_pairs ** (2 / distance.power) if euclidean else None
     x_norm = torch.linalg.vector_norm(x, dim=1)
     ref_norm = x_norm if ref is x else torch.linalg.vector_norm(ref, dim=1)
-    if squared is not None and distance.normalize_embeddings:  # of unit vectors: |x - y|^2 = 2 - 2 cos = 4 u
-        defined = (x_norm > SMALLEST_NORM)[query] & (ref_norm > SMALLEST_NORM)[candidate]
-        return torch.where(defined, 0.25 * squared, 0.5)
-    x_norm, ref_norm = x_norm[query], ref_norm[candidate]
-    norms = x_norm * ref_norm
-    defined = norms > 0
-    inner_product = -of_pairs if squared is None else (x_norm**2 + ref_norm**2 - squared) / 2
-    return 0.5 - torch.where(defined, inner_product * (0.5 / torch.where(defined, norms, 1)), 0)
+    defined = (x_norm > SMALLEST_NORM)[query] & (ref_norm > SMALLEST_NORM)[candidate]
+    # Of unit vectors: |x - y|^2 = 2 - 2 cos = 4 u.
+    return torch.where(defined, 0.25 * of_pairs ** (2 / distance.power), 0.5)
 
 
 def check_distance(distance: object) -> None:

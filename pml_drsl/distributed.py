@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from pytorch_metric_learning.losses import CrossBatchMemory
 from pytorch_metric_learning.utils import distributed as pml_distributed
 from torch import Tensor
 from torch import distributed as dist
@@ -62,6 +63,23 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
         super().__init__(loss, efficient)
         if efficient and not isinstance(loss, DRSLoss):
             raise InputError(f"efficient=True is for DRSLoss, got {type(loss).__name__}; give efficient=False")
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: IndicesTuple | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+        enqueue_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of the batch of all processes; of one process, that of its batch. For the arguments see
+        ``DRSLoss`` and ``CrossBatchMemory``."""
+        batch: tuple[Any, ...] = (embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        if isinstance(self.loss, CrossBatchMemory) and not pml_distributed.is_distributed():
+            # PML would give references to the memory, which takes none.
+            return self.forward_cross_batch(*batch, 1, enqueue_mask)
+        return super().forward(*batch, enqueue_mask)  # type: ignore[no-any-return]
 
     def forward_regular_loss(
         self,

@@ -18,8 +18,9 @@ class LargeBatch(nn.Module):
     """The loss of a whole batch, for a network that has memory for a part of the batch alone.
 
     The network embeds the images chunk by chunk, without a graph, and the loss compares all embeddings. ``backward()``
-    embeds each chunk again, now with a graph. The weights get the gradient of the whole batch, up to rounding, which
-    accumulating the losses of small batches does not give. (Revaud et al., ICCV 2019; Gao et al., arXiv:2101.06983.)
+    embeds each chunk again, now with a graph. The weights get the gradient of the whole batch, up to rounding and batch
+    normalisation, which accumulating the losses of small batches does not give. (Revaud et al., ICCV 2019; Gao et al.,
+    arXiv:2101.06983.)
 
     The memory needed is that of one chunk's graph, and of the embeddings and the loss of the whole batch. The price is
     a second forward pass, but for a batch that fits in one chunk.

@@ -53,7 +53,7 @@ class DRSLoss(BaseMetricLossFunction):
             pairs whose order is right.
         query_chunk_size: queries whose distances are computed at once; bounds memory, changes no value.
             None chooses it so that one chunk of distances takes 64 MiB, or as much as the references.
-        fused: the fast path, differentiable once; double backward and ``torch.func`` (torch > 2.6) need False.
+        fused: the fast path, differentiable once; double backward and ``torch.func.grad`` (torch > 2.6) need False.
         **kwargs: arguments of ``BaseMetricLossFunction``: ``distance`` (default: ``CosineSimilarity()``; refused are
             ``BatchedDistance``, and ``p`` or ``power`` below 1, whose gradient is infinite at a distance of 0),
             ``reducer`` (default: ``PerQueryReducer``), ``embedding_regularizer``, ``embedding_reg_weight``,
@@ -129,6 +129,8 @@ class DRSLoss(BaseMetricLossFunction):
             _check_batch("ref_emb", ref_emb, "ref_labels", ref_labels, embeddings.shape[1])
         if indices_tuple is None and (labels is None or (ref_emb is not None and ref_labels is None)):
             raise InputError("labels (and ref_labels with ref_emb) are required where no indices_tuple is given")
+        if indices_tuple is None and ref_emb is embeddings and not _equal(labels, ref_labels):
+            raise InputError("ref_emb is the object embeddings, and ref_labels differ from labels; give ref_emb a copy")
         # At temperature 0.01 a half-precision similarity has no usable ranks.
         dtype = torch.promote_types(embeddings.dtype, torch.float32)
         dtype = dtype if ref_emb is None else torch.promote_types(dtype, ref_emb.dtype)
@@ -212,6 +214,12 @@ def _check_batch(name: str, x: Tensor, name_of_labels: str, labels: Tensor | Non
     if labels is not None and not (whole and labels.shape == x.shape[:1]):
         wanted = f"an integer tensor of shape ({len(x)},), one for each embedding"
         raise InputError(f"{name_of_labels} must be {wanted}, got {_kind(labels)}")
+
+
+def _equal(labels: Tensor | None, ref_labels: Tensor | None) -> bool:
+    if labels is None or ref_labels is None or labels is ref_labels:
+        return labels is ref_labels
+    return torch.equal(labels, ref_labels.to(labels.device, labels.dtype))
 
 
 def _kind(x: object) -> str:

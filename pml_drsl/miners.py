@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from pytorch_metric_learning.distances import BatchedDistance
 from pytorch_metric_learning.miners import BaseMiner
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
@@ -22,6 +23,12 @@ FourIndices = tuple[Tensor, Tensor, Tensor, Tensor]
 class RankingMiner(BaseMiner):
     """A miner that ranks the candidates of each query, by distances in full precision, and unlike PML's can be told
     which candidate is the query itself, in a cross-batch memory or among embeddings of other processes."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if isinstance(self.distance, BatchedDistance):
+            why = "a miner needs the matrix of distances, and BatchedDistance returns none"
+            raise InputError(f"{why}; give the distance inside it, {self.distance.distance!r}")
 
     def forward(
         self,

@@ -38,7 +38,8 @@ class CrossBatchMemory(losses.CrossBatchMemory):
 
     Wang et al. (XBM, CVPR 2020) start the memory after a warm-up, because the features of an untrained network drift.
     Until then the loss is computed on the batch alone, with gradients in both embeddings of a pair, and nothing is
-    stored. The number of finished warm-up calls is a buffer, so that a restored run goes on exactly.
+    stored. Unlike PML's, the ``state_dict`` holds the place in the queue and the number of finished warm-up calls, so
+    that a restored run goes on exactly.
 
     Args:
         loss: a loss of PML that supports a memory, or ``DRSLoss``.
@@ -63,12 +64,18 @@ class CrossBatchMemory(losses.CrossBatchMemory):
             raise InputError(f"warmup must be an integer of at least 0, got {warmup!r}; 0 starts the memory at once")
         self.warmup = int(warmup)
         self.warmup_calls: Tensor
-        # A memory without a warm-up keeps the state_dict of PML's memory.
         self.register_buffer("warmup_calls", torch.zeros((), dtype=torch.long), persistent=warmup > 0)
+        self.register_load_state_dict_pre_hook(_keep_place)
 
     @staticmethod
     def supported_losses() -> list[str]:
         return [*losses.CrossBatchMemory.supported_losses(), DRSLoss.__name__]
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"queue_idx": self.queue_idx, "has_been_filled": self.has_been_filled}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.queue_idx, self.has_been_filled = int(state["queue_idx"]), bool(state["has_been_filled"])
 
     def forward(
         self,
@@ -102,6 +109,12 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         indices = self.create_indices_tuple(x, labels, stored, labels_stored, None, False)
         return self.loss(x, labels, indices, stored, labels_stored)  # type: ignore[no-any-return]
 
+    def add_to_memory(self, embeddings: Tensor, labels: Tensor, batch_size: int) -> None:
+        if batch_size > 0:
+            super().add_to_memory(embeddings, labels, batch_size)
+        else:  # PML would take the memory for filled.
+            self.curr_batch_idx = torch.empty(0, dtype=torch.long, device=labels.device)
+
     def create_indices_tuple(
         self,
         embeddings: Tensor,
@@ -134,3 +147,8 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         on_device = [index.to(self.curr_batch_idx.device) for index in indices]
         mapped = (index if i in anchors else self.curr_batch_idx[index] for i, index in enumerate(on_device))
         return tuple(mapped)  # type: ignore[return-value]
+
+
+def _keep_place(memory: CrossBatchMemory, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    # States of PML's memory, and of versions before 0.3, have no place in the queue.
+    state_dict.setdefault(f"{prefix}_extra_state", memory.get_extra_state())

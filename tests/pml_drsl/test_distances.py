@@ -1,5 +1,6 @@
 """DRSLoss with every distance of pytorch-metric-learning, and at the limits of precision."""
 
+import functools
 import itertools
 
 import pytest
@@ -98,6 +99,24 @@ def test_gradients_are_finite_for_identical_zero_and_large_embeddings(name):
         loss.backward()
         assert torch.isfinite(loss)
         assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("distance", [LpDistance, functools.partial(LpDistance, power=2), DotProductSimilarity])
+def test_short_embeddings_keep_their_angle(distance, fused):
+    loss_fn = make_loss(0.1, 1.0, distance=distance(normalize_embeddings=False), fused=fused)
+    x, labels = torch.randn(32, 16, generator=torch.Generator().manual_seed(0)), torch.arange(32) // 4
+    for rows in (slice(1), slice(None)):
+        for scale in (1e-6, 1e-10, 1e-18, 1e-22):
+            y = x.clone()
+            y[rows] *= scale
+            y.requires_grad_()
+            loss = loss_fn(y, labels)
+            loss.backward()
+            if scale > 1e-12:
+                torch.testing.assert_close(loss.double(), loss_fn(y.detach().double(), labels), rtol=1e-4, atol=1e-4)
+            assert torch.isfinite(loss)
+            assert torch.isfinite(y.grad).all()
 
 
 @pytest.mark.parametrize("gpu", DEVICES[1:])

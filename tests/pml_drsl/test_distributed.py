@@ -165,6 +165,15 @@ def test_in_one_process_the_wrappers_do_nothing():
         assert torch.equal(index, wanted)
 
 
+def test_in_one_process_a_memory_is_called_as_it_is():
+    x, labels = make_batch(1)
+    memory, wrapped = (CrossBatchMemory(make_loss(), x.shape[1], len(x)) for _ in range(2))
+    assert torch.equal(DistributedLossWrapper(wrapped)(x, labels), memory(x, labels))
+    keep = torch.arange(len(x)) < 5
+    again = DistributedLossWrapper(wrapped)(x, labels, enqueue_mask=keep)
+    assert torch.equal(again, memory(x, labels, enqueue_mask=keep))
+
+
 def test_efficient_is_refused_for_other_losses():
     DistributedLossWrapper(ContrastiveLoss())
     with pytest.raises(ValueError, match="efficient=True is for DRSLoss, got ContrastiveLoss"):

@@ -507,6 +507,7 @@ INDEX = torch.tensor([0, 1])
         ((X, None, (INDEX, INDEX[:1], INDEX, INDEX)), "1-D anchors and positives of one length"),
         ((X, None, (INDEX, INDEX + 3, INDEX, INDEX + 2)), "positive indices from 3 to 4, outside the 4 embeddings"),
         ((X, None, (INDEX - 1, INDEX, INDEX, INDEX)), "anchor indices from -1 to 0"),
+        ((X, LABELS, None, X, LABELS + 1), "ref_emb is the object embeddings, and ref_labels differ from labels"),
         ((X, None, (INDEX, INDEX + 1, INDEX, INDEX + 1)), r"pair \(0, 1\) both as a positive and as a negative"),
     ],
 )

@@ -9,7 +9,7 @@ from batches import make_batch, make_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_metric_learning import miners as pml_miners
-from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
+from pytorch_metric_learning.distances import BatchedDistance, CosineSimilarity, LpDistance
 from reference import pairs_from_labels
 
 from pml_drsl.miners import NegativeBudgetMiner, RankViolationMiner
@@ -202,6 +202,7 @@ def test_stats_and_repr():
         (lambda: RankViolationMiner(mragin=1), "RankViolationMiner has no argument 'mragin'; the nearest is 'margin'"),
         (lambda: NegativeBudgetMiner(0), "negatives_per_positive must be a number above 0, got 0"),
         (lambda: NegativeBudgetMiner(float("inf")), "negatives_per_positive .* got inf"),
+        (lambda: RankViolationMiner(distance=BatchedDistance(LpDistance())), "give the distance inside it, LpDistance"),
         (lambda: NegativeBudgetMiner(1, "easy"), "strategy must be one of hard, semihard, random, got 'easy'"),
     ],
 )

@@ -5,7 +5,7 @@ import torch
 from batches import make_batch, make_loss
 from pytorch_metric_learning import reducers as pml_reducers
 from pytorch_metric_learning.losses import SupConLoss, TripletMarginLoss
-from pytorch_metric_learning.reducers import AvgNonZeroReducer, PerAnchorReducer, SumReducer
+from pytorch_metric_learning.reducers import AvgNonZeroReducer, DivisorReducer, PerAnchorReducer, SumReducer
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 
 from pml_drsl.reducers import PerIdentityReducer, PerQueryReducer
@@ -33,6 +33,7 @@ def test_an_inner_reducer_sees_one_element_a_query():
     embeddings = torch.randn(3, 2)
     assert PerQueryReducer(AvgNonZeroReducer())(losses, embeddings, None).item() == 4
     assert PerQueryReducer(SumReducer())(losses, embeddings, None).item() == 4
+    assert PerQueryReducer(DivisorReducer())(losses, embeddings, None).item() == 2
 
 
 def test_equals_pml_per_anchor_reducer_where_every_query_has_pairs():

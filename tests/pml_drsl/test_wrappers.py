@@ -199,9 +199,34 @@ def test_memory_is_copied_and_saved():
     memory(x, labels)
     copied = copy.deepcopy(memory)
     assert torch.equal(memory(y, more), copied(y, more))
-    fresh = CrossBatchMemory(make_loss(0.1), 4, memory_size=8)
-    fresh.load_state_dict(memory.state_dict())
-    assert torch.equal(fresh.embedding_memory, memory.embedding_memory)
+
+
+@pytest.mark.parametrize("warmup", [0, 2])
+@pytest.mark.parametrize("before", [3, 4, 7])
+def test_a_restored_memory_goes_on_exactly(warmup, before):
+    memory, fresh = (CrossBatchMemory(make_loss(0.1), 4, memory_size=12, warmup=warmup) for _ in range(2))
+    for number, (x, labels) in enumerate(batches(11, 5, torch.float32)):
+        if number == before:
+            fresh.load_state_dict(memory.state_dict())
+        wanted = memory(x, labels)
+        if number >= before:
+            assert torch.equal(fresh(x, labels), wanted)
+
+
+def test_states_of_pml_s_memory_can_be_loaded():
+    theirs, ours = pml.CrossBatchMemory(pml.SupConLoss(), 4, 8), CrossBatchMemory(make_loss(0.1), 4, 8)
+    ((x, labels),) = batches(1, 5, torch.float32)
+    theirs(x, labels)
+    ours.load_state_dict(theirs.state_dict())
+    assert torch.equal(ours.embedding_memory, theirs.embedding_memory)
+
+
+def test_storing_nothing_leaves_the_memory_empty():
+    memory, fresh = (CrossBatchMemory(make_loss(0.1), 4, memory_size=12) for _ in range(2))
+    ((x, labels),) = batches(1, 5)
+    assert memory(x, labels, enqueue_mask=torch.zeros(5, dtype=torch.bool)) == 0
+    assert memory(x[:0], labels[:0]) == 0
+    assert torch.equal(memory(x, labels), fresh(x, labels))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
