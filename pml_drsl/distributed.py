@@ -75,11 +75,12 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
     ) -> Tensor:
         """The loss of the batch of all processes; of one process, that of its batch. For the arguments see
         ``DRSLoss`` and ``CrossBatchMemory``."""
-        batch: tuple[Any, ...] = (embeddings, labels, indices_tuple, ref_emb, ref_labels)
         if isinstance(self.loss, CrossBatchMemory) and not pml_distributed.is_distributed():
             # PML would give references to the memory, which takes none.
-            return self.forward_cross_batch(*batch, 1, enqueue_mask)
-        return super().forward(*batch, enqueue_mask)  # type: ignore[no-any-return]
+            return self.forward_cross_batch(embeddings, labels, indices_tuple, ref_emb, ref_labels, 1, enqueue_mask)
+        return super().forward(  # type: ignore[no-any-return]
+            embeddings, labels, indices_tuple, ref_emb, ref_labels, enqueue_mask
+        )
 
     def forward_regular_loss(
         self,
@@ -105,7 +106,7 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
     def forward_cross_batch(
         self,
         emb: Tensor,
-        labels: Tensor,
+        labels: Tensor | None,
         indices_tuple: IndicesTuple | None,
         ref_emb: Tensor | None,
         ref_labels: Tensor | None,
