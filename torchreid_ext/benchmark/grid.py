@@ -7,11 +7,11 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -149,20 +149,35 @@ def read_results(path: Path) -> list[dict[str, Any]]:
             result = json.loads(line)
         if isinstance(result, dict) and "configuration" in result and "results" in result:
             results.append(result)
-        elif number == len(lines) and line.startswith("{"):
+        elif result is None and number == len(lines) and line.startswith("{"):
             warnings.warn(f"{path}: the last line is cut off and left out", stacklevel=2)
         else:
             raise InputError(f"{path}, line {number}: this is not a result of drsl-benchmark; remove the line")
     return results
 
 
-def append_result(path: Path, result: Mapping[str, Any]) -> None:
-    """Appends one line. Several processes may append to one file, and a line that was cut off is removed first."""
+@contextmanager
+def appending(path: Path) -> Iterator[IO[bytes]]:
+    """Context: a file of results, open and locked, because several processes may append to it. It is created if it is
+    not there. Raises InputError for a file that is compressed, and OSError for a file that cannot be written."""
     if path.suffix == ".gz":
-        raise InputError(f"{path}: results are added to a file that is not compressed")
+        raise InputError(f"{path}: results are added to a file that is not compressed; unpack it with gunzip")
     with locked(path), open(path, "a+b") as file:
+        yield file
+
+
+def append_result(path: Path, result: Mapping[str, Any]) -> None:
+    """Appends one line. A line that was cut off is removed first. Raises the errors of ``appending``."""
+    with appending(path) as file:
         file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
+        content = file.read()
+        start = content.rfind(b"\n") + 1
+        try:
+            json.loads(content[start:])
+        except ValueError:
+            file.truncate(start)
+        else:
+            file.write(b"\n")  # An editor may have removed the newline after the last result.
         file.write((json.dumps(result, separators=(",", ":")) + "\n").encode())
         file.flush()
         os.fsync(file.fileno())

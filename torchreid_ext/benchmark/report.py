@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from pml_drsl.checks import InputError
+from pml_drsl.checks import InputError, nearest
 from torchreid_ext.benchmark.grid import TUNED, comparable, same
 from torchreid_ext.benchmark.statistics import compare, holm
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 SCORES = ("mAP", "rank-1", "mINP")
 COMPARED = {"mAP": "AP", "rank-1": "hit"}
 """The scores that are compared, and the scores of each query whose means they are."""
+
+DRAWS = ("data.root", "data.split_id", "datasets")
+"""The keys whose values may be other test people. The labels do not show it, because each split counts from 0."""
 
 LEVEL = 0.05
 BEGIN = "<!-- drsl-benchmark report: begin -->"
@@ -70,7 +73,7 @@ class Section:
                 seeds = sorted(set(ours) & set(theirs)) if loss != name else []
                 if seeds:
                     paired = [self._paired(ours[seed], theirs[seed], of_query) for seed in seeds]
-                    nested = len(seeds) > 1 and any(ours[seed].get("varied") for seed in seeds)
+                    nested = len({self._people(ours[seed]) for seed in seeds}) > 1
                     found[loss] = compare([pair[0] for pair in paired], [pair[1] for pair in paired], nested)
             corrected = holm([each.p for each in found.values()])
             rows += [
@@ -78,6 +81,10 @@ class Section:
                 for (loss, each), p in zip(found.items(), corrected, strict=True)
             ]
         return pd.DataFrame(rows, columns=["loss", "score", "mean", "low", "high", "p", "seeds"])
+
+    def _people(self, line: dict[str, Any]) -> tuple[Any, ...]:
+        """What differs between seeds that test on other people, and not between seeds that test on the same people."""
+        return tuple(sorted(line["results"][self.target]["identity"])), *map(line.get("varied", {}).get, DRAWS)
 
     def _paired(self, ours: dict[str, Any], theirs: dict[str, Any], score: str) -> tuple[list[float], list[int]]:
         """The difference of each query that has a match, and its identity."""
@@ -157,12 +164,22 @@ def _interval(row: Any) -> str:
     return f"{text}, p {'< 0.001' if row.p < 0.001 else f'= {row.p:.3f}'}"
 
 
-def report(results: Sequence[Mapping[str, Any]], reference: str = "drsl", losses: Sequence[str] | None = None) -> str:
-    """All sections in Markdown. Raises InputError if there are no results, or results of one loss and seed that were
-    tested on other queries."""
-    found = sections(results, losses)
-    if not found:
+def report(
+    results: Sequence[Mapping[str, Any]], reference: str | None = None, losses: Sequence[str] | None = None
+) -> str:
+    """All sections in Markdown, of some losses, or of all. Each is compared with the reference; None is drsl, which
+    need not be there. Raises InputError if there are no results, or none of a loss that is named, or if two losses were
+    tested on other queries with one seed."""
+    known = {line["loss"] for line in results if line["results"]}
+    if not known:
         raise InputError("there are no results to report; make them with drsl-benchmark run")
+    for name in losses or ():
+        _check_name(name, known)
+    found = sections(results, losses)
+    if reference is not None:
+        shown = [loss for section in found for loss in section.lines]
+        _check_name(reference, {*shown, *(loss.removesuffix(TUNED) for loss in shown)})
+    reference = reference or "drsl"
     head = (
         f"Mean ± standard deviation over the seeds, in percent. The last columns give the difference to {reference} in "
         "percentage points, with a 95 % interval over seeds and test identities; a p-value stands where it is below "
@@ -170,6 +187,12 @@ def report(results: Sequence[Mapping[str, Any]], reference: str = "drsl", losses
         "identities alone, and there is no p-value."
     )
     return "\n\n".join([head, *(to_markdown(section, reference) for section in found)]) + "\n"
+
+
+def _check_name(name: str, known: Collection[str]) -> None:
+    if name not in known:
+        there = ", ".join(sorted(known))
+        raise InputError(f"there are no results of {name!r}; did you mean {nearest(name, known)!r}? There are: {there}")
 
 
 def insert(path: Path, text: str) -> None:
@@ -183,11 +206,20 @@ def insert(path: Path, text: str) -> None:
     path.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")
 
 
+def check_figure(path: Path) -> None:
+    """Raises InputError for a suffix that is not a format of matplotlib."""
+    # matplotlib takes long to import, and only a figure needs it.
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise InputError(f"a figure cannot be written to {path}: its suffix must be one of {', '.join(formats)}")
+
+
 def draw(sections: Sequence[Section], path: Path) -> None:
     """Draws one panel for each section, three in a row: mean and standard deviation of mAP and rank-1. The suffix of
     the path gives the format. Where the names of losses tell the number of negatives for each positive, the panel has
     a curve of mAP for each."""
-    # matplotlib takes long to import, and only a figure needs it.
     from matplotlib.figure import Figure
 
     columns, rows = min(3, len(sections)), math.ceil(len(sections) / 3)

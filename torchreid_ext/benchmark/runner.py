@@ -23,7 +23,17 @@ import yaml
 from tqdm import tqdm
 
 from pml_drsl.checks import InputError
-from torchreid_ext.benchmark.grid import TUNED, Run, Snippet, append_result, fingerprint, plan, read_results, same
+from torchreid_ext.benchmark.grid import (
+    TUNED,
+    Run,
+    Snippet,
+    append_result,
+    appending,
+    fingerprint,
+    plan,
+    read_results,
+    same,
+)
 
 DRSL_TRAIN = (sys.executable, "-m", "torchreid_ext")
 RANKS = (1, 5, 10)
@@ -38,7 +48,8 @@ def run_all(runs: Sequence[Run], results: Path, workers: int, keep: Path | None 
 
     Returns the number of runs that failed. A failure is reported in one line, and does not stop the other runs. SIGTERM
     stops them, as Ctrl-C does. Checkpoints and logs are in the folder ``keep``, or in a temporary folder, which only
-    stays if a run fails.
+    stays if a run fails, or if an error ends this function. Raises InputError or OSError, before the first run, for a
+    file to which no result can be added.
     """
     there = [line["configuration"] for line in read_results(results)]
     waiting = [run for run in runs if not any(same(run.configuration, configuration) for configuration in there)]
@@ -46,6 +57,8 @@ def run_all(runs: Sequence[Run], results: Path, workers: int, keep: Path | None 
         print(f"{len(runs) - len(waiting)} of {len(runs)} runs are in {results} already", file=sys.stderr)
     if not waiting:
         return 0
+    with appending(results):
+        pass  # A file that takes no results is refused before a run is made in vain.
     folder = keep or Path(tempfile.mkdtemp(prefix="drsl-benchmark-"))
     versions = {"commit": commit(), "torch": metadata.version("torch")}
     running: list[Process] = []
@@ -66,6 +79,11 @@ def run_all(runs: Sequence[Run], results: Path, workers: int, keep: Path | None 
                         tqdm.write(f"drsl-benchmark: {process.run} failed: {process.message()}", file=sys.stderr)
                     bar.update()
                 time.sleep(0.1)
+    except Exception:
+        # The disk may be full: the scores of a run that ended are still in its folder.
+        keep = folder
+        print(f"drsl-benchmark: the runs that ended are kept in {folder}", file=sys.stderr)
+        raise
     finally:
         for process in running:
             process.send(signal.SIGTERM)

@@ -10,7 +10,7 @@ from typing import Any
 
 from pml_drsl import speed
 from pml_drsl.checks import InputError
-from pml_drsl.console import guarded
+from pml_drsl.console import check_outputs, guarded
 from pml_drsl.machine import available_cores
 
 EPILOG = """commands:
@@ -56,6 +56,10 @@ def _tune(words: Sequence[str]) -> int:
     args, grid = _grid(words, "tune", "Chooses weight and settings of losses on validation identities.")
     if len(grid["files"]) > 1 or not args.output:
         raise InputError("tune takes one CONFIG.yaml, and --output FILE.yaml for the settings that it chooses")
+    # A file of results may be in a new folder, which holds no other file.
+    results = str(args.results) if args.results.parent.is_dir() else None
+    inputs = map(str, (*grid["files"], args.losses_file))
+    check_outputs({"--results": results, "--output": str(args.output)}, inputs)
 
     from torchreid_ext.benchmark import runner
 
@@ -96,7 +100,8 @@ def _grid(words: Sequence[str], command: str, text: str) -> tuple[argparse.Names
 
     from torchreid_ext.benchmark.grid import LOSSES, read_losses
 
-    args.chosen = read_losses(args.losses_file or files[0].parent / LOSSES, args.losses)
+    args.losses_file = args.losses_file or files[0].parent / LOSSES
+    args.chosen = read_losses(args.losses_file, args.losses)
     grid = {"files": files, "seeds": range(args.seeds), "words": args.words[len(files) :], "varied": args.vary}
     return args, grid | {"root": args.root}
 
@@ -105,23 +110,26 @@ def _report(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("drsl-benchmark report", description="Tables and figures of results.")
     parser.add_argument("results", nargs="+", type=Path, metavar="FILE.jsonl")
     parser.add_argument("--losses", nargs="+", metavar="NAME", help="losses to report; default: all")
-    parser.add_argument("--reference", default="drsl", metavar="NAME", help="loss to compare the others with")
-    parser.add_argument("--output", type=Path, metavar="FILE.md",
+    parser.add_argument("--reference", metavar="NAME", help="loss to compare the others with; default: drsl")
+    parser.add_argument("--output", metavar="FILE.md",
                         help="page to write to, between its two comments if it has them; default: print")  # fmt: skip
-    parser.add_argument("--figure", type=Path, metavar="FILE.png", help="figure to draw")
+    parser.add_argument("--figure", metavar="FILE.png", help="figure to draw")
     args = parser.parse_args(words)
+    check_outputs({"--output": args.output, "--figure": args.figure}, map(str, args.results))
 
     from torchreid_ext.benchmark import grid, report
 
+    if args.figure:
+        report.check_figure(Path(args.figure))
     for path in args.results:
         if not path.is_file():
             raise InputError(f"{path} does not exist; make it with drsl-benchmark run --results {path}")
     results = [line for path in args.results for line in grid.read_results(path)]
     text = report.report(results, args.reference, args.losses)
     if args.output:
-        report.insert(args.output, text)
+        report.insert(Path(args.output), text)
     else:
         print(text)
     if args.figure:
-        report.draw(report.sections(results, args.losses), args.figure)
+        report.draw(report.sections(results, args.losses), Path(args.figure))
     return 0

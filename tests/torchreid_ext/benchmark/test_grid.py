@@ -1,6 +1,7 @@
 """The runs of a grid, and the file of results."""
 
 import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -120,9 +121,18 @@ def test_results_are_appended_after_a_line_that_was_cut_off(tmp_path):
     assert grid.read_results(tmp_path / "none.jsonl") == []
 
 
-def test_a_file_that_holds_no_results_is_refused_and_kept(tmp_path):
+def test_a_result_without_its_newline_is_kept(tmp_path):
+    path = tmp_path / "results.jsonl"
+    lines = [{"configuration": {}, "results": {"a": number}} for number in range(3)]
+    path.write_text("\n".join(json.dumps(line) for line in lines[:2]))
+    grid.append_result(path, lines[2])
+    assert grid.read_results(path) == lines
+
+
+@pytest.mark.parametrize("text", ["some notes\nand more\n", '{"precious": "data"}', '{"precious": "data"}\n', "null"])
+def test_a_file_that_holds_no_results_is_refused_and_kept(tmp_path, text):
     path = tmp_path / "notes.txt"
-    path.write_text("some notes\nand more\n")
+    path.write_text(text)
     with pytest.raises(InputError, match="line 1"):
         grid.read_results(path)
-    assert path.read_text() == "some notes\nand more\n"
+    assert path.read_text() == text

@@ -82,13 +82,21 @@ def test_a_tuned_loss_is_compared_with_the_tuned_reference():
     assert table["a-tuned", "mAP"] == pytest.approx(30, abs=5) and table["a", "mAP"] == pytest.approx(10, abs=5)
 
 
-def test_other_people_for_each_seed_are_told_from_the_same_people():
-    same = report.sections([line(loss, seed, 0.5) for loss in ("drsl", "a") for seed in range(3)])
-    others = report.sections(
-        [line(loss, seed, 0.5, varied={"data.split_id": str(seed)}) for loss in ("drsl", "a") for seed in range(3)]
-    )
-    widths = [(each.differences("drsl")["high"] - each.differences("drsl")["low"])[0] for (each,) in (same, others)]
-    assert widths[0] != widths[1]
+@pytest.mark.parametrize(
+    ("key", "labels", "others"),
+    [("train.lr", 0, False), ("data.split_id", 0, True), ("data.validation_seed", 0, False),
+     ("data.validation_seed", 100, True)],
+)  # fmt: skip
+def test_other_people_for_each_seed_are_told_from_the_same_people(key, labels, others):
+    """A split counts its people from 0. Validation people keep their labels, of which each draw has others here."""
+    same = [line(loss, seed, 0.5) for loss in ("drsl", "a") for seed in range(3)]
+    varied = [line(loss, seed, 0.5, varied={key: str(seed)}) for loss in ("drsl", "a") for seed in range(3)]
+    for result in varied:
+        scores = result["results"]["market1501"]
+        scores["identity"] = [identity + result["seed"] * labels for identity in scores["identity"]]
+    one, other = (report.sections(results)[0].differences("drsl") for results in (same, varied))
+    assert one["mean"].tolist() == pytest.approx(other["mean"].tolist())
+    assert (one["low"].tolist() != other["low"].tolist()) is others
 
 
 def test_sections_are_told_apart_by_data_network_neck_and_changed_keys():
@@ -156,6 +164,31 @@ def test_the_page_keeps_what_is_around_the_report(tmp_path, capsys):
     assert "supcon" in printed and "triplet" not in printed
     page.write_text(f"{report.BEGIN} only\n")
     assert benchmark.main(words) == 2 and page.read_text() == f"{report.BEGIN} only\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--reference", "drls"], "no results of 'drls'; did you mean 'drsl'"),
+        (["--losses", "drsl", "suncon"], "no results of 'suncon'; did you mean 'supcon'"),
+        (["--losses", "supcon", "--reference", "drsl"], "no results of 'drsl'; did you mean 'supcon'"),
+        (["--figure", "results.jsonl"], "would overwrite the input"),
+    ],
+)
+def test_a_loss_without_results_is_refused_before_the_page_is_written(words, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "".join(json.dumps(each) + "\n" for each in RESULTS)
+    (tmp_path / "results.jsonl").write_text(text)
+    assert benchmark.main(["report", "results.jsonl", "--output", "page.md", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == [text]
+
+
+def test_a_reference_may_be_missing_in_some_sections_or_be_tuned():
+    results = [line("drsl", 0, 0.6), line("a", 0, 0.5), line("a", 0, 0.5, target="viper"), line("b-tuned", 0, 0.5)]
+    for reference in ("drsl", "b", "b-tuned"):
+        assert report.report(results, reference).count("### ") == 2
+    assert report.report(results[1:]).count("### ") == 2  # drsl, the default, need not be there.
 
 
 def test_a_figure_has_three_panels_in_a_row(tmp_path):

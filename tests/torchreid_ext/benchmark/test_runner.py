@@ -1,17 +1,22 @@
 """The runs of a grid as processes: a script in their place that ends, fails or waits, and once ``drsl-train``."""
 
+import errno
+import gzip
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import yaml
 from toy_data import write_images
 
+from pml_drsl.checks import InputError
 from torchreid_ext.benchmark import grid, runner
 from torchreid_ext.cli import benchmark
 
@@ -73,6 +78,46 @@ def test_a_run_that_fails_is_told_in_a_line_and_stops_no_other(script, tmp_path,
     assert "demo.yaml, drsl, seed 1 failed: seed 1 does not work" in told
     assert [line["seed"] for line in grid.read_results(results)] == [0]
     assert len(list(kept.glob("demo-drsl-*/run.yaml"))) == 2
+
+
+@pytest.mark.parametrize(("name", "error"), [("results.jsonl.gz", InputError), ("file/results.jsonl", OSError)])
+def test_a_file_that_takes_no_results_is_refused_before_the_first_run(tmp_path, monkeypatch, name, error):
+    monkeypatch.setattr(runner, "Process", None)  # A run would raise a TypeError.
+    (tmp_path / "results.jsonl.gz").write_bytes(gzip.compress(b""))
+    (tmp_path / "file").touch()
+    with pytest.raises(error):
+        runner.run_all(planned([0]), tmp_path / name, 1)
+
+
+class Ended:
+    """In place of a process: a run that ended at once."""
+
+    status = 0
+
+    def __init__(self, run, folder):
+        (folder / "metrics.json").touch()
+
+    def ended(self):
+        return True
+
+    def result(self):
+        return {"configuration": {}, "results": {}}
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_the_folder_of_a_run_whose_result_cannot_be_added_is_kept(tmp_path, monkeypatch, capsys, error):
+    def append_result(path, result):
+        if error:
+            raise error
+
+    monkeypatch.setattr(runner, "Process", Ended)
+    monkeypatch.setattr(runner, "append_result", append_result)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(type(error)) if error else nullcontext():
+        runner.run_all(planned([0]), tmp_path / "results.jsonl", 1)
+    kept = [str(path.parent) for path in tmp_path.glob("*/metrics.json")]
+    assert len(kept) == isinstance(error, OSError)
+    assert all(f"the runs that ended are kept in {folder}\n" in capsys.readouterr().err for folder in kept)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +187,9 @@ def test_drsl_train_itself_through_the_command(tmp_path, capsys):
     assert len(result["identity"]) == metrics["num_query"] and line["configuration"]["data.height"] == 48
 
 
+TUNE = ["tune", str(DEMO), "--results", "r", "--losses", "drsl", "--output"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -150,7 +198,13 @@ def test_drsl_train_itself_through_the_command(tmp_path, capsys):
         (["run", str(DEMO), "--results", "r", "--losses", "drls"], "did you mean 'drsl'"),
         (["tune", str(DEMO), "--results", "r"], "--output"),
         (["tune", str(DEMO), "--results", "r", "--output", "t", "--losses", "drsl"], "data.validation"),
+        ([*TUNE, "no/t.yaml"], "--output no/t.yaml: that is not a file in a folder that exists"),
+        ([*TUNE, str(DEMO)], "would overwrite the input"),
+        ([*TUNE, str(DEMO.parent / "losses.yaml")], "would overwrite the input"),
+        ([*TUNE, "r"], "would overwrite the file of --results"),
         (["report", "none.jsonl"], "does not exist"),
+        (["report", "none.jsonl", "--figure", "page.abc"], "page.abc: its suffix must be one of"),
+        (["report", "none.jsonl", "--output", "no/page.md"], "that is not a file in a folder that exists"),
     ],
 )
 def test_wrong_words_are_explained_in_a_line(words, message, capsys, tmp_path, monkeypatch):
