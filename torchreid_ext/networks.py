@@ -184,7 +184,9 @@ def set_last_stride(model: nn.Module, name: str) -> None:
             layer.stride = (1, 1)
         elif isinstance(layer, nn.AvgPool2d):
             # It stands in the place of a stride: an average over one pixel.
-            layer.kernel_size = layer.stride = 1
+            layer.kernel_size, layer.stride, layer.padding = 1, 1, 0
+        elif type(layer).__name__.startswith("BlurPool"):
+            raise InputError(f"model.last_stride 1: {name} blurs where it strides; leave it at 2")
 
 
 def set_memory_format(model: nn.Module, channels_last: bool | str, height: int, width: int, half: bool = False) -> None:

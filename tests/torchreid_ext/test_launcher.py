@@ -37,10 +37,10 @@ def csv_data(folder, spoil=lambda rows: rows):
     (folder / "list.csv").write_text("\n".join(",".join(row) for row in rows))
 
 
-def launch(folder, **options):
+def launch(folder, *flags, **options):
     options = OPTIONS | {"data.save_dir": folder / "log", "datasets.listed.csv": "list.csv"} | options
     words = [str(word) for item in options.items() for word in item]
-    return main(["-s", "listed", "-t", "listed", "--root", str(folder), *words])
+    return main([*flags, "-s", "listed", "-t", "listed", "--root", str(folder), *words])
 
 
 def complaint(capsys):
@@ -164,7 +164,7 @@ def test_an_unusable_checkpoint(tmp_path, capsys, monkeypatch):
         assert "'bomb.pth' is refused: it asks for" in complaint(capsys)
     assert not (tmp_path / "exploded").exists()
     assert launch(tmp_path, **{"model.resume": "auto", "test.evaluate": True}) == 2
-    assert "found no checkpoint to test" in complaint(capsys)
+    assert "auto found no checkpoint of a finished epoch" in complaint(capsys)
 
 
 def test_a_full_disk_keeps_what_was_saved(tmp_path, capsys, monkeypatch):
@@ -252,7 +252,7 @@ def test_samplers_of_identities(tmp_path, recwarn, monkeypatch, sampler):
 
 
 def chance_warnings(caught):
-    return [str(warning.message) for warning in caught if "by chance" in str(warning.message)]
+    return [str(warning.message) for warning in caught if "several images of an identity" in str(warning.message)]
 
 
 @pytest.mark.parametrize("loss, name", [("drsl", "DRSLoss"), ("triplet", "the triplet loss"), ("softmax", None)])
@@ -312,6 +312,8 @@ def test_a_test_without_a_trained_network_is_refused_and_no_epoch_trains_none(tm
     assert (tmp_path / "log" / "untrained" / "ranking_listed.png").is_file()
     out = capsys.readouterr().out
     assert "mAP:" in out and f'Written to "{tmp_path / "log"}": TensorBoard log\n' in out
+    assert launch(tmp_path, "--dry-run", **{"test.evaluate": True, "model.load_weights": "x.pth"}) == 2
+    assert "--dry-run shows what is trained; leave one out" in complaint(capsys)
 
 
 @pytest.mark.parametrize("options", [{"data.k_tfm": 2}, {"loss.name": "softmax", "train.chunk_size": 4}])

@@ -86,7 +86,12 @@ def test_images_have_the_networks_own_size_and_normalisation_unless_others_are_g
     again = get_default_config()
     again.merge_from_list([word for pair in config.flat(cfg).items() for word in pair])
     assert (again.data.height, again.data.width, again.data.norm_mean) == (64, 32, [0.1, 0.2, 0.3])
-    assert (zoo.data.height, zoo.data.width, zoo.data.norm_mean[0]) == (64, 128, 0.485)
+    cfg, plain = get_default_config(), get_default_config()
+    cfg.merge_from_file(tmp_path / "own.yaml")
+    cfg.merge_from_list(["model.name", "osnet_x0_25"])
+    for back in (zoo, cfg):
+        assert (back.data.height, back.data.width, back.data.norm_mean[0]) == (64, 128, 0.485)
+        assert back.data.norm_std == plain.data.norm_std
 
 
 def test_a_vision_transformer_trains_in_chunks_and_half_precision_and_is_exported_and_searched(tmp_path, capsys):

@@ -48,6 +48,8 @@ def save(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a checkpoint of this package or of torchreid onto the CPU. Raises InputError if the file is missing or
     damaged, or holds anything but tensors, numbers and containers."""
+    if os.path.isdir(path):
+        raise InputError(f"{_named(path)} is a folder; give a file in it, such as model/model-best.pth.tar of a run")
     if not os.path.isfile(path):
         raise InputError(f"{_named(path)} does not exist")
     try:

@@ -103,6 +103,12 @@ class RunCheckpoints(History):
         # The state in which the present epoch began, unless it is saved or another process saves it.
         self.start: dict[str, Any] | None = None
 
+    def save(self, state: dict[str, Any], epoch: int, is_best: bool = False) -> Path:
+        if self.newest is None:
+            # An earlier run in this folder may have left the best of its own, which is not of this run.
+            (self.folder / BEST).unlink(missing_ok=True)
+        return super().save(state, epoch, is_best)
+
     def begin_epoch(self) -> None:
         """Remembers the state in which an epoch begins; raises FloatingPointError if a weight is not finite."""
         epoch = self._engine.epoch

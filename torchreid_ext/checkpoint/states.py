@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +36,7 @@ def of_engine(engine: Any, epoch: int) -> dict[str, Any]:
             "best": dict(engine.best),
             "skipped": engine.skipped,
             "num_train_pids": engine.datamanager.num_train_pids,
+            "training_set": engine.training_set,
             "config": engine.config,
             "processes": distributed.size(),
         },
@@ -63,7 +67,8 @@ def restore_engine(engine: Any, state: dict[str, Any], path: str) -> None:
 
 def check_fits(engine: Any, state: dict[str, Any], path: str, test_only: bool) -> None:
     """Checks that a checkpoint fits this run, and prints the differences between their configurations. Raises
-    InputError for another number of identities or (unless ``test_only``) of processes, or as ``compare``."""
+    InputError for another number of identities, as ``compare``, or (unless ``test_only``) for other training images or
+    another number of processes."""
     training = state.get("training")
     if training is None:
         print(f"'{path}' was saved by torchreid and has no random state: training goes on, but not exactly as before")
@@ -71,6 +76,12 @@ def check_fits(engine: Any, state: dict[str, Any], path: str, test_only: bool) -
     before, now = training["num_train_pids"], engine.datamanager.num_train_pids
     if before != now:
         raise InputError(f"'{path}' was trained on {before} identities, and the sources have {now}")
+    images = training.get("training_set")  # older checkpoints do not have it
+    if images and engine.training_set and images != engine.training_set:
+        other = f"'{path}' was trained on other images, or gave identities other numbers"
+        if not test_only:
+            raise InputError(f"{other}: bring back the images it was trained on, or {_NEW_RUN}")
+        print(f"{other}: this test may show people that it was trained on")
     # Older checkpoints, all from runs of one process, do not have this field.
     processes = training.get("processes", 1)
     if processes != distributed.size() and not test_only:
@@ -163,6 +174,17 @@ def copied(state: Any) -> Any:
     if type(state) in (list, tuple):
         return type(state)(copied(value) for value in state)
     return copy.deepcopy(state)
+
+
+def digest(items: list[Any], root: str) -> str:
+    """A digest of training images and their identities, items of torchreid's data sets, in any order. The paths are
+    relative to ``root``, so that the images may be moved."""
+    top = str(Path(root).expanduser().absolute())
+    lines = []
+    for paths, pid, *_ in items:
+        several = [paths] if isinstance(paths, str) else paths
+        lines.append("\0".join([str(pid), *(os.path.relpath(path, top) for path in several)]))
+    return hashlib.sha256("\n".join(sorted(lines)).encode(errors="surrogateescape")).hexdigest()
 
 
 def _parts(engine: Any, name: str) -> dict[str, Any]:

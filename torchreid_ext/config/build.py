@@ -17,7 +17,7 @@ from torchreid_ext.config.node import Config, check, picked
 from torchreid_ext.data.samplers import steps_per_epoch
 from torchreid_ext.engine import criteria
 from torchreid_ext.engine.engines import ENGINES
-from torchreid_ext.engine.epoch import warmed_up
+from torchreid_ext.engine.epoch import Layers, warmed_up
 from torchreid_ext.runtime import distributed
 
 
@@ -70,8 +70,8 @@ def check_takes(cfg: Config, model: nn.Module) -> None:
     are in the smallest chunk, of which two are tried, because batch normalisation needs two values."""
     in_batch = cfg.train.batch_size // distributed.size() * (cfg.video.seq_len if cfg.data.type == "video" else 1)
     in_batch *= cfg.data.k_tfm
-    chunk = min(cfg.train.chunk_size or in_batch, in_batch)
-    trains, number = not cfg.test.evaluate, 1 if cfg.test.evaluate else min(in_batch % chunk or chunk, 2)
+    smallest = in_batch // -(-in_batch // (cfg.train.chunk_size or in_batch))
+    trains, number = not cfg.test.evaluate, 1 if cfg.test.evaluate else min(smallest, 2)
     try:
         networks.on_black_images(model, cfg.data.height, cfg.data.width, trains, trains, number)
     except (ValueError, RuntimeError, AssertionError) as error:
@@ -111,6 +111,9 @@ def build_criterion(cfg: Config, model: nn.Module, num_classes: int, steps: int 
 def build_optimizer(cfg: Config, model: nn.Module, criterion: nn.Module | None = None) -> Optimizer:
     """torchreid's optimizer of the model and of the criterion, whose weights have the learning rate ``loss.pml.lr``.
     Raises InputError for an unknown optimizer, or a value that the optimizer refuses."""
+    if cfg.train.staged_lr:
+        named = cfg.train.new_layers
+        Layers(model).check([named] if isinstance(named, str) else named, "train.new_layers")
     options = picked(cfg.train, "optim", "lr", "weight_decay", "staged_lr", "new_layers", "base_lr_mult")
     options |= {"momentum": cfg.sgd.momentum, "sgd_dampening": cfg.sgd.dampening, "sgd_nesterov": cfg.sgd.nesterov}
     options |= {"rmsprop_alpha": cfg.rmsprop.alpha, "adam_beta1": cfg.adam.beta1, "adam_beta2": cfg.adam.beta2}
@@ -149,6 +152,8 @@ def build_engine(
     loss, section = cfg.loss.name, cfg.loss[cfg.loss.name]
     if section.get("weight_x", 1) == 0 and cfg.train.fixbase_epoch > 0:
         raise InputError(f"train.fixbase_epoch trains the classifier alone, which loss.{loss}.weight_x 0 leaves out")
+    if loss == "triplet" and max(section.weight_t, section.weight_x) == 0:
+        raise InputError("loss.triplet.weight_t and loss.triplet.weight_x are both 0, which trains nothing: raise one")
     if criterion is None:
         criterion = build_criterion(cfg, model, datamanager.num_train_pids, steps_per_epoch(datamanager))
     arguments = dict(section) if loss == "triplet" else {}

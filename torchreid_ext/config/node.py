@@ -71,10 +71,12 @@ class Config(CfgNode):
 
     def _fit_images(self) -> None:
         """Gives a network of timm images of its own size and normalisation, where nobody gave others."""
-        if not self.model.name.startswith(networks.TIMM):
-            return
-        size, mean, std = networks.timm_images(self.model.name.removeprefix(networks.TIMM))
-        for name, value in zip(("height", "width", "norm_mean", "norm_std"), (*size, mean, std), strict=True):
+        names = ("height", "width", "norm_mean", "norm_std")
+        values: tuple[Any, ...] = tuple(KEYS[f"data.{name}"].default for name in names)
+        if self.model.name.startswith(networks.TIMM):
+            size, mean, std = networks.timm_images(self.model.name.removeprefix(networks.TIMM))
+            values = (*size, mean, std)
+        for name, value in zip(names, values, strict=True):
             if f"data.{name}" not in self._given:
                 self.data[name] = value
 

@@ -69,10 +69,13 @@ def train(cfg: Config) -> tuple[Any, dict[str, RetrievalResult]]:
     elif cfg.model.resume:
         start_epoch = engine.resume(cfg.model.resume, cfg.data.save_dir, test_only=cfg.test.evaluate)
         if cfg.test.evaluate and not start_epoch:
-            raise InputError("test.evaluate: model.resume auto found no checkpoint to test")
+            untrained = f"model.resume {cfg.model.resume} found no checkpoint of a finished epoch"
+            raise InputError(f"test.evaluate: {untrained}; test weights that are not a run's with model.load_weights")
     if not cfg.test.evaluate and distributed.is_first():
         with files.replacing(Path(cfg.data.save_dir, "config.yaml")) as file:  # which --config-file reads again
             file.write(yaml.safe_dump(plain(cfg), sort_keys=False).encode())
+        if not start_epoch:  # of an earlier run in this folder
+            Path(cfg.data.save_dir, "metrics.json").unlink(missing_ok=True)
 
     columns, options, folder = {}, run_options(cfg), Path(cfg.data.save_dir)
     if cfg.test.untrained and not cfg.test.evaluate and not start_epoch:
@@ -135,6 +138,8 @@ class _EnoughError(Exception):
 def dry_run(cfg: Config) -> None:
     """Prints the data sets and the size of the network, draws a batch and estimates the time of an epoch. Only the
     batch is kept, ``batch.png`` in ``data.save_dir``. Raises InputError for whatever a run would refuse."""
+    if cfg.test.evaluate:
+        raise InputError("test.evaluate True trains nothing, and --dry-run shows what is trained; leave one out")
     engine = prepare(cfg)
     steps = steps_per_epoch(engine.datamanager)
     batches, times = _try(cfg, engine, min(3, steps))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,14 @@ class ConfiguredDataset(torchreid.data.ImageDataset):
         self.num_train_pids, self.num_train_cams = self.get_num_pids(self.train), self.get_num_cams(self.train)
         if verbose:
             self.show_summary()
+
+    def __add__(self, other: Any) -> Any:
+        # torchreid makes a new data set, whose constructor looks at the first item of every split too.
+        some = copy.copy(self)
+        some.query, some.gallery = self.query or self.train[:1], self.gallery or self.train[:1]
+        joined = torchreid.data.ImageDataset.__add__(some, other)
+        joined.query, joined.gallery = self.query, self.gallery
+        return joined
 
     def show_summary(self) -> None:
         """Prints name, counts, and the files that were left out."""

@@ -121,16 +121,18 @@ def check_trains(datamanager: Any) -> None:
 
 def warn_if_positives_are_rare(loader: DataLoader[Any], loss: str) -> None:
     """Warns if a loss needs several images of an identity in a batch and the sampler does not provide them."""
-    host = torchreid.data.sampler
+    host, sampler = torchreid.data.sampler, loader.sampler
     by_chance = (RandomSampler, SequentialSampler, host.RandomDomainSampler, host.RandomDatasetSampler)
-    # A loader with a batch sampler of the user's own has a default sampler too, but does not use it.
-    used = type(loader.batch_sampler) is BatchSampler and isinstance(loader.sampler, by_chance)
     # Several augmented views of an image are positives of each other.
-    single_view = getattr(loader.dataset, "k_tfm", 1) == 1
-    if used and single_view and distributed.is_first():
-        rare = f"several images of an identity in a batch, which {type(loader.sampler).__name__} draws by chance alone"
+    if getattr(loader.dataset, "k_tfm", 1) > 1 or not distributed.is_first():
+        return
+    needs = f"{loss} needs several images of an identity in a batch"
+    # A loader with a batch sampler of the user's own has a default sampler too, but does not use it.
+    if type(loader.batch_sampler) is BatchSampler and isinstance(sampler, by_chance):
         cure = "set train_sampler='RandomIdentitySampler' (in a config, sampler.train_sampler)"
-        warnings.warn(f"{loss} needs {rare}: {cure}", stacklevel=3)
+        warnings.warn(f"{needs}, which {type(sampler).__name__} draws by chance alone: {cure}", stacklevel=3)
+    elif getattr(sampler, "num_instances", getattr(sampler, "m_per_class", 0)) == 1:
+        warnings.warn(f"{needs}, and num_instances 1 draws one: set sampler.num_instances to 4, say", stacklevel=3)
 
 
 def check_batch(pids: Sequence[int], batch_size: int, num_instances: int) -> int:

@@ -145,11 +145,14 @@ def _matching(where: str, options: SetOptions, root: Path, table: Table) -> tupl
     names = images.pattern(options.pattern, f"{where}.pattern")
     found: list[Named] = []
     real_paths: dict[str, str] = {}
+    seen_identities: set[str] = set()
     for folder in [root / part for part in options.folder]:
         if not folder.is_dir():
             raise InputError(f"{where}: there is no folder {folder}: set data.root (--root) or {where}.folder")
         for path, real in sorted(images.files(str(folder))):
             carried = images.in_name(names, path)
+            if carried is not None:
+                seen_identities.add(carried[0])
             if not images.is_image(path):
                 table.leave_out(images.NO_IMAGES, path)
             elif carried is None:
@@ -163,11 +166,29 @@ def _matching(where: str, options: SetOptions, root: Path, table: Table) -> tupl
                 row = Row(str(folder / path), identity, camera if options.cameras == "names" else "")
                 found.append((path, row))
                 real_paths[row.path] = real
+    absent = sorted({*options.junk} - {*JUNK} - seen_identities)
+    if absent:
+        number = "; YAML reads 0007 as the number 7: write it '0007'" if absent[0].isdigit() else ""
+        raise InputError(f"{where}.junk: no image shows {absent[0]!r}{number}")
+    if options.pattern == "folder" and options.train is None:
+        _warn_of_folders_inside(where, found)
     if not found:
         seen = table.about_left_out() or "there is no file"
         folders = " and ".join(str(root / part) for part in options.folder)
         raise InputError(f"{where}: no image below {folders} matches the pattern {options.pattern!r}; {seen}")
     return found, real_paths
+
+
+def _warn_of_folders_inside(where: str, found: Sequence[Named]) -> None:
+    """Warns of folders of one name in several folders, which may be folders inside those of two people."""
+    above: dict[str, str] = {}
+    for path, row in found:
+        folder = path.rpartition("/")[0]
+        if (other := above.setdefault(row.identity, folder)) != folder:
+            both = f"{other} and {folder} are one identity, {row.identity!r}, the name of the innermost folder"
+            cure = "If the folder above names the person, set pattern to '(?P<identity>[^/]+)/.*'"
+            warnings.warn(f"{where}: {both}. {cure}", stacklevel=2)
+            return
 
 
 def _unique(where: str, rows: Iterable[Row], real_paths: Mapping[str, str]) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import operator
 import re
 import time
@@ -60,6 +61,12 @@ class BaseEngine(Tester, TrainingStep):
             for target, splits in datamanager.test_loader.items()
         }
 
+    @functools.cached_property
+    def training_set(self) -> str | None:
+        """The digest of the training images and their identities; None for a data manager that does not list them."""
+        items = getattr(self.datamanager.train_loader.dataset, "train", None)
+        return states.digest(items, self.config.get("data.root", "")) if isinstance(items, list) else None
+
     def run(self, save_dir: str = "log", **options: Any) -> dict[str, RetrievalResult]:
         """Trains, tests and saves, as torchreid's engines do; returns the results of the last test by target.
 
@@ -109,7 +116,7 @@ class BaseEngine(Tester, TrainingStep):
         """Makes what a run needs, and refuses options that do not fit the model."""
         self._layers = {self.model: Layers(self.model)}
         if chosen.fixbase_epoch > 0:
-            self._layers[self.model].check(_names(chosen.open_layers))
+            self._layers[self.model].check(_names(chosen.open_layers), "train.open_layers")
         folder = self._folder(chosen.save_dir)
         self._checkpoints = RunCheckpoints(self, folder, chosen.keep_checkpoints, self._resumed_from)
         self.stepper = Stepper(chosen.amp, chosen.compiled, self.device.type, chosen.chunk_size)
@@ -139,7 +146,7 @@ class BaseEngine(Tester, TrainingStep):
         if self.max_epoch > 0:
             # The run may have been killed between its last checkpoint and the removal of earlier checkpoints.
             distributed.from_first(lambda: checkpoints.tidy(self.start_epoch))
-            self.epoch = self.max_epoch - 1
+            self.epoch = self.start_epoch - 1
             if self._is_best(self.test(**chosen.last_test())):
                 checkpoints.save_present(is_best=True)
 

@@ -25,11 +25,11 @@ class Layers:
         self._children = dict(model.named_children())
         self._frozen = {id(p) for p in model.parameters() if not p.requires_grad}
 
-    def check(self, names: Iterable[str]) -> None:
-        """Raises InputError if one of the names is not the name of a child."""
+    def check(self, names: Iterable[str], key: str) -> None:
+        """Raises InputError, about a config key, if one of the names is not the name of a child."""
         if unknown := ", ".join(name for name in names if name not in self._children):
             known = ", ".join(self._children)
-            raise InputError(f"train.open_layers: the model has no layer {unknown}; its layers are {known}")
+            raise InputError(f"{key}: the model has no layer {unknown}; its layers are {known}")
 
     def open(self, names: Iterable[str] | None = None) -> None:
         """Lets only the named children train, or all; the others get no gradients and are in evaluation mode."""

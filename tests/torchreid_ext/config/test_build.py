@@ -249,6 +249,27 @@ def test_a_classifier_that_nothing_trains_is_not_opened_alone(tmp_path, loss):
         build_engine(cfg, manager, model, config.build_optimizer(cfg, model), None)
 
 
+def test_weights_of_a_triplet_loss_that_train_nothing_are_refused(tmp_path):
+    cfg = get_default_config()
+    cfg.merge_from_list(["model.name", "osnet_x0_25", "model.pretrained", "False", "loss.name", "triplet"])
+    cfg.merge_from_list(["loss.triplet.weight_t", 0, "use_gpu", "False"])
+    manager = make_image_manager(tmp_path)
+    model = config.build_model(cfg, manager.num_train_pids)
+    with pytest.raises(InputError, match="weight_t and loss.triplet.weight_x are both 0"):
+        build_engine(cfg, manager, model, config.build_optimizer(cfg, model), None)
+
+
+def test_new_layers_that_the_network_does_not_have_are_refused():
+    cfg = get_default_config()
+    cfg.merge_from_list(["model.name", "osnet_x0_25", "model.pretrained", "False", "use_gpu", "False"])
+    cfg.merge_from_list(["train.staged_lr", True, "train.new_layers", "[clasifier]"])
+    model = config.build_model(cfg, 3)
+    with pytest.raises(InputError, match=r"train\.new_layers: the model has no layer clasifier; its layers are conv1"):
+        config.build_optimizer(cfg, model)
+    cfg.merge_from_list(["train.new_layers", "classifier"])
+    assert len(config.build_optimizer(cfg, model).param_groups) == 2
+
+
 def test_words_may_hold_yaml():
     cfg = get_default_config()
     cfg.merge_from_list(["loss.pml.kwargs", "{m: 0.4, gamma: 80}", "data.transforms", "[random_flip, random_erase]"])
@@ -324,8 +345,9 @@ def test_whatever_a_file_or_a_word_holds_only_bad_input_is_raised(tmp_path, piec
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        # 9 images in chunks of 4 leave one.
-        (["train.batch_size", 9, "train.chunk_size", 4], "cannot take 1 image of 64 x 32 pixels: Expected more than 1"),
+        # Chunks of 2, 2 and 1; below, of 3, 3 and 3, because chunks differ by one image at most.
+        (["train.batch_size", 5, "train.chunk_size", 2], "cannot take 1 image of 64 x 32 pixels: Expected more than 1"),
+        (["train.batch_size", 9, "train.chunk_size", 4], None),
         (["train.batch_size", 1], "cannot take 1 image of 64 x 32 pixels: Expected more than 1"),
         (["data.height", 8, "data.width", 8, "model.name", "hacnn"], "hacnn cannot take 2 images of 8 x 8 pixels"),
         (

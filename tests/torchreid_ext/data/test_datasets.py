@@ -129,6 +129,7 @@ class TestFolder:
             ({"query_cameras": ["c"]}, ["query_cameras", "'c'", "['a', 'b']"]),
             ({"query_cameras": ["a", "b"]}, ["'gallery'", "no image"]),
             ({"min_images": 99}, ["'train'", "no image"]),
+            ({"junk": [-1, "p1", 7]}, ["junk: no image shows '7'", "write it '0007'"]),
         ],
     )
     def test_errors(self, tmp_path: Path, options: dict[str, Any], words: list[str]) -> None:
@@ -422,6 +423,27 @@ class TestInTorchreid:
         assert {item[1] for item in data.train} == set(range(6)) and data.num_train_pids == 6
         by_folder = {(Path(item[0]).parent.name, item[1]) for item in data.train}
         assert len(by_folder) == 6
+
+    def test_a_set_that_only_trains_comes_first_of_two(self, tmp_path: Path) -> None:
+        one, two = (f"set_{uuid.uuid4().hex}" for _ in range(2))
+        make_folder(tmp_path / "one", ["x0", "x1"], ["a", "b"])
+        make_folder(tmp_path / "two", [f"p{n}" for n in range(6)], ["a", "b"])
+        register_datasets({one: {"folder": "one", "train": ["*"], "test": []}, two: {"folder": "two"}})
+        manager = torchreid.data.ImageDataManager(
+            root=str(tmp_path), sources=[one, two], targets=two, height=16, width=8, batch_size_train=4, use_gpu=False
+        )
+        assert manager.num_train_pids == 2 + 3
+        dataset = manager.train_loader.dataset
+        assert not dataset.query and not dataset.gallery
+        assert [item[3] for item in dataset.train] == [0] * 8 + [1] * 12
+
+    def test_folders_of_one_name_inside_those_of_people_are_warned_of(self, tmp_path: Path) -> None:
+        for person in ("anna", "bob", "cleo", "dora"):
+            make_folder(tmp_path / person, [f"day{n}" for n in range(1, 5)], ["a", "b"])
+        with pytest.warns(UserWarning, match=r"anna/day1 and bob/day1 are one identity, 'day1'.*innermost folder"):
+            load(tmp_path)
+        data = load(tmp_path, pattern="(?P<identity>[^/]+)/.*", cameras="none")
+        assert len({item[1] for item in data.train}) == len({item[1] for item in data.gallery}) == 2
 
     def test_good_data_gives_no_warning(self, tmp_path: Path) -> None:
         make_folder(tmp_path, [f"p{n}" for n in range(6)], ["a", "b"])

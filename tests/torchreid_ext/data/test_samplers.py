@@ -127,6 +127,11 @@ def test_an_engine_refuses_batches_that_cannot_be_ranked(tmp_path, size, words):
         engine_for(make_image_manager(tmp_path, batch_size_train=size, num_instances=4))
 
 
+def test_one_image_of_each_identity_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="num_instances 1 draws one: set sampler.num_instances to 4"):
+        engine_for(make_image_manager(tmp_path, batch_size_train=4, num_instances=1))
+
+
 class OwnSampler(torch.utils.data.Sampler):
     """A user's sampler with random numbers of its own."""
 

@@ -259,6 +259,48 @@ def test_a_run_that_is_done_is_tested_again(tmp_path):
     assert again["toy"].mAP == results["toy"].mAP
 
 
+def test_a_resumed_run_that_is_longer_than_asked_keeps_its_checkpoints(tmp_path):
+    make_engine(tmp_path, scheduled=False).run(str(tmp_path / "log"), max_epoch=3)
+    folder = tmp_path / "log" / "model"
+    before = {path.name: checkpoint.load(path)["epoch"] for path in folder.iterdir()}
+    engine = make_engine(tmp_path, scheduled=False)
+    start = engine.resume("auto", str(tmp_path / "log"))
+    engine.best = {"mAP": -1.0, "epoch": -1}  # so that it is saved again
+    engine.run(str(tmp_path / "log"), max_epoch=2, start_epoch=start)
+    after = {path.name: checkpoint.load(path)["epoch"] for path in folder.iterdir()}
+    assert after == before | {"model-best.pth.tar": 3}
+
+
+def test_the_best_of_an_earlier_run_in_the_folder_is_not_left(tmp_path):
+    make_engine(tmp_path).run(str(tmp_path / "log"), max_epoch=1)
+    best = tmp_path / "log" / "model" / "model-best.pth.tar"
+    assert best.exists()
+    make_engine(tmp_path)._prepare(RunOptions.of({"save_dir": str(tmp_path / "log")}))
+    assert best.exists()  # until there is a checkpoint of the new run
+    engine = make_engine(tmp_path)
+    signal_in(engine, 0, 0)
+    with pytest.raises(Interrupted):
+        engine.run(str(tmp_path / "log"), max_epoch=2)
+    assert not best.exists()
+
+
+def test_other_training_images_are_refused(tmp_path, capsys):
+    engine = make_engine(tmp_path)
+    engine.run(str(tmp_path / "log"), max_epoch=1)
+    items = engine.datamanager.train_loader.dataset.train
+    swapped = make_engine(tmp_path)
+    other = {0: 1, 1: 0}
+    changed = [(path, other.get(pid, pid), *rest) for path, pid, *rest in items]
+    swapped.datamanager.train_loader.dataset.train = changed
+    with pytest.raises(InputError, match="was trained on other images, or gave identities other numbers"):
+        swapped.resume("auto", str(tmp_path / "log"))
+    swapped.resume("auto", str(tmp_path / "log"), test_only=True)
+    assert "this test may show people that it was trained on" in capsys.readouterr().out
+    # The same images in another order, and in another place, are the same.
+    moved = [(path.replace(str(tmp_path), "/elsewhere"), *rest) for path, *rest in reversed(items)]
+    assert states.digest(moved, "/elsewhere") == states.digest(items, str(tmp_path))
+
+
 def test_a_run_that_was_killed_before_it_removed_what_it_need_not_keep(tmp_path):
     make_engine(tmp_path).run(str(tmp_path / "log"), max_epoch=3, keep_checkpoints=2)
     folder = tmp_path / "log" / "model"
