@@ -6,20 +6,22 @@ import contextlib
 import importlib
 import io
 import os
-import struct
-import zlib
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from pml_drsl.checks import InputError
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
-# The errors that Pillow raises for damaged files. DecompressionBombError means that the image is suspiciously large.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+_ORIENTATION = 0x112  # the EXIF tag that says how the camera was held
+_UPRIGHT: dict[Any, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 
 HEIF: tuple[str, ...] = ()
 with contextlib.suppress(ImportError):  # Pillow reads photos of iPhones with this optional package.
@@ -73,8 +75,9 @@ def read_image(
             return _upright_rgb(opened, name)
     except InputError:
         raise
-    except _DAMAGE as error:
-        what = "too large" if isinstance(error, Image.DecompressionBombError) else "damaged"
+    except Exception as error:  # Pillow checks little of what a file says, so a damaged file may raise any exception.
+        # DecompressionBombError means that the image is suspiciously large.
+        what = "too large" if isinstance(error, (Image.DecompressionBombError, MemoryError)) else "damaged"
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else f"{what} ({error})"
         raise InputError(f"cannot read image {name}: it is {reason}; restore it or remove it") from error
 
@@ -84,8 +87,17 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     image.load()
     # Pillow opens 16-bit PGM files in mode I, and its older versions 16-bit PNG files too.
     is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-    with contextlib.suppress(*_DAMAGE):  # A damaged orientation is none. The pixels are all there.
-        image = ImageOps.exif_transpose(image)
+    with contextlib.suppress(Exception):  # A damaged orientation is none. The pixels are all there.
+        # Pillow's exif_transpose also writes all EXIF tags again, and fails at odd ones. Pillow itself turns TIFF files
+        # upright, and forgets their orientation.
+        if (turn := _UPRIGHT.get(image.getexif().get(_ORIENTATION))) is not None:  # A flip has the number 0.
+            image = image.transpose(turn)
+    image = _rgb(image, is_16_bit, name)
+    image.info = {}  # It still has the orientation, by which the image would be turned once more when it is read again.
+    return image
+
+
+def _rgb(image: Image.Image, is_16_bit: bool, name: str) -> Image.Image:
     if is_16_bit:
         return _from_16_bit(np.asarray(image), image.info.get("transparency"))
     if image.mode in ("F", "I"):

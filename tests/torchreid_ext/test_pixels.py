@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import runpy
+import struct
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,13 +40,37 @@ def saved(folder: Path, image: Image.Image, name: str = "x.png", **options: obje
     return folder / name
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
 @pytest.mark.parametrize("orientation", STORED)
-def test_a_photo_is_turned_upright(tmp_path: Path, orientation: int) -> None:
+def test_a_photo_is_turned_upright_once(tmp_path: Path, orientation: int, suffix: str) -> None:
     exif = Image.Exif()
     exif[274] = orientation
-    path = saved(tmp_path, Image.fromarray(np.ascontiguousarray(STORED[orientation](COLOURS))), exif=exif)
-    for image in (path, Image.open(path)):
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](COLOURS)))
+    path = saved(tmp_path, stored, f"x.{suffix}", exif=exif)
+    for image in (path, Image.open(path), read_image(path)):
         assert np.array_equal(read_image(image), COLOURS)
+
+
+@pytest.mark.parametrize("odd", [(256, 7, b"\x10"), (282, 2, b"72")], ids=["size", "dpi"])
+def test_a_photo_with_odd_tags_beside_its_orientation_is_turned_upright(
+    tmp_path: Path, odd: tuple[int, int, bytes]
+) -> None:
+    entries = [(274, 3, 1, struct.pack("<HH", 6, 0)), (odd[0], odd[1], len(odd[2]), odd[2].ljust(4, b"\0"))]
+    tags = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in sorted(entries))
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4)
+    path = saved(tmp_path, Image.fromarray(np.ascontiguousarray(STORED[6](COLOURS))), exif=exif)
+    assert np.array_equal(read_image(path), COLOURS)
+
+
+@pytest.mark.parametrize("kind", [2, 5, 7, 11])
+def test_a_file_that_makes_pillow_raise_any_error_is_damaged(kind: int) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(file, "TIFF")
+    # The type of a number is that of a text or of a fraction: Pillow finds it out as a TypeError.
+    damaged = file.getvalue().replace(struct.pack("<HH", 273, 4), struct.pack("<HH", 273, kind))
+    assert damaged != file.getvalue()
+    with pytest.raises(InputError, match="damaged"):
+        read_image(damaged)
 
 
 def test_a_damaged_orientation_is_none(tmp_path: Path) -> None:

@@ -27,8 +27,9 @@ Give runs of drsl-train in the place of files, to compare them, or to see why on
   drsl-evaluate RUN --errors
       One page: the queries with the lowest average precision with what came before their first match, mAP by pair of
       cameras, the distances of matches and of others with the point of equal error, and a map of the gallery. RUN is a
-      folder or a checkpoint, and its test images are searched again, those of its first target. FEATURES.npz of
-      drsl-extract will do too.
+      folder or a checkpoint, and its test images are searched again: those of its first target, or of its validation
+      identities. --root says where the data sets are, if no longer where the run had them. FEATURES.npz of drsl-extract
+      will do too.
 """
 
 EXAMPLES = """  drsl-evaluate log/demo --errors
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--errors", action="store_true", help="write a page that shows why a search fails")
     add("--html", metavar="PAGE.html", help="page of --errors (errors.html beside the file, or in the run's folder)")
     add("--csv", metavar="FILE", help="write the table of several runs here")
+    add("--root", metavar="FOLDER", help="folder of the run's data sets for --errors (where the run had them)")
     args = parser.parse_args(arguments)
     if args.errors and not args.html:
         given = Path(args.features[0])
@@ -55,11 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    work, takes, where = cli.run, set(vars(args)) - {"html", "csv"}, "feature files"
+    work, takes, where = cli.run, set(vars(args)) - {"html", "csv", "root"}, "feature files"
     if args.errors:
         work, takes, where = _errors, {"errors", "html", "junk", "device"}, "--errors"
-        if _holds_features(args):
-            takes |= {"ids", "metric", "no_cameras"}
+        takes |= {"ids", "metric", "no_cameras"} if _holds_features(args) else {"root"}
     elif any(Path(name).is_dir() for name in args.features):
         work, takes, where = _compare, {"csv"}, "runs without --errors"
     for name, value in vars(args).items():
@@ -76,7 +77,7 @@ def _errors(args: argparse.Namespace) -> None:
     from pml_drsl.evaluation.arrays import PATHS, load_arrays
     from torchreid_ext.evaluation import errors
     from torchreid_ext.search.features import extract_files
-    from torchreid_ext.search.model import load_model
+    from torchreid_ext.search.model import NoConfiguration, load_model
     from torchreid_ext.search.sources import test_images
 
     check_outputs({"--html": args.html}, [*args.features, args.ids])
@@ -87,8 +88,13 @@ def _errors(args: argparse.Namespace) -> None:
     elif len(args.features) > 1:
         raise InputError(f"--errors takes one run, got {len(args.features)}")
     else:
-        model = load_model(args.features[0], device=args.device)
-        metric, table = model.metric, test_images(model.config)
+        try:
+            model = load_model(args.features[0], device=args.device)
+        except NoConfiguration as error:
+            cure = "write the features of your own with drsl-extract, and give that file"
+            unknown = f"checkpoint {args.features[0]!r} holds no configuration, so its test images are unknown"
+            raise InputError(f"{unknown}: {cure}") from error
+        metric, table = model.metric, test_images(model.config, args.root)
         check_outputs({"--html": args.html}, [model.path, *(row.path for row in table.rows)])
         data, paths, workers = dict[str, Any](), [], min(4, available_cores())
         for side, rows in (("query", table.query), ("gallery", table.gallery)):

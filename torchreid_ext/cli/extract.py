@@ -9,9 +9,10 @@ need the name of the network: --model osnet_x0_25. A SOURCE is one of these:
   FILE.csv    with the columns path,pid,camid,split; images of the split train are left out
   FILE.jpg    or any other image: a gallery image
 
-Without a SOURCE, the test images of the run itself are taken. The output is what drsl-evaluate reads: the features of
-query and gallery with identities and cameras. Where names carry no identities, it holds features and paths alone,
-which drsl-search reads.
+Without a SOURCE, the test images of the run itself are taken: those of its first target, or of its validation
+identities. --root says where the data sets are, if no longer where the run had them. The output is what drsl-evaluate
+reads: the features of query and gallery with identities and cameras. Where names carry no identities, it holds features
+and paths alone, which drsl-search reads.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = console.parser("drsl-extract", __doc__, EXAMPLES)
     parser.add_argument("sources", nargs="*", metavar="SOURCE", help="folders, CSV files and images")
     parser.add_argument("--output", required=True, metavar="FILE.npz", help="where to write the features")
+    parser.add_argument("--root", metavar="FOLDER", help="folder of the run's data sets (where the run had them)")
     console.add_device(parser)
     args = parser.parse_intermixed_args(arguments)  # Options may stand before, between and after the sources.
     return guarded("drsl-extract", lambda: run(args), [args.output])
@@ -53,10 +55,14 @@ def run(args: argparse.Namespace) -> None:
 
     if Path(args.output).suffix != ".npz":
         raise InputError(f"--output {args.output}: the name of the file must end in .npz")
+    if args.root and args.sources:
+        raise InputError("--root is for the test images of the run itself: leave it out where a SOURCE is given")
+    if args.model and not args.sources:
+        raise InputError("weights that --model names have no run, and so no test images: give a SOURCE")
     with distributed.joined(args.device != "cpu"):
         model = load_model(args.checkpoint, args.config_file, args.device, args.model)
         check_outputs({"--output": args.output}, [model.path, args.config_file, *args.sources])
-        table = list_sources(args.sources, args.names) if args.sources else test_images(model.config)
+        table = list_sources(args.sources, args.names) if args.sources else test_images(model.config, args.root)
         check_outputs({"--output": args.output}, [row.path for row in table.rows])
         if table.left_out:
             say(table.about_left_out())

@@ -111,10 +111,10 @@ def _opened(args: argparse.Namespace, out: TextIO) -> tuple[Searcher, list[Row],
     """The searcher with its gallery, which is kept if --index says so, and the queries with their features, if any."""
     from torchreid_ext.runtime.files import locked
     from torchreid_ext.search.searcher import Searcher
-    from torchreid_ext.search.sources import absolute, list_queries, resolved
+    from torchreid_ext.search.sources import absolute, list_queries
 
     changes = args.index and (args.gallery or args.remove or args.prune)
-    with locked(resolved(args.index)) if changes else contextlib.nullcontext():
+    with locked(args.index) if changes else contextlib.nullcontext():
         kept = args.index if args.index and Path(args.index).exists() else None
         given = {name: getattr(args, name) for name in ("model", "config_file", "index_type", "device", "names")}
         searcher = Searcher(args.checkpoint, index=kept, **given)
@@ -122,6 +122,9 @@ def _opened(args: argparse.Namespace, out: TextIO) -> tuple[Searcher, list[Row],
         _check_outputs(args, [entry.path for entry in (*queries, *searcher.gallery.entries)])
         features = searcher.extract([query.path for query in queries], args.crop) if queries else None
         changed = _update(args, searcher, out)
+        # A query that the gallery holds is of whom the gallery says: the gallery's folders may carry identities.
+        known = {entry.path: entry for entry in searcher.gallery.entries if entry.identity}
+        queries = [known.get(query.path, query) for query in queries]
         if changes and (changed or kept is None):
             searcher.gallery.save(args.index)
             say(f"The index of {len(searcher):,} images is in {args.index!r}", out)

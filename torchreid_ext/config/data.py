@@ -62,12 +62,17 @@ def _arguments(cfg: Config) -> dict[str, Any]:
         arguments |= picked(cfg.video, "seq_len", "sample_method")
     else:
         arguments |= picked(cfg.data, "k_tfm", "load_train_targets") | picked(cfg.sampler, "train_sampler_t")
-        arguments |= {"cuhk03_labeled": cfg.cuhk03.labeled_images, "cuhk03_classic_split": cfg.cuhk03.classic_split}
-        arguments["market1501_500k"] = cfg.market1501.use_500k_distractors
+        arguments |= image_options(cfg)
     # With validation identities, the targets are not tested on, and need not be there.
     targets = [] if cfg.data.validation and not cfg.data.load_train_targets else cfg.data.targets
     arguments |= {"targets": targets, "use_gpu": cfg.use_gpu, "workers": _workers(cfg.data.workers)}
     return arguments | {"batch_size_train": cfg.train.batch_size, "batch_size_test": cfg.test.batch_size}
+
+
+def image_options(cfg: Config) -> dict[str, Any]:
+    """What says which images a data set of torchreid has, beside its name."""
+    options = picked(cfg.data, "root", "split_id") | {"market1501_500k": cfg.market1501.use_500k_distractors}
+    return options | {"cuhk03_labeled": cfg.cuhk03.labeled_images, "cuhk03_classic_split": cfg.cuhk03.classic_split}
 
 
 @contextlib.contextmanager

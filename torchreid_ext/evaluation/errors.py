@@ -163,16 +163,23 @@ def _map(search: Search, pictures: Pictures, ranked: RankedQueries) -> str:
     def draw(axes: Axes) -> None:
         axes.scatter(places[1][:, 0], places[1][:, 1], s=6, color="gray", alpha=0.4, linewidths=0, label="all others")
         for pid, (colour, marker) in zip(sorted(means, key=means.__getitem__), MARKERS.items(), strict=False):
-            name = f"{pictures[0][int(np.argmax(pids == pid))].identity} (mAP {means[pid]:.0%})"
+            # A name at the start could begin with an underscore, and then matplotlib would leave it out of the legend.
+            name = f"{means[pid]:.0%}  {_plain(pictures[0][int(np.argmax(pids == pid))].identity)}"
             queries, entries = places[0][pids == pid], places[1][search.gallery.pids == pid]
             axes.scatter(queries[:, 0], queries[:, 1], s=80, marker=marker, facecolors="none", edgecolors=colour)
             axes.scatter(entries[:, 0], entries[:, 1], s=25, marker=marker, color=colour, label=name)
         axes.set(xticks=[], yticks=[], xlabel="first principal component", ylabel="second principal component")
-        axes.legend(framealpha=0, loc="center left", bbox_to_anchor=(1, 0.5), title="identity", fontsize="small")
+        axes.legend(framealpha=0, loc="center left", bbox_to_anchor=(1, 0.5), title="mAP, identity", fontsize="small")
 
     kept = np.nan_to_num(plane.explained_variance_ratio_).sum()
     about = f"The gallery on its first two principal components, which hold {kept:.0%} of its variance. In colour: the"
     return _drawn(draw, "Map", f"{about} people with the lowest mAP, up to ten; large hollow marks are their queries.")
+
+
+def _plain(text: str) -> str:
+    """A text for matplotlib, which takes what is between two dollars for mathematics, and refuses bytes that are no
+    UTF-8, which a name may hold."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 
 def _drawn(draw: Callable[[Axes], None], name: str, about: str) -> str:

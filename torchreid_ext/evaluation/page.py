@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import os
+import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -127,7 +129,8 @@ def number(distance: float) -> str:
 def _links(pages: Sequence[Path], current: int) -> str:
     if len(pages) == 1:
         return ""
-    links = [f'<a href="{escape(page.name)}">{index}</a>' for index, page in enumerate(pages, 1)]
+    addresses = (urllib.parse.quote(os.fsencode(page.name)) for page in pages)
+    links = [f'<a href="{address}">{index}</a>' for index, address in enumerate(addresses, 1)]
     links[current] = f"<b>{current + 1}</b>"
     return f'<nav aria-label="Pages">Page {" ".join(links)}</nav>'
 

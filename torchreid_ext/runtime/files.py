@@ -27,9 +27,10 @@ _TEMPORARY = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.tmp")
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Context: opens a temporary file, which replaces ``path`` when it is complete and safely on the disk. Of several
-    writers, the last to finish wins. Raises OSError if the file cannot be written; ``path`` keeps its old content."""
-    path = Path(path)
+    """Context: opens a temporary file, which replaces ``path``, or the target of a link, when it is complete and safely
+    on the disk. Of several writers, the last to finish wins. Raises OSError if the file cannot be written; ``path``
+    keeps its old content."""
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
@@ -71,10 +72,10 @@ def remove_unfinished(folder: Path) -> None:
 @contextlib.contextmanager
 def locked(path: str | os.PathLike[str]) -> Iterator[None]:
     """Context for reading, changing and writing a file, which need not exist: another process that wants to do so waits
-    until its end, and says so on stderr. ``.NAME.lock`` stands beside the file while it is locked. The lock of a killed
-    process is free again. A process that asks for its own lock once more waits for itself. Raises OSError if the folder
-    cannot be written, or its file system has no locks."""
-    path = Path(path)
+    until its end, and says so on stderr. ``.NAME.lock`` stands beside the file, or the target of a link, while it is
+    locked. The lock of a killed process is free again. A process that asks for its own lock once more waits for itself.
+    Raises OSError if the folder cannot be written, or its file system has no locks."""
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f".{path.name}.lock")
     with contextlib.ExitStack() as stack:

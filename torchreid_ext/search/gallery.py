@@ -115,11 +115,12 @@ class Gallery:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the gallery to a file, whole or not at all. Call it inside ``files.locked``. Paths below the folder of
-        the file are written relative to it, so that the folder may move. Raises InputError for a gallery to which
-        nothing was ever added, or a file that another process has changed since this gallery was read from it."""
+        the file, or of the target of a link, are written relative to it, so that the folder may move. Raises InputError
+        for a gallery to which nothing was ever added, or a file that another process has changed since this gallery was
+        read from it."""
         if self._index is None:
             raise InputError("the gallery is empty: there is no index to write")
-        target = resolved(os.fspath(path))
+        target = os.path.realpath(path)
         folder = os.path.join(os.path.dirname(target), "")
         about = {"version": 2, "fingerprint": self.model.fingerprint, "metric": self._index.metric, "kind": self.kind}
         rows = [[row.path.removeprefix(folder), *row[1:3], row.path.startswith(folder)] for row in self.entries]
@@ -136,7 +137,7 @@ class Gallery:
         """The gallery that :meth:`save` wrote with this model; ``kind`` None takes the kind that the file names. Raises
         InputError for a file that is cut short, damaged or no index, or an index of another model, and OSError for a
         file that cannot be opened."""
-        target = resolved(os.fspath(path))
+        target = os.path.realpath(path)
         stamp = file_stamp(target)
         try:
             arrays = load_arrays(path)

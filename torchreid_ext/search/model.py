@@ -35,6 +35,10 @@ tensor, uint8 or floating in [0, 1]. It is not normalised yet."""
 _SIZES = {"hacnn": (160, 64)}
 
 
+class NoConfiguration(InputError):
+    """A checkpoint does not say which network it is."""
+
+
 @dataclass(frozen=True)
 class TrainedModel:
     """A trained network in evaluation mode, with what its configuration says of its images and features."""
@@ -170,7 +174,7 @@ def _config(path: str, state: Mapping[str, Any], config_file: File | None, model
         zoo = "--model NAME (model in Python) for weights of torchreid's zoo, for example osnet_x0_25"
         file = f"--config-file FILE (config_file in Python), the YAML file that the network was trained with{found}"
         unknown = f"checkpoint {path!r} holds no configuration, so its network is unknown"
-        raise InputError(f"{unknown}: give {zoo}, or {file}")
+        raise NoConfiguration(f"{unknown}: give {zoo}, or {file}")
     if saved:
         _merge(config, saved, path)
     if config_file is not None:
@@ -191,7 +195,8 @@ def _config(path: str, state: Mapping[str, Any], config_file: File | None, model
 def _merge(config: Config, saved: object, path: str) -> None:
     """Takes over a saved configuration; what another version of this package wrote is named and left out."""
     if not isinstance(saved, Mapping):
-        raise InputError(f"checkpoint {path!r} is damaged: its configuration is no mapping; give --config-file FILE")
+        damaged = f"checkpoint {path!r} is damaged: its configuration is no mapping"
+        raise NoConfiguration(f"{damaged}; give --config-file FILE")
     ignored = []
     for key, value in saved.items():
         try:

@@ -17,7 +17,7 @@ from torchreid_ext.images import Row, named, pattern
 from torchreid_ext.runtime.files import locked
 from torchreid_ext.search.gallery import Gallery
 from torchreid_ext.search.model import ImageLike, Preprocessing, as_list, load_model
-from torchreid_ext.search.sources import NAMES, absolute, resolved, shown
+from torchreid_ext.search.sources import NAMES, absolute, shown
 
 _SAME: dict[str, bool | None] = {"right": True, "wrong": False, "": None}
 _WORDS = {"right": "same", "wrong": "other", "": ""}
@@ -160,7 +160,7 @@ class Searcher:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the gallery to a file, as ``Gallery.save`` does, and waits while another process writes the file."""
-        with self._lock, locked(resolved(os.fspath(path))):
+        with self._lock, locked(path):
             self.gallery.save(path)
 
 

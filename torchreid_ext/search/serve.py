@@ -139,10 +139,15 @@ def serve(listener: socket.socket, searcher: Searcher, rerank: bool = False, top
 
 async def _received(request: Request) -> bytes:
     data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > MEGABYTES * 1e6:
-            raise TooLarge(f"the photo has more than {MEGABYTES} megabytes: make it smaller")
+    try:
+        async for part in request.stream():
+            data += part
+            if len(data) > MEGABYTES * 1e6:
+                raise TooLarge(f"the photo has more than {MEGABYTES} megabytes: make it smaller")
+    except InputError:
+        raise
+    except Exception as error:  # The browser has gone, for which starlette has an error that fastapi does not export.
+        raise InputError("the photo was not sent whole: send it again") from error
     return bytes(data)
 
 

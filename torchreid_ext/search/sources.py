@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 from collections.abc import Sequence
@@ -12,7 +14,8 @@ import torchreid
 
 from pml_drsl.checks import InputError
 from torchreid_ext import images
-from torchreid_ext.config import Config
+from torchreid_ext.config import Config, build_datamanager
+from torchreid_ext.config.data import image_options
 from torchreid_ext.data.datasets import register_datasets, without_empty_folders
 from torchreid_ext.images import Row, Table
 
@@ -65,19 +68,25 @@ def list_sources(sources: Sequence[str], names: str = NAMES) -> Table:
 
 
 def list_queries(sources: Sequence[str], names: str = NAMES) -> list[Row]:
-    """Query images: image files, all images of folders, and the query images of CSV files. Raises InputError for a
-    folder without an image, or a CSV file that cannot be read."""
+    """Query images: image files, all images of folders, and the query images of CSV files. The identity of an image is
+    in its path below the folder that was given, or in the name of a file; the folders above say nothing of it. Raises
+    InputError for a folder without an image, or a CSV file that cannot be read."""
     carried = images.pattern(names, "--names")
     rows: list[Row] = []
     for source in sources:
         if source.lower().endswith(".csv"):
             table = _listed(source, carried)
             rows += table.query or table.gallery
+        elif os.path.isdir(source):
+            rows += [_query(row.path, source, carried) for row in images.list_folder(source, carried).rows]
         else:
-            folder = images.list_folder(source, carried).rows if os.path.isdir(source) else [Row(source)]
-            # By its whole path, so that a folder is as good as its files.
-            rows += [images.named(row.path, carried) for row in folder]
+            rows.append(_query(source, os.path.dirname(source), carried))
     return rows
+
+
+def _query(path: str, folder: str, names: re.Pattern[str]) -> Row:
+    below = os.path.relpath(path, folder or os.curdir)
+    return images.named(os.path.join(os.sep, below), names)._replace(path=path)
 
 
 def _listed(source: str, names: re.Pattern[str]) -> Table:
@@ -106,18 +115,24 @@ def _listed(source: str, names: re.Pattern[str]) -> Table:
     return table
 
 
-def test_images(config: Config) -> Table:
-    """The query and the gallery on which a run's first target is tested, in the order of the run's test. Raises
-    InputError for a target of video, or one that is not found."""
-    target, root = config.data.targets[0], config.data.root
+def test_images(config: Config, root: str | None = None) -> Table:
+    """The query and the gallery of a run's own test, in its order: those of the first target, or of the people who were
+    held out for validation. The data are below ``root``; None for where the run had them. Raises InputError for a run
+    on video, and for data that are not found."""
+    config, target = config.clone(), config.data.targets[0]
     if config.data.type != "image":
-        raise InputError(f"target {target!r} is of video: give the folder of its images instead")
+        raise InputError(f"the run was tested on video: with drsl-extract, give a folder of the images of {target!r}")
+    config.data.root = root or config.data.root
+    if config.data.validation:
+        with contextlib.redirect_stdout(io.StringIO()):  # which says how many images the run trained on
+            (splits,) = build_datamanager(config).test_loader.values()
+        return images.from_torchreid(splits["query"].dataset)
     register_datasets(config.datasets)
+    options = image_options(config)
     try:
-        with without_empty_folders(Path(root)):
-            dataset: Any = torchreid.data.datasets.init_image_dataset(
-                target, root=root, split_id=config.data.split_id, mode="query", verbose=False
-            )
+        with without_empty_folders(Path(options["root"])):
+            dataset: Any = torchreid.data.datasets.init_image_dataset(target, mode="query", verbose=False, **options)
     except (OSError, RuntimeError) as error:
-        raise InputError(f"cannot read {target!r} below {root!r}: {error}. Give its folder or CSV file") from error
+        cure = "Put the data there, or say with --root where it is"
+        raise InputError(f"cannot read {target!r} below {options['root']!r}: {error}. {cure}") from error
     return images.from_torchreid(dataset)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import trained
 
 from torchreid_ext.cli import evaluate, extract
@@ -57,6 +58,13 @@ def test_damaged_images_are_left_out_and_gone_ones_are_named(tmp_path, capsys):
     (tmp_path / query).unlink()
     assert evaluate.main([str(run), "--errors", "--html", str(tmp_path / "p.html")]) == 2
     assert query in complaint(capsys) and not (tmp_path / "p.html").exists()
+
+
+def test_weights_without_a_run_are_refused_with_advice_that_this_command_takes(tmp_path, capsys):
+    torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "zoo.pth")
+    assert evaluate.main([str(tmp_path / "zoo.pth"), "--errors"]) == 2
+    said = complaint(capsys)
+    assert "holds no configuration" in said and "drsl-extract" in said and "--" not in said
 
 
 def test_features_of_another_program_have_no_images(tmp_path, capsys):
@@ -109,6 +117,8 @@ def test_the_table_has_what_a_run_wrote(run, capsys):
     [
         (["RUN", "--errors", "--rerank"], "--rerank does not go with --errors"),
         (["RUN", "--errors", "--metric", "cosine"], "--metric does not go with --errors"),
+        (["RUN", "--errors", "--root", "nowhere"], "nowhere/list.csv: set data.root (--root)"),
+        (["f.npz", "--root", "nowhere"], "--root does not go with feature files"),
         (["RUN", "RUN", "--errors"], "takes one run, got 2"),
         (["RUN", "--html", "p.html"], "--html does not go with runs without --errors"),
         (["f.npz", "--csv", "t.csv"], "--csv does not go with feature files"),

@@ -115,6 +115,7 @@ def test_several_processes_write_what_one_writes(any_model, tmp_path):
         ({"output": "features.txt"}, "must end in .npz"),
         ({"more": ["--batch-size", "0"]}, "batch size 0"),
         ({"more": ["--config-file", "nowhere.yaml"]}, "nowhere.yaml"),
+        ({"more": ["--root", "elsewhere"]}, "--root is for the test images of the run itself"),
     ],
 )
 def test_bad_input(any_model, tmp_path, capsys, changes, words):
@@ -139,4 +140,6 @@ def test_a_checkpoint_without_a_configuration(any_model, tmp_path, capsys):
     words = [str(tmp_path / "bare.pth"), str(any_model.parents[2] / "list.csv"), "--output", str(tmp_path / "f.npz")]
     assert extract.main(words) == 2
     assert "--config-file" in complaint(capsys)
+    assert extract.main([words[0], *words[2:], "--model", "osnet_x0_25"]) == 2
+    assert "have no run, and so no test images: give a SOURCE" in complaint(capsys)
     assert extract.main([*words, "--config-file", str(any_model.parents[1] / "config.yaml")]) == 0

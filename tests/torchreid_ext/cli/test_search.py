@@ -108,6 +108,18 @@ def test_a_part_of_a_larger_picture(model, photos, tmp_path):
     assert json.loads((tmp_path / "r.json").read_text())["queries"][0]["matches"][0]["distance"] > 1e-4
 
 
+def test_a_query_is_marked_where_the_gallery_or_its_own_name_says_whom_it_shows(model, photos, tmp_path, monkeypatch):
+    inside = photos / "pérson 2" / "cam0_<1>&.png"
+    shutil.copy(inside, tmp_path / "street.png")
+    monkeypatch.chdir(tmp_path)
+    words = ["--query", "street.png", inside, "--index", "index", "--top", 1, "--json", "r.json"]
+    for gallery in (["--gallery", photos], []):
+        assert run(model, *gallery, *words) == 0
+        street, known = json.loads(Path("r.json").read_text())["queries"]
+        assert street["identity"] == "" and street["matches"][0]["same_identity"] is None
+        assert known["identity"] == "pérson 2" and known["matches"][0]["same_identity"] is True
+
+
 def test_features_of_drsl_extract_are_a_gallery(model, photos, tmp_path, capsys):
     query = photos / "pérson 2" / "cam0_<1>&.png"
     assert extract.main([str(model), str(photos), "--output", str(tmp_path / "f.npz"), "--device", "cpu"]) == 0

@@ -255,7 +255,7 @@ def test_weights_of_a_triplet_loss_that_train_nothing_are_refused(tmp_path):
     cfg.merge_from_list(["loss.triplet.weight_t", 0, "use_gpu", "False"])
     manager = make_image_manager(tmp_path)
     model = config.build_model(cfg, manager.num_train_pids)
-    with pytest.raises(InputError, match="weight_t and loss.triplet.weight_x are both 0"):
+    with pytest.raises(InputError, match=r"weight_t and loss\.triplet\.weight_x are both 0"):
         build_engine(cfg, manager, model, config.build_optimizer(cfg, model), None)
 
 

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_curve
 
@@ -130,6 +131,17 @@ def test_every_kind_of_test_set_has_its_page(data, tmp_path, name):
     write_page(tmp_path / "e.html", *opened(data), "Title")
     text = (tmp_path / "e.html").read_text(encoding="utf-8")
     assert re.search(words, text) and "nan%" not in text and "identity -1" not in text and text.count("<figure>") == 3
+
+
+def test_the_legend_of_the_map_has_every_name_as_it_is(data, tmp_path, monkeypatch):
+    """Also those that are mathematics to matplotlib, or nothing that it shows."""
+    legends, legend = [], Axes.legend
+    monkeypatch.setattr(Axes, "legend", lambda *words, **more: legends.append(legend(*words, **more)))
+    for side in ("query", "gallery"):
+        data[f"{side}_ids"] = np.char.add("_$me\\x$_ \udcff", data[f"{side}_ids"].astype(str))
+    write_page(tmp_path / "e.html", *opened(data), "Title")
+    shown = [text.get_text().replace(r"\$", "$") for text in legends[-1].get_texts()[1:]]
+    assert len(shown) == 10 and all(re.fullmatch(r"\d+%  _\$me\\x\$_ \\udcff-?\d+", text) for text in shown)
 
 
 def test_images_that_are_gone_are_counted_and_the_others_are_shown(data, tmp_path):

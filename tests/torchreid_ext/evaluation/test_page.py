@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import urllib.parse
 
 import numpy as np
 import pytest
@@ -108,6 +109,15 @@ def test_many_queries_are_on_several_pages_that_link_to_each_other(rows, tmp_pat
     texts = [path.read_text(encoding="utf-8") for path in pages]
     assert [text.count("<section") for text in texts] == [2, 2, 1] and 'id="query5"' in texts[2]
     assert 'href="p-3.html"' in texts[0] and 'href="p.html"' in texts[2]
+
+
+@pytest.mark.parametrize("name", ["a#b.html", "50%25 off?.html", "run: 1.html", 'é "<&>.html', "b\udcff.html"])
+def test_links_lead_to_pages_of_any_name(rows, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(page, "QUERIES_PER_PAGE", 1)
+    first, second = write_pages(tmp_path / name, rows, "caption")
+    for here, there in ((first, second), (second, first)):
+        (link,) = (word for word in Text(here.read_text(encoding="utf-8")).addresses if not word.startswith("data:"))
+        assert urllib.parse.urljoin(here.as_uri(), link) == there.as_uri()
 
 
 def test_distances_have_no_negative_zero():

@@ -115,6 +115,18 @@ def test_a_long_name_can_be_written(tmp_path):
     assert path.read_bytes() == b"whole"
 
 
+def test_a_link_stays_and_its_target_is_locked_and_written(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(Path("real", "file"))
+    for content in (b"new", b"newer"):
+        with files.locked(tmp_path / "link"):
+            assert os.path.exists(tmp_path / "real" / ".file.lock")
+            with files.replacing(tmp_path / "link") as file:
+                file.write(content)
+        assert (tmp_path / "real" / "file").read_bytes() == content
+    assert (tmp_path / "link").is_symlink() and os.listdir(tmp_path / "real") == ["file"]
+
+
 def test_a_failed_write_leaves_nothing(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")

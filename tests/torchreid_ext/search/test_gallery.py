@@ -143,6 +143,17 @@ def test_a_gallery_comes_back_from_its_file_and_moves_with_its_folder(tmp_path):
     assert [entry.path for entry in moved.prune()] == [str(tmp_path / "two" / "photos" / "3.jpg")] and len(moved) == 6
 
 
+def test_an_index_behind_a_link_is_that_of_its_own_folder(tmp_path):
+    gallery = saved(tmp_path / "one")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "one" / "index")
+    opened = Gallery.load(link, model())
+    assert opened.entries == gallery.entries and not opened.prune()
+    opened.remove(["a name.jpg"])
+    opened.save(link)
+    assert link.is_symlink() and Gallery.load(tmp_path / "one" / "index", model()).entries == gallery.entries[:-1]
+
+
 def test_what_is_printed_can_be_removed(tmp_path, monkeypatch):
     gallery = saved(tmp_path)
     monkeypatch.chdir(tmp_path)

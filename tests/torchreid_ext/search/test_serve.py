@@ -1,5 +1,6 @@
 """The page finds what the search in Python finds, refuses what it cannot use, and works in a real browser."""
 
+import asyncio
 import contextlib
 import io
 import os
@@ -172,6 +173,22 @@ def test_what_cannot_be_used_is_refused_in_a_line(address, monkeypatch):
     assert status == 413 and "megabytes" in said
     assert ask(address, headers={"Host": "evil.example"}.items()) == (400, "Invalid host header")
     assert ask(address, photo, headers={"Host": "evil.example"}.items())[0] == 400
+
+
+def test_an_upload_that_the_browser_aborts_is_no_error(searcher):
+    """As the protocol of ASGI has it: the server would print what the application raises."""
+    received = iter([{"type": "http.request", "body": b"half", "more_body": True}, {"type": "http.disconnect"}])
+    sent = []
+
+    async def receive():
+        return next(received)
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/search", "query_string": b"", "headers": [(b"host", b"a")]}
+    asyncio.run(serve.application(searcher)(scope, receive, send))
+    assert sent[0]["status"] == 400
 
 
 def test_an_empty_gallery_is_told(model):

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from pml_drsl.checks import InputError
-from torchreid_ext.config import get_default_config
+from torchreid_ext.config import build_datamanager, get_default_config
 from torchreid_ext.search.sources import list_queries, list_sources, test_images
 
 
@@ -73,13 +73,25 @@ def test_two_galleries_with_the_same_names_are_refused(tmp_path):
     assert len(list_sources([str(tmp_path)]).gallery) == 2
 
 
-def test_files_are_a_gallery_and_a_folder_of_queries_is_as_good_as_its_files(tmp_path):
+def test_files_are_a_gallery(tmp_path):
     folder = draw(tmp_path / "anna", "hall_1.png", "hall_2.png")
     files = [os.path.join(folder, name) for name in ("hall_1.png", "hall_2.png")]
     table = list_sources(files, "folder")
     assert short(table.gallery) == [("hall_1.png", "anna", "hall"), ("hall_2.png", "anna", "hall")] and not table.query
-    assert list_queries([folder], "folder") == list_queries(files, "folder") != list_queries(files)
-    assert [row.path for row in list_queries(files)] == files and {row.identity for row in list_queries(files)} == {""}
+    assert [row.path for row in list_queries(files)] == files
+
+
+def test_folders_above_a_query_are_no_identity(tmp_path, monkeypatch):
+    folder = draw(tmp_path / "photos", "anna/hall_1.png", "street.png")
+    below = list_queries([folder], "folder")
+    assert short(below) == [("hall_1.png", "anna", "hall"), ("street.png", "", "")]
+    monkeypatch.chdir(folder)
+    assert list_queries(["."], "folder")[0][1:] == below[0][1:]
+    for word in ("street.png", os.path.join(folder, "street.png"), "../photos/street.png", "anna/hall_1.png", "anna"):
+        assert [row.identity for row in list_queries([word], "folder")] == [""]
+    # Another pattern finds the name of the file itself, wherever it is.
+    for word in (os.curdir, "anna", "anna/hall_1.png"):
+        assert list_queries([word], r"(?P<identity>[a-z]+)_\d\.png")[0].identity == "hall"
 
 
 @pytest.mark.parametrize("missing", ["nowhere", "notes.txt", "empty", "texts"])
@@ -92,13 +104,37 @@ def test_sources_without_images_are_refused(tmp_path, missing):
         list_sources([str(tmp_path / missing)])
 
 
+@pytest.mark.parametrize("words", [[], ["data.validation", 0.5, "data.identities", 6]], ids=["target", "validation"])
+def test_the_test_images_of_a_run_are_those_that_it_tests_on(tmp_path, words):
+    trained = [f"bounding_box_train/{pid:04}_c{camera}s1_000000_00.jpg" for pid in range(1, 9) for camera in (1, 2)]
+    tested = ["query/0011_c1s1_000000_00.jpg", "bounding_box_test/0011_c2s1_000000_00.jpg"]
+    more = [f"images/0000_c1s1_00000{number}_00.jpg" for number in range(3)]
+    draw(tmp_path / "data" / "market1501" / "Market-1501-v15.09.15", *trained, *tested, *more)
+    config = get_default_config()
+    config.data.sources, config.data.targets, config.use_gpu = ["market1501"], ["market1501"], False
+    given = {"data.root": "nowhere", "data.workers": 0, "train.batch_size": 4}
+    given["market1501.use_500k_distractors"] = True
+    config.merge_from_list([word for item in given.items() for word in item] + words)
+    found = test_images(config, str(tmp_path / "data"))
+    config.data.root = str(tmp_path / "data")
+    (loaders,) = build_datamanager(config).test_loader.values()
+    for split, rows in (("query", found.query), ("gallery", found.gallery)):
+        expected = [(path, str(pid), str(camera)) for path, pid, camera, *_ in loaders[split].dataset.data]
+        assert [row[:3] for row in rows] == expected
+    folders = {os.path.basename(os.path.dirname(row.path)) for row in found.gallery}
+    assert folders == ({"bounding_box_train"} if words else {"bounding_box_test", "images"})
+    assert (len(found.query), len(found.gallery)) == ((6, 6) if words else (1, 4))
+
+
 def test_a_target_that_is_not_there(tmp_path):
     config = get_default_config()
     config.data.root = str(tmp_path / "root")
-    config.merge_from_list(["datasets.mine.folder", "photos", "data.targets", "mine"])
-    with pytest.raises(InputError, match="photos"):
-        test_images(config)
-    config.data.type = "video"
+    config.merge_from_list(["datasets.mine.folder", "photos", "data.sources", "mine", "data.targets", "mine"])
+    for share in (0, 0.5):
+        config.data.validation = share
+        with pytest.raises(InputError, match=r"photos.*--root"):
+            test_images(config)
+    config.data.type, config.data.validation = "video", 0
     with pytest.raises(InputError, match="video"):
         test_images(config)
 
