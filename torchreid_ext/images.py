@@ -118,6 +118,14 @@ def named(path: str, names: re.Pattern[str]) -> Row:
     return Row(path)
 
 
+def spelt(row: Row, names: re.Pattern[str]) -> Row:
+    """The image with identity and camera as its name spells them, where both identities are one number: torchreid says
+    2 for 0002, and counts Market-1501's cameras from 0."""
+    own = named(row.path, names)
+    numbers = row.identity.isdecimal() and own.identity.isdecimal()
+    return own if numbers and int(row.identity) == int(own.identity) else row
+
+
 def files(folder: str, prefix: str = "", above: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
     """Yields the POSIX path below ``folder`` and the path without any link of every file, in the order of their names.
 

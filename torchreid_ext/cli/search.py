@@ -157,7 +157,7 @@ def _check_outputs(args: argparse.Namespace, inputs: Sequence[str]) -> None:
 
 def _update(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
     """Removes and adds images of the gallery; returns whether anything changed."""
-    from torchreid_ext.images import Row, Table
+    from torchreid_ext.images import Row, Table, pattern, spelt
     from torchreid_ext.search.features import extract_files, read_gallery
     from torchreid_ext.search.sources import absolute, list_sources
 
@@ -172,7 +172,8 @@ def _update(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
     for source in args.gallery:
         if source.lower().endswith(".npz"):
             known = read_gallery(source, searcher.model)
-            places = {absolute(entry): row for row, entry in enumerate(known.entries)}
+            carried = pattern(args.names, "--names")
+            places = {absolute(spelt(entry, carried)): row for row, entry in enumerate(known.entries)}
             new = [entry for entry in places if entry.path not in searcher.gallery]
             searcher.gallery.add(new, known.features[[places[entry] for entry in new]])
             changed |= bool(new)
