@@ -31,6 +31,20 @@ def say(text: str, file: TextIO | None = None) -> None:
     print(_UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text), file=file)
 
 
+def write_text(path: str, text: str) -> None:
+    """Prints a text if ``path`` is ``"-"``, or writes it to a file, which keeps its old content until it is whole."""
+    if path == "-":
+        say(text.rstrip("\n"))
+        return
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}-{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def guarded(
     name: str,
     work: Callable[[], int | None],

@@ -28,7 +28,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from pml_drsl.checks import InputError
-from pml_drsl.console import check_outputs, guarded
+from pml_drsl.console import check_outputs, guarded, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
         rows += ({"dim": dim, "size": size} | row for row in summarize(times, peaks))
     table = pd.DataFrame(rows)
     if args.csv:
-        table.to_csv(args.csv, index=False)
+        write_text(args.csv, table.to_csv(index=False))
     print(report(table))
 
 

@@ -139,8 +139,10 @@ def _checked_header(where: str, columns: list[str]) -> list[str]:
 
 
 def label_array(labels: Labels) -> NumpyArray:
-    """Labels as an array of numbers or of text. Bytes become text."""
+    """Labels as an array of numbers or of text. Bytes become text, and columns of pandas what they hold."""
     array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    if array.dtype.kind == "O" and len({type(label) for label in array.flat} & {str, int}) == 1:
+        array = np.array(array.tolist())
     return np.char.decode(array, "latin-1") if array.dtype.kind == "S" else array
 
 

@@ -64,6 +64,8 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
     ) -> None:
         if kwargs.get("label_comparison_fn") is not None:
             raise InputError("label_comparison_fn is not supported: identities are compared for equality")
+        if isinstance(kwargs.get("device"), str):
+            kwargs["device"] = torch.device(kwargs["device"])
         self.metric, self.ties, self.protocol = metric, ties, protocol
         self.max_rank, self.seed, self.junk = max_rank, seed, junk
         for name in REID_METRICS:  # PML finds its metrics by the names of these attributes.

@@ -25,11 +25,10 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pml_drsl.checks import InputError
-from pml_drsl.console import check_outputs, guarded, version
+from pml_drsl.console import check_outputs, guarded, version, write_text
 from pml_drsl.evaluation import METRICS, PROTOCOLS, RANKS, TIES
 
 # torch and numpy are imported after the arguments are read, so that --help is fast.
@@ -67,7 +66,9 @@ def run(args: argparse.Namespace) -> None:
     options |= {"max_rank": max(50, *args.ranks), "device": device, "progress": sys.stderr.isatty()}
     result = evaluate(**data, **options)
     if args.json:
-        Path(args.json).write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_text(args.json, json.dumps(result.to_dict(), indent=2) + "\n")
+        if args.json == "-":
+            return
     protocol = f"{result.num_junk} junk pairs left out" if "query_cams" in data else "no cameras: nothing left out"
     left_out = len(data["query"]) - result.num_query + len(data["gallery"]) - result.num_gallery
     junk = f"; {left_out} images with a junk identity left out" if left_out else ""
@@ -107,6 +108,6 @@ def parser() -> argparse.ArgumentParser:
     add("--junk", help=about, nargs="*", default=["-1"], metavar="ID")
     add("--no-cameras", help="ignore cameras, so that nothing is junk", action="store_true")
     add("--ranks", help="ranks to print (1 5 10 20)", type=int, nargs="+", default=list(RANKS), metavar="K")
-    add("--json", help="write all scores, the CMC curve and the counts here", metavar="FILE")
+    add("--json", help="write all scores, the CMC curve and the counts here; -: print them alone", metavar="FILE")
     add("--device", help="where to compute (cuda if there is a device, else cpu)", choices=["cpu", "cuda"])
     return made

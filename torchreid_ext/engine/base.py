@@ -105,6 +105,7 @@ class BaseEngine(Tester, TrainingStep):
                 self.writer.close()
                 self.writer = None
             self._layers.pop(self.model).open()
+            self.model.train(self.model.training)  # as a whole, because it opens every layer for training
             checkpoints.start = None
             self.stop = StopRequest()
         if self.skipped:

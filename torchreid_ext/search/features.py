@@ -56,6 +56,14 @@ class _Files(Dataset[Any]):
             return index, str(error)
 
 
+def _collated(batch: Sequence[tuple[int, Tensor | str]]) -> tuple[list[int], Tensor | None, list[str]]:
+    """The indices and images of a batch that can be read, and what is wrong with the others. The images are one tensor,
+    because every tensor that a loading process sends needs open files, whose number is limited."""
+    read = {index: image for index, image in batch if isinstance(image, Tensor)}
+    reasons = [image for _, image in batch if isinstance(image, str)]
+    return [*read], torch.stack([*read.values()]) if read else None, reasons
+
+
 def extract_files(
     model: TrainedModel,
     entries: Sequence[Row],
@@ -84,21 +92,19 @@ def extract_files(
     if group is not None:
         batches = batches[share(len(batches), group)]
     files = _Files([entry.path for entry in entries], Preprocessing(model.config))
-    loader = DataLoader(files, batch_sampler=batches, num_workers=min(workers, len(batches)), collate_fn=list)
+    loader = DataLoader(files, batch_sampler=batches, num_workers=min(workers, len(batches)), collate_fn=_collated)
     damaged: list[str] = []
 
     def extract() -> Samples | None:
         """The features with the positions of their images in place of identities and cameras."""
         parts, kept = list[Tensor](), list[int]()
-        for batch in tqdm(loader, desc=description, leave=False, disable=None):
-            read = [(index, image) for index, image in batch if isinstance(image, Tensor)]
-            reasons = [image for _, image in batch if isinstance(image, str)]
+        for indices, images, reasons in tqdm(loader, desc=description, leave=False, disable=None):
             if reasons and not skip_damaged:
                 raise InputError(f"{reasons[0]}, or leave such images out with --skip-damaged")
             damaged.extend(reasons)
-            if read:
-                parts.append(model.features(torch.stack([image for _, image in read])))
-                kept += [index for index, _ in read]
+            if images is not None:
+                parts.append(model.features(images))
+                kept += indices
         return Samples(torch.cat(parts), np.array(kept), np.array(kept)) if parts else None
 
     found = extract() if group is None else gather_samples(extract, model.device, group)
@@ -111,17 +117,19 @@ def extract_files(
 def write_features(path: str | os.PathLike[str], model: TrainedModel, sets: dict[str, ExtractedSet]) -> bool:
     """Writes features of ``"query"``, ``"gallery"`` or both in ``drsl-evaluate``'s .npz format, whole or not at all.
 
-    Identities are written where those of all images are known, and cameras likewise. Returns whether ``drsl-evaluate``
-    can compute scores: there are both sets, and all identities are known."""
+    Identities are written where those of all images are known, and with them cameras, if one is known: an image whose
+    camera is not known has its path for a camera of its own. Returns whether ``drsl-evaluate`` can compute scores:
+    there are both sets, and all identities are known."""
     rows = [row for extracted in sets.values() for row in extracted.entries]
     arrays: dict[str, Any] = {_FINGERPRINT: np.array(model.fingerprint)}
     for name, extracted in sets.items():
-        arrays[name] = extracted.features.numpy()
-        arrays[f"{name}_paths"] = np.array([os.path.abspath(row.path) for row in extracted.entries])
+        paths = [os.path.abspath(row.path) for row in extracted.entries]
+        arrays[name], arrays[f"{name}_paths"] = extracted.features.numpy(), np.array(paths)
         if all(row.identity for row in rows):
             arrays[f"{name}_ids"] = np.array([row.identity for row in extracted.entries])
-            if all(row.camera for row in rows):
-                arrays[f"{name}_cams"] = np.array([row.camera for row in extracted.entries])
+            if any(row.camera for row in rows):
+                cameras = (row.camera or path for row, path in zip(extracted.entries, paths, strict=True))
+                arrays[f"{name}_cams"] = np.array([*cameras])
     with replacing(path) as file:
         np.savez(file, **arrays)
     return {"query_ids", "gallery_ids"} <= set(arrays)
@@ -141,7 +149,8 @@ def read_gallery(path: str | os.PathLike[str], model: TrainedModel) -> Extracted
     if features.ndim != 2 or features.dtype.kind != "f" or any(part.shape != features.shape[:1] for part in columns):
         wanted = "[images, dimensions] numbers, and its paths, identities and cameras one value for each image"
         raise InputError(f"{os.fspath(path)!r}: gallery must hold {wanted}; extract them again")
-    entries = [Row(*map(str, row)) for row in zip(*columns, strict=True)]
+    rows = (Row(*map(str, row)) for row in zip(*columns, strict=True))
+    entries = [row._replace(camera="") if row.camera == row.path else row for row in rows]
     return ExtractedSet(entries, torch.from_numpy(features.astype(np.float32)))
 
 

@@ -37,7 +37,7 @@ def data(search: dict[str, Any]) -> list[Any]:
 
 def with_cameras(search: dict[str, Any], **kwargs: Any) -> ReIDAccuracyCalculator:
     cameras = {"query_cams": search["query_cams"], "reference_cams": search["gallery_cams"]}
-    return ReIDAccuracyCalculator(**cameras, device=CPU, **kwargs)
+    return ReIDAccuracyCalculator(**cameras, device="cpu", **kwargs)
 
 
 def test_equals_evaluate(search: dict[str, Any]) -> None:

@@ -61,6 +61,9 @@ def test_npz(tmp_path: Path, arrays: dict[str, Any], capsys: pytest.CaptureFixtu
         ["rank-1", f"{expected.rank(1):.2%}"],
         ["rank-3", f"{expected.rank(3):.2%}"],
     ]
+    assert main([str(path), *options[:-1], "-"]) == 0
+    assert json.loads(capsys.readouterr().out) == expected.to_dict()
+    assert {each.name for each in tmp_path.iterdir()} == {"features.npz", "scores.json"}
 
 
 @pytest.mark.parametrize("header", ["set,id,camera", "camera,set,id", "set,id"])

@@ -199,6 +199,10 @@ def test_string_labels() -> None:
     search = random_search()
     named = {key: [f"name {value}" for value in search[key]] for key in search if key.endswith(("ids", "cams"))}
     assert numbers(**(search | named)) == numbers(**search)
+    # A column of strings, or of integers, in older releases of pandas.
+    for of in (named, {key: search[key].tolist() for key in named}):
+        columns = {key: np.array(values, dtype=object) for key, values in of.items()}
+        assert numbers(**(search | columns)) == numbers(**search)
 
 
 def test_junk_counts_nowhere_and_distractors_are_wrong_answers() -> None:
@@ -361,6 +365,7 @@ def test_errors_name_the_value_and_the_fix() -> None:
         ({"query": search["query"].long()}, "floating"),
         ({"query_ids": search["query_ids"][:-1]}, "query_ids have shape .39."),
         ({"gallery_cams": search["gallery_cams"] + 0.5}, "integers or strings"),
+        ({"gallery_cams": np.array(["a", 1] * 75, dtype=object)}, "are object: give integers or strings"),
         ({"gallery_cams": None}, "query_cams without gallery_cams"),
         ({"gallery_cams": ["a"] * 150}, "same kind"),
         ({"metric": "manhattan"}, "'manhattan'.*'euclidean', 'cosine'"),

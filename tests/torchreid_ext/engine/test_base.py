@@ -252,7 +252,9 @@ def test_checkpoints_every_n_epochs(tmp_path):
 
 
 def test_a_run_that_is_done_is_tested_again(tmp_path):
-    results = make_engine(tmp_path).run(str(tmp_path / "log"), max_epoch=1)
+    engine = make_engine(tmp_path)
+    results = engine.run(str(tmp_path / "log"), max_epoch=1)
+    assert not any(module.training for module in engine.model.modules())
     engine = make_engine(tmp_path)
     start = engine.resume(str(tmp_path / "log" / "model" / "model.pth.tar-1"))
     again = engine.run(str(tmp_path / "log"), max_epoch=1, start_epoch=start)
@@ -501,6 +503,13 @@ def test_spoiled_weights_of_a_loss_are_noticed_before_they_are_saved_or_named(tm
     engine = make_engine(tmp_path, criterion=pml_losses.ArcFaceLoss(6, 32))
     with pytest.raises(InputError, match=r"spoiled\.pth': criterion\.W is not finite; resume from an earlier"):
         engine.resume(str(tmp_path / "spoiled.pth"))
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 4}])
+def test_layers_that_no_gradient_reaches_are_refused(tmp_path, options):
+    engine = make_engine(tmp_path, weight_x=0)
+    with pytest.raises(InputError, match=r"no gradient in any weight that trains: open other layers \(open_layers\)"):
+        engine.run(str(tmp_path / "log"), max_epoch=2, fixbase_epoch=1, open_layers="classifier", **options)
 
 
 @pytest.mark.parametrize(("batch_size", "chunk_size"), [(8, 1), (9, 2), (1, 0)])

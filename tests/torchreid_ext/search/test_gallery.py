@@ -18,6 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pml_drsl.checks import InputError
+from pml_drsl.evaluation.arrays import read_npz
+from pml_drsl.evaluation.scores import evaluate
 from torchreid_ext.images import Row
 from torchreid_ext.runtime.files import locked
 from torchreid_ext.search import gallery as module
@@ -231,6 +233,19 @@ def features_file(path):
     entries = [Row(str(path.parent / f"{row}.jpg"), str(row), "1") for row in range(4)]
     gallery = ExtractedSet(entries, draw(4))
     write_features(path, model(), {"query": gallery, "gallery": gallery})
+
+
+def test_an_image_without_a_camera_leaves_the_cameras_of_the_others(tmp_path):
+    rows = [Row(f"/photos/{pid}_{camera}.jpg", str(pid), str(camera)) for pid in range(9) for camera in range(2)]
+    known, unknown = ExtractedSet(rows, draw(18)), Row("/photos/zed/1.jpg", "zed")
+    both = ExtractedSet([*rows, unknown], torch.cat([known.features, draw(1, seed=5)]))
+    found = []
+    for gallery in (known, both):
+        assert write_features(tmp_path / "f.npz", model(), {"query": known, "gallery": gallery})
+        found.append(evaluate(**read_npz(str(tmp_path / "f.npz"))))
+        assert read_gallery(tmp_path / "f.npz", model()).entries == gallery.entries
+    # No query finds itself, though each is in the gallery too.
+    assert found[0].num_junk == found[1].num_junk == 18 and abs(found[0].mAP - found[1].mAP) < 0.1
 
 
 @pytest.fixture(scope="module")
