@@ -35,7 +35,8 @@ def features(path: str | Path) -> np.ndarray:
     return vector / np.linalg.norm(vector) if settings["distance"] == "cosine" else vector
 
 
-paths = sorted(path for path in Path(args.gallery).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+found = Path(args.gallery).rglob("[!.]*")  # without hidden files
+paths = sorted(path for path in found if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
 gallery, query = np.stack([features(path) for path in paths]), features(args.query)
 distances = 1 - gallery @ query if settings["distance"] == "cosine" else ((gallery - query) ** 2).sum(1)
 for rank, index in enumerate(np.argsort(distances, kind="stable")[: args.top], 1):

@@ -1,6 +1,7 @@
 """Plain pytorch-metric-learning on a folder of images, FOLDER/IDENTITY/*.jpg: python examples/pml_loop.py FOLDER."""
 
 import argparse
+import os
 
 import torch
 from pytorch_metric_learning.samplers import MPerClassSampler
@@ -14,8 +15,13 @@ parser.add_argument("--epochs", type=int, default=10)
 parser.add_argument("--size", type=int, default=64, help="height and width of the images (%(default)s)")
 args = parser.parse_args()
 
+
+def is_photo(path):  # and no hidden file, such as ._1.jpg of a Mac
+    return path.lower().endswith(datasets.folder.IMG_EXTENSIONS) and not os.path.basename(path).startswith(".")
+
+
 transform = transforms.Compose([transforms.Resize((args.size, args.size)), transforms.ToTensor()])
-images = datasets.ImageFolder(args.folder, transform)
+images = datasets.ImageFolder(args.folder, transform, is_valid_file=is_photo)
 # A ranking needs several images of each identity in a batch: here 4 of each of 16.
 batch_size = min(64, 4 * len(images.classes))
 sampler = MPerClassSampler(

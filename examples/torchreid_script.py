@@ -10,6 +10,7 @@ import torchreid
 
 import torchreid_ext  # noqa: F401 - marked: adds ImageDRSLEngine to torchreid.engine
 from pml_drsl import DRSLoss  # marked
+from torchreid_ext.images import is_image
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("folder")
@@ -23,9 +24,8 @@ class Photos(torchreid.data.ImageDataset):
     """Trains on every other person; looks for each photo of the others, in turn as query and in the gallery."""
 
     def __init__(self, root="", **kwargs):
-        people = [
-            sorted(path for path in folder.iterdir()) for folder in sorted(Path(root).iterdir()) if folder.is_dir()
-        ]
+        folders = sorted(folder for folder in Path(root).iterdir() if folder.is_dir())
+        people = [sorted(path for path in folder.glob("[!.]*") if is_image(path.name)) for folder in folders]
         train = [(str(path), pid, 0) for pid, paths in enumerate(people[::2]) for path in paths]
         test = [(str(path), pid, shot % 2) for pid, paths in enumerate(people[1::2]) for shot, path in enumerate(paths)]
         super().__init__(train, [row for row in test if row[2] == 0], [row for row in test if row[2] == 1], **kwargs)

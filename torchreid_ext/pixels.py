@@ -79,7 +79,9 @@ def read_image(
         # DecompressionBombError means that the image is suspiciously large.
         what = "too large" if isinstance(error, (Image.DecompressionBombError, MemoryError)) else "damaged"
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else f"{what} ({error})"
-        raise InputError(f"cannot read image {name}: it is {reason}; restore it or remove it") from error
+        heic = not HEIF and name.lower().endswith((".heic'", ".heif'"))
+        cure = "pip install pillow-heif to read it" if heic else "restore it or remove it"
+        raise InputError(f"cannot read image {name}: it is {reason}; {cure}") from error
 
 
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:

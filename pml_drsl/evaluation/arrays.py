@@ -58,9 +58,10 @@ def _native(array: Any) -> NumpyArray:
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
-def read_npz(path: str) -> dict[str, Any]:
-    """The arguments of ``evaluate`` from an .npz file. Other arrays are ignored. An InputError as ``load_arrays``, or
-    if an array is missing or that of the cameras misspelt."""
+def read_npz(path: str, cameras: bool = True) -> dict[str, Any]:
+    """The arguments of ``evaluate`` from an .npz file. Without ``cameras``, or where the file has none, the paths of
+    images stand in their place, so that no image is a match of itself. Other arrays are ignored. An InputError as
+    ``load_arrays``, or if an array is missing or that of the cameras misspelt."""
     loaded, known = load_arrays(path), (*REQUIRED, *CAMERAS)
     if missing := [name for name in REQUIRED if name not in loaded]:
         needs = f"it needs {', '.join(REQUIRED)}, and {' and '.join(CAMERAS)} if there are cameras"
@@ -68,7 +69,10 @@ def read_npz(path: str) -> dict[str, Any]:
     for name in set(loaded) - {*known, *PATHS}:  # Ignoring a misspelt array would silently ignore the cameras.
         if near := difflib.get_close_matches(name, [camera for camera in CAMERAS if camera not in loaded], n=1):
             raise InputError(f"{path} has an unknown array {name!r}: did you mean {near[0]!r}?")
-    return {name: loaded[name] for name in known if name in loaded}
+    found = {name: loaded[name] for name in known if name in loaded and (cameras or name not in CAMERAS)}
+    if found.keys().isdisjoint(CAMERAS) and loaded.keys() >= set(PATHS):
+        found |= {camera: loaded[name] for camera, name in zip(CAMERAS, PATHS, strict=True)}
+    return found
 
 
 def read_npy(paths: Sequence[str], ids: str | None) -> dict[str, Any]:

@@ -14,8 +14,9 @@ Give the features in one of two forms:
           gallery,17,2
       If there are no cameras, leave out the column "camera".
 
-Gallery images with the query's identity and camera are removed. Without cameras, nothing is removed. Images with the
-identity -1 are junk, and have no effect; --junk names others. The distractors of Market-1501, identity 0, stay.
+Gallery images with the query's identity and camera are removed. Without cameras, nothing is removed but the query's
+own image, where the file has query_paths and gallery_paths, as drsl-extract writes them. Images with the identity -1
+are junk, and have no effect; --junk names others. The distractors of Market-1501, identity 0, stay.
 The exit status is 0, or 2 for bad input, which is explained on stderr.
 """
 
@@ -84,7 +85,9 @@ def read(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.ids and len(args.features) == 1:
         raise InputError("--ids goes with two .npy files; a .npz file holds its own query_ids and gallery_ids")
-    data = read_npz(args.features[0]) if len(args.features) == 1 else read_npy(args.features, args.ids)
+    if len(args.features) == 1:
+        return read_npz(args.features[0], not args.no_cameras)
+    data = read_npy(args.features, args.ids)
     return {name: array for name, array in data.items() if not (args.no_cameras and name in CAMERAS)}
 
 
@@ -106,7 +109,11 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", help="seed of the draws of single-gallery-shot (%(default)s)", type=int, default=0)
     about = "identities of images that have no effect (-1); without an ID, every image counts"
     add("--junk", help=about, nargs="*", default=["-1"], metavar="ID")
-    add("--no-cameras", help="ignore cameras, so that nothing is junk", action="store_true")
+    add(
+        "--no-cameras",
+        help="ignore cameras, so that an image is kept from itself alone, if paths are known",
+        action="store_true",
+    )
     add("--ranks", help="ranks to print (1 5 10 20)", type=int, nargs="+", default=list(RANKS), metavar="K")
     add("--json", help="write all scores, the CMC curve and the counts here; -: print them alone", metavar="FILE")
     add("--device", help="where to compute (cuda if there is a device, else cpu)", choices=["cpu", "cuda"])

@@ -59,19 +59,21 @@ def test_trains_resumes_and_reloads_its_configuration(tmp_path, capsys):
     saved = get_default_config()
     saved.merge_from_file(tmp_path / "log" / "config.yaml")
     assert saved.datasets.listed == {"csv": "list.csv"} and saved.train.batch_size == 8 and saved.train.amp == "off"
-    assert main(["--config-file", str(tmp_path / "log" / "config.yaml"), "train.max_epoch", "2"]) == 0
-    log = next((tmp_path / "log").glob("train.log-*")).read_text()
+    again = ["data.save_dir", str(tmp_path / "again")]
+    assert main(["--config-file", str(tmp_path / "log" / "config.yaml"), "train.max_epoch", "2", *again]) == 0
+    log = next((tmp_path / "again").glob("train.log-*")).read_text()
     assert "Model osnet_x0_25" in log and "mAP:" in log
     capsys.readouterr()
-    assert launch(tmp_path, **{"model.resume": "auto", "train.max_epoch": 3, "test.untrained": True}) == 0
+    resumed = {"model.resume": "auto", "train.max_epoch": 3, "data.save_dir": tmp_path / "again"}
+    assert launch(tmp_path, **resumed, **{"test.untrained": True}) == 0
     out = capsys.readouterr().out
     assert "Config differs from the checkpoint's: train.max_epoch: 2 -> 3" in out
-    assert f"Resuming from '{tmp_path / 'log' / 'model' / 'model-last.pth.tar'}' after epoch 2" in out
+    assert f"Resuming from '{tmp_path / 'again' / 'model' / 'model-last.pth.tar'}' after epoch 2" in out
     assert "Test before training" not in out
     # The configuration starts the whole run anew, not where this one went on.
-    saved.merge_from_file(tmp_path / "log" / "config.yaml")
+    saved.merge_from_file(tmp_path / "again" / "config.yaml")
     assert saved.train.start_epoch == 0
-    assert launch(tmp_path, **{"model.resume": "auto", "train.max_epoch": 3, "model.name": "osnet_x0_5"}) == 2
+    assert launch(tmp_path, **resumed, **{"model.name": "osnet_x0_5"}) == 2
     assert "cannot resume with another model.name: 'osnet_x0_25' -> 'osnet_x0_5'" in complaint(capsys)
 
 
@@ -314,6 +316,17 @@ def test_a_test_without_a_trained_network_is_refused_and_no_epoch_trains_none(tm
     assert "mAP:" in out and f'Written to "{tmp_path / "log"}": TensorBoard log\n' in out
     assert launch(tmp_path, "--dry-run", **{"test.evaluate": True, "model.load_weights": "x.pth"}) == 2
     assert "--dry-run shows what is trained; leave one out" in complaint(capsys)
+
+
+def test_a_new_run_does_not_overwrite_another(tmp_path, capsys):
+    csv_data(tmp_path)
+    assert launch(tmp_path) == 0
+    config = (tmp_path / "log" / "config.yaml").read_bytes()
+    assert launch(tmp_path, **{"train.seed": 7}) == 2
+    assert "holds a run of 1 epochs already: model.resume auto goes on with it" in complaint(capsys)
+    # There is nothing to train, so the configuration of what was trained stays.
+    assert launch(tmp_path, **{"model.resume": "auto", "train.seed": 7}) == 0
+    assert (tmp_path / "log" / "config.yaml").read_bytes() == config
 
 
 @pytest.mark.parametrize("options", [{"data.k_tfm": 2}, {"loss.name": "softmax", "train.chunk_size": 4}])

@@ -84,7 +84,7 @@ def read_losses(path: Path, names: Sequence[str] | None) -> tuple[dict[str, Snip
     try:
         losses = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the losses of {path}: {error}") from error
+        raise InputError(f"cannot read the losses of {path}: {error}; give --losses-file FILE") from error
     if not losses or not isinstance(losses, dict) or not all(isinstance(snippet, dict) for snippet in losses.values()):
         raise InputError(f"{path} must hold config keys for each loss, as supcon: {{loss: {{name: pml, ...}}}}")
     for name in names or ():

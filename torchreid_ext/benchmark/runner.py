@@ -138,6 +138,7 @@ class Process:
             "data.root": str(run.configuration["data.root"]),
             "data.save_dir": str(self.folder),
             "train.seed": str(run.seed),
+            "model.resume": "auto",  # where --keep has kept the run when it was stopped
             "train.keep_checkpoints": "1",
             "test.queries": "True",
             "test.untrained": "False",

@@ -75,6 +75,14 @@ class History:
         return {int(number): path for number, path in paths.items() if number.isdecimal()}
 
 
+def check_new(folder: Path) -> None:
+    """Raises InputError if the folder of a new run holds trained checkpoints of another, which it would overwrite."""
+    epochs = [path.name.removeprefix("model.pth.tar-") for path in folder.glob("*/model.pth.tar-*")]
+    if done := max((int(epoch) for epoch in epochs if epoch.isdecimal()), default=0):
+        cure = "model.resume auto goes on with it; for a new run give another data.save_dir, or remove the folder"
+        raise InputError(f"'{folder}' holds a run of {done} epochs already: {cure}")
+
+
 def first_start(folder: Path) -> float | None:
     """The time of the first start of this run, if torchrun has restarted it since; the first start notes the time."""
     if not distributed.launched():
@@ -104,7 +112,7 @@ class RunCheckpoints(History):
         self.start: dict[str, Any] | None = None
 
     def save(self, state: dict[str, Any], epoch: int, is_best: bool = False) -> Path:
-        if self.newest is None:
+        if self.newest is None and self._engine.start_epoch == 0:
             # An earlier run in this folder may have left the best of its own, which is not of this run.
             (self.folder / BEST).unlink(missing_ok=True)
         return super().save(state, epoch, is_best)

@@ -10,7 +10,7 @@ from typing import Any
 
 from pml_drsl import speed
 from pml_drsl.checks import InputError
-from pml_drsl.console import check_outputs, guarded
+from pml_drsl.console import check_outputs, guarded, version
 from pml_drsl.machine import available_cores
 
 EPILOG = """commands:
@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         "drsl-benchmark", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands: dict[str, Any] = {"run": _run, "tune": _tune, "report": _report, "speed": speed.main}
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version()}")
     parser.add_argument("command", choices=commands)
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="its options; see COMMAND --help")
     args = parser.parse_args(arguments)
@@ -87,7 +88,7 @@ def _grid(words: Sequence[str], command: str, text: str) -> tuple[argparse.Names
         help="runs at the same time; default: one for each core")  # fmt: skip
     add("--root", metavar="FOLDER", help="folder that holds the data sets")
     if command == "run":
-        add("--keep", type=Path, metavar="FOLDER", help="keep checkpoints and logs there")
+        add("--keep", type=Path, metavar="FOLDER", help="keep checkpoints and logs there; a run that was stopped goes on")
     else:
         add("--output", type=Path, metavar="FILE", help="file of losses to write")
     args = parser.parse_intermixed_args(list(words))

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
         if labelled:
             say(f"Scores: drsl-evaluate {args.output} --metric {model.metric}")
         else:
-            say("There are no scores to compute: that needs query and gallery images with identities")
+            say("There are no scores to compute: that needs query and gallery images, and the identities of all")
 
 
 if __name__ == "__main__":

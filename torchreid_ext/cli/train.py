@@ -22,7 +22,7 @@ examples:
   drsl-train --config-file configs/demo.yaml
   drsl-train --config-file configs/omniglot.yaml --root FOLDER
   drsl-train --dry-run --config-file configs/demo.yaml
-  drsl-train --config-file log/demo/config.yaml model.resume auto train.max_epoch 60
+  drsl-train --config-file log/demo/config.yaml model.resume auto
   drsl-train --config-file log/demo/config.yaml model.resume auto test.evaluate True
 """
 

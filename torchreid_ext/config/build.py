@@ -10,7 +10,7 @@ import torchreid
 from torch import nn
 from torch.optim import Optimizer
 
-from pml_drsl.checks import InputError
+from pml_drsl.checks import InputError, nearest
 from torchreid_ext import networks
 from torchreid_ext.config.keys import DRSL_ARGUMENTS
 from torchreid_ext.config.node import Config, check, picked
@@ -52,12 +52,16 @@ def _from_the_zoo(cfg: Config, num_classes: int, use_gpu: bool) -> nn.Module:
         options = {"num_classes": num_classes, "loss": loss, "pretrained": pretrained, "use_gpu": use_gpu}
         return torchreid.models.build_model(name=name, **options)
 
+    # The weights of model.load_weights take the place of ImageNet's, which need not be downloaded then.
+    pretrained = cfg.model.pretrained and not cfg.model.load_weights
     try:
-        return build(cfg.model.pretrained)
+        return build(pretrained)
     except Exception as error:
         if isinstance(error, KeyError) and "Unknown model" in str(error):
-            raise InputError(f"model.name: {error.args[0]}") from error
-        if isinstance(error, InputError) or not cfg.model.pretrained:
+            known = nearest(name, vars(torchreid.models)["__model_factory"])
+            unknown = f"model.name {name!r} is unknown; the nearest is {known!r}"
+            raise InputError(f"{unknown}, and drsl-train --list models has them all") from error
+        if isinstance(error, InputError) or not pretrained:
             raise
         # torchreid's downloads raise errors of many kinds. An error of the network itself comes again without weights.
         build(False)

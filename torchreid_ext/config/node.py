@@ -61,7 +61,9 @@ class Config(CfgNode):
         for an odd number of words, an unknown key, or a wrong type of value."""
         words = [word for word in cfg_list if word != "--"]
         if len(words) % 2:
-            raise InputError(f"options come as KEY VALUE pairs, got {len(words)} words: {' '.join(map(str, words))}")
+            given = f"options come as KEY VALUE pairs, got {len(words)} words: {' '.join(map(str, words))}"
+            dashed = any(str(word).startswith("--") for word in words)
+            raise InputError(given + ("; options with a dash come before all of them" if dashed else ""))
         for key, value in zip(words[::2], words[1::2], strict=True):
             if str(key).startswith("-"):
                 raise InputError(f"{key} stands after KEY VALUE pairs: options with a dash come before all of them")

@@ -21,7 +21,7 @@ from pml_drsl.checks import InputError
 from pml_drsl.console import message
 from pml_drsl.evaluation.scores import RetrievalResult
 from torchreid_ext.checkpoint import checkpoint
-from torchreid_ext.checkpoint.folder import first_start
+from torchreid_ext.checkpoint.folder import check_new, first_start
 from torchreid_ext.config import build
 from torchreid_ext.config.data import build_datamanager
 from torchreid_ext.config.keys import ON_RESUME
@@ -61,6 +61,8 @@ def train(cfg: Config) -> tuple[Any, dict[str, RetrievalResult]]:
     results of the last test by target. Raises InputError as ``prepare``, and for a checkpoint that does not fit."""
     print(f"Configuration\n{cfg}\n")
     since = first_start(Path(cfg.data.save_dir))
+    if since is None and cfg.train.max_epoch > 0 and not (cfg.model.resume or cfg.test.evaluate):
+        check_new(Path(cfg.data.save_dir))
     engine = prepare(cfg)
     # The configuration keeps its own start_epoch, so that config.yaml starts the whole run again.
     start_epoch = cfg.train.start_epoch
@@ -71,7 +73,8 @@ def train(cfg: Config) -> tuple[Any, dict[str, RetrievalResult]]:
         if cfg.test.evaluate and not start_epoch:
             untrained = f"model.resume {cfg.model.resume} found no checkpoint of a finished epoch"
             raise InputError(f"test.evaluate: {untrained}; test weights that are not a run's with model.load_weights")
-    if not cfg.test.evaluate and distributed.is_first():
+    trains = not cfg.test.evaluate and start_epoch < max(cfg.train.max_epoch, 1)
+    if trains and distributed.is_first():
         with files.replacing(Path(cfg.data.save_dir, "config.yaml")) as file:  # which --config-file reads again
             file.write(yaml.safe_dump(plain(cfg), sort_keys=False).encode())
         if not start_epoch:  # of an earlier run in this folder

@@ -180,14 +180,18 @@ def _matching(where: str, options: SetOptions, root: Path, table: Table) -> tupl
 
 
 def _warn_of_folders_inside(where: str, found: Sequence[Named]) -> None:
-    """Warns of folders of one name in several folders, which may be folders inside those of two people."""
-    above: dict[str, str] = {}
-    for path, row in found:
-        folder = path.rpartition("/")[0]
-        if (other := above.setdefault(row.identity, folder)) != folder:
-            both = f"{other} and {folder} are one identity, {row.identity!r}, the name of the innermost folder"
+    """Warns of folders inside those of a person, and of folders of one name in several folders."""
+    folders = dict.fromkeys(path.rpartition("/")[0] for path, _ in found)
+    first: dict[str, str] = {}
+    for folder in folders:
+        above, _, name = folder.rpartition("/")
+        other = first.setdefault(name, folder)
+        what = f"{other} and {folder} are one identity, {name!r}," if other != folder else ""
+        if above in folders:
+            what = f"{folder} is another identity than {above}, {name!r},"
+        if what:
             cure = "If the folder above names the person, set pattern to '(?P<identity>[^/]+)/.*'"
-            warnings.warn(f"{where}: {both}. {cure}", stacklevel=2)
+            warnings.warn(f"{where}: {what} the name of the innermost folder. {cure}", stacklevel=2)
             return
 
 

@@ -45,9 +45,9 @@ def list_sources(sources: Sequence[str], names: str = NAMES) -> Table:
 
     A CSV file, of :func:`torchreid_ext.images.read_csv`, gives its test images. A folder may have Market-1501's
     layout (``query`` and ``bounding_box_test``), be one of these two, or hold images in any folders below it. Where
-    the identities and cameras of all such images are known, the first of each is a query too. An image file is of
-    the gallery. Raises InputError for a source that is missing, has no image, or names an image as another source
-    does."""
+    the identities of all such images are known, the first of each identity and camera is a query too; an image whose
+    camera is not known has one of its own. An image file is of the gallery. Raises InputError for a source that is
+    missing, has no image, or names an image as another source does."""
     carried = images.pattern(names, "--names")
     table, origin = Table(), dict[tuple[str, str], str]()
     for source in sources:
@@ -110,7 +110,7 @@ def _listed(source: str, names: re.Pattern[str]) -> Table:
     name = Path(source).absolute().name
     if name == _QUERY:
         table.rows = [row._replace(split="query") for row in table.rows]
-    elif name not in _GALLERY and all(row.identity and row.camera for row in table.rows):
+    elif name not in _GALLERY and all(row.identity for row in table.rows):
         table.rows = images.with_queries(table.rows)
     return table
 

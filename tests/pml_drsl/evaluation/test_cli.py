@@ -66,6 +66,18 @@ def test_npz(tmp_path: Path, arrays: dict[str, Any], capsys: pytest.CaptureFixtu
     assert {each.name for each in tmp_path.iterdir()} == {"features.npz", "scores.json"}
 
 
+def test_no_image_is_its_own_match_where_paths_are_known(tmp_path: Path, arrays: dict[str, Any], capsys: Any) -> None:
+    alone = {name: arrays[name] for name in ("query", "query_ids")} | {"query_paths": np.array([*"abcdefghijkl"])}
+    both = {name.replace("query", "gallery"): values for name, values in alone.items()}
+    cameras = {"query_cams": np.zeros(12), "gallery_cams": np.zeros(12)}
+    np.savez(tmp_path / "f.npz", **alone, **both, **cameras)
+    assert main([str(tmp_path / "f.npz"), "--no-cameras"]) == 0
+    own = {"query_cams": np.arange(12), "gallery_cams": np.arange(12)}
+    expected = evaluate(arrays["query"], arrays["query"], arrays["query_ids"], arrays["query_ids"], **own)
+    out = capsys.readouterr().out
+    assert "12 junk pairs left out" in out and f"{expected.mAP:.2%}" in out
+
+
 @pytest.mark.parametrize("header", ["set,id,camera", "camera,set,id", "set,id"])
 def test_npy_and_csv(tmp_path: Path, arrays: dict[str, Any], header: str) -> None:
     query, gallery, ids = save_npy(tmp_path, arrays, header)

@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import pickle
+import shutil
 import uuid
 import warnings
 from collections.abc import Sequence
@@ -442,6 +443,12 @@ class TestInTorchreid:
             make_folder(tmp_path / person, [f"day{n}" for n in range(1, 5)], ["a", "b"])
         with pytest.warns(UserWarning, match=r"anna/day1 and bob/day1 are one identity, 'day1'.*innermost folder"):
             load(tmp_path)
+        make_folder(tmp_path / "two", ["anna", "bob", "cleo", "anna/day1"], ["a", "b"])
+        with pytest.warns(
+            UserWarning, match="anna/day1 is another identity than anna, 'day1', the name of the innermost"
+        ):
+            load(tmp_path / "two")
+        shutil.rmtree(tmp_path / "two")
         data = load(tmp_path, pattern="(?P<identity>[^/]+)/.*", cameras="none")
         assert len({item[1] for item in data.train}) == len({item[1] for item in data.gallery}) == 2
 
