@@ -88,7 +88,7 @@ def _grid(words: Sequence[str], command: str, text: str) -> tuple[argparse.Names
         help="runs at the same time; default: one for each core")  # fmt: skip
     add("--root", metavar="FOLDER", help="folder that holds the data sets")
     if command == "run":
-        add("--keep", type=Path, metavar="FOLDER", help="keep checkpoints and logs there; a run that was stopped goes on")
+        add("--keep", type=Path, metavar="FOLDER", help="keep checkpoints there, from which stopped runs go on")
     else:
         add("--output", type=Path, metavar="FILE", help="file of losses to write")
     args = parser.parse_intermixed_args(list(words))
