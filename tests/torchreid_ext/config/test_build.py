@@ -299,6 +299,9 @@ def test_only_what_goes_wrong_with_imagenet_weights_is_blamed_on_them(monkeypatc
     monkeypatch.setattr(torchreid.models, "build_model", unreachable)
     with pytest.raises(ValueError, match=r"weights of osnet_x0_25: no route to host\. .* model\.pretrained False"):
         config.build_model(cfg, 5)
+    cfg.model.load_weights = "weights.pth"  # which takes the place of ImageNet's
+    assert config.build_model(cfg, 5)
+    cfg.model.load_weights = ""
     monkeypatch.setattr(torchreid.models, "build_model", broken)
     with pytest.raises(RuntimeError, match="a layer is wrong"):
         config.build_model(cfg, 5)
