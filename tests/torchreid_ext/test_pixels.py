@@ -140,3 +140,11 @@ def test_photos_of_iphones_are_images_where_their_reader_is_installed(monkeypatc
         is_image = runpy.run_path(pixels.__file__)["is_image"]
         assert is_image("IMG_1.HEIC") is bool(installed) and is_image("IMG_1.JPG")
     assert registered == [1]
+
+
+def test_a_photo_of_an_iphone_says_what_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "IMG_1.HEIC").write_bytes(b"ftypheic")
+    for readers, cure in (((), "pip install pillow-heif to read it"), ((".heic", ".heif"), "restore it or remove it")):
+        monkeypatch.setattr(pixels, "HEIF", readers)
+        with pytest.raises(InputError, match=f"it is not an image; {cure}"):
+            read_image(tmp_path / "IMG_1.HEIC")

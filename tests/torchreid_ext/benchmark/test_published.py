@@ -26,9 +26,10 @@ def test_the_page_holds_the_report(results):
     assert held("benchmark.md") == report.report(results).strip()
 
 
-def test_the_page_of_validation_holds_its_report():
-    results = grid.read_results(ROOT / "docs" / "validation.jsonl.gz")
-    assert held("validation.md") == report.report(results, "t0.1-p0.1-s1").strip()
+@pytest.mark.parametrize(("page", "reference"), [("validation", "t0.1-p0.1-s1"), ("few_positives", "drsl-1-to-4000")])
+def test_the_other_pages_hold_their_reports(page, reference):
+    results = grid.read_results(ROOT / "docs" / f"{page}.jsonl.gz")
+    assert held(f"{page}.md") == report.report(results, reference).strip()
 
 
 @published
