@@ -107,20 +107,11 @@ def test_last_stride_doubles_the_last_feature_map(name):
     assert tuple(sizes[2]) == ((8, 4) if name.startswith("pcb") else (4, 2))
 
 
-def timm_network(name):
-    return networks.TimmNetwork(name.removeprefix(networks.TIMM), 3, "softmax", False, 64, 64)
-
-
 def test_last_stride_is_refused_where_there_is_no_last_stage_to_change():
     cfg = get_default_config()
     cfg.merge_from_list(["model.name", "osnet_x0_25", "model.pretrained", "False", "model.last_stride", "1"])
     with pytest.raises(ValueError, match=r"model\.last_stride 1 .* osnet_x0_25 has none: leave it at 2"):
         config.build_model(cfg, 5)
-    for name in ("timm/res2net50_26w_4s", "timm/resnet50_gn"):
-        networks.set_last_stride(model := timm_network(name), name)
-        assert model.eval()(images(64, 64, 1)).shape == (1, 2048)
-    with pytest.raises(ValueError, match=r"timm/resnetblur50 blurs where it strides"):
-        networks.set_last_stride(timm_network("timm/resnetblur50"), "timm/resnetblur50")
     cfg.model.last_stride = 3
     with pytest.raises(ValueError, match=r"model\.last_stride must be one of 1, 2, got 3"):
         config.build_datamanager(cfg)

@@ -61,6 +61,17 @@ def test_a_network_of_timm_has_its_own_size_stride_and_normalisation():
         networks.TimmNetwork("resnet10x", 5)
 
 
+def test_the_last_stride_of_every_kind_of_resnet_is_1_or_refused():
+    for name in ("res2net50_26w_4s", "resnetblur50"):
+        model = networks.TimmNetwork(name, 3, "softmax", False, 64, 64)
+        if name == "resnetblur50":
+            with pytest.raises(InputError, match="resnetblur50 blurs where it strides"):
+                networks.set_last_stride(model, name)
+        else:
+            networks.set_last_stride(model, name)
+            assert model.eval()(images(64, 64, 1)).shape == (1, 2048)
+
+
 def test_by_configuration_it_is_built_with_its_name():
     cfg = get_default_config()
     cfg.merge_from_list(["model.name", "timm/resnet10t", "model.pretrained", "False", "use_gpu", "False"])

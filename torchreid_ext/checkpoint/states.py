@@ -6,7 +6,6 @@ import copy
 import hashlib
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -176,14 +175,12 @@ def copied(state: Any) -> Any:
     return copy.deepcopy(state)
 
 
-def digest(items: list[Any], root: str) -> str:
-    """A digest of training images and their identities, items of torchreid's data sets, in any order. The paths are
-    relative to ``root``, so that the images may be moved."""
-    top = str(Path(root).expanduser().absolute())
-    lines = []
-    for paths, pid, *_ in items:
-        several = [paths] if isinstance(paths, str) else paths
-        lines.append("\0".join([str(pid), *(os.path.relpath(path, top) for path in several)]))
+def digest(items: list[Any]) -> str:
+    """A digest of training images and their identities, items of torchreid's data sets, in any order. Paths count from
+    the folder that all have in common, which may be moved, and differ from one machine of a run to another."""
+    several = [([item[0]] if isinstance(item[0], str) else item[0], item[1]) for item in items]
+    top = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for paths, _ in several for path in paths])
+    lines = ["\0".join([str(pid), *(os.path.relpath(path, top) for path in paths)]) for paths, pid in several]
     return hashlib.sha256("\n".join(sorted(lines)).encode(errors="surrogateescape")).hexdigest()
 
 

@@ -65,7 +65,7 @@ class BaseEngine(Tester, TrainingStep):
     def training_set(self) -> str | None:
         """The digest of the training images and their identities; None for a data manager that does not list them."""
         items = getattr(self.datamanager.train_loader.dataset, "train", None)
-        return states.digest(items, self.config.get("data.root", "")) if isinstance(items, list) else None
+        return states.digest(items) if isinstance(items, list) and items else None
 
     def run(self, save_dir: str = "log", **options: Any) -> dict[str, RetrievalResult]:
         """Trains, tests and saves, as torchreid's engines do; returns the results of the last test by target.

@@ -89,6 +89,8 @@ def test_open_and_close(wrap):
 
 def test_unknown_layers_are_refused():
     layers = Layers(network())
-    layers.check(["body", "stem"])
-    with pytest.raises(ValueError, match="the model has no layer clasifier; its layers are stem, body, classifier"):
-        layers.check(["clasifier", "body"])
+    layers.check(["body", "stem"], "train.open_layers")
+    with pytest.raises(
+        ValueError, match=r"train\.open_layers: the model has no layer clasifier; its layers are stem, body, classifier"
+    ):
+        layers.check(["clasifier", "body"], "train.open_layers")
