@@ -16,7 +16,7 @@ parser.add_argument("--size", type=int, default=64, help="height and width of th
 args = parser.parse_args()
 
 
-def is_photo(path):  # and no hidden file, such as ._1.jpg of a Mac
+def is_photo(path: str) -> bool:  # and no hidden file, such as ._1.jpg of a Mac
     return path.lower().endswith(datasets.folder.IMG_EXTENSIONS) and not os.path.basename(path).startswith(".")
 
 

@@ -23,7 +23,7 @@ from pml_drsl.evaluation.scores import evaluate
 from torchreid_ext.images import Row
 from torchreid_ext.runtime.files import locked
 from torchreid_ext.search import gallery as module
-from torchreid_ext.search.features import ExtractedSet, FeatureIndex, read_gallery, write_features
+from torchreid_ext.search.features import ExtractedSet, FeatureIndex, _collated, read_gallery, write_features
 from torchreid_ext.search.gallery import Gallery
 from torchreid_ext.search.sources import resolved, shown
 
@@ -246,6 +246,14 @@ def test_an_image_without_a_camera_leaves_the_cameras_of_the_others(tmp_path):
         assert read_gallery(tmp_path / "f.npz", model()).entries == gallery.entries
     # No query finds itself, though each is in the gallery too.
     assert found[0].num_junk == found[1].num_junk == 18 and abs(found[0].mAP - found[1].mAP) < 0.1
+
+
+def test_a_loading_process_sends_one_tensor_a_batch():
+    """Each tensor takes open files, and a batch of 500 images took more than there are."""
+    indices, images, reasons = _collated([(3, torch.zeros(3, 4, 2)), (5, "damaged"), (7, torch.ones(3, 4, 2))])
+    assert indices == [3, 7] and images.shape == (2, 3, 4, 2) and reasons == ["damaged"]
+    assert images.mean(dim=(1, 2, 3)).tolist() == [0, 1]
+    assert _collated([(0, "damaged")]) == ([], None, ["damaged"])
 
 
 @pytest.fixture(scope="module")
