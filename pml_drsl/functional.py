@@ -18,7 +18,7 @@ of RankNet (Burges et al., ICML 2005), ``B(x) = log2(1 + exp(x / temperature))``
 
     bound(i)     = log(1 + odds(i) ** p) / p
 
-It is a softplus of the log odds, with sharpness p in (0, 1]. At p = 1 it is ``-log(1 - retrieval(i))``. A smaller p
+It is a softplus of the log odds, with the power p in (0, 1]. At p = 1 it is ``-log(1 - retrieval(i))``. A smaller p
 gives a larger value, and a slope that falls more slowly as the odds fall: a pair whose order is right still moves.
 """
 

@@ -47,7 +47,7 @@ class DRSLoss(BaseMetricLossFunction):
         temperature: softness of the ranks, > 0, in units of distance (by default in [-1, 1], minus the cosine).
         sort_weight: weight of the sort error, >= 0. At 0 the loss ranks by distance alone.
         margin: distance by which negatives must follow positives; any finite number.
-        bound_power: sharpness p, in (0, 1], of the bound of the smoothed retrieval error, a softplus of its log odds,
+        bound_power: the power p, in (0, 1], of the bound of the smoothed retrieval error, a softplus of its log odds,
             ``log(1 + odds**p) / p``; None trains the error itself, which is the definition. The bound has a gradient
             where the error has none left: where a positive is far behind its negatives. A smaller power still moves
             pairs whose order is right.

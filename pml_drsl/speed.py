@@ -1,12 +1,13 @@
-"""``drsl-benchmark speed``: time and peak memory of DRSL and of losses of pytorch-metric-learning.
+"""drsl-benchmark speed: time and peak memory of DRSL and of losses of pytorch-metric-learning.
 
-The measure is the distance matrix alone: forward, and backward from a given gradient. Every loss of distances needs it,
-so that a loss's time divided by the matrix's time is the price of the loss, on any machine. There are 4 embeddings of
-each identity, in float32, and each loss has its own defaults. Times are medians over rounds in which every loss has one
-turn, because other work on the machine slows down all losses of a round. Memory is what one step adds to the process.
+The measure is the distance matrix of LpDistance alone: forward, and backward from a given gradient. A loss's time
+divided by the matrix's time is the price of the loss, on any machine; a loss that computes cosines can be below 1.
+There are 4 embeddings of each identity, in float32, and each loss has its own defaults. Times are medians over rounds
+in which every loss has one turn, because other work on the machine slows down all losses of a round. Memory is what one
+step adds to the process.
 
 With --evaluation, the retrieval scores of random features are measured instead, beside the distance matrix that they
-need: 3,368 queries and 15,913 gallery images, the size of Market-1501 without its distractors.
+need: 3,368 queries and 15,913 gallery images, the size of Market-1501 without its junk images.
 
 Examples:
   drsl-benchmark speed

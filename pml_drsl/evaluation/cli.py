@@ -1,4 +1,4 @@
-"""``drsl-evaluate``: mAP, mINP and CMC of features from a file, by the protocol of Market-1501.
+"""drsl-evaluate: mAP, mINP and CMC of features from a file, by the protocol of Market-1501.
 
 Give the features in one of two forms:
 
@@ -35,7 +35,7 @@ from pml_drsl.evaluation import METRICS, PROTOCOLS, RANKS, TIES
 # torch and numpy are imported after the arguments are read, so that --help is fast.
 
 EPILOG = """examples:
-  drsl-evaluate features.npz
+  drsl-evaluate features.npz --metric cosine
   drsl-evaluate features.npz --metric cosine --rerank --ranks 1 5 --json scores.json
   drsl-evaluate query.npy gallery.npy --ids ids.csv --no-cameras
   drsl-evaluate features.npz --junk -1 background
@@ -100,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
     add("--version", action="version", version=f"%(prog)s {version()}")
     add("features", help="FEATURES.npz, or QUERY.npy GALLERY.npy", nargs="+", metavar="FILE")
     add("--ids", help="identities and cameras of the two .npy files", metavar="IDS.csv")
-    add("--metric", help="distance (%(default)s)", choices=METRICS, default="euclidean")
+    add("--metric", help="distance, as in the network's test (%(default)s)", choices=METRICS, default="euclidean")
     about = "whether a wrong image at the distance of a match counts half, after the match or before it (%(default)s)"
     add("--ties", help=about, choices=TIES, default="mean")
     add("--rerank", help="re-rank by k-reciprocal neighbours first (slower)", action="store_true")

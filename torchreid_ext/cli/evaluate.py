@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status, which :func:`pml_drsl.console.guarded` explains."""
     parser = cli.parser()
     parser.description, parser.epilog = f"{parser.description}{RUNS}", f"{parser.epilog}{EXAMPLES}"
+    parser.usage = "drsl-evaluate [options] FEATURES.npz | QUERY.npy GALLERY.npy | RUN [RUN2 ...]"
     add = parser.add_argument_group("runs of drsl-train").add_argument
     add("--errors", action="store_true", help="write a page that shows why a search fails")
     add("--html", metavar="PAGE.html", help="page of --errors (errors.html beside the file, or in the run's folder)")

@@ -34,7 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--version", action="version", version=f"%(prog)s {version()}")
-    add("--list", nargs="+", metavar=("WHAT", "WORD"), help="list what there is, instead of training")
+    add("--list", nargs="+", metavar=("WHAT", "WORD"),
+        help="list keys, models, losses, miners or datasets: all, or those with WORD")  # fmt: skip
     add("--dry-run", action="store_true",
         help="show data and network, draw a batch and estimate the time, instead of training")  # fmt: skip
     add("--config-file", metavar="FILE", help="YAML file of config keys")

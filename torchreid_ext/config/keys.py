@@ -119,7 +119,7 @@ OURS: dict[str, Key] = {
     "data.identities": _fixed(
         0, "number of training identities to draw before the validation identities; 0: all", least=0),
     "data.allow_overlap": Key(False, "allow images that are in two sources, or both in training and in the test"),
-    "datasets": Key({}, "data sets of your own, by name: see torchreid_ext.data.datasets.register_datasets"),
+    "datasets": Key({}, "data sets of your own, by name: see docs/data.md"),
     "train.warmup_epoch": _fixed(
         0, "epochs at the start over which the learning rate rises linearly to its full value", least=0),
     "train.sync_batchnorm": Key(False, "several GPUs: batch normalisation over the whole batch, not over each share"),

@@ -41,7 +41,7 @@ class Searcher:
     >>> searcher = Searcher("log/demo/model/model-best.pth.tar")             # doctest: +SKIP
     >>> searcher.add(["photos/anna/hall_1.jpg", "photos/ben/door_1.jpg"])    # doctest: +SKIP
     >>> searcher.search("query.jpg", top=1)[0][0].name                       # doctest: +SKIP
-    'photos/anna/hall_1.jpg'
+    '/home/me/photos/anna/hall_1.jpg'
 
     Args:
         checkpoint: a checkpoint of this package or the folder of its run; any other needs ``model`` or ``config_file``.
