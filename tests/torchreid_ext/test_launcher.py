@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchreid
 from PIL import Image
 from toy_data import write_images
 
@@ -304,6 +305,33 @@ def test_lists(capsys, words, lines):
 def test_a_list_that_there_is_not(capsys, words, said):
     assert main(["--list", *words]) == 2
     assert re.search(said, complaint(capsys))
+
+
+def test_a_resumed_run_needs_no_other_weights(tmp_path, capsys, monkeypatch):
+    csv_data(tmp_path)
+    assert launch(tmp_path) == 0
+    build_model = torchreid.models.build_model
+
+    def offline(pretrained, **others):
+        assert not pretrained
+        return build_model(pretrained=False, **others)
+
+    monkeypatch.setattr(torchreid.models, "build_model", offline)
+    lost = {"model.pretrained": True, "model.load_weights": tmp_path / "lost.pth"}
+    resumed = {"model.resume": "auto", "train.max_epoch": 2}
+    tested = {"model.resume": tmp_path / "log" / "model" / "model.pth.tar-1", "test.evaluate": True}
+    for options in (resumed, tested):
+        for weights in ({"model.pretrained": True}, lost):
+            assert launch(tmp_path, **options, **weights) == 0, capsys.readouterr().err
+    # Without a checkpoint in its folder, a run starts from them.
+    options = {"model.resume": "auto", "data.save_dir": tmp_path / "new"} | lost
+    assert launch(tmp_path, **options) == 2 and "lost.pth' does not exist" in complaint(capsys)
+
+
+def test_a_first_epoch_that_was_asked_for_is_that_of_a_run_without_a_checkpoint(tmp_path):
+    csv_data(tmp_path)
+    assert launch(tmp_path, **{"model.resume": "auto", "train.start_epoch": 1, "train.max_epoch": 2}) == 0
+    assert not (tmp_path / "log" / "model" / "model.pth.tar-1").exists()
 
 
 def test_a_test_without_a_trained_network_is_refused_and_no_epoch_trains_none(tmp_path, capsys):

@@ -75,10 +75,14 @@ class History:
         return {int(number): path for number, path in paths.items() if number.isdecimal()}
 
 
+def holds_checkpoints(folder: Path) -> bool:
+    """Whether the folder of a run holds checkpoints, of which ``load_newest`` takes one."""
+    return any(folder.glob("*/model.pth.tar-*")) or any(folder.glob(f"*/{LAST}"))
+
+
 def check_new(folder: Path) -> None:
     """Raises InputError if the folder of a new run holds trained checkpoints of another, which it would overwrite."""
-    epochs = [path.name.removeprefix("model.pth.tar-") for path in folder.glob("*/model.pth.tar-*")]
-    if done := max((int(epoch) for epoch in epochs if epoch.isdecimal()), default=0):
+    if done := max((max(History(part)._numbered(), default=0) for part in folder.glob("*/")), default=0):
         cure = "model.resume auto goes on with it; for a new run give another data.save_dir, or remove the folder"
         raise InputError(f"'{folder}' holds a run of {done} epochs already: {cure}")
 

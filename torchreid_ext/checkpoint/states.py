@@ -16,6 +16,9 @@ from pml_drsl.checks import InputError
 from torchreid_ext.checkpoint import checkpoint
 from torchreid_ext.runtime import distributed, generators
 
+NO_BEST = {"mAP": -1.0, "epoch": -1}
+# Keys of what is tested, and how: with another value, an earlier best score is no standard.
+_MEASURE = ("data.targets", "test.dist_metric", "test.normalize_feature", "cuhk03.use_metric_cuhk03")
 _NEW_RUN = "start a new run in another data.save_dir, from these weights with model.load_weights"
 
 
@@ -59,6 +62,9 @@ def restore_engine(engine: Any, state: dict[str, Any], path: str) -> None:
                     vars(memory).update(training["memories"][name][part])
             best = training["best"]
             engine.best = {"mAP": float(best["mAP"]), "epoch": int(best["epoch"])}
+            before, now = training["config"] or {}, engine.config or {}
+            if any(before.get(key) != now.get(key) for key in _MEASURE if key in before and key in now):
+                engine.best = dict(NO_BEST)
             engine.skipped = int(training["skipped"])
     if name := not_finite(engine):
         raise InputError(f"checkpoint {path!r}: {name} is not finite; resume from an earlier checkpoint")

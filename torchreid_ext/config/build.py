@@ -156,8 +156,14 @@ def build_engine(
     loss, section = cfg.loss.name, cfg.loss[cfg.loss.name]
     if section.get("weight_x", 1) == 0 and cfg.train.fixbase_epoch > 0:
         raise InputError(f"train.fixbase_epoch trains the classifier alone, which loss.{loss}.weight_x 0 leaves out")
-    if loss == "triplet" and max(section.weight_t, section.weight_x) == 0:
-        raise InputError("loss.triplet.weight_t and loss.triplet.weight_x are both 0, which trains nothing: raise one")
+    if loss == "triplet" and (min(weights := (section.weight_t, section.weight_x)) < 0 or max(weights) == 0):
+        takes = "loss.triplet.weight_t and loss.triplet.weight_x must be 0 or more and not both 0"
+        raise InputError(f"{takes}, got {weights[0]} and {weights[1]}")
+    if cfg.loss.cross_camera:
+        seen = {item[1:3] for item in getattr(datamanager.train_loader.dataset, "train", [])}
+        if seen and len(seen) == len({pid for pid, _ in seen}):
+            alone = "every training identity has one camera, so that no positive is left"
+            raise InputError(f"loss.cross_camera True: {alone}; set it to False")
     if criterion is None:
         criterion = build_criterion(cfg, model, datamanager.num_train_pids, steps_per_epoch(datamanager))
     arguments = dict(section) if loss == "triplet" else {}

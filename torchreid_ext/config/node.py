@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -78,9 +79,12 @@ class Config(CfgNode):
         if self.model.name.startswith(networks.TIMM):
             size, mean, std = networks.timm_images(self.model.name.removeprefix(networks.TIMM))
             values = (*size, mean, std)
+        fitted: dict[str, Any] = self.__dict__.setdefault("fitted", {})
         for name, value in zip(names, values, strict=True):
-            if f"data.{name}" not in self._given:
-                self.data[name] = value
+            # A value that is neither the default nor one from here was assigned.
+            own = self.data[name] not in (fitted.get(name), KEYS[f"data.{name}"].default)
+            if f"data.{name}" not in self._given and not own:
+                self.data[name], fitted[name] = copy.deepcopy(value), copy.deepcopy(value)
 
     def _decoded(self, key: str, word: str) -> Any:
         value: Any = word
@@ -93,9 +97,9 @@ class Config(CfgNode):
         return _load_yaml(value, f"config key {key!r}: {value}") if in_yaml else value
 
     def _merge(self, values: Mapping[str, Any], source: str) -> None:
-        known = dict(_flatten(self))
+        known = dict(flatten(self))
         try:
-            pairs = list(_flatten(values))
+            pairs = list(flatten(values))
         except RecursionError as error:
             raise InputError(f"a value in {source} holds itself; write it out") from error
         for key, value in pairs:
@@ -151,12 +155,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Pairs of dotted key and value. The options of a class or of a data set (``datasets.NAME``) are one value."""
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and prefix != "datasets." and name not in OPTIONS:
-            yield from _flatten(value, f"{name}.")
+            yield from flatten(value, f"{name}.")
         else:
             yield name, value
 
@@ -192,7 +196,18 @@ def _options(key: str, value: Any, known: Config, source: str) -> Config:
     if not isinstance(value, Mapping):
         takes = "a class's name, or {name: CLASS, ARGUMENT: VALUE}" if named else "{ARGUMENT: VALUE, ...}"
         raise InputError(f"config key {key!r} takes {takes}, got {value!r} in {source}")
+    value = _with_numbers(value)
     return Config(dict(value) if "name" in value else {**known, **value})
+
+
+def _with_numbers(value: Any) -> Any:
+    """The arguments of a class with 1e-3 as a number, which YAML takes for a string."""
+    if isinstance(value, Mapping):
+        return {key: _with_numbers(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_numbers(entry) for entry in value]
+    is_number = isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value)
+    return float(value) if is_number else value
 
 
 def _converted(key: str, value: Any, source: str) -> Any:
@@ -260,7 +275,7 @@ def plain(value: Any) -> Any:
 
 def flat(cfg: Config) -> dict[str, Any]:
     """A configuration as dotted keys and plain values."""
-    return {key: plain(value) for key, value in _flatten(cfg)}
+    return {key: plain(value) for key, value in flatten(cfg)}
 
 
 def picked(section: Config, *names: str) -> dict[str, Any]:
@@ -281,12 +296,10 @@ def check(cfg: Config) -> None:
     for key, value in flat(cfg).items():
         if key in KEYS:
             KEYS[key].check(key, value)
-    for name in cfg.data.transforms:
-        if name.lower() not in TRANSFORMS:
-            raise InputError(f"data.transforms must be one of {', '.join(TRANSFORMS)}, got {name!r}")
-    for key in ("norm_mean", "norm_std"):
-        if len(cfg.data[key]) != 3:
-            raise InputError(f"data.{key} takes a number for each of the 3 channels, got {cfg.data[key]}")
+    for key in ("train.gamma", "train.base_lr_mult", "loss.pml.lr"):
+        if (value := flat(cfg)[key]) < 0:
+            raise InputError(f"{key} takes numbers of 0 or more, got {value}")
+    _check_images(cfg)
     try:
         cfg.data.save_dir.encode()
     except UnicodeEncodeError as error:
@@ -299,6 +312,17 @@ def check(cfg: Config) -> None:
     if not cfg.test.evaluate:
         in_groups = cfg.sampler.train_sampler in SAMPLERS
         distributed.check_share(cfg.train.batch_size, cfg.sampler.num_instances if in_groups else 1)
+
+
+def _check_images(cfg: Config) -> None:
+    for name in cfg.data.transforms:
+        if name.lower() not in TRANSFORMS:
+            raise InputError(f"data.transforms must be one of {', '.join(TRANSFORMS)}, got {name!r}")
+    for key in ("norm_mean", "norm_std"):
+        if len(cfg.data[key]) != 3:
+            raise InputError(f"data.{key} takes a number for each of the 3 channels, got {cfg.data[key]}")
+    if min(cfg.data.norm_std) <= 0:
+        raise InputError(f"data.norm_std takes numbers above 0, by which pixels are divided, got {cfg.data.norm_std}")
 
 
 def _check_video(cfg: Config) -> None:

@@ -21,7 +21,7 @@ from pml_drsl.checks import InputError
 from pml_drsl.console import message
 from pml_drsl.evaluation.scores import RetrievalResult
 from torchreid_ext.checkpoint import checkpoint
-from torchreid_ext.checkpoint.folder import check_new, first_start
+from torchreid_ext.checkpoint.folder import check_new, first_start, holds_checkpoints
 from torchreid_ext.config import build
 from torchreid_ext.config.data import build_datamanager
 from torchreid_ext.config.keys import ON_RESUME
@@ -41,13 +41,17 @@ def prepare(cfg: Config) -> Any:
         raise InputError(f"{lacking}: {cure}. {other}")
     check(cfg)
     generators.seed_everything(cfg.train.seed)
+    start = cfg.clone()
+    if cfg.model.resume and (cfg.model.resume != "auto" or holds_checkpoints(Path(cfg.data.save_dir))):
+        # The checkpoint has every weight, so that others need not be there any more.
+        start.model.pretrained, start.model.load_weights = False, ""
     with distributed.one_first():
         datamanager = build_datamanager(cfg)
-        model = build.build_model(cfg, datamanager.num_train_pids)
+        model = build.build_model(start, datamanager.num_train_pids)
     print(f"Model {cfg.model.name}: {sum(p.numel() for p in model.parameters()):,} parameters")
     build.check_takes(cfg, model)
-    if cfg.model.load_weights:
-        print(checkpoint.load_weights(model, cfg.model.load_weights))
+    if start.model.load_weights:
+        print(checkpoint.load_weights(model, start.model.load_weights))
     criterion = build.build_criterion(cfg, model, datamanager.num_train_pids, steps_per_epoch(datamanager))
     optimizer = build.build_optimizer(cfg, model, criterion)
     scheduler = build.build_scheduler(cfg, optimizer)
@@ -69,8 +73,9 @@ def train(cfg: Config) -> tuple[Any, dict[str, RetrievalResult]]:
     if since is not None and (done := engine.resume("auto", cfg.data.save_dir, since)):
         start_epoch = done
     elif cfg.model.resume:
-        start_epoch = engine.resume(cfg.model.resume, cfg.data.save_dir, test_only=cfg.test.evaluate)
-        if cfg.test.evaluate and not start_epoch:
+        done = engine.resume(cfg.model.resume, cfg.data.save_dir, test_only=cfg.test.evaluate)
+        start_epoch = done or start_epoch
+        if cfg.test.evaluate and not done:
             untrained = f"model.resume {cfg.model.resume} found no checkpoint of a finished epoch"
             raise InputError(f"test.evaluate: {untrained}; test weights that are not a run's with model.load_weights")
     trains = not cfg.test.evaluate and start_epoch < max(cfg.train.max_epoch, 1)

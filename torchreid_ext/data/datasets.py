@@ -72,12 +72,11 @@ class ConfiguredDataset(torchreid.data.ImageDataset):
             self.show_summary()
 
     def __add__(self, other: Any) -> Any:
-        # torchreid makes a new data set, whose constructor looks at the first item of every split too.
+        # torchreid makes a new data set, whose constructor looks at the first item of every split too. Only its
+        # training images are used, also where a third data set is added to it.
         some = copy.copy(self)
         some.query, some.gallery = self.query or self.train[:1], self.gallery or self.train[:1]
-        joined = torchreid.data.ImageDataset.__add__(some, other)
-        joined.query, joined.gallery = self.query, self.gallery
-        return joined
+        return torchreid.data.ImageDataset.__add__(some, other)
 
     def show_summary(self) -> None:
         """Prints name, counts, and the files that were left out."""

@@ -42,7 +42,8 @@ class BaseEngine(Tester, TrainingStep):
         self.results: dict[str, RetrievalResult] = {}  # of the latest test, by target
         self.rank1 = 0.0  # of the latest test, on its last target
         # The mean mAP over the targets of the best test so far, and the epoch after which it was.
-        self.best: dict[str, float] = {"mAP": -1.0, "epoch": -1}
+        self.best: dict[str, float] = dict(states.NO_BEST)
+        self.plain_map = {}
         # Flat, saved with the run and compared when it is resumed; for ``on_resume`` see ``Key.on_resume``.
         self.config: dict[str, Any] = {}
         self.on_resume: dict[str, str] = {}
@@ -157,7 +158,7 @@ class BaseEngine(Tester, TrainingStep):
         last = done == self.max_epoch
         tested = last or (chosen.eval_freq > 0 and done >= chosen.start_eval and done % chosen.eval_freq == 0)
         if last:
-            print("=> Final test")
+            print("=> Final test, of the last weights")
         if tested:
             try:
                 is_best = self._is_best(self.test(**(chosen.last_test() if last else chosen.test_between())))
@@ -168,6 +169,8 @@ class BaseEngine(Tester, TrainingStep):
                 raise
         if tested or done % chosen.checkpoint_freq == 0:
             checkpoints.save_present(is_best)
+        if last and not is_best and self.best["epoch"] > 0:
+            print(f"The best weights are those of epoch {self.best['epoch']}, with a mAP of {self.best['mAP']:.1%}")
 
     def train(self, print_freq: int = 10, fixbase_epoch: int = 0, open_layers: str | list[str] | None = None) -> None:
         """Trains one epoch, of the first ``fixbase_epoch`` only ``open_layers``; raises as ``run``, also InputError if
@@ -228,6 +231,8 @@ class BaseEngine(Tester, TrainingStep):
             states.check_fits(self, state, path, test_only)
             states.restore_engine(self, state, path)
             epoch = operator.index(state["epoch"])
+        if found[0].parent.resolve() != folder.resolve():
+            self.best = dict(states.NO_BEST)  # whose file stays in the other folder
         self._resumed, self._resumed_from = state, found[0]
         print(f"Resuming from '{path}' after epoch {epoch}")
         return epoch
@@ -238,7 +243,7 @@ class BaseEngine(Tester, TrainingStep):
     def _is_best(self, results: dict[str, RetrievalResult]) -> bool:
         if not results:
             return False
-        mean_ap = sum(result.mAP for result in results.values()) / len(results)
+        mean_ap = sum(self.plain_map.get(target, result.mAP) for target, result in results.items()) / len(results)
         self.rank1 = float(list(results.values())[-1].rank(1))
         if mean_ap <= self.best["mAP"]:
             return False

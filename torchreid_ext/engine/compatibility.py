@@ -78,5 +78,11 @@ def loss_that_compares_images(criterion: nn.Module) -> str | None:
     return next((type(loss).__name__ for loss in parts if not any(p.requires_grad for p in loss.parameters())), None)
 
 
+def compares_directions(criterion: nn.Module) -> bool:
+    """Whether a loss of pytorch-metric-learning in the criterion scales the features to unit norm."""
+    parts = _parts(criterion, losses.BaseMetricLossFunction)
+    return any(getattr(getattr(part, "distance", None), "normalize_embeddings", False) for part in parts)
+
+
 def _parts(criterion: nn.Module, kinds: Any) -> list[Any]:
     return [part for part in criterion.modules() if isinstance(part, kinds)]

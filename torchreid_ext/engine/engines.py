@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -14,10 +15,17 @@ from torch.optim import Optimizer
 from pml_drsl.checks import InputError
 from pml_drsl.distributed import DistributedLossWrapper, draws_of_first, gather_batch
 from pml_drsl.losses import DRSLoss
+from torchreid_ext.checkpoint.folder import RunCheckpoints
 from torchreid_ext.data.samplers import warn_if_positives_are_rare
 from torchreid_ext.engine.base import BaseEngine
-from torchreid_ext.engine.compatibility import check_criterion, check_returns_features, loss_that_compares_images
+from torchreid_ext.engine.compatibility import (
+    check_criterion,
+    check_returns_features,
+    compares_directions,
+    loss_that_compares_images,
+)
 from torchreid_ext.engine.criteria import PerFeature, cross_camera_pairs
+from torchreid_ext.engine.options import RunOptions
 from torchreid_ext.engine.step import Batch, Tracklets
 from torchreid_ext.runtime import distributed
 
@@ -80,6 +88,13 @@ class ImagePMLEngine(BaseEngine):
         self.register_model("model", model, optimizer, scheduler)
         self.weight_m, self.weight_x, self.miner, self.cross_camera = weight_m, weight_x, miner, cross_camera
         self.cross_entropy = nn.CrossEntropyLoss(label_smoothing=0.1 if label_smooth else 0)
+
+    def _prepare(self, chosen: RunOptions) -> RunCheckpoints:
+        raw = chosen.dist_metric == "euclidean" and not chosen.normalize_feature
+        if raw and self.weight_m > 0 and compares_directions(self.criterion) and distributed.is_first():
+            different = "the loss scales features to unit norm, and the test by Euclidean distances does not"
+            warnings.warn(f"{different}: dist_metric='cosine' (test.dist_metric) suits the loss", stacklevel=3)
+        return super()._prepare(chosen)
 
     def compute_losses(self, output: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         logits, features = self._split(output)

@@ -55,6 +55,8 @@ class Tester:
     writer: Any
     epoch: int
     results: dict[str, RetrievalResult]
+    # The mAP of the last test without re-ranking, of targets that it re-ranked; tests before the last do not.
+    plain_map: dict[str, float]
     set_model_mode: Any
 
     def test(self, **options: Any) -> dict[str, RetrievalResult]:
@@ -65,7 +67,7 @@ class Tester:
         result of one; the first one prints and writes. Raises InputError for an unknown option, or one out of range."""
         chosen = EvaluationOptions.of(options)
         self.set_model_mode("eval")
-        self.results = {}
+        self.results, self.plain_map = {}, {}
         group, first = distributed.group(), distributed.is_first()
         with generators.untouched():
             for target, loaders in self.test_loader.items():
@@ -76,6 +78,9 @@ class Tester:
                 search = ranking.Search(query, gallery, chosen.dist_metric, chosen.normalize_feature, chosen.rerank)
                 result = search.evaluate(chosen.use_metric_cuhk03, max_rank=max(50, *chosen.ranks), group=group)
                 self.results[target] = result
+                if chosen.rerank:
+                    plain = ranking.Search(query, gallery, chosen.dist_metric, chosen.normalize_feature)
+                    self.plain_map[target] = plain.evaluate(chosen.use_metric_cuhk03, group=group).mAP
                 # An error of the first process ends the others too, which would otherwise wait for it.
                 distributed.from_first(functools.partial(self._report, target, search, result, chosen))
         if chosen.save_dir:

@@ -183,6 +183,9 @@ def test_wrong_words_are_refused():
         (["data.height", "0"], r"data.height takes whole numbers of 1 or more, got 0"),
         (["train.stepsize", "[20, 0]"], r"train.stepsize takes whole numbers of 1 or more, got 0"),
         (["data.norm_mean", "[0.5]"], r"data.norm_mean takes a number for each of the 3 channels, got \[0.5\]"),
+        (["data.norm_std", "[0, 1, 1]"], r"data.norm_std takes numbers above 0, .*, got \[0.0, 1.0, 1.0\]"),
+        (["train.gamma", "-0.1"], r"train.gamma takes numbers of 0 or more, got -0.1"),
+        (["loss.pml.lr", "-1"], r"loss.pml.lr takes numbers of 0 or more, got -1.0"),
         (["test.batch_size", "0"], r"test.batch_size takes whole numbers of 1 or more, got 0"),
         (["train.warmup_epoch", "-1"], r"train.warmup_epoch takes whole numbers of 0 or more, got -1"),
         (["train.keep_checkpoints", "-1"], r"train.keep_checkpoints takes whole numbers of 0 or more, got -1"),
@@ -249,13 +252,14 @@ def test_a_classifier_that_nothing_trains_is_not_opened_alone(tmp_path, loss):
         build_engine(cfg, manager, model, config.build_optimizer(cfg, model), None)
 
 
-def test_weights_of_a_triplet_loss_that_train_nothing_are_refused(tmp_path):
+@pytest.mark.parametrize("weights", [(0, 0), (-1, 2)])
+def test_weights_of_a_triplet_loss_that_train_nothing_or_backwards_are_refused(tmp_path, weights):
     cfg = get_default_config()
     cfg.merge_from_list(["model.name", "osnet_x0_25", "model.pretrained", "False", "loss.name", "triplet"])
-    cfg.merge_from_list(["loss.triplet.weight_t", 0, "use_gpu", "False"])
+    cfg.merge_from_list(["loss.triplet.weight_t", weights[0], "loss.triplet.weight_x", weights[1], "use_gpu", "False"])
     manager = make_image_manager(tmp_path)
     model = config.build_model(cfg, manager.num_train_pids)
-    with pytest.raises(InputError, match=r"weight_t and loss\.triplet\.weight_x are both 0"):
+    with pytest.raises(InputError, match=f"must be 0 or more and not both 0, got {weights[0]:.1f} and"):
         build_engine(cfg, manager, model, config.build_optimizer(cfg, model), None)
 
 
@@ -268,6 +272,29 @@ def test_new_layers_that_the_network_does_not_have_are_refused():
         config.build_optimizer(cfg, model)
     cfg.merge_from_list(["train.new_layers", "classifier"])
     assert len(config.build_optimizer(cfg, model).param_groups) == 2
+
+
+def test_what_was_assigned_outlives_a_merge():
+    cfg = get_default_config()
+    cfg.data.height, cfg.data.norm_mean = 64, [0.5, 0.5, 0.5]
+    cfg.merge_from_list(["train.max_epoch", 3])
+    assert (cfg.data.height, cfg.data.width, cfg.data.norm_mean) == (64, 128, [0.5, 0.5, 0.5])
+    cfg.data.norm_std[0] = 9
+    assert get_default_config().data.norm_std[0] == 0.229
+
+
+@pytest.mark.parametrize("key", ["loss.pml.kwargs", "loss.pml.miner", "loss.drsl.reducer"])
+def test_numbers_with_an_exponent_are_numbers_in_arguments_too(tmp_path, key):
+    given = "{name: A, a: 5e-2, b: [1E3, .5e+1, 1.e2], c: {d: -2e0}, e: 2e, f: e2, g: 1.2.3e4}"
+    by_word, by_file = get_default_config(), get_default_config()
+    by_word.merge_from_list([key, given])
+    section, _, name = key.rpartition(".")
+    first, _, second = section.partition(".")
+    by_file.merge_from_file(write(tmp_path / "a.yaml", f"{first}: {{{second}: {{{name}: {given}}}}}"))
+    for cfg in (by_word, by_file):
+        found = cfg[first][second][name]
+        assert (found["a"], found["b"], found["c"]) == (0.05, [1000.0, 5.0, 100.0], {"d": -2.0})
+        assert (found["e"], found["f"], found["g"]) == ("2e", "e2", "1.2.3e4")
 
 
 def test_words_may_hold_yaml():

@@ -425,18 +425,20 @@ class TestInTorchreid:
         by_folder = {(Path(item[0]).parent.name, item[1]) for item in data.train}
         assert len(by_folder) == 6
 
-    def test_a_set_that_only_trains_comes_first_of_two(self, tmp_path: Path) -> None:
-        one, two = (f"set_{uuid.uuid4().hex}" for _ in range(2))
+    def test_sets_that_only_train_come_first_of_several(self, tmp_path: Path) -> None:
+        one, more, two = (f"set_{uuid.uuid4().hex}" for _ in range(3))
         make_folder(tmp_path / "one", ["x0", "x1"], ["a", "b"])
         make_folder(tmp_path / "two", [f"p{n}" for n in range(6)], ["a", "b"])
-        register_datasets({one: {"folder": "one", "train": ["*"], "test": []}, two: {"folder": "two"}})
-        manager = torchreid.data.ImageDataManager(
-            root=str(tmp_path), sources=[one, two], targets=two, height=16, width=8, batch_size_train=4, use_gpu=False
-        )
-        assert manager.num_train_pids == 2 + 3
+        make_folder(tmp_path / "more", ["y0", "y1"], ["a"])
+        trains = {"train": ["*"], "test": []}
+        register_datasets({one: {"folder": "one"} | trains, more: {"folder": "more"} | trains, two: {"folder": "two"}})
+        sources = {"root": str(tmp_path), "sources": [one, more, two], "targets": two}
+        manager = torchreid.data.ImageDataManager(**sources, height=16, width=8, batch_size_train=4, use_gpu=False)
+        assert manager.num_train_pids == 2 + 2 + 3
         dataset = manager.train_loader.dataset
-        assert not dataset.query and not dataset.gallery
-        assert [item[3] for item in dataset.train] == [0] * 8 + [1] * 12
+        assert [item[3] for item in dataset.train] == [0] * 8 + [1] * 4 + [2] * 12
+        tested = manager.test_loader[two]["gallery"].dataset
+        assert {Path(item[0]).parts[-3] for item in tested.gallery} == {"two"}
 
     def test_folders_of_one_name_inside_those_of_people_are_warned_of(self, tmp_path: Path) -> None:
         for person in ("anna", "bob", "cleo", "dora"):

@@ -245,6 +245,32 @@ def test_last_best_and_retention(tmp_path, monkeypatch):
     assert resumed.best == engine.best
 
 
+def test_the_best_checkpoint_is_chosen_without_re_ranking(tmp_path):
+    engine, same = make_engine(tmp_path), make_engine(tmp_path)
+    for each in (engine, same):  # features by which not every match is first
+        each.extract_features = lambda images: (1000 * images.flatten(1)[:, :8]).sin()
+    ranked_again = engine.run(str(tmp_path / "log"), max_epoch=1, rerank=True)["toy"].mAP
+    same.resume("auto", str(tmp_path / "log"))
+    assert same.best["mAP"] == pytest.approx(same.test()["toy"].mAP) != pytest.approx(ranked_again)
+
+
+def test_the_best_of_another_folder_or_by_another_measure_is_not_beaten(tmp_path):
+    engine = make_engine(tmp_path)
+    engine.config = {"test.dist_metric": "euclidean"}
+    engine.run(str(tmp_path / "log"), max_epoch=2)
+    last = tmp_path / "log" / "model" / "model-last.pth.tar"
+    other = make_engine(tmp_path)
+    start = other.resume(str(last), str(tmp_path / "other"))
+    other.best = other.best if other.best["epoch"] < 0 else {"mAP": 1.0, "epoch": 2}  # which none would beat
+    other.run(str(tmp_path / "other"), max_epoch=3, start_epoch=start)
+    assert checkpoint.load(tmp_path / "other" / "model" / "model-best.pth.tar")["epoch"] == 3
+    for metric, best in (("euclidean", engine.best), ("cosine", states.NO_BEST)):
+        again = make_engine(tmp_path)
+        again.config = {"test.dist_metric": metric}
+        again.resume("auto", str(tmp_path / "log"))
+        assert again.best == best
+
+
 def test_checkpoints_every_n_epochs(tmp_path):
     make_engine(tmp_path).run(str(tmp_path / "log"), max_epoch=5, checkpoint_freq=2, keep_checkpoints=0)
     epochs = {path.name.rpartition("-")[2] for path in (tmp_path / "log" / "model").glob("model.pth.tar-*")}

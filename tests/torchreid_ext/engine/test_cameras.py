@@ -8,6 +8,7 @@ from pytorch_metric_learning.distances import LpDistance
 from toy_data import make_image_manager, make_video_manager
 
 from pml_drsl import DRSLoss
+from pml_drsl.checks import InputError
 from pml_drsl.wrappers import CrossBatchMemory
 from torchreid_ext import build_engine, config, get_default_config
 from torchreid_ext.data.samplers import steps_per_epoch
@@ -183,6 +184,16 @@ def test_an_engine_gives_the_cameras_of_its_images(tmp_path, data_type):
 def test_losses_that_take_no_pairs_are_refused(tmp_path, words, message):
     with pytest.raises(ValueError, match=message):
         built(configured(*words), make_image_manager(tmp_path))
+
+
+def test_one_camera_for_every_identity_is_refused(tmp_path):
+    manager = make_image_manager(tmp_path)
+    items = manager.train_loader.dataset.train
+    items[:] = [(path, pid, pid % 2, *rest) for path, pid, _, *rest in items]
+    with pytest.raises(InputError, match="every training identity has one camera"):
+        built(configured("loss.name", "drsl"), manager)
+    items[0] = (*items[0][:2], 7, *items[0][3:])
+    built(configured("loss.name", "drsl"), manager)
 
 
 def test_a_memory_given_from_python_is_refused(tmp_path):

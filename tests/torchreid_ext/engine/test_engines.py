@@ -7,6 +7,7 @@ import pytest
 import torch
 import torchreid
 from pytorch_metric_learning import losses as pml_losses
+from pytorch_metric_learning.distances import LpDistance
 from pytorch_metric_learning.miners import MultiSimilarityMiner
 from torch.utils.data import BatchSampler, DataLoader
 from toy_data import make_image_manager, make_video_manager
@@ -311,6 +312,20 @@ def test_positives_by_chance_matter_to_losses_that_compare_images(tmp_path, recw
     manager.train_loader = DataLoader(manager.train_loader.dataset, batch_sampler=own)
     make_engine(model, datamanager=manager)
     assert not [warning for warning in recwarn if "by chance" in str(warning.message)]
+
+
+@pytest.mark.parametrize("distance, options, told", [
+    (None, {}, True),
+    (None, {"dist_metric": "cosine"}, False),
+    (None, {"normalize_feature": True}, False),
+    (LpDistance(normalize_embeddings=False), {}, False),
+])  # fmt: skip
+def test_a_test_by_another_distance_than_the_loss_has_is_told(tmp_path, recwarn, distance, options, told):
+    manager, criterion = make_image_manager(tmp_path), DRSLoss(distance=distance)
+    make_engine(build(num_classes=6), datamanager=manager, criterion=criterion).run(
+        max_epoch=0, save_dir=str(tmp_path / "log"), **options
+    )
+    assert ["unit norm" in str(warning.message) for warning in recwarn].count(True) == told
 
 
 def test_registered_on_torchreid():
