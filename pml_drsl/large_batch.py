@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -25,7 +27,8 @@ class LargeBatch(nn.Module):
     The memory needed is that of one chunk's graph, and of the embeddings and the loss of the whole batch. The price is
     a second forward pass, but for a batch that fits in one chunk.
 
-    - Random layers draw the same numbers for a chunk in both passes, and both run under the same autocast.
+    - Random layers draw the same numbers for a chunk in both passes, from the global generators of torch, numpy and
+      Python, and both passes run under the same autocast. A layer with a generator of its own draws others.
     - Batch normalisation in training sees one chunk at a time, so its output depends on ``chunk_size``. Its running
       statistics are updated by the first pass alone.
     - ``DistributedDataParallel``: give the wrapped network, and ``pml_drsl.wrappers.DistributedLossWrapper`` round the
@@ -125,14 +128,14 @@ class _InChunks(torch.autograd.Function):
         ctx.save_for_backward(images)
         ctx.set_materialize_grads(False)  # An output that the loss leaves out has no gradient in the second pass.
         used = {tensor.device for tensor in (images, *network.parameters())}
-        ctx.cuda = sorted({device.index for device in used if device.type == "cuda"})
+        ctx.devices = sorted((device for device in used if device.type != "cpu"), key=str)
         ctx.autocast = [
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), torch.is_autocast_cache_enabled())
             for kind in sorted({"cpu", *(device.type for device in used)})
         ]
         ctx.buffers, ctx.random, parts = _copies(network), [], []
         for chunk in images.tensor_split(number):
-            ctx.random.append([torch.get_rng_state(), *map(torch.cuda.get_rng_state, ctx.cuda)])
+            ctx.random.append(_random_states(ctx.devices))
             leaves, spec = tree_flatten(_checked_output(network(chunk), len(chunk)))
             parts.append(leaves)
         structure.append(spec)
@@ -147,7 +150,7 @@ class _InChunks(torch.autograd.Function):
         (images,) = ctx.saved_tensors
         of_images = torch.zeros_like(images) if ctx.needs_input_grad[3] else None
         split = [[None] * ctx.number if part is None else part.tensor_split(ctx.number) for part in gradients]
-        after = _copies(ctx.network)
+        after, random_after = _copies(ctx.network), _random_states(ctx.devices)
         _put_back(ctx.network, ctx.buffers)  # Batch normalisation and the like go through the same states again.
         try:
             for number, (chunk, *parts) in enumerate(zip(images.tensor_split(ctx.number), *split, strict=True)):
@@ -157,6 +160,7 @@ class _InChunks(torch.autograd.Function):
                     of_images.tensor_split(ctx.number)[number].copy_(chunk.grad)
         finally:
             _put_back(ctx.network, after)
+            _set_random_states(ctx.devices, random_after)
         return None, None, None, of_images, None
 
 
@@ -165,17 +169,28 @@ def _back_propagate(ctx: Any, number: int, chunk: Tensor, gradients: Sequence[Te
     add_up = nullcontext if number == ctx.number - 1 else getattr(ctx.network, "no_sync", nullcontext)
     with torch.enable_grad(), add_up():
         with ExitStack() as stack:  # Random numbers and autocast are as in the first pass.
-            stack.enter_context(torch.random.fork_rng(ctx.cuda))
             for settings in ctx.autocast:
                 stack.enter_context(torch.autocast(*settings))
-            cpu, *cuda = ctx.random[number]
-            torch.set_rng_state(cpu)
-            for device, state in zip(ctx.cuda, cuda, strict=True):
-                torch.cuda.set_rng_state(state, device)
+            _set_random_states(ctx.devices, ctx.random[number])
             leaves = tree_leaves(ctx.network(chunk))
         reached = [(a, b) for a, b in zip(leaves, gradients, strict=True) if b is not None and a.requires_grad]
         if reached:
             torch.autograd.backward([leaf for leaf, _ in reached], [gradient for _, gradient in reached])
+
+
+def _random_states(devices: Sequence[torch.device]) -> list[Any]:
+    """The states of the global generators that a network on some devices, beside the CPU, may draw from."""
+    states = [torch.get_device_module(device).get_rng_state(device) for device in devices]
+    return [random.getstate(), np.random.get_state(), torch.get_rng_state(), *states]
+
+
+def _set_random_states(devices: Sequence[torch.device], states: Sequence[Any]) -> None:
+    python, numpy, cpu, *others = states
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    for device, state in zip(devices, others, strict=True):
+        torch.get_device_module(device).set_rng_state(state, device)
 
 
 def _copies(network: nn.Module) -> dict[str, Tensor]:
@@ -184,5 +199,8 @@ def _copies(network: nn.Module) -> dict[str, Tensor]:
 
 def _put_back(network: nn.Module, copies: dict[str, Tensor]) -> None:
     for name, buffer in network.named_buffers():
+        # A buffer that a forward pass made or resized, such as a table of positions, has no state to put back.
+        if name not in copies or copies[name].shape != buffer.shape:
+            continue
         # Autograd does not count this as a change: the graph of another pass that holds the buffer finds its values.
         buffer.data.copy_(copies[name])

@@ -174,7 +174,7 @@ class NegativeBudgetMiner(RankingMiner):
         (mixed,) = np.random.SeedSequence((self.seed, int(self.num_calls))).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(mixed))
         self.num_calls += 1
-        return torch.rand(rows, columns, generator=generator).to(device)
+        return torch.rand(rows, columns, generator=generator, device="cpu").to(device)
 
     def extra_repr(self) -> str:
         return f"negatives_per_positive={self.negatives_per_positive}, strategy={self.strategy!r}, seed={self.seed}"

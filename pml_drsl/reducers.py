@@ -26,7 +26,9 @@ class PerQueryReducer(_QueryReducer):
     """Averages the losses of each query, then reduces the queries that have one.
 
     Unlike PML's ``PerAnchorReducer`` it gives a query without a loss no weight, and the references may outnumber the
-    batch (``ref_emb``, cross-batch memory). The ``reducer`` of the queries' averages, "elements", is their mean."""
+    batch (``ref_emb``, cross-batch memory). The ``reducer`` of the queries' averages, "elements", is their mean.
+
+    The elements of PML's ProxyAnchorLoss are proxies, and each counts as a query."""
 
     def __init__(self, reducer: BaseReducer | None = None, **kwargs: Any) -> None:
         check_arguments(type(self), kwargs)
@@ -40,10 +42,12 @@ class PerQueryReducer(_QueryReducer):
     ) -> Tensor:
         if len(losses) == 0:
             return self.zero_loss(embeddings)  # type: ignore[no-any-return]
+        losses = _flat(losses)
+        number = max(len(embeddings), len(losses))  # Proxies, one loss each, may outnumber the batch.
         if type(self.reducer) is MeanReducer:
-            counts = losses.new_zeros(len(embeddings)).index_add_(0, loss_indices, torch.ones_like(losses))
+            counts = losses.new_zeros(number).index_add_(0, loss_indices, torch.ones_like(losses))
             return (losses / counts[loss_indices]).sum() / (counts > 0).sum()
-        averages, has_loss = _averages(losses, loss_indices, len(embeddings))
+        averages, has_loss = _averages(losses, loss_indices, number)
         queries = has_loss.nonzero().squeeze(1)
         of_queries: dict[str, Any] = {"indices": queries, "reduction_type": "element"}
         of_queries["divisor"] = len(queries)  # for a DivisorReducer
@@ -53,7 +57,9 @@ class PerQueryReducer(_QueryReducer):
 
 class PerIdentityReducer(_QueryReducer):
     """Every identity weighs the same, however many samples it has: the mean over the losses of each query, of these
-    over the queries of each identity, and of these over the identities that have one. Needs labels."""
+    over the queries of each identity, and of these over the identities that have one. Needs labels.
+
+    It is not for PML's ProxyAnchorLoss, whose losses are of proxies: it would take proxy i for query i."""
 
     def element_reduction(
         self, losses: Tensor, loss_indices: Tensor, embeddings: Tensor, labels: Tensor | None
@@ -62,10 +68,16 @@ class PerIdentityReducer(_QueryReducer):
             raise InputError("PerIdentityReducer needs labels: call the loss with them, or give a PerQueryReducer")
         if len(losses) == 0:
             return self.zero_loss(embeddings)  # type: ignore[no-any-return]
-        of_queries, has_loss = _averages(losses, loss_indices, len(embeddings))
+        of_queries, has_loss = _averages(_flat(losses), loss_indices, len(embeddings))
         identities, identity = torch.unique(labels, return_inverse=True)
         of_identities, has_query = _averages(of_queries, identity, len(identities), has_loss)
         return of_identities.sum() / has_query.sum()
+
+
+def _flat(losses: Tensor) -> Tensor:
+    """Losses of shape (N,), which PML gives as (N, 1) too, in float32 or more: half precision counts no further than
+    256 or 2,048."""
+    return losses.to(torch.promote_types(losses.dtype, torch.float32)).reshape(-1)
 
 
 def _averages(losses: Tensor, group: Tensor, number: int, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:

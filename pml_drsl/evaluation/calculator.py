@@ -17,6 +17,7 @@ from pml_drsl.evaluation import JUNK, RANKS, Metric, SearchProtocol, Ties
 from pml_drsl.evaluation.arrays import Array, Junk, Labels, number_identities
 from pml_drsl.evaluation.distances import FeatureDistances, as_features, squared_norms
 from pml_drsl.evaluation.ranking import SCORES, RankedQueries, rank_queries
+from pml_drsl.evaluation.scores import without_junk
 
 REID_METRICS = (*SCORES, "cmc", *(f"rank_{k}" for k in RANKS))
 
@@ -37,6 +38,7 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
                     splits_to_eval=[("query", ["gallery"])])
 
     If the reference set includes the queries (``ref_includes_query``), each query is removed from its own gallery.
+    Images with a ``junk`` identity are left out of all metrics, the inherited ones too.
 
     Args:
         include, exclude: metrics to compute, empty for all re-ID metrics, and metrics not to compute.
@@ -94,15 +96,20 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
         """The metrics by name; the arguments are those of PML. Features are compared in float32. Large identity numbers
         stay distinct. An InputError if labels or cameras are not integers, one for each embedding, as in ``evaluate``.
         """
-        if reference is None or reference_labels is None:
+        if reference is None:
             reference, reference_labels, ref_includes_query = query, query_labels, True
-        for side, features in (("query", query), ("reference", reference)):  # PML itself does not notice NaN.
-            squared_norms(as_features(features, side).float(), side)
+        if reference_labels is None:
+            raise InputError("reference without reference_labels: give the identities of the reference set")
+        both = as_features(query, "query"), as_features(reference, "reference")
+        for side, features in zip(("query", "reference"), both, strict=True):  # PML itself does not notice NaN.
+            squared_norms(features.float(), side)
         # PML converts labels to float32, which cannot tell identities above 2^24 apart. Numbers from 0 avoid this.
         given = _as_integers(query_labels, "query"), _as_integers(reference_labels, "reference")
-        labels = number_identities(*given, len(query), len(reference), self.junk, "labels")
+        numbers = number_identities(*given, len(query), len(reference), self.junk, "labels")
+        # PML's metrics would take all junk for images of one identity.
+        both, ids, self._cams = without_junk(numbers, both, numbers, (self.query_cams, self.reference_cams))
         return super().get_accuracy(  # type: ignore[no-any-return]
-            query, labels[0], reference, labels[1], ref_includes_query, tuple(include), tuple(exclude)
+            both[0], ids[0], both[1], ids[1], ref_includes_query, tuple(include), tuple(exclude)
         )
 
     def _get_accuracy(self, function_dict: dict[str, Callable[..., Any]], **kwargs: Any) -> dict[str, Any]:
@@ -110,10 +117,9 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
         if any(name in REID_METRICS for name in function_dict):
             distances = FeatureDistances(kwargs["query"], kwargs["reference"], self.metric)
             ids = kwargs["query_labels"].long(), kwargs["reference_labels"].long()
-            # ``get_accuracy`` has numbered the junk identities -1.
-            options: dict[str, Any] = {"ties": self.ties, "protocol": self.protocol, "seed": self.seed, "junk": JUNK}
+            options: dict[str, Any] = {"ties": self.ties, "protocol": self.protocol, "seed": self.seed}
             options["gallery_starts_with_query"] = kwargs["ref_includes_query"]
-            kwargs["ranked"] = rank_queries(distances, *ids, self.query_cams, self.reference_cams, **options)
+            kwargs["ranked"] = rank_queries(distances, *ids, *self._cams, **options)
         return super()._get_accuracy(function_dict, **kwargs)  # type: ignore[no-any-return]
 
     def _calculate(self, name: str, ranked: RankedQueries, query_labels: Tensor, **kwargs: Any) -> Any:
@@ -131,7 +137,7 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
 
 def _as_integers(labels: Array, side: str) -> Tensor:
     """Labels of shape (N,) or (N, 1), which PML may hold as floats, as integers of shape (N,)."""
-    tensor = torch.as_tensor(labels)
+    tensor = labels if isinstance(labels, Tensor) else torch.as_tensor(labels, device="cpu")
     tensor = tensor.squeeze(1) if tensor.dim() == 2 else tensor
     if tensor.dim() != 1:
         cure = "give one identity per embedding, and cameras through set_cameras"

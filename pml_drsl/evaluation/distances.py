@@ -40,7 +40,7 @@ class FeatureDistances:
 
     Args:
         query, gallery: floating-point tensors or arrays of shapes (Q, D) and (M, D), with D at least 1. No features at
-            all, NaN, infinity, squares that overflow, and other shapes or types are an InputError.
+            all, NaN, infinity, squares that overflow or all underflow, and other shapes or types are an InputError.
         metric: ``"euclidean"``, or ``"cosine"`` for 1 - cosine similarity. A zero vector has cosine distance 1.
         device: where to compute; None for the device of ``query``.
     """
@@ -58,7 +58,9 @@ class FeatureDistances:
         query, gallery = query.to(device, dtype), gallery.to(device, dtype)
         self.num_query, self.num_gallery = len(query), len(gallery)
         for features, name in ((query, "query"), (gallery, "gallery")):
-            squared_norms(features, name)
+            if not bool(squared_norms(features, name).any()) and bool(features.any()):
+                given = f"{name} features reach {float(features.abs().max()):.3g}, whose squares are 0 in {dtype}"
+                raise InputError(f"{given}: scale all features up or give float64")
         if metric == "cosine":
             query, gallery = torch.nn.functional.normalize(query), torch.nn.functional.normalize(gallery)
         self._query_lifts, self._gallery_lifts = (_lift(features, metric) for features in (query, gallery))
@@ -138,7 +140,8 @@ def rows_per_chunk(num_columns: int, chunk_size: int | None = None) -> int:
 def as_features(features: Array, name: str) -> Tensor:
     """Features as a detached floating-point tensor of shape (N, D), N and D at least 1; anything else: InputError."""
     try:
-        tensor = torch.as_tensor(features).detach()
+        # ``as_tensor`` would move a tensor to the default device.
+        tensor = features.detach() if isinstance(features, Tensor) else torch.as_tensor(features, device="cpu")
     except (TypeError, ValueError) as error:  # Text, objects or a foreign byte order.
         kind = getattr(features, "dtype", type(features).__name__)
         raise InputError(f"{name} features are {kind}: give floating-point features ({error})") from error
@@ -166,9 +169,9 @@ def squared_norms(features: Tensor, name: str) -> Tensor:
 def _repeated_rows(features: Tensor) -> tuple[Tensor, Tensor]:
     """The rows that repeat an earlier row, and the first row like each. ``torch.unique`` would copy all three times."""
     integer = torch.int64 if features.dtype == torch.float64 else torch.int32
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randint(-(2**62), 2**62, (features.shape[1],), generator=generator).to(features.device)
-    step = max(1, 2**18 // features.shape[1])  # The integers of one step stay in the processor's cache.
+    generator, dim = torch.Generator().manual_seed(0), features.shape[1]
+    weights = torch.randint(-(2**62), 2**62, (dim,), generator=generator, device="cpu").to(features.device)
+    step = max(1, 2**18 // dim)  # The integers of one step stay in the processor's cache.
     # Adding 0 turns -0.0 into 0.0.
     hashes = torch.cat([((part + 0.0).view(integer) * weights).sum(dim=1) for part in features.split(step)])
     group = torch.unique(hashes, return_inverse=True)[1]

@@ -134,7 +134,7 @@ def rank_queries(
             members, valid = groups.members(ids[0][start:stop])
             removed = torch.zeros_like(valid) if cams is None else cams[1][members] == cams[0][start:stop, None]
             if gallery_starts_with_query:
-                removed |= members == torch.arange(start, stop)[:, None]
+                removed |= members == torch.arange(start, stop, device=members.device)[:, None]
             removed &= valid
             parts.append((*_rank_rows(rows, members, valid, removed, ties, shots), removed.sum(dim=1)))
             bar.update(stop - start)
@@ -211,7 +211,7 @@ class Identities:
     def members(self, identities: Tensor) -> tuple[Tensor, Tensor]:
         """The entries of some identities, -1 has none, shape (q, C) with C >= 1, and False where one is padding."""
         counts = torch.where(identities < 0, 0, self.counts[identities])[:, None]
-        column = torch.arange(max(1, int(counts.max())))[None, :]
+        column = torch.arange(max(1, int(counts.max())), device=counts.device)[None, :]
         valid = column < counts
         places = self.starts[identities][:, None] + torch.where(valid, column, 0)
         return self.order[places.clamp_(max=len(self.order) - 1)], valid

@@ -84,7 +84,7 @@ class RerankedDistances:
 
     def _jaccard(self, queries: sparse.csr_array) -> Tensor:
         """Jaccard distances, shape (q, M): ``1 - sum_j min(V_qj, V_gj) / sum_j max(V_qj, V_gj)`` (eq. 10)."""
-        shared = torch.zeros(queries.shape[0] * self.num_gallery)
+        shared = torch.zeros(queries.shape[0] * self.num_gallery, device="cpu")
         for row in range(queries.shape[0]):
             entries = slice(queries.indptr[row], queries.indptr[row + 1])
             columns, mine = queries.indices[entries], queries.data[entries]
@@ -119,7 +119,7 @@ def _nearest(among: FeatureDistances, count: int, progress: bool) -> tuple[Tenso
 
 def _reciprocal(neighbours: Tensor) -> Tensor:
     """Whether each neighbour has the image among its own neighbours too, bool of shape (N, k) (eq. 3)."""
-    images = torch.arange(len(neighbours))[:, None, None]
+    images = torch.arange(len(neighbours), device=neighbours.device)[:, None, None]
     steps = zip(neighbours.split(ROWS_PER_STEP), images.split(ROWS_PER_STEP), strict=True)
     return torch.cat([(neighbours[mine] == image).any(dim=2) for mine, image in steps])
 
@@ -128,7 +128,7 @@ def _encode(among: FeatureDistances, neighbours: Tensor, largest: Tensor, k1: in
     """Codes of all images, shape (N, N): Gaussians of the distances of expanded reciprocal neighbours (eqs. 5, 7)."""
     size = len(neighbours)
     full, half = neighbours[:, : k1 + 1], neighbours[:, : round(k1 / 2) + 1]
-    images, half_reciprocal = torch.arange(size)[:, None], _reciprocal(half)
+    images, half_reciprocal = torch.arange(size, device=neighbours.device)[:, None], _reciprocal(half)
     pairs = []
     steps = (rows.split(ROWS_PER_STEP) for rows in (images, full, _reciprocal(full)))
     for image, mine, is_mine in zip(*steps, strict=True):

@@ -19,9 +19,10 @@ from pml_drsl.evaluation.ranking import RankedQueries, rank_queries
 __all__ = ["FeatureDistances", "RankedQueries", "RetrievalResult", "evaluate", "rank_queries", "summarize"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RetrievalResult:
-    """The scores of one evaluation. Each score is a mean over the queries that have a match.
+    """The scores of one evaluation. Each score is a mean over the queries that have a match. Results with the same
+    scores and numbers are equal.
 
     Attributes:
         means: the mean of each score in ``pml_drsl.evaluation.ranking.SCORES`` by its name, in (0, 1].
@@ -39,7 +40,10 @@ class RetrievalResult:
     num_gallery: int
     num_junk: int
     num_unmatched: int
-    ranked: RankedQueries = field(repr=False, compare=False)
+    ranked: RankedQueries = field(repr=False)
+
+    def __eq__(self, other: object) -> bool:
+        return self.to_dict() == other.to_dict() if isinstance(other, RetrievalResult) else NotImplemented
 
     @property
     def mAP(self) -> float:
@@ -124,11 +128,10 @@ def evaluate(
     distances: DistanceRows
     if rerank:  # Junk images would be neighbours of others.
         query, gallery = as_features(query, "query"), as_features(gallery, "gallery")
-        sides = number_identities(query_ids, gallery_ids, len(query), len(gallery), junk)
-        if query_cams is not None and gallery_cams is not None:
-            query_cams, gallery_cams = shared_labels(query_cams, gallery_cams, len(query), len(gallery), "cams")
-        query, query_ids, query_cams = _keep(sides[0] >= 0, query, query_ids, query_cams)
-        gallery, gallery_ids, gallery_cams = _keep(sides[1] >= 0, gallery, gallery_ids, gallery_cams)
+        numbers = number_identities(query_ids, gallery_ids, len(query), len(gallery), junk)
+        (query, gallery), (query_ids, gallery_ids), (query_cams, gallery_cams) = without_junk(
+            numbers, (query, gallery), (query_ids, gallery_ids), (query_cams, gallery_cams)
+        )
         distances = reranking.rerank(query, gallery, metric=metric, device=device, progress=progress)
     else:
         distances = FeatureDistances(query, gallery, metric, device=device)
@@ -137,12 +140,30 @@ def evaluate(
     return summarize(rank_queries(distances, *labels, progress=progress, **options), max_rank)
 
 
-def _keep(kept: Tensor, features: Tensor, ids: Labels, cams: Labels | None) -> tuple[Tensor, Labels, Labels | None]:
-    """The images that ``kept``, bool of shape (N,), selects."""
-    if bool(kept.all()):
-        return features, ids, cams
-    cams = None if cams is None else label_array(cams)[kept.numpy()]
-    return features[kept.to(features.device)], label_array(ids)[kept.numpy()], cams
+def without_junk(
+    numbers: tuple[Tensor, Tensor],
+    features: tuple[Tensor, Tensor],
+    ids: tuple[Labels, Labels],
+    cams: tuple[Labels | None, Labels | None],
+) -> tuple[tuple[Tensor, Tensor], tuple[Labels, Labels], tuple[Labels | None, Labels | None]]:
+    """The features, identities and cameras of the images without a junk identity, queries and gallery, by the
+    ``numbers`` of ``number_identities``. An InputError for wrong cameras, and if all images of a side are junk."""
+    if cams[0] is not None and cams[1] is not None:
+        cams = shared_labels(cams[0], cams[1], len(features[0]), len(features[1]), "cams")
+    sides: list[Any] = []
+    for side, number, *columns in zip(("query", "gallery"), numbers, features, ids, cams, strict=True):
+        kept = number >= 0
+        if not bool(kept.any()):
+            raise InputError(f"all {side} images have a junk identity, which has no effect; see the argument junk")
+        sides.append(columns if bool(kept.all()) else [_select(kept, column) for column in columns])
+    return tuple(zip(*sides, strict=True))  # type: ignore[return-value]
+
+
+def _select(kept: Tensor, column: Labels | None) -> Labels | None:
+    """The rows that ``kept``, bool of shape (N,), selects."""
+    if isinstance(column, Tensor):
+        return column[kept.to(column.device)]
+    return None if column is None else label_array(column)[kept.numpy()]
 
 
 def summarize(ranked: RankedQueries, max_rank: int = 50) -> RetrievalResult:

@@ -1,7 +1,9 @@
 """A batch embedded in chunks must give the loss and the gradients of the batch embedded at once."""
 
 import copy
+import random
 
+import numpy as np
 import processes
 import pytest
 import torch
@@ -106,30 +108,45 @@ def test_the_graph_is_of_one_chunk_at_a_time():
     assert network.seen == [(SIZE, True)]
 
 
+class Scaled(nn.Module):
+    """A random layer that draws from the generators of Python and numpy."""
+
+    def forward(self, x):
+        return x * (random.random() + np.random.random(x.shape[1:])[0])
+
+
+def seed_all(seed):
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def drawn(device):
+    return torch.rand(3, device=device).tolist(), torch.rand(1).item(), random.random(), np.random.random()
+
+
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("middle", ["dropout", "batch norm", "spectral norm", "all"])
+@pytest.mark.parametrize("middle", ["dropout", "python random", "batch norm", "spectral norm", "all"])
 def test_both_passes_of_random_and_stateful_layers_are_alike(middle, device):
     layers = {
         "dropout": nn.Dropout(0.4),
+        "python random": Scaled(),
         "batch norm": nn.BatchNorm1d(8),
         # Its power iteration goes on with every forward pass in training.
         "spectral norm": nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)),
     }
     network = make_network(*(layers.values() if middle == "all" else [layers[middle]]), device=device)
     other, (images, labels) = copy.deepcopy(network), make_data(device=device)
-    torch.manual_seed(5)
+    seed_all(5)
     wanted = DRSLoss(0.1)(by_hand(other, images, 3), labels)
     wanted.backward()
-    after = torch.rand(3, device=device)
-    torch.manual_seed(5)
+    after = [drawn(device) for _ in range(3)]
+    seed_all(5)
     loss = LargeBatch(network, DRSLoss(0.1), 6)(images, labels)
-    drawn = torch.rand(3, device=device)
     # What is drawn between the passes, or after them, is no business of theirs.
-    torch.rand(7, device=device)
-    before = torch.get_rng_state()
+    between = [drawn(device) for _ in range(2)]
     loss.backward()
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(drawn, after)
+    assert [*between, drawn(device)] == after
     torch.testing.assert_close((loss, state(network)), (wanted, state(other)), rtol=1e-9, atol=1e-12)
 
 
@@ -140,6 +157,32 @@ def test_running_statistics_count_every_image_once_also_without_a_backward_pass(
     assert network[2].num_batches_tracked == 4
     loss.backward()
     torch.testing.assert_close(list(network.buffers()), first, rtol=0, atol=0)
+
+
+class Positions(nn.Module):
+    """Adds tables, one that the first forward pass makes, and one that it makes larger."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("made", None)
+        self.register_buffer("enlarged", torch.zeros(1))
+
+    def forward(self, x):
+        if self.made is None:
+            self.made = torch.linspace(0, 1, x.shape[1], dtype=x.dtype)
+        if len(self.enlarged) < x.shape[1]:
+            self.enlarged = torch.linspace(1, -1, x.shape[1], dtype=x.dtype)
+        return x + self.made * self.enlarged
+
+
+def test_buffers_that_the_first_pass_makes_or_resizes():
+    network, (images, labels) = make_network(Positions()), make_data()
+    other = copy.deepcopy(network)
+    loss = LargeBatch(network, DRSLoss(0.1), 5)(images, labels)
+    loss.backward()
+    wanted = DRSLoss(0.1)(other(images), labels)
+    wanted.backward()
+    torch.testing.assert_close((loss, state(network)), (wanted, state(other)), rtol=1e-9, atol=1e-12)
 
 
 def test_another_forward_pass_shares_the_backward_pass():

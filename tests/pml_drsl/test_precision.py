@@ -84,6 +84,23 @@ def test_blocks_may_be_nested_and_run_in_threads():
     assert setting() == before
 
 
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has no settings to inherit")
+def test_an_inherited_setting_stays_inherited():
+    switches, before = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul), torch.backends.fp32_precision
+    try:
+        for switch in switches:
+            switch.fp32_precision = "none"
+        torch.backends.fp32_precision = "tf32"
+        with full_precision("cpu"):
+            assert [switch.fp32_precision for switch in switches] == ["ieee"] * 2
+        assert [switch.fp32_precision for switch in switches] == ["tf32"] * 2
+        torch.backends.fp32_precision = "ieee"
+        assert [switch.fp32_precision for switch in switches] == ["ieee"] * 2
+    finally:
+        torch.backends.fp32_precision = before
+        torch.set_float32_matmul_precision("high")
+
+
 @pytest.mark.parametrize("gpu", DEVICES[1:])
 @pytest.mark.parametrize("distance", [LpDistance(), CosineSimilarity()])
 def test_cuda_tensor_float_32_changes_nothing(distance, gpu):

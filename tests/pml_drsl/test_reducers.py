@@ -3,8 +3,8 @@ import inspect
 import pytest
 import torch
 from batches import make_batch, make_loss
+from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning import reducers as pml_reducers
-from pytorch_metric_learning.losses import SupConLoss, TripletMarginLoss
 from pytorch_metric_learning.reducers import AvgNonZeroReducer, DivisorReducer, PerAnchorReducer, SumReducer
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 
@@ -59,10 +59,48 @@ def test_no_loss_at_all_is_a_zero_that_goes_backward(losses):
     assert (embeddings.grad == 0).all()
 
 
-def test_serves_the_losses_of_pml():
-    x, labels = torch.randn(12, 4), torch.arange(12) // 3
-    for loss_fn in (TripletMarginLoss(reducer=PerQueryReducer()), SupConLoss(reducer=PerQueryReducer())):
-        assert torch.isfinite(loss_fn(x, labels))
+PML_LOSSES = {
+    "TripletMarginLoss": pml_losses.TripletMarginLoss,
+    "ContrastiveLoss": pml_losses.ContrastiveLoss,
+    "SupConLoss": pml_losses.SupConLoss,
+    "NCALoss": pml_losses.NCALoss,
+    "CircleLoss": pml_losses.CircleLoss,
+    "LiftedStructureLoss": pml_losses.LiftedStructureLoss,
+    "ProxyAnchorLoss of few classes": lambda reducer: pml_losses.ProxyAnchorLoss(4, 5, reducer=reducer),
+    "ProxyAnchorLoss of more classes than images": lambda reducer: pml_losses.ProxyAnchorLoss(20, 5, reducer=reducer),
+}
+
+
+@pytest.mark.parametrize("name", PML_LOSSES)
+def test_serves_the_losses_of_pml(name):
+    x, labels = torch.randn(12, 5, generator=torch.Generator().manual_seed(0)), torch.arange(12) // 3
+    found = []
+    # All queries and all identities have equally many losses, so that both reducers give one mean.
+    kinds = [PerQueryReducer, PerIdentityReducer][: 1 if name.startswith("Proxy") else 2]
+    for reducer in (pml_reducers.DoNothingReducer(), *(kind() for kind in kinds)):
+        torch.manual_seed(1)  # of the proxies
+        found.append(PML_LOSSES[name](reducer=reducer)(x, labels))
+    wanted = 0.0
+    for part in found[0].values():
+        query = part["indices"] if part["reduction_type"] == "element" else part["indices"][0]
+        by_query = {}
+        for index, loss in zip(query.tolist(), part["losses"].flatten().tolist(), strict=True):
+            by_query.setdefault(index, []).append(loss)
+        wanted += sum(sum(each) / len(each) for each in by_query.values()) / len(by_query)
+    assert wanted > 0
+    assert [value.item() for value in found[1:]] == pytest.approx([wanted] * len(kinds), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("reducer", [PerQueryReducer(), PerQueryReducer(SumReducer()), PerIdentityReducer()])
+def test_many_losses_in_half_precision_keep_their_number_and_their_sum(reducer, dtype):
+    query, label = torch.zeros(3000, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    for kind, indices in (("element", query), ("pos_pair", (query, torch.arange(3000)))):
+        losses = torch.ones(3000, dtype=dtype, requires_grad=True)
+        reduced = reducer(info(losses, indices, kind), torch.zeros(1, 2, dtype=dtype), label)
+        reduced.backward()
+        assert reduced.item() == pytest.approx(1, abs=1e-5)
+        torch.testing.assert_close(losses.grad, torch.full_like(losses, 1 / 3000))
 
 
 @pytest.mark.parametrize("kind", ["pos_pair", "element"])

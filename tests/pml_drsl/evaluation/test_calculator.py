@@ -87,16 +87,31 @@ def test_large_identities_are_told_apart(search: dict[str, Any]) -> None:
 
 
 def test_junk_identities_change_no_metric(search: dict[str, Any]) -> None:
-    expected = with_cameras(search).get_accuracy(*data(search))
+    options = {"include": (*METRICS, "precision_at_1", "mean_average_precision", "r_precision")}
+    expected = with_cameras(search, **options).get_accuracy(*data(search))
     junk = {"query": torch.zeros(3, 8), "query_ids": [-1] * 3, "query_cams": [0] * 3}
     junk |= {"gallery": search["query"], "gallery_ids": [-1] * 20, "gallery_cams": [9] * 20}
     more = {key: torch.cat([torch.as_tensor(junk[key]), search[key]]) for key in search}
-    metrics = with_cameras(more).get_accuracy(*data(more))
+    metrics = with_cameras(more, **options).get_accuracy(*data(more))
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value), name
     others = {key: value.masked_fill(value == -1, 77) if key.endswith("ids") else value for key, value in more.items()}
     assert with_cameras(others, junk=[77]).get_accuracy(*data(others))["mAP"] == pytest.approx(expected["mAP"])
     assert with_cameras(others).get_accuracy(*data(others))["mAP"] < expected["mAP"]
+    # Each query is removed from its own gallery.
+    calculator = ReIDAccuracyCalculator(**options, device=CPU)
+    expected = calculator.get_accuracy(search["gallery"], search["gallery_ids"])
+    for name, value in calculator.get_accuracy(more["gallery"], more["gallery_ids"]).items():
+        assert value == pytest.approx(expected[name]), name
+    with pytest.raises(ValueError, match="all query images have a junk identity"):
+        calculator.get_accuracy(search["query"], [-1] * 20, search["gallery"], search["gallery_ids"])
+
+
+def test_the_default_device_does_not_matter(search: dict[str, Any]) -> None:
+    expected = with_cameras(search).get_accuracy(*data(search))["mAP"]
+    with torch.device("meta"):
+        assert with_cameras(search).get_accuracy(*data(search))["mAP"] == expected
+        assert ReIDAccuracyCalculator(device=CPU).get_accuracy(search["gallery"], search["gallery_ids"])["mAP"] > 0
 
 
 def test_errors(search: dict[str, Any]) -> None:
@@ -110,6 +125,8 @@ def test_errors(search: dict[str, Any]) -> None:
         calculator.get_accuracy(search["query"], pairs, search["gallery"], search["gallery_ids"])
     with pytest.raises(ValueError, match=r"not integers: 0\.5"):
         calculator.get_accuracy(search["query"], search["query_ids"] + 0.5, search["gallery"], search["gallery_ids"])
+    with pytest.raises(ValueError, match="reference without reference_labels: give the identities"):
+        calculator.get_accuracy(search["query"], search["query_ids"], search["gallery"])
     with pytest.raises(ValueError, match="label_comparison_fn"):
         ReIDAccuracyCalculator(label_comparison_fn=torch.eq)
     search["query"][0, 0] = torch.nan

@@ -283,6 +283,14 @@ def test_a_new_score_is_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.scores()["share-junk"] == result.to_dict()["share-junk"] == pytest.approx(expected)
 
 
+def test_results_with_the_same_scores_are_equal() -> None:
+    search = random_search()
+    result = evaluate(**search)
+    assert result == evaluate(**search)
+    assert result != evaluate(**search, metric="cosine")
+    assert result != result.to_dict()
+
+
 def test_average_precision_and_identity_of_each_query() -> None:
     search = random_search()
     ranked = evaluate(**search).ranked
@@ -359,6 +367,11 @@ def test_errors_name_the_value_and_the_fix() -> None:
         ({"query_ids": np.full(40, 99)}, "no query identity occurs in the gallery"),
         ({"gallery": spoilt}, "2 of 150 gallery features contain NaN or infinity .first: row 3"),
         ({"query": search["query"] * 1e20}, "overflow"),
+        (
+            {"query": search["query"] * 1e-25},
+            "query features reach .*e-25, whose squares are 0 in torch.float32",
+        ),
+        ({"gallery": search["gallery"] * 1e-25, "metric": "cosine"}, "gallery features reach .* whose squares are 0"),
         ({"query": search["query"][:, :8]}, "8 dimensions and gallery features 16"),
         ({"query": search["query"][:0]}, "non-empty"),
         ({"query": search["query"][0]}, "shape"),
@@ -467,6 +480,15 @@ def test_optimistic_and_pessimistic_bound_mean(search: dict[str, Any]) -> None:
 
 
 OPTIONS = [{}, {"protocol": "single-gallery-shot"}, {"rerank": True}]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_default_device_does_not_matter(options: dict[str, Any]) -> None:
+    search = random_search()
+    search["gallery"] = search["gallery"].numpy()
+    expected = numbers(**search, **options)
+    with torch.device("meta"):
+        assert numbers(**search, **options) == expected
 
 
 @pytest.mark.cuda
