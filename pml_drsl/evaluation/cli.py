@@ -25,11 +25,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from pml_drsl.checks import InputError
-from pml_drsl.console import check_outputs, guarded, version, write_text
+from pml_drsl.console import check_outputs, version, write_text
 from pml_drsl.evaluation import METRICS, PROTOCOLS, RANKS, TIES
 
 # torch and numpy are imported after the arguments are read, so that --help is fast.
@@ -40,12 +39,6 @@ EPILOG = """examples:
   drsl-evaluate query.npy gallery.npy --ids ids.csv --no-cameras
   drsl-evaluate features.npz --junk -1 background
 """
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit status, which :func:`pml_drsl.console.guarded` explains."""
-    args = parser().parse_args(arguments)
-    return guarded("drsl-evaluate", lambda: run(args), [args.json])
 
 
 def run(args: argparse.Namespace) -> None:

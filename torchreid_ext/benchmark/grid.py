@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import yaml
 
 from pml_drsl.checks import InputError, nearest
 from torchreid_ext.config.keys import KEYS
-from torchreid_ext.config.node import check, flat, get_default_config, plain
+from torchreid_ext.config.node import Config, check, flat, flatten, get_default_config, plain
 from torchreid_ext.runtime.files import locked
 
 Snippet = Mapping[str, Any]
@@ -42,6 +43,19 @@ class Run:
     def __str__(self) -> str:
         return f"{self.config.name}, {self.loss}, seed {self.seed}"
 
+    def labels(self) -> dict[str, Any]:
+        """What its line of the file of results says of it, beside the scores."""
+        names = ("loss", "seed", "changes", "varied", "snippet", "configuration")
+        own = {name: getattr(self, name) for name in names}
+        return {"config": self.config.name, **own, "fingerprint": fingerprint(self.configuration)}
+
+
+def recipe(line: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name of the configuration file of a result, and the keys with an effect on scores that the user changed in
+    all runs, with their values: of two spellings of a number, 1e-3 and 0.001, the value is one."""
+    changed = {key: line["configuration"].get(key, word) for key, word in line["changes"].items()}
+    return line["config"], scored(changed)
+
 
 def same(mine: Mapping[str, Any], other: Mapping[str, Any], without: Iterable[str] = ()) -> bool:
     """Whether two flat configurations are equal, but for some keys and for keys that do not change a score. A key that
@@ -58,12 +72,16 @@ def same(mine: Mapping[str, Any], other: Mapping[str, Any], without: Iterable[st
 
 
 def comparable(configuration: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a flat configuration that have an effect on scores: without those of losses that are not trained.
-    Weights are told by the name of their file."""
+    """The keys of a flat configuration that have an effect on scores: without those of losses that are not trained."""
     trained = {configuration.get("loss.name"), "softmax"}  # A cross-entropy stands beside every loss.
     idle = tuple(f"loss.{name}." for name in KEYS["loss.name"].choices or () if name not in trained)
-    effective = {key: value for key, value in configuration.items() if not key.startswith(idle)}
-    kept = {key: value for key, value in effective.items() if key not in KEYS or KEYS[key].scores}
+    return scored({key: value for key, value in configuration.items() if not key.startswith(idle)})
+
+
+def scored(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that have an effect on scores where their loss is trained. Weights are told by the name of their
+    file."""
+    kept = {key: value for key, value in values.items() if key not in KEYS or KEYS[key].scores}
     if kept.get("model.load_weights"):
         kept["model.load_weights"] = Path(kept["model.load_weights"]).name
     return kept
@@ -99,6 +117,23 @@ def read_losses(path: Path, names: Sequence[str] | None) -> tuple[dict[str, Snip
     return {**chosen}, settings
 
 
+def added(loss: str, snippet: Snippet, setting: Snippet) -> dict[str, Any]:
+    """The keys of a loss and of a setting that is added to it, dotted. As in a configuration, arguments are added to
+    the arguments of a class, and a value that names a class replaces them. Raises InputError for a wrong key."""
+    cfg = get_default_config()
+    for each in (snippet, setting):
+        _merge(cfg, loss, each)
+    keys, values = [key for each in (snippet, setting) for key, _ in flatten(each)], flat(cfg)
+    return {key: values[key] for key in keys if key in values}
+
+
+def _merge(cfg: Config, loss: str, snippet: Snippet) -> None:
+    try:
+        cfg.merge_from_list([word for pair in snippet.items() for word in pair])
+    except InputError as error:
+        raise InputError(f"loss {loss}: {error}") from error
+
+
 def plan(
     files: Sequence[Path], losses: Mapping[str, Snippet], seeds: Sequence[int], words: Sequence[str] = (),
     varied: Sequence[Sequence[str]] = (), root: str | None = None,
@@ -123,10 +158,7 @@ def plan(
             for loss, snippet in losses.items():
                 cfg = get_default_config()
                 cfg.merge_from_file(file)
-                try:
-                    cfg.merge_from_list([word for pair in snippet.items() for word in pair])
-                except InputError as error:
-                    raise InputError(f"loss {loss}: {error}") from error
+                _merge(cfg, loss, snippet)
                 cfg.data.root = root or cfg.data.root
                 cfg.merge_from_list([word for pair in (fixed | of_seed).items() for word in pair])
                 cfg.train.seed = seed
@@ -137,19 +169,23 @@ def plan(
 
 def read_results(path: Path) -> list[dict[str, Any]]:
     """The results of a file, which may be a .gz file, one for each line; an empty list for a file that is not there.
-    Raises InputError for a line that is not a result. A last line that is cut off is left out with a warning."""
+    Raises InputError for a line that is not a result, or a .gz file that is damaged. A last line that is cut off is
+    left out with a warning."""
     if not path.exists():
         return []
     results: list[dict[str, Any]] = []
     content = path.read_bytes()
-    lines = (gzip.decompress(content) if path.suffix == ".gz" else content).decode().splitlines()
+    try:
+        lines = (gzip.decompress(content) if path.suffix == ".gz" else content).splitlines()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path} is cut off or damaged: {error}; copy it again") from error
     for number, line in enumerate(lines, 1):
         result = None
-        with suppress(ValueError):
+        with suppress(ValueError):  # Also for bytes that are not UTF-8.
             result = json.loads(line)
         if isinstance(result, dict) and "configuration" in result and "results" in result:
             results.append(result)
-        elif result is None and number == len(lines) and line.startswith("{"):
+        elif result is None and number == len(lines) and line.startswith(b"{"):
             warnings.warn(f"{path}: the last line is cut off and left out", stacklevel=2)
         else:
             raise InputError(f"{path}, line {number}: this is not a result of drsl-benchmark; remove the line")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,9 @@ import numpy as np
 import pandas as pd
 
 from pml_drsl.checks import InputError, nearest
-from torchreid_ext.benchmark.grid import TUNED, comparable, same
+from torchreid_ext.benchmark.grid import TUNED, recipe, same, scored
 from torchreid_ext.benchmark.statistics import compare, holm
+from torchreid_ext.config.node import flatten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,6 +27,9 @@ COMPARED = {"mAP": "AP", "rank-1": "hit"}
 
 DRAWS = ("data.root", "data.split_id", "datasets")
 """The keys whose values may be other test people. The labels do not show it, because each split counts from 0."""
+
+WITH_SPLITS = ("cuhk01", "cuhk03", "grid", "ilids", "ilidsvid", "prid", "prid2011", "viper")
+"""The data sets of torchreid whose people ``data.split_id`` draws; it has no effect on any other."""
 
 LEVEL = 0.05
 BEGIN = "<!-- drsl-benchmark report: begin -->"
@@ -63,12 +68,13 @@ class Section:
     def differences(self, reference: str) -> pd.DataFrame:
         """How far the reference is ahead of each other loss, in percentage points, on the seeds that both have. A row
         for each loss and score: mean, low, high, p, seeds; p is corrected for the number of losses (Holm). A loss that
-        ``drsl-benchmark tune`` chose, NAME-tuned, is compared with the tuned reference."""
-        rows = []
+        ``drsl-benchmark tune`` chose, NAME-tuned, is compared with the tuned reference, and every loss with a reference
+        that is itself NAME-tuned."""
+        rows, tuned = [], reference.removesuffix(TUNED) + TUNED
         for score, of_query in COMPARED.items():
             found = {}
             for loss, theirs in self.lines.items():
-                name = reference + TUNED if loss.endswith(TUNED) else reference
+                name = tuned if loss.endswith(TUNED) else reference
                 ours = self.lines.get(name, {})
                 seeds = sorted(set(ours) & set(theirs)) if loss != name else []
                 if seeds:
@@ -84,12 +90,17 @@ class Section:
 
     def _people(self, line: dict[str, Any]) -> tuple[Any, ...]:
         """What differs between seeds that test on other people, and not between seeds that test on the same people."""
-        return tuple(sorted(line["results"][self.target]["identity"])), *map(line.get("varied", {}).get, DRAWS)
+        configuration, varied = line["configuration"], line.get("varied", {})
+        drawn = configuration["data.sources"] if configuration.get("data.validation") else [self.target]
+        without = set() if {*drawn} & {*WITH_SPLITS} else {"data.split_id"}
+        draws = [varied.get(key) for key in DRAWS if key not in without]
+        return tuple(sorted(line["results"][self.target]["identity"])), *draws
 
     def _paired(self, ours: dict[str, Any], theirs: dict[str, Any], score: str) -> tuple[list[float], list[int]]:
         """The difference of each query that has a match, and its identity."""
         one, other = ours["results"][self.target], theirs["results"][self.target]
-        if one["identity"] != other["identity"] or ours.get("varied") != theirs.get("varied"):
+        left, right = ([line["configuration"].get(key) for key in ours.get("varied", ())] for line in (ours, theirs))
+        if one["identity"] != other["identity"] or left != right:
             other_queries = f"{ours['loss']} and {theirs['loss']} were tested on other queries with seed {ours['seed']}"
             raise InputError(f"{self.title}: {other_queries}; give their runs the same --vary")
         pairs = zip(one[score], other[score], one["identity"], strict=True)
@@ -99,33 +110,45 @@ class Section:
 
 def sections(results: Sequence[Mapping[str, Any]], losses: Sequence[str] | None = None) -> list[Section]:
     """The results, the newest last, by data set, network and recipe; of some losses, or of all. Of a loss with results
-    of several configurations, which a changed default makes, only those of the newest count."""
+    of several configurations, which a changed default makes, only those of the newest count. The title names the
+    starting weights where another has the same title."""
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for line in results:
         if losses is None or line["loss"] in losses:
             for target in line["results"]:
                 groups.setdefault((target, *_recipe(line)), []).append(line)
-    return [_section(target, network, lines) for (target, _, network, _), lines in groups.items()]
+    found = [_section(target, network, lines) for (target, _, network, _), lines in groups.items()]
+    titles = [section.title for section in found]
+    return [
+        replace(section, changes=_changes(lines[0])) if titles.count(section.title) > 1 else section
+        for section, lines in zip(found, groups.values(), strict=True)
+    ]
 
 
-def _recipe(line: Mapping[str, Any]) -> tuple[str, str, tuple[tuple[str, str], ...]]:
-    configuration = line["configuration"]
+def _recipe(line: Mapping[str, Any]) -> tuple[str, str, str]:
+    configuration, (config, changed) = line["configuration"], recipe(line)
     network = configuration["model.name"] + (" with the neck" if configuration["model.bnneck"] else "")
-    return line["config"], network, tuple(sorted(comparable(line["changes"]).items()))
+    return config, network, json.dumps(changed, sort_keys=True)
+
+
+def _changes(line: Mapping[str, Any]) -> dict[str, str]:
+    return dict(sorted(scored(line["changes"]).items()))
 
 
 def _section(target: str, network: str, lines: Sequence[Mapping[str, Any]]) -> Section:
     notes = []
     by_loss: dict[str, dict[int, dict[str, Any]]] = {}
-    # What losses may set, such as their sampler; all else is the recipe, which is that of the newest line.
-    folders = {key.partition(".")[0] for line in lines for key in line["snippet"]}
-    theirs = {key for line in lines for key in line["configuration"] if key.partition(".")[0] in folders}
+    # What losses set, such as their sampler; all else is the recipe, which is that of the newest line.
+    theirs = {key for line in lines for key, _ in flatten(line["snippet"])}
+    # The identity cross-entropy stands beside every loss.
+    theirs |= {key for line in lines for key in line["configuration"] if re.match(r"loss\.(?!softmax\.)", key)}
+    newest, varied = lines[-1]["configuration"], {*lines[-1].get("varied", ())}
+    free = {"train.seed", *varied}
     for loss in dict.fromkeys(line["loss"] for line in lines):
         own = [line for line in lines if line["loss"] == loss]
-        free, newest = {"train.seed", *own[-1].get("varied", {})}, own[-1]["configuration"]
-        recipe = {*free, *lines[-1].get("varied", {}), *theirs}
-        kept = [line for line in own if same(line["configuration"], newest, free)]
-        kept = [line for line in kept if same(line["configuration"], lines[-1]["configuration"], recipe)]
+        kept = [line for line in own if {*line.get("varied", ())} == varied]
+        kept = [line for line in kept if same(line["configuration"], kept[-1]["configuration"], free)]
+        kept = [line for line in kept if same(line["configuration"], newest, free | theirs)]
         if len(kept) < len(own):
             notes.append(f"{loss}: {len(own) - len(kept)} results of an older configuration are left out.")
         if kept:
@@ -136,7 +159,7 @@ def _section(target: str, network: str, lines: Sequence[Mapping[str, Any]]) -> S
         if missing := ", ".join(str(seed) for seed in every if seed not in of_loss):
             without.setdefault(missing, []).append(loss)
     notes += [f"No results for seed {missing}: {', '.join(names)}." for missing, names in without.items()]
-    changes = {key: value for key, value in _recipe(lines[0])[2] if key != "model.load_weights"}
+    changes = {key: word for key, word in _changes(lines[0]).items() if key != "model.load_weights"}
     return Section(target, lines[0]["config"], network, changes, by_loss, notes)
 
 

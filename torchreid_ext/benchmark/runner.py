@@ -12,8 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from statistics import mean
@@ -27,13 +27,16 @@ from torchreid_ext.benchmark.grid import (
     TUNED,
     Run,
     Snippet,
+    added,
     append_result,
     appending,
     fingerprint,
     plan,
     read_results,
+    recipe,
     same,
 )
+from torchreid_ext.runtime.signals import StopRequest
 
 DRSL_TRAIN = (sys.executable, "-m", "torchreid_ext")
 RANKS = (1, 5, 10)
@@ -47,12 +50,11 @@ def run_all(runs: Sequence[Run], results: Path, workers: int, keep: Path | None 
     """Makes the runs that are not in the file of results yet, several at a time, and adds each as it ends.
 
     Returns the number of runs that failed. A failure is reported in one line, and does not stop the other runs. SIGTERM
-    stops them, as Ctrl-C does. Checkpoints and logs are in the folder ``keep``, or in a temporary folder, which only
-    stays if a run fails, or if an error ends this function. Raises InputError or OSError, before the first run, for a
-    file to which no result can be added.
+    and SIGHUP stop them, as Ctrl-C does. Checkpoints and logs are in the folder ``keep``, or in a temporary folder,
+    which only stays if a run fails, or if an error ends this function. Raises InputError or OSError, before the first
+    run, for a file to which no result can be added.
     """
-    there = [line["configuration"] for line in read_results(results)]
-    waiting = [run for run in runs if not any(same(run.configuration, configuration) for configuration in there)]
+    waiting = _missing(runs, results)
     if len(waiting) < len(runs):
         print(f"{len(runs) - len(waiting)} of {len(runs)} runs are in {results} already", file=sys.stderr)
     if not waiting:
@@ -66,8 +68,9 @@ def run_all(runs: Sequence[Run], results: Path, workers: int, keep: Path | None 
     try:
         # A log is no terminal: a line a minute is enough there.
         seconds = 0.1 if sys.stderr.isatty() else 60
-        with _noted_signals() as stopped, tqdm(total=len(waiting), unit="run", mininterval=seconds) as bar:
-            while (waiting or running) and not stopped:
+        stop = StopRequest("stopping; the same command goes on")  # While a run starts, an exception would lose it.
+        with stop, tqdm(total=len(waiting), unit="run", mininterval=seconds) as bar:
+            while (waiting or running) and stop.signum is None:
                 while waiting and len(running) < workers:
                     running.append(Process(waiting.pop(0), folder))
                 for process in [process for process in running if process.ended()]:
@@ -79,6 +82,7 @@ def run_all(runs: Sequence[Run], results: Path, workers: int, keep: Path | None 
                         tqdm.write(f"drsl-benchmark: {process.run} failed: {process.message()}", file=sys.stderr)
                     bar.update()
                 time.sleep(0.1)
+        stop.check()
     except Exception:
         # The disk may be full: the scores of a run that ended are still in its folder.
         keep = folder
@@ -94,28 +98,21 @@ def run_all(runs: Sequence[Run], results: Path, workers: int, keep: Path | None 
     return failed
 
 
-@contextmanager
-def _noted_signals() -> Iterator[list[int]]:
-    """Context: notes a SIGINT or SIGTERM, and raises KeyboardInterrupt at its end, or at a second signal. While a run
-    starts, an exception would lose its process."""
-    noted: list[int] = []
+def _missing(runs: Sequence[Run], results: Path) -> list[Run]:
+    """The runs whose configurations are not in the file of results. The report goes by labels, such as the name of the
+    loss: of a run that is there under other labels, the result is added once more, with the run's own."""
+    missing, there = list[Run](), read_results(results)
+    for run in runs:
+        own, labels = [line for line in there if same(run.configuration, line["configuration"])], run.labels()
+        if not own:
+            missing.append(run)
+        elif not any(_labels(line) == _labels(labels) for line in own):
+            append_result(results, own[-1] | labels)
+    return missing
 
-    def note(signum: int, frame: Any) -> None:
-        if noted:
-            raise KeyboardInterrupt
-        noted.append(signum)
 
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    for signum, handler in handlers.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(signum, note)
-    try:
-        yield noted
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-    if noted:
-        raise KeyboardInterrupt
+def _labels(line: Mapping[str, Any]) -> tuple[Any, ...]:
+    return line["loss"], recipe(line), {*line.get("varied", ())}  # The values of varied keys are in the configuration.
 
 
 class Process:
@@ -179,12 +176,9 @@ class Process:
         """The line of the file of results."""
         metrics = json.loads((self.folder / "metrics.json").read_text())
         return {
-            "config": self.run.config.name,
-            **{name: getattr(self.run, name) for name in ("loss", "seed", "changes", "varied", "snippet")},
+            **self.run.labels(),
             "results": {target: self._scores(target, scores) for target, scores in metrics.items()},
             "seconds": round(time.monotonic() - self._started, 1),
-            "fingerprint": fingerprint(self.run.configuration),
-            "configuration": self.run.configuration,
         }
 
     def _scores(self, target: str, scores: dict[str, Any]) -> dict[str, Any]:
@@ -243,7 +237,7 @@ def tune(
     for loss in losses:
         name = _best(loss, scores)
         for number, setting in enumerate(settings.get(loss, ()), 1):
-            second[f"{name}+{number}"] = {**trials[name], **setting}
+            second[f"{name}+{number}"] = added(f"{name}+{number}", trials[name], setting)
     more, failed_too = _try_all(second, grid, results, workers)
     trials |= second
     scores |= more

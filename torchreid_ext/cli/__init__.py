@@ -1,1 +1,1 @@
-"""The commands that use a trained network: drsl-extract, drsl-search and drsl-export."""
+"""The commands, each with its options, its checks of them and what it prints."""

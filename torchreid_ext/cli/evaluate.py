@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pml_drsl.checks import InputError
-from pml_drsl.console import check_outputs, guarded, say
+from pml_drsl.console import check_outputs, guarded, say, write_text
 from pml_drsl.evaluation import cli
 from pml_drsl.machine import available_cores
 
@@ -115,12 +115,9 @@ def _compare(args: argparse.Namespace) -> None:
     rows = table(args.features)
     check_outputs({"--csv": args.csv}, (str(Path(run, name)) for run in args.features for name in FILES))
     if args.csv:
-        from torchreid_ext.runtime.files import replacing
-
         text = io.StringIO(newline="")
         csv.writer(text).writerows(rows)
-        with replacing(args.csv) as file:
-            file.write(text.getvalue().encode())
+        write_text(args.csv, text.getvalue())
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *cells in rows:
         say("  ".join([first.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))

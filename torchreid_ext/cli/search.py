@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from torchreid_ext.images import Row
     from torchreid_ext.search.searcher import Searcher
 
+PART = 1000  # new images after which an index is written, so that a damaged image, or Ctrl-C, loses no others
+
 EXAMPLES = """
     drsl-search CHECKPOINT --gallery photos --query photos/anna/hall_1.jpg --names folder
     drsl-search osnet_x0_25_msmt17.pth --model osnet_x0_25 --gallery photos --query me.jpg
@@ -94,7 +96,8 @@ def _search(args: argparse.Namespace) -> None:
     searcher, queries, features = _opened(args, out)
     if features is None:
         return
-    rows = search.rankings(queries, args.crop, searcher.search_features(features, args.top, args.rerank))
+    found = search.others(queries, searcher.search_features(features, args.top + 1, args.rerank), args.top)
+    rows = search.rankings(queries, args.crop, found)
     caption = search.caption(searcher, args.rerank)
     # The escapes of JSON keep names that are no UTF-8, on terminals of any encoding.
     text = json.dumps(search.as_dict(searcher, rows, args.rerank), indent=2) + "\n"
@@ -116,7 +119,8 @@ def _opened(args: argparse.Namespace, out: TextIO) -> tuple[Searcher, list[Row],
     changes = args.index and (args.gallery or args.remove or args.prune)
     with locked(args.index) if changes else contextlib.nullcontext():
         kept = args.index if args.index and Path(args.index).exists() else None
-        given = {name: getattr(args, name) for name in ("model", "config_file", "index_type", "device", "names")}
+        options = ("model", "config_file", "index_type", "device", "batch_size", "names")
+        given = {name: getattr(args, name) for name in options}
         searcher = Searcher(args.checkpoint, index=kept, **given)
         queries = [absolute(row) for row in list_queries(args.query, args.names)]
         _check_outputs(args, [entry.path for entry in (*queries, *searcher.gallery.entries)])
@@ -189,8 +193,21 @@ def _update(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
         return changed
     _check_outputs(args, [entry.path for entry in entries])
     given = {name: getattr(args, name) for name in ("batch_size", "workers", "skip_damaged")}
-    read = extract_files(searcher.model, entries, description="gallery", **given)
-    for reason in read.damaged:
-        say(f"left out: {reason}", out)
-    searcher.gallery.add(read.entries, read.features)
+    while entries:
+        progress = f"gallery, {len(entries):,} images left"
+        # The whole index is written after every part: parts that grow with it keep the time for this short.
+        size = max(PART, len(searcher) // 10) if args.index else len(entries)
+        part, entries = entries[:size], entries[size:]
+        try:
+            read = extract_files(searcher.model, part, description=progress, **given)
+        except InputError as error:
+            if not args.skip_damaged or not (entries or len(searcher)):
+                raise
+            say(f"left out: {error}", out)  # No image of this part can be read.
+            continue
+        for reason in read.damaged:
+            say(f"left out: {reason}", out)
+        searcher.gallery.add(read.entries, read.features)
+        if entries:
+            searcher.gallery.save(args.index)
     return True

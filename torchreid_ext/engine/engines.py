@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,8 +70,10 @@ class ImagePMLEngine(BaseEngine):
         cross_camera: leave pairs of one identity and one camera out, as evaluation does; a miner's choice too.
     """
 
+    by_default: Callable[[], nn.Module] | None = None  # makes the criterion of a subclass that needs none
+
     def __init__(
-        self, datamanager: Any, model: nn.Module, optimizer: Optimizer, criterion: nn.Module,
+        self, datamanager: Any, model: nn.Module, optimizer: Optimizer, criterion: Any = None,
         weight_m: float = 1, weight_x: float = 1, miner: BaseMiner | None = None, scheduler: Any = None,
         use_gpu: bool = True, label_smooth: bool = True, cross_camera: bool = False,
     ) -> None:  # fmt: skip
@@ -78,6 +82,8 @@ class ImagePMLEngine(BaseEngine):
             raise InputError(f"weight_m and weight_x must be 0 or more and not both 0, got {weight_m} and {weight_x}")
         if miner is not None and not isinstance(miner, BaseMiner):
             raise InputError(f"miner must be a miner of pytorch_metric_learning, got {miner!r}")
+        if criterion is None and self.by_default is not None:
+            criterion = self.by_default()
         check_criterion(criterion, optimizer, miner, cross_camera)
         if weight_m > 0:
             check_returns_features(model)
@@ -176,17 +182,7 @@ class VideoPMLEngine(Tracklets, ImagePMLEngine):
     """
 
 
-class _DRSLByDefault:
-    """Mixed into an engine: its ``criterion`` is ``DRSLoss()`` by default."""
-
-    def __init__(
-        self, datamanager: Any, model: nn.Module, optimizer: Optimizer, criterion: Any = None, *args: Any, **kwargs: Any
-    ) -> None:
-        criterion = DRSLoss(collect_stats=True) if criterion is None else criterion
-        super().__init__(datamanager, model, optimizer, criterion, *args, **kwargs)  # type: ignore[call-arg]
-
-
-class ImageDRSLEngine(_DRSLByDefault, ImagePMLEngine):
+class ImageDRSLEngine(ImagePMLEngine):
     """``ImagePMLEngine`` whose criterion is ``DRSLoss()`` by default.
 
     Example::
@@ -195,9 +191,13 @@ class ImageDRSLEngine(_DRSLByDefault, ImagePMLEngine):
         results = engine.run(max_epoch=60, save_dir="log/osnet", dist_metric="cosine")
     """
 
+    by_default = partial(DRSLoss, collect_stats=True)
 
-class VideoDRSLEngine(_DRSLByDefault, VideoPMLEngine):
+
+class VideoDRSLEngine(VideoPMLEngine):
     """``VideoPMLEngine`` whose criterion is ``DRSLoss()`` by default."""
+
+    by_default = partial(DRSLoss, collect_stats=True)
 
 
 class SoftmaxStep(BaseEngine):

@@ -104,7 +104,8 @@ class TrainingStep(torchreid.engine.Engine):
     def step(self, loss: Tensor) -> None:
         """Steps the optimizers of every registered model on a loss; several processes step on the mean of their losses.
         Raises FloatingPointError if the loss is not finite, unless ``skip_nonfinite`` is set."""
-        value = distributed.mean(loss)
+        value = loss.detach().clone()
+        distributed.average([value])
         if torch.isfinite(value):
             self.stepper.step(loss, [optimizer for optimizer in self._optims.values() if optimizer is not None])
             return

@@ -106,7 +106,9 @@ def prepare(data: Mapping[str, Any], paths: Sequence[Any], metric: Metric, junk:
         samples.append(Samples(given, pid.numpy(), cam.numpy()).at(kept))
         ids, cameras = (label_array(data.get(f"{side}_{kind}", [""] * size)) for kind in ("ids", "cams"))
         names = files if np.shape(files) == (size,) else [f"{side} {row}" for row in range(size)]
-        pictures.append([Picture(str(names[row]), str(ids[row]), str(cameras[row])) for row in kept.tolist()])
+        about = ([str(of[row]) for of in (names, ids, cameras)] for row in kept.tolist())
+        # drsl-extract gives an image of an unknown camera its path for a camera of its own.
+        pictures.append([Picture(path, pid, camera * (camera != path)) for path, pid, camera in about])
     return Search(samples[0], samples[1], metric), (pictures[0], pictures[1])
 
 
@@ -203,13 +205,15 @@ def _framed(content: str, name: str, about: str) -> str:
 
 
 def _cameras(search: Search, pictures: Pictures) -> str:
-    """The table of camera pairs, whose colours make it a heat map."""
+    """The table of camera pairs, whose colours make it a heat map, of the images whose cameras are known."""
+    known = [np.flatnonzero([picture.camera != "" for picture in side]) for side in pictures]
+    if not all(map(len, known)):
+        return _framed("", "Cameras", "These images have no cameras.")
+    search = Search(search.query.at(known[0]), search.gallery.at(known[1]), search.metric)
     query, gallery = (
-        dict(sorted(zip(side.camids.tolist(), [picture.camera for picture in shown], strict=True)))
+        dict(sorted(zip(side.camids.tolist(), [each.camera for each in shown if each.camera], strict=True)))
         for side, shown in zip((search.query, search.gallery), pictures, strict=True)
     )
-    if "" in query.values():
-        return _framed("", "Cameras", "These images have no cameras.")
     if len(query | gallery) > MOST_CAMERAS:
         return _framed("", "Cameras", f"{len(query | gallery):,} cameras are too many for a table of their pairs.")
     pairs = camera_pairs(search)

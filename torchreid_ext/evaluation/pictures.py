@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -10,7 +9,6 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pml_drsl.checks import InputError
 from torchreid_ext.evaluation.page import Picture, Ranking, tiled
 from torchreid_ext.pixels import read_image
-from torchreid_ext.runtime.files import replacing
 
 Colour = tuple[int, int, int]
 
@@ -81,10 +79,3 @@ def ranking_picture(rows: Sequence[Ranking], title: str) -> Image.Image:
             distance = f"{round(found.distance, 3) + 0.0:.3f}"
             draw.text((left + _CELL[0], below), distance, FAINT, caption, anchor="rt")
     return page
-
-
-def save_ranking_picture(path: str | os.PathLike[str], rows: Sequence[Ranking], title: str) -> None:
-    """Draws a page with :func:`ranking_picture`, and saves it as a PNG, whole or not at all. Raises InputError as
-    :func:`ranking_picture`, and OSError if the page cannot be written."""
-    with replacing(path) as file:
-        ranking_picture(rows, title).save(file, "PNG")

@@ -15,7 +15,7 @@ from pml_drsl.evaluation.scores import RetrievalResult
 from torchreid_ext.evaluation import page, ranking
 from torchreid_ext.evaluation.extraction import extract
 from torchreid_ext.evaluation.page import Picture
-from torchreid_ext.evaluation.pictures import ranking_picture, save_ranking_picture
+from torchreid_ext.evaluation.pictures import ranking_picture
 from torchreid_ext.runtime import distributed, generators
 from torchreid_ext.runtime.files import replacing
 from torchreid_ext.runtime.options import Options, documented, option
@@ -103,7 +103,9 @@ class Tester:
         topk, title = options.visrank_topk, f"{target}: ranked gallery"
         if options.picture:
             picture = Path(options.save_dir, f"ranking_{target}.png")
-            save_ranking_picture(picture, ranking.some(search, pictures, options.picture, topk), title)
+            drawn_page = ranking_picture(ranking.some(search, pictures, options.picture, topk), title)
+            with replacing(picture) as file:
+                drawn_page.save(file, "PNG")
             print(f'Picture of ranked results saved to "{picture}"')
         if options.visrank:
             index = Path(options.save_dir, f"visrank_{target}", "index.html")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
+from pytorch_metric_learning.utils.distributed import is_distributed
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -97,17 +98,13 @@ def launched() -> bool:
     return dist.is_available() and dist.is_torchelastic_launched()
 
 
-def _joined() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def size() -> int:
-    return dist.get_world_size() if _joined() else 1
+    return dist.get_world_size() if is_distributed() else 1
 
 
 def rank() -> int:
     """The number of this process, from 0."""
-    return dist.get_rank() if _joined() else 0
+    return dist.get_rank() if is_distributed() else 0
 
 
 def group() -> dist.ProcessGroup | None:
@@ -122,7 +119,7 @@ def is_first() -> bool:
 
 def on_this_machine() -> int:
     """The number of processes of this run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if _joined() else 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if is_distributed() else 1
 
 
 def restarts() -> int:
@@ -200,13 +197,6 @@ def one_first() -> Iterator[None]:
 def unwrapped(model: nn.Module) -> nn.Module:
     """The network inside ``DataParallel`` or ``DistributedDataParallel``, or the network itself."""
     return model.module if isinstance(model, (nn.DataParallel, DistributedDataParallel)) else model
-
-
-def mean(value: Tensor) -> Tensor:
-    """The mean of a scalar over the processes, without gradient. One value that is not finite makes the mean so."""
-    value = value.detach().clone()
-    average([value])
-    return value
 
 
 @torch.no_grad()

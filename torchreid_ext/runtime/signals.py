@@ -1,7 +1,8 @@
-"""Turns SIGTERM and SIGINT (Ctrl-C) into a request to stop after the current batch, so that no work is lost."""
+"""Turns SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a closed terminal) into a request to stop, so that no work is lost."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -21,10 +22,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Context: records SIGTERM or SIGINT, which would otherwise end the process, in ``signum``; a second one does.
-    Outside the main thread the context does nothing, because python allows signal handlers only there."""
+    """Context: records a signal, which would otherwise end the process, in ``signum``, and prints what it ``says``; a
+    second one ends it. A signal that is ignored (nohup) stays so. Outside the main thread the context does nothing,
+    because python allows signal handlers only there."""
 
-    def __init__(self) -> None:
+    def __init__(self, says: str = "stopping after this batch") -> None:
+        self.says = says
         self.signum: int | None = None
         self._handlers: dict[int, Any] = {}
         self._process = os.getpid()
@@ -32,8 +35,10 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         self.signum = None
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, signal.SIGINT):
-                self._handlers[signum] = signal.signal(signum, self._note)
+            # Windows has no SIGHUP.
+            for signum in {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+                if signal.getsignal(signum) is not signal.SIG_IGN:
+                    self._handlers[signum] = signal.signal(signum, self._note)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -52,4 +57,6 @@ class StopRequest:
             raise KeyboardInterrupt("stopped at once by a second signal")
         self.signum = signum
         if distributed.is_first():
-            print(f"\n{signal.Signals(signum).name}: stopping after this batch", file=sys.stderr)
+            # A terminal that was closed takes no text.
+            with contextlib.suppress(OSError):
+                print(f"\n{signal.Signals(signum).name}: {self.says}", file=sys.stderr)

@@ -80,9 +80,14 @@ class Gallery:
         return self._without(found)
 
     def prune(self) -> list[Row]:
-        """Removes the images whose files are no longer there, and returns them. Images under names stay."""
-        paths = enumerate(entry.path for entry in self.entries)
-        return self._without({row for row, path in paths if os.path.isabs(path) and not os.path.isfile(path)})
+        """Removes the images whose files are no longer there, and returns them. Images under names stay. Raises
+        InputError if the files of all of several images are gone, as where a disk is not mounted."""
+        files = {row: entry.path for row, entry in enumerate(self.entries) if os.path.isabs(entry.path)}
+        gone = {row for row, path in files.items() if not os.path.isfile(path)}
+        if len(gone) == len(files) > 1:
+            cure = "is their disk there? To empty the index, give --remove '*'"
+            raise InputError(f"the files of all {len(gone):,} images are gone: {cure}")
+        return self._without(gone)
 
     def _without(self, rows: set[int]) -> list[Row]:
         gone = [entry for row, entry in enumerate(self.entries) if row in rows]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -162,6 +162,13 @@ class Searcher:
         """Writes the gallery to a file, as ``Gallery.save`` does, and waits while another process writes the file."""
         with self._lock, locked(path):
             self.gallery.save(path)
+
+
+def others(queries: Sequence[Row], found: Sequence[Sequence[Match]], top: int) -> list[list[Match]]:
+    """At most ``top`` of the matches that a search found for each query, without the query's own image, which the
+    gallery may hold."""
+    kept = [[match for match in row if match.name != query.path] for query, row in zip(queries, found, strict=True)]
+    return [[replace(match, rank=rank) for rank, match in enumerate(row[:top], 1)] for row in kept]
 
 
 def rankings(queries: Sequence[Row], crop: Box | None, found: Sequence[Sequence[Match]]) -> list[Ranking]:

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pml_drsl.evaluation.cli import main
 from pml_drsl.evaluation.scores import evaluate
+from torchreid_ext.cli.evaluate import main
 
 
 @pytest.fixture

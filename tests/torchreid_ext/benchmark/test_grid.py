@@ -9,6 +9,8 @@ import yaml
 
 from pml_drsl.checks import InputError
 from torchreid_ext.benchmark import grid
+from torchreid_ext.cli import benchmark
+from torchreid_ext.config.node import flat, get_default_config
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 DEMO = CONFIGS / "demo.yaml"
@@ -102,6 +104,19 @@ def test_losses_come_in_the_order_asked_for_without_their_settings(tmp_path):
     assert list(grid.read_losses(path, None)[0]) == ["a", "b"]
 
 
+@pytest.mark.parametrize("setting", [{"loss": {"pml": {"kwargs": {"b": 3}}}}, {"loss.pml.kwargs": {"b": 3}}])
+@pytest.mark.parametrize("kwargs", [{"pml": {"kwargs": {"a": 1, "b": 2}}}, {"pml.kwargs": {"a": 1, "b": 2}}])
+def test_a_setting_changes_what_it_sets_alone(setting, kwargs):
+    base = {"loss": {"name": "pml", "pml.loss": "SupConLoss", **kwargs}}
+    (run,) = grid.plan([DEMO], {"a": grid.added("a", base, setting)}, [0])
+    plain = get_default_config()
+    plain.merge_from_file(DEMO)
+    expected = {"loss.name": "pml", "loss.pml.loss": "SupConLoss", "loss.pml.kwargs": {"a": 1, "b": 3}}
+    assert run.configuration == {**flat(plain), **expected, "train.seed": 0}
+    with pytest.raises(InputError, match=r"loss a.*did you mean 'loss.name'"):
+        grid.added("a", base, {"loss": {"nam": "drsl"}})
+
+
 def test_results_are_appended_after_a_line_that_was_cut_off(tmp_path):
     path = tmp_path / "folder" / "results.jsonl"
     lines = [{"configuration": {}, "results": {"a": number}} for number in range(3)]
@@ -136,3 +151,21 @@ def test_a_file_that_holds_no_results_is_refused_and_kept(tmp_path, text):
     with pytest.raises(InputError, match="line 1"):
         grid.read_results(path)
     assert path.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("r.jsonl.gz", gzip.compress(b'{"configuration": {}, "results": {}}\n' * 9)[:-12], "cut off or damaged"),
+        ("r.jsonl.gz", gzip.compress(b"{}")[:12] + b"\xff" * 9, "cut off or damaged"),
+        ("r.jsonl.gz", b"no gzip", "cut off or damaged"),
+        ("r.jsonl", b'{"configuration": {"a": "\xe9"}, "results": {}}\n{}\n', "line 1: this is not a result"),
+    ],
+    ids=["cut off", "damaged", "no gzip", "not UTF-8"],
+)
+def test_a_damaged_file_is_refused_in_a_line(tmp_path, capsys, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert benchmark.main(["report", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error and message in error and error.count("\n") == 1

@@ -37,7 +37,7 @@ def test_every_listed_loss_and_setting_trains_a_batch(model):
     seen = set()
     for file, name, number in LISTED:
         losses, settings = grid.read_losses(CONFIGS / file, [name])
-        cfg = built({**losses[name], **([{}, *settings[name]][number])})
+        cfg = built(grid.added(name, losses[name], [{}, *settings[name]][number]))
         criterion = build.build_criterion(cfg, model, 8, steps=5)
         seen.add(file + repr(criterion) + str(flat(cfg)))
         if criterion is not None:

@@ -1,9 +1,11 @@
 """The report of a file of results, and the choice of settings."""
 
+import inspect
 import json
 
 import numpy as np
 import pytest
+import torchreid
 import yaml
 from matplotlib.figure import Figure
 from PIL import Image
@@ -80,23 +82,42 @@ def test_a_tuned_loss_is_compared_with_the_tuned_reference():
     table = section.differences("drsl").set_index(["loss", "score"])["mean"]
     assert sorted({loss for loss, _ in table.index}) == ["a", "a-tuned"]
     assert table["a-tuned", "mAP"] == pytest.approx(30, abs=5) and table["a", "mAP"] == pytest.approx(10, abs=5)
+    # A reference that is itself tuned is compared with all.
+    table = section.differences("drsl-tuned").set_index(["loss", "score"])["mean"]
+    assert table["a-tuned", "mAP"] == pytest.approx(30, abs=5) and table["drsl", "mAP"] == pytest.approx(20, abs=5)
 
 
 @pytest.mark.parametrize(
-    ("key", "labels", "others"),
-    [("train.lr", 0, False), ("data.split_id", 0, True), ("data.validation_seed", 0, False),
-     ("data.validation_seed", 100, True)],
-)  # fmt: skip
-def test_other_people_for_each_seed_are_told_from_the_same_people(key, labels, others):
-    """A split counts its people from 0. Validation people keep their labels, of which each draw has others here."""
-    same = [line(loss, seed, 0.5) for loss in ("drsl", "a") for seed in range(3)]
-    varied = [line(loss, seed, 0.5, varied={key: str(seed)}) for loss in ("drsl", "a") for seed in range(3)]
+    ("key", "labels", "target", "keys", "others"),
+    [
+        ("train.lr", 0, "viper", {}, False),
+        ("data.split_id", 0, "viper", {}, True),
+        ("data.split_id", 0, "market1501", {}, False),
+        ("data.split_id", 0, "validation", {"data.validation": 0.5, "data.sources": ["viper"]}, True),
+        ("data.split_id", 0, "validation", {"data.validation": 0.5, "data.sources": ["market1501"]}, False),
+        ("data.validation_seed", 0, "validation", {}, False),
+        ("data.validation_seed", 100, "validation", {}, True),
+    ],
+)
+def test_other_people_for_each_seed_are_told_from_the_same_people(key, labels, target, keys, others):
+    """A split counts its people from 0, where a data set has splits. Validation people keep their labels, of which each
+    draw has others here."""
+    grid_ = [(loss, seed, 0.5) for loss in ("drsl", "a") for seed in range(3)]
+    same = [line(*run, target=target, **keys) for run in grid_]
+    varied = [line(*run, target=target, varied={key: str(run[1])}, **keys, **{key: run[1]}) for run in grid_]
     for result in varied:
-        scores = result["results"]["market1501"]
+        scores = result["results"][target]
         scores["identity"] = [identity + result["seed"] * labels for identity in scores["identity"]]
     one, other = (report.sections(results)[0].differences("drsl") for results in (same, varied))
     assert one["mean"].tolist() == pytest.approx(other["mean"].tolist())
     assert (one["low"].tolist() != other["low"].tolist()) is others
+
+
+def test_the_data_sets_with_splits_are_those_of_torchreid():
+    sets = vars(torchreid.data.datasets)
+    known = sets["__image_datasets"] | sets["__video_datasets"]
+    split = {name for name, kind in known.items() if "split_id" in inspect.signature(kind).parameters}
+    assert split == set(report.WITH_SPLITS) < set(known)
 
 
 def test_sections_are_told_apart_by_data_network_neck_and_changed_keys():
@@ -114,6 +135,21 @@ def test_sections_are_told_apart_by_data_network_neck_and_changed_keys():
     assert "with the neck" in found[3].title and "train.max_epoch 5" in found[4].title
 
 
+def test_titles_tell_apart_what_is_changed_in_all_runs():
+    """Also keys of a loss, and starting weights, which other titles leave out. A number has two spellings."""
+    keys = [{"model.load_weights": f"{word}.pth"} for word in ("one", "two")]
+    results = [
+        line("drsl", 0, 0.5),
+        line("drsl", 0, 0.5, changes={"loss.drsl.weight_m": "0.1"}, **{"loss.drsl.weight_m": 0.1}),
+        line("drsl", 1, 0.5, changes={"loss.drsl.weight_m": "1e-1"}, **{"loss.drsl.weight_m": 0.1}),
+        *(line("drsl", 0, 0.5, changes=each, **each) for each in keys),
+    ]
+    first, second, *others = [section.title for section in report.sections(results)]
+    assert first.endswith("(`market.yaml`)") and second.endswith("`loss.drsl.weight_m 0.1`)")
+    assert [title.split("`")[-2] for title in others] == ["model.load_weights one.pth", "model.load_weights two.pth"]
+    assert report.sections(results[-1:])[0].title == first
+
+
 def test_results_of_an_older_recipe_do_not_stand_beside_the_newest():
     # A loss may bring a sampler of its own, and another learning rate is another recipe.
     own = [line("softmax", seed, 0.9, **{"sampler.train_sampler": "RandomSampler"}) for seed in range(3)]
@@ -121,6 +157,46 @@ def test_results_of_an_older_recipe_do_not_stand_beside_the_newest():
     (section,) = report.sections([*own, *old, *RESULTS])
     assert "softmax" in section.lines and "circle" not in section.lines
     assert any(note.startswith("circle: 3 results") for note in section.notes)
+
+
+@pytest.mark.parametrize(
+    ("snippet", "key", "value"),
+    [
+        ({"sampler": {"train_sampler": "RandomSampler"}}, "sampler.num_instances", 8),
+        ({"loss": {"name": "softmax"}}, "loss.softmax.label_smooth", False),
+        ({"train": {"lr": 0.1}}, "train.max_epoch", 20),
+    ],
+)
+def test_a_loss_frees_the_keys_that_it_sets_and_no_other_of_their_section(snippet, key, value):
+    old = [line("a", 0, 0.5) | {"snippet": snippet}, line("drsl", 0, 0.5)]
+    new = [line("drsl", 0, 0.5, **{key: value})]
+    (section,) = report.sections([*old, *new])
+    assert [*section.lines] == ["drsl"] and "a: 1 results of an older configuration are left out." in section.notes
+
+
+@pytest.mark.parametrize("newest", ["varied", "plain"])
+def test_seeds_with_and_without_a_varied_key_are_not_pooled(newest):
+    """Seed 0 is in both under its own labels, because its split is the default."""
+    losses = ("drsl", "a")
+    plain = [line(loss, seed, 0.5, target="viper") for loss in losses for seed in range(5)]
+    varied = [
+        line(loss, seed, 0.5, target="viper", varied={"data.split_id": f"{2 * seed}"}, **{"data.split_id": 2 * seed})
+        for loss in losses
+        for seed in range(3)
+    ]
+    results, seeds, left = (plain + varied, 3, 5) if newest == "varied" else (varied + plain, 5, 3)
+    (section,) = report.sections(results)
+    assert {loss: [*lines] for loss, lines in section.lines.items()} == {loss: [*range(seeds)] for loss in losses}
+    assert section.notes == [f"{loss}: {left} results of an older configuration are left out." for loss in losses]
+    assert len(section.differences("drsl")) == 2
+
+
+def test_two_spellings_of_a_varied_value_are_compared():
+    results = [
+        line(loss, 0, 0.5, varied={"train.lr": word}, **{"train.lr": 0.001})
+        for loss, word in (("drsl", "1e-3"), ("a", "0.001"))
+    ]
+    assert len(report.sections(results)[0].differences("drsl")) == 2
 
 
 def test_results_of_an_older_default_do_not_mix_with_the_newest():
@@ -138,9 +214,10 @@ def test_losses_that_miss_the_same_seeds_share_a_note():
 
 
 def test_other_queries_cannot_be_compared():
-    for other in ({"people": 50}, {"varied": {"data.split_id": "2"}}):
+    split = [{"varied": {"data.split_id": f"{number}"}, "data.split_id": number} for number in (0, 2)]
+    for one, other in (({}, {"people": 50}), split):
         with pytest.raises(InputError, match="other queries with seed 0"):
-            report.report([line("drsl", 0, 0.5), line("triplet", 0, 0.5, **other)])
+            report.report([line("drsl", 0, 0.5, **one), line("triplet", 0, 0.5, **other)])
 
 
 def test_one_seed_has_an_interval_of_the_identities_alone_and_no_p_value():
@@ -229,10 +306,10 @@ def test_tuning_tries_the_settings_with_the_best_weight(tmp_path, monkeypatch, f
     monkeypatch.setattr(runner, "plan", lambda **grid_: [_validated(run) for run in grid.plan(**grid_)])
     (tmp_path / "demo.yaml").write_text("loss: {name: softmax}\n")
     arguments = {"files": [tmp_path / "demo.yaml"], "seeds": range(2), "words": [], "varied": [], "root": None}
-    settings = {"drsl": [{"loss.drsl.temperature": 0.5}, {"loss.drsl.temperature": 0.05}]}
+    settings = {"drsl": [{"loss.drsl.temperature": 0.5}, {"loss": {"drsl": {"temperature": 0.05}}}]}
     best, scores, failed = runner.tune({"drsl": DRSL}, settings, arguments, tmp_path / "results.jsonl", 1)
     weight = 1.0 if fails else 3.0
-    assert best == {"drsl": {**DRSL, "loss.drsl.weight_m": weight, "loss.drsl.temperature": 0.05}}
+    assert best == {"drsl": {"loss.name": "drsl", "loss.drsl.weight_m": weight, "loss.drsl.temperature": 0.05}}
     assert len(scores) == (5 if fails else 6) and failed == 2 * len(fails)
     assert scores[f"drsl*{weight:g}+2"] == pytest.approx(0.6 + 0.01 * weight)
     runner.write_tuned(tmp_path / "tuned.yaml", best, scores)

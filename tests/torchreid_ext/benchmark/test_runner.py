@@ -17,7 +17,7 @@ import yaml
 from toy_data import write_images
 
 from pml_drsl.checks import InputError
-from torchreid_ext.benchmark import grid, runner
+from torchreid_ext.benchmark import grid, report, runner
 from torchreid_ext.cli import benchmark
 
 DEMO = Path(__file__).parents[3] / "configs" / "demo.yaml"
@@ -43,8 +43,11 @@ def script(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "DRSL_TRAIN", (sys.executable, str(path)))
 
 
+DRSL = {"drsl": {"loss": {"name": "drsl"}}}
+
+
 def planned(seeds):
-    return grid.plan([DEMO], {"drsl": {"loss": {"name": "drsl"}}}, seeds, ["train.max_epoch", "1"])
+    return grid.plan([DEMO], DRSL, seeds, ["train.max_epoch", "1"])
 
 
 def test_a_result_is_a_line_and_is_not_made_again(script, tmp_path, capsys):
@@ -69,6 +72,31 @@ def test_a_result_is_a_line_and_is_not_made_again(script, tmp_path, capsys):
     assert runner.run_all(planned([0, 3]), results, 2) == 0
     assert "2 of 2 runs are in" in capsys.readouterr().err
     assert len(grid.read_results(results)) == 2
+
+
+def test_a_result_is_added_under_every_label_of_its_configuration(script, tmp_path, monkeypatch):
+    """As the weight 1, which is the default, that drsl-benchmark tune chose, or a varied key at its default."""
+    results, tuned = tmp_path / "results.jsonl", {"drsl-tuned": {"loss.name": "drsl", "loss.drsl.weight_m": 1.0}}
+    assert runner.run_all(planned([0]), results, 1) == 0
+    monkeypatch.setattr(runner, "Process", None)  # A run would raise a TypeError.
+    for words, varied, losses in (
+        ([], [], tuned),
+        ([], [["data.split_id", "0"]], DRSL),
+        (["loss.drsl.weight_m", "1.0"], [], DRSL),
+        (["loss.drsl.weight_m", "1", "data.workers", "2"], [], DRSL),  # the same once more
+    ):
+        for _ in range(2):
+            runs = grid.plan([DEMO], losses, [0], ["train.max_epoch", "1", *words], varied)
+            assert runner.run_all(runs, results, 1) == 0
+    first, *copies = grid.read_results(results)
+    assert [(line["loss"], *line["varied"], *line["changes"]) for line in copies] == [
+        ("drsl-tuned", "train.max_epoch"),
+        ("drsl", "data.split_id", "train.max_epoch"),
+        ("drsl", "train.max_epoch", "loss.drsl.weight_m"),
+    ]
+    assert all(line["results"] == first["results"] and line["commit"] == first["commit"] for line in copies)
+    text = report.report([first, copies[0]])
+    assert "| **drsl** " in text and "| **drsl-tuned** " in text
 
 
 def test_a_run_that_fails_is_told_in_a_line_and_stops_no_other(script, tmp_path, capsys):
@@ -121,7 +149,12 @@ def test_the_folder_of_a_run_whose_result_cannot_be_added_is_kept(tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    ("signum", "seconds"), [(signal.SIGTERM, 1), pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow)]
+    ("signum", "seconds"),
+    [
+        (signal.SIGTERM, 1),
+        pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 0, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_stops_the_runs_and_keeps_what_is_done(script, tmp_path, signum, seconds):
     """Also while a run starts, which takes the benchmark a second here after the run's process has begun."""

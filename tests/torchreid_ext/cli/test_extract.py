@@ -10,9 +10,8 @@ import torch
 import trained
 from PIL import Image
 
-from pml_drsl.evaluation import cli
 from torchreid_ext.checkpoint import checkpoint
-from torchreid_ext.cli import extract
+from torchreid_ext.cli import evaluate, extract
 from torchreid_ext.search.model import load_model
 
 
@@ -39,7 +38,7 @@ def test_the_scores_are_those_of_the_run(model, tmp_path, source, capsys):
     words = [] if source == "none" else [str(folder / "list.csv")]
     assert extract.main([str(model), *words, "--output", str(tmp_path / "f.npz"), "--workers", "1"]) == 0
     assert "--metric cosine" in capsys.readouterr().out
-    assert cli.main([str(tmp_path / "f.npz"), "--metric", "cosine", "--json", str(tmp_path / "scores.json")]) == 0
+    assert evaluate.main([str(tmp_path / "f.npz"), "--metric", "cosine", "--json", str(tmp_path / "scores.json")]) == 0
     scores = json.loads((tmp_path / "scores.json").read_text())
     of_run = json.loads((folder / "log" / "metrics.json").read_text())["listed"]
     assert abs(scores["mAP"] - of_run["mAP"]) < 1e-9 and abs(scores["mINP"] - of_run["mINP"]) < 1e-9
@@ -59,7 +58,7 @@ def test_a_folder_of_unnamed_images(any_model, tmp_path, capsys):
     with np.load(tmp_path / "f.npz") as file:
         assert set(file) == {"gallery", "gallery_paths", "model_fingerprint"} and file["gallery"].shape == (3, 512)
         assert file["gallery_paths"].tolist() == [str(gallery / f"{number} ü.png") for number in range(3)]
-    assert cli.main([str(tmp_path / "f.npz")]) == 2
+    assert evaluate.main([str(tmp_path / "f.npz")]) == 2
 
 
 @pytest.mark.parametrize("content", [b"", None], ids=["empty", "cut"])

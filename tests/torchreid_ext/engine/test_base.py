@@ -219,6 +219,21 @@ def test_a_second_signal_ends_at_once():
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+def test_a_terminal_that_closes_asks_to_stop_unless_nohup_ignores_it():
+    missed = []
+    before = signal.signal(signal.SIGHUP, lambda *_: missed.append("the handler of before"))
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+        assert stop.signum == signal.SIGHUP
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with stop:
+            signal.raise_signal(signal.SIGHUP)
+        assert stop.signum is None and not missed
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_last_best_and_retention(tmp_path, monkeypatch):
     engine = make_engine(tmp_path)
     scores = iter([0.2, 0.5, 0.5, 0.3])

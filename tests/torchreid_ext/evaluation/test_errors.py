@@ -133,6 +133,19 @@ def test_every_kind_of_test_set_has_its_page(data, tmp_path, name):
     assert re.search(words, text) and "nan%" not in text and "identity -1" not in text and text.count("<figure>") == 3
 
 
+@pytest.mark.parametrize("known", [0, 20])
+def test_a_camera_that_is_not_known_has_no_name(data, tmp_path, known):
+    """drsl-extract gives such an image its path in place of a camera; of the others there is a table."""
+    paths = [[f"/x/{side}{row}.png" for row in range(len(data[side]))] for side in ("query", "gallery")]
+    for side, files in zip(("query", "gallery"), paths, strict=True):
+        data[f"{side}_cams"] = np.r_[data[f"{side}_cams"][:known].astype(str), files[known:]]
+    write_page(tmp_path / "e.html", *opened(data, paths), "Title")
+    text = (tmp_path / "e.html").read_text(encoding="utf-8")
+    assert "camera /" not in text and "/x/" in text
+    heads = re.findall(r'<th scope="col">(.*?)</th>', text)
+    assert heads == ["0", "1", "2"][: 3 * bool(known)] and ("have no cameras" in text) is not bool(known)
+
+
 def test_the_legend_of_the_map_has_every_name_as_it_is(data, tmp_path, monkeypatch):
     """Also those that are mathematics to matplotlib, or nothing that it shows."""
     legends, legend = [], Axes.legend

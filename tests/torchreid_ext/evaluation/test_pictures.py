@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pml_drsl.checks import InputError
 from torchreid_ext.evaluation.page import Found, Picture, Ranking
-from torchreid_ext.evaluation.pictures import RIGHT, WRONG, ranking_picture, save_ranking_picture
+from torchreid_ext.evaluation.pictures import RIGHT, WRONG, ranking_picture
 
 # Smoothed grey text does not contain these colours.
 BLUE, OLIVE, PINK = (20, 40, 220), (120, 120, 20), (250, 120, 200)
@@ -77,20 +76,6 @@ def test_a_row_per_query_and_unequal_galleries(images: dict[tuple[int, int, int]
 def test_no_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="rows is empty"):
         ranking_picture([], "title")
-
-
-def test_saving_is_atomic(images: dict[tuple[int, int, int], str], tmp_path: Path) -> None:
-    target = tmp_path / "new" / "page.png"
-    row = ranked(images[BLUE], (images[OLIVE], 0.1, "right"))
-    save_ranking_picture(target, [row], "first")
-    with Image.open(target) as page:
-        assert page.format == "PNG" and page.tobytes() == ranking_picture([row], "first").tobytes()
-    before = target.read_bytes()
-    with pytest.raises(InputError, match="no such file"):
-        save_ranking_picture(target, [ranked(str(tmp_path / "absent.png"))], "second")
-    assert target.read_bytes() == before and [path.name for path in target.parent.iterdir()] == ["page.png"]
-    save_ranking_picture(target, [row], "second")
-    assert target.read_bytes() != before and [path.name for path in target.parent.iterdir()] == ["page.png"]
 
 
 def test_junk_has_neither_mark_nor_colour(images: dict[tuple[int, int, int], str]) -> None:

@@ -145,6 +145,18 @@ def test_a_gallery_comes_back_from_its_file_and_moves_with_its_folder(tmp_path):
     assert [entry.path for entry in moved.prune()] == [str(tmp_path / "two" / "photos" / "3.jpg")] and len(moved) == 6
 
 
+def test_files_that_are_all_gone_are_on_a_disk_that_is_not_there(tmp_path):
+    gallery = saved(tmp_path / "one")
+    (tmp_path / "one elsewhere.jpg").unlink()
+    (tmp_path / "one").rename(tmp_path / "two")
+    with pytest.raises(InputError, match="the files of all 6 images are gone"):
+        gallery.prune()
+    assert len(gallery) == 7
+    gallery.remove([str(tmp_path / "one*")])
+    gallery.add([Row(str(tmp_path / "gone.jpg"))], draw(1, seed=5))
+    assert [entry.path for entry in gallery.prune()] == [str(tmp_path / "gone.jpg")]  # of one image it may be true
+
+
 def test_an_index_behind_a_link_is_that_of_its_own_folder(tmp_path):
     gallery = saved(tmp_path / "one")
     link = tmp_path / "link"
