@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from pml_drsl.checks import InputError
-from pml_drsl.console import check_outputs, guarded, say
+from pml_drsl.console import check_outputs, guarded, say, write_text
 from torchreid_ext.cli import console
 
 if TYPE_CHECKING:
@@ -89,7 +89,6 @@ def run(args: argparse.Namespace) -> None:
 
 def _search(args: argparse.Namespace) -> None:
     from torchreid_ext.evaluation.page import write_pages
-    from torchreid_ext.runtime.files import replacing
     from torchreid_ext.search import searcher as search
 
     out = sys.stderr if args.json == "-" else sys.stdout  # Text for people goes to stderr where stdout is JSON.
@@ -99,15 +98,10 @@ def _search(args: argparse.Namespace) -> None:
     found = search.others(queries, searcher.search_features(features, args.top + 1, args.rerank), args.top)
     rows = search.rankings(queries, args.crop, found)
     caption = search.caption(searcher, args.rerank)
-    # The escapes of JSON keep names that are no UTF-8, on terminals of any encoding.
-    text = json.dumps(search.as_dict(searcher, rows, args.rerank), indent=2) + "\n"
-    if args.json and args.json != "-":
-        with replacing(args.json) as file:
-            file.write(text.encode())
     page = f"\n\nThe page to look at is {str(write_pages(args.html, rows, caption)[0])!r}" if args.html else ""
     say(f"{caption}\n\n{search.as_text(rows)}{page}", out)
-    if args.json == "-":
-        sys.stdout.write(text)
+    if args.json:  # The escapes of JSON keep names that are no UTF-8, on terminals of any encoding.
+        write_text(args.json, json.dumps(search.as_dict(searcher, rows, args.rerank), indent=2) + "\n")
 
 
 def _opened(args: argparse.Namespace, out: TextIO) -> tuple[Searcher, list[Row], Tensor | None]:

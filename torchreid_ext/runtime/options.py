@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-from pml_drsl.checks import InputError, nearest
+from pml_drsl.checks import InputError, is_whole, nearest
 
 T = TypeVar("T", bound="Options")
 
@@ -40,8 +40,7 @@ class Key:
         for each in values:
             if self.choices is not None and each not in self.choices:
                 raise InputError(f"{key} must be one of {', '.join(map(str, self.choices))}, got {each!r}")
-            whole = isinstance(each, int) and not isinstance(each, bool)
-            if self.least is not None and each is not None and not (whole and each >= self.least):
+            if self.least is not None and each is not None and not (is_whole(each) and each >= self.least):
                 raise InputError(f"{key} takes whole numbers of {self.least} or more, got {each!r}")
 
 

@@ -17,7 +17,7 @@ from torchreid_ext.images import Row, named, pattern
 from torchreid_ext.runtime.files import locked
 from torchreid_ext.search.gallery import Gallery
 from torchreid_ext.search.model import ImageLike, Preprocessing, as_list, load_model
-from torchreid_ext.search.sources import NAMES, absolute, shown
+from torchreid_ext.search.sources import DEFAULT_NAMES, absolute, shown
 
 _SAME: dict[str, bool | None] = {"right": True, "wrong": False, "": None}
 _WORDS = {"right": "same", "wrong": "other", "": ""}
@@ -72,7 +72,7 @@ class Searcher:
         index_type: str | None = None,
         device: torch.device | str | None = None,
         batch_size: int | None = None,
-        names: str = NAMES,
+        names: str = DEFAULT_NAMES,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch_size {batch_size}: give 1 or more")

@@ -19,7 +19,7 @@ from torchreid_ext.config.data import image_options
 from torchreid_ext.data.datasets import register_datasets, without_empty_folders
 from torchreid_ext.images import Row, Table
 
-NAMES = "market"  # how names carry identities and cameras by default: see ``torchreid_ext.images.pattern``
+DEFAULT_NAMES = "market"  # how names carry identities and cameras by default: see ``torchreid_ext.images.pattern``
 # The folders of Market-1501's layout; DukeMTMC-reID and the drawn pedestrians have the same.
 _QUERY, _GALLERY = "query", ("bounding_box_test", "gallery")
 
@@ -40,7 +40,7 @@ def shown(path: str) -> str:
     return path if relative.startswith("..") else relative
 
 
-def list_sources(sources: Sequence[str], names: str = NAMES) -> Table:
+def list_sources(sources: Sequence[str], names: str = DEFAULT_NAMES) -> Table:
     """The test images of folders, CSV files and image files together, named as ``torchreid_ext.images.pattern`` says.
 
     A CSV file, of :func:`torchreid_ext.images.read_csv`, gives its test images. A folder may have Market-1501's
@@ -67,7 +67,7 @@ def list_sources(sources: Sequence[str], names: str = NAMES) -> Table:
     return table
 
 
-def list_queries(sources: Sequence[str], names: str = NAMES) -> list[Row]:
+def list_queries(sources: Sequence[str], names: str = DEFAULT_NAMES) -> list[Row]:
     """Query images: image files, all images of folders, and the query images of CSV files. The identity of an image is
     in its path below the folder that was given, or in the name of a file; the folders above say nothing of it. Raises
     InputError for a folder without an image, or a CSV file that cannot be read."""
