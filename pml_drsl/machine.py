@@ -74,7 +74,9 @@ def _set_precision(values: list[Any] | None) -> list[Any]:
     if not switches:
         torch.set_float32_matmul_precision(values[0] if values else "highest")
     for switch, value in zip(switches, values or ["ieee"] * len(switches), strict=False):
-        switch.fp32_precision = "none"  # A switch that inherits its value goes on to follow the setting above it.
+        # A switch that inherited its value goes on to follow the setting above it. One that was set to the same value
+        # cannot be told from it, and follows it too.
+        switch.fp32_precision = "ieee" if values is None else "none"
         if switch.fp32_precision != value:
             switch.fp32_precision = value
     return before

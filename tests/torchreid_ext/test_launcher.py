@@ -323,9 +323,10 @@ def test_a_resumed_run_needs_no_other_weights(tmp_path, capsys, monkeypatch):
     for options in (resumed, tested):
         for weights in ({"model.pretrained": True}, lost):
             assert launch(tmp_path, **options, **weights) == 0, capsys.readouterr().err
-    # Without a checkpoint in its folder, a run starts from them.
-    options = {"model.resume": "auto", "data.save_dir": tmp_path / "new"} | lost
-    assert launch(tmp_path, **options) == 2 and "lost.pth' does not exist" in complaint(capsys)
+    # Without a checkpoint in its own folder, a run starts from them.
+    (tmp_path / "log" / "model").rename(tmp_path / "log" / "model_old")
+    capsys.readouterr()
+    assert launch(tmp_path, **{"model.resume": "auto"} | lost) == 2 and "lost.pth' does not exist" in complaint(capsys)
 
 
 def test_a_first_epoch_that_was_asked_for_is_that_of_a_run_without_a_checkpoint(tmp_path):

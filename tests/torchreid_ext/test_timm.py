@@ -83,6 +83,15 @@ def test_by_configuration_it_is_built_with_its_name():
     assert torch.equal(twin.eval()(images()), model.eval()(images()))
 
 
+def test_an_assigned_size_that_is_the_default_of_other_networks_outlives_a_merge():
+    cfg = get_default_config()
+    cfg.merge_from_list(["model.name", "timm/vit_tiny_patch16_224"])
+    assert (cfg.data.height, cfg.data.width) == (224, 224)
+    cfg.data.height, cfg.data.width = 256, 128
+    cfg.merge_from_list(["train.max_epoch", 3])
+    assert (cfg.data.height, cfg.data.width) == (256, 128)
+
+
 def test_images_have_the_networks_own_size_and_normalisation_unless_others_are_given(tmp_path):
     (tmp_path / "own.yaml").write_text("data: {height: 64}\nmodel: {name: timm/vit_tiny_patch16_224}\n")
     (tmp_path / "zoo.yaml").write_text("base: own.yaml\nmodel: {name: osnet_x0_25}\n")

@@ -50,10 +50,7 @@ class History:
         """The path and the state of the newest readable checkpoint; None if there are no checkpoints. Checkpoints that
         were written before the time ``since``, in seconds since 1970, are ignored. Raises InputError if there are
         checkpoints but none can be read."""
-        numbered = sorted(self._numbered().values(), key=lambda path: path.stat().st_mtime, reverse=True)
-        paths = self.folder / LAST, *numbered
-        candidates = [path for path in paths if path.is_file() and path.stat().st_mtime >= since]
-        for path in candidates:
+        for path in (candidates := self.candidates(since)):
             try:
                 state = checkpoint.load(path)
             except InputError as error:
@@ -70,14 +67,15 @@ class History:
             raise InputError(f"model.resume auto: {unreadable}; remove them to start a new run")
         return None
 
+    def candidates(self, since: float = 0) -> list[Path]:
+        """The checkpoints that were written at the time ``since`` or later, the newest first."""
+        numbered = sorted(self._numbered().values(), key=lambda path: path.stat().st_mtime, reverse=True)
+        paths = self.folder / LAST, *numbered
+        return [path for path in paths if path.is_file() and path.stat().st_mtime >= since]
+
     def _numbered(self) -> dict[int, Path]:
         paths = {path.name.removeprefix("model.pth.tar-"): path for path in self.folder.glob("model.pth.tar-*")}
         return {int(number): path for number, path in paths.items() if number.isdecimal()}
-
-
-def holds_checkpoints(folder: Path) -> bool:
-    """Whether the folder of a run holds checkpoints, of which ``load_newest`` takes one."""
-    return any(folder.glob("*/model.pth.tar-*")) or any(folder.glob(f"*/{LAST}"))
 
 
 def check_new(folder: Path) -> None:

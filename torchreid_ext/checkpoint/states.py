@@ -18,7 +18,13 @@ from torchreid_ext.runtime import distributed, generators
 
 NO_BEST = {"mAP": -1.0, "epoch": -1}
 # Keys of what is tested, and how: with another value, an earlier best score is no standard.
-_MEASURE = ("data.targets", "test.dist_metric", "test.normalize_feature", "cuhk03.use_metric_cuhk03")
+_MEASURE = (
+    "data.targets",
+    "test.dist_metric",
+    "test.normalize_feature",
+    "cuhk03.use_metric_cuhk03",
+    "market1501.use_500k_distractors",
+)
 _NEW_RUN = "start a new run in another data.save_dir, from these weights with model.load_weights"
 
 

@@ -116,7 +116,7 @@ def _compare(args: argparse.Namespace) -> None:
     check_outputs({"--csv": args.csv}, (str(Path(run, name)) for run in args.features for name in FILES))
     if args.csv:
         text = io.StringIO(newline="")
-        csv.writer(text).writerows(rows)
+        csv.writer(text, lineterminator="\n").writerows(rows)
         write_text(args.csv, text.getvalue())
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *cells in rows:

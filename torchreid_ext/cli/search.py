@@ -192,16 +192,12 @@ def _update(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
         # The whole index is written after every part: parts that grow with it keep the time for this short.
         size = max(PART, len(searcher) // 10) if args.index else len(entries)
         part, entries = entries[:size], entries[size:]
-        try:
-            read = extract_files(searcher.model, part, description=progress, **given)
-        except InputError as error:
-            if not args.skip_damaged or not (entries or len(searcher)):
-                raise
-            say(f"left out: {error}", out)  # No image of this part can be read.
-            continue
+        others = bool(entries or len(searcher))
+        read = extract_files(searcher.model, part, may_be_empty=others, description=progress, **given)
         for reason in read.damaged:
             say(f"left out: {reason}", out)
-        searcher.gallery.add(read.entries, read.features)
-        if entries:
+        if read.entries:
+            searcher.gallery.add(read.entries, read.features)
+        if read.entries and entries:
             searcher.gallery.save(args.index)
     return True

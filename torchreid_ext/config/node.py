@@ -81,8 +81,7 @@ class Config(CfgNode):
             values = (*size, mean, std)
         fitted: dict[str, Any] = self.__dict__.setdefault("fitted", {})
         for name, value in zip(names, values, strict=True):
-            # A value that is neither the default nor one from here was assigned.
-            own = self.data[name] not in (fitted.get(name), KEYS[f"data.{name}"].default)
+            own = self.data[name] != fitted.get(name, KEYS[f"data.{name}"].default)  # It was assigned.
             if f"data.{name}" not in self._given and not own:
                 self.data[name], fitted[name] = copy.deepcopy(value), copy.deepcopy(value)
 
@@ -205,7 +204,7 @@ def _with_numbers(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _with_numbers(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_with_numbers(entry) for entry in value]
+        return type(value)(_with_numbers(entry) for entry in value)
     is_number = isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value)
     return float(value) if is_number else value
 
@@ -296,8 +295,7 @@ def check(cfg: Config) -> None:
     for key, value in flat(cfg).items():
         if key in KEYS:
             KEYS[key].check(key, value)
-    for key in ("train.gamma", "train.base_lr_mult", "loss.pml.lr"):
-        if (value := flat(cfg)[key]) < 0:
+        if key in ("train.gamma", "train.base_lr_mult", "loss.pml.lr") and value < 0:
             raise InputError(f"{key} takes numbers of 0 or more, got {value}")
     _check_images(cfg)
     try:

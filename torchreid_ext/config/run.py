@@ -21,7 +21,7 @@ from pml_drsl.checks import InputError
 from pml_drsl.console import message
 from pml_drsl.evaluation.scores import RetrievalResult
 from torchreid_ext.checkpoint import checkpoint
-from torchreid_ext.checkpoint.folder import check_new, first_start, holds_checkpoints
+from torchreid_ext.checkpoint.folder import History, check_new, first_start
 from torchreid_ext.config import build
 from torchreid_ext.config.data import build_datamanager
 from torchreid_ext.config.keys import ON_RESUME
@@ -42,7 +42,7 @@ def prepare(cfg: Config) -> Any:
     check(cfg)
     generators.seed_everything(cfg.train.seed)
     start = cfg.clone()
-    if cfg.model.resume and (cfg.model.resume != "auto" or holds_checkpoints(Path(cfg.data.save_dir))):
+    if cfg.model.resume and (cfg.model.resume != "auto" or History(Path(cfg.data.save_dir, "model")).candidates()):
         # The checkpoint has every weight, so that others need not be there any more.
         start.model.pretrained, start.model.load_weights = False, ""
     with distributed.one_first():

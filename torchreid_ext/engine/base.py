@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import functools
 import operator
 import re
@@ -17,7 +18,7 @@ from pml_drsl.checks import InputError
 from pml_drsl.evaluation.scores import RetrievalResult
 from torchreid_ext import networks
 from torchreid_ext.checkpoint import checkpoint, states
-from torchreid_ext.checkpoint.folder import History, RunCheckpoints
+from torchreid_ext.checkpoint.folder import BEST, History, RunCheckpoints
 from torchreid_ext.data.loading import readable, repeatable
 from torchreid_ext.data.samplers import check_trains, whole_batches
 from torchreid_ext.engine.compatibility import check_batch_norm
@@ -93,9 +94,11 @@ class BaseEngine(Tester, TrainingStep):
         try:
             with self.stop:
                 self._train_and_test(checkpoints)
-        except (Interrupted, RuntimeError) as error:
-            # A signal may also have reached a process of the loader, which died of it, or only another process.
-            dead = re.search(r"DataLoader worker \(pid|Connection closed by peer", str(error))
+        except (Interrupted, RuntimeError, OSError) as error:
+            # A signal may also have reached a process of the loader, which died of it, or only another process. A
+            # terminal that was closed takes no text any more.
+            dead = bool(re.search(r"DataLoader worker \(pid|Connection closed by peer", str(error)))
+            dead |= getattr(error, "errno", None) == errno.EIO
             signum = getattr(error, "signal", self.stop.signum if dead else None)
             if signum is None:
                 raise
@@ -149,7 +152,9 @@ class BaseEngine(Tester, TrainingStep):
             # The run may have been killed between its last checkpoint and the removal of earlier checkpoints.
             distributed.from_first(lambda: checkpoints.tidy(self.start_epoch))
             self.epoch = self.start_epoch - 1
-            if self._is_best(self.test(**chosen.last_test())):
+            # Without an earlier score by this measure, there is nothing that says which weights are better.
+            comparable = self.best["epoch"] > 0 or not (checkpoints.folder / BEST).exists()
+            if self._is_best(self.test(**chosen.last_test())) and comparable:
                 checkpoints.save_present(is_best=True)
 
     def _test_and_save(self, checkpoints: RunCheckpoints) -> None:
@@ -190,10 +195,10 @@ class BaseEngine(Tester, TrainingStep):
             steps += 1
             # All processes must stop after the same batch, or some would wait for ever.
             summary, signum = distributed.agreed(self.forward_backward(data), self.stop.signum)
-            if self.skipped == skipped:
-                log.add(index, summary, self.get_current_lr())
             if signum is not None:
                 raise Interrupted(signum, "a signal asked this run to stop")
+            if self.skipped == skipped:
+                log.add(index, summary, self.get_current_lr())
         if steps == 0:
             empty = f"no batch came in epoch {self.epoch + 1}, where the loader's length is {self.num_batches}"
             raise InputError(f"{empty}: its sampler must draw as many samples as its __len__ says")

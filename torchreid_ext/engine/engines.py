@@ -191,13 +191,13 @@ class ImageDRSLEngine(ImagePMLEngine):
         results = engine.run(max_epoch=60, save_dir="log/osnet", dist_metric="cosine")
     """
 
-    by_default = partial(DRSLoss, collect_stats=True)
+    by_default = staticmethod(partial(DRSLoss, collect_stats=True))
 
 
 class VideoDRSLEngine(VideoPMLEngine):
     """``VideoPMLEngine`` whose criterion is ``DRSLoss()`` by default."""
 
-    by_default = partial(DRSLoss, collect_stats=True)
+    by_default = staticmethod(partial(DRSLoss, collect_stats=True))
 
 
 class SoftmaxStep(BaseEngine):

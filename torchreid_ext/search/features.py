@@ -71,6 +71,7 @@ def extract_files(
     batch_size: int | None = None,
     workers: int = 0,
     skip_damaged: bool = False,
+    may_be_empty: bool = False,
     description: str = "features",
 ) -> ExtractedSet:
     """The features of one or more image files, the ``entries`` that can be read, in their order.
@@ -81,6 +82,7 @@ def extract_files(
         batch_size: images in a batch; None for ``test.batch_size`` of the model's configuration.
         workers: loading processes, >= 0.
         skip_damaged: leave out an image that cannot be read, instead of raising an InputError.
+        may_be_empty: return no features, instead of raising an InputError, where none can be read.
         description: what stands before the progress bar.
 
     An InputError refuses numbers out of their range, and images of which none can be read."""
@@ -109,6 +111,8 @@ def extract_files(
 
     found = extract() if group is None else gather_samples(extract, model.device, group)
     damaged = [reason for reasons in distributed.gathered(damaged) for reason in reasons]
+    if found is None and may_be_empty:
+        return ExtractedSet([], torch.empty(0, 0), damaged)
     if found is None:
         raise InputError(f"none of the {len(entries)} images can be read, for example: {damaged[0]}")
     return ExtractedSet([entries[index] for index in found.pids], found.features, damaged)

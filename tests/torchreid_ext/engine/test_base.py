@@ -1,5 +1,6 @@
 """Training that can be interrupted, resumed and depended on, with small networks and real data managers."""
 
+import errno
 import gc
 import inspect
 import io
@@ -308,10 +309,48 @@ def test_a_resumed_run_that_is_longer_than_asked_keeps_its_checkpoints(tmp_path)
     before = {path.name: checkpoint.load(path)["epoch"] for path in folder.iterdir()}
     engine = make_engine(tmp_path, scheduled=False)
     start = engine.resume("auto", str(tmp_path / "log"))
-    engine.best = {"mAP": -1.0, "epoch": -1}  # so that it is saved again
+    engine.best = {"mAP": -0.5, "epoch": 1}  # so that it is saved again
     engine.run(str(tmp_path / "log"), max_epoch=2, start_epoch=start)
     after = {path.name: checkpoint.load(path)["epoch"] for path in folder.iterdir()}
     assert after == before | {"model-best.pth.tar": 3}
+
+
+def test_a_test_by_another_measure_replaces_no_best_weights(tmp_path):
+    engine = make_engine(tmp_path)
+    engine.config = {"test.dist_metric": "euclidean"}
+    engine.run(str(tmp_path / "log"), max_epoch=2, eval_freq=1)
+    best = tmp_path / "log" / "model" / "model-best.pth.tar"
+    assert checkpoint.load(best)["epoch"] == 1
+    again = make_engine(tmp_path)
+    again.config = {"test.dist_metric": "cosine"}
+    start = again.resume("auto", str(tmp_path / "log"))
+    again.run(str(tmp_path / "log"), max_epoch=2, start_epoch=start)
+    assert checkpoint.load(best)["epoch"] == 1
+
+
+def test_a_terminal_that_closes_loses_no_epoch(tmp_path, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.EIO, "Input/output error")
+
+    engine = make_engine(tmp_path)
+    step = engine.forward_backward
+
+    def hang_up(data):
+        monkeypatch.setattr(sys, "stdout", Closed())
+        signal.raise_signal(signal.SIGHUP)
+        return step(data)
+
+    engine.forward_backward = hang_up
+    with pytest.raises(Interrupted, match="stopped by SIGHUP in epoch 1"):
+        engine.run(str(tmp_path / "log"), max_epoch=1, print_freq=1)
+    assert checkpoint.load(tmp_path / "log" / "model" / "model-last.pth.tar")["epoch"] == 0
+    # Without a signal, an error of a disk stays what it is.
+    monkeypatch.undo()
+    engine = make_engine(tmp_path)
+    engine.forward_backward = lambda data: Closed().write("")
+    with pytest.raises(OSError, match="Input/output error"):
+        engine.run(str(tmp_path / "other"), max_epoch=1)
 
 
 def test_the_best_of_an_earlier_run_in_the_folder_is_not_left(tmp_path):
