@@ -5,11 +5,9 @@ from pathlib import Path
 
 import torchreid
 import torchreid_keys
-import yaml
 from key_table import ADDED, with_table
 from toy_data import make_image_manager
 
-from torchreid_ext import get_default_config
 from torchreid_ext.config.keys import KEYS
 from torchreid_ext.engine import criteria
 
@@ -25,13 +23,6 @@ def test_the_table_of_keys_is_the_one_that_the_code_writes():
 def test_the_table_has_the_keys_that_torchreid_does_not_have():
     assert [*ADDED] == [key for key in KEYS if key not in torchreid_keys.names()]
     assert all(entry.text for entry in KEYS.values())
-
-
-def test_every_yaml_loads(tmp_path):
-    for text in re.findall(r"```yaml\n(.*?)```", GUIDE, re.S):
-        (tmp_path / "guide.yaml").write_text(text)
-        get_default_config().merge_from_file(tmp_path / "guide.yaml")
-        assert yaml.safe_load(text)
 
 
 def test_the_script_trains(tmp_path):

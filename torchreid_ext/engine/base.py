@@ -195,10 +195,10 @@ class BaseEngine(Tester, TrainingStep):
             steps += 1
             # All processes must stop after the same batch, or some would wait for ever.
             summary, signum = distributed.agreed(self.forward_backward(data), self.stop.signum)
-            if signum is not None:
-                raise Interrupted(signum, "a signal asked this run to stop")
             if self.skipped == skipped:
                 log.add(index, summary, self.get_current_lr())
+            if signum is not None:
+                raise Interrupted(signum, "a signal asked this run to stop")
         if steps == 0:
             empty = f"no batch came in epoch {self.epoch + 1}, where the loader's length is {self.num_batches}"
             raise InputError(f"{empty}: its sampler must draw as many samples as its __len__ says")

@@ -23,7 +23,7 @@ class Interrupted(KeyboardInterrupt):
 
 class StopRequest:
     """Context: records a signal, which would otherwise end the process, in ``signum``, and prints what it ``says``; a
-    second one ends it. A signal that is ignored (nohup) stays so. Outside the main thread the context does nothing,
+    second one ends it. A SIGHUP that is ignored (nohup) stays so. Outside the main thread the context does nothing,
     because python allows signal handlers only there."""
 
     def __init__(self, says: str = "stopping after this batch") -> None:
@@ -35,10 +35,12 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         self.signum = None
         if threading.current_thread() is threading.main_thread():
-            # Windows has no SIGHUP.
-            for signum in {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-                if signal.getsignal(signum) is not signal.SIG_IGN:
-                    self._handlers[signum] = signal.signal(signum, self._note)
+            signums = [signal.SIGTERM, signal.SIGINT]
+            hangup = getattr(signal, "SIGHUP", None)  # Windows has none.
+            if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
+                signums.append(hangup)
+            for signum in signums:
+                self._handlers[signum] = signal.signal(signum, self._note)
         return self
 
     def __exit__(self, *_: Any) -> None:

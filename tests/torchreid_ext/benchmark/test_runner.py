@@ -161,6 +161,7 @@ def test_a_signal_stops_the_runs_and_keeps_what_is_done(script, tmp_path, signum
     code = f"""
 import signal, subprocess, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have started the tests
 class Slow(subprocess.Popen):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -334,7 +334,7 @@ def test_a_terminal_that_closes_loses_no_epoch(tmp_path, monkeypatch):
             raise OSError(errno.EIO, "Input/output error")
 
     engine = make_engine(tmp_path)
-    step = engine.forward_backward
+    step, before = engine.forward_backward, signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
 
     def hang_up(data):
         monkeypatch.setattr(sys, "stdout", Closed())
@@ -342,8 +342,11 @@ def test_a_terminal_that_closes_loses_no_epoch(tmp_path, monkeypatch):
         return step(data)
 
     engine.forward_backward = hang_up
-    with pytest.raises(Interrupted, match="stopped by SIGHUP in epoch 1"):
-        engine.run(str(tmp_path / "log"), max_epoch=1, print_freq=1)
+    try:
+        with pytest.raises(Interrupted, match="stopped by SIGHUP in epoch 1"):
+            engine.run(str(tmp_path / "log"), max_epoch=1, print_freq=1)
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert checkpoint.load(tmp_path / "log" / "model" / "model-last.pth.tar")["epoch"] == 0
     # Without a signal, an error of a disk stays what it is.
     monkeypatch.undo()
