@@ -74,8 +74,13 @@ def guarded(
     except KeyboardInterrupt as stop:
         if written := [path for path, stamp in before.items() if file_stamp(path) != stamp]:
             stopped = f"interrupted; written before that: {', '.join(map(repr, written))}"
-        if process == "0":
-            say(f"{who} {str(stop) or stopped}", sys.stderr)
+        try:
+            if process == "0":
+                say(f"{who} {str(stop) or stopped}", sys.stderr)
+            sys.stdout.flush()
+        except OSError:  # A terminal that was closed takes no text. Python would complain at its end.
+            for number in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
         return 128 + getattr(stop, "signal", signal.SIGINT)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("", "pml_drsl", "torchreid_ext"):

@@ -1,6 +1,9 @@
 """What every command shares: a quick --help, one line for what stops it, and output that no terminal refuses."""
 
 import io
+import os
+import pty
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -83,3 +86,26 @@ def test_any_text_can_be_printed_in_any_encoding(monkeypatch):
     assert console.guarded("name", lambda: console.say("gällery \udcff \x9b2J 人")) == 0
     stream.flush()
     assert stream.buffer.getvalue() == rb"g\xe4llery \udcff \x9b2J \u4eba" + b"\n"
+
+
+def test_a_terminal_that_was_closed_changes_no_status():
+    code = """
+import signal, time
+from pml_drsl.console import guarded
+class Stopped(KeyboardInterrupt):
+    signal = signal.SIGHUP
+def work():
+    noted = []
+    signal.signal(signal.SIGHUP, lambda *_: noted.append(1))
+    print("ready", flush=True)
+    while not noted:
+        time.sleep(0.01)
+    raise Stopped("stopped by SIGHUP")
+raise SystemExit(guarded("drsl-train", work))
+"""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-c", code])
+    assert os.read(terminal, 100).startswith(b"ready")
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
