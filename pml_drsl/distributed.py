@@ -11,9 +11,9 @@ from pytorch_metric_learning.losses import CrossBatchMemory
 from pytorch_metric_learning.utils import distributed as pml_distributed
 from torch import Tensor
 from torch import distributed as dist
-from torch.autograd.function import once_differentiable
 
 from pml_drsl.checks import InputError
+from pml_drsl.fused import check_once
 from pml_drsl.losses import Compute, DRSLoss, Errors
 from pml_drsl.miners import mine_without_self
 from pml_drsl.pairs import IndicesTuple, Pairs
@@ -21,11 +21,17 @@ from pml_drsl.pairs import IndicesTuple, Pairs
 
 class DistributedMinerWrapper(pml_distributed.DistributedMinerWrapper):
     """Mines the batch of all processes, for ``DistributedLossWrapper``: every process gets the same indices, into the
-    embeddings of all in order of rank. With ``efficient=True`` each process mines its own queries."""
+    embeddings of all in order of rank.
+
+    Args:
+        miner: any miner of PML. A TypeError refuses anything else.
+        efficient: each process mines its own queries only, and the indices are gathered.
+    """
 
     def forward(
         self, emb: Tensor, labels: Tensor, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
     ) -> IndicesTuple:
+        """The miner's indices; the arguments are those of this process, and of the shapes that the miner takes."""
         if is_single_process():
             return self.miner(emb, labels, ref_emb, ref_labels)  # type: ignore[no-any-return]
         sizes, all_emb, all_labels = _gather_batch(emb.detach(), labels)
@@ -51,13 +57,15 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
     An ``indices_tuple`` points into the whole batch and must be the same on every process, as that of
     ``DistributedMinerWrapper`` is.
 
-    ``efficient=False`` takes any loss, and ``CrossBatchMemory``, which is then the same on every process. Every process
-    computes the whole loss with the random numbers of the first, and sends the gradient to its own embeddings only.
-    Weights of the loss get the gradient of one process on the whole batch.
-
-    ``efficient=True`` takes ``DRSLoss`` only. Every process computes the errors of its own queries, and the errors are
-    gathered before they are reduced. (PML's efficient mode gathers embeddings without their gradient.) An InputError
-    refuses any other loss, and a memory called with ``ref_emb``."""
+    Args:
+        loss: any loss of PML, or ``CrossBatchMemory``, which is then the same on every process. A TypeError refuses
+            anything else.
+        efficient: False: every process computes the whole loss with the random numbers of the first, and sends the
+            gradient to its own embeddings only. Weights of the loss get the gradient of one process on the whole batch.
+            True is for ``DRSLoss`` only: every process computes the errors of its own queries, and the errors are
+            gathered before they are reduced. (PML's efficient mode gathers embeddings without their gradient.) An
+            InputError refuses any other loss, and a memory called with ``ref_emb``.
+    """
 
     def __init__(self, loss: torch.nn.Module, efficient: bool = False) -> None:
         super().__init__(loss, efficient)
@@ -211,8 +219,8 @@ class _Gather(torch.autograd.Function):
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        check_once("the batch of several processes", "use one process")
         if not ctx.share_gradients:
             return grad[ctx.mine] * dist.get_world_size(), None, None
         grad = grad.clone(memory_format=torch.contiguous_format)

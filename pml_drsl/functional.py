@@ -63,7 +63,9 @@ def errors(
             None leaves the sort error out.
         use_fused: count the negatives by ``fused.count_ahead``, which is faster, and can be differentiated once.
 
-    Returns ``(retrieval, sort)``, of shape (E,). Both are in [0, 1], but the bound has no upper limit."""
+    Returns ``(retrieval, sort)``, of shape (E,). Both are in [0, 1], but the bound has no upper limit.
+
+    Raises InputError in the backward pass, with ``use_fused``, where a second derivative is asked for."""
     is_bound = bound_power is not None
     if use_fused:
         d, false_pos, shift = fused.count_ahead(distances, pairs, temperature, margin, is_bound)
@@ -71,9 +73,11 @@ def errors(
         count = functools.partial(_count_ahead, temperature=temperature, margin=margin, bound=is_bound)
         d, false_pos, shift = _in_blocks(count, pairs, distances)
     cells, shape = (pairs.query, pairs.column), (len(distances), pairs.width)
-    peers = d.new_full(shape, math.inf).index_put(cells, d)
+    # The gradient of a learnable temperature must not meet the infinite peers: 0 times infinity is not a number.
+    ranked, softness = (d / temperature, 1.0) if isinstance(temperature, Tensor) else (d, temperature)
+    peers = d.new_full(shape, math.inf).index_put(cells, ranked)
     u = () if dissimilarity is None else (d.new_zeros(shape).index_put(cells, dissimilarity(d)),)
-    rank_pos, *sort = _in_blocks(functools.partial(_rank_and_sort, temperature=temperature), pairs, peers, *u)
+    rank_pos, *sort = _in_blocks(functools.partial(_rank_and_sort, temperature=softness), pairs, peers, *u)
     if bound_power is None:
         retrieval = false_pos / (rank_pos + false_pos)
     else:  # log(1 + odds ** p) / p

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from pml_drsl.checks import InputError
 from pml_drsl.pairs import Pairs
 
 # Elements of a block of comparisons, which bounds the memory of `count_ahead`: to fit a CPU's cache, or to fill a GPU.
@@ -38,6 +38,15 @@ def count_ahead(
     Returns ``(d, count, shift)``, each of shape (E,). The first two are differentiable (once) in ``distances``. The
     other arguments are those of ``functional.errors``."""
     return _CountAhead.apply(distances, _Settings(pairs, temperature, margin, bound))  # type: ignore[no-any-return]
+
+
+def check_once(what: str = "DRSLoss()", cure: str = "give fused=False") -> None:
+    """To be called in the backward pass of an ``autograd.Function``: refuses a second derivative by an InputError.
+
+    torch's ``once_differentiable`` refuses it only where autograd comes to the node of the gradient.
+    ``torch.autograd.grad`` passes that node by, and would return a second derivative without this function's part."""
+    if torch.is_grad_enabled():  # in a backward pass, with create_graph=True alone
+        raise InputError(f"{what} can be differentiated once: for second derivatives (create_graph=True) {cure}")
 
 
 class _Settings(NamedTuple):
@@ -84,8 +93,8 @@ class _CountAhead(torch.autograd.Function):
         return d, count, shift
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_d: Tensor, grad_count: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        check_once()
         distances, raised = ctx.saved_tensors
         settings = ctx.settings
         query, own = settings.pairs.query, settings.pairs.positive

@@ -53,15 +53,16 @@ class DRSLoss(BaseMetricLossFunction):
             pairs whose order is right.
         query_chunk_size: queries whose distances are computed at once; bounds memory, changes no value.
             None chooses it so that one chunk of distances takes 64 MiB, or as much as the references.
-        fused: the fast path, differentiable once; double backward and ``torch.func.grad`` (torch > 2.6) need False.
+        fused: the fast path, differentiable once; double backward, ``torch.func.grad`` (torch > 2.6) and a learnable
+            temperature or margin (a tensor) need False.
         **kwargs: arguments of ``BaseMetricLossFunction``: ``distance`` (default: ``CosineSimilarity()``; refused are
             ``BatchedDistance``, and ``p`` or ``power`` below 1, whose gradient is infinite at a distance of 0),
             ``reducer`` (default: ``PerQueryReducer``), ``embedding_regularizer``, ``embedding_reg_weight``,
             ``collect_stats``.
 
     Raises:
-        InputError: a ``ValueError``, for an unknown argument or a hyper-parameter out of range, or when called for
-            tensors of wrong shape or type.
+        InputError: a ``ValueError``, for an unknown argument or a hyper-parameter out of range, also if it was assigned
+            later, and when called, for tensors of wrong shape or type.
     """
 
     def __init__(
@@ -76,29 +77,39 @@ class DRSLoss(BaseMetricLossFunction):
     ) -> None:
         check_arguments(type(self), kwargs)
         super().__init__(**kwargs)
-        if not (is_real(temperature) and temperature > 0):
-            raise InputError(f"temperature must be a number above 0, got {temperature!r}; try 0.05")
-        if not (is_real(sort_weight) and sort_weight >= 0):
-            raise InputError(f"sort_weight must be a number of at least 0, got {sort_weight!r}; 0 turns sorting off")
-        if not is_real(margin):
-            raise InputError(f"margin must be a finite number, got {margin!r}; 0 asks for the right order and no more")
-        if bound_power is not None and not (is_real(bound_power) and 0 < bound_power <= 1):
-            raise InputError(f"bound_power must be None, or a number above 0 and at most 1, got {bound_power!r}")
-        if query_chunk_size is not None and not (is_whole(query_chunk_size) and query_chunk_size > 0):
-            raise InputError(f"query_chunk_size must be None or an integer above 0, got {query_chunk_size!r}")
-        if not isinstance(fused, bool):
-            raise InputError(f"fused must be True or False, got {fused!r}")
+        self.temperature, self.sort_weight, self.margin = temperature, sort_weight, margin
+        self.bound_power, self.query_chunk_size, self.fused = bound_power, query_chunk_size, fused
+        self._check_settings()
         check_distance(self.distance)
-        self.temperature, self.sort_weight, self.margin = float(temperature), float(sort_weight), float(margin)
-        self.bound_power = None if bound_power is None else float(bound_power)
-        self.query_chunk_size = None if query_chunk_size is None else int(query_chunk_size)
-        self.fused = fused
         # Where several processes share the queries of a batch, this says how (`DistributedLossWrapper` sets it).
         self.shared: Callable[[Compute, Tensor, Tensor, Pairs], Errors] | None = None
         settings = ["temperature", "sort_weight", "margin", *([] if bound_power is None else ["bound_power"])]
         self.add_to_recordable_attributes(list_of_names=settings, is_stat=False)
         stats = ["retrieval_error", *(["sort_error"] if sort_weight > 0 else []), "num_queries"]
         self.add_to_recordable_attributes(list_of_names=stats, is_stat=True)
+
+    def _check_settings(self) -> None:
+        """Refuses hyper-parameters out of range, at every call too: a schedule or an optimiser may change them."""
+        temperature, sort_weight, margin = (
+            value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+            for value in (self.temperature, self.sort_weight, self.margin)
+        )
+        if not (is_real(temperature) and temperature > 0):
+            raise InputError(f"temperature must be a number above 0, got {temperature!r}; try 0.05")
+        if not (is_real(sort_weight) and sort_weight >= 0):
+            raise InputError(f"sort_weight must be a number of at least 0, got {sort_weight!r}; 0 turns sorting off")
+        if not is_real(margin):
+            raise InputError(f"margin must be a finite number, got {margin!r}; 0 asks for the right order and no more")
+        power, size = self.bound_power, self.query_chunk_size
+        if power is not None and not (is_real(power) and 0 < power <= 1):
+            raise InputError(f"bound_power must be None, or a number above 0 and at most 1, got {power!r}")
+        if size is not None and not (is_whole(size) and size > 0):
+            raise InputError(f"query_chunk_size must be None or an integer above 0, got {size!r}")
+        if not isinstance(self.fused, bool):
+            raise InputError(f"fused must be True or False, got {self.fused!r}")
+        for name in ("temperature", "margin"):
+            if self.fused and getattr(getattr(self, name), "requires_grad", False):
+                raise InputError(f"a learnable {name} needs fused=False")
 
     def get_default_distance(self) -> BaseDistance:
         return CosineSimilarity()
@@ -121,9 +132,11 @@ class DRSLoss(BaseMetricLossFunction):
         Args:
             embeddings, labels: shapes (batch, dim) and (batch,), integer labels, or None with an ``indices_tuple``.
             indices_tuple: pairs or triplets of a miner, which are then the positives and negatives.
-            ref_emb, ref_labels: the candidates, shapes (references, dim) and (references,). A query is no candidate of
-                its own without them, or if ``ref_emb`` is the object ``embeddings`` (PML decides by the labels).
+            ref_emb, ref_labels: the candidates, shapes (references, dim) and (references,). Without ``ref_emb``, or if
+                it is the same object as ``embeddings``, a query is never compared with itself. PML compares the label
+                objects instead.
         """
+        self._check_settings()
         _check_batch("embeddings", embeddings, "labels", labels)
         if ref_emb is not None:
             _check_batch("ref_emb", ref_emb, "ref_labels", ref_labels, embeddings.shape[1])
@@ -137,6 +150,8 @@ class DRSLoss(BaseMetricLossFunction):
         x = embeddings.to(dtype)
         if ref_emb is not None:
             ref_emb = x if ref_emb is embeddings else ref_emb.to(dtype)
+        if labels is not None:
+            labels = labels.long()  # A ClassWeightedReducer takes them as indices, and torch takes uint8 for a mask.
         with full_precision(x.device.type):
             return super().forward(x, labels, indices_tuple, ref_emb, ref_labels)  # type: ignore[no-any-return]
 
@@ -165,7 +180,7 @@ class DRSLoss(BaseMetricLossFunction):
             if "sort" in errors:
                 self.sort_error = torch.dot(errors["sort"].detach(), weight)
         of_pairs: dict[str, Any] = {"indices": (pairs.query, pairs.positive), "reduction_type": "pos_pair"}
-        of_pairs["divisor"] = pairs.num_queries  # for a DivisorReducer
+        of_pairs["divisor"] = len(pairs.query)  # for a DivisorReducer
         # Unlike PML's zero_loss, this needs no pass over the embeddings.
         no_loss = {"losses": embeddings.new_zeros(()), "indices": None, "reduction_type": "already_reduced"}
         return {
@@ -176,7 +191,7 @@ class DRSLoss(BaseMetricLossFunction):
     def compute_errors(self, embeddings: Tensor, ref_emb: Tensor, pairs: Pairs) -> Errors:
         """The errors of the pairs of ``embeddings`` (the queries) and ``ref_emb``, a chunk of queries at a time."""
         # Every chunk keeps a copy of the references for the backward pass, and should not be smaller than they are.
-        size = self.query_chunk_size or max(1, embeddings.shape[1], CHUNK_ELEMENTS // max(1, len(ref_emb)))
+        size = int(self.query_chunk_size or max(1, embeddings.shape[1], CHUNK_ELEMENTS // max(1, len(ref_emb))))
         if size >= len(embeddings):
             return self._errors_of_chunk(embeddings, ref_emb, pairs)
         parts = zip(embeddings.split(size), pairs.split(size), strict=True)

@@ -38,14 +38,18 @@ class RankingMiner(BaseMiner):
         ref_labels: Tensor | None = None,
         own: Tensor | None = None,
     ) -> FourIndices:
-        """Pairs (a1, p, a2, n).
+        """Pairs (a1, p, a2, n), four integer tensors: a1 and p of shape (number of positive pairs,), a2 and n of shape
+        (number of negative pairs,).
 
         Args:
             embeddings, labels: of the queries, shapes (Q, dim) and (Q,), integer labels.
             ref_emb, ref_labels: of the candidates, shapes (M, dim) and (M,). If ``ref_emb`` is None or the object
                 ``embeddings``, no query is its own candidate. (PML decides by the object of the labels.)
             own: the candidate that is the query itself, shape (Q,), integer; needs ``ref_emb``.
-        """
+
+        Raises InputError for ``ref_emb`` without ``ref_labels``."""
+        if ref_emb is not None and ref_labels is None:
+            raise InputError("ref_emb without ref_labels: give the labels of the references")
         self.reset_stats()
         with torch.no_grad():
             c_f.check_shapes(embeddings, labels)
@@ -75,7 +79,8 @@ class RankViolationMiner(RankingMiner):
     Args:
         margin: any finite number. A negative n precedes a positive p of its query where ``d_n - d_p < margin``, in
             units of distance (for a similarity: ``s_p - s_n < margin``).
-        **kwargs: arguments of ``BaseMiner``: ``distance`` (default: ``LpDistance``), ``collect_stats``.
+        **kwargs: arguments of ``BaseMiner``: ``distance`` (default: ``LpDistance``), ``collect_stats``. Another margin
+            is an InputError.
     """
 
     def __init__(self, margin: float = 0.0, **kwargs: Any) -> None:

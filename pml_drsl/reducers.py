@@ -26,9 +26,12 @@ class PerQueryReducer(_QueryReducer):
     """Averages the losses of each query, then reduces the queries that have one.
 
     Unlike PML's ``PerAnchorReducer`` it gives a query without a loss no weight, and the references may outnumber the
-    batch (``ref_emb``, cross-batch memory). The ``reducer`` of the queries' averages, "elements", is their mean.
+    batch (``ref_emb``, cross-batch memory). The elements of PML's ProxyAnchorLoss are proxies; each counts as a query.
 
-    The elements of PML's ProxyAnchorLoss are proxies, and each counts as a query."""
+    Args:
+        reducer: reduces the averages of the queries, shape (queries with a loss,); None for a ``MeanReducer``. Raises
+            InputError if it is no reducer of PML.
+        **kwargs: arguments of ``BaseReducer``: ``collect_stats``."""
 
     def __init__(self, reducer: BaseReducer | None = None, **kwargs: Any) -> None:
         check_arguments(type(self), kwargs)
@@ -57,7 +60,8 @@ class PerQueryReducer(_QueryReducer):
 
 class PerIdentityReducer(_QueryReducer):
     """Every identity weighs the same, however many samples it has: the mean over the losses of each query, of these
-    over the queries of each identity, and of these over the identities that have one. Needs labels.
+    over the queries of each identity, and of these over the identities that have one. Raises InputError when the loss
+    is called without labels.
 
     It is not for PML's ProxyAnchorLoss, whose losses are of proxies: it would take proxy i for query i."""
 

@@ -21,7 +21,14 @@ __all__ = ["CrossBatchMemory", "DistributedLossWrapper", "DistributedMinerWrappe
 
 
 class SelfSupervisedLoss(losses.SelfSupervisedLoss):
-    """PML's ``SelfSupervisedLoss``, which also accepts ``DRSLoss``."""
+    """PML's ``SelfSupervisedLoss``, which also accepts ``DRSLoss``. It is called with two views of a batch of images,
+    two tensors of shape (N, dim): row i of one view is the only positive of row i of the other.
+
+    Args:
+        loss: a loss that PML's wrapper accepts, or ``DRSLoss``. An Exception refuses any other.
+        symmetric: both views are queries, and all other rows of both are candidates. False: only the first view has
+            queries, and only the second has candidates.
+    """
 
     @staticmethod
     def supported_losses() -> list[str]:

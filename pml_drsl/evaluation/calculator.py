@@ -25,12 +25,13 @@ REID_METRICS = (*SCORES, "cmc", *(f"rank_{k}" for k in RANKS))
 class ReIDAccuracyCalculator(AccuracyCalculator):
     """An ``AccuracyCalculator`` of pytorch-metric-learning that gives mAP, mINP and CMC by the re-ID protocol.
 
-    Metrics: ``mAP``, ``mINP``, ``cmc`` (an array; ``cmc[k - 1]`` is rank-k), ``rank_1``, ``rank_5``, ``rank_10`` and
-    ``rank_20``. The inherited metrics, which ignore cameras, are computed only if ``include`` names them (NMI and AMI
-    need faiss).
+    Metrics: ``mAP``, ``mINP``, ``rank_1``, ``rank_5``, ``rank_10`` and ``rank_20``. Only if ``include`` names them:
+    ``cmc`` (an array; ``cmc[k - 1]`` is rank-k), which not every tester can average, and the inherited metrics, which
+    ignore cameras (NMI and AMI need faiss). Where no query has a match all metrics are NaN, with a warning, as in PML.
 
-    A tester passes embeddings and labels, but no cameras. Give the cameras in the order of the data sets to the
-    constructor, or to ``set_cameras`` before other data is tested::
+    A tester passes embeddings and labels, but no cameras. Give the cameras to the constructor, or to ``set_cameras``
+    before other data is tested. The reference set of a tester is its reference splits in the order given, but the query
+    split comes first if it is one of them::
 
         calculator = ReIDAccuracyCalculator(query_cams=query_cams, reference_cams=gallery_cams)
         tester = testers.GlobalEmbeddingSpaceTester(accuracy_calculator=calculator)
@@ -41,7 +42,7 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
     Images with a ``junk`` identity are left out of all metrics, the inherited ones too.
 
     Args:
-        include, exclude: metrics to compute, empty for all re-ID metrics, and metrics not to compute.
+        include, exclude: metrics to compute, empty for all re-ID metrics but ``cmc``, and metrics not to compute.
         query_cams, reference_cams: cameras of the queries, shape (Q,), and of the reference set (the gallery), shape
             (M,), or None for retrieval without cameras.
         metric, ties, protocol, max_rank, seed, junk: see ``pml_drsl.evaluation.scores.evaluate``.
@@ -77,10 +78,11 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
             FaissKNN()
         except NameError:  # PML raises this if faiss is not installed, even if no metric needs faiss.
             kwargs.setdefault("knn_func", CustomKNN(LpDistance(normalize_embeddings=False)))
-        super().__init__(include=tuple(include) or REID_METRICS, exclude=tuple(exclude), **kwargs)
+        default = tuple(name for name in REID_METRICS if name != "cmc")
+        super().__init__(include=tuple(include) or default, exclude=tuple(exclude), **kwargs)
 
     def set_cameras(self, query_cams: Labels | None, reference_cams: Labels | None) -> None:
-        """Sets the cameras of the data that is tested next, in the order of the data sets, or None for no cameras."""
+        """Sets the cameras of the data that is tested next, in the order of the embeddings, or None for no cameras."""
         self.query_cams, self.reference_cams = query_cams, reference_cams
 
     def get_accuracy(
@@ -118,6 +120,7 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
             distances = FeatureDistances(kwargs["query"], kwargs["reference"], self.metric)
             ids = kwargs["query_labels"].long(), kwargs["reference_labels"].long()
             options: dict[str, Any] = {"ties": self.ties, "protocol": self.protocol, "seed": self.seed}
+            options["require_match"] = False  # A split without a match must not end the test of the others.
             options["gallery_starts_with_query"] = kwargs["ref_includes_query"]
             kwargs["ranked"] = rank_queries(distances, *ids, *self._cams, **options)
         return super()._get_accuracy(function_dict, **kwargs)  # type: ignore[no-any-return]
@@ -125,9 +128,12 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
     def _calculate(self, name: str, ranked: RankedQueries, query_labels: Tensor, **kwargs: Any) -> Any:
         """One of ``REID_METRICS``, from the arguments that PML gives to every metric."""
         of_queries = ranked.hits(self.max_rank) if name == "cmc" else ranked.scores()[name.replace("_", "-")]
-        values = of_queries[ranked.matched]
+        scored = ranked.matched
+        if not bool(scored.any()):
+            scored, of_queries = ~scored, torch.full_like(of_queries, torch.nan)
+        values = of_queries[scored]
         if self.avg_of_avgs or self.return_per_class:
-            identity = query_labels.long().cpu()[ranked.matched]
+            identity = query_labels.long().cpu()[scored]
             values = torch.stack([values[identity == each].mean(dim=0) for each in identity.unique()])
         if self.return_per_class:
             return values.tolist()

@@ -5,6 +5,7 @@ They are ``rank_pos`` and ``false_pos`` of ``pml_drsl.functional`` at temperatur
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -87,6 +88,7 @@ def rank_queries(
     protocol: SearchProtocol = "standard",
     seed: int = 0,
     gallery_starts_with_query: bool = False,
+    require_match: bool = True,
     junk: Junk = JUNK,
     chunk_size: int | None = None,
     progress: bool = False,
@@ -99,10 +101,11 @@ def rank_queries(
     Args:
         distances: distances of Q queries to M gallery entries; see ``DistanceRows``.
         gallery_starts_with_query: whether the first Q gallery entries are the queries, each then removed from its own.
+        require_match: raise an InputError where no query has a match; False only warns.
         group: processes that share the queries, in whole chunks. Every process must give the same arguments, and gets
             the result of one process with the same number of threads, bit for bit.
 
-    An InputError refuses labels of a wrong shape or type, a single camera list, unknown options and no match at all."""
+    An InputError refuses labels of a wrong shape or type, a single camera list, and unknown options."""
     check_option("ties", ties, TIES)
     check_option("protocol", protocol, PROTOCOLS)
     num_query, num_gallery = distances.num_query, distances.num_gallery
@@ -115,6 +118,9 @@ def rank_queries(
         cams = shared_labels(query_cams, gallery_cams, num_query, num_gallery, "cams")
     if gallery_starts_with_query and (num_gallery < num_query or not torch.equal(ids[0], ids[1][:num_query])):
         raise InputError("gallery_starts_with_query: the first gallery identities are not those of the queries")
+    if gallery_starts_with_query and cams is not None and not torch.equal(cams[0], cams[1][:num_query]):
+        why = "the first gallery cameras are not those of the queries"
+        raise InputError(f"gallery_starts_with_query: {why}; the testers of PML put the query split first")
     is_junk, ignored = ids[0] < 0, (ids[1] < 0).nonzero().squeeze(1)
     groups = Identities(ids[1], max(1, int(torch.cat(ids).max()) + 1))
     shots = SingleShots(groups, seed) if protocol == "single-gallery-shot" else None
@@ -146,7 +152,10 @@ def rank_queries(
     identities = label_array(query_ids)
     ranked = RankedQueries(ap, inp, first, positives, junks, is_junk, identities, num_gallery - len(ignored))
     if not bool(ranked.matched.any()):
-        raise InputError(_why_no_match(ids, ranked, cams is not None, gallery_starts_with_query))
+        why = _why_no_match(ids, ranked, cams is not None, gallery_starts_with_query)
+        if require_match:
+            raise InputError(why)
+        warnings.warn(why, stacklevel=2)
     return ranked
 
 

@@ -278,6 +278,12 @@ def test_a_second_backward_pass_repeats_the_first():
     torch.testing.assert_close([p.grad for p in network.parameters()], [2 * g for g in once], rtol=1e-12, atol=0)
 
 
+def test_a_second_derivative_is_refused():
+    loss = LargeBatch(make_network(), DRSLoss(0.1, fused=False), 5)(*make_data())
+    with pytest.raises(InputError, match="LargeBatch can be differentiated once"):
+        loss.backward(create_graph=True)
+
+
 class Returns(nn.Module):
     def __init__(self, what):
         super().__init__()

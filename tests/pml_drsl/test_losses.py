@@ -436,6 +436,24 @@ def test_numbers_of_numpy_are_hyper_parameters():
     assert torch.equal(loss_fn(x, labels), wanted(x, labels))
 
 
+@pytest.mark.parametrize("bound_power", [None, 0.1])
+@pytest.mark.parametrize("name", ["temperature", "margin"])
+def test_a_learnable_temperature_or_margin_gets_its_gradient_and_needs_the_plain_path(name, bound_power):
+    x, labels = make_batch(1)
+    loss_fn = make_loss(0.1, 0.5, bound_power=bound_power, fused=False)
+    values = [
+        make_loss(**{"temperature": 0.1, "sort_weight": 0.5, name: 0.1 + step}, bound_power=bound_power)(x, labels)
+        for step in (1e-6, -1e-6)
+    ]
+    learnable = torch.nn.Parameter(torch.tensor(0.1, dtype=torch.float64))
+    setattr(loss_fn, name, learnable)
+    (gradient,) = torch.autograd.grad(loss_fn(x, labels), learnable)
+    assert gradient.item() == pytest.approx((values[0] - values[1]).item() / 2e-6, rel=1e-6)
+    loss_fn.fused = True
+    with pytest.raises(ValueError, match=f"a learnable {name} needs fused=False"):
+        loss_fn(x, labels)
+
+
 def test_embedding_regularizer_is_added():
     x, labels = make_batch(11)
     plain = make_loss(0.1)(x, labels)
@@ -483,6 +501,12 @@ def test_labels_may_be_of_any_integer_type():
 def test_bad_hyper_parameters_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_loss(**arguments)
+    ((name, value),) = arguments.items()
+    loss_fn = make_loss()
+    if name != "distance" and hasattr(loss_fn, name):  # It is assigned later.
+        setattr(loss_fn, name, value)
+        with pytest.raises(ValueError, match=message):
+            loss_fn(X, LABELS)
 
 
 X, LABELS = torch.randn(4, 3), torch.tensor([0, 0, 1, 1])

@@ -219,6 +219,11 @@ def test_bad_hyper_parameters_are_refused(make, message):
         make()
 
 
+def test_references_without_labels_are_refused():
+    with pytest.raises(ValueError, match="ref_emb without ref_labels"):
+        RankViolationMiner()(torch.randn(4, 3), torch.arange(4), torch.randn(5, 3))
+
+
 # PML's miners in front of DRSLoss.
 
 MINERS = {

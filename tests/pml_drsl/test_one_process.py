@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from pml_drsl.checks import InputError
 from pml_drsl.losses import DRSLoss
 from pml_drsl.wrappers import DistributedLossWrapper
 
@@ -46,6 +47,10 @@ def test_exchanged_loss_and_gradient(device: torch.device) -> None:
             return wrapper.forward_regular_loss(x, labels, None, None, None, world_size=2)  # type: ignore[no-any-return]
 
         torch.testing.assert_close(loss_and_gradient(exchanged, x, labels), expected, rtol=1e-3, atol=1e-6)
+        wrapper.loss.fused = False
+        with pytest.raises(InputError, match="several processes can be differentiated once"):
+            y = x.clone().requires_grad_()
+            torch.autograd.grad(exchanged(y, labels), y, create_graph=True)
 
 
 def test_gradients_of_distributed_data_parallel(device: torch.device) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
+from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester, WithSameParentLabelTester
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from torch.utils.data import TensorDataset
 
@@ -15,7 +15,7 @@ from pml_drsl.evaluation.calculator import ReIDAccuracyCalculator
 from pml_drsl.evaluation.scores import evaluate
 
 CPU = torch.device("cpu")
-METRICS = {"mAP", "mINP", "cmc", "rank_1", "rank_5", "rank_10", "rank_20"}
+METRICS = {"mAP", "mINP", "rank_1", "rank_5", "rank_10", "rank_20"}
 
 
 @pytest.fixture
@@ -41,9 +41,9 @@ def with_cameras(search: dict[str, Any], **kwargs: Any) -> ReIDAccuracyCalculato
 
 
 def test_equals_evaluate(search: dict[str, Any]) -> None:
-    metrics = with_cameras(search, max_rank=10).get_accuracy(*data(search))
+    metrics = with_cameras(search, include=(*METRICS, "cmc"), max_rank=10).get_accuracy(*data(search))
     expected = evaluate(**search, max_rank=20)
-    assert metrics.keys() == METRICS
+    assert metrics.keys() == METRICS | {"cmc"}
     assert (metrics["mAP"], metrics["mINP"]) == pytest.approx((expected.mAP, expected.mINP))
     assert [metrics[f"rank_{k}"] for k in (1, 5, 10, 20)] == pytest.approx([expected.rank(k) for k in (1, 5, 10, 20)])
     np.testing.assert_allclose(metrics["cmc"], expected.cmc[:10])
@@ -53,8 +53,8 @@ def test_metrics_by_name(search: dict[str, Any]) -> None:
     calculator = ReIDAccuracyCalculator(include=("rank_1", "precision_at_1"), device=CPU)
     metrics = calculator.get_accuracy(*data(search))
     assert metrics["rank_1"] == metrics["precision_at_1"]  # without cameras they are the same number
-    calculator = ReIDAccuracyCalculator(exclude=("cmc",), device=CPU)
-    assert calculator.get_accuracy(*data(search)).keys() == METRICS - {"cmc"}
+    calculator = ReIDAccuracyCalculator(exclude=("mINP",), device=CPU)
+    assert calculator.get_accuracy(*data(search)).keys() == METRICS - {"mINP"}
     assert calculator.get_accuracy(*data(search), include=("mAP",)).keys() == {"mAP"}
     with pytest.raises(ValueError, match="rank_1"):
         ReIDAccuracyCalculator(include=("rank_3",))
@@ -69,8 +69,9 @@ def test_agrees_with_pml_where_there_are_no_cameras(search: dict[str, Any]) -> N
 
 
 def test_averages_by_identity(search: dict[str, Any]) -> None:
-    by_class = with_cameras(search, return_per_class=True).get_accuracy(*data(search))
-    of_averages = with_cameras(search, avg_of_avgs=True).get_accuracy(*data(search))
+    include = ("mAP", "cmc")
+    by_class = with_cameras(search, include=include, return_per_class=True).get_accuracy(*data(search))
+    of_averages = with_cameras(search, include=include, avg_of_avgs=True).get_accuracy(*data(search))
     for identity in range(5):
         mine = search["query_ids"] == identity
         part = search | {key: search[key][mine] for key in ("query", "query_ids", "query_cams")}
@@ -145,7 +146,7 @@ def test_in_a_tester(search: dict[str, Any]) -> None:
         normalize_embeddings=False,
         data_device=CPU,
         dataloader_num_workers=0,
-        accuracy_calculator=with_cameras(search),
+        accuracy_calculator=with_cameras(search, include=("mAP", "rank_1", "cmc")),
     )
     scores = tester.test(sets, 1, torch.nn.Identity(), splits_to_eval=[("query", ["gallery"])])["query"]
     expected = evaluate(**search)
@@ -162,3 +163,52 @@ def test_in_a_tester_whose_gallery_includes_the_query(search: dict[str, Any]) ->
     scores = tester.test(sets, 1, torch.nn.Identity())["all"]
     assert 0 < scores["mAP_level0"] < 0.9  # each query would find itself first otherwise
     assert 0 < scores["rank_1_level0"] < 0.9
+
+
+def test_cameras_of_a_reference_set_that_a_tester_put_in_another_order(search: dict[str, Any]) -> None:
+    sets = {name: TensorDataset(search[name], search[f"{name}_ids"]) for name in ("query", "gallery")}
+    both = {key: torch.cat([search[f"query{key}"], search[f"gallery{key}"]]) for key in ("", "_ids", "_cams")}
+    expected = evaluate(**search | {f"gallery{key}": value for key, value in both.items()})
+    gallery_first = torch.cat([search["gallery_cams"], search["query_cams"]])
+    for cams in (both["_cams"], gallery_first):
+        calculator = ReIDAccuracyCalculator(query_cams=search["query_cams"], reference_cams=cams, device=CPU)
+        tester = GlobalEmbeddingSpaceTester(
+            normalize_embeddings=False, data_device=CPU, dataloader_num_workers=0, accuracy_calculator=calculator
+        )
+        arguments: Any = (sets, 1, torch.nn.Identity(), None, [("query", ["gallery", "query"])])
+        if cams is gallery_first:
+            with pytest.raises(ValueError, match=r"first gallery cameras .* put the query split first"):
+                tester.test(*arguments)
+        else:
+            assert tester.test(*arguments)["query"]["mAP_level0"] == pytest.approx(expected.mAP)
+
+
+def test_parents_of_different_sizes_and_one_without_a_match(search: dict[str, Any]) -> None:
+    x, ids = search["gallery"], search["gallery_ids"]
+    parents = (torch.arange(60) >= 24).long()
+    tester = WithSameParentLabelTester(
+        normalize_embeddings=False,
+        data_device=CPU,
+        dataloader_num_workers=0,
+        accuracy_calculator=ReIDAccuracyCalculator(device=CPU),
+    )
+    sets = {"all": TensorDataset(x, torch.stack([ids, parents], 1))}
+    scores = tester.test(sets, 1, torch.nn.Identity())["all"]
+    of_parents = [
+        ReIDAccuracyCalculator(device=CPU).get_accuracy(x[part], ids[part]) for part in (parents < 1, parents > 0)
+    ]
+    for name in METRICS:
+        assert scores[f"{name}_level0"] == pytest.approx(np.mean([part[name] for part in of_parents]))
+    lone = {"all": TensorDataset(x, torch.stack([torch.where(parents == 0, torch.arange(60) + 5, ids), parents], 1))}
+    with pytest.warns(UserWarning, match="none of the 24 queries has a match"):
+        assert np.isnan(tester.test(lone, 1, torch.nn.Identity())["all"]["mAP_level0"])
+
+
+@pytest.mark.parametrize("option", ["avg_of_avgs", "return_per_class", None])
+def test_metrics_are_nan_where_no_query_has_a_match_as_in_pml(option: str | None) -> None:
+    include = (*METRICS, "cmc", "precision_at_1")
+    calculator = ReIDAccuracyCalculator(include=include, device=CPU, **({option: True} if option else {}))
+    with pytest.warns(UserWarning, match="no query identity occurs in the gallery"):
+        metrics = calculator.get_accuracy(torch.eye(3), [5, 6, 6], torch.eye(3), [1, 2, 3])
+    assert np.shape(metrics["mAP"]) == np.shape(metrics["precision_at_1"])
+    assert all(np.isnan(value).all() for value in metrics.values())
