@@ -21,7 +21,8 @@ args = parser.parse_args()
 
 
 class Photos(torchreid.data.ImageDataset):
-    """Trains on every other person; looks for each photo of the others, in turn as query and in the gallery."""
+    """Trains on every other person. Of each remaining person, the first, third, fifth... photo is a query, and the
+    others are the gallery."""
 
     def __init__(self, root="", **kwargs):
         folders = sorted(folder for folder in Path(root).iterdir() if folder.is_dir())
@@ -43,7 +44,7 @@ model = torchreid.models.build_model(
 optimizer = torchreid.optim.build_optimizer(model, lr=0.003)
 scheduler = torchreid.optim.build_lr_scheduler(optimizer, lr_scheduler="cosine", max_epoch=args.epochs)
 engine = torchreid.engine.ImageDRSLEngine(  # marked
-    datamanager, model, optimizer, DRSLoss(bound_power=0.1), scheduler=scheduler, use_gpu=False
+    datamanager, model, optimizer, DRSLoss(), scheduler=scheduler, use_gpu=False
 )
 results = engine.run(args.save_dir, max_epoch=args.epochs, dist_metric="cosine", print_freq=10)
 print(f"mAP {results['photos'].mAP:.1%}")

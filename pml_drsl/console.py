@@ -1,16 +1,18 @@
-"""What every command shares: how it prints, and what it says when the input is bad. It does not import torch."""
+"""What every command shares: how it prints and writes, and what it says of bad input. It does not import torch."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import io
 import os
 import re
+import secrets
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import IO, TextIO
 
 from pml_drsl.checks import InputError
 
@@ -36,13 +38,42 @@ def write_text(path: str, text: str) -> None:
     if path == "-":
         say(text.rstrip("\n"))
         return
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}-{os.getpid()}.tmp")
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Context: opens a temporary file, which replaces ``path``, or the target of a link, when it is complete and safely
+    on the disk. Of several writers, the last to finish wins. Raises OSError if the file cannot be written; ``path``
+    keeps its old content."""
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacement(path) as temporary, open(temporary, "xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def replacement(path: Path) -> Iterator[Path]:
+    """Context: the path of a temporary file to make, which replaces ``path`` at the end, or is removed at an error. A
+    killed process leaves it. Its name is ``.NAME.`` with 16 hexadecimal digits and ``.tmp``."""
+    # The name of the file is shortened, because file systems limit the length of a name.
+    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(target)
+        yield temporary
+        os.replace(temporary, path)
     finally:
+        # Where both are names of one file already, os.replace does nothing and leaves the temporary one.
         temporary.unlink(missing_ok=True)
+    # A renamed file survives a power failure only when its folder is on the disk too.
+    if os.name == "posix":
+        handle = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def guarded(
@@ -56,8 +87,8 @@ def guarded(
 
     An interrupted command names the ``outputs`` that it has written, or says ``stopped``. ``extra`` is the extra of
     this distribution that installs what the command needs. Returns the exit status: 0, or what ``work`` returned; 2 for
-    bad input, a loss that is not finite or a missing package; 130 if interrupted (143 by SIGTERM); 141 if stdout was
-    closed."""
+    bad input, a loss that is not finite or a missing package; 130 if interrupted (143 by SIGTERM, 129 by SIGHUP); 141
+    if stdout was closed."""
     for stream in (sys.stdout, sys.stderr):  # which a path in another encoding than the terminal's would end
         if isinstance(stream, io.TextIOWrapper):  # not so where a notebook or a test has replaced it
             stream.reconfigure(errors="backslashreplace")
@@ -74,23 +105,28 @@ def guarded(
     except KeyboardInterrupt as stop:
         if written := [path for path, stamp in before.items() if file_stamp(path) != stamp]:
             stopped = f"interrupted; written before that: {', '.join(map(repr, written))}"
-        try:
-            if process == "0":
-                say(f"{who} {str(stop) or stopped}", sys.stderr)
-            sys.stdout.flush()
-        except OSError:  # A terminal that was closed takes no text. Python would complain at its end.
-            for number in (1, 2):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        _explain(f"{who} {str(stop) or stopped}" if process == "0" else "")
         return 128 + getattr(stop, "signal", signal.SIGINT)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("", "pml_drsl", "torchreid_ext"):
             raise
-        say(f"{who} the package {error.name} is not installed: pip install 'pml-drsl[{extra}]'", sys.stderr)
+        cure = f"run pip install -e '.[{extra}]' in the clone of this repository"
+        _explain(f"{who} the package {error.name} is not installed: {cure}")
         return 2
     except (InputError, OSError, FloatingPointError) as error:
-        say(f"{who} {' '.join(message(error).split())}", sys.stderr)
+        _explain(f"{who} {' '.join(message(error).split())}")
         return 2
     return status or 0
+
+
+def _explain(text: str) -> None:
+    try:
+        if text:
+            say(text, sys.stderr)
+        sys.stdout.flush()
+    except OSError:  # A terminal that was closed takes no text. Python would complain at its end.
+        for number in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 def message(error: BaseException) -> str:

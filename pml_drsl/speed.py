@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
 
     def option(name: str, default: Any, about: str, **kwargs: Any) -> None:
-        parser.add_argument(name, default=default, help=f"{about} (%(default)s)", **kwargs)
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        parser.add_argument(name, default=default, help=f"{about} ({shown})", **kwargs)
 
     option("--sizes", [256, 1024, 4096], "numbers of embeddings, multiples of 4", type=int, nargs="+", metavar="N")
     option("--dims", [512, 2048], "numbers of dimensions", type=int, nargs="+", metavar="D")

@@ -6,6 +6,7 @@ import csv
 import io
 import os
 import re
+import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,12 +102,18 @@ def pattern(names: str, option: str = "names") -> re.Pattern[str]:
     return compiled
 
 
+def composed(text: str) -> str:
+    """The text in the Unicode form NFC: Macs wrote é in the names of files as e and an accent (NFD)."""
+    return unicodedata.normalize("NFC", text)
+
+
 def in_name(names: re.Pattern[str], name: str) -> tuple[str, str] | None:
-    """The identity and the camera in a name that matches as a whole, or None."""
+    """The identity and the camera, ``composed``, in a name that matches as a whole, or None."""
     match = names.fullmatch(name)
     if match is None or not match["identity"]:
         return None
-    return match["identity"], (match["camera"] or "") if "camera" in names.groupindex else ""
+    camera = (match["camera"] or "") if "camera" in names.groupindex else ""
+    return composed(match["identity"]), composed(camera)
 
 
 def named(path: str, names: re.Pattern[str]) -> Row:
@@ -129,14 +136,15 @@ def spelt(row: Row, names: re.Pattern[str]) -> Row:
 def files(folder: str, prefix: str = "", above: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
     """Yields the POSIX path below ``folder`` and the path without any link of every file, in the order of their names.
 
-    Hidden files and folders are left out. ``prefix`` and ``above`` are of folders within folders. Raises InputError for
-    a link that leads to a folder above itself, or to nothing.
+    Hidden files and folders are left out, and Synology's folders of thumbnails, ``@eaDir``. ``prefix`` and ``above``
+    are of folders within folders. Raises InputError for a link that leads to a folder above itself, or to nothing.
     """
     real = os.path.realpath(folder)
     if real in above:
         raise InputError(f"{folder} is a link to {real}, a folder above it: remove the link")
     with os.scandir(folder) as entries:
-        visible = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+        shown = (entry for entry in entries if not entry.name.startswith((".", "@eaDir")))
+        visible = sorted(shown, key=lambda entry: entry.name)
     for entry in visible:
         if entry.is_symlink() and not os.path.exists(entry.path):
             target = os.readlink(entry.path)
@@ -186,27 +194,29 @@ def read_csv(file: str, cameras: bool = True, junk: Collection[str] = JUNK) -> T
     """The images that a CSV file names, in its order, without those of the identities ``junk``.
 
     The file is UTF-8 text with the columns path, pid, camid (only where ``cameras`` are wanted) and split (train,
-    query or gallery), separated by commas. Paths are relative to its folder. A path is there once, or as query and
-    gallery. Raises InputError if a column, a value or an image is missing, a split is unknown, a path is repeated,
-    or the file is written in another way. The message names the file, the line and the cure.
+    query or gallery), separated by commas, semicolons or tabs. Paths are relative to its folder, and may have been
+    written on Windows or a Mac. A path is there once, or as query and gallery. Raises InputError if a column, a value
+    or an image is missing, a split is unknown, a path is repeated, or the file is written in another way. The message
+    names the file, the line and the cure.
     """
     columns = [column for column in COLUMNS if cameras or column != "camid"]
     table, seen = Table(), dict[str, list[Row]]()
     for at, values in _records(file, columns):
         if empty := [column for column in columns if not values[column]]:
             raise InputError(f"{at}: {empty[0]} is empty")
-        path, identity, split = values["path"], values["pid"], values["split"]
+        path, identity, split = values["path"], composed(values["pid"]), values["split"]
         if split not in SPLITS:
             raise InputError(f"{at}: split={split!r} must be one of {', '.join(SPLITS)}")
         _check_text(at, [identity, values.get("camid", ""), split])
-        full = os.path.normpath(os.path.join(os.path.dirname(file), path))
-        if not os.path.isfile(full):
+        forms = (unicodedata.normalize(form, path.replace("\\", "/")) for form in ("NFC", "NFD"))
+        places = [os.path.normpath(os.path.join(os.path.dirname(file), each)) for each in (path, *forms)]
+        if (full := next(filter(os.path.isfile, places), None)) is None:
             _check_text(at, [path])
-            raise InputError(f"{at}: there is no file {full}; paths are relative to the folder of the CSV")
+            raise InputError(f"{at}: there is no file {places[0]}; paths are relative to the folder of the CSV")
         if identity in junk:
             table.leave_out("images of junk", path)
             continue
-        row = Row(full, identity, values["camid"] if cameras else "", split)
+        row = Row(full, identity, composed(values["camid"]) if cameras else "", split)
         twins = seen.setdefault(full, [])
         if twins and (twins[0][:3] != row[:3] or sorted(twin.split for twin in (*twins, row)) != ["gallery", "query"]):
             raise InputError(f"{at}: {path} is in the CSV twice: remove one of the lines")
@@ -225,7 +235,10 @@ def _records(file: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str,
         line = data[: data.index(b"\0")].count(b"\n") + 1
         raise InputError(f"{file}, line {line}: the text has zero bytes, as UTF-16 has: {_AS_UTF8}")
     # Names of files may be no UTF-8; Python has its own way to keep them.
-    reader = csv.reader(io.StringIO(data.decode("utf-8-sig", "surrogateescape"), newline=""), skipinitialspace=True)
+    text = data.decode("utf-8-sig", "surrogateescape")
+    # Excel separates by semicolons where the decimal separator of the language is the comma.
+    separator = next((each for each in ",;\t" if each in text.partition("\n")[0]), ",")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
     try:
         head = [name.strip() for name in next(reader, [])]
         _check_head(file, head, columns)
@@ -233,9 +246,9 @@ def _records(file: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str,
             at = f"{file}, line {reader.line_num}"
             if any(cell.strip() for cell in cells[len(head) :]):
                 counts = f"there are {len(cells)} values for {len(head)} columns"
-                raise InputError(f"{at}: {counts}: put a value that has a comma between double quotes")
+                raise InputError(f"{at}: {counts}: put a value that has {separator!r} between double quotes")
             values = dict(zip(head, (cell.strip() for cell in cells), strict=False))
-            if cells:
+            if any(values.values()):
                 yield at, {column: values.get(column, "") for column in columns}
     except csv.Error as error:
         raise InputError(f"{file}, line {reader.line_num}: {error}: correct the quotes of this line") from error
@@ -244,12 +257,10 @@ def _records(file: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str,
 def _check_head(file: str, head: Sequence[str], columns: Sequence[str]) -> None:
     if not (missing := [column for column in columns if column not in head]):
         return
-    wanted, text = ",".join(columns), "".join(head)
+    wanted = ",".join(columns)
     cure = f"the first line must name {wanted}"
     if {name.lower() for name in head} >= set(columns):
         cure = f"write the names of the columns in lower case: {wanted}"
-    elif "\t" in text or ";" in text:
-        cure = f"its values are separated by {'semicolons' if ';' in text else 'tabs'}: {_AS_UTF8}"
     raise InputError(f"{file}, line 1: the file has no column {missing[0]!r}: {cure}")
 
 

@@ -72,8 +72,8 @@ def _timm(name: str) -> Any:
     try:
         import timm
     except ModuleNotFoundError as error:
-        cure = "install it with pip install pml-drsl[timm]"
-        raise InputError(f"model.name {TIMM}{name}: the package timm is not installed; {cure}") from error
+        cure = "run pip install -e '.[reid,timm]' in the clone of this repository"
+        raise InputError(f"model.name {TIMM}{name}: the package timm is not installed: {cure}") from error
     if not timm.is_model(name):
         near = nearest(name, timm.list_models())
         raise InputError(f"model.name: timm has no network {name!r}; did you mean {TIMM + near!r}?")
@@ -214,10 +214,21 @@ def set_memory_format(model: nn.Module, channels_last: bool | str, height: int, 
             raise InputError(f"train.channels_last True: {refused}; set it to auto or False") from error
 
 
+def heads(output: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """The logits and the features of each head in what a network returns in training. Raises InputError if that is no
+    pair of logits and features."""
+    if not isinstance(output, (tuple, list)) or len(output) != 2:
+        wanted = f"the model must return (logits, features) in training, got {type(output).__name__}"
+        raise InputError(f"{wanted}; build a model of torchreid with loss='triplet'")
+    logits, features = (list(part) if isinstance(part, (tuple, list)) else [part] for part in output)
+    return logits, features
+
+
 def feature_sizes(model: nn.Module, height: int, width: int) -> list[int]:
-    """The dimension of each feature that a ``loss="triplet"`` network gives in training; its state does not change."""
-    _, features = on_black_images(model, height, width, training=True)
-    return [part.shape[1] for part in (features if isinstance(features, (list, tuple)) else [features])]
+    """The dimension of each feature that a network gives in training; its state does not change. Raises InputError as
+    ``heads``."""
+    _, features = heads(on_black_images(model, height, width, training=True))
+    return [part.shape[1] for part in features]
 
 
 @torch.no_grad()
@@ -231,6 +242,10 @@ def on_black_images(
     restore_buffers, parameter = states.keep_buffers([network]), next(network.parameters())
     network.train(layers_train)
     network.training = training
+    for module, _ in modes if training and not layers_train else ():
+        # A part with parts of its own, such as a network that another one wraps, may be what returns the features.
+        if [*module.children()] and not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.training = True
     try:
         with generators.untouched():
             return network(torch.zeros(number, 3, height, width, device=parameter.device, dtype=parameter.dtype))

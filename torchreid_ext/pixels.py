@@ -28,7 +28,7 @@ with contextlib.suppress(ImportError):  # Pillow reads photos of iPhones with th
     importlib.import_module("pillow_heif").register_heif_opener()
     HEIF = (".heic", ".heif")
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", *HEIF)
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", *HEIF)
 """How the names of images end, in lower case."""
 
 
@@ -81,6 +81,7 @@ def read_image(
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else f"{what} ({error})"
         heic = not HEIF and name.lower().endswith((".heic'", ".heif'"))
         cure = "pip install pillow-heif to read it" if heic else "restore it or remove it"
+        cure = "make it smaller" if what == "too large" else cure
         raise InputError(f"cannot read image {name}: it is {reason}; {cure}") from error
 
 

@@ -94,7 +94,8 @@ def parser() -> argparse.ArgumentParser:
     add("features", help="FEATURES.npz, or QUERY.npy GALLERY.npy", nargs="+", metavar="FILE")
     add("--ids", help="identities and cameras of the two .npy files", metavar="IDS.csv")
     add("--metric", help="distance, as in the network's test (%(default)s)", choices=METRICS, default="euclidean")
-    about = "whether a wrong image at the distance of a match counts half, after the match or before it (%(default)s)"
+    about = "order of a match and a negative at the same distance: mean (each counts half before the other), "
+    about += "optimistic (the match first), pessimistic (the negative first); default: %(default)s"
     add("--ties", help=about, choices=TIES, default="mean")
     add("--rerank", help="re-rank by k-reciprocal neighbours first (slower)", action="store_true")
     about = "how CMC is measured (%(default)s, as for Market-1501)"
@@ -104,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
     add("--junk", help=about, nargs="*", default=["-1"], metavar="ID")
     add(
         "--no-cameras",
-        help="ignore cameras, so that an image is kept from itself alone, if paths are known",
+        help="ignore cameras: only the query's own image is removed, where the file has paths",
         action="store_true",
     )
     add("--ranks", help="ranks to print (1 5 10 20)", type=int, nargs="+", default=list(RANKS), metavar="K")

@@ -132,6 +132,14 @@ def test_feature_sizes_leave_the_network_as_it_was(name, size, sizes):
     assert model.training and not first.training
 
 
+def test_feature_sizes_of_a_network_inside_another_one():
+    model = torch.nn.Sequential(build()).eval()
+    assert networks.feature_sizes(model, 64, 32) == [512]
+    assert not any(module.training for module in model.modules())
+    with pytest.raises(InputError, match=r"must return \(logits, features\) in training, got Tensor"):
+        networks.feature_sizes(build(loss="softmax"), 64, 32)
+
+
 def test_a_head_learns_through_its_neck():
     model = build()
     networks.add_neck(model)

@@ -131,6 +131,13 @@ def test_the_given_picture_stays_as_it_is() -> None:
     assert read_image(image).size == (20, 10) and image.size == (10, 20)
 
 
+def test_a_photo_of_too_many_pixels_has_a_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = saved(tmp_path, Image.fromarray(COLOURS), "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", COLOURS.shape[0] * COLOURS.shape[1] // 3)
+    with pytest.raises(InputError, match=r"too large .*; make it smaller$"):
+        read_image(file)
+
+
 def test_photos_of_iphones_are_images_where_their_reader_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     registered: list[int] = []
     reader = SimpleNamespace(register_heif_opener=lambda: registered.append(1))

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pml_drsl.checks import InputError
+from pml_drsl.console import replacing
 from torchreid_ext.runtime import distributed
-from torchreid_ext.runtime.files import replacing
 
 # torchreid stores its rank-1 as a numpy scalar. These types are needed to read one, by the names of numpy 1 and 2.
 _scalar = np.float64(0).__reduce__()[0]
@@ -106,6 +106,12 @@ class Loaded:
     fitting: list[str]  # were loaded
     unused: list[str]  # the file has them, and the model does not, or in another shape
     untouched: list[str]  # the model has them, and the file does not
+
+    @property
+    def lacks_layers(self) -> bool:
+        """Whether the file lacks layers besides the classifiers, which are made anew for the identities of a run."""
+        made_anew = "classifier", "num_batches_tracked"
+        return any(not name.startswith(made_anew[0]) and not name.endswith(made_anew[1]) for name in self.untouched)
 
     def __str__(self) -> str:
         own = len(self.fitting) + len(self.untouched)

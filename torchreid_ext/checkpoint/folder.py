@@ -23,6 +23,7 @@ class History:
 
     def __init__(self, folder: Path, keep: int = 0) -> None:
         self.folder, self.keep = folder, keep
+        self.first = 1  # checkpoints of earlier epochs are not removed
         self.newest: Path | None = None  # the checkpoint that this object saved last
         self.saved_epoch = -1  # its epoch
 
@@ -42,7 +43,7 @@ class History:
         files.remove_unfinished(self.folder)
         # Checkpoints of later epochs belong to another run, so this run does not remove them.
         numbered = self._numbered()
-        earlier = sorted(number for number in numbered if number <= epoch)
+        earlier = sorted(number for number in numbered if self.first <= number <= epoch)
         for number in earlier[: -self.keep] if self.keep else []:
             numbered[number].unlink(missing_ok=True)
 
@@ -109,7 +110,7 @@ class RunCheckpoints(History):
 
     def __init__(self, engine: Any, folder: Path, keep: int, newest: Path | None) -> None:
         super().__init__(folder, keep)
-        self._engine, self.newest = engine, newest
+        self._engine, self.newest, self.first = engine, newest, engine.host_epochs + 1
         # The state in which the present epoch began, unless it is saved or another process saves it.
         self.start: dict[str, Any] | None = None
 
@@ -118,6 +119,19 @@ class RunCheckpoints(History):
             # An earlier run in this folder may have left the best of its own, which is not of this run.
             (self.folder / BEST).unlink(missing_ok=True)
         return super().save(state, epoch, is_best)
+
+    def put_back_best(self, epoch: int) -> bool:
+        """Makes ``model-best.pth.tar`` the checkpoint after ``epoch`` epochs: it may hold a later one, where a run goes
+        back to an earlier epoch. Without such a checkpoint it removes the file, and returns False."""
+        best, numbered = self.folder / BEST, self.folder / f"model.pth.tar-{epoch}"
+        with contextlib.suppress(InputError):
+            if checkpoint.load(best).get("epoch") == epoch:
+                return True
+        if numbered.is_file():
+            files.link(numbered, BEST)
+            return True
+        best.unlink(missing_ok=True)
+        return False
 
     def begin_epoch(self) -> None:
         """Remembers the state in which an epoch begins; raises FloatingPointError if a weight is not finite."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import os
@@ -43,6 +44,7 @@ def of_engine(engine: Any, epoch: int) -> dict[str, Any]:
             "generators": generators.state(),
             "best": dict(engine.best),
             "skipped": engine.skipped,
+            "host_epochs": engine.host_epochs,
             "num_train_pids": engine.datamanager.num_train_pids,
             "training_set": engine.training_set,
             "config": engine.config,
@@ -58,7 +60,9 @@ def restore_engine(engine: Any, state: dict[str, Any], path: str) -> None:
     checkpoint.restore(state, _parts(engine, first), path)
     with checkpoint.fitting(path):
         engine.rank1 = float(state.get("rank1", 0))
-        if (training := state.get("training")) is not None:
+        if (training := state.get("training")) is None:
+            engine.host_epochs = int(state["epoch"])
+        else:
             for name in others:
                 checkpoint.restore(training["others"].get(name, {}), _parts(engine, name), path)
             losses = losses_of(engine)
@@ -72,6 +76,7 @@ def restore_engine(engine: Any, state: dict[str, Any], path: str) -> None:
             if any(before.get(key) != now.get(key) for key in _MEASURE if key in before and key in now):
                 engine.best = dict(NO_BEST)
             engine.skipped = int(training["skipped"])
+            engine.host_epochs = int(training.get("host_epochs", 0))  # older checkpoints do not have it
     if name := not_finite(engine):
         raise InputError(f"checkpoint {path!r}: {name} is not finite; resume from an earlier checkpoint")
 
@@ -190,9 +195,17 @@ def copied(state: Any) -> Any:
 def digest(items: list[Any]) -> str:
     """A digest of training images and their identities, items of torchreid's data sets, in any order. Paths count from
     the folder that all have in common, which may be moved, and differ from one machine of a run to another."""
-    several = [([item[0]] if isinstance(item[0], str) else item[0], item[1]) for item in items]
-    top = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for paths, _ in several for path in paths])
-    lines = ["\0".join([str(pid), *(os.path.relpath(path, top) for path in paths)]) for paths, pid in several]
+    several = [
+        ([*map(os.path.abspath, [item[0]] if isinstance(item[0], (str, os.PathLike)) else item[0])], item[1])
+        for item in items
+    ]
+    top = None
+    with contextlib.suppress(ValueError):  # Images on two drives of Windows have no folder in common.
+        top = os.path.commonpath([os.path.dirname(path) for paths, _ in several for path in paths])
+    lines = [
+        "\0".join([str(pid), *(os.path.relpath(path, top) if top else path for path in paths)])
+        for paths, pid in several
+    ]
     return hashlib.sha256("\n".join(sorted(lines)).encode(errors="surrogateescape")).hexdigest()
 
 
@@ -230,6 +243,7 @@ def _of_sampler(engine: Any) -> dict[str, Any]:
 
 def _sampler(engine: Any) -> tuple[Any, Any]:
     """The sampler inside ``SeededBatches`` and torch's ``BatchSampler``, and its generator, if it has one."""
-    batches = engine.train_loader.batch_sampler.batches
+    loader = engine.train_loader  # a script may have replaced it
+    batches = getattr(loader.batch_sampler, "batches", loader.batch_sampler)
     sampler = getattr(batches, "sampler", batches)
     return sampler, getattr(sampler, "generator", None)

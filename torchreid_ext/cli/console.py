@@ -25,7 +25,9 @@ def parser(name: str, description: str | None, examples: str) -> argparse.Argume
     add("--model", metavar="NAME",
         help="network of a checkpoint that holds no configuration, such as weights of torchreid's zoo: "
         "osnet_x0_25")  # fmt: skip
-    add("--config-file", metavar="FILE", help="YAML configuration of the network, for a checkpoint that holds none")
+    add("--config-file", metavar="FILE",
+        help="the YAML file that this network was trained with, for a checkpoint that holds no configuration; its "
+        "model.bnneck and model.last_stride must fit the weights")  # fmt: skip
     return made
 
 

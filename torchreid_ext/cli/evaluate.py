@@ -95,17 +95,16 @@ def _errors(args: argparse.Namespace) -> None:
             cure = "write the features of your own with drsl-extract, and give that file"
             unknown = f"checkpoint {args.features[0]!r} holds no configuration, so its test images are unknown"
             raise InputError(f"{unknown}: {cure}") from error
-        metric, table = model.metric, test_images(model.config, args.root)
+        metric, table = model.metric, test_images(model.config, args.root, model.training_set)
         check_outputs({"--html": args.html}, [model.path, *(row.path for row in table.rows)])
         data, paths, workers = dict[str, Any](), [], min(4, available_cores())
         for side, rows in (("query", table.query), ("gallery", table.gallery)):
             found = extract_files(model, rows, workers=workers, skip_damaged=True, description=side)
             for reason in found.damaged:
                 say(f"left out: {reason}")
-            files, identities, cameras, _ = zip(*found.entries, strict=True)
-            # torchreid gives identities and cameras numbers.
-            data |= {side: found.features, f"{side}_ids": [*map(int, identities)], f"{side}_cams": [*map(int, cameras)]}
-            paths.append(files)
+            data |= {side: found.features, f"{side}_ids": [row.identity for row in found.entries]}
+            data[f"{side}_cams"] = [row.seen_by for row in found.entries]
+            paths.append([row.path for row in found.entries])
     search, pictures = errors.prepare(data, paths, metric, args.junk)
     say(errors.write_page(args.html, search, pictures, f"Why {args.features[0]} fails"))
     say(f"The page to look at is {args.html!r}")

@@ -18,7 +18,7 @@ EXAMPLES = """
     drsl-export log/demo model.onnx
     drsl-export log/demo/model/model-best.pth.tar model.onnx --images photos --without-normalisation
     drsl-export osnet_x0_25_msmt17.pth model.onnx --model osnet_x0_25
-    drsl-export osnet.pth model.onnx --config-file configs/market1501_osnet_x0_25.yaml
+    drsl-export weights.pth model.onnx --config-file log/demo/config.yaml
 """
 
 COMPARED = 16  # images; more would only take longer

@@ -30,7 +30,7 @@ EXAMPLES = """
     drsl-extract log/demo --output features.npz
     drsl-extract log/demo/model/model-best.pth.tar photos list.csv --output features.npz --names folder
     drsl-extract osnet_x0_25_msmt17.pth --model osnet_x0_25 photos --output features.npz
-    drsl-extract osnet.pth --config-file configs/market1501_osnet_x0_25.yaml photos --output features.npz
+    drsl-extract weights.pth --config-file log/demo/config.yaml photos --output features.npz
     torchrun --standalone --nproc_per_node gpu -m torchreid_ext.cli.extract CHECKPOINT photos --output features.npz
 """
 
@@ -41,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("sources", nargs="*", metavar="SOURCE", help="folders, CSV files and images")
     parser.add_argument("--output", required=True, metavar="FILE.npz", help="where to write the features")
     parser.add_argument("--root", metavar="FOLDER", help="folder of the run's data sets (where the run had them)")
+    parser.add_argument("--no-cameras", dest="cameras", action="store_false",
+                        help="take no cameras from names, such as IMG from anna/IMG_1.jpg: then every photo of a "
+                        "person is a query")  # fmt: skip
     console.add_device(parser)
     args = parser.parse_intermixed_args(arguments)  # Options may stand before, between and after the sources.
     return guarded("drsl-extract", lambda: run(args), [args.output])
@@ -57,12 +60,18 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--output {args.output}: the name of the file must end in .npz")
     if args.root and args.sources:
         raise InputError("--root is for the test images of the run itself: leave it out where a SOURCE is given")
+    if not args.cameras and not args.sources:
+        raise InputError("--no-cameras is for a SOURCE: leave it out here, and give it to drsl-evaluate")
     if args.model and not args.sources:
         raise InputError("weights that --model names have no run, and so no test images: give a SOURCE")
     with distributed.joined(args.device != "cpu"):
         model = load_model(args.checkpoint, args.config_file, args.device, args.model)
         check_outputs({"--output": args.output}, [model.path, args.config_file, *args.sources])
-        table = list_sources(args.sources, args.names) if args.sources else test_images(model.config, args.root)
+        table = (
+            list_sources(args.sources, args.names, args.cameras)
+            if args.sources
+            else test_images(model.config, args.root, model.training_set)
+        )
         check_outputs({"--output": args.output}, [row.path for row in table.rows])
         if table.left_out:
             say(table.about_left_out())
@@ -78,6 +87,9 @@ def run(args: argparse.Namespace) -> None:
         dim = next(iter(sets.values())).features.shape[1]
         say(f"{counts} features of {dim} dimensions are in {args.output!r}")
         if labelled:
+            cameras = sorted({row.camera for part in sets.values() for row in part.entries} - {""})
+            if cameras:
+                say(f"Cameras: {', '.join(cameras) if len(cameras) < 9 else len(cameras)}")
             say(f"Scores: drsl-evaluate {args.output} --metric {model.metric}")
         else:
             say("There are no scores to compute: that needs query and gallery images, and the identities of all")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import sys
@@ -24,6 +25,8 @@ examples:
   drsl-train --dry-run --config-file configs/demo.yaml
   drsl-train --config-file log/demo/config.yaml model.resume auto
   drsl-train --config-file log/demo/config.yaml model.resume auto test.evaluate True
+
+exit status: 0; 2 for bad input or a loss that is not finite; 130 for Ctrl-C, 143 for SIGTERM, 129 for a closed terminal
 """
 
 
@@ -37,7 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--list", nargs="+", metavar=("WHAT", "WORD"),
         help="list keys, models, losses, miners or datasets: all, or those with WORD")  # fmt: skip
     add("--dry-run", action="store_true",
-        help="show data and network, draw a batch and estimate the time, instead of training")  # fmt: skip
+        help="list the data, load the network, open every image of your own data sets once, take up to three steps,\n"
+        "draw one batch in data.save_dir and estimate the time; nothing of the training is kept")  # fmt: skip
     add("--config-file", metavar="FILE", help="YAML file of config keys")
     add("-s", "--sources", nargs="+", metavar="NAME", help="data sets to train on")
     add("-t", "--targets", nargs="+", metavar="NAME", help="data sets to test on")
@@ -113,9 +117,12 @@ def next_commands(save_dir: str, query: Sequence[str], gallery: Sequence[str]) -
     if not checkpoint.is_file():
         return ""
     folders = {os.path.dirname(os.path.abspath(path)) for path in gallery}
-    shared = Path(os.path.commonpath(folders))
-    # Images on two disks share no folder but the root, which nobody wants to search: then one of the folders will do.
-    folder = str(shared) if shared != Path(shared.anchor) and shared != Path.home() else min(folders)
+    # Images on two disks share no folder but the root, which nobody wants to search, or none at all on Windows: then
+    # one of the folders will do.
+    folder = min(folders)
+    with contextlib.suppress(ValueError):
+        if (shared := Path(os.path.commonpath(folders))) not in (Path(shared.anchor), Path.home()):
+            folder = str(shared)
     page, exported = str(Path(save_dir, "search.html")), str(Path(save_dir, "model.onnx"))
     words = ["--gallery", shown(folder), "--query", shown(query[0]), "--html", page]
     return "\n  ".join([

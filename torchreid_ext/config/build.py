@@ -154,7 +154,8 @@ def build_engine(
     value that is not allowed, or values that exclude each other."""
     check(cfg)
     loss, section = cfg.loss.name, cfg.loss[cfg.loss.name]
-    if section.get("weight_x", 1) == 0 and cfg.train.fixbase_epoch > 0:
+    only = all(name.startswith("classifier") for name in cfg.train.open_layers)
+    if section.get("weight_x", 1) == 0 and cfg.train.fixbase_epoch > 0 and only:
         raise InputError(f"train.fixbase_epoch trains the classifier alone, which loss.{loss}.weight_x 0 leaves out")
     if loss == "triplet" and (min(weights := (section.weight_t, section.weight_x)) < 0 or max(weights) == 0):
         takes = "loss.triplet.weight_t and loss.triplet.weight_x must be 0 or more and not both 0"

@@ -15,6 +15,7 @@ from torchreid_ext.config.node import Config, check, picked
 from torchreid_ext.data.datasets import register_datasets, without_empty_folders
 from torchreid_ext.data.loading import rebuilt
 from torchreid_ext.data.samplers import SAMPLERS
+from torchreid_ext.data.splits import make_options
 from torchreid_ext.data.validation import check_overlap, hold_out
 from torchreid_ext.runtime import distributed
 
@@ -40,6 +41,18 @@ def build_datamanager(cfg: Config) -> Any:
     if not cfg.data.allow_overlap:
         check_overlap(manager, tested=not cfg.data.combineall)
     return manager
+
+
+def check_save_dir(cfg: Config) -> None:
+    """Raises InputError if the run writes its pictures among the photos of a data set that is split at random."""
+    folder = Path(cfg.data.save_dir).resolve()
+    for name in {*cfg.data.sources, *cfg.data.targets} & cfg.datasets.keys():
+        options = make_options(name, cfg.datasets[name])
+        photos = [Path(cfg.data.root, part).expanduser().resolve() for part in options.folder]
+        if options.csv is None and options.train is None and any(map(folder.is_relative_to, photos)):
+            where = f"data.save_dir {cfg.data.save_dir!r} lies in a folder of datasets.{name}"
+            cure = "give a folder elsewhere, such as data.save_dir ../log"
+            raise InputError(f"{where}, so that the run's own pictures would be taken for photos: {cure}")
 
 
 _GROUPS = ("num_instances", "num_cams", "num_datasets")

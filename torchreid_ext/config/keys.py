@@ -74,8 +74,8 @@ TORCHREID: dict[str, Key] = {
     "sampler.train_sampler_t": Key("RandomSampler", "sampler of the targets' training images", choices=_HOSTS),
     "sampler.num_instances": Key(
         4, "images of an identity in a batch, for RandomIdentitySampler and MPerClassSampler", least=1),
-    "sampler.num_cams": Key(1, "cameras in a batch, for RandomDomainSampler", least=1),
-    "sampler.num_datasets": Key(1, "data sets in a batch, for RandomDatasetSampler", least=1),
+    "sampler.num_cams": Key(1, "cameras in a batch, for RandomDomainSampler; 0 or less: all"),
+    "sampler.num_datasets": Key(1, "data sets in a batch, for RandomDatasetSampler; 0 or less: all"),
     "video.seq_len": Key(15, "images sampled of a tracklet", least=1),
     "video.sample_method": Key("evenly", "evenly, random or all", choices=("evenly", "random", "all")),
     "video.pooling_method": Key(

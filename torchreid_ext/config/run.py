@@ -10,25 +10,30 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 import yaml
 from torchvision.utils import save_image
+from tqdm import tqdm
 
 from pml_drsl.checks import InputError
-from pml_drsl.console import message
+from pml_drsl.console import message, replacing
 from pml_drsl.evaluation.scores import RetrievalResult
+from pml_drsl.machine import available_cores
 from torchreid_ext.checkpoint import checkpoint
 from torchreid_ext.checkpoint.folder import History, check_new, first_start
 from torchreid_ext.config import build
-from torchreid_ext.config.data import build_datamanager
+from torchreid_ext.config.data import build_datamanager, check_save_dir
 from torchreid_ext.config.keys import ON_RESUME
 from torchreid_ext.config.node import Config, check, flat, plain, run_options
+from torchreid_ext.data.loading import rebuilt
 from torchreid_ext.data.samplers import steps_per_epoch
 from torchreid_ext.evaluation import ranking
-from torchreid_ext.runtime import distributed, files, generators
+from torchreid_ext.pixels import read_image
+from torchreid_ext.runtime import distributed, generators
 
 
 def prepare(cfg: Config) -> Any:
@@ -40,6 +45,7 @@ def prepare(cfg: Config) -> Any:
         other = "To test a network before any training, set test.untrained True and train.max_epoch 0 instead"
         raise InputError(f"{lacking}: {cure}. {other}")
     check(cfg)
+    check_save_dir(cfg)
     generators.seed_everything(cfg.train.seed)
     start = cfg.clone()
     if cfg.model.resume and (cfg.model.resume != "auto" or History(Path(cfg.data.save_dir, "model")).candidates()):
@@ -48,10 +54,19 @@ def prepare(cfg: Config) -> Any:
     with distributed.one_first():
         datamanager = build_datamanager(cfg)
         model = build.build_model(start, datamanager.num_train_pids)
+    # No script changes the data set between epochs, so that the workers may stay alive.
+    loader = datamanager.train_loader
+    datamanager.train_loader = rebuilt(loader, loader.dataset, persistent_workers=loader.num_workers > 0)
     print(f"Model {cfg.model.name}: {sum(p.numel() for p in model.parameters()):,} parameters")
     build.check_takes(cfg, model)
-    if start.model.load_weights:
-        print(checkpoint.load_weights(model, start.model.load_weights))
+    if path := start.model.load_weights:
+        loaded = checkpoint.load_weights(model, path)
+        if start.model.pretrained and loaded.lacks_layers:
+            start.model.load_weights = ""  # The layers that the file lacks get ImageNet's weights.
+            with distributed.one_first():
+                model = build.build_model(start, datamanager.num_train_pids)
+            loaded = checkpoint.load_weights(model, path)
+        print(loaded)
     criterion = build.build_criterion(cfg, model, datamanager.num_train_pids, steps_per_epoch(datamanager))
     optimizer = build.build_optimizer(cfg, model, criterion)
     scheduler = build.build_scheduler(cfg, optimizer)
@@ -80,10 +95,11 @@ def train(cfg: Config) -> tuple[Any, dict[str, RetrievalResult]]:
             raise InputError(f"test.evaluate: {untrained}; test weights that are not a run's with model.load_weights")
     trains = not cfg.test.evaluate and start_epoch < max(cfg.train.max_epoch, 1)
     if trains and distributed.is_first():
-        with files.replacing(Path(cfg.data.save_dir, "config.yaml")) as file:  # which --config-file reads again
+        with replacing(Path(cfg.data.save_dir, "config.yaml")) as file:  # which --config-file reads again
             file.write(yaml.safe_dump(plain(cfg), sort_keys=False).encode())
         if not start_epoch:  # of an earlier run in this folder
-            Path(cfg.data.save_dir, "metrics.json").unlink(missing_ok=True)
+            for name in ("metrics.json", "metrics-test.json"):
+                Path(cfg.data.save_dir, name).unlink(missing_ok=True)
 
     columns, options, folder = {}, run_options(cfg), Path(cfg.data.save_dir)
     if cfg.test.untrained and not cfg.test.evaluate and not start_epoch:
@@ -145,10 +161,13 @@ class _EnoughError(Exception):
 
 def dry_run(cfg: Config) -> None:
     """Prints the data sets and the size of the network, draws a batch and estimates the time of an epoch. Only the
-    batch is kept, ``batch.png`` in ``data.save_dir``. Raises InputError for whatever a run would refuse."""
+    batch is kept, ``batch.png`` in ``data.save_dir``. Raises InputError for whatever a run would refuse; with data sets
+    of ``datasets``, for all images that cannot be read."""
     if cfg.test.evaluate:
         raise InputError("test.evaluate True trains nothing, and --dry-run shows what is trained; leave one out")
     engine = prepare(cfg)
+    if cfg.data.type == "image" and not cfg.datasets.keys().isdisjoint(cfg.data.sources + cfg.data.targets):
+        _check_readable(engine.datamanager)
     steps = steps_per_epoch(engine.datamanager)
     batches, times = _try(cfg, engine, min(3, steps))
     path = Path(cfg.data.save_dir, "batch.png")
@@ -161,6 +180,26 @@ def dry_run(cfg: Config) -> None:
     seconds, epochs = steps * times[-1], cfg.train.max_epoch
     whole = f"{epochs} epochs, without tests, about {epochs * seconds / 60:.0f} min"
     print(f"An epoch of {steps} steps takes about {seconds:.0f} s; {whole}")
+
+
+def _check_readable(manager: Any) -> None:
+    """Raises InputError that names the images for training and test that cannot be read."""
+    tested = [item for splits in manager.test_dataset.values() for items in splits.values() for item in items]
+    paths = dict.fromkeys(item[0] for item in [*manager.train_loader.dataset.train, *tested])
+    with ThreadPoolExecutor(available_cores()) as pool:
+        read = pool.map(_damage, paths)
+        damaged = [*filter(None, tqdm(read, "reading all images", len(paths), leave=False, disable=None))]
+    if damaged:
+        first = "\n  ".join(damaged[:10])
+        raise InputError(f"{len(damaged)} of {len(paths)} images cannot be read; here are the first:\n  {first}")
+
+
+def _damage(path: str) -> str | None:
+    try:
+        read_image(path)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def _try(cfg: Config, engine: Any, steps: int) -> tuple[list[Any], list[float]]:

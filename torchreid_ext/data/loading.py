@@ -9,6 +9,7 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
+import torchreid
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from pml_drsl.checks import InputError
@@ -22,12 +23,14 @@ def _reader(kind: type) -> Callable[[Any, int], Any] | None:
     method = getattr(kind, "__getitem__", None)
     if not isinstance(method, FunctionType) or "read_image" not in method.__code__.co_names:
         return None
+    if method.__globals__.get("read_image") is not torchreid.utils.read_image:
+        return None  # a reader of the user's own by that name
     names = {**method.__globals__, "read_image": read_image}
     return FunctionType(method.__code__, names, method.__name__, method.__defaults__, method.__closure__)
 
 
 class WrappedDataset(Dataset[Any]):
-    """A data set around another one, whose attributes (``data``, ``train``, ``num_train_pids``, ...) it has too."""
+    """A data set around another one, whose attributes (``data``, ``transform``, ``train``, ...) it reads and sets."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -40,6 +43,10 @@ class WrappedDataset(Dataset[Any]):
         if name.startswith("__") or "dataset" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.dataset, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = name == "dataset" or name.startswith("_")
+        super().__setattr__(name, value) if own else setattr(self.dataset, name, value)
 
 
 class ReadableDataset(WrappedDataset):
@@ -121,7 +128,7 @@ class SeededBatches(Sampler[list[Draw]]):
             generators.seed_everything(epoch_seed + distributed.rank())
         position = 0
         for batch in batches:
-            yield distributed.share([Draw(sample, epoch_seed, position + i) for i, sample in enumerate(batch)])
+            yield distributed.own_share([Draw(sample, epoch_seed, position + i) for i, sample in enumerate(batch)])
             position += len(batch)
 
 
@@ -138,16 +145,20 @@ class SeededDataset(WrappedDataset):
             for step in getattr(getattr(self, "transform", None), "transforms", []):
                 if hasattr(step, "patchpool"):
                     step.patchpool.clear()
-        with generators.seeded(draw.epoch_seed + draw.position):
-            return self.dataset[draw.sample]
+        try:
+            with generators.seeded(draw.epoch_seed + draw.position):
+                return self.dataset[draw.sample]
+        except InputError as error:
+            cure = "restore it, or give its name to another photo of this person: the training set must stay the same"
+            raise InputError(f"{error}. To go on with model.resume auto, {cure}") from error
 
 
 def repeatable(loader: DataLoader[Any]) -> DataLoader[Any]:
     """Returns a loader like ``loader``, whose epochs depend only on the state of the global generators at their start.
 
     With a seed for every sample, torchreid's augmentations do not depend on the workers or on what they read before, so
-    a resumed epoch is equal to that of a run without interruption. The workers stay alive from epoch to epoch. Raises
-    InputError if the loader does not make batches.
+    a resumed epoch is equal to that of a run without interruption. Raises InputError if the loader does not make
+    batches.
     """
     if isinstance(loader.dataset, SeededDataset):
         return loader
@@ -157,7 +168,6 @@ def repeatable(loader: DataLoader[Any]) -> DataLoader[Any]:
         loader,
         SeededDataset(loader.dataset),
         batch_sampler=SeededBatches(loader.batch_sampler),
-        persistent_workers=loader.num_workers > 0,
         # A loader seeds its workers from its generator. From the global one, a resumed run would draw once more.
         generator=torch.Generator(),
     )

@@ -89,8 +89,9 @@ SAMPLERS = {"RandomIdentitySampler": IdentitySampler, "MPerClassSampler": PerCla
 def whole_batches(loader: DataLoader[Any]) -> DataLoader[Any]:
     """A loader like ``loader``, with ``IdentitySampler`` in the place of torchreid's ``RandomIdentitySampler``, which
     draws fewer images than its length says, splits an identity between batches, and fills a batch with one."""
-    host = loader.sampler
-    if not isinstance(host, torchreid.data.sampler.RandomIdentitySampler):
+    host: Any = loader.sampler
+    # A subclass draws in a way of the user's own.
+    if type(host) is not torchreid.data.sampler.RandomIdentitySampler:
         return loader
     pids = [items[1] for items in host.data_source]
     return rebuilt(loader, loader.dataset, sampler=IdentitySampler(pids, loader.batch_size or 1, host.num_instances))

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pml_drsl.checks import InputError
@@ -68,6 +68,8 @@ def make_options(name: str, given: Mapping[str, Any]) -> SetOptions:
     if not isinstance(given, Mapping):
         raise InputError(f"{where}={given!r} must be a mapping of options, such as {{folder: images}}")
     values = {k: [str(each) for each in v] if isinstance(v, (list, tuple)) else v for k, v in given.items()}
+    # Names of folders stay as they are on the disk.
+    values = {k: [*map(images.composed, v)] if isinstance(v, list) and k != "folder" else v for k, v in values.items()}
     if isinstance(values.get("folder"), str):
         values["folder"] = [values["folder"]]
     try:
@@ -107,7 +109,7 @@ def selects(entry: str, path: str) -> bool:
             return any(match(patterns[1:], parts[start:]) for start in range(len(parts)))
         return bool(parts) and fnmatchcase(parts[0], patterns[0]) and match(patterns[1:], parts[1:])
 
-    return match([part for part in entry.split("/") if part not in ("", ".")], path.split("/"))
+    return match([part for part in entry.split("/") if part not in ("", ".")], images.composed(path).split("/"))
 
 
 def read(name: str, options: SetOptions, root: str) -> Table:
@@ -181,14 +183,13 @@ def _matching(where: str, options: SetOptions, root: Path, table: Table) -> tupl
 
 def _warn_of_folders_inside(where: str, found: Sequence[Named]) -> None:
     """Warns of folders inside those of a person, and of folders of one name in several folders."""
-    folders = dict.fromkeys(path.rpartition("/")[0] for path, _ in found)
-    first: dict[str, str] = {}
+    folders = dict.fromkeys(PurePosixPath(path).parent for path, _ in found)
+    first: dict[str, PurePosixPath] = {}
     for folder in folders:
-        above, _, name = folder.rpartition("/")
-        other = first.setdefault(name, folder)
-        what = f"{other} and {folder} are one identity, {name!r}," if other != folder else ""
-        if above in folders:
-            what = f"{folder} is another identity than {above}, {name!r},"
+        other = first.setdefault(folder.name, folder)
+        what = f"{other} and {folder} are one identity, {folder.name!r}," if other != folder else ""
+        if above := next((each for each in folder.parents if each in folders), None):
+            what = f"{folder} is another identity than {above}, {folder.name!r},"
         if what:
             cure = "If the folder above names the person, set pattern to '(?P<identity>[^/]+)/.*'"
             warnings.warn(f"{where}: {what} the name of the innermost folder. {cure}", stacklevel=2)

@@ -1,6 +1,6 @@
 """The data sets ``synthetic_pedestrians`` (images) and ``synthetic_tracklets`` (video), which are drawn on first use.
 
-The names of folders and files are those of Market-1501 and MARS, so a real copy can replace a drawn one.
+The names of folders and files are those of Market-1501 and MARS.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import json
 import os
 import re
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ CAMERAS_PER_TRACKED, TRACKLETS_PER_CAMERA, FRAMES = 3, 2, range(3, 7)
 
 # Random streams are seeded by (seed, stream, ...). The stream of a pedestrian is its pid; no other is near these.
 _SCENES, _DISTRACTORS, _VIDEO_SCENES, _TRACKED = 1_000_000, 2_000_000, 3_000_000, 4_000_000
-_FILE_NAME = re.compile(r"(?P<pid>-1|\d+)_c(?P<camid>\d)")
+_FILE_NAME = re.compile(r"(\d+)_c([1-6])")
 
 
 class _Drawn:
@@ -42,8 +41,6 @@ class _Drawn:
 
     dataset_dir: str  # name of the data set and of its folder
     version = 1  # of the recipe: raise it with every change that changes a pixel, a name or a split
-    layout: str  # whose names the folders and files have
-    own: tuple[str, ...]  # subfolders that identify the user's own data in this layout
     _fill: Callable[[Path, int], None]  # draws the files of a seed into an empty folder
 
     def __init__(self, root: str = "", seed: int = 0, **kwargs: Any) -> None:
@@ -81,10 +78,8 @@ class _Drawn:
         # Another process may be reading the folder, so that it is never drawn again.
         file, recipe = folder / "recipe.json", self._recipe(seed)
         if not file.exists():
-            if any((folder / name).is_dir() for name in self.own):
-                about = f"{folder} has no {file.name}: it is read as your own in {self.layout}'s layout"
-                return warnings.warn(about, stacklevel=3)
-            raise InputError(f"{folder} has neither {file.name} nor {self.own[0]}: delete it to have it drawn again")
+            cure = "move it away; a real Market-1501 is the data set market1501, and a real MARS is mars"
+            raise InputError(f"{folder} was not drawn, because it has no {file.name}: {cure}")
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -128,7 +123,7 @@ class SyntheticPedestrians(_Drawn, torchreid.data.datasets.Market1501):
     named as in Market-1501 is refused.
     """
 
-    dataset_dir, layout, own = "synthetic_pedestrians", "Market-1501", (LAYOUT, "bounding_box_train")
+    dataset_dir = "synthetic_pedestrians"
 
     @staticmethod
     def _fill(drawing: Path, seed: int) -> None:
@@ -145,10 +140,9 @@ class SyntheticPedestrians(_Drawn, torchreid.data.datasets.Market1501):
         rows = []
         for path in sorted(Path(dir_path).glob("*.jpg")):
             found = _FILE_NAME.match(path.name)
-            if found is None or not 1 <= int(found["camid"]) <= 6:
+            if found is None:
                 raise InputError(f"{path} is not named as in Market-1501, such as 0002_c1s1_000451_03.jpg")
-            if int(found["pid"]) != -1:
-                rows.append((str(path), int(found["pid"]), int(found["camid"]) - 1))
+            rows.append((str(path), int(found[1]), int(found[2]) - 1))
         if relabel:
             labels = {pid: label for label, pid in enumerate(sorted({pid for _, pid, _ in rows}))}
             rows = [(path, labels[pid], camid) for path, pid, camid in rows]
@@ -177,7 +171,7 @@ class SyntheticTracklets(_Drawn, torchreid.data.datasets.Mars):
     frames, 64 pixels wide and 128 high. The first tracklet of each test identity and camera is a query.
     """
 
-    dataset_dir, layout, own = "synthetic_tracklets", "MARS", ("bbox_train",)
+    dataset_dir = "synthetic_tracklets"
 
     @staticmethod
     def _fill(drawing: Path, seed: int) -> None:

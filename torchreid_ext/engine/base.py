@@ -21,7 +21,6 @@ from torchreid_ext.checkpoint import checkpoint, states
 from torchreid_ext.checkpoint.folder import BEST, History, RunCheckpoints
 from torchreid_ext.data.loading import readable, repeatable
 from torchreid_ext.data.samplers import check_trains, whole_batches
-from torchreid_ext.engine.compatibility import check_batch_norm
 from torchreid_ext.engine.epoch import EpochLog, Layers
 from torchreid_ext.engine.options import RunOptions
 from torchreid_ext.engine.step import Stepper, TrainingStep
@@ -49,6 +48,7 @@ class BaseEngine(Tester, TrainingStep):
         self.config: dict[str, Any] = {}
         self.on_resume: dict[str, str] = {}
         self.skipped = self.batch_idx = self.max_epoch = 0
+        self.host_epochs = 0  # how many epochs torchreid trained, whose checkpoints are never removed
         self.stop = StopRequest()
         self.options = RunOptions()
         self.stepper = Stepper()
@@ -72,16 +72,18 @@ class BaseEngine(Tester, TrainingStep):
     def run(self, save_dir: str = "log", **options: Any) -> dict[str, RetrievalResult]:
         """Trains, tests and saves, as torchreid's engines do; returns the results of the last test by target.
 
-        The options are the fields of ``RunOptions``; torchreid's arguments keep their names and defaults. On SIGTERM or
-        SIGINT the run stops after the present batch and saves the state in which the epoch began. A resumed run repeats
-        that epoch exactly.
+        The options are the fields of ``RunOptions``; torchreid's arguments keep their names and defaults. On SIGTERM,
+        SIGINT (Ctrl-C) or SIGHUP (a closed terminal) the run stops after the present batch and saves the state in which
+        the epoch began. A resumed run repeats that epoch exactly.
 
         Raises:
-            InputError: for an unknown option, or a value out of its range.
+            InputError: for an unknown option, a value out of its range, or an option that does not fit the data manager
+                or an own ``forward_backward``.
             FloatingPointError: for a loss or a weight that is not finite.
             Interrupted: if a signal asked the run to stop; everything is saved.
         """
         self.options = chosen = RunOptions.of({"save_dir": save_dir, **options})
+        self.check_pictures(chosen)
         for module in (*self._models.values(), *states.losses_of(self).values()):
             distributed.same_as_first(module)
         for model in self._models.values():
@@ -108,8 +110,9 @@ class BaseEngine(Tester, TrainingStep):
                 # A later test of this engine would otherwise open the log of the run again.
                 self.writer.close()
                 self.writer = None
-            self._layers.pop(self.model).open()
-            self.model.train(self.model.training)  # as a whole, because it opens every layer for training
+            while self._layers:
+                self._layers.popitem()[1].open()
+            self.model.train(self.model.training)  # as a whole, because a few of its layers may have trained alone
             checkpoints.start = None
             self.stop = StopRequest()
         if self.skipped:
@@ -125,8 +128,6 @@ class BaseEngine(Tester, TrainingStep):
         folder = self._folder(chosen.save_dir)
         self._checkpoints = RunCheckpoints(self, folder, chosen.keep_checkpoints, self._resumed_from)
         self.stepper = Stepper(chosen.amp, chosen.compiled, self.device.type, chosen.chunk_size)
-        if chosen.start_epoch < chosen.max_epoch:
-            check_batch_norm(self.model, self.images_in_batches(), chosen.chunk_size)
         self.start_epoch, self.max_epoch = chosen.start_epoch, chosen.max_epoch
         # A resumed run repeats the interrupted epoch, whose entries in the TensorBoard log are removed.
         purge_step = self.start_epoch * len(self.train_loader) if self._resumed else None
@@ -142,6 +143,9 @@ class BaseEngine(Tester, TrainingStep):
         self._resumed = {}
         if self.start_epoch < self.max_epoch:
             print("=> Start training")
+            best = int(self.best["epoch"])
+            if best > 0 and not distributed.from_first(lambda: checkpoints.put_back_best(best)):
+                self.best = dict(states.NO_BEST)
             for self.epoch in range(chosen.start_epoch, chosen.max_epoch):
                 checkpoints.begin_epoch()
                 self.train(chosen.print_freq, chosen.fixbase_epoch, chosen.open_layers)
@@ -181,12 +185,7 @@ class BaseEngine(Tester, TrainingStep):
         """Trains one epoch, of the first ``fixbase_epoch`` only ``open_layers``; raises as ``run``, also InputError if
         the training loader gives no batch."""
         self.set_model_mode("train")
-        names = None
-        if self.epoch < fixbase_epoch and open_layers is not None:
-            print(f"* Only train {open_layers} (epoch: {self.epoch + 1}/{fixbase_epoch})")
-            names = _names(open_layers)
-        # Layers that the user froze stay frozen.
-        self._layers.setdefault(self.model, Layers(self.model)).open(names)
+        self.two_stepped_transfer_learning(self.epoch, fixbase_epoch, open_layers)
         self.num_batches = len(self.train_loader)
         log = EpochLog(self.epoch, self.max_epoch, self.num_batches, print_freq, self.writer)
         steps, skipped_before = 0, self.skipped
@@ -195,6 +194,8 @@ class BaseEngine(Tester, TrainingStep):
             steps += 1
             # All processes must stop after the same batch, or some would wait for ever.
             summary, signum = distributed.agreed(self.forward_backward(data), self.stop.signum)
+            if steps == 1:
+                self.check_stepper()
             if self.skipped == skipped:
                 log.add(index, summary, self.get_current_lr())
             if signum is not None:
@@ -209,6 +210,17 @@ class BaseEngine(Tester, TrainingStep):
         for model in self._models.values():
             distributed.average(buffer for buffer in model.buffers() if buffer.is_floating_point())
         self.update_lr()
+
+    def two_stepped_transfer_learning(
+        self, epoch: int, fixbase_epoch: int, open_layers: str | list[str] | None, model: nn.Module | None = None
+    ) -> None:
+        """Lets only ``open_layers`` of a model train in an epoch before ``fixbase_epoch``, and all layers afterwards.
+        Layers that the user froze stay frozen."""
+        model, names = self.model if model is None else model, None
+        if epoch < fixbase_epoch and open_layers is not None:
+            print(f"* Only train {open_layers} (epoch: {epoch + 1}/{fixbase_epoch})")
+            names = _names(open_layers)
+        self._layers.setdefault(model, Layers(model)).open(names)
 
     def save_model(self, epoch: int, rank1: float, save_dir: str, is_best: bool = False) -> None:
         """Writes ``save_dir/model/model.pth.tar-EPOCH``, where EPOCH is counted from 1, as torchreid does."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from pytorch_metric_learning import losses
@@ -52,23 +51,6 @@ def check_returns_features(model: nn.Module) -> None:
     if built_for != "triplet":
         cure = "build it with torchreid.models.build_model(..., loss='triplet')"
         raise InputError(f"the model was built with loss={built_for!r} and returns no features in training; {cure}")
-
-
-def check_batch_norm(model: nn.Module, batches: Iterable[int], chunk_size: int) -> None:
-    """Refuses batches and chunks of a single image for a network with batch normalisation, before training starts.
-    ``batches`` are the numbers of images that a process may have in a batch; ``chunk_size`` is 0 for no chunks."""
-    # SyncBatchNorm sees the images of all processes.
-    alone = [nn.modules.batchnorm._BatchNorm] if distributed.size() == 1 else [nn.BatchNorm1d, nn.BatchNorm2d]
-    if not any(isinstance(module, tuple(alone)) for module in model.modules()):
-        return
-    for images in batches:
-        # The chunks of a batch differ by one image at most.
-        if images and images // (-(-images // chunk_size) if chunk_size else 1) == 1:
-            where, key = "a batch", "train.batch_size"
-            if images > 1:
-                where, key = f"train.chunk_size {chunk_size} divides {images} images: a chunk", "train.chunk_size"
-            needs = "the network's batch normalisation needs two or more to compute a variance"
-            raise InputError(f"{where} has a single image in it, and {needs}: make {key} larger")
 
 
 def loss_that_compares_images(criterion: nn.Module) -> str | None:

@@ -1,4 +1,4 @@
-"""The engines: any loss of pytorch-metric-learning, DRSL, and torchreid's own softmax and triplet losses."""
+"""The engines: losses of pytorch-metric-learning, DRSL, and torchreid's own softmax and triplet losses."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from pml_drsl.checks import InputError
 from pml_drsl.distributed import DistributedLossWrapper, draws_of_first, gather_batch
 from pml_drsl.losses import DRSLoss
+from torchreid_ext import networks
 from torchreid_ext.checkpoint.folder import RunCheckpoints
 from torchreid_ext.data.samplers import warn_if_positives_are_rare
 from torchreid_ext.engine.base import BaseEngine
@@ -53,7 +54,7 @@ class ImagePMLEngine(BaseEngine):
         model = torchreid.models.build_model("osnet_x1_0", datamanager.num_train_pids, loss="triplet")
         optimizer = torchreid.optim.build_optimizer(model, lr=0.0015)
         engine = torchreid_ext.ImagePMLEngine(datamanager, model, optimizer, MultiSimilarityLoss())
-        results = engine.run(max_epoch=60, save_dir="log/osnet")
+        results = engine.run(max_epoch=60, save_dir="log/osnet", dist_metric="cosine")
 
     Args:
         datamanager: a data manager of torchreid.
@@ -124,10 +125,7 @@ class ImagePMLEngine(BaseEngine):
         """The logits and the features of each head."""
         if self.weight_m == 0 and isinstance(output, Tensor):
             return [output], []
-        if not isinstance(output, (tuple, list)) or len(output) != 2:
-            wanted = f"the model must return (logits, features) in training, got {type(output).__name__}"
-            raise InputError(f"{wanted}; build a model of torchreid with loss='triplet'")
-        logits, features = (list(part) if isinstance(part, (tuple, list)) else [part] for part in output)
+        logits, features = networks.heads(output)
         num_pids = self.datamanager.num_train_pids
         for y in logits:
             if y.ndim != 2 or y.shape[1] < num_pids:

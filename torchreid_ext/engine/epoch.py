@@ -32,12 +32,14 @@ class Layers:
             raise InputError(f"{key}: the model has no layer {unknown}; its layers are {known}")
 
     def open(self, names: Iterable[str] | None = None) -> None:
-        """Lets only the named children train, or all; the others get no gradients and are in evaluation mode."""
-        names = set(self._children if names is None else names)
+        """Lets only the named children train, or all; the others get no gradients and are in evaluation mode. Without
+        names every layer keeps its mode, because a network may keep some in evaluation mode when it trains."""
+        opened = set(self._children if names is None else names)
         for name, child in self._children.items():
-            child.train(name in names)
+            if names is not None:
+                child.train(name in opened)
             for parameter in child.parameters():
-                parameter.requires_grad = name in names and id(parameter) not in self._frozen
+                parameter.requires_grad = name in opened and id(parameter) not in self._frozen
 
 
 def warmed_up(optimizer: Optimizer, scheduler: Any, epochs: int) -> Any:

@@ -70,16 +70,6 @@ class TrainingStep(torchreid.engine.Engine):
         """The labels of a batch, shape (N,), once for each of the images that ``as_images`` makes of it."""
         return labels if isinstance(given, Tensor) else labels.repeat_interleave(len(given))
 
-    def images_in_batches(self) -> set[int]:
-        """The numbers of images in this process's share of a batch, as far as they are known before training."""
-        loader = self.datamanager.train_loader
-        if loader.batch_size is None:
-            return set()
-        samples = {loader.batch_size // distributed.size()}
-        if not loader.drop_last:
-            samples.add(len(loader.sampler) % loader.batch_size)
-        return {number * int(getattr(loader.dataset, "k_tfm", 1)) for number in samples}
-
     def forward(self, images: Tensor) -> Any:
         """What the model returns in training; ``amp`` sets the precision inside, and the output is in float32."""
         if self.options.skip_nonfinite:
@@ -117,6 +107,16 @@ class TrainingStep(torchreid.engine.Engine):
         self.skipped += 1
         print(f"Skipped {place}: the loss is {value.item()}")
 
+    def check_stepper(self) -> None:
+        """Raises InputError, after a step, for options that had no effect because an own ``forward_backward`` does not
+        use the ``stepper``."""
+        names = ("amp", "compiled", "chunk_size", "skip_nonfinite")
+        asked = [name for name in names if getattr(self.options, name) != getattr(RunOptions, name)]
+        asked += ["several processes"] * (distributed.size() > 1)
+        if asked and not self.stepper._networks:
+            alone = f"{type(self).__name__}.forward_backward steps by itself, which leaves out {', '.join(asked)}"
+            raise InputError(f"{alone}: call self.forward and self.step in it, or override compute_losses instead")
+
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
@@ -141,11 +141,6 @@ class Tracklets:
         loaders = [loader for splits in self.test_loader.values() for loader in splits.values()]
         for loader in [self.train_loader, *loaders]:
             loader.collate_fn = collate_tracklets
-
-    def images_in_batches(self) -> set[int]:
-        dataset = self.train_loader.dataset
-        numbers = set() if dataset.sample_method == "all" else super().images_in_batches()  # type: ignore[misc]
-        return {number * dataset.seq_len for number in numbers}
 
     def as_images(self, given: Tensor) -> Tensor:
         return _frames(given)[0]

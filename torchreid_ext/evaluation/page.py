@@ -15,8 +15,8 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from pml_drsl.checks import InputError
+from pml_drsl.console import replacing
 from torchreid_ext.pixels import read_image
-from torchreid_ext.runtime.files import replacing
 
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom of a part of an image in pixels, right and bottom excluded."""

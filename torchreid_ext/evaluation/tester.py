@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from pml_drsl.checks import InputError
+from pml_drsl.console import replacing
 from pml_drsl.evaluation.scores import RetrievalResult
 from torchreid_ext.evaluation import page, ranking
 from torchreid_ext.evaluation.extraction import extract
 from torchreid_ext.evaluation.page import Picture
 from torchreid_ext.evaluation.pictures import ranking_picture
 from torchreid_ext.runtime import distributed, generators
-from torchreid_ext.runtime.files import replacing
 from torchreid_ext.runtime.options import Options, documented, option
 
 LOGGED = 3  # queries whose ranked galleries TensorBoard gets after every test
@@ -52,6 +53,7 @@ class Tester:
 
     test_loader: dict[str, dict[str, Any]]
     datamanager: Any
+    options: Any
     writer: Any
     epoch: int
     results: dict[str, RetrievalResult]
@@ -62,10 +64,13 @@ class Tester:
     def test(self, **options: Any) -> dict[str, RetrievalResult]:
         """Returns the result of each target, printed as torchreid does, and writes ``save_dir/metrics.json``.
 
+        With ``test_only``, in the folder of a run that trained, it is ``metrics-test.json`` instead.
+
         The options are the fields of ``EvaluationOptions``. The random number generators are restored afterwards, so
         that training does not depend on the number of tests. The processes of a distributed run share the work with the
         result of one; the first one prints and writes. Raises InputError for an unknown option, or one out of range."""
         chosen = EvaluationOptions.of(options)
+        self.check_pictures(chosen)
         self.set_model_mode("eval")
         self.results, self.plain_map = {}, {}
         group, first = distributed.group(), distributed.is_first()
@@ -84,8 +89,21 @@ class Tester:
                 # An error of the first process ends the others too, which would otherwise wait for it.
                 distributed.from_first(functools.partial(self._report, target, search, result, chosen))
         if chosen.save_dir:
-            distributed.from_first(functools.partial(self._write_metrics, Path(chosen.save_dir, "metrics.json")))
+            distributed.from_first(functools.partial(self._write_metrics, Path(chosen.save_dir)))
         return self.results
+
+    def check_pictures(self, options: EvaluationOptions) -> None:
+        """Raises InputError if the options ask for pictures, and the data manager does not list the test images."""
+        if (options.visrank or options.picture) and any(self._items(target) is None for target in self.test_loader):
+            unlisted = f"visrank and picture need the test images, and {type(self.datamanager).__name__} lists none"
+            raise InputError(f"{unlisted}: give it the test_dataset of torchreid's data managers, or leave them out")
+
+    def _items(self, target: str) -> Any:
+        """Query and gallery of a target, lists of (path, pid, ...); None for a data manager that does not list them."""
+        try:
+            return self.datamanager.fetch_test_loaders(target)
+        except AttributeError:
+            return None
 
     def _report(self, target: str, search: ranking.Search, result: RetrievalResult, options: EvaluationOptions) -> None:
         """Prints, writes, draws and logs the result of a target."""
@@ -97,8 +115,8 @@ class Tester:
             head, form = "identity,camera,AP,INP,rank-1", ("%d", "%d", "%.6g", "%.6g", "%g")
             with replacing(Path(options.save_dir, f"queries_{target}.csv")) as file:
                 np.savetxt(file, lines, form, delimiter=",", header=head, comments="")
-        drawn = options.picture or options.visrank or self.writer is not None
-        query, gallery = self.datamanager.fetch_test_loaders(target) if drawn else ([], [])
+        listed = self._items(target)
+        query, gallery = listed or ([], [])
         pictures = [Picture(items[0]) for items in query], [Picture(items[0]) for items in gallery]
         topk, title = options.visrank_topk, f"{target}: ranked gallery"
         if options.picture:
@@ -113,13 +131,18 @@ class Tester:
             page.write_pages(index, rankings, f"{len(rankings)} queries, hardest first.", f"Rankings: {target}")
             print(f'Rankings of {len(query)} queries saved; open "{index}" in a browser')
         if self.writer is not None:
-            drawing = np.asarray(ranking_picture(ranking.some(search, pictures, LOGGED, topk), title))
-            self.writer.add_image(f"Test/{target}/ranking", drawing, self.epoch, dataformats="HWC")
+            if listed:
+                drawing = np.asarray(ranking_picture(ranking.some(search, pictures, LOGGED, topk), title))
+                self.writer.add_image(f"Test/{target}/ranking", drawing, self.epoch, dataformats="HWC")
             for name, value in result.scores([1]).items():
                 # torchreid writes rank1.
                 self.writer.add_scalar(f"Test/{target}/{name.replace('-', '')}", value, self.epoch)
 
-    def _write_metrics(self, path: Path) -> None:
+    def _write_metrics(self, folder: Path) -> None:
+        path = folder / "metrics.json"
+        if self.options.test_only and [*folder.glob("config.yaml"), *folder.glob("*/model.pth.tar-*")]:
+            path = folder / "metrics-test.json"
+            print(f'Scores of this test saved to "{path}"; those of the run in this folder are as before')
         scores = {target: result.to_dict() for target, result in self.results.items()}
         with replacing(path) as file:
             file.write(f"{json.dumps(scores, indent=2)}\n".encode())

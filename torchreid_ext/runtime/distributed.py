@@ -144,7 +144,7 @@ def check_share(batch_size: int, num_instances: int = 1) -> None:
         raise InputError(f"{whole}, and it cannot be divided equally{groups}: {cure}")
 
 
-def share(batch: list[T]) -> list[T]:
+def own_share(batch: list[T]) -> list[T]:
     """This process's share of a batch. Raises InputError if the batch cannot be divided equally."""
     if len(batch) % size():
         cure = "if it is the last batch of an epoch, make the loader with drop_last=True"

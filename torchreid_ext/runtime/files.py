@@ -4,68 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
-import re
-import secrets
 import shutil
 import sys
 import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+from pml_drsl.console import replacement
 
 if sys.platform == "win32":
     import msvcrt
 else:
     import fcntl
 
-# Names the machine in the name of a temporary file: processes are numbered on each machine anew.
-_MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"
-_TEMPORARY = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.tmp")
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Context: opens a temporary file, which replaces ``path``, or the target of a link, when it is complete and safely
-    on the disk. Of several writers, the last to finish wins. Raises OSError if the file cannot be written; ``path``
-    keeps its old content."""
-    path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
 
 def link(path: Path, name: str) -> None:
     """Gives a file a second name in its folder, instead of the file that had it; a copy without hard links."""
-    second = path.with_name(name)
-    temporary = _temporary(second)
-    try:
-        os.link(path, temporary)
-    except OSError:
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, second)
-    # If both names already belonged to one file, os.replace does nothing and leaves the temporary name.
-    temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    with replacement(path.with_name(name)) as temporary:
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copyfile(path, temporary)
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes the temporary files that processes of this machine left in a folder when they were killed. A file of a
-    process that still runs stays. A file from another machine is removed when it is a day old."""
-    for path in folder.glob(".*.tmp"):
-        match = _TEMPORARY.fullmatch(path.name)
+    """Removes the temporary files of ``replacement`` that killed processes left in a folder a day ago or earlier: who
+    wrote a younger one may still run."""
+    for path in folder.glob(f".*.{'[0-9a-f]' * 16}.tmp"):
         with contextlib.suppress(FileNotFoundError):
-            if match and _is_left(path, match[1], int(match[2])):
+            if time.time() - path.stat().st_mtime > 24 * 60 * 60:
                 path.unlink()
 
 
@@ -110,30 +78,3 @@ def _acquired(file: IO[bytes], wait: bool) -> bool:
             if not wait:
                 return False
             time.sleep(0.1)
-
-
-def _temporary(path: Path) -> Path:
-    # The name of the file is shortened, because file systems limit the length of a name.
-    return path.with_name(f".{path.name[:40]}.{_MACHINE}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
-
-
-def _is_left(path: Path, machine: str, process: int) -> bool:
-    if machine != _MACHINE or os.name != "posix":
-        return time.time() - path.stat().st_mtime > 24 * 60 * 60
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass  # It runs as another user.
-    return False
-
-
-def _sync_folder(folder: Path) -> None:
-    # A renamed file survives a power failure only when its folder is on the disk too.
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pml_drsl.checks import InputError
+from pml_drsl.console import replacing
 from torchreid_ext.data.drawing import CAMERAS, draw_image, draw_scene, make_person
-from torchreid_ext.runtime.files import replacing
 from torchreid_ext.search.model import ImageLike, Preprocessing, TrainedModel
 
 TOLERANCE = 1e-4  # the largest difference that an exported network may have, as a share of the largest feature value

@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from pml_drsl.checks import InputError
+from pml_drsl.console import replacing
 from pml_drsl.evaluation.arrays import load_arrays
 from pml_drsl.evaluation.ranking import share
 from torchreid_ext.evaluation.extraction import Samples, gather_samples
 from torchreid_ext.images import Row
 from torchreid_ext.runtime import distributed
-from torchreid_ext.runtime.files import replacing
 from torchreid_ext.search.model import Preprocessing, TrainedModel
 
 EXACT = "Flat"  # faiss's name of the exact index

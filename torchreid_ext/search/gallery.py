@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from pml_drsl.checks import InputError
-from pml_drsl.console import file_stamp
+from pml_drsl.console import file_stamp, replacing
 from pml_drsl.evaluation import reranking
 from pml_drsl.evaluation.arrays import load_arrays
 from torchreid_ext.images import Row
-from torchreid_ext.runtime.files import replacing
-from torchreid_ext.search.features import EXACT, Array, FeatureIndex
+from torchreid_ext.search.features import EXACT, FeatureIndex
 from torchreid_ext.search.model import TrainedModel
 from torchreid_ext.search.sources import resolved, shown
 
@@ -148,13 +147,13 @@ class Gallery:
             arrays = load_arrays(path)
             settings, rows = (json.loads(arrays[name].tobytes()) for name in ("settings", "entries"))
             made_by = settings["fingerprint"], settings["metric"]
-            features = arrays["features"] if "features" in arrays else _older(arrays["index"], arrays["numbers"])
-            stored = str(settings.get("kind", EXACT))
+            features, stored = arrays["features"], str(settings["kind"])
             entries = [_entry(row, os.path.dirname(target)) for row in rows]
             if features.dtype != np.float32 or features.ndim != 2 or not 1 <= features.shape[1] < 2**20:
                 raise ValueError("features")
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise InputError(f"{os.fspath(path)!r} is damaged, or not an index of drsl-search: make it anew") from error
+            wrong = "is damaged, of an older version, or not an index of drsl-search: make it anew"
+            raise InputError(f"{os.fspath(path)!r} {wrong}") from error
         if made_by != (model.fingerprint, model.metric):
             other = f"{os.fspath(path)!r} is the index of another model than {model.path!r}, which cannot be compared"
             raise InputError(f"{other}: give the checkpoint that made it, or make a new index")
@@ -168,21 +167,11 @@ class Gallery:
 
 
 def _entry(row: Iterable[Any], folder: str) -> Row:
-    path, identity, camera, *relative = row
+    path, identity, camera, relative = row
     if not all(isinstance(text, str) for text in (path, identity, camera)):
         raise TypeError("the texts of an entry")
-    if relative == [True]:
+    if relative:
         path = os.path.join(folder, path)
     elif os.path.isabs(path):
         path = resolved(path)
     return Row(path, identity, camera)
-
-
-def _older(data: Array, numbers: Array) -> Array:
-    # The exact index that older versions kept as faiss writes it; faiss would trust any bytes that it is given.
-    raw, count = data.tobytes(), len(numbers)
-    dim = int.from_bytes(raw[4:8], "little")
-    start, size = 82, 4 * dim * count
-    if raw[:4] != b"IxM2" or raw[37:41] != b"IxF2" or raw[start + size + 8 :] != numbers.astype("<i8").tobytes():
-        raise ValueError("not an exact index")
-    return np.frombuffer(raw[start : start + size], "<f4").reshape(count, dim)

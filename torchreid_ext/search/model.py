@@ -47,6 +47,7 @@ class TrainedModel:
     config: Config  # with which the network was trained
     path: str  # of the checkpoint
     fingerprint: str  # 32 hexadecimal digits that differ between models whose features differ
+    training_set: str | None = None  # the digest of the images of its run, unless another configuration was given
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
@@ -150,7 +151,9 @@ def load_model(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if place.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {str(place)!r}: torch finds no CUDA device here; use 'cpu'")
-    return TrainedModel(network.eval().to(place), config, path, fingerprint)
+    training = state.get("training") if config_file is None else None
+    training_set = training.get("training_set") if isinstance(training, Mapping) else None
+    return TrainedModel(network.eval().to(place), config, path, fingerprint, training_set)
 
 
 def find_checkpoint(path: File) -> str:

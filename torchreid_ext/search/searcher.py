@@ -40,7 +40,8 @@ class Searcher:
 
     >>> searcher = Searcher("log/demo/model/model-best.pth.tar")             # doctest: +SKIP
     >>> searcher.add(["photos/anna/hall_1.jpg", "photos/ben/door_1.jpg"])    # doctest: +SKIP
-    >>> searcher.search("query.jpg", top=1)[0][0].name                       # doctest: +SKIP
+    >>> ((match,),) = searcher.search("query.jpg", top=1)                    # doctest: +SKIP
+    >>> match.name                                                           # doctest: +SKIP
     '/home/me/photos/anna/hall_1.jpg'
 
     Args:
@@ -122,12 +123,6 @@ class Searcher:
         with self._lock:
             self.gallery.add(entries, features)
 
-    def add_features(self, entries: Sequence[Row], features: Tensor) -> None:
-        """Adds images whose features, [N, D], were extracted with this model before; see :meth:`add`."""
-        known = [absolute(entry) if os.path.isfile(entry.path) else entry for entry in entries]
-        with self._lock:
-            self.gallery.add(known, features)
-
     def remove(self, names: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> int:
         """Removes images by one or several names, paths or patterns, and returns how many; see ``Gallery.remove``."""
         given = [names] if isinstance(names, (str, os.PathLike)) else names
@@ -167,7 +162,12 @@ class Searcher:
 def others(queries: Sequence[Row], found: Sequence[Sequence[Match]], top: int) -> list[list[Match]]:
     """At most ``top`` of the matches that a search found for each query, without the query's own image, which the
     gallery may hold."""
-    kept = [[match for match in row if match.name != query.path] for query, row in zip(queries, found, strict=True)]
+
+    def file(path: str) -> str:
+        return os.path.normcase(os.path.realpath(path))  # One of the two may be a link to the other.
+
+    own = [file(query.path) for query in queries]
+    kept = [[match for match in row if file(match.name) != path] for path, row in zip(own, found, strict=True)]
     return [[replace(match, rank=rank) for rank, match in enumerate(row[:top], 1)] for row in kept]
 
 

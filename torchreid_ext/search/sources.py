@@ -14,9 +14,11 @@ import torchreid
 
 from pml_drsl.checks import InputError
 from torchreid_ext import images
+from torchreid_ext.checkpoint import states
 from torchreid_ext.config import Config, build_datamanager
 from torchreid_ext.config.data import image_options
-from torchreid_ext.data.datasets import register_datasets, without_empty_folders
+from torchreid_ext.data.datasets import ConfiguredDataset, register_datasets, without_empty_folders
+from torchreid_ext.data.splits import make_options
 from torchreid_ext.images import Row, Table
 
 DEFAULT_NAMES = "market"  # how names carry identities and cameras by default: see ``torchreid_ext.images.pattern``
@@ -36,27 +38,34 @@ def absolute(entry: Row) -> Row:
 
 def shown(path: str) -> str:
     """A path as a user would type it: relative to the current folder where it is below it."""
-    relative = os.path.relpath(path) if os.path.isabs(path) else path
+    relative = _relative(path) if os.path.isabs(path) else path
     return path if relative.startswith("..") else relative
 
 
-def list_sources(sources: Sequence[str], names: str = DEFAULT_NAMES) -> Table:
+def _relative(path: str, folder: str = os.curdir) -> str:
+    try:
+        return os.path.relpath(path, folder)
+    except ValueError:  # The two are on different drives of Windows.
+        return path
+
+
+def list_sources(sources: Sequence[str], names: str = DEFAULT_NAMES, cameras: bool = True) -> Table:
     """The test images of folders, CSV files and image files together, named as ``torchreid_ext.images.pattern`` says.
 
     A CSV file, of :func:`torchreid_ext.images.read_csv`, gives its test images. A folder may have Market-1501's
     layout (``query`` and ``bounding_box_test``), be one of these two, or hold images in any folders below it. Where
     the identities of all such images are known, the first of each identity and camera is a query too; an image whose
-    camera is not known has one of its own. An image file is of the gallery. Raises InputError for a source that is
-    missing, has no image, or names an image as another source does."""
+    camera is not known has one of its own. An image file is of the gallery. Without ``cameras``, no camera is known.
+    Raises InputError for a source that is missing, has no image, or names an image as another source does."""
     carried = images.pattern(names, "--names")
     table, origin = Table(), dict[tuple[str, str], str]()
     for source in sources:
         if os.path.isfile(source) and images.is_image(source):
             table.rows.append(images.named(source, carried)._replace(split="gallery"))
             continue
-        found = _listed(source, carried)
+        found = _listed(source, carried, cameras)
         for row in found.rows:
-            name = os.path.relpath(row.path, source if os.path.isdir(source) else os.path.dirname(source))
+            name = _relative(row.path, source if os.path.isdir(source) else os.path.dirname(source))
             other = origin.setdefault((row.split, name), source)
             if other is not source:
                 both = f"{other!r} and {source!r} both have a {row.split} image {name!r}"
@@ -64,6 +73,8 @@ def list_sources(sources: Sequence[str], names: str = DEFAULT_NAMES) -> Table:
                 raise InputError(f"{both}, so their identities cannot be told apart: {cure}")
         table.rows += found.rows
         table.leave_out_all(found)
+    if not cameras:
+        table.rows = [row._replace(camera="") for row in table.rows]
     return table
 
 
@@ -85,15 +96,15 @@ def list_queries(sources: Sequence[str], names: str = DEFAULT_NAMES) -> list[Row
 
 
 def _query(path: str, folder: str, names: re.Pattern[str]) -> Row:
-    below = os.path.relpath(path, folder or os.curdir)
-    return images.named(os.path.join(os.sep, below), names)._replace(path=path)
+    below = Path(os.path.relpath(path, folder or os.curdir)).as_posix()
+    return Row(path, *(images.in_name(names, below) or ()))
 
 
-def _listed(source: str, names: re.Pattern[str]) -> Table:
+def _listed(source: str, names: re.Pattern[str], cameras: bool = True) -> Table:
     if os.path.isfile(source):
         if not source.lower().endswith(".csv"):
             raise InputError(f"{source!r} is neither a folder, nor an image, nor a CSV file")
-        table = images.read_csv(os.path.abspath(source))
+        table = images.read_csv(os.path.abspath(source), cameras)
         table.rows = [row for row in table.rows if row.split != "train"]
         if not table.rows:
             raise InputError(f"{source!r} lists no image with the split query or gallery")
@@ -111,28 +122,48 @@ def _listed(source: str, names: re.Pattern[str]) -> Table:
     if name == _QUERY:
         table.rows = [row._replace(split="query") for row in table.rows]
     elif name not in _GALLERY and all(row.identity for row in table.rows):
-        table.rows = images.with_queries(table.rows)
+        table.rows = images.with_queries(row if cameras else row._replace(camera="") for row in table.rows)
     return table
 
 
-def test_images(config: Config, root: str | None = None) -> Table:
+def test_images(config: Config, root: str | None = None, training_set: str | None = None) -> Table:
     """The query and the gallery of a run's own test, in its order: those of the first target, or of the people who were
     held out for validation. The data are below ``root``; None for where the run had them. Raises InputError for a run
-    on video, and for data that are not found."""
+    on video, for data that are not found, and where ``training_set``, the digest of the run's training images, shows
+    that images were added or removed, which may change a random split."""
     config, target = config.clone(), config.data.targets[0]
     if config.data.type != "image":
         raise InputError(f"the run was tested on video: with drsl-extract, give a folder of the images of {target!r}")
     config.data.root = root or config.data.root
-    if config.data.validation:
+    # torchreid may number the people of its own data sets in another order on another disk.
+    comparable = training_set is not None and set(config.data.sources) <= set(config.datasets)
+    if config.data.validation or (comparable and target in config.data.sources and _is_drawn(config, target)):
+        config.data.targets = [target]
         with contextlib.redirect_stdout(io.StringIO()):  # which says how many images the run trained on
-            (splits,) = build_datamanager(config).test_loader.values()
-        return images.from_torchreid(splits["query"].dataset)
-    register_datasets(config.datasets)
-    options = image_options(config)
-    try:
-        with without_empty_folders(Path(options["root"])):
-            dataset: Any = torchreid.data.datasets.init_image_dataset(target, mode="query", verbose=False, **options)
-    except (OSError, RuntimeError) as error:
-        cure = "Put the data there, or say with --root where it is"
-        raise InputError(f"cannot read {target!r} below {options['root']!r}: {error}. {cure}") from error
-    return images.from_torchreid(dataset)
+            manager = build_datamanager(config)
+        if comparable and states.digest(manager.train_loader.dataset.train) != training_set:
+            other = f"the training images of {config.data.sources} are not those of the run, so its split may differ"
+            cure = "bring the images back as they were, or give those of the test to drsl-extract as a SOURCE"
+            raise InputError(f"{other}, and the test may show people that it was trained on: {cure}")
+        (splits,) = manager.test_loader.values()
+        dataset: Any = splits["query"].dataset
+    else:
+        register_datasets(config.datasets)
+        options = image_options(config)
+        try:
+            with without_empty_folders(Path(options["root"])):
+                dataset = torchreid.data.datasets.init_image_dataset(target, mode="query", verbose=False, **options)
+        except (OSError, RuntimeError) as error:
+            cure = "Put the data there, or say with --root where it is"
+            raise InputError(f"cannot read {target!r} below {options['root']!r}: {error}. {cure}") from error
+    table = images.from_torchreid(dataset)
+    if isinstance(dataset, ConfiguredDataset):  # Its numbers of people and cameras are not the names of its images.
+        named = {row.path: row for row in dataset.table.rows}
+        table.rows = [named[row.path]._replace(split=row.split) for row in table.rows]
+    return table
+
+
+def _is_drawn(config: Config, name: str) -> bool:
+    """Whether a configured data set is split at random."""
+    options = make_options(name, config.datasets[name])
+    return options.csv is None and options.train is None

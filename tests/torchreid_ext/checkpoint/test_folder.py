@@ -87,8 +87,7 @@ def test_an_older_best_checkpoint_stays_the_best(tmp_path):
 
 
 def test_unfinished_files_of_a_killed_run_are_removed(tmp_path):
-    temporary = files._temporary(tmp_path / "model.pth.tar-1")
-    # No process has this number.
-    temporary.with_name(temporary.name.replace(f"-{os.getpid()}-", "-99999999-")).write_bytes(b"half")
+    (tmp_path / ".model.pth.tar-1.0123456789abcdef.tmp").touch()
+    os.utime(tmp_path / ".model.pth.tar-1.0123456789abcdef.tmp", (0, 0))
     save(History(tmp_path), [1])
     assert names(tmp_path) == sorted([LAST, *numbered(1)])

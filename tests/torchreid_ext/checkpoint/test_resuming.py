@@ -1,5 +1,8 @@
 """A resumed run prints the configuration keys that changed, and refuses changes that cannot be."""
 
+import ntpath
+import os
+
 import pytest
 
 from torchreid_ext import get_default_config
@@ -48,6 +51,16 @@ def test_differences_are_listed():
 def test_a_change_of_a_fixed_key_is_refused(before, now, message):
     with pytest.raises(ValueError, match=f"cannot resume with another {message}.*Set it back"):
         compare(changed(**before), changed(**now))
+
+
+def test_images_on_two_drives_of_windows_have_a_digest(monkeypatch):
+    for name in ("abspath", "commonpath", "dirname", "relpath"):
+        monkeypatch.setattr(os.path, name, getattr(ntpath, name))
+    one, two = ("C:\\photos\\a\\1.jpg", 0), ("C:\\photos\\b\\2.jpg", 1)
+    moved = [("D:\\new\\a\\1.jpg", 0), ("D:\\new\\b\\2.jpg", 1)]
+    apart = [one, moved[1]]
+    assert states.digest([one, two]) == states.digest(moved) != states.digest(apart)
+    assert states.digest(apart) == states.digest(apart[::-1]) != states.digest([one, ("D:\\new\\b\\3.jpg", 1)])
 
 
 def test_every_key_says_what_a_resumed_run_does_in_a_known_word():

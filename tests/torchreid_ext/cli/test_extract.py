@@ -12,6 +12,7 @@ from PIL import Image
 
 from torchreid_ext.checkpoint import checkpoint
 from torchreid_ext.cli import evaluate, extract
+from torchreid_ext.evaluation import errors
 from torchreid_ext.search.model import load_model
 
 
@@ -142,3 +143,42 @@ def test_a_checkpoint_without_a_configuration(any_model, tmp_path, capsys):
     assert extract.main([words[0], *words[2:], "--model", "osnet_x0_25"]) == 2
     assert "have no run, and so no test images: give a SOURCE" in complaint(capsys)
     assert extract.main([*words, "--config-file", str(any_model.parents[1] / "config.yaml")]) == 0
+
+
+def test_the_test_images_of_own_photos_have_their_names(any_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(errors, "_drawn", lambda *given: "")  # Figures take seconds.
+    for name in ("3", "7", "10", "anna", "ben", "carl"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number, file in enumerate(("IMG_1.png", "PXL_1.png")):
+            Image.new("RGB", (16, 32), (number * 80, len(name), 0)).save(tmp_path / "photos" / name / file)
+    state = checkpoint.load(any_model)
+    config = {"datasets.mine.folder": "photos", "data.sources": ["mine"], "data.targets": ["mine"]}
+    state["training"]["config"] |= config | {"data.root": str(tmp_path)}
+    commands = (extract.main, ["--output", str(tmp_path / "f.npz")]), (evaluate.main, ["--errors"])
+    for training_set in ("of other photos", None):  # Older checkpoints do not have it.
+        state["training"]["training_set"] = training_set
+        checkpoint.save(state, tmp_path / "run.pth")
+        for main, words in commands:
+            capsys.readouterr()
+            assert main([str(tmp_path / "run.pth"), *words]) == (2 if training_set else 0)
+            if training_set:
+                assert "may show people that it was trained on" in capsys.readouterr().err
+    with np.load(tmp_path / "f.npz") as file:
+        people = [Path(path).parent.name for path in file["gallery_paths"]]
+        assert file["gallery_ids"].tolist() == people and set(file["gallery_cams"].tolist()) == {"IMG", "PXL"}
+    page = (tmp_path / "errors.html").read_text(encoding="utf-8")
+    assert people[0] in page and '<th scope="row">PXL</th>' in page
+
+
+def test_cameras_in_names_are_said_and_can_be_left_out(any_model, tmp_path, capsys):
+    for name in ("IMG_1", "IMG_2", "PXL_3"):
+        (tmp_path / "anna").mkdir(exist_ok=True)
+        Image.new("RGB", (16, 32), (len(name), 0, 0)).save(tmp_path / "anna" / f"{name}.png")
+    words = [str(any_model), str(tmp_path), "--names", "folder", "--output", str(tmp_path / "f.npz")]
+    for more, said, arrays in (([], True, True), (["--no-cameras"], False, False)):
+        assert extract.main([*words, *more]) == 0
+        assert ("Cameras: IMG, PXL\n" in capsys.readouterr().out) == said
+        with np.load(tmp_path / "f.npz") as file:
+            assert ("query_cams" in file) == arrays and len(file["query"]) == (2 if arrays else 3)
+    assert extract.main([words[0], *words[4:], "--no-cameras"]) == 2
+    assert "--no-cameras is for a SOURCE" in complaint(capsys)

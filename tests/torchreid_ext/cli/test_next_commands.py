@@ -1,5 +1,6 @@
 """The commands that a run ends with can be typed as they are printed."""
 
+import ntpath
 import os
 import shlex
 from pathlib import Path
@@ -63,3 +64,12 @@ def test_the_whole_disk_is_not_searched(tmp_path):
     (tmp_path / "model" / "model-best.pth.tar").write_bytes(b"")
     line = next_commands(str(tmp_path), ["/x/query/1.png"], ["/x/b/1.png", "/y/a/2.png", "/x/b/3.png"]).splitlines()[1]
     assert "--gallery /x/b --query" in line
+
+
+def test_a_gallery_on_two_drives_of_windows(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model-best.pth.tar").write_bytes(b"")
+    for name in ("abspath", "commonpath", "dirname"):
+        monkeypatch.setattr(os.path, name, getattr(ntpath, name))
+    line = next_commands(str(tmp_path), ["C:\\q\\1.png"], ["D:\\b\\1.png", "C:\\a\\2.png"]).splitlines()[1]
+    assert shlex.split(line)[3:6] == ["C:\\a", "--query", "C:\\q\\1.png"]

@@ -188,6 +188,7 @@ def test_wrong_words_are_refused():
         (["loss.pml.lr", "-1"], r"loss.pml.lr takes numbers of 0 or more, got -1.0"),
         (["test.batch_size", "0"], r"test.batch_size takes whole numbers of 1 or more, got 0"),
         (["train.warmup_epoch", "-1"], r"train.warmup_epoch takes whole numbers of 0 or more, got -1"),
+        (["data.workers", "-2"], r"data.workers takes whole numbers of -1 or more, got -2"),
         (["train.keep_checkpoints", "-1"], r"train.keep_checkpoints takes whole numbers of 0 or more, got -1"),
         (["data.targets", "[]"], r"data.targets takes a list of one or more entries, got \[\]"),
         (["data.sources", "[]"], r"data.sources takes a list of one or more entries"),
@@ -250,6 +251,8 @@ def test_a_classifier_that_nothing_trains_is_not_opened_alone(tmp_path, loss):
     model = config.build_model(cfg, manager.num_train_pids)
     with pytest.raises(ValueError, match=rf"fixbase_epoch trains the classifier alone, which loss\.{loss}\.weight_x 0"):
         build_engine(cfg, manager, model, config.build_optimizer(cfg, model), None)
+    cfg.train.open_layers = ["classifier", "fc"]
+    assert build_engine(cfg, manager, model, config.build_optimizer(cfg, model), None)
 
 
 @pytest.mark.parametrize("weights", [(0, 0), (-1, 2)])
@@ -401,6 +404,16 @@ def test_a_network_is_tried_on_the_fewest_images_that_it_will_get(words, message
         check_takes(cfg, model)
     assert model.training and torch.equal(torch.get_rng_state(), drawn)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_no_number_of_cameras_in_a_batch_stands_for_all(tmp_path):
+    make_image_manager(tmp_path)
+    cfg = get_default_config()
+    cfg.merge_from_list(["data.root", str(tmp_path / "toy"), "data.sources", "toy", "data.targets", "toy"])
+    cfg.merge_from_list(["sampler.train_sampler", "RandomDomainSampler", "sampler.num_cams", 0, "train.batch_size", 8])
+    cfg.merge_from_list(["data.workers", 0, "use_gpu", False])
+    for batch in config.build_datamanager(cfg).train_loader:
+        assert batch["camid"].bincount().tolist() == [4, 4]
 
 
 def test_scheduler_none():

@@ -192,6 +192,14 @@ class TestNamesAndCameras:
         make_folder(tmp_path / "2024", ["p0", "p1", "p3"], ["b"])
         data = load(tmp_path, folder=["2023", "2024"], train=["p[01]"], test=["p2", "p3"], cameras="none")
         assert len(data.train) == 8 and data.num_train_pids == 2 and people(data.gallery) == {"p2", "p3"}
+        # A Mac writes é as e and an accent in the names of files: one name in two forms is one person.
+        for folder, accent in (("2023", "\u00e9"), ("2024", "e\u0301")):
+            make_folder(tmp_path / folder, [f"jos{accent}"], ["left"])
+        options: dict[str, Any] = {"folder": ["2023", "2024"], "cameras": "none", "train": ["p0", "p1"]}
+        tested = load(tmp_path, **options, test=["jose\u0301"]).table.gallery
+        assert len(tested) == 4 and {row.identity for row in tested} == {"jos\u00e9"}
+        left_out = load(tmp_path, **options, test=["p2"], junk=["jose\u0301"]).table.left_out
+        assert [*map(len, left_out.values())] == [4]
         with pytest.raises(InputError, match=r"no folder .*2025"):
             load(tmp_path, folder=["2023", "2025"])
 
@@ -217,6 +225,25 @@ class TestNamesAndCameras:
         options = [*words.split(), "data.save_dir", str(tmp_path / "log"), "model.name", "osnet_x0_25"]
         assert main(["--config-file", str(recipe), "--root", str(tmp_path / "photos"), *options]) == 0
         assert list(json.loads((tmp_path / "log" / "metrics.json").read_text())) == ["mine"]
+
+    def test_a_dry_run_finds_what_would_end_the_training(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        photos = tmp_path / "photos"
+        damaged = [draw(photos / f"person {pid}" / f"{shot}.jpg") for pid in range(12) for shot in range(4)][::4]
+        for path in damaged:
+            path.write_bytes(path.read_bytes()[:300])
+        recipe = Path(__file__).parents[3] / "configs" / "own_data.yaml"
+        words = ["model.pretrained", "False", "use_gpu", "False", "data.workers", "0"]
+        command = ["--dry-run", "--config-file", str(recipe), "--root", ".", *words]
+        monkeypatch.chdir(photos)
+        # The pictures of the run would be photos of a person "own_data" from then on.
+        assert main(command) == 2
+        assert "'log/own_data' lies in a folder of datasets.mine" in capsys.readouterr().err
+        assert main([*command, "data.save_dir", "../log"]) == 2
+        err = capsys.readouterr().err
+        assert "12 of 48 images cannot be read" in err
+        assert sum(str(path) in err for path in damaged) == err.count("it is damaged") == 10
 
 
 class TestLinks:
@@ -450,12 +477,16 @@ class TestInTorchreid:
             UserWarning, match="anna/day1 is another identity than anna, 'day1', the name of the innermost"
         ):
             load(tmp_path / "two")
+        make_folder(tmp_path / "deep", ["anna", "bob", "cleo", "anna/raw/day1"], ["a", "b"])
+        with pytest.warns(UserWarning, match="anna/raw/day1 is another identity than anna, 'day1'"):
+            load(tmp_path / "deep")
+        shutil.rmtree(tmp_path / "deep")
         shutil.rmtree(tmp_path / "two")
         data = load(tmp_path, pattern="(?P<identity>[^/]+)/.*", cameras="none")
         assert len({item[1] for item in data.train}) == len({item[1] for item in data.gallery}) == 2
 
     def test_good_data_gives_no_warning(self, tmp_path: Path) -> None:
-        make_folder(tmp_path, [f"p{n}" for n in range(6)], ["a", "b"])
+        make_folder(tmp_path, [f"p{n}" for n in range(6)] + ["2023/p6", "2023/p7"], ["a", "b"])
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             load(tmp_path)

@@ -17,7 +17,7 @@ import torchreid
 from PIL import Image
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
-from torchreid_ext.data.loading import ReadableDataset, readable
+from torchreid_ext.data.loading import ReadableDataset, readable, repeatable
 from torchreid_ext.pixels import read_image
 
 pytestmark = pytest.mark.timeout(60)
@@ -80,7 +80,10 @@ def test_a_damaged_image_is_named(tmp_path: Path, kind: str, workers: int) -> No
     dataset = image_set(tmp_path, suffix)
     damage(tmp_path / f"4.{suffix}")
     message = failure(readable(DataLoader(dataset, batch_size=2, num_workers=workers)))
-    assert str(tmp_path / f"4.{suffix}") in message and words in message
+    assert str(tmp_path / f"4.{suffix}") in message and words in message and "model.resume" not in message
+    # Without this image, the run could not be resumed.
+    training = repeatable(readable(DataLoader(dataset, batch_size=2)))
+    assert "To go on with model.resume auto, restore it, or" in failure(training)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -147,6 +150,24 @@ def test_a_data_set_that_reads_in_its_own_way_is_checked_once_over_all_workers(t
     assert int(loader.dataset._checked.sum()) == 6  # type: ignore[attr-defined]
     truncate(tmp_path / "4.jpg")
     assert "4.jpg" in failure(readable(DataLoader(dataset, batch_size=2)))
+
+
+def test_a_reader_of_the_users_own_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Black(torchreid.data.ImageDataset):
+        def __getitem__(self, index: int) -> Any:
+            return {"img": self.transform(read_image(self.data[index][0]))}
+
+    monkeypatch.setitem(globals(), "read_image", lambda path: Image.new("RGB", (16, 32)))
+    dataset = image_set(tmp_path)
+    dataset.__class__ = Black
+    assert all(not batch["img"].any() for batch in readable(DataLoader(dataset, batch_size=2)))
+
+
+def test_a_script_may_change_the_data_set_between_epochs(tmp_path: Path) -> None:
+    loader: Any = repeatable(readable(DataLoader(image_set(tmp_path), batch_size=2, num_workers=1)))
+    assert all(batch["img"].any() for batch in loader)
+    loader.dataset.transform = lambda image: torch.zeros(1)
+    assert all(not batch["img"].any() for batch in loader)
 
 
 def test_settings_are_kept(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from toy_data import make_image_manager, make_video_manager
 
-from torchreid_ext.data.loading import repeatable
+from torchreid_ext.data.loading import rebuilt, repeatable
 from torchreid_ext.runtime.generators import restore, seed_everything, state
 
 AUGMENTED = ["random_flip", "random_crop", "random_patch", "color_jitter", "random_erase"]
@@ -97,7 +97,8 @@ def test_every_image_has_random_numbers_of_its_own(draw):
 
 
 def test_workers_stay_alive_between_epochs(tmp_path):
-    loader = repeatable(make_image_manager(tmp_path, workers=1).train_loader)
+    given = make_image_manager(tmp_path, workers=1).train_loader
+    loader = repeatable(rebuilt(given, given.dataset, persistent_workers=True))
     processes = []
     for _ in range(2):
         iterator = iter(loader)

@@ -121,6 +121,17 @@ def test_an_engine_replaces_torchreids_own(tmp_path):
     assert [[batch.count(pid) for pid in set(batch)] for batch in pids] == [[2] * 4] * len(pids)
 
 
+class FixedOrder(torchreid.data.sampler.RandomIdentitySampler):
+    def __iter__(self):
+        return iter(range(16))
+
+
+def test_an_engine_keeps_a_subclass_of_torchreids(tmp_path):
+    items = make_image_manager(tmp_path).train_loader.dataset.train
+    loader = engine_for(with_sampler(tmp_path, FixedOrder(items, 8, 4))).train_loader
+    assert [int(pid) for data in loader for pid in data["pid"]] == [items[index][1] for index in range(16)]
+
+
 @pytest.mark.parametrize(("size", "words"), [(10, "straddle two batches"), (4, "leaves one identity in a batch")])
 def test_an_engine_refuses_batches_that_cannot_be_ranked(tmp_path, size, words):
     with pytest.raises(ValueError, match=words):

@@ -29,7 +29,7 @@ from torchreid_ext.engine import engines
 from torchreid_ext.engine.epoch import EpochLog
 from torchreid_ext.engine.options import RunOptions
 from torchreid_ext.engine.step import Stepper
-from torchreid_ext.runtime import distributed, files
+from torchreid_ext.runtime import distributed
 from torchreid_ext.runtime.generators import seed_everything
 from torchreid_ext.runtime.signals import Interrupted, StopRequest
 
@@ -287,6 +287,30 @@ def test_the_best_of_another_folder_or_by_another_measure_is_not_beaten(tmp_path
         assert again.best == best
 
 
+@pytest.mark.parametrize(("kept", "best"), [(True, 0.5), (False, 0.3)])
+def test_a_run_that_goes_back_has_the_best_weights_of_its_own_past(tmp_path, kept, best):
+    folder = tmp_path / "log" / "model"
+
+    def run(scores, **options):
+        test, scores = engine.test, iter(scores)
+
+        def scored(**kwargs):
+            toy = test(**kwargs)["toy"]
+            return {"toy": replace(toy, means=toy.means | {"mAP": next(scores)})}
+
+        engine.test = scored
+        engine.run(str(tmp_path / "log"), max_epoch=3, eval_freq=1, keep_checkpoints=0, **options)
+        return checkpoint.load(folder / "model-best.pth.tar")["training"]["best"]
+
+    engine = make_engine(tmp_path)
+    assert run([0.5, 0.1, 0.9]) == {"mAP": 0.9, "epoch": 3}
+    if not kept:
+        (folder / "model.pth.tar-1").unlink()
+    engine = make_engine(tmp_path)
+    start = engine.resume(str(folder / "model.pth.tar-2"), str(tmp_path / "log"))
+    assert run([0.3], start_epoch=start) == engine.best == {"mAP": best, "epoch": 1 if kept else 3}
+
+
 def test_checkpoints_every_n_epochs(tmp_path):
     make_engine(tmp_path).run(str(tmp_path / "log"), max_epoch=5, checkpoint_freq=2, keep_checkpoints=0)
     epochs = {path.name.rpartition("-")[2] for path in (tmp_path / "log" / "model").glob("model.pth.tar-*")}
@@ -390,10 +414,9 @@ def test_a_run_that_was_killed_before_it_removed_what_it_need_not_keep(tmp_path)
     make_engine(tmp_path).run(str(tmp_path / "log"), max_epoch=3, keep_checkpoints=2)
     folder = tmp_path / "log" / "model"
     kept = sorted(path.name for path in folder.iterdir())
-    unfinished = files._temporary(folder / "model-best.pth.tar").name
-    # No process has this number.
-    for name in ("model.pth.tar-1", unfinished.replace(f"-{os.getpid()}-", "-99999999-")):
+    for name in ("model.pth.tar-1", ".model-best.pth.tar.0123456789abcdef.tmp"):
         (folder / name).write_bytes((folder / "model.pth.tar-2").read_bytes())
+        os.utime(folder / name, (0, 0))
     engine = make_engine(tmp_path)
     start = engine.resume("auto", str(tmp_path / "log"))
     engine.run(str(tmp_path / "log"), max_epoch=3, start_epoch=start, keep_checkpoints=2)
@@ -444,6 +467,16 @@ def test_torchreids_checkpoint_is_resumed_from(tmp_path, capsys):
     torch.save(state, tmp_path / "host.pth")
     assert make_engine(tmp_path).resume(str(tmp_path / "host.pth")) == 3
     assert "has no random state" in capsys.readouterr().out
+    # In torchreid's own folder, its checkpoints stay, also when the run stops and goes on.
+    folder = tmp_path / "log" / "model"
+    folder.mkdir(parents=True)
+    for epoch in (1, 2, 3):
+        torch.save(state | {"epoch": epoch}, folder / f"model.pth.tar-{epoch}")
+    for path, epochs in ((str(folder / "model.pth.tar-3"), 5), ("auto", 7)):
+        engine = make_engine(tmp_path)
+        start = engine.resume(path, str(tmp_path / "log"))
+        engine.run(str(tmp_path / "log"), start_epoch=start, max_epoch=epochs, keep_checkpoints=1)
+    assert {path.name.rpartition("-")[2] for path in folder.glob("*.tar-*")} == {"1", "2", "3", "7"}
 
 
 # Steps.
@@ -595,19 +628,43 @@ def test_layers_that_no_gradient_reaches_are_refused(tmp_path, options):
         engine.run(str(tmp_path / "log"), max_epoch=2, fixbase_epoch=1, open_layers="classifier", **options)
 
 
-@pytest.mark.parametrize(("batch_size", "chunk_size"), [(8, 1), (9, 2), (1, 0)])
-def test_batch_normalisation_of_one_image_is_refused_before_training(tmp_path, batch_size, chunk_size):
+class OwnStep(engines.ImageDRSLEngine):
+    """Steps by itself, as every engine of torchreid does."""
+
+    def forward_backward(self, data):
+        images, pids = self.parse_data_for_train(data)
+        loss = nn.functional.cross_entropy(self.model(images)[0], pids)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return {"loss": loss.item()}
+
+    def two_stepped_transfer_learning(self, epoch, fixbase_epoch, open_layers, model=None):
+        super().two_stepped_transfer_learning(epoch, fixbase_epoch, open_layers, model)
+        self.opened = epoch
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"amp": "bf16"}, {"compiled": True}, {"chunk_size": 4}, {"skip_nonfinite": True}]
+)
+def test_a_step_of_ones_own_trains_but_takes_no_options_that_it_would_leave_out(tmp_path, monkeypatch, options):
     engine = make_engine(tmp_path)
-    engine.datamanager.train_loader = torch.utils.data.DataLoader(
-        engine.datamanager.train_loader.dataset, batch_size, drop_last=True
-    )
-    key = "chunk_size" if chunk_size else "batch_size"
-    with pytest.raises(InputError, match=f"a single image in it, and the network's batch normalisation .*{key} larger"):
-        engine.run(str(tmp_path / "log"), max_epoch=1, chunk_size=chunk_size)
-    assert not (tmp_path / "log").exists()
-    engine.model.body[0] = nn.Identity()
-    if chunk_size:
-        engine.run(str(tmp_path / "log"), max_epoch=1, chunk_size=chunk_size)
+    engine.__class__ = OwnStep
+    before = engine.model.stem.weight.clone()
+    if not options:
+        engine.run(str(tmp_path / "log"), max_epoch=2)
+        assert engine.opened == 1 and not torch.equal(engine.model.stem.weight, before)
+        monkeypatch.setattr(distributed, "size", lambda: 2)
+    left_out = "OwnStep.forward_backward steps by itself, which leaves out {}: call self.forward and self.step"
+    with pytest.raises(InputError, match=left_out.format(next(iter(options), "several processes"))):
+        engine.run(str(tmp_path / "log"), max_epoch=1, **options) if options else engine.check_stepper()
+
+
+def test_a_loader_may_be_replaced(tmp_path):
+    engine = make_engine(tmp_path)
+    dataset = engine.datamanager.train_loader.dataset
+    engine.train_loader = torch.utils.data.DataLoader(dataset, 8, shuffle=True, drop_last=True)
+    assert engine.run(str(tmp_path / "log"), max_epoch=1)
 
 
 # Layers.
@@ -633,6 +690,20 @@ def test_fixed_base_then_all_but_what_was_frozen(tmp_path, capsys):
     assert "Only train classifier (epoch: 1/1)" in capsys.readouterr().out
     with pytest.raises(ValueError, match="the model has no layer head; its layers are stem, body, classifier"):
         engine.run(str(tmp_path / "log"), max_epoch=1, fixbase_epoch=1, open_layers=["head"])
+
+
+class FrozenStatistics(Network):
+    def train(self, mode=True):
+        super().train(mode)
+        self.body[0].eval()
+        return self
+
+
+def test_a_network_may_keep_its_batch_normalisation_in_evaluation_mode(tmp_path):
+    engine = make_engine(tmp_path)
+    engine.model.__class__ = FrozenStatistics
+    engine.run(str(tmp_path / "log"), max_epoch=2, fixbase_epoch=1, open_layers="classifier")
+    assert engine.model.body[0].num_batches_tracked == 0
 
 
 # Logs.
@@ -673,6 +744,18 @@ def test_a_test_after_a_run_does_not_open_its_log_again(tmp_path):
     assert len(logs) == 1 and list((tmp_path / "log").glob("events.*")) == logs
 
 
+def test_a_data_manager_that_lists_no_test_images_has_scores_and_no_pictures(tmp_path):
+    engine = make_engine(tmp_path)
+    del engine.datamanager.test_dataset
+    for options in ({"picture": 1}, {"visrank": True}):
+        with pytest.raises(InputError, match="need the test images, and ImageDataManager lists none"):
+            engine.run(str(tmp_path / "log"), max_epoch=1, **options)
+    assert not (tmp_path / "log").exists()
+    assert 0 < engine.run(str(tmp_path / "log"), max_epoch=1)["toy"].mAP <= 1
+    tags = EventAccumulator(str(tmp_path / "log")).Reload().Tags()
+    assert "Test/toy/mAP" in tags["scalars"] and not tags["images"]
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_progress_bar_on_a_terminal_alone(monkeypatch, terminal):
     stderr = io.StringIO()
@@ -705,15 +788,10 @@ def test_the_last_batch_of_every_epoch_is_printed(tmp_path, capsys, skipped):
     assert all(math.isfinite(float(part.split()[1])) for line in lines for part in line if part.startswith("loss_m"))
 
 
-@pytest.mark.parametrize("name", ["checkpoint_freq", "print_freq"])
-def test_a_frequency_below_one_is_refused(tmp_path, name):
-    with pytest.raises(ValueError, match=f"train.{name} takes whole numbers of 1 or more, got 0"):
-        make_engine(tmp_path).run(str(tmp_path / "log"), max_epoch=1, **{name: 0})
-
-
-def test_an_unknown_option_of_a_run_is_refused_with_the_nearest(tmp_path):
-    with pytest.raises(InputError, match=r"there is no option 'max_epochs'; did you mean 'max_epoch'\?"):
-        make_engine(tmp_path).run(str(tmp_path / "log"), max_epochs=1)
+@pytest.mark.parametrize("wrong", [{"checkpoint_freq": 0}, {"print_freq": 0}, {"max_epochs": 1}])
+def test_wrong_options_of_a_run_are_refused_before_it_writes(tmp_path, wrong):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        make_engine(tmp_path).run(str(tmp_path / "log"), **wrong)
     assert not (tmp_path / "log").exists()
 
 

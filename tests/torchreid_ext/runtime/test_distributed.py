@@ -211,7 +211,7 @@ def test_a_batch_that_cannot_be_divided_is_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"complete groups of sampler.num_instances 4: make it a multiple of 12"):
         distributed.check_share(18, 4)
     with pytest.raises(ValueError, match=r"a batch of 5 .* drop_last=True"):
-        distributed.share([0] * 5)
+        distributed.own_share([0] * 5)
     cfg = get_default_config()
     with pytest.raises(ValueError, match=r"train.batch_size 32 is the batch of all 3 processes"):
         config.check(cfg)

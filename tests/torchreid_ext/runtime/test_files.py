@@ -8,44 +8,43 @@ from pathlib import Path
 
 import pytest
 
+from pml_drsl.console import replacement, replacing
 from torchreid_ext.runtime import files
 
-# Imported from its file: the package would import torch in every process.
+ROOT = Path(__file__).parents[3]
 LOAD = """
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("files", sys.argv[1])
-files = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(files)
+import sys
+from pathlib import Path
+from pml_drsl.console import replacing
+from torchreid_ext.runtime import files
+path = Path(sys.argv[1])
 """
 WRITE = """
-from pathlib import Path
-path, letter = Path(sys.argv[2]), sys.argv[3].encode()
+letter = sys.argv[2].encode()
 for _ in range(90):
-    with files.replacing(path) as file:
+    with replacing(path) as file:
         for _ in range(20):
             file.write(letter * 5000)
     files.link(path, "other name")
     files.remove_unfinished(path.parent)
 """
 COUNT = """
-from pathlib import Path
-path = Path(sys.argv[2])
 for _ in range(50):
     with files.locked(path):
         number = int(path.read_text()) if path.exists() else 0
-        with files.replacing(path) as file:
+        with replacing(path) as file:
             file.write(str(number + 1).encode())
 """
 HOLD = """
-with files.locked(sys.argv[2]):
-    open(sys.argv[3], "w").close()
+with files.locked(path):
+    open(sys.argv[2], "w").close()
     sys.stdin.read()
 """
 
 
 def start(script, *words):
-    command = [sys.executable, "-c", LOAD + script, files.__file__, *map(str, words)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", LOAD + script, *map(str, words)]
+    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finished(*processes):
@@ -84,7 +83,7 @@ def test_a_process_that_waits_says_so_and_the_lock_of_a_killed_process_is_free(t
         while not (tmp_path / "on").exists():
             assert holder.poll() is None
             time.sleep(0.01)
-        waiting = start("with files.locked(sys.argv[2]): pass", path)
+        waiting = start("with files.locked(path): pass", path)
         assert waiting.stderr.readline() == f"waiting for another process that writes '{path}'\n"
         assert waiting.poll() is None
     finally:
@@ -93,24 +92,23 @@ def test_a_process_that_waits_says_so_and_the_lock_of_a_killed_process_is_free(t
     finished(waiting)
 
 
-def test_only_what_a_dead_process_left_is_removed(tmp_path):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    own = files._temporary(tmp_path / "model")
-    of_dead = own.with_name(own.name.replace(f"-{os.getpid()}-", f"-{dead.pid}-"))
-    elsewhere = [of_dead.with_name(of_dead.name.replace(files._MACHINE, machine)) for machine in ("0" * 8, "1" * 8)]
-    users = tmp_path / ".notes.tmp"
-    for path in (own, of_dead, *elsewhere, users):
-        path.write_bytes(b"half")
-    os.utime(elsewhere[0], (0, 0))
-    os.utime(users, (0, 0))
-    files.remove_unfinished(tmp_path)
-    assert set(tmp_path.iterdir()) == {own, elsewhere[1], users}
+def test_only_a_temporary_file_of_yesterday_is_removed(tmp_path):
+    with replacement(tmp_path / "model") as left:
+        left.write_bytes(b"half")
+        files.remove_unfinished(tmp_path)
+        assert left.exists()
+        users = tmp_path / ".notes.tmp"
+        users.touch()
+        for path in (left, users):
+            os.utime(path, (0, 0))
+        files.remove_unfinished(tmp_path)
+        assert [*tmp_path.iterdir()] == [users]
+        left.touch()
 
 
 def test_a_long_name_can_be_written(tmp_path):
     path = tmp_path / ("é" * 125)
-    with files.replacing(path) as file:
+    with replacing(path) as file:
         file.write(b"whole")
     assert path.read_bytes() == b"whole"
 
@@ -121,7 +119,7 @@ def test_a_link_stays_and_its_target_is_locked_and_written(tmp_path):
     for content in (b"new", b"newer"):
         with files.locked(tmp_path / "link"):
             assert os.path.exists(tmp_path / "real" / ".file.lock")
-            with files.replacing(tmp_path / "link") as file:
+            with replacing(tmp_path / "link") as file:
                 file.write(content)
         assert (tmp_path / "real" / "file").read_bytes() == content
     assert (tmp_path / "link").is_symlink() and os.listdir(tmp_path / "real") == ["file"]
@@ -130,7 +128,7 @@ def test_a_link_stays_and_its_target_is_locked_and_written(tmp_path):
 def test_a_failed_write_leaves_nothing(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(RuntimeError, match="half-way"), files.replacing(path) as file:
+    with pytest.raises(RuntimeError, match="half-way"), replacing(path) as file:
         file.write(b"new")
         raise RuntimeError("half-way")
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]

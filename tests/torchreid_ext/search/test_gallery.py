@@ -7,7 +7,6 @@ import random
 import signal
 import time
 import types
-import zipfile
 import zlib
 
 import faiss
@@ -190,29 +189,12 @@ def test_an_index_that_another_process_changed_is_not_overwritten(tmp_path):
     assert Gallery.load(tmp_path / "index", model()).entries == first.entries
 
 
-def test_the_files_of_older_versions_are_read(tmp_path):
-    """They hold an index as faiss writes it, and with numpy before 2.1 the keyword allow_pickle."""
-    features = torch.nn.functional.normalize(draw(4))
-    index = faiss.IndexIDMap2(faiss.IndexFlatL2(8))
-    index.add_with_ids(features.numpy(), np.array([3, 5, 6, 9]))
-    texts = {
-        "settings": {"fingerprint": "0123", "dim": 8, "metric": "cosine", "recall": None},
-        "entries": [[str(tmp_path / f"{row}.jpg"), "", ""] for row in range(4)],
-    }
+def test_an_index_of_an_older_version_is_refused_in_words(tmp_path):
+    """Its features are an index that faiss wrote."""
+    texts = {"settings": {"fingerprint": "0123", "dim": 8, "metric": "cosine"}, "entries": [["/a.jpg", "", ""]]}
     arrays = {name: np.frombuffer(json.dumps(value).encode(), np.uint8) for name, value in texts.items()}
-    arrays |= {
-        "numbers": np.array([3, 5, 6, 9]),
-        "index": faiss.serialize_index(index),
-        "allow_pickle": np.array(False),
-    }
-    np.savez(tmp_path / "old", **arrays)
-    gallery = Gallery.load(tmp_path / "old.npz", model())
-    for row in range(4):
-        ((entry, distance),) = gallery.nearest(features[[row]], 1)[0]
-        assert entry.path == str(tmp_path / f"{row}.jpg") and distance < 1e-6
-    arrays["numbers"] = arrays["numbers"][::-1]
-    np.savez(tmp_path / "old", **arrays)
-    with pytest.raises(InputError, match="damaged, or not an index of drsl-search"):
+    np.savez(tmp_path / "old.npz", **arrays, numbers=np.arange(1), index=faiss.serialize_index(faiss.IndexFlatL2(8)))
+    with pytest.raises(InputError, match=r"of an older version, .*: make it anew"):
         Gallery.load(tmp_path / "old.npz", model())
 
 
@@ -290,30 +272,6 @@ def refused(path):
     return all(outcomes)
 
 
-@given(st.data())
-@settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
-def test_changed_bytes_give_no_traceback(files, data):
-    """With the checksums mended, so that numpy reads what was changed."""
-    name = data.draw(st.sampled_from(["index.npz", "features.npz"]))
-    with np.load(files / name) as loaded:
-        raw = {key: loaded.zip.read(f"{key}.npy") for key in loaded.files}
-    with zipfile.ZipFile(files / "changed.npz", "w") as archive:
-        chosen = data.draw(st.sampled_from(sorted(raw)))
-        for key, content in raw.items():
-            changed = bytearray(content)
-            if key == chosen:
-                for _ in range(data.draw(st.integers(1, 3))):
-                    # Most changes fall into the header, which is a Python literal.
-                    place = data.draw(st.integers(0, min(len(changed), data.draw(st.sampled_from([130, 10**6]))) - 1))
-                    changed[place] = data.draw(st.integers(0, 255))
-            archive.writestr(f"{key}.npy", bytes(changed))
-    refused(files / "changed.npz")
-    whole = bytearray((files / name).read_bytes())
-    whole[data.draw(st.integers(0, len(whole) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-    (files / "changed.npz").write_bytes(whole[: data.draw(st.sampled_from([len(whole), len(whole) // 2]))])
-    refused(files / "changed.npz")
-
-
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 2**70) | st.text(max_size=3),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
@@ -331,7 +289,8 @@ def test_wrong_contents_with_valid_checksums_are_refused(files, data):
         st.sampled_from(["settings", "entries", "features"] if name == "index.npz" else ["gallery", "gallery_paths"])
     )
     if key in ("settings", "entries"):
-        arrays[key] = np.frombuffer(json.dumps(data.draw(JSON)).encode() or b" ", np.uint8)
+        texts = JSON.map(lambda value: json.dumps(value).encode())
+        arrays[key] = np.frombuffer(data.draw(texts | st.binary(min_size=1)), np.uint8)
     else:
         shape = data.draw(st.sampled_from([(), (0,), (3,), (3, 8), (4, 8, 1), (7, 0), (4, 0, 8)]))
         arrays[key] = np.zeros(shape, data.draw(st.sampled_from(["f4", "i8", "U3", "c8", "?", "V4", "M8[s]"])))
@@ -339,16 +298,13 @@ def test_wrong_contents_with_valid_checksums_are_refused(files, data):
     assert refused(files / "changed.npz")
 
 
-@pytest.mark.parametrize("content", [b"", b"no index", b"PK\x03\x04", None], ids=["empty", "text", "zip", "array"])
-def test_what_is_no_file_of_arrays_is_refused(tmp_path, content):
+def test_what_is_no_file_of_arrays_is_refused(tmp_path):
     path = tmp_path / "file.npz"
-    path.write_bytes(content or b"")
-    if content is None:
-        with open(path, "wb") as file:
-            np.save(file, np.zeros(3))
-    assert refused(path)
     with pytest.raises(FileNotFoundError):
-        refused(tmp_path / "nowhere.npz")
+        refused(path)
+    with open(path, "wb") as file:
+        np.save(file, np.zeros(3))
+    assert refused(path)
     np.savez(path, settings=np.array([{}], dtype=object))
     assert refused(path)
 

@@ -14,6 +14,8 @@ from pml_drsl.checks import InputError
 from pml_drsl.evaluation import reranking
 from torchreid_ext import Searcher
 from torchreid_ext.images import Row
+from torchreid_ext.search.searcher import Match, others
+from torchreid_ext.search.sources import absolute
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,7 @@ def test_names_carry_identity_and_camera_where_the_user_says_so(searcher, model,
 
 
 def test_an_image_is_known_by_its_resolved_path(searcher, model, paths, tmp_path, monkeypatch):
-    """However it is given: from another folder, through a link, or with its features."""
+    """However it is given: from another folder, or through a link."""
     folder = os.path.dirname(paths[0])
     (tmp_path / "link").symlink_to(folder)
     monkeypatch.chdir(folder)
@@ -76,14 +78,22 @@ def test_an_image_is_known_by_its_resolved_path(searcher, model, paths, tmp_path
     for again in (paths[0], f"./{name}", str(tmp_path / "link" / name)):
         with pytest.raises(InputError, match="is in the gallery already"):
             searcher.add(again)
-        with pytest.raises(InputError, match="is in the gallery already"):
-            searcher.add_features([Row(again)], searcher.extract(again))
     assert searcher.search(name)[0][0].name == paths[0]
     searcher.save(tmp_path / "index")
     monkeypatch.chdir(tmp_path)
     opened = Searcher(model, index=tmp_path / "index", index_type="HNSW32", device="cpu")
     assert opened.search(paths[0])[0][0].name == paths[0]
     assert opened.remove(f"link/{name}") == 1 and len(opened) == 0
+
+
+def test_a_link_does_not_find_its_own_photo(tmp_path):
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).touch()
+    (tmp_path / "me.jpg").symlink_to(tmp_path / "b.jpg")
+    found = [Match(rank, str(tmp_path / name), 0.1 * rank) for rank, name in enumerate(("b.jpg", "a.jpg", "me.jpg"), 1)]
+    for query in ("me.jpg", "b.jpg"):
+        (kept,) = others([absolute(Row(str(tmp_path / query)))], [found], 5)
+        assert [(match.rank, match.name) for match in kept] == [(1, str(tmp_path / "a.jpg"))]
 
 
 def test_one_name_is_one_name_and_not_its_letters(searcher, paths):

@@ -6,8 +6,9 @@ import pytest
 from PIL import Image
 
 from pml_drsl.checks import InputError
+from torchreid_ext.checkpoint import states
 from torchreid_ext.config import build_datamanager, get_default_config
-from torchreid_ext.search.sources import list_queries, list_sources, test_images
+from torchreid_ext.search.sources import list_queries, list_sources, shown, test_images
 
 
 def draw(folder, *names):
@@ -66,6 +67,27 @@ def test_a_csv_file(tmp_path):
         list_sources([str(tmp_path / "list.csv")])
 
 
+def test_without_cameras_every_photo_of_a_person_is_a_query(tmp_path):
+    folder = draw(tmp_path / "x", "anna/IMG_1.png", "anna/IMG_2.png", "ben/PXL_1.png")
+    (tmp_path / "list.csv").write_text("path,pid,split\nx/anna/IMG_1.png,a,query\nx/ben/PXL_1.png,b,gallery\n")
+    sources = [folder, f"{tmp_path}/list.csv", f"{folder}/ben/PXL_1.png"]
+    table = list_sources(sources, "folder", cameras=False)
+    assert len(table.query) == 3 + 1 and not any(row.camera for row in table.rows)
+    assert len(list_sources([folder], "folder").query) == 2
+
+
+def test_photos_on_another_drive_of_windows_keep_their_paths(tmp_path, monkeypatch):
+    folder = draw(tmp_path, "a.png", "b.png")
+    (tmp_path / "list.csv").write_text("path,pid,camid,split\na.png,1,1,query\nb.png,1,2,gallery\n")
+
+    def other_drive(path, start=os.curdir):
+        raise ValueError(f"path is on mount 'C:', start on mount 'D:': {path}, {start}")
+
+    monkeypatch.setattr(os.path, "relpath", other_drive)
+    assert shown(f"{folder}/a.png") == f"{folder}/a.png"
+    assert [row.path for row in list_sources([f"{folder}/list.csv"]).rows] == [f"{folder}/a.png", f"{folder}/b.png"]
+
+
 def test_two_galleries_with_the_same_names_are_refused(tmp_path):
     both = [draw(tmp_path / name, "1/c1_1.png") for name in ("north", "south")]
     with pytest.raises(InputError, match=r"both have a query image '1/c1_1.png'.*below one folder"):
@@ -89,9 +111,17 @@ def test_folders_above_a_query_are_no_identity(tmp_path, monkeypatch):
     assert list_queries(["."], "folder")[0][1:] == below[0][1:]
     for word in ("street.png", os.path.join(folder, "street.png"), "../photos/street.png", "anna/hall_1.png", "anna"):
         assert [row.identity for row in list_queries([word], "folder")] == [""]
-    # Another pattern finds the name of the file itself, wherever it is.
-    for word in (os.curdir, "anna", "anna/hall_1.png"):
+    # Another pattern matches the name of the file itself.
+    for word in ("anna", "anna/hall_1.png"):
         assert list_queries([word], r"(?P<identity>[a-z]+)_\d\.png")[0].identity == "hall"
+
+
+def test_a_pattern_names_queries_as_it_names_the_gallery(tmp_path):
+    folder = draw(tmp_path / "photos", "anna/2023/1.png", "ben/2.png", "3.png")
+    for names in (r"(?P<identity>[^/]+)/.*", r"(?P<identity>\d)\.png"):
+        gallery, queries = list_sources([folder], names).gallery, list_queries([folder], names)
+        assert [row[:3] for row in queries] == [row[:3] for row in gallery]
+    assert {row.identity for row in list_queries([folder], r"(?P<identity>[^/]+)/.*")} == {"anna", "ben", ""}
 
 
 @pytest.mark.parametrize("missing", ["nowhere", "notes.txt", "empty", "texts"])
@@ -124,6 +154,58 @@ def test_the_test_images_of_a_run_are_those_that_it_tests_on(tmp_path, words):
     folders = {os.path.basename(os.path.dirname(row.path)) for row in found.gallery}
     assert folders == ({"bounding_box_train"} if words else {"bounding_box_test", "images"})
     assert (len(found.query), len(found.gallery)) == ((6, 6) if words else (1, 4))
+
+
+def own_photos(folder, people, *words):
+    """The configuration of a run on photos of these people in folders of their names."""
+    draw(folder, *(f"{name}/{app}_{shot}.png" for name in people for app in ("IMG", "PXL") for shot in "12"))
+    config = get_default_config()
+    given = {"data.root": str(folder), "data.workers": 0, "train.batch_size": 4, "use_gpu": False}
+    given |= {"datasets.mine.folder": "", "data.sources": ["mine"], "data.targets": ["mine"]}
+    config.merge_from_list([*(word for item in given.items() for word in item), *words])
+    return config
+
+
+@pytest.mark.parametrize("cameras", ["names", "none"])
+@pytest.mark.parametrize("words", [[], ["data.validation", 0.5]], ids=["target", "validation"])
+def test_own_photos_have_the_names_of_people_and_cameras_and_no_numbers(tmp_path, words, cameras):
+    people = ["3", "7", "10", "anna", "ben", "0012", "1", "2", "carl", "zoë"]
+    if words and cameras == "none":
+        words = [*words, "datasets.mine.test_fraction", 0.3]
+    config = own_photos(tmp_path, people, "datasets.mine.cameras", cameras, *words)
+    found = test_images(config)
+    (loaders,) = build_datamanager(config).test_loader.values()
+    for split, rows in (("query", found.query), ("gallery", found.gallery)):
+        assert [row.path for row in rows] == [path for path, *_ in loaders[split].dataset.data]
+        for row in rows:
+            folder, name = row.path.split(os.sep)[-2:]
+            assert row.identity == folder and row.camera == ("" if cameras == "none" else name.partition("_")[0])
+    assert found.query and found.gallery
+
+
+@pytest.mark.parametrize("words", [[], ["data.validation", 0.5]], ids=["target", "validation"])
+def test_a_random_split_of_other_photos_than_the_runs_is_refused(tmp_path, words):
+    config = own_photos(tmp_path, "abcdefghij", *words)
+    items = build_datamanager(config).train_loader.dataset.train
+    of_run, trained = states.digest(items), {os.path.basename(os.path.dirname(path)) for path, *_ in items}
+    before = test_images(config, training_set=of_run)
+    assert before == test_images(config)
+    draw(tmp_path, os.path.join(os.path.dirname(before.gallery[0].path), "IMG_3.png"))
+    assert len(test_images(config, training_set=of_run).gallery) == len(before.gallery) + 1
+    refused = 0
+    for name in "klmnopqr":  # Chance may leave the people that were trained on in the training.
+        draw(tmp_path, f"{name}/IMG_1.png", f"{name}/PXL_1.png")
+        mixed = trained & {row.identity for row in test_images(config).gallery}
+        try:
+            assert not trained & {row.identity for row in test_images(config, training_set=of_run).gallery}
+        except InputError as error:
+            refused += bool(mixed)
+            assert "may show people that it was trained on" in str(error)
+    assert refused > 3
+    if not words:  # Here no chance decides who is in the test.
+        named = ["datasets.mine.train", list("abcde"), "datasets.mine.test", list("fghij")]
+        config.merge_from_list(named)
+        assert len(test_images(config, training_set=of_run).query) == 10
 
 
 def test_a_target_that_is_not_there(tmp_path):
