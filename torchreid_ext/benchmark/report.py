@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from pml_drsl.checks import InputError, nearest
+from pml_drsl.console import write_text
 from torchreid_ext.benchmark.grid import TUNED, recipe, same, scored
 from torchreid_ext.benchmark.statistics import compare, holm
 from torchreid_ext.config.node import flatten
@@ -32,6 +33,9 @@ WITH_SPLITS = ("cuhk01", "cuhk03", "grid", "ilids", "ilidsvid", "prid", "prid201
 """The data sets of torchreid whose people ``data.split_id`` draws; it has no effect on any other."""
 
 LEVEL = 0.05
+MIN_SEEDS = 3
+"""The fewest seeds for a p-value: the spread of two may by chance look like 0, and too much would be significant."""
+
 BEGIN = "<!-- drsl-benchmark report: begin -->"
 END = "<!-- drsl-benchmark report: end -->"
 WITH_NEGATIVES = re.compile(r"(?P<loss>.+)-1-to-(?P<negatives>\d+)")
@@ -67,9 +71,9 @@ class Section:
 
     def differences(self, reference: str) -> pd.DataFrame:
         """How far the reference is ahead of each other loss, in percentage points, on the seeds that both have. A row
-        for each loss and score: mean, low, high, p, seeds; p is corrected for the number of losses (Holm). A loss that
-        ``drsl-benchmark tune`` chose, NAME-tuned, is compared with the tuned reference, and every loss with a reference
-        that is itself NAME-tuned."""
+        for each loss and score: mean, low, high, p, seeds. p is corrected for the number of losses with three seeds or
+        more (Holm), and NaN for the others. A loss that ``drsl-benchmark tune`` chose, NAME-tuned, is compared with the
+        tuned reference, and every loss with a reference that is itself NAME-tuned."""
         rows, tuned = [], reference.removesuffix(TUNED) + TUNED
         for score, of_query in COMPARED.items():
             found = {}
@@ -81,11 +85,12 @@ class Section:
                     paired = [self._paired(ours[seed], theirs[seed], of_query) for seed in seeds]
                     nested = len({self._people(ours[seed]) for seed in seeds}) > 1
                     found[loss] = compare([pair[0] for pair in paired], [pair[1] for pair in paired], nested)
-            corrected = holm([each.p for each in found.values()])
-            rows += [
-                (loss, score, 100 * each.mean, 100 * each.low, 100 * each.high, p, each.seeds)
-                for (loss, each), p in zip(found.items(), corrected, strict=True)
-            ]
+            # What is not tested makes no other test stricter.
+            tested = {loss: each.p for loss, each in found.items() if each.seeds >= MIN_SEEDS}
+            corrected = dict(zip(tested, holm([*tested.values()]), strict=True))
+            for loss, each in found.items():
+                percent = (100 * each.mean, 100 * each.low, 100 * each.high)
+                rows.append((loss, score, *percent, corrected.get(loss, math.nan), each.seeds))
         return pd.DataFrame(rows, columns=["loss", "score", "mean", "low", "high", "p", "seeds"])
 
     def _people(self, line: dict[str, Any]) -> tuple[Any, ...]:
@@ -159,6 +164,9 @@ def _section(target: str, network: str, lines: Sequence[Mapping[str, Any]]) -> S
         if missing := ", ".join(str(seed) for seed in every if seed not in of_loss):
             without.setdefault(missing, []).append(loss)
     notes += [f"No results for seed {missing}: {', '.join(names)}." for missing, names in without.items()]
+    commits = dict.fromkeys(line.get("commit", "")[:7] for of_loss in by_loss.values() for line in of_loss.values())
+    if len(commits) > 1:
+        notes.append(f"Measured with the commits {', '.join(commits)}.")
     changes = {key: word for key, word in _changes(lines[0]).items() if key != "model.load_weights"}
     return Section(target, lines[0]["config"], network, changes, by_loss, notes)
 
@@ -182,9 +190,9 @@ def _spread(mean: float, deviation: float) -> str:
 
 def _interval(row: Any) -> str:
     text = f"{row.mean:+.1f} [{row.low:+.1f}, {row.high:+.1f}]"
-    if row.seeds == 1 or row.p >= LEVEL:
+    if not row.p < LEVEL:
         return text
-    return f"{text}, p {'< 0.001' if row.p < 0.001 else f'= {row.p:.3f}'}"
+    return f"{text}, p {'< 0.01' if row.p < 0.01 else f'= {row.p:.3f}'}"
 
 
 def report(
@@ -206,8 +214,8 @@ def report(
     head = (
         f"Mean ± standard deviation over the seeds, in percent. The last columns give the difference to {reference} in "
         "percentage points, with a 95 % interval over seeds and test identities; a p-value stands where it is below "
-        f"{LEVEL}, corrected for the number of losses of the table (Holm). With one seed, the interval is of the "
-        "identities alone, and there is no p-value."
+        f"{LEVEL}, corrected for the number of losses of the table that have {MIN_SEEDS} seeds or more (Holm). With "
+        "fewer there is none; with one seed, the interval is of the identities alone."
     )
     return "\n\n".join([head, *(to_markdown(section, reference) for section in found)]) + "\n"
 
@@ -226,7 +234,7 @@ def insert(path: Path, text: str) -> None:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise InputError(f"{path} needs the lines {BEGIN} and {END}, between which the report goes")
-    path.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")
+    write_text(str(path), f"{before}{BEGIN}\n\n{text}\n{END}{after}")
 
 
 def check_figure(path: Path) -> None:

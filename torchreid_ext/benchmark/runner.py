@@ -23,6 +23,7 @@ import yaml
 from tqdm import tqdm
 
 from pml_drsl.checks import InputError
+from pml_drsl.console import write_text
 from torchreid_ext.benchmark.grid import (
     TUNED,
     Run,
@@ -62,7 +63,6 @@ def run_all(runs: Sequence[Run], results: Path, workers: int, keep: Path | None 
     with appending(results):
         pass  # A file that takes no results is refused before a run is made in vain.
     folder = keep or Path(tempfile.mkdtemp(prefix="drsl-benchmark-"))
-    versions = {"commit": commit(), "torch": metadata.version("torch")}
     running: list[Process] = []
     failed = 0
     try:
@@ -76,7 +76,7 @@ def run_all(runs: Sequence[Run], results: Path, workers: int, keep: Path | None 
                 for process in [process for process in running if process.ended()]:
                     running.remove(process)
                     if process.status == 0:
-                        append_result(results, process.result() | versions)
+                        append_result(results, process.result())
                     else:
                         failed += 1
                         tqdm.write(f"drsl-benchmark: {process.run} failed: {process.message()}", file=sys.stderr)
@@ -123,6 +123,7 @@ class Process:
         name = f"{run.config.stem}-{run.loss.replace('/', '_')}-{fingerprint(run.configuration)}"
         self.run, self.folder = run, folder / name
         self.status: int | None = None
+        self._commit = commit()  # Of this run: the code may change while the grid runs.
         self.folder.mkdir(parents=True, exist_ok=True)
         # The loss stands in a configuration over the other: drsl-train can repeat the run from this file.
         file = self.folder / "run.yaml"
@@ -179,6 +180,8 @@ class Process:
             **self.run.labels(),
             "results": {target: self._scores(target, scores) for target, scores in metrics.items()},
             "seconds": round(time.monotonic() - self._started, 1),
+            "commit": self._commit,
+            "torch": metadata.version("torch"),
         }
 
     def _scores(self, target: str, scores: dict[str, Any]) -> dict[str, Any]:
@@ -204,9 +207,14 @@ def _short(score: str) -> float | int | None:
 
 def commit() -> str:
     """What is measured: the commit, if this package is in a clone of its repository; otherwise its version."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    here = Path(__file__)
+
+    def git(*words: str) -> str:
+        return subprocess.check_output(["git", *words], cwd=here.parent, text=True, stderr=subprocess.DEVNULL).strip()
+
     try:
-        return subprocess.check_output(command, cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL).strip()
+        git("ls-files", "--error-unmatch", here.name)  # The package may be installed inside another repository.
+        return git("describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.CalledProcessError):
         return metadata.version("pml-drsl")
 
@@ -273,4 +281,4 @@ def write_tuned(path: Path, best: Mapping[str, Mapping[str, Any]], scores: Mappi
     """Writes the best settings as a file of losses, each as NAME-tuned, with the validation mAP of every trial."""
     head = "".join(f"#   {name}: {100 * score:.1f}\n" for name, score in scores.items())
     text = yaml.safe_dump({f"{loss}{TUNED}": dict(snippet) for loss, snippet in best.items()}, sort_keys=False)
-    path.write_text(f"# Chosen by drsl-benchmark tune. mAP on validation identities, in percent:\n{head}{text}")
+    write_text(str(path), f"# Chosen by drsl-benchmark tune. mAP on validation identities, in percent:\n{head}{text}")

@@ -25,8 +25,11 @@ examples:
   drsl-benchmark run configs/viper_mobilenetv2.yaml --seeds 3 --vary data.split_id 0 2 4 --root DATA \\
       --results results.jsonl model.load_weights mobilenetv2_imagenet.pth.tar
   drsl-benchmark tune configs/viper_mobilenetv2.yaml --losses drsl supcon --root DATA --results tuning.jsonl \\
-      --output tuned.yaml data.validation 0.5
+      --output tuned.yaml data.validation 0.5 model.load_weights mobilenetv2_imagenet.pth.tar
   drsl-benchmark report results.jsonl
+
+exit status: 0; 1 if a run failed (the same command repeats it); 2 for bad input; 130 for Ctrl-C, 143 for SIGTERM,
+129 for a closed terminal
 """
 
 
@@ -72,7 +75,10 @@ def _tune(words: Sequence[str]) -> int:
 
 def _grid(words: Sequence[str], command: str, text: str) -> tuple[argparse.Namespace, dict[str, Any]]:
     """The options of ``run`` and ``tune``, and the arguments of ``grid.plan`` but for the losses."""
-    parser = argparse.ArgumentParser(f"drsl-benchmark {command}", description=text)
+    needed = {"run": "CONFIG.yaml ... --results FILE", "tune": "CONFIG.yaml --results FILE --output FILE.yaml"}[command]
+    parser = argparse.ArgumentParser(
+        f"drsl-benchmark {command}", usage=f"%(prog)s {needed} [options] [KEY VALUE ...]", description=text
+    )
     add = parser.add_argument
     add("words", nargs="+", metavar="CONFIG.yaml ... [KEY VALUE ...]",
         help="configuration files, and config keys to change in all runs")  # fmt: skip

@@ -207,6 +207,12 @@ def test_results_of_an_older_default_do_not_mix_with_the_newest():
     assert "No results for seed 0: drsl." in section.notes
 
 
+def test_a_table_of_several_commits_names_them():
+    results = [each | {"commit": f"{each['seed']}" * 12} for each in RESULTS]
+    assert report.sections(results)[0].notes == ["Measured with the commits 0000000, 1111111, 2222222."]
+    assert not report.sections(results[:1])[0].notes
+
+
 def test_losses_that_miss_the_same_seeds_share_a_note():
     some = [line(loss, seed, 0.5) for loss, seeds in (("a", (0,)), ("b", (0, 1)), ("c", (0,))) for seed in seeds]
     (section,) = report.sections([*some, line("drsl", 0, 0.5), line("drsl", 1, 0.5), line("drsl", 2, 0.5)])
@@ -220,13 +226,16 @@ def test_other_queries_cannot_be_compared():
             report.report([line("drsl", 0, 0.5, **one), line("triplet", 0, 0.5, **other)])
 
 
-def test_one_seed_has_an_interval_of_the_identities_alone_and_no_p_value():
-    one, three, six = (report.report(lines(seeds)) for seeds in (1, 3, 6))
-    assert one.count("+22.5 [") == 1 and "p < " not in one and "p = " not in one
-    assert ", p = 0.00" in three and ", p < 0.001" in six
+def test_a_p_value_needs_three_seeds_and_is_corrected_for_the_losses_that_have_them():
+    one, two, six = (report.report(lines(seeds)) for seeds in (1, 2, 6))
+    assert one.count("+22.5 [") == two.count("+24.2 [") == 1 and "], p " not in one + two and "], p < 0.01" in six
+    more = [line("a", seed, 0.5) for seed in range(2)]
+    alone, beside = (report.sections(results)[0].differences("drsl") for results in (RESULTS, RESULTS + more))
+    beside = beside.set_index("loss")
+    assert beside.drop("a")["p"].tolist() == alone["p"].tolist() and beside.loc["a", "p"].isna().all()
 
 
-def test_the_page_keeps_what_is_around_the_report(tmp_path, capsys):
+def test_the_page_keeps_what_is_around_the_report(tmp_path, capsys, monkeypatch):
     path, page, figure = tmp_path / "results.jsonl", tmp_path / "page.md", tmp_path / "figure.png"
     path.write_text("".join(json.dumps(each) + "\n" for each in RESULTS))
     page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
@@ -234,13 +243,20 @@ def test_the_page_keeps_what_is_around_the_report(tmp_path, capsys):
     assert benchmark.main(words) == benchmark.main(words) == 0
     text = page.read_text()
     assert text.startswith(f"before\n{report.BEGIN}\n") and text.endswith(f"{report.END}\nafter\n")
-    assert "old" not in text and text.count("| **drsl** | 3") == 1 and ", p = 0.00" in text
+    assert "old" not in text and text.count("| **drsl** | 3") == 1 and ", p < 0.01" in text
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert benchmark.main(["report", str(path), "--losses", "drsl", "supcon"]) == 0
     printed = capsys.readouterr().out
     assert "supcon" in printed and "triplet" not in printed
     page.write_text(f"{report.BEGIN} only\n")
     assert benchmark.main(words) == 2 and page.read_text() == f"{report.BEGIN} only\n"
+
+    def full(file):
+        raise OSError("No space left on device")
+
+    page.write_text(text)
+    monkeypatch.setattr("os.fsync", full)
+    assert benchmark.main(words) == 2 and page.read_text() == text
 
 
 @pytest.mark.parametrize(

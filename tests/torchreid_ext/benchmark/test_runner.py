@@ -4,12 +4,14 @@ import errno
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import nullcontext
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,22 @@ def test_a_result_is_added_under_every_label_of_its_configuration(script, tmp_pa
     assert all(line["results"] == first["results"] and line["commit"] == first["commit"] for line in copies)
     text = report.report([first, copies[0]])
     assert "| **drsl** " in text and "| **drsl-tuned** " in text
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_the_commit_is_that_of_the_repository_that_holds_the_package(tmp_path, monkeypatch):
+    def git(*words):
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a", *words]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    git("commit", "--allow-empty", "-m", "another project, around a virtual environment")
+    path = tmp_path / "runner.py"
+    path.touch()
+    monkeypatch.setattr(runner, "__file__", str(path))
+    assert runner.commit() == metadata.version("pml-drsl")
+    git("add", "runner.py")
+    assert runner.commit() == git("rev-parse", "--short=12", "HEAD") + "-dirty"
 
 
 def test_a_run_that_fails_is_told_in_a_line_and_stops_no_other(script, tmp_path, capsys):
