@@ -181,11 +181,12 @@ class DRSLoss(BaseMetricLossFunction):
                 self.sort_error = torch.dot(errors["sort"].detach(), weight)
         of_pairs: dict[str, Any] = {"indices": (pairs.query, pairs.positive), "reduction_type": "pos_pair"}
         of_pairs["divisor"] = len(pairs.query)  # for a DivisorReducer
+        sort_weight = _scalar(self.sort_weight)
         # Unlike PML's zero_loss, this needs no pass over the embeddings.
         no_loss = {"losses": embeddings.new_zeros(()), "indices": None, "reduction_type": "already_reduced"}
         return {
             "retrieval_loss": {"losses": errors["retrieval"], **of_pairs},
-            "sort_loss": {"losses": self.sort_weight * errors["sort"], **of_pairs} if "sort" in errors else no_loss,
+            "sort_loss": {"losses": sort_weight * errors["sort"], **of_pairs} if "sort" in errors else no_loss,
         }
 
     def compute_errors(self, embeddings: Tensor, ref_emb: Tensor, pairs: Pairs) -> Errors:
@@ -201,8 +202,10 @@ class DRSLoss(BaseMetricLossFunction):
     def _errors_of_chunk(self, x: Tensor, ref: Tensor, pairs: Pairs) -> Errors:
         distances = distance_matrix(self.distance, x, None if ref is x else ref, self.fused)
         angle = functools.partial(angular_dissimilarity, self.distance, x=x, ref=ref, pairs=pairs, fused=self.fused)
-        shared: dict[str, Any] = {"temperature": self.temperature, "margin": self.margin, "use_fused": self.fused}
-        options: Any = {"bound_power": self.bound_power, "dissimilarity": angle if self.sort_weight else None}
+        shared: dict[str, Any] = {name: _scalar(getattr(self, name)) for name in ("temperature", "margin")}
+        shared["use_fused"], power = self.fused, self.bound_power
+        options: Any = {"bound_power": None if power is None else float(power)}
+        options["dissimilarity"] = angle if self.sort_weight else None
         retrieval, sort = functional.errors(distances, pairs, **shared, **options)
         errors = {"retrieval": retrieval} if sort is None else {"retrieval": retrieval, "sort": sort}
         if self.collect_stats:
@@ -217,6 +220,10 @@ class DRSLoss(BaseMetricLossFunction):
     def extra_repr(self) -> str:
         names = ("temperature", "sort_weight", "margin", "bound_power")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+
+def _scalar(value: Any) -> Tensor | float:
+    return value.reshape(()) if isinstance(value, Tensor) else float(value)
 
 
 def _check_batch(name: str, x: Tensor, name_of_labels: str, labels: Tensor | None, dim: int | None = None) -> None:

@@ -133,18 +133,22 @@ def spelt(row: Row, names: re.Pattern[str]) -> Row:
     return own if numbers and int(row.identity) == int(own.identity) else row
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is left out: those that begin with a point, and Synology's folders of thumbnails."""
+    return name.startswith((".", "@eaDir"))
+
+
 def files(folder: str, prefix: str = "", above: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
     """Yields the POSIX path below ``folder`` and the path without any link of every file, in the order of their names.
 
-    Hidden files and folders are left out, and Synology's folders of thumbnails, ``@eaDir``. ``prefix`` and ``above``
-    are of folders within folders. Raises InputError for a link that leads to a folder above itself, or to nothing.
+    What ``is_hidden`` is left out. ``prefix`` and ``above`` are of folders within folders. Raises InputError for a link
+    that leads to a folder above itself, or to nothing.
     """
     real = os.path.realpath(folder)
     if real in above:
         raise InputError(f"{folder} is a link to {real}, a folder above it: remove the link")
     with os.scandir(folder) as entries:
-        shown = (entry for entry in entries if not entry.name.startswith((".", "@eaDir")))
-        visible = sorted(shown, key=lambda entry: entry.name)
+        visible = sorted((entry for entry in entries if not is_hidden(entry.name)), key=lambda entry: entry.name)
     for entry in visible:
         if entry.is_symlink() and not os.path.exists(entry.path):
             target = os.readlink(entry.path)

@@ -28,6 +28,7 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
     Metrics: ``mAP``, ``mINP``, ``rank_1``, ``rank_5``, ``rank_10`` and ``rank_20``. Only if ``include`` names them:
     ``cmc`` (an array; ``cmc[k - 1]`` is rank-k), which not every tester can average, and the inherited metrics, which
     ignore cameras (NMI and AMI need faiss). Where no query has a match all metrics are NaN, with a warning, as in PML.
+    An InputError refuses queries or a reference set of junk alone.
 
     A tester passes embeddings and labels, but no cameras. Give the cameras to the constructor, or to ``set_cameras``
     before other data is tested. The reference set of a tester is its reference splits in the order given, but the query

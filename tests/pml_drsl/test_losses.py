@@ -6,6 +6,7 @@ import math
 import pickle
 import subprocess
 import sys
+from fractions import Fraction
 from unittest import mock
 
 import numpy as np
@@ -449,6 +450,11 @@ def test_a_learnable_temperature_or_margin_gets_its_gradient_and_needs_the_plain
     setattr(loss_fn, name, learnable)
     (gradient,) = torch.autograd.grad(loss_fn(x, labels), learnable)
     assert gradient.item() == pytest.approx((values[0] - values[1]).item() / 2e-6, rel=1e-6)
+    # Numbers and tensors of every kind have one value.
+    expected = make_loss(**{"temperature": 0.1, "sort_weight": 0.5, name: 0.1}, bound_power=bound_power)(x, labels)
+    for value in (Fraction(1, 10), np.float64(0.1), torch.full((1,), 0.1, dtype=torch.float64)):
+        values = {"temperature": 0.1, "sort_weight": Fraction(1, 2), name: value}
+        torch.testing.assert_close(make_loss(**values, bound_power=bound_power)(x, labels), expected)
     loss_fn.fused = True
     with pytest.raises(ValueError, match=f"a learnable {name} needs fused=False"):
         loss_fn(x, labels)

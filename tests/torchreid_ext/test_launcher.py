@@ -347,13 +347,18 @@ def test_layers_that_a_file_of_weights_lacks_have_imagenets(tmp_path, monkeypatc
 def test_a_test_alone_leaves_the_scores_of_the_run(tmp_path, capsys):
     csv_data(tmp_path)
     assert launch(tmp_path) == 0
+    training = checkpoint.load(tmp_path / "log" / "model" / "model-last.pth.tar")["training"]
+    assert training["people"] == [f"listed/{pid}" for pid in range(6)]
     (tmp_path / "log" / "metrics.json").write_text("scores of the run")
     tested = {"test.evaluate": True, "test.rerank": True}
     assert launch(tmp_path, **tested, **{"model.resume": "auto"}) == 0
     other = tmp_path / "log" / "metrics-test.json"
     assert (tmp_path / "log" / "metrics.json").read_text() == "scores of the run"
     assert f'Scores of this test saved to "{other}"' in capsys.readouterr().out
-    # In a folder without a run they have the usual name.
+    # The run may have ended before its test, and in a folder without a run they have the usual name.
+    (tmp_path / "log" / "metrics.json").unlink()
+    assert launch(tmp_path, **tested, **{"model.resume": "auto"}) == 0
+    assert (tmp_path / "log" / "metrics.json").read_bytes() == other.read_bytes()
     weights = {"model.load_weights": tmp_path / "log" / "model" / "model-last.pth.tar"}
     assert launch(tmp_path, **tested, **weights, **{"data.save_dir": tmp_path / "tested"}) == 0
     assert (tmp_path / "tested" / "metrics.json").read_bytes() == other.read_bytes()

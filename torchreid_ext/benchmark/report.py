@@ -164,7 +164,8 @@ def _section(target: str, network: str, lines: Sequence[Mapping[str, Any]]) -> S
         if missing := ", ".join(str(seed) for seed in every if seed not in of_loss):
             without.setdefault(missing, []).append(loss)
     notes += [f"No results for seed {missing}: {', '.join(names)}." for missing, names in without.items()]
-    commits = dict.fromkeys(line.get("commit", "")[:7] for of_loss in by_loss.values() for line in of_loss.values())
+    named = (line["commit"] for of_loss in by_loss.values() for line in of_loss.values() if "commit" in line)
+    commits = dict.fromkeys(name[:7] + "-dirty" * name.endswith("-dirty") for name in named)
     if len(commits) > 1:
         notes.append(f"Measured with the commits {', '.join(commits)}.")
     changes = {key: word for key, word in _changes(lines[0]).items() if key != "model.load_weights"}

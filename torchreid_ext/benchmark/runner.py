@@ -214,7 +214,7 @@ def commit() -> str:
 
     try:
         git("ls-files", "--error-unmatch", here.name)  # The package may be installed inside another repository.
-        return git("describe", "--always", "--dirty", "--abbrev=12")
+        return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude", "*")
     except (OSError, subprocess.CalledProcessError):
         return metadata.version("pml-drsl")
 

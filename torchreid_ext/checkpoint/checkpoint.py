@@ -110,8 +110,7 @@ class Loaded:
     @property
     def lacks_layers(self) -> bool:
         """Whether the file lacks layers besides the classifiers, which are made anew for the identities of a run."""
-        made_anew = "classifier", "num_batches_tracked"
-        return any(not name.startswith(made_anew[0]) and not name.endswith(made_anew[1]) for name in self.untouched)
+        return not all(n.startswith("classifier") or n.endswith("num_batches_tracked") for n in self.untouched)
 
     def __str__(self) -> str:
         own = len(self.fitting) + len(self.untouched)

@@ -47,6 +47,7 @@ def of_engine(engine: Any, epoch: int) -> dict[str, Any]:
             "host_epochs": engine.host_epochs,
             "num_train_pids": engine.datamanager.num_train_pids,
             "training_set": engine.training_set,
+            "people": engine.people,
             "config": engine.config,
             "processes": distributed.size(),
         },
@@ -243,7 +244,6 @@ def _of_sampler(engine: Any) -> dict[str, Any]:
 
 def _sampler(engine: Any) -> tuple[Any, Any]:
     """The sampler inside ``SeededBatches`` and torch's ``BatchSampler``, and its generator, if it has one."""
-    loader = engine.train_loader  # a script may have replaced it
-    batches = getattr(loader.batch_sampler, "batches", loader.batch_sampler)
+    batches = engine.train_loader.batch_sampler.batches
     sampler = getattr(batches, "sampler", batches)
     return sampler, getattr(sampler, "generator", None)

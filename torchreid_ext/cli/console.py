@@ -8,13 +8,15 @@ import textwrap
 from pml_drsl.console import version
 from pml_drsl.machine import available_cores
 
+EXIT_STATUS = "\n\nexit status: 0; 2 for bad input, which is explained on stderr; 130 for Ctrl-C"
+
 
 def parser(name: str, description: str | None, examples: str) -> argparse.ArgumentParser:
     """A parser with the checkpoint and the options that every command has; ``examples`` are its command lines."""
     made = argparse.ArgumentParser(
         name,
         description=description,
-        epilog="examples:\n" + textwrap.indent(textwrap.dedent(examples).strip(), "  "),
+        epilog="examples:\n" + textwrap.indent(textwrap.dedent(examples).strip(), "  ") + EXIT_STATUS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = made.add_argument

@@ -95,7 +95,7 @@ def _errors(args: argparse.Namespace) -> None:
             cure = "write the features of your own with drsl-extract, and give that file"
             unknown = f"checkpoint {args.features[0]!r} holds no configuration, so its test images are unknown"
             raise InputError(f"{unknown}: {cure}") from error
-        metric, table = model.metric, test_images(model.config, args.root, model.training_set)
+        metric, table = model.metric, test_images(model.config, args.root, model.people)
         check_outputs({"--html": args.html}, [model.path, *(row.path for row in table.rows)])
         data, paths, workers = dict[str, Any](), [], min(4, available_cores())
         for side, rows in (("query", table.query), ("gallery", table.gallery)):

@@ -42,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", required=True, metavar="FILE.npz", help="where to write the features")
     parser.add_argument("--root", metavar="FOLDER", help="folder of the run's data sets (where the run had them)")
     parser.add_argument("--no-cameras", dest="cameras", action="store_false",
-                        help="take no cameras from names, such as IMG from anna/IMG_1.jpg: then every photo of a "
-                        "person is a query")  # fmt: skip
+                        help="take no cameras from names, such as IMG from anna/IMG_1.jpg: then every photo below a "
+                        "folder of people is a query")  # fmt: skip
     console.add_device(parser)
     args = parser.parse_intermixed_args(arguments)  # Options may stand before, between and after the sources.
     return guarded("drsl-extract", lambda: run(args), [args.output])
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
         table = (
             list_sources(args.sources, args.names, args.cameras)
             if args.sources
-            else test_images(model.config, args.root, model.training_set)
+            else test_images(model.config, args.root, model.people)
         )
         check_outputs({"--output": args.output}, [row.path for row in table.rows])
         if table.left_out:

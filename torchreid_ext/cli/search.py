@@ -95,7 +95,8 @@ def _search(args: argparse.Namespace) -> None:
     searcher, queries, features = _opened(args, out)
     if features is None:
         return
-    found = search.others(queries, searcher.search_features(features, args.top + 1, args.rerank), args.top)
+    # Two more, because the gallery may hold the query's own image, and a link to it.
+    found = search.others(queries, searcher.search_features(features, args.top + 2, args.rerank), args.top)
     rows = search.rankings(queries, args.crop, found)
     caption = search.caption(searcher, args.rerank)
     page = f"\n\nThe page to look at is {str(write_pages(args.html, rows, caption)[0])!r}" if args.html else ""

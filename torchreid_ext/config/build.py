@@ -17,7 +17,7 @@ from torchreid_ext.config.node import Config, check, picked
 from torchreid_ext.data.samplers import steps_per_epoch
 from torchreid_ext.engine import criteria
 from torchreid_ext.engine.engines import ENGINES
-from torchreid_ext.engine.epoch import Layers, warmed_up
+from torchreid_ext.engine.epoch import Layers, names_of, warmed_up
 from torchreid_ext.runtime import distributed
 
 
@@ -154,7 +154,7 @@ def build_engine(
     value that is not allowed, or values that exclude each other."""
     check(cfg)
     loss, section = cfg.loss.name, cfg.loss[cfg.loss.name]
-    only = all(name.startswith("classifier") for name in cfg.train.open_layers)
+    only = all(name.startswith("classifier") for name in names_of(cfg.train.open_layers))
     if section.get("weight_x", 1) == 0 and cfg.train.fixbase_epoch > 0 and only:
         raise InputError(f"train.fixbase_epoch trains the classifier alone, which loss.{loss}.weight_x 0 leaves out")
     if loss == "triplet" and (min(weights := (section.weight_t, section.weight_x)) < 0 or max(weights) == 0):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from torchreid_ext.config.node import Config, check, picked
 from torchreid_ext.data.datasets import register_datasets, without_empty_folders
 from torchreid_ext.data.loading import rebuilt
 from torchreid_ext.data.samplers import SAMPLERS
-from torchreid_ext.data.splits import make_options
+from torchreid_ext.data.splits import SetOptions, make_options, read
 from torchreid_ext.data.validation import check_overlap, hold_out
+from torchreid_ext.images import Row
 from torchreid_ext.runtime import distributed
 
 
@@ -43,16 +44,32 @@ def build_datamanager(cfg: Config) -> Any:
     return manager
 
 
+def _own_sets(cfg: Config, names: Sequence[str]) -> dict[str, SetOptions]:
+    return {name: make_options(name, cfg.datasets[name]) for name in dict.fromkeys(names) if name in cfg.datasets}
+
+
+def own_images(cfg: Config, names: Sequence[str]) -> dict[str, tuple[str, Row]]:
+    """The images of those of the named data sets that the configuration describes, by their paths: the data set, and
+    the image with its names of identity and camera, in whose place a data manager has numbers."""
+    tables = {name: read(name, options, cfg.data.root) for name, options in _own_sets(cfg, names).items()}
+    return {row.path: (name, row) for name, table in tables.items() for row in table.rows}
+
+
+def person(owner: str, image: Row) -> str:
+    """The name of a person among all data sets: one name in two of them is two people."""
+    return f"{owner}/{image.identity}"
+
+
 def check_save_dir(cfg: Config) -> None:
-    """Raises InputError if the run writes its pictures among the photos of a data set that is split at random."""
+    """Raises InputError if a data set would take the pictures that the run writes for photos."""
     folder = Path(cfg.data.save_dir).resolve()
-    for name in {*cfg.data.sources, *cfg.data.targets} & cfg.datasets.keys():
-        options = make_options(name, cfg.datasets[name])
-        photos = [Path(cfg.data.root, part).expanduser().resolve() for part in options.folder]
-        if options.csv is None and options.train is None and any(map(folder.is_relative_to, photos)):
-            where = f"data.save_dir {cfg.data.save_dir!r} lies in a folder of datasets.{name}"
-            cure = "give a folder elsewhere, such as data.save_dir ../log"
-            raise InputError(f"{where}, so that the run's own pictures would be taken for photos: {cure}")
+    for name, options in _own_sets(cfg, [*cfg.data.sources, *cfg.data.targets]).items():
+        for part in options.folder if options.csv is None else ():
+            photos = Path(cfg.data.root, part).expanduser().resolve()
+            if folder.is_relative_to(photos) and options.takes((folder / "batch.png").relative_to(photos).as_posix()):
+                where = f"data.save_dir {cfg.data.save_dir!r} lies in a folder of datasets.{name}"
+                cure = "move it, or give a folder elsewhere, such as data.save_dir ../log"
+                raise InputError(f"{where}, so that the run's own pictures would be taken for photos: {cure}")
 
 
 _GROUPS = ("num_instances", "num_cams", "num_datasets")

@@ -26,7 +26,7 @@ from pml_drsl.machine import available_cores
 from torchreid_ext.checkpoint import checkpoint
 from torchreid_ext.checkpoint.folder import History, check_new, first_start
 from torchreid_ext.config import build
-from torchreid_ext.config.data import build_datamanager, check_save_dir
+from torchreid_ext.config.data import build_datamanager, check_save_dir, own_images, person
 from torchreid_ext.config.keys import ON_RESUME
 from torchreid_ext.config.node import Config, check, flat, plain, run_options
 from torchreid_ext.data.loading import rebuilt
@@ -72,6 +72,9 @@ def prepare(cfg: Config) -> Any:
     scheduler = build.build_scheduler(cfg, optimizer)
     engine = build.build_engine(cfg, datamanager, model, optimizer, scheduler, criterion)
     engine.config, engine.on_resume = flat(cfg), ON_RESUME
+    if cfg.data.type == "image" and (own := own_images(cfg, cfg.data.sources)):
+        trained = (own.get(item[0]) for item in datamanager.train_loader.dataset.train)
+        engine.people = sorted({person(*named) for named in trained if named})
     return engine
 
 
@@ -110,8 +113,9 @@ def train(cfg: Config) -> tuple[Any, dict[str, RetrievalResult]]:
     if len(columns) > 1 and columns["trained"]:
         ranking.print_side_by_side(columns, cfg.test.ranks)
     parts = {"checkpoints": "model/*.pth.tar*", "TensorBoard log": "events.*", "metrics.json": "metrics.json"}
-    written = [name for name, pattern in parts.items() if any(folder.glob(pattern))]
-    print(f'Written to "{folder}": {", ".join(written)}')
+    if not cfg.test.evaluate:
+        written = [name for name, pattern in parts.items() if any(folder.glob(pattern))]
+        print(f'Written to "{folder}": {", ".join(written)}')
     return engine, columns["trained"]
 
 
@@ -162,7 +166,7 @@ class _EnoughError(Exception):
 def dry_run(cfg: Config) -> None:
     """Prints the data sets and the size of the network, draws a batch and estimates the time of an epoch. Only the
     batch is kept, ``batch.png`` in ``data.save_dir``. Raises InputError for whatever a run would refuse; with data sets
-    of ``datasets``, for all images that cannot be read."""
+    of ``datasets``, for images that cannot be read."""
     if cfg.test.evaluate:
         raise InputError("test.evaluate True trains nothing, and --dry-run shows what is trained; leave one out")
     engine = prepare(cfg)
@@ -190,8 +194,8 @@ def _check_readable(manager: Any) -> None:
         read = pool.map(_damage, paths)
         damaged = [*filter(None, tqdm(read, "reading all images", len(paths), leave=False, disable=None))]
     if damaged:
-        first = "\n  ".join(damaged[:10])
-        raise InputError(f"{len(damaged)} of {len(paths)} images cannot be read; here are the first:\n  {first}")
+        first = "".join(f"\n  {reason}" for reason in damaged[:10])
+        raise InputError(f"{len(damaged)} of {len(paths)} images cannot be read, for example{first}")
 
 
 def _damage(path: str) -> str | None:

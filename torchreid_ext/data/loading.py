@@ -67,6 +67,8 @@ class ReadableDataset(WrappedDataset):
         kind: type = type(self.dataset)
         if read := _reader(kind):
             return read(self.dataset, index)
+        if index >= len(self._checked):  # A script made the data set longer.
+            self._checked = torch.zeros(len(self), dtype=torch.uint8)
         if not self._checked[index]:
             paths = self.dataset.data[index][0]
             for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
@@ -149,8 +151,8 @@ class SeededDataset(WrappedDataset):
             with generators.seeded(draw.epoch_seed + draw.position):
                 return self.dataset[draw.sample]
         except InputError as error:
-            cure = "restore it, or give its name to another photo of this person: the training set must stay the same"
-            raise InputError(f"{error}. To go on with model.resume auto, {cure}") from error
+            cure = "restore it, or give its name to another photo of this person, to go on with model.resume auto"
+            raise InputError(f"{str(error).removesuffix('; restore it or remove it')}; {cure}") from error
 
 
 def repeatable(loader: DataLoader[Any]) -> DataLoader[Any]:

@@ -60,6 +60,12 @@ class SetOptions(Options):
         if not 0 < self.test_fraction < 1:
             raise InputError(f"test_fraction must be greater than 0 and less than 1, got {self.test_fraction}")
 
+    def takes(self, path: str) -> bool:
+        """Whether an image with this POSIX path below a folder of the data set would be used."""
+        if images.in_name(images.pattern(self.pattern), path) is None or any(map(images.is_hidden, path.split("/"))):
+            return False
+        return self.train is None or any(selects(entry, path) for entry in [*self.train, *(self.test or ())])
+
 
 def make_options(name: str, given: Mapping[str, Any]) -> SetOptions:
     """The options of the data set ``name``. Raises InputError for an unknown option, options that exclude each other,
@@ -68,8 +74,9 @@ def make_options(name: str, given: Mapping[str, Any]) -> SetOptions:
     if not isinstance(given, Mapping):
         raise InputError(f"{where}={given!r} must be a mapping of options, such as {{folder: images}}")
     values = {k: [str(each) for each in v] if isinstance(v, (list, tuple)) else v for k, v in given.items()}
-    # Names of folders stay as they are on the disk.
-    values = {k: [*map(images.composed, v)] if isinstance(v, list) and k != "folder" else v for k, v in values.items()}
+    for key in ("train", "test", "junk", "query_cameras"):  # Names of folders stay as they are on the disk.
+        if isinstance(values.get(key), list):
+            values[key] = [*map(images.composed, values[key])]
     if isinstance(values.get("folder"), str):
         values["folder"] = [values["folder"]]
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from pml_drsl.checks import InputError
@@ -21,7 +22,7 @@ from torchreid_ext.checkpoint import checkpoint, states
 from torchreid_ext.checkpoint.folder import BEST, History, RunCheckpoints
 from torchreid_ext.data.loading import readable, repeatable
 from torchreid_ext.data.samplers import check_trains, whole_batches
-from torchreid_ext.engine.epoch import EpochLog, Layers
+from torchreid_ext.engine.epoch import EpochLog, Layers, names_of
 from torchreid_ext.engine.options import RunOptions
 from torchreid_ext.engine.step import Stepper, TrainingStep
 from torchreid_ext.evaluation.tester import Tester
@@ -38,7 +39,8 @@ class BaseEngine(Tester, TrainingStep):
     """
 
     def __init__(self, datamanager: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(datamanager, *args, **kwargs)
+        check_trains(datamanager)
+        super().__init__(datamanager, *args, **kwargs)  # which sets train_loader
         self.results: dict[str, RetrievalResult] = {}  # of the latest test, by target
         self.rank1 = 0.0  # of the latest test, on its last target
         # The mean mAP over the targets of the best test so far, and the epoch after which it was.
@@ -48,6 +50,7 @@ class BaseEngine(Tester, TrainingStep):
         self.config: dict[str, Any] = {}
         self.on_resume: dict[str, str] = {}
         self.skipped = self.batch_idx = self.max_epoch = 0
+        self.people: list[str] = []  # of configured data sets that are trained on, by ``config.data.person``
         self.host_epochs = 0  # how many epochs torchreid trained, whose checkpoints are never removed
         self.stop = StopRequest()
         self.options = RunOptions()
@@ -56,12 +59,18 @@ class BaseEngine(Tester, TrainingStep):
         self._resumed: dict[str, Any] = {}
         self._resumed_from: Path | None = None
         self._layers: dict[nn.Module, Layers] = {}
-        check_trains(datamanager)
-        self.train_loader = repeatable(readable(whole_batches(datamanager.train_loader)))
         self.test_loader = {
             target: {split: readable(loader) for split, loader in splits.items()}
             for target, splits in datamanager.test_loader.items()
         }
+
+    @property
+    def train_loader(self) -> DataLoader[Any]:
+        return self._train_loader
+
+    @train_loader.setter
+    def train_loader(self, loader: DataLoader[Any]) -> None:
+        self._train_loader = repeatable(readable(whole_batches(loader)))
 
     @functools.cached_property
     def training_set(self) -> str | None:
@@ -124,10 +133,11 @@ class BaseEngine(Tester, TrainingStep):
         """Makes what a run needs, and refuses options that do not fit the model."""
         self._layers = {self.model: Layers(self.model)}
         if chosen.fixbase_epoch > 0:
-            self._layers[self.model].check(_names(chosen.open_layers), "train.open_layers")
+            self._layers[self.model].check(names_of(chosen.open_layers), "train.open_layers")
         folder = self._folder(chosen.save_dir)
         self._checkpoints = RunCheckpoints(self, folder, chosen.keep_checkpoints, self._resumed_from)
         self.stepper = Stepper(chosen.amp, chosen.compiled, self.device.type, chosen.chunk_size)
+        self.stepped = False
         self.start_epoch, self.max_epoch = chosen.start_epoch, chosen.max_epoch
         # A resumed run repeats the interrupted epoch, whose entries in the TensorBoard log are removed.
         purge_step = self.start_epoch * len(self.train_loader) if self._resumed else None
@@ -140,12 +150,14 @@ class BaseEngine(Tester, TrainingStep):
     def _train_and_test(self, checkpoints: RunCheckpoints) -> None:
         chosen = self.options
         states.restore_randomness(self, self._resumed, str(self._resumed_from))
+        best, begins = int(self.best["epoch"]), not (self._resumed or self.start_epoch)
+        goes_on = best > 0 and self.max_epoch > 0 and not begins
+        # A second run of the engine begins anew; one that goes back may have given up what was best.
+        if begins or (goes_on and not distributed.from_first(lambda: checkpoints.put_back_best(best))):
+            self.best = dict(states.NO_BEST)
         self._resumed = {}
         if self.start_epoch < self.max_epoch:
             print("=> Start training")
-            best = int(self.best["epoch"])
-            if best > 0 and not distributed.from_first(lambda: checkpoints.put_back_best(best)):
-                self.best = dict(states.NO_BEST)
             for self.epoch in range(chosen.start_epoch, chosen.max_epoch):
                 checkpoints.begin_epoch()
                 self.train(chosen.print_freq, chosen.fixbase_epoch, chosen.open_layers)
@@ -219,7 +231,7 @@ class BaseEngine(Tester, TrainingStep):
         model, names = self.model if model is None else model, None
         if epoch < fixbase_epoch and open_layers is not None:
             print(f"* Only train {open_layers} (epoch: {epoch + 1}/{fixbase_epoch})")
-            names = _names(open_layers)
+            names = names_of(open_layers)
         self._layers.setdefault(model, Layers(model)).open(names)
 
     def save_model(self, epoch: int, rank1: float, save_dir: str, is_best: bool = False) -> None:
@@ -266,7 +278,3 @@ class BaseEngine(Tester, TrainingStep):
             return False
         self.best = {"mAP": mean_ap, "epoch": self.epoch + 1}
         return True
-
-
-def _names(layers: str | list[str] | None) -> list[str]:
-    return [layers] if isinstance(layers, str) else layers or []

@@ -42,6 +42,11 @@ class Layers:
                 parameter.requires_grad = name in opened and id(parameter) not in self._frozen
 
 
+def names_of(layers: str | list[str] | None) -> list[str]:
+    """The names in torchreid's option ``open_layers``."""
+    return [layers] if isinstance(layers, str) else layers or []
+
+
 def warmed_up(optimizer: Optimizer, scheduler: Any, epochs: int) -> Any:
     """Adds a linear warm-up to a scheduler: the learning rate is multiplied by 1/N, 2/N, ..., 1 in the first N epochs.
     The scheduler is None for a constant learning rate; 0 and 1 epochs change nothing."""

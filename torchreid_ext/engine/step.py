@@ -38,6 +38,7 @@ class TrainingStep(torchreid.engine.Engine):
 
     options: RunOptions
     stepper: Stepper
+    stepped = False  # whether `step` was called
     skipped: int
     _checkpoints: RunCheckpoints | None
     _put_back: Callable[[], None]
@@ -94,6 +95,7 @@ class TrainingStep(torchreid.engine.Engine):
     def step(self, loss: Tensor) -> None:
         """Steps the optimizers of every registered model on a loss; several processes step on the mean of their losses.
         Raises FloatingPointError if the loss is not finite, unless ``skip_nonfinite`` is set."""
+        self.stepped = True
         value = loss.detach().clone()
         distributed.average([value])
         if torch.isfinite(value):
@@ -109,11 +111,11 @@ class TrainingStep(torchreid.engine.Engine):
 
     def check_stepper(self) -> None:
         """Raises InputError, after a step, for options that had no effect because an own ``forward_backward`` does not
-        use the ``stepper``."""
+        call ``forward`` and ``step``."""
         names = ("amp", "compiled", "chunk_size", "skip_nonfinite")
         asked = [name for name in names if getattr(self.options, name) != getattr(RunOptions, name)]
         asked += ["several processes"] * (distributed.size() > 1)
-        if asked and not self.stepper._networks:
+        if asked and not (self.stepped and self.stepper._networks):
             alone = f"{type(self).__name__}.forward_backward steps by itself, which leaves out {', '.join(asked)}"
             raise InputError(f"{alone}: call self.forward and self.step in it, or override compute_losses instead")
 

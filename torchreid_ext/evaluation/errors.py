@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -204,15 +205,20 @@ def _framed(content: str, name: str, about: str) -> str:
     return f"<figure>{content}<figcaption><b>{name}.</b> {escape(about)}</figcaption></figure>\n"
 
 
+def _numbers_first(camera: tuple[int, str]) -> tuple[float, str]:
+    return int(camera[1]) if camera[1].isdecimal() else math.inf, camera[1]
+
+
 def _cameras(search: Search, pictures: Pictures) -> str:
     """The table of camera pairs, whose colours make it a heat map, of the images whose cameras are known."""
     known = [np.flatnonzero([picture.camera != "" for picture in side]) for side in pictures]
     if not all(map(len, known)):
         return _framed("", "Cameras", "These images have no cameras.")
     search = Search(search.query.at(known[0]), search.gallery.at(known[1]), search.metric)
+    names = [[each.camera for each in shown if each.camera] for shown in pictures]
     query, gallery = (
-        dict(sorted(zip(side.camids.tolist(), [each.camera for each in shown if each.camera], strict=True)))
-        for side, shown in zip((search.query, search.gallery), pictures, strict=True)
+        dict(sorted(zip(side.camids.tolist(), own, strict=True), key=_numbers_first))
+        for side, own in zip((search.query, search.gallery), names, strict=True)
     )
     if len(query | gallery) > MOST_CAMERAS:
         return _framed("", "Cameras", f"{len(query | gallery):,} cameras are too many for a table of their pairs.")

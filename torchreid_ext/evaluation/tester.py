@@ -102,7 +102,7 @@ class Tester:
         """Query and gallery of a target, lists of (path, pid, ...); None for a data manager that does not list them."""
         try:
             return self.datamanager.fetch_test_loaders(target)
-        except AttributeError:
+        except (AttributeError, KeyError):
             return None
 
     def _report(self, target: str, search: ranking.Search, result: RetrievalResult, options: EvaluationOptions) -> None:
@@ -115,7 +115,8 @@ class Tester:
             head, form = "identity,camera,AP,INP,rank-1", ("%d", "%d", "%.6g", "%.6g", "%g")
             with replacing(Path(options.save_dir, f"queries_{target}.csv")) as file:
                 np.savetxt(file, lines, form, delimiter=",", header=head, comments="")
-        listed = self._items(target)
+        drawn = options.picture or options.visrank or self.writer is not None
+        listed = self._items(target) if drawn else None
         query, gallery = listed or ([], [])
         pictures = [Picture(items[0]) for items in query], [Picture(items[0]) for items in gallery]
         topk, title = options.visrank_topk, f"{target}: ranked gallery"
@@ -140,7 +141,8 @@ class Tester:
 
     def _write_metrics(self, folder: Path) -> None:
         path = folder / "metrics.json"
-        if self.options.test_only and [*folder.glob("config.yaml"), *folder.glob("*/model.pth.tar-*")]:
+        of_run = [*folder.glob("config.yaml"), *folder.glob("*/model.pth.tar-*")]
+        if self.options.test_only and of_run and path.exists():
             path = folder / "metrics-test.json"
             print(f'Scores of this test saved to "{path}"; those of the run in this folder are as before')
         scores = {target: result.to_dict() for target, result in self.results.items()}

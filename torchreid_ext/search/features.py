@@ -20,7 +20,7 @@ from pml_drsl.console import replacing
 from pml_drsl.evaluation.arrays import load_arrays
 from pml_drsl.evaluation.ranking import share
 from torchreid_ext.evaluation.extraction import Samples, gather_samples
-from torchreid_ext.images import Row
+from torchreid_ext.images import Row, composed
 from torchreid_ext.runtime import distributed
 from torchreid_ext.search.model import Preprocessing, TrainedModel
 
@@ -154,7 +154,9 @@ def read_gallery(path: str | os.PathLike[str], model: TrainedModel) -> Extracted
         wanted = "[images, dimensions] numbers, and its paths, identities and cameras one value for each image"
         raise InputError(f"{os.fspath(path)!r}: gallery must hold {wanted}; extract them again")
     rows = (Row(*map(str, row)) for row in zip(*columns, strict=True))
-    entries = [row._replace(camera="") if row.camera == row.path else row for row in rows]
+    entries = [
+        Row(row.path, composed(row.identity), "" if row.camera == row.path else composed(row.camera)) for row in rows
+    ]
     return ExtractedSet(entries, torch.from_numpy(features.astype(np.float32)))
 
 

@@ -16,7 +16,7 @@ from pml_drsl.checks import InputError
 from pml_drsl.console import file_stamp, replacing
 from pml_drsl.evaluation import reranking
 from pml_drsl.evaluation.arrays import load_arrays
-from torchreid_ext.images import Row
+from torchreid_ext.images import Row, composed
 from torchreid_ext.search.features import EXACT, FeatureIndex
 from torchreid_ext.search.model import TrainedModel
 from torchreid_ext.search.sources import resolved, shown
@@ -174,4 +174,4 @@ def _entry(row: Iterable[Any], folder: str) -> Row:
         path = os.path.join(folder, path)
     elif os.path.isabs(path):
         path = resolved(path)
-    return Row(path, identity, camera)
+    return Row(path, composed(identity), composed(camera))

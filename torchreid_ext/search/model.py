@@ -47,7 +47,7 @@ class TrainedModel:
     config: Config  # with which the network was trained
     path: str  # of the checkpoint
     fingerprint: str  # 32 hexadecimal digits that differ between models whose features differ
-    training_set: str | None = None  # the digest of the images of its run, unless another configuration was given
+    people: frozenset[str] = frozenset()  # of configured data sets that it was trained on, by ``config.data.person``
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
@@ -152,8 +152,9 @@ def load_model(
     if place.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {str(place)!r}: torch finds no CUDA device here; use 'cpu'")
     training = state.get("training") if config_file is None else None
-    training_set = training.get("training_set") if isinstance(training, Mapping) else None
-    return TrainedModel(network.eval().to(place), config, path, fingerprint, training_set)
+    trained = training.get("people") if isinstance(training, Mapping) else None
+    people = frozenset(map(str, trained)) if isinstance(trained, list) else frozenset[str]()
+    return TrainedModel(network.eval().to(place), config, path, fingerprint, people)
 
 
 def find_checkpoint(path: File) -> str:

@@ -6,7 +6,8 @@ import contextlib
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,9 @@ import torchreid
 
 from pml_drsl.checks import InputError
 from torchreid_ext import images
-from torchreid_ext.checkpoint import states
 from torchreid_ext.config import Config, build_datamanager
-from torchreid_ext.config.data import image_options
-from torchreid_ext.data.datasets import ConfiguredDataset, register_datasets, without_empty_folders
-from torchreid_ext.data.splits import make_options
+from torchreid_ext.config.data import image_options, own_images, person
+from torchreid_ext.data.datasets import register_datasets, without_empty_folders
 from torchreid_ext.images import Row, Table
 
 DEFAULT_NAMES = "market"  # how names carry identities and cameras by default: see ``torchreid_ext.images.pattern``
@@ -89,15 +88,10 @@ def list_queries(sources: Sequence[str], names: str = DEFAULT_NAMES) -> list[Row
             table = _listed(source, carried)
             rows += table.query or table.gallery
         elif os.path.isdir(source):
-            rows += [_query(row.path, source, carried) for row in images.list_folder(source, carried).rows]
+            rows += images.list_folder(source, carried).rows
         else:
-            rows.append(_query(source, os.path.dirname(source), carried))
+            rows.append(Row(source, *(images.in_name(carried, os.path.basename(source)) or ())))
     return rows
-
-
-def _query(path: str, folder: str, names: re.Pattern[str]) -> Row:
-    below = Path(os.path.relpath(path, folder or os.curdir)).as_posix()
-    return Row(path, *(images.in_name(names, below) or ()))
 
 
 def _listed(source: str, names: re.Pattern[str], cameras: bool = True) -> Table:
@@ -126,26 +120,18 @@ def _listed(source: str, names: re.Pattern[str], cameras: bool = True) -> Table:
     return table
 
 
-def test_images(config: Config, root: str | None = None, training_set: str | None = None) -> Table:
+def test_images(config: Config, root: str | None = None, trained: Collection[str] = ()) -> Table:
     """The query and the gallery of a run's own test, in its order: those of the first target, or of the people who were
     held out for validation. The data are below ``root``; None for where the run had them. Raises InputError for a run
-    on video, for data that are not found, and where ``training_set``, the digest of the run's training images, shows
-    that images were added or removed, which may change a random split."""
+    on video, for data that are not found, and if ``trained``, the people of the configured data sets that the run was
+    trained on, are among them: where photos of other people were added or removed, a random split is another one."""
     config, target = config.clone(), config.data.targets[0]
     if config.data.type != "image":
         raise InputError(f"the run was tested on video: with drsl-extract, give a folder of the images of {target!r}")
     config.data.root = root or config.data.root
-    # torchreid may number the people of its own data sets in another order on another disk.
-    comparable = training_set is not None and set(config.data.sources) <= set(config.datasets)
-    if config.data.validation or (comparable and target in config.data.sources and _is_drawn(config, target)):
-        config.data.targets = [target]
+    if config.data.validation:
         with contextlib.redirect_stdout(io.StringIO()):  # which says how many images the run trained on
-            manager = build_datamanager(config)
-        if comparable and states.digest(manager.train_loader.dataset.train) != training_set:
-            other = f"the training images of {config.data.sources} are not those of the run, so its split may differ"
-            cure = "bring the images back as they were, or give those of the test to drsl-extract as a SOURCE"
-            raise InputError(f"{other}, and the test may show people that it was trained on: {cure}")
-        (splits,) = manager.test_loader.values()
+            (splits,) = build_datamanager(config).test_loader.values()
         dataset: Any = splits["query"].dataset
     else:
         register_datasets(config.datasets)
@@ -157,13 +143,17 @@ def test_images(config: Config, root: str | None = None, training_set: str | Non
             cure = "Put the data there, or say with --root where it is"
             raise InputError(f"cannot read {target!r} below {options['root']!r}: {error}. {cure}") from error
     table = images.from_torchreid(dataset)
-    if isinstance(dataset, ConfiguredDataset):  # Its numbers of people and cameras are not the names of its images.
-        named = {row.path: row for row in dataset.table.rows}
-        table.rows = [named[row.path]._replace(split=row.split) for row in table.rows]
+    own = own_images(config, config.data.sources if config.data.validation else [target])
+    tested = {person(*own[row.path]): own[row.path] for row in table.query + table.gallery if row.path in own}
+    if not config.data.combineall and (both := sorted(tested.keys() & trained)):
+        what = f"{len(both)} people of this test, such as {both[0]!r}, are people that the run was trained on"
+        cure = "bring the photos back as they were, or give those of other people to drsl-extract as a SOURCE"
+        raise InputError(f"{what}: the photos have changed since, and with them the random split. To test, {cure}")
+    # A data manager has numbers in place of names. One name in two data sets is two people.
+    sets = Counter(image.identity for _, image in tested.values())
+    for number, row in enumerate(table.rows):
+        if row.path in own:
+            owner, image = own[row.path]
+            name = person(owner, image) if sets[image.identity] > 1 else image.identity
+            table.rows[number] = image._replace(identity=name, split=row.split)
     return table
-
-
-def _is_drawn(config: Config, name: str) -> bool:
-    """Whether a configured data set is split at random."""
-    options = make_options(name, config.datasets[name])
-    return options.csv is None and options.train is None

@@ -211,6 +211,8 @@ def test_a_table_of_several_commits_names_them():
     results = [each | {"commit": f"{each['seed']}" * 12} for each in RESULTS]
     assert report.sections(results)[0].notes == ["Measured with the commits 0000000, 1111111, 2222222."]
     assert not report.sections(results[:1])[0].notes
+    dirty = [each | {"commit": "0" * 12 + "-dirty" * (each["seed"] == 2)} for each in RESULTS]
+    assert report.sections(dirty)[0].notes == ["Measured with the commits 0000000, 0000000-dirty."]
 
 
 def test_losses_that_miss_the_same_seeds_share_a_note():

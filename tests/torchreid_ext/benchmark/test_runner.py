@@ -114,6 +114,7 @@ def test_the_commit_is_that_of_the_repository_that_holds_the_package(tmp_path, m
     monkeypatch.setattr(runner, "__file__", str(path))
     assert runner.commit() == metadata.version("pml-drsl")
     git("add", "runner.py")
+    git("tag", "-a", "v1", "-m", "a release")
     assert runner.commit() == git("rev-parse", "--short=12", "HEAD") + "-dirty"
 
 

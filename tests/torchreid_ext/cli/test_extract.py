@@ -155,14 +155,14 @@ def test_the_test_images_of_own_photos_have_their_names(any_model, tmp_path, cap
     config = {"datasets.mine.folder": "photos", "data.sources": ["mine"], "data.targets": ["mine"]}
     state["training"]["config"] |= config | {"data.root": str(tmp_path)}
     commands = (extract.main, ["--output", str(tmp_path / "f.npz")]), (evaluate.main, ["--errors"])
-    for training_set in ("of other photos", None):  # Older checkpoints do not have it.
-        state["training"]["training_set"] = training_set
+    for people_ in (["mine/3", "mine/anna", "mine/ben", "mine/7", "mine/10", "mine/carl"], []):
+        state["training"]["people"] = people_
         checkpoint.save(state, tmp_path / "run.pth")
         for main, words in commands:
             capsys.readouterr()
-            assert main([str(tmp_path / "run.pth"), *words]) == (2 if training_set else 0)
-            if training_set:
-                assert "may show people that it was trained on" in capsys.readouterr().err
+            assert main([str(tmp_path / "run.pth"), *words]) == (2 if people_ else 0)
+            if people_:
+                assert "3 people of this test, such as" in capsys.readouterr().err
     with np.load(tmp_path / "f.npz") as file:
         people = [Path(path).parent.name for path in file["gallery_paths"]]
         assert file["gallery_ids"].tolist() == people and set(file["gallery_cams"].tolist()) == {"IMG", "PXL"}

@@ -249,8 +249,10 @@ def test_a_classifier_that_nothing_trains_is_not_opened_alone(tmp_path, loss):
     cfg.merge_from_list(["loss.name", loss, f"loss.{loss}.weight_x", 0, "train.fixbase_epoch", 1])
     manager = make_image_manager(tmp_path)
     model = config.build_model(cfg, manager.num_train_pids)
-    with pytest.raises(ValueError, match=rf"fixbase_epoch trains the classifier alone, which loss\.{loss}\.weight_x 0"):
-        build_engine(cfg, manager, model, config.build_optimizer(cfg, model), None)
+    for layers in (["classifier"], "classifier", None):
+        cfg.train.open_layers = layers
+        with pytest.raises(ValueError, match=rf"fixbase_epoch trains the classifier alone, which loss\.{loss}\.weight"):
+            build_engine(cfg, manager, model, config.build_optimizer(cfg, model), None)
     cfg.train.open_layers = ["classifier", "fc"]
     assert build_engine(cfg, manager, model, config.build_optimizer(cfg, model), None)
 

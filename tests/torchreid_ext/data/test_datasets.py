@@ -19,6 +19,8 @@ from people_folders import draw, make_folder, people
 
 from pml_drsl.checks import InputError
 from torchreid_ext.cli.train import main
+from torchreid_ext.config import get_default_config
+from torchreid_ext.config.data import check_save_dir
 from torchreid_ext.data.datasets import ConfiguredDataset, register_datasets
 from torchreid_ext.data.splits import make_options, selects
 
@@ -240,9 +242,18 @@ class TestNamesAndCameras:
         # The pictures of the run would be photos of a person "own_data" from then on.
         assert main(command) == 2
         assert "'log/own_data' lies in a folder of datasets.mine" in capsys.readouterr().err
+        config = get_default_config()
+        own = {"folder": "", "train": ["*"], "test": [], "cameras": "none"}
+        config.merge_from_list([word for key, value in own.items() for word in (f"datasets.mine.{key}", value)])
+        config.merge_from_list(["data.sources", ["mine"], "data.save_dir", "log/run", "data.root", "."])
+        with pytest.raises(InputError, match=r"'log/run' lies in a folder of datasets\.mine"):
+            check_save_dir(config)
+        # Hidden folders, and names that the pattern does not match, are no photos.
+        for words in (["data.save_dir", ".runs/a"], ["datasets.mine.pattern", "(?P<identity>person [^/]+)/.*"]):
+            assert main([*command, *words]) == 2 and "images cannot be read" in capsys.readouterr().err
         assert main([*command, "data.save_dir", "../log"]) == 2
         err = capsys.readouterr().err
-        assert "12 of 48 images cannot be read" in err
+        assert "12 of 48 images cannot be read, for example" in err
         assert sum(str(path) in err for path in damaged) == err.count("it is damaged") == 10
 
 

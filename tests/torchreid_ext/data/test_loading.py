@@ -82,8 +82,8 @@ def test_a_damaged_image_is_named(tmp_path: Path, kind: str, workers: int) -> No
     message = failure(readable(DataLoader(dataset, batch_size=2, num_workers=workers)))
     assert str(tmp_path / f"4.{suffix}") in message and words in message and "model.resume" not in message
     # Without this image, the run could not be resumed.
-    training = repeatable(readable(DataLoader(dataset, batch_size=2)))
-    assert "To go on with model.resume auto, restore it, or" in failure(training)
+    training = failure(repeatable(readable(DataLoader(dataset, batch_size=2, num_workers=workers)))).splitlines()[-1]
+    assert "restore it, or give its name to another photo" in training and "remove it" not in training
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -168,6 +168,11 @@ def test_a_script_may_change_the_data_set_between_epochs(tmp_path: Path) -> None
     assert all(batch["img"].any() for batch in loader)
     loader.dataset.transform = lambda image: torch.zeros(1)
     assert all(not batch["img"].any() for batch in loader)
+    dataset = image_set(tmp_path)
+    dataset.__class__ = Own
+    longer: Any = readable(DataLoader(dataset, batch_size=2))
+    dataset.data = 2 * dataset.data
+    assert len(list(longer)) == 6
 
 
 def test_settings_are_kept(tmp_path: Path) -> None:

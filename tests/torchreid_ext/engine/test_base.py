@@ -25,6 +25,7 @@ from pml_drsl import DRSLoss
 from pml_drsl.checks import InputError
 from pml_drsl.wrappers import CrossBatchMemory
 from torchreid_ext.checkpoint import checkpoint, states
+from torchreid_ext.data.loading import SeededBatches
 from torchreid_ext.engine import engines
 from torchreid_ext.engine.epoch import EpochLog
 from torchreid_ext.engine.options import RunOptions
@@ -287,11 +288,11 @@ def test_the_best_of_another_folder_or_by_another_measure_is_not_beaten(tmp_path
         assert again.best == best
 
 
-@pytest.mark.parametrize(("kept", "best"), [(True, 0.5), (False, 0.3)])
-def test_a_run_that_goes_back_has_the_best_weights_of_its_own_past(tmp_path, kept, best):
+@pytest.mark.parametrize(("kept", "epochs", "best"), [(True, 3, 0.5), (True, 2, 0.5), (False, 3, 0.3)])
+def test_a_run_that_goes_back_has_the_best_weights_of_its_own_past(tmp_path, kept, epochs, best):
     folder = tmp_path / "log" / "model"
 
-    def run(scores, **options):
+    def run(scores, max_epoch=3, **options):
         test, scores = engine.test, iter(scores)
 
         def scored(**kwargs):
@@ -299,7 +300,7 @@ def test_a_run_that_goes_back_has_the_best_weights_of_its_own_past(tmp_path, kep
             return {"toy": replace(toy, means=toy.means | {"mAP": next(scores)})}
 
         engine.test = scored
-        engine.run(str(tmp_path / "log"), max_epoch=3, eval_freq=1, keep_checkpoints=0, **options)
+        engine.run(str(tmp_path / "log"), max_epoch=max_epoch, eval_freq=1, keep_checkpoints=0, **options)
         return checkpoint.load(folder / "model-best.pth.tar")["training"]["best"]
 
     engine = make_engine(tmp_path)
@@ -308,7 +309,15 @@ def test_a_run_that_goes_back_has_the_best_weights_of_its_own_past(tmp_path, kep
         (folder / "model.pth.tar-1").unlink()
     engine = make_engine(tmp_path)
     start = engine.resume(str(folder / "model.pth.tar-2"), str(tmp_path / "log"))
-    assert run([0.3], start_epoch=start) == engine.best == {"mAP": best, "epoch": 1 if kept else 3}
+    assert run([0.3], epochs, start_epoch=start) == engine.best == {"mAP": best, "epoch": 1 if kept else 3}
+
+
+def test_a_second_run_of_an_engine_has_a_best_checkpoint_of_its_own(tmp_path):
+    engine = make_engine(tmp_path)
+    for _ in range(2):
+        engine.run(str(tmp_path / "log"), max_epoch=1)
+        assert checkpoint.load(tmp_path / "log" / "model" / "model-best.pth.tar")["epoch"] == engine.best["epoch"] == 1
+        engine.best["mAP"] = 2.0  # which none would beat
 
 
 def test_checkpoints_every_n_epochs(tmp_path):
@@ -631,9 +640,12 @@ def test_layers_that_no_gradient_reaches_are_refused(tmp_path, options):
 class OwnStep(engines.ImageDRSLEngine):
     """Steps by itself, as every engine of torchreid does."""
 
+    own_forward = True
+
     def forward_backward(self, data):
         images, pids = self.parse_data_for_train(data)
-        loss = nn.functional.cross_entropy(self.model(images)[0], pids)
+        forward = self.model if self.own_forward else self.forward
+        loss = nn.functional.cross_entropy(forward(images)[0], pids)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -655,6 +667,7 @@ def test_a_step_of_ones_own_trains_but_takes_no_options_that_it_would_leave_out(
         engine.run(str(tmp_path / "log"), max_epoch=2)
         assert engine.opened == 1 and not torch.equal(engine.model.stem.weight, before)
         monkeypatch.setattr(distributed, "size", lambda: 2)
+    engine.own_forward = "chunk_size" not in options  # The other half is its own all the same.
     left_out = "OwnStep.forward_backward steps by itself, which leaves out {}: call self.forward and self.step"
     with pytest.raises(InputError, match=left_out.format(next(iter(options), "several processes"))):
         engine.run(str(tmp_path / "log"), max_epoch=1, **options) if options else engine.check_stepper()
@@ -664,6 +677,8 @@ def test_a_loader_may_be_replaced(tmp_path):
     engine = make_engine(tmp_path)
     dataset = engine.datamanager.train_loader.dataset
     engine.train_loader = torch.utils.data.DataLoader(dataset, 8, shuffle=True, drop_last=True)
+    # Each of several processes gets its share of a batch, and images that cannot be read are refused.
+    assert isinstance(engine.train_loader.batch_sampler, SeededBatches)
     assert engine.run(str(tmp_path / "log"), max_epoch=1)
 
 
@@ -752,6 +767,9 @@ def test_a_data_manager_that_lists_no_test_images_has_scores_and_no_pictures(tmp
             engine.run(str(tmp_path / "log"), max_epoch=1, **options)
     assert not (tmp_path / "log").exists()
     assert 0 < engine.run(str(tmp_path / "log"), max_epoch=1)["toy"].mAP <= 1
+    engine = make_engine(tmp_path)
+    engine.test_loader["more"] = engine.test_loader["toy"]  # which the data manager does not list
+    assert engine.test()["more"] == engine.results["toy"]
     tags = EventAccumulator(str(tmp_path / "log")).Reload().Tags()
     assert "Test/toy/mAP" in tags["scalars"] and not tags["images"]
 

@@ -113,6 +113,10 @@ def named_cameras(data):
 
 CHANGES = {
     "many cameras": (lambda data: {"gallery_cams": np.arange(90) + 3}, r"\d\d cameras are too many"),
+    "eleven cameras": (
+        lambda data: {"query_cams": data["query_cams"].astype(str), "gallery_cams": (np.arange(90) % 11).astype(str)},
+        '"col">9</th><th scope="col">10</th>',
+    ),
     "names": (named_cameras, '<th scope="col">&lt;c&gt;2</th>'),
     "four queries": (lambda data: {name: data[name][:4] for name in data if "query" in name}, "The 4 hardest of 4"),
     "one dimension": (lambda data: {side: data[side][:, :1] for side in ("query", "gallery")}, "hold 100%"),

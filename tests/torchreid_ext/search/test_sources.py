@@ -6,7 +6,6 @@ import pytest
 from PIL import Image
 
 from pml_drsl.checks import InputError
-from torchreid_ext.checkpoint import states
 from torchreid_ext.config import build_datamanager, get_default_config
 from torchreid_ext.search.sources import list_queries, list_sources, shown, test_images
 
@@ -183,29 +182,45 @@ def test_own_photos_have_the_names_of_people_and_cameras_and_no_numbers(tmp_path
     assert found.query and found.gallery
 
 
+def test_people_of_two_sources_keep_their_names_and_are_not_mixed_up(tmp_path):
+    config = own_photos(tmp_path, [f"north/{name}" for name in ("7", "anna", "1", "x")] + ["south/1", "south/ben"])
+    config.merge_from_list(["data.sources", ["north", "south"], "data.targets", ["north"], "data.validation", 0.7])
+    config.merge_from_list([word for name in ("north", "south") for word in (f"datasets.{name}.folder", name)])
+    config.merge_from_list([word for name in ("north", "south") for word in _all_train(name)])
+    names = {}
+    for row in test_images(config).gallery:
+        names.setdefault(os.path.relpath(row.path, tmp_path).rpartition(os.sep)[0], row.identity)
+    plain = {folder: folder.split("/")[1] for folder in names}
+    assert len(names) == 4 and len(set(names.values())) == 4
+    assert {folder: name.split("/")[-1] for folder, name in names.items()} == plain
+    assert all("/" in name for folder, name in names.items() if list(plain.values()).count(plain[folder]) > 1)
+
+
+def _all_train(name):
+    return f"datasets.{name}.train", ["*"], f"datasets.{name}.test", [], f"datasets.{name}.cameras", "names"
+
+
 @pytest.mark.parametrize("words", [[], ["data.validation", 0.5]], ids=["target", "validation"])
-def test_a_random_split_of_other_photos_than_the_runs_is_refused(tmp_path, words):
+def test_a_random_split_that_shows_people_of_the_training_is_refused(tmp_path, words):
     config = own_photos(tmp_path, "abcdefghij", *words)
     items = build_datamanager(config).train_loader.dataset.train
-    of_run, trained = states.digest(items), {os.path.basename(os.path.dirname(path)) for path, *_ in items}
-    before = test_images(config, training_set=of_run)
+    folders = {os.path.dirname(path) for path, *_ in items}
+    trained = {f"mine/{os.path.basename(folder)}" for folder in folders}
+    before = test_images(config, trained=trained)
     assert before == test_images(config)
-    draw(tmp_path, os.path.join(os.path.dirname(before.gallery[0].path), "IMG_3.png"))
-    assert len(test_images(config, training_set=of_run).gallery) == len(before.gallery) + 1
+    for folder in (os.path.dirname(before.gallery[0].path), *folders):  # More photos do not change who is tested.
+        draw(tmp_path, os.path.join(folder, "IMG_3.png"))
+    assert len(test_images(config, trained=trained).gallery) == len(before.gallery) + 1
     refused = 0
     for name in "klmnopqr":  # Chance may leave the people that were trained on in the training.
         draw(tmp_path, f"{name}/IMG_1.png", f"{name}/PXL_1.png")
-        mixed = trained & {row.identity for row in test_images(config).gallery}
-        try:
-            assert not trained & {row.identity for row in test_images(config, training_set=of_run).gallery}
-        except InputError as error:
-            refused += bool(mixed)
-            assert "may show people that it was trained on" in str(error)
+        if trained & {f"mine/{row.identity}" for row in test_images(config).gallery}:
+            refused += 1
+            with pytest.raises(InputError, match="are people that the run was trained on: the photos have changed"):
+                test_images(config, trained=trained)
+        else:
+            assert test_images(config, trained=trained) == test_images(config)
     assert refused > 3
-    if not words:  # Here no chance decides who is in the test.
-        named = ["datasets.mine.train", list("abcde"), "datasets.mine.test", list("fghij")]
-        config.merge_from_list(named)
-        assert len(test_images(config, training_set=of_run).query) == 10
 
 
 def test_a_target_that_is_not_there(tmp_path):
