@@ -22,7 +22,7 @@ COLUMNS = ("path", "pid", "camid", "split")
 JUNK = ("-1",)
 """Identities of images that have no effect: Market-1501 has this name for its bad detections."""
 
-NO_IMAGES = "files that are no images"  # why a file is left out whose name is not that of an image
+NO_IMAGES = "files of kinds that are not read"
 
 _ENDING = rf"[^/]*(?i:{'|'.join(map(re.escape, SUFFIXES))})"
 NAMES = {
@@ -85,7 +85,7 @@ class Table:
             examples = ", ".join(map(repr, names[:2])) + (", ..." if len(names) > 2 else "")
             if not HEIF and any(name.lower().endswith(".heic") for name in names):
                 examples += "; pip install pillow-heif to read .heic"
-            parts.append(f"{len(names)} {reason} ({examples})")
+            parts.append(f"{reason} ({len(names)}: {examples})")
         return f"left out: {'; '.join(parts)}" if parts else ""
 
 

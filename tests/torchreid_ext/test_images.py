@@ -66,8 +66,8 @@ def test_a_folder_counts_and_names_what_it_leaves_out(tmp_path: Path) -> None:
     table = images.list_folder(str(tmp_path), images.pattern("folder"))
     assert [row[1:] for row in table.rows] == [("anna", "", "gallery")] * 2
     line = table.about_left_out()
-    assert "3 files that are no images ('IMG_1.HEIC', 'clip.gif', ...; pip install pillow-heif" in line
-    assert "1 images of junk ('-1/3.png')" in line
+    assert "files of kinds that are not read (3: 'IMG_1.HEIC', 'clip.gif', ...; pip install pillow-heif" in line
+    assert "images of junk (1: '-1/3.png')" in line
 
 
 GOOD = "path,pid,camid,split\na.png,7,1,train\nb.png,8,2,query\nc.png,8,3,gallery\nd.png,-1,1,gallery\n"

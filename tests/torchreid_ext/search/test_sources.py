@@ -34,7 +34,7 @@ def test_the_layout_of_market1501(tmp_path):
     images = list_sources([folder])
     assert short(images.query) == [("0001_c1s1_1_00.jpg", "0001", "1")]
     assert short(images.gallery) == [("0000_c2s1_1_00.jpg", "0000", "2"), ("0001_c2s1_1_00.jpg", "0001", "2")]
-    left_out = "1 files that are no images ('Thumbs.db'); 1 images of junk ('-1_c2s1_1_00.jpg')"
+    left_out = "files of kinds that are not read (1: 'Thumbs.db'); images of junk (1: '-1_c2s1_1_00.jpg')"
     assert images.about_left_out() == f"left out: {left_out}"
     # The two folders by themselves say the same.
     apart = list_sources([f"{folder}/bounding_box_test", f"{folder}/query"])
