@@ -141,8 +141,8 @@ def is_hidden(name: str) -> bool:
 def files(folder: str, prefix: str = "", above: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
     """Yields the POSIX path below ``folder`` and the path without any link of every file, in the order of their names.
 
-    What ``is_hidden`` is left out. ``prefix`` and ``above`` are of folders within folders. Raises InputError for a link
-    that leads to a folder above itself, or to nothing.
+    Hidden names (``is_hidden``) are left out. ``prefix`` and ``above`` are of folders within folders. Raises InputError
+    for a link that leads to a folder above itself, or to nothing.
     """
     real = os.path.realpath(folder)
     if real in above:

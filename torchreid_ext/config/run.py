@@ -187,15 +187,16 @@ def dry_run(cfg: Config) -> None:
 
 
 def _check_readable(manager: Any) -> None:
-    """Raises InputError that names the images for training and test that cannot be read."""
+    """Prints why images for training and test cannot be read, for the first ten; raises InputError if there are any."""
     tested = [item for splits in manager.test_dataset.values() for items in splits.values() for item in items]
     paths = dict.fromkeys(item[0] for item in [*manager.train_loader.dataset.train, *tested])
     with ThreadPoolExecutor(available_cores()) as pool:
         read = pool.map(_damage, paths)
         damaged = [*filter(None, tqdm(read, "reading all images", len(paths), leave=False, disable=None))]
     if damaged:
-        first = "".join(f"\n  {reason}" for reason in damaged[:10])
-        raise InputError(f"{len(damaged)} of {len(paths)} images cannot be read, for example{first}")
+        print(*damaged[:10], sep="\n")
+        first = "" if len(damaged) <= 10 else "the first ten of "
+        raise InputError(f"{len(damaged)} of {len(paths)} images cannot be read; {first}the reasons are above")
 
 
 def _damage(path: str) -> str | None:
