@@ -30,6 +30,7 @@ import pml_drsl
 import torchreid_ext
 from pml_drsl import DRSLoss
 from torchreid_ext import get_default_config
+from torchreid_ext.benchmark.grid import read_losses
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -129,6 +130,7 @@ def main_of(command):
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     scripts = dict(line.split(" = ") for line in setup["options.entry_points"]["console_scripts"].splitlines() if line)
+    scripts["torchreid_ext"] = scripts["drsl-train"]
     return pydoc.locate(scripts[command].replace(":", ".") if command in scripts else f"{command}.main")
 
 
@@ -156,11 +158,26 @@ def test_commands_have_options_and_keys_that_exist(page, monkeypatch):
         with pytest.raises(Parsed) as caught:
             main_of(words[0])(words[1:])
         args = caught.value.args[0]
-        if words[0] == "drsl-train":
-            cfg = get_default_config()
-            if args.config_file:
-                cfg.merge_from_file(ROOT / args.config_file)
-            cfg.merge_from_list(args.opts)
+        files, keys, losses = [], [], {}
+        if words[0] in ("drsl-train", "torchreid_ext"):
+            files, keys = [args.config_file] if args.config_file else [], args.opts
+        elif words[:2] == ["drsl-benchmark", "run"]:
+            files = [word for word in args.words if word.endswith(".yaml")]
+            keys = [word for word in args.words if word not in files]
+            keys += [word for varied in args.vary for word in varied[:2]]
+            losses, _ = read_losses(ROOT / (args.losses_file or "configs/losses.yaml"), args.losses)
+        cfg = get_default_config()
+        for file in files:
+            if (ROOT / file).exists():  # not a file of the reader's
+                cfg.merge_from_file(ROOT / file)
+        cfg.merge_from_list(keys)
+        for snippet in losses.values():
+            cfg.merge_from_list([word for pair in snippet.items() for word in pair])
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_commands_stand_in_blocks_that_the_tests_above_read(page):
+    assert not re.findall(r"^(?: {4}|\t)(?:drsl-|torchrun|python -m).*", re.sub(BLOCK, "", TEXTS[page]), re.M)
 
 
 @pytest.mark.parametrize(
@@ -171,15 +188,29 @@ def test_yaml_is_configuration(page, text, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(text)
     (tmp_path / "FILE_OF_TORCHREID.yaml").write_text("loss: {name: softmax}\ntest: {dist_metric: euclidean}\n")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
     cfg = get_default_config()
     cfg.merge_from_file(path)
     for section, keys in yaml.safe_load(text).items():
         assert section == "base" or set(keys) <= set(cfg[section])
 
 
+def test_the_strong_baseline_of_the_guide_is_that_of_the_paper(tmp_path):
+    """Luo et al., TMM 2019: batches of 16 people with 4 images each; learning rates that fall at epochs 40 and 70."""
+    (text,) = (text for _, text in blocks("yaml", "docs/torchreid.md") if "last_stride" in text)
+    (tmp_path / "config.yaml").write_text(text.replace("configs/", f"{ROOT}/configs/"))
+    cfg = get_default_config()
+    cfg.merge_from_file(tmp_path / "config.yaml")
+    assert (cfg.train.batch_size, cfg.sampler.num_instances) == (64, 4)
+    assert cfg.sampler.train_sampler == "RandomIdentitySampler"
+    assert cfg.model.bnneck and cfg.model.last_stride == 1
+    assert cfg.loss.triplet.weight_x == cfg.loss.triplet.weight_t == 1
+    assert cfg.train.lr_scheduler == "multi_step" and max(cfg.train.stepsize) == 70 < cfg.train.max_epoch == 120
+
+
 def test_the_names_in_the_text_exist():
     names = {*re.findall(r"`((?:pml_drsl|torchreid_ext)(?:\.\w+)+)[`(]", "".join(TEXTS.values()))}
-    assert len(names) > 5
+    assert len(names) >= 5
     assert [name for name in names if pydoc.locate(name) is None] == []
 
 
