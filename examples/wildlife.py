@@ -14,14 +14,12 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image, ImageDraw
-from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.samplers import MPerClassSampler
-from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-from pytorch_metric_learning.utils.inference import CustomKNN
 from torch import nn
 from torchvision import transforms
 
 from pml_drsl import DRSLoss
+from pml_drsl.evaluation.calculator import ReIDAccuracyCalculator
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--dataset", help="a class of wildlife_datasets.datasets")
@@ -77,10 +75,8 @@ def report(when: str) -> None:
     with torch.no_grad():
         embeddings = model(images[~train_set])
     model.train()
-    names = ("precision_at_1", "mean_average_precision")
-    calculator = AccuracyCalculator(names, k="max_bin_count", knn_func=CustomKNN(CosineSimilarity()))
-    scores = calculator.get_accuracy(embeddings, labels[~train_set])
-    print(f"{when}: mAP {scores['mean_average_precision']:.1%}, rank-1 {scores['precision_at_1']:.1%}")
+    scores = ReIDAccuracyCalculator(metric="cosine").get_accuracy(embeddings, labels[~train_set])
+    print(f"{when}: mAP {scores['mAP']:.1%}, rank-1 {scores['rank_1']:.1%}")
 
 
 report("before")

@@ -19,40 +19,54 @@ from pml_drsl.pairs import Pairs
 
 # Below this norm torch.nn.functional.normalize divides by a constant: such a vector has no direction.
 SMALLEST_NORM = 1e-12
-_COSINE = pml.CosineSimilarity()
+COSINE = pml.CosineSimilarity()
+MATRICES = LpDistance, pml.CosineSimilarity, pml.DotProductSimilarity
+
+
+def prepare(distance: BaseDistance, x: Tensor, fused: bool = True) -> Tensor:
+    """Embeddings ``x``, shape (N, dim), float32 or float64, as ``distance_matrix`` takes them.
+
+    If the distance normalises its embeddings, a vector without direction becomes 0 and gets no gradient. The others get
+    a norm of 1 here if the distance is computed here; otherwise the distance normalises them. This is done once for all
+    chunks of queries: a chunk that normalises its references keeps a copy of them for the backward pass."""
+    if not distance.normalize_embeddings:
+        return x
+    here = _is_computed_here(distance)
+    if here and fused and distance.p == 2:
+        return _Normalized.apply(x)  # type: ignore[no-any-return]
+    # Normalising a zero vector multiplies its gradient by 1e12, which half precision cannot hold.
+    has_direction = torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True) > SMALLEST_NORM
+    x = torch.where(has_direction, x, 0)
+    return distance.normalize(x) if here else x
 
 
 def distance_matrix(distance: BaseDistance, x: Tensor, ref: Tensor | None = None, fused: bool = True) -> Tensor:
     """The distances of ``x`` and ``ref``, shape (N, M), smaller is nearer: a similarity has its sign changed.
 
     Args:
-        distance: a distance of pytorch-metric-learning that returns a matrix. If it normalises its embeddings, a vector
-            without direction gets no gradient.
-        x: embeddings of the queries, shape (N, dim), float32 or float64.
-        ref: embeddings of the candidates, shape (M, dim), of the type of ``x``; None for the queries themselves.
+        distance: a distance of pytorch-metric-learning that returns a matrix.
+        x: embeddings of the queries, shape (N, dim), from ``prepare``.
+        ref: embeddings of the candidates, shape (M, dim), from ``prepare``; None for the queries themselves.
         fused: give Euclidean distances and inner products a gradient in full precision, which can be differentiated
             once, and takes one matrix product less if a batch is compared with itself. All else is plain autograd,
             whose backward pass follows the user's settings.
 
     Raises:
-        InputError: for infinite or NaN values of a distance that is not computed here.
+        InputError: for infinite or NaN values of a distance that is neither Euclidean nor an inner product.
     """
-    euclidean = isinstance(distance, LpDistance)
-    known = is_known(distance) and not distance.collect_stats
-    if known and fused:
-        if distance.normalize_embeddings:
-            x, ref = _Normalized.apply(x), None if ref is None else _Normalized.apply(ref)
+    euclidean, here = isinstance(distance, LpDistance) and distance.p == 2, _is_computed_here(distance)
+    if here and fused and distance.p == 2:
         mat: Tensor = (_EuclideanDistances if euclidean else _MinusInnerProducts).apply(x, ref)
         if distance.power == 1:
             return mat
         return mat.pow(distance.power) if euclidean else -(-mat).pow(distance.power)
-    if distance.normalize_embeddings:
-        x, ref = _without_gradient_of_zeros(x), None if ref is None else _without_gradient_of_zeros(ref)
     with full_precision(x.device.type):
-        if known and euclidean:
-            mat = _plain_euclidean(distance.maybe_normalize(x), distance.maybe_normalize(x if ref is None else ref))
-            return mat if distance.power == 1 else mat.pow(distance.power)
-        mat = distance(x, ref)
+        if here:
+            refs = x if ref is None else ref
+            mat = _plain_euclidean(x, refs) if euclidean else distance.compute_mat(x, refs)
+            mat = mat if distance.power == 1 else mat.pow(distance.power)
+        else:
+            mat = distance(x, ref)
     if not is_known(distance) and not bool(torch.isfinite(mat.detach()).all()):
         given = f"distance {type(distance).__name__} gave infinite or NaN values"
         why = "SNRDistance does so for an embedding whose values are all equal"
@@ -60,26 +74,31 @@ def distance_matrix(distance: BaseDistance, x: Tensor, ref: Tensor | None = None
     return -mat if distance.is_inverted else mat
 
 
+def has_angles(distance: BaseDistance) -> bool:
+    """Whether the angle of a pair comes from its distance. From the distance of a long and a short vector, rounding has
+    taken their angle."""
+    highest = 2 if isinstance(distance, LpDistance) else 1
+    return is_known(distance) and distance.normalize_embeddings and distance.power <= highest
+
+
 def angular_dissimilarity(
     distance: BaseDistance, of_pairs: Tensor, x: Tensor, ref: Tensor, pairs: Pairs, fused: bool = True
 ) -> Tensor:
     """The angular dissimilarity ``u = (1 - cos) / 2`` of pairs, shape (E,), in [0, 1].
 
-    Of normalised embeddings it comes from ``of_pairs``, the distance of each pair from ``distance_matrix``. From the
-    distance of a long and a short vector, rounding has taken their angle. A zero vector counts as orthogonal to all
-    others (u = 1/2) and gets no gradient. ``ref`` is ``x`` if the batch is compared with itself."""
-    euclidean = isinstance(distance, LpDistance)
+    Where ``has_angles`` it comes from ``of_pairs``, the distance of each pair from ``distance_matrix``, and ``x`` and
+    ``ref`` are from ``prepare`` for the distance, else for ``COSINE``. A zero vector counts as orthogonal to all others
+    (u = 1/2) and gets no gradient. ``ref`` is ``x`` if the batch is compared with itself."""
     query, candidate = pairs.query, pairs.positive
-    if not is_known(distance) or not distance.normalize_embeddings or distance.power > (2 if euclidean else 1):
-        cosines = distance_matrix(_COSINE, x, None if ref is x else ref, fused)
+    if not has_angles(distance):
+        cosines = distance_matrix(COSINE, x, None if ref is x else ref, fused)
         return 0.5 + 0.5 * cosines[query, candidate]
-    if not euclidean:
+    if not isinstance(distance, LpDistance):
         return 0.5 + 0.5 * of_pairs
-    x_norm = torch.linalg.vector_norm(x, dim=1)
-    ref_norm = x_norm if ref is x else torch.linalg.vector_norm(ref, dim=1)
-    defined = (x_norm > SMALLEST_NORM)[query] & (ref_norm > SMALLEST_NORM)[candidate]
+    x_defined = torch.linalg.vector_norm(x.detach(), dim=1) > 0
+    ref_defined = x_defined if ref is x else torch.linalg.vector_norm(ref.detach(), dim=1) > 0
     # Of unit vectors: |x - y|^2 = 2 - 2 cos = 4 u.
-    return torch.where(defined, 0.25 * of_pairs ** (2 / distance.power), 0.5)
+    return torch.where(x_defined[query] & ref_defined[candidate], 0.25 * of_pairs ** (2 / distance.power), 0.5)
 
 
 def check_distance(distance: object) -> None:
@@ -99,14 +118,13 @@ def check_distance(distance: object) -> None:
 
 
 def is_known(distance: BaseDistance) -> bool:
-    """Whether a distance is the Euclidean distance or an inner product, which are computed here."""
-    return type(distance) in (LpDistance, pml.CosineSimilarity, pml.DotProductSimilarity) and distance.p == 2
+    """Whether a distance is the Euclidean distance or an inner product."""
+    return type(distance) in MATRICES and distance.p == 2
 
 
-def _without_gradient_of_zeros(x: Tensor) -> Tensor:
-    # Normalising a zero vector multiplies its gradient by 1e12, which half precision cannot hold.
-    has_direction = torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True) > SMALLEST_NORM
-    return torch.where(has_direction, x, x.detach())
+def _is_computed_here(distance: BaseDistance) -> bool:
+    """Whether PML's own ``forward`` need not be called: it may be a user's, or record statistics."""
+    return type(distance) in MATRICES and not distance.collect_stats
 
 
 def _plain_euclidean(x: Tensor, ref: Tensor) -> Tensor:
@@ -136,7 +154,9 @@ class _Normalized(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         check_once()
         y, norm = ctx.saved_tensors  # (grad - y (y . grad)) / norm
-        return torch.addcmul(grad, y, torch.linalg.vecdot(y, grad)[:, None], value=-1).div_(norm)
+        with full_precision(grad.device.type):
+            along = torch.linalg.vecdot(y, grad)[:, None]
+        return torch.addcmul(grad, y, along, value=-1).div_(norm)
 
 
 class _EuclideanDistances(torch.autograd.Function):

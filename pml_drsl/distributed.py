@@ -15,7 +15,7 @@ from torch import distributed as dist
 from pml_drsl.checks import InputError
 from pml_drsl.fused import check_once
 from pml_drsl.losses import Compute, DRSLoss, Errors
-from pml_drsl.miners import mine_without_self
+from pml_drsl.miners import RankingMiner
 from pml_drsl.pairs import IndicesTuple, Pairs
 
 
@@ -25,7 +25,8 @@ class DistributedMinerWrapper(pml_distributed.DistributedMinerWrapper):
 
     Args:
         miner: any miner of PML. A TypeError refuses anything else.
-        efficient: each process mines its own queries only, and the indices are gathered.
+        efficient: each process mines its own queries only, and the indices are gathered. This is for the miners of this
+            package: PML's cannot be told which candidate is the query itself, and always mine the whole batch.
     """
 
     def forward(
@@ -37,14 +38,13 @@ class DistributedMinerWrapper(pml_distributed.DistributedMinerWrapper):
         sizes, all_emb, all_labels = _gather_batch(emb.detach(), labels)
         ref_emb = None if ref_emb is emb else ref_emb
         all_refs = None if ref_emb is None else _gather_batch(ref_emb.detach(), ref_labels)[1:]
-        if not self.efficient:
+        if not (self.efficient and isinstance(self.miner, RankingMiner)):
             with draws_of_first(emb.device):
                 return self.miner(all_emb, all_labels, *(all_refs or ()))  # type: ignore[no-any-return]
         first = sum(sizes[: dist.get_rank()])
         own = None if all_refs else torch.arange(first, first + len(emb), device=emb.device)
-        indices = mine_without_self(self.miner, emb, labels, *(all_refs or (all_emb, all_labels)), own)
-        anchors = (0,) if len(indices) == 3 else (0, 2)
-        gathered = [_gather(index + first if i in anchors else index)[0] for i, index in enumerate(indices)]
+        indices = self.miner(emb, labels, *(all_refs or (all_emb, all_labels)), own)
+        gathered = [_gather(index if i % 2 else index + first)[0] for i, index in enumerate(indices)]
         return tuple(gathered)  # type: ignore[return-value]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pml_drsl import functional
 from pml_drsl.checks import InputError, check_arguments, is_real, is_whole
-from pml_drsl.distances import angular_dissimilarity, check_distance, distance_matrix
+from pml_drsl.distances import COSINE, angular_dissimilarity, check_distance, distance_matrix, has_angles, prepare
 from pml_drsl.machine import full_precision
 from pml_drsl.pairs import IndicesTuple, Pairs, pairs_from_indices, pairs_from_labels
 from pml_drsl.reducers import PerQueryReducer, check_reducer
@@ -52,7 +52,7 @@ class DRSLoss(BaseMetricLossFunction):
             where the error has none left: where a positive is far behind its negatives. A smaller power still moves
             pairs whose order is right.
         query_chunk_size: queries whose distances are computed at once; bounds memory, changes no value.
-            None chooses it so that one chunk of distances takes 64 MiB, or as much as the references.
+            None chooses it so that one chunk of distances takes 64 MiB.
         fused: the fast path, differentiable once; double backward, ``torch.func.grad`` (torch > 2.6) and a learnable
             temperature or margin (a tensor) need False.
         **kwargs: arguments of ``BaseMetricLossFunction``: ``distance`` (default: ``CosineSimilarity()``; refused are
@@ -95,7 +95,7 @@ class DRSLoss(BaseMetricLossFunction):
             for value in (self.temperature, self.sort_weight, self.margin)
         )
         if not (is_real(temperature) and temperature > 0):
-            raise InputError(f"temperature must be a number above 0, got {temperature!r}; try 0.05")
+            raise InputError(f"temperature must be a number above 0, got {temperature!r}; try 0.1")
         if not (is_real(sort_weight) and sort_weight >= 0):
             raise InputError(f"sort_weight must be a number of at least 0, got {sort_weight!r}; 0 turns sorting off")
         if not is_real(margin):
@@ -137,9 +137,9 @@ class DRSLoss(BaseMetricLossFunction):
                 objects instead.
         """
         self._check_settings()
-        _check_batch("embeddings", embeddings, "labels", labels)
+        check_batch("embeddings", embeddings, "labels", labels)
         if ref_emb is not None:
-            _check_batch("ref_emb", ref_emb, "ref_labels", ref_labels, embeddings.shape[1])
+            check_batch("ref_emb", ref_emb, "ref_labels", ref_labels, embeddings.shape[1])
         if indices_tuple is None and (labels is None or (ref_emb is not None and ref_labels is None)):
             raise InputError("labels (and ref_labels with ref_emb) are required where no indices_tuple is given")
         if indices_tuple is None and ref_emb is embeddings and not _equal(labels, ref_labels):
@@ -191,17 +191,24 @@ class DRSLoss(BaseMetricLossFunction):
 
     def compute_errors(self, embeddings: Tensor, ref_emb: Tensor, pairs: Pairs) -> Errors:
         """The errors of the pairs of ``embeddings`` (the queries) and ``ref_emb``, a chunk of queries at a time."""
-        # Every chunk keeps a copy of the references for the backward pass, and should not be smaller than they are.
-        size = int(self.query_chunk_size or max(1, embeddings.shape[1], CHUNK_ELEMENTS // max(1, len(ref_emb))))
-        if size >= len(embeddings):
-            return self._errors_of_chunk(embeddings, ref_emb, pairs)
-        parts = zip(embeddings.split(size), pairs.split(size), strict=True)
-        chunks = [self._errors_of_chunk(x, ref_emb, part) for x, part in parts if part.num_queries > 0]
+
+        def prepared(distance: BaseDistance) -> tuple[Tensor, Tensor]:
+            x = prepare(distance, embeddings, self.fused)
+            return x, x if ref_emb is embeddings else prepare(distance, ref_emb, self.fused)
+
+        x, ref = prepared(self.distance)
+        unit, unit_ref = prepared(COSINE) if self.sort_weight and not has_angles(self.distance) else (x, ref)
+        size = int(self.query_chunk_size or max(1, CHUNK_ELEMENTS // max(1, len(ref))))
+        if size >= len(x):
+            return self._errors_of_chunk(x, ref, unit, unit_ref, pairs)
+        parts = zip(x.split(size), unit.split(size), pairs.split(size), strict=True)
+        chunks = [self._errors_of_chunk(y, ref, u, unit_ref, part) for y, u, part in parts if part.num_queries > 0]
         return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
-    def _errors_of_chunk(self, x: Tensor, ref: Tensor, pairs: Pairs) -> Errors:
+    def _errors_of_chunk(self, x: Tensor, ref: Tensor, unit: Tensor, unit_ref: Tensor, pairs: Pairs) -> Errors:
         distances = distance_matrix(self.distance, x, None if ref is x else ref, self.fused)
-        angle = functools.partial(angular_dissimilarity, self.distance, x=x, ref=ref, pairs=pairs, fused=self.fused)
+        of_chunk: dict[str, Any] = {"x": unit, "ref": unit_ref, "pairs": pairs, "fused": self.fused}
+        angle = functools.partial(angular_dissimilarity, self.distance, **of_chunk)
         shared: dict[str, Any] = {name: _scalar(getattr(self, name)) for name in ("temperature", "margin")}
         shared["use_fused"], power = self.fused, self.bound_power
         options: Any = {"bound_power": None if power is None else float(power)}
@@ -226,16 +233,18 @@ def _scalar(value: Any) -> Tensor | float:
     return value.reshape(()) if isinstance(value, Tensor) else float(value)
 
 
-def _check_batch(name: str, x: Tensor, name_of_labels: str, labels: Tensor | None, dim: int | None = None) -> None:
+def check_batch(
+    name: str, x: Tensor, name_of_labels: str, labels: Tensor | None, dim: int | None = None, of: str = "embeddings"
+) -> None:
     """Refuses what is not a floating-point tensor of shape (N, ``dim``) with None or integer labels of shape (N,)."""
     if not isinstance(x, Tensor) or x.ndim != 2 or not x.is_floating_point():
-        raise InputError(f"{name} must be a floating-point tensor of shape (batch, dim), got {_kind(x)}")
+        raise InputError(f"{name} must be a floating-point tensor of shape (batch, dim), got {kind_of(x)}")
     if dim is not None and x.shape[1] != dim:
-        raise InputError(f"{name} has {x.shape[1]} dimensions and embeddings {dim}; give both the same number")
+        raise InputError(f"{name} has {x.shape[1]} dimensions and {of} {dim}; give both the same number")
     whole = isinstance(labels, Tensor) and not (labels.is_floating_point() or labels.is_complex())
     if labels is not None and not (whole and labels.shape == x.shape[:1]):
         wanted = f"an integer tensor of shape ({len(x)},), one for each embedding"
-        raise InputError(f"{name_of_labels} must be {wanted}, got {_kind(labels)}")
+        raise InputError(f"{name_of_labels} must be {wanted}, got {kind_of(labels)}")
 
 
 def _equal(labels: Tensor | None, ref_labels: Tensor | None) -> bool:
@@ -244,5 +253,5 @@ def _equal(labels: Tensor | None, ref_labels: Tensor | None) -> bool:
     return torch.equal(labels, ref_labels.to(labels.device, labels.dtype))
 
 
-def _kind(x: object) -> str:
+def kind_of(x: object) -> str:
     return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

@@ -9,12 +9,10 @@ import torch
 from pytorch_metric_learning.distances import BatchedDistance
 from pytorch_metric_learning.miners import BaseMiner
 from pytorch_metric_learning.utils import common_functions as c_f
-from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
 from pml_drsl.checks import InputError, check_arguments, is_real, is_whole
 from pml_drsl.machine import full_precision
-from pml_drsl.pairs import IndicesTuple
 
 Strategy = Literal["hard", "semihard", "random"]
 FourIndices = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -191,17 +189,3 @@ def _distances(distance: torch.nn.Module, embeddings: Tensor, ref_emb: Tensor) -
     with full_precision(embeddings.device.type):
         mat: Tensor = distance(embeddings.to(dtype), None if ref_emb is embeddings else ref_emb.to(dtype))
     return -mat if distance.is_inverted else mat
-
-
-def mine_without_self(
-    miner: BaseMiner | None, emb: Tensor, labels: Tensor, refs: Tensor, ref_labels: Tensor | None, own: Tensor | None
-) -> IndicesTuple:
-    """The indices of a miner of PML, or of all pairs, without those of a query and itself, its candidate ``own``."""
-    if isinstance(miner, RankingMiner):
-        return miner(emb, labels, refs, ref_labels, own)  # type: ignore[no-any-return]
-    indices = lmu.get_all_pairs_indices(labels, ref_labels) if miner is None else miner(emb, labels, refs, ref_labels)
-    if own is None:
-        return indices  # type: ignore[no-any-return]
-    keep = own[indices[0]] != indices[1]
-    number = 3 if len(indices) == 3 else 2
-    return (*(index[keep] for index in indices[:number]), *indices[number:])

@@ -47,7 +47,8 @@ class PerQueryReducer(_QueryReducer):
             return self.zero_loss(embeddings)  # type: ignore[no-any-return]
         losses = _flat(losses)
         number = max(len(embeddings), len(losses))  # Proxies, one loss each, may outnumber the batch.
-        if type(self.reducer) is MeanReducer:
+        # Without ``nonzero``, for which a GPU waits. The counts are whole numbers, exact in any order of adding.
+        if type(self.reducer) is MeanReducer and not self.reducer.collect_stats:
             counts = losses.new_zeros(number).index_add_(0, loss_indices, torch.ones_like(losses))
             return (losses / counts[loss_indices]).sum() / (counts > 0).sum()
         averages, has_loss = _averages(losses, loss_indices, number)

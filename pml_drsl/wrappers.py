@@ -1,4 +1,4 @@
-"""pytorch-metric-learning's wrappers of losses, for ``DRSLoss`` too: PML admits losses to them by class name."""
+"""pytorch-metric-learning's wrappers, for DRSLoss too. PML admits losses to two of them by class name."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 from pytorch_metric_learning import losses
-from pytorch_metric_learning.miners import BaseMiner
+from pytorch_metric_learning.miners import BaseMiner, BatchEasyHardMiner
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor, nn
 
 from pml_drsl.checks import InputError, check_arguments, is_whole
 from pml_drsl.distributed import DistributedLossWrapper, DistributedMinerWrapper
-from pml_drsl.losses import DRSLoss
-from pml_drsl.miners import mine_without_self
+from pml_drsl.losses import DRSLoss, check_batch, kind_of
+from pml_drsl.miners import RankingMiner
 from pml_drsl.pairs import IndicesTuple
 
 __all__ = ["CrossBatchMemory", "DistributedLossWrapper", "DistributedMinerWrapper", "SelfSupervisedLoss"]
@@ -53,7 +53,8 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         embedding_size, memory_size: dimension of the embeddings, and their number in the memory, at least a batch.
         miner: a miner of PML that chooses pairs of the batch and the memory; None for all pairs.
         warmup: number of calls, 0 or more, before the memory starts. An InputError refuses another number, and in a
-            call a batch larger than the memory, or indices outside the batch.
+            call a batch larger than the memory, indices outside the batch, embeddings or an ``enqueue_mask`` of another
+            shape or type, and a ``BatchEasyHardMiner`` of the easiest positives, which are the queries themselves.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         if not is_whole(warmup) or warmup < 0:
             raise InputError(f"warmup must be an integer of at least 0, got {warmup!r}; 0 starts the memory at once")
         self.warmup = int(warmup)
+        self.embedding_memory: Tensor
         self.warmup_calls: Tensor
         self.register_buffer("warmup_calls", torch.zeros((), dtype=torch.long), persistent=warmup > 0)
         self.register_load_state_dict_pre_hook(_keep_place)
@@ -100,13 +102,20 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         """
         if indices_tuple is not None and enqueue_mask is not None:
             raise InputError("indices_tuple and enqueue_mask exclude each other; give one of them")
+        check_batch("embeddings", embeddings, "labels", labels, self.embedding_size, "embedding_size")
+        is_mask = isinstance(enqueue_mask, Tensor) and enqueue_mask.dtype == torch.bool
+        if enqueue_mask is not None and not (is_mask and enqueue_mask.shape == embeddings.shape[:1]):
+            wanted = f"a bool tensor of shape ({len(embeddings)},), one value for each embedding"
+            raise InputError(f"enqueue_mask must be {wanted}, got {kind_of(enqueue_mask)}")
         number = len(embeddings) if enqueue_mask is None else int(enqueue_mask.sum())
         if number > self.memory_size:
             raise InputError(f"{number} embeddings do not fit in a memory_size of {self.memory_size}; make it larger")
+        labels = labels.to(embeddings.device, torch.long)
         if not self.warmup or int(self.warmup_calls) >= self.warmup:
+            self.embedding_memory = self.embedding_memory.to(embeddings)  # PML's does not convert it under autocast.
             return super().forward(embeddings, labels, indices_tuple, enqueue_mask)  # type: ignore[no-any-return]
         self.warmup_calls += 1  # Without the memory the references are what the batch would store.
-        x, labels = embeddings, labels.to(embeddings.device)
+        x = embeddings
         if enqueue_mask is None:
             self.curr_batch_idx = torch.arange(len(x), device=x.device)
             indices = self.create_indices_tuple(x, labels, x, labels, indices_tuple, True)
@@ -132,7 +141,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         do_remove_self_comparisons: bool,
     ) -> IndicesTuple:
         own = self.curr_batch_idx if do_remove_self_comparisons else None
-        indices = mine_without_self(self.miner, embeddings, labels, E_mem, L_mem, own)
+        indices = self._mine(embeddings, labels, E_mem, L_mem, own)
         if input_indices_tuple is None:
             return indices
         given = self._in_memory(input_indices_tuple)
@@ -141,6 +150,22 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         elif len(given) > len(indices):
             given = lmu.convert_to_triplets(given, labels)
         return c_f.concatenate_indices_tuples(indices, given)  # type: ignore[no-any-return]
+
+    def _mine(self, x: Tensor, labels: Tensor, refs: Tensor, ref_labels: Tensor, own: Tensor | None) -> IndicesTuple:
+        """The pairs of the miner, or all, without those of a query and itself, its candidate ``own``."""
+        miner = self.miner
+        if isinstance(miner, RankingMiner):
+            return miner(x, labels, refs, ref_labels, own)  # type: ignore[no-any-return]
+        takes_easiest = isinstance(miner, BatchEasyHardMiner) and miner.pos_strategy == "easy"
+        if own is not None and takes_easiest and miner.allowed_pos_range is None:
+            given = f'{type(miner).__name__} has pos_strategy="easy", and the easiest positive of a query is itself'
+            raise InputError(f'{given}; give it pos_strategy="hard", or give a pml_drsl.miners.RankViolationMiner')
+        indices = miner(x, labels, refs, ref_labels) if miner else lmu.get_all_pairs_indices(labels, ref_labels)
+        if own is None:
+            return indices  # type: ignore[no-any-return]
+        keep = own[indices[0]] != indices[1]
+        number = 3 if len(indices) == 3 else 2
+        return (*(index[keep] for index in indices[:number]), *indices[number:])
 
     def _in_memory(self, indices: IndicesTuple) -> IndicesTuple:
         """Indices of the batch, with positives and negatives as indices of the memory. Anchors stay."""

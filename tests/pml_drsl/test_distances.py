@@ -15,7 +15,7 @@ from pytorch_metric_learning.distances import (
     SNRDistance,
 )
 
-from pml_drsl.distances import distance_matrix
+from pml_drsl.distances import distance_matrix, prepare
 
 
 def lp(p, power=1, normalize=True):
@@ -84,14 +84,13 @@ SOUND = [name for name in DISTANCES if "signal" not in name]  # an embedding wit
 
 @pytest.mark.parametrize("name", SOUND)
 def test_gradients_are_finite_for_identical_zero_and_large_embeddings(name):
-    size = 32  # torch.cdist takes another path above 25 rows
-    labels = torch.arange(size) // 4
-    directions = torch.nn.functional.normalize(torch.randn(size, 6, generator=torch.Generator().manual_seed(0)))
-    values = torch.ones(size, 6), torch.zeros(size, 6), 1e4 * directions, 1e-4 * directions
+    directions = torch.nn.functional.normalize(torch.randn(32, 6, generator=torch.Generator().manual_seed(0)))
+    values = torch.ones(32, 6), torch.zeros(32, 6), 1e4 * directions, 1e-4 * directions
     dtypes = torch.float64, torch.float32, torch.float16, torch.bfloat16
     for number, (value, dtype, fused) in enumerate(itertools.product(values, dtypes, (True, False))):
         bound_power = (None, 0.1)[(number // 2 + number // 8 + number) % 2]  # both for every value, type and path
-        x = value.clone().to(dtype)
+        size = (8, 32)[(number // 2 + number // 8) % 2]  # torch.cdist takes another path above 25 rows
+        x, labels = value[:size].to(dtype, copy=True), torch.arange(size) // 4
         x[: size // 2] *= 0.5
         x[3], x[5] = 0, x[4]
         x.requires_grad_()
@@ -159,7 +158,8 @@ def test_the_distance_matrix_is_that_of_pml(distance, fused):
         # Between equal vectors a matrix product leaves the root of its rounding, and no direction.
         weight = torch.rand(size, size, dtype=torch.float64) * (torch.cdist(x, x) > 1e-6)
         for ref in (None, torch.randn(5, 6, dtype=torch.float64, requires_grad=True)):
-            ours, pml = distance_matrix(distance, x, ref, fused), distance(x, ref)
+            prepared = (None if y is None else prepare(distance, y, fused) for y in (x, ref))
+            ours, pml = distance_matrix(distance, *prepared, fused), distance(x, ref)
             torch.testing.assert_close(-ours if distance.is_inverted else ours, pml, rtol=1e-12, atol=1e-7)
             weights = weight if ref is None else torch.rand(size, 5, dtype=torch.float64)
             inputs = [x] if ref is None else [x, ref]

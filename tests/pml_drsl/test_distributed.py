@@ -6,7 +6,7 @@ import torch
 from batches import make_batch, make_loss
 from pytorch_metric_learning.distances import LpDistance
 from pytorch_metric_learning.losses import ContrastiveLoss, SoftTripleLoss, TripletMarginLoss
-from pytorch_metric_learning.miners import DistanceWeightedMiner, TripletMarginMiner
+from pytorch_metric_learning.miners import BatchEasyHardMiner, DistanceWeightedMiner, TripletMarginMiner
 from pytorch_metric_learning.reducers import AvgNonZeroReducer, SumReducer
 from pytorch_metric_learning.regularizers import LpRegularizer
 from pytorch_metric_learning.utils import distributed as pml_distributed
@@ -30,6 +30,7 @@ MINERS = {
     "violations": lambda: RankViolationMiner(0.3),
     "budget": lambda: NegativeBudgetMiner(1, "semihard"),
     "triplets": lambda: TripletMarginMiner(0.3),
+    "easiest": BatchEasyHardMiner,  # It chooses the query itself, where that is among the references.
 }
 # (loss, miner, efficient, whether there are references: True, False or the batch "itself", sizes of the two shares)
 CASES = [

@@ -4,7 +4,6 @@ import pytest
 import torch
 from batches import make_loss
 from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
-from pytorch_metric_learning.losses import SupConLoss
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -59,10 +58,9 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_waits_no_more_often_than_supcon_with_its_statistics(name):
+def test_waits_once_with_its_statistics(name):
     x, labels = batch()
     found = waits(make_loss(**OPTIONS[name], collect_stats=True), x, labels)
-    assert len(found) <= len(waits(SupConLoss(), x, labels)) <= 6
     assert found == ["tolist"]  # the numbers of pairs, of queries, and of the largest class, together
 
 

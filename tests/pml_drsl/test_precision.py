@@ -46,10 +46,13 @@ class Watch(TorchDispatchMode):
 def test_the_loss_takes_its_products_in_full_precision_forward_and_backward(distance, with_ref):
     x, labels = make_batch(0, size=32, dtype=torch.float32)
     ref, ref_labels = make_batch(1, size=40, dtype=torch.float32) if with_ref else (None, None)
+    loss_fn = make_loss(0.1, distance=distance)
+    (wanted,) = torch.autograd.grad(loss_fn(x, labels, None, ref, ref_labels), x)
     with Watch() as watch, torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = make_loss(0.1, distance=distance)(x, labels, None, ref, ref_labels)
+        loss = loss_fn(x, labels, None, ref, ref_labels)
         number = len(watch.seen)
         loss.backward()
+    assert torch.equal(x.grad, wanted)
     assert 0 < number < len(watch.seen)
     assert {(precision, autocast) for _, precision, autocast in watch.seen} <= {("ieee", False), ("highest", False)}
 
