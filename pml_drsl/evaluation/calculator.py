@@ -13,10 +13,10 @@ from pytorch_metric_learning.utils.inference import CustomKNN, FaissKNN
 from torch import Tensor
 
 from pml_drsl.checks import InputError
-from pml_drsl.evaluation import JUNK, RANKS, Metric, SearchProtocol, Ties
+from pml_drsl.evaluation import JUNK, METRICS, RANKS, Metric, SearchProtocol, Ties
 from pml_drsl.evaluation.arrays import Array, Junk, Labels, number_identities
-from pml_drsl.evaluation.distances import FeatureDistances, as_features, squared_norms
-from pml_drsl.evaluation.ranking import SCORES, RankedQueries, rank_queries
+from pml_drsl.evaluation.distances import FeatureDistances, as_features, check_option, squared_norms
+from pml_drsl.evaluation.ranking import SCORES, RankedQueries, check_options, rank_queries
 from pml_drsl.evaluation.scores import without_junk
 
 REID_METRICS = (*SCORES, "cmc", *(f"rank_{k}" for k in RANKS))
@@ -48,7 +48,9 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
             (M,), or None for retrieval without cameras.
         metric, ties, protocol, max_rank, seed, junk: see ``pml_drsl.evaluation.scores.evaluate``.
         **kwargs: arguments of ``AccuracyCalculator``: ``avg_of_avgs``, ``return_per_class``, ``device`` and others, but
-            no ``label_comparison_fn`` (an InputError). PML raises a ValueError for an unknown metric.
+            no ``label_comparison_fn``. PML raises a ValueError for an unknown metric.
+
+    An InputError refuses options out of range, and cameras of queries or reference set alone.
     """
 
     def __init__(
@@ -70,6 +72,8 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
             raise InputError("label_comparison_fn is not supported: identities are compared for equality")
         if isinstance(kwargs.get("device"), str):
             kwargs["device"] = torch.device(kwargs["device"])
+        check_option("metric", metric, METRICS)
+        check_options(ties, protocol, query_cams is not None, reference_cams is not None, max_rank)
         self.metric, self.ties, self.protocol = metric, ties, protocol
         self.max_rank, self.seed, self.junk = max_rank, seed, junk
         for name in REID_METRICS:  # PML finds its metrics by the names of these attributes.

@@ -154,8 +154,9 @@ def as_features(features: Array, name: str) -> Tensor:
 
 def squared_norms(features: Tensor, name: str) -> Tensor:
     """Squared norms of features, shape (N,). An InputError if they are not finite, or squared distances overflow."""
-    with full_precision(features.device.type):
-        squares: Tensor = torch.linalg.vecdot(features, features)
+    parts = features.split(rows_per_chunk(features.shape[1]))
+    with full_precision(features.device.type):  # The products of all rows at once would be another copy of them.
+        squares = torch.cat([torch.linalg.vecdot(part, part) for part in parts])
     if not bool((4 * squares).isfinite().all()):  # A squared distance is at most four times the larger squared norm.
         bad = (~features.isfinite().all(dim=1)).nonzero()
         if len(bad):

@@ -106,13 +106,9 @@ def rank_queries(
             the result of one process with the same number of threads, bit for bit.
 
     An InputError refuses labels of a wrong shape or type, a single camera list, and unknown options."""
-    check_option("ties", ties, TIES)
-    check_option("protocol", protocol, PROTOCOLS)
+    check_options(ties, protocol, query_cams is not None, gallery_cams is not None)
     num_query, num_gallery = distances.num_query, distances.num_gallery
     ids = number_identities(query_ids, gallery_ids, num_query, num_gallery, junk)
-    if (query_cams is None) != (gallery_cams is None):
-        given, missing = ("gallery", "query") if query_cams is None else ("query", "gallery")
-        raise InputError(f"{given}_cams without {missing}_cams: give both, or neither to ignore cameras")
     cams = None
     if query_cams is not None and gallery_cams is not None:
         cams = shared_labels(query_cams, gallery_cams, num_query, num_gallery, "cams")
@@ -157,6 +153,17 @@ def rank_queries(
             raise InputError(why)
         warnings.warn(why, stacklevel=2)
     return ranked
+
+
+def check_options(ties: str, protocol: str, query_cams: bool, gallery_cams: bool, max_rank: int = 1) -> None:
+    """Raises InputError for an unknown option, a rank below 1, or cameras of queries or gallery alone."""
+    check_option("ties", ties, TIES)
+    check_option("protocol", protocol, PROTOCOLS)
+    if query_cams != gallery_cams:
+        given, missing = ("query", "gallery") if query_cams else ("gallery", "query")
+        raise InputError(f"{given}_cams without {missing}_cams: give both, or neither to ignore cameras")
+    if max_rank < 1:
+        raise InputError(f"max_rank={max_rank}: give a positive rank")
 
 
 def _rank_rows(
@@ -263,12 +270,13 @@ def _why_no_match(ids: tuple[Tensor, Tensor], ranked: RankedQueries, has_cams: b
     shared = int(torch.isin(ids[0][~ranked.is_junk], ids[1]).sum())
     message = f"none of the {len(ids[0])} queries has a match in the gallery of {len(ids[1])}"
     if bool(ranked.is_junk.all()):
-        return f"{message}: all queries have a junk identity, which is not scored; see the argument junk"
+        cure = "see the argument junk (drsl-evaluate --junk)"
+        return f"{message}: all queries have a junk identity, which is not scored; {cure}"
     if shared == 0:
         return f"{message}: no query identity occurs in the gallery; check that both use the same identity labels"
     message += f": the identities of {shared} occur there, but only as entries that the protocol leaves out"
     if not has_cams:
         return f"{message} (the query itself)" if with_query else message
     message += f" ({int(ranked.num_junk.sum())} entries of the query's identity and camera)"
-    cure = "check query_cams and gallery_cams, or leave both out"
+    cure = "check query_cams and gallery_cams, or leave both out (drsl-evaluate --no-cameras)"
     return f"{message}. A match must come from another camera than its query: {cure}"

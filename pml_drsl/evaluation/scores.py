@@ -14,7 +14,7 @@ from pml_drsl.checks import InputError
 from pml_drsl.evaluation import JUNK, RANKS, Metric, SearchProtocol, Ties, reranking
 from pml_drsl.evaluation.arrays import Array, Junk, Labels, label_array, number_identities, shared_labels
 from pml_drsl.evaluation.distances import DistanceRows, FeatureDistances, as_features
-from pml_drsl.evaluation.ranking import RankedQueries, rank_queries
+from pml_drsl.evaluation.ranking import RankedQueries, check_options, rank_queries
 
 __all__ = ["FeatureDistances", "RankedQueries", "RetrievalResult", "evaluate", "rank_queries", "summarize"]
 
@@ -125,10 +125,13 @@ def evaluate(
         progress: show a progress bar on stderr.
 
     An InputError refuses arguments out of range, NaN or infinity in features, and queries of which none has a match."""
+    check_options(ties, protocol, query_cams is not None, gallery_cams is not None, max_rank)
     distances: DistanceRows
+    is_junk, identities = None, label_array(query_ids)
     if rerank:  # Junk images would be neighbours of others.
         query, gallery = as_features(query, "query"), as_features(gallery, "gallery")
         numbers = number_identities(query_ids, gallery_ids, len(query), len(gallery), junk)
+        is_junk = numbers[0] < 0
         (query, gallery), (query_ids, gallery_ids), (query_cams, gallery_cams) = without_junk(
             numbers, (query, gallery), (query_ids, gallery_ids), (query_cams, gallery_cams)
         )
@@ -137,7 +140,26 @@ def evaluate(
         distances = FeatureDistances(query, gallery, metric, device=device)
     labels = query_ids, gallery_ids, query_cams, gallery_cams
     options: dict[str, Any] = {"ties": ties, "protocol": protocol, "seed": seed, "junk": junk, "chunk_size": chunk_size}
-    return summarize(rank_queries(distances, *labels, progress=progress, **options), max_rank)
+    ranked = rank_queries(distances, *labels, progress=progress, **options)
+    return summarize(ranked if is_junk is None else _of_all(ranked, is_junk, identities), max_rank)
+
+
+def _of_all(ranked: RankedQueries, is_junk: Tensor, identities: np.ndarray[Any, Any]) -> RankedQueries:
+    """The scores of all queries, of which those with a junk identity were left out: these have no match."""
+
+    def spread(values: Tensor, fill: float) -> Tensor:
+        return values.new_full((len(is_junk), *values.shape[1:]), fill).index_put_((~is_junk,), values)
+
+    return RankedQueries(
+        spread(ranked.average_precision, torch.nan),
+        spread(ranked.inverse_negative_penalty, torch.nan),
+        spread(ranked.first_places, torch.inf),
+        spread(ranked.num_positives, 0),
+        spread(ranked.num_junk, 0),
+        is_junk,
+        identities,
+        ranked.num_gallery,
+    )
 
 
 def without_junk(
@@ -154,7 +176,8 @@ def without_junk(
     for side, number, *columns in zip(("query", "gallery"), numbers, features, ids, cams, strict=True):
         kept = number >= 0
         if not bool(kept.any()):
-            raise InputError(f"all {side} images have a junk identity, which has no effect; see the argument junk")
+            cure = "see the argument junk (drsl-evaluate --junk)"
+            raise InputError(f"all {side} images have a junk identity, which has no effect; {cure}")
         sides.append(columns if bool(kept.all()) else [_select(kept, column) for column in columns])
     return tuple(zip(*sides, strict=True))  # type: ignore[return-value]
 

@@ -40,9 +40,17 @@ def with_cameras(search: dict[str, Any], **kwargs: Any) -> ReIDAccuracyCalculato
     return ReIDAccuracyCalculator(**cameras, device="cpu", **kwargs)
 
 
-def test_equals_evaluate(search: dict[str, Any]) -> None:
-    metrics = with_cameras(search, include=(*METRICS, "cmc"), max_rank=10).get_accuracy(*data(search))
-    expected = evaluate(**search, max_rank=20)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"metric": "cosine", "ties": "pessimistic"}, {"protocol": "single-gallery-shot", "seed": 3}],
+)
+def test_equals_evaluate(search: dict[str, Any], options: dict[str, Any]) -> None:
+    search |= {key: search[key].round() for key in ("query", "gallery")}  # Whole numbers, which tie.
+    metrics = with_cameras(search, include=(*METRICS, "cmc"), max_rank=10, **options).get_accuracy(*data(search))
+    expected = evaluate(**search, max_rank=20, **options)
+    for name in options:  # Each has an effect here.
+        without = {other: value for other, value in options.items() if other != name}
+        assert evaluate(**search, max_rank=20, **without) != expected, name
     assert metrics.keys() == METRICS | {"cmc"}
     assert (metrics["mAP"], metrics["mINP"]) == pytest.approx((expected.mAP, expected.mINP))
     assert [metrics[f"rank_{k}"] for k in (1, 5, 10, 20)] == pytest.approx([expected.rank(k) for k in (1, 5, 10, 20)])
@@ -130,6 +138,10 @@ def test_errors(search: dict[str, Any]) -> None:
         calculator.get_accuracy(search["query"], search["query_ids"], search["gallery"])
     with pytest.raises(ValueError, match="label_comparison_fn"):
         ReIDAccuracyCalculator(label_comparison_fn=torch.eq)
+    wrong: tuple[dict[str, Any], ...] = ({"metric": "cos"}, {"ties": "no"}, {"protocol": "cuhk"}, {"max_rank": 0})
+    for options in (*wrong, {"query_cams": [1]}):  # Before a tester extracts all features in vain.
+        with pytest.raises(ValueError, match=r"'cos'|'no'|'cuhk'|max_rank=0|query_cams without gallery_cams"):
+            ReIDAccuracyCalculator(**options)
     search["query"][0, 0] = torch.nan
     with pytest.raises(ValueError, match="1 of 20 query features"):
         calculator.get_accuracy(*data(search))
