@@ -145,8 +145,10 @@ def check_outputs(outputs: dict[str, str | None], inputs: Iterable[str | None]) 
     for option, path in outputs.items():
         if not path or path == "-":
             continue
-        if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
-            raise InputError(f"{option} {path}: that is not a file in a folder that exists")
+        if Path(path).is_dir():
+            raise InputError(f"{option} {path} is a folder: give the name of a file")
+        if not (folder := Path(path).parent).is_dir():
+            raise InputError(f"{option} {path}: there is no folder {str(folder)!r}: make it, or give another")
         for other, what in others.items():
             both = os.path.exists(path) and os.path.exists(other)
             if os.path.realpath(path) == other or (both and os.path.samefile(path, other)):

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pml_drsl.checks import InputError
+from pml_drsl.evaluation.arrays import check_text, csv_records
 from torchreid_ext.pixels import HEIF, SUFFIXES
 from torchreid_ext.pixels import is_image as is_image
 
@@ -118,7 +117,7 @@ def in_name(names: re.Pattern[str], name: str) -> tuple[str, str] | None:
 
 def named(path: str, names: re.Pattern[str]) -> Row:
     """An image with the identity and the camera in its path: in the file's name, or in it and the folders before it."""
-    parts = Path(os.path.abspath(path)).parts[1:]
+    parts = Path(path).relative_to(Path(path).anchor).parts
     for length in range(1, len(parts) + 1):
         if found := in_name(names, "/".join(parts[-length:])):
             return Row(path, *found)
@@ -194,83 +193,35 @@ def from_torchreid(dataset: Any) -> Table:
     return Table(list(rows))
 
 
-def read_csv(file: str, cameras: bool = True, junk: Collection[str] = JUNK) -> Table:
+def read_csv(file: str, cameras: bool | None = True, junk: Collection[str] = JUNK) -> Table:
     """The images that a CSV file names, in its order, without those of the identities ``junk``.
 
-    The file is UTF-8 text with the columns path, pid, camid (only where ``cameras`` are wanted) and split (train,
-    query or gallery), separated by commas, semicolons or tabs. Paths are relative to its folder, and may have been
-    written on Windows or a Mac. A path is there once, or as query and gallery. Raises InputError if a column, a value
-    or an image is missing, a split is unknown, a path is repeated, or the file is written in another way. The message
-    names the file, the line and the cure.
+    The file is UTF-8 text with the columns path, pid, camid and split (train, query or gallery), separated by commas,
+    semicolons or tabs. Cameras may be missing where ``cameras`` is None, and are ignored where it is False. Paths are
+    relative to the file's folder, and may have been written on Windows or a Mac. A path is there once, or as query and
+    gallery. Raises InputError if a column, a value or an image is missing, a split is unknown, a path is repeated, or
+    the file is written in another way. The message names the file, the line and the cure.
     """
     columns = [column for column in COLUMNS if cameras or column != "camid"]
     table, seen = Table(), dict[str, list[Row]]()
-    for at, values in _records(file, columns):
-        if empty := [column for column in columns if not values[column]]:
-            raise InputError(f"{at}: {empty[0]} is empty")
+    for at, values in csv_records(file, columns, ["camid"] if cameras is None else []):
         path, identity, split = values["path"], composed(values["pid"]), values["split"]
+        camera = composed(values.get("camid", ""))
         if split not in SPLITS:
             raise InputError(f"{at}: split={split!r} must be one of {', '.join(SPLITS)}")
-        _check_text(at, [identity, values.get("camid", ""), split])
+        check_text(at, [identity, camera, split])
         forms = (unicodedata.normalize(form, path.replace("\\", "/")) for form in ("NFC", "NFD"))
         places = [os.path.normpath(os.path.join(os.path.dirname(file), each)) for each in (path, *forms)]
         if (full := next(filter(os.path.isfile, places), None)) is None:
-            _check_text(at, [path])
+            check_text(at, [path])
             raise InputError(f"{at}: there is no file {places[0]}; paths are relative to the folder of the CSV")
         if identity in junk:
             table.leave_out("images of junk", path)
             continue
-        row = Row(full, identity, composed(values["camid"]) if cameras else "", split)
+        row = Row(full, identity, camera, split)
         twins = seen.setdefault(full, [])
         if twins and (twins[0][:3] != row[:3] or sorted(twin.split for twin in (*twins, row)) != ["gallery", "query"]):
             raise InputError(f"{at}: {path} is in the CSV twice: remove one of the lines")
         twins.append(row)
         table.rows.append(row)
     return table
-
-
-_AS_UTF8 = "save it as UTF-8 (in a spreadsheet program: CSV UTF-8, comma delimited)"
-
-
-def _records(file: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yields the place of every record of a CSV, for messages, and its values by column, stripped."""
-    data = Path(file).read_bytes()
-    if b"\0" in data:
-        line = data[: data.index(b"\0")].count(b"\n") + 1
-        raise InputError(f"{file}, line {line}: the text has zero bytes, as UTF-16 has: {_AS_UTF8}")
-    # Names of files may be no UTF-8; Python has its own way to keep them.
-    text = data.decode("utf-8-sig", "surrogateescape")
-    # Excel separates by semicolons where the decimal separator of the language is the comma.
-    separator = next((each for each in ",;\t" if each in text.partition("\n")[0]), ",")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
-    try:
-        head = [name.strip() for name in next(reader, [])]
-        _check_head(file, head, columns)
-        for cells in reader:
-            at = f"{file}, line {reader.line_num}"
-            if any(cell.strip() for cell in cells[len(head) :]):
-                counts = f"there are {len(cells)} values for {len(head)} columns"
-                raise InputError(f"{at}: {counts}: put a value that has {separator!r} between double quotes")
-            values = dict(zip(head, (cell.strip() for cell in cells), strict=False))
-            if any(values.values()):
-                yield at, {column: values.get(column, "") for column in columns}
-    except csv.Error as error:
-        raise InputError(f"{file}, line {reader.line_num}: {error}: correct the quotes of this line") from error
-
-
-def _check_head(file: str, head: Sequence[str], columns: Sequence[str]) -> None:
-    if not (missing := [column for column in columns if column not in head]):
-        return
-    wanted = ",".join(columns)
-    cure = f"the first line must name {wanted}"
-    if {name.lower() for name in head} >= set(columns):
-        cure = f"write the names of the columns in lower case: {wanted}"
-    raise InputError(f"{file}, line 1: the file has no column {missing[0]!r}: {cure}")
-
-
-def _check_text(at: str, values: Iterable[str]) -> None:
-    """Raises InputError for a value that is not UTF-8."""
-    for value in values:
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            shown = value.encode("utf-8", "surrogateescape").decode("latin-1")
-            raise InputError(f"{at}: {shown!r} is not UTF-8 but perhaps Latin-1: {_AS_UTF8}")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import difflib
+import io
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -89,57 +90,84 @@ def read_npy(paths: Sequence[str], ids: str | None) -> dict[str, Any]:
             raise InputError(f"{path} is an .npz file, which names its arrays: give an .npy file")
         if data[side].ndim != 2 or len(data[side]) == 0:
             raise InputError(f"{path} has shape {list(data[side].shape)}: give [images, dimensions]")
-    for side, rows in _read_csv(ids).items():
+    for side, rows in _read_ids(ids).items():
         if len(rows) != len(data[side]):
             raise InputError(f"{ids} has {len(rows)} {side} lines for {len(data[side])} {side} features")
         data |= zip((f"{side}_ids", f"{side}_cams"), np.array(rows, dtype=str).T, strict=False)
     return data
 
 
-def _read_csv(path: str) -> dict[str, list[list[str]]]:
-    """The identity, and the camera if there is one, of each line of the two sets. UTF-8 may have a byte order mark."""
-    content = Path(path).read_bytes()
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content:
-        raise InputError(f"{path}, line 1: the file is UTF-16, or not text: save it as CSV in UTF-8")
+def _read_ids(path: str) -> dict[str, list[list[str]]]:
+    """The identity, and the camera if there is one, of each line of the two sets; InputError for any other line."""
     labels: dict[str, list[list[str]]] = {"query": [], "gallery": []}
-    columns: list[str] = []
-    try:
-        reader = csv.reader(content.decode("utf-8-sig").splitlines(keepends=True), strict=True)
-        for values in reader:
-            values = [value.strip() for value in values]
-            where, row = f"{path}, line {reader.line_num}", dict(zip(columns, values, strict=False))
-            if not any(values):
-                continue
-            if not columns:
-                columns = _checked_header(where, values)
-            elif len(values) != len(columns) or "" in values or row["set"] not in labels:
-                fault = f"{','.join(values)!r} is not {','.join(columns)} with set query or gallery"
-                raise InputError(f"{where}: {fault}: correct the line")
-            else:
-                labels[row["set"]].append([row[name] for name in COLUMNS[1:] if name in row])
-    except UnicodeDecodeError as error:
-        line, byte = content[: error.start].count(b"\n") + 1, content[error.start]
-        cure = "save the file as CSV in UTF-8, or convert it (iconv -f latin1 -t utf-8)"
-        raise InputError(f"{path}, line {line}: the byte 0x{byte:02x} is not UTF-8: {cure}") from error
-    except csv.Error as error:
-        cure = "write plain values, without quotes and line breaks"
-        raise InputError(f"{path}, line {reader.line_num}: {error}: {cure}") from error
-    if not columns:
-        raise InputError(f"{path} is empty: line 1 must be set,id,camera")
+    for at, row in csv_records(path, COLUMNS[:2], COLUMNS[2:]):
+        check_text(at, row.values())
+        if row["set"] not in labels:
+            raise InputError(f"{at}: set={row['set']!r} must be query or gallery")
+        if row.get("camera") == "":
+            raise InputError(f"{at}: camera is empty")
+        labels[row["set"]].append([row[name] for name in COLUMNS[1:] if name in row])
     return labels
 
 
-def _checked_header(where: str, columns: list[str]) -> list[str]:
-    known, header = (sorted(COLUMNS), sorted(COLUMNS[:2])), ",".join(columns)
-    if sorted(columns) in known:
-        return columns
-    cure = "it needs set,id,camera, or set,id without cameras"
-    for separator, name in ((";", "semicolons"), ("\t", "tabs")):
-        if separator in header:
-            cure = f"it has {name} between its columns: save the file with commas"
-    if sorted(map(str.lower, columns)) in known:
-        cure = f"write it in small letters, {header.lower()}"
-    raise InputError(f"{where}: the header is {header!r}: {cure}")
+_AS_UTF8 = "save it as UTF-8 (in a spreadsheet program: CSV UTF-8, comma delimited)"
+
+
+def csv_records(path: str, needed: Sequence[str], optional: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields the place of every line of a CSV file, for messages, and its values in the columns that are ``needed`` or
+    ``optional``, stripped.
+
+    The file is UTF-8 text, whose first line names the columns; commas, semicolons or tabs separate them. Lines without
+    any value, and other columns, are left out. Names of files may hold bytes that are no UTF-8; :func:`check_text`
+    refuses them elsewhere. Raises InputError if a needed column, or a value in it, is missing, the name of an optional
+    column is misspelt, or the file is written in another way. The message names the file, the line and the cure."""
+    data = Path(path).read_bytes()
+    if b"\0" in data:
+        line = data[: data.index(b"\0")].count(b"\n") + 1
+        raise InputError(f"{path}, line {line}: the text has zero bytes, as UTF-16 has: {_AS_UTF8}")
+    text = data.decode("utf-8-sig", "surrogateescape")
+    # Excel separates by semicolons where the decimal separator of the language is the comma.
+    separator = next((each for each in ",;\t" if each in text.partition("\n")[0]), ",")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
+    try:
+        head = [name.strip() for name in next(reader, [])]
+        _check_head(f"{path}, line 1", head, needed, optional)
+        for cells in reader:
+            at = f"{path}, line {reader.line_num}"
+            if any(cell.strip() for cell in cells[len(head) :]):
+                counts = f"there are {len(cells)} values for {len(head)} columns"
+                raise InputError(f"{at}: {counts}: put a value that has {separator!r} between double quotes")
+            values = dict(zip(head, (cell.strip() for cell in cells), strict=False))
+            if not any(values.values()):
+                continue
+            if empty := [name for name in needed if not values.get(name)]:
+                raise InputError(f"{at}: {empty[0]} is empty")
+            yield at, {name: values.get(name, "") for name in (*needed, *optional) if name in head}
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: {error}: correct the quotes of this line") from error
+
+
+def _check_head(at: str, head: Sequence[str], needed: Sequence[str], optional: Sequence[str]) -> None:
+    if missing := [name for name in needed if name not in head]:
+        wanted = ",".join(needed)
+        cure = f"the first line must name {wanted}" + "".join(f", and may name {name}" for name in optional)
+        if {name.lower() for name in head} >= set(needed):
+            cure = f"write the names of the columns in lower case: {wanted}"
+        raise InputError(f"{at}: the file has no column {missing[0]!r}: {cure}")
+    for name in (*needed, *optional):
+        if head.count(name) > 1:
+            raise InputError(f"{at}: the file has two columns {name!r}: rename or remove one")
+        # Ignoring a misspelt column would silently ignore the cameras.
+        if name not in head and (near := [other for other in head if other.lower()[:3] == name[:3]]):
+            raise InputError(f"{at}: the file has a column {near[0]!r} and no {name!r}: rename or remove it")
+
+
+def check_text(at: str, values: Iterable[str]) -> None:
+    """Raises InputError for a value of :func:`csv_records` that is not UTF-8."""
+    for value in values:
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            shown = value.encode("utf-8", "surrogateescape").decode("latin-1")
+            raise InputError(f"{at}: {shown!r} is not UTF-8 but perhaps Latin-1: {_AS_UTF8}")
 
 
 def label_array(labels: Labels) -> NumpyArray:

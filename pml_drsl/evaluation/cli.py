@@ -8,7 +8,8 @@ Give the features in one of two forms:
           np.savez("features.npz", query=..., gallery=..., query_ids=..., gallery_ids=..., query_cams=..., ...)
 
   drsl-evaluate QUERY.npy GALLERY.npy --ids IDS.csv
-      IDS.csv has a header, and then one line for each row of the two arrays, in the same order:
+      IDS.csv has a header, and then one line for each row of the two arrays, in the same order,
+      with commas, semicolons or tabs between the columns:
           set,id,camera
           query,17,1
           gallery,17,2
@@ -17,7 +18,6 @@ Give the features in one of two forms:
 Gallery images with the query's identity and camera are removed. Without cameras, nothing is removed but the query's
 own image, where the file has query_paths and gallery_paths, as drsl-extract writes them. Images with the identity -1
 are junk, and have no effect; --junk names others. The distractors of Market-1501, identity 0, stay.
-The exit status is 0, or 2 for bad input, which is explained on stderr.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def test_bad_input_is_one_line(
     cases = [
         (["--sizes", "6"], "--sizes 6: give multiples of 4"),
         (["--dims", "0"], "--dims 0: give a number above 0"),
-        (["--csv", str(tmp_path / "no" / "s.csv")], "not a file in a folder"),
+        (["--csv", str(tmp_path / "no" / "s.csv")], "there is no folder"),
         *([] if HAS_CUDA else [(["--device", "cuda"], "finds no CUDA device")]),
     ]
     monkeypatch.setitem(sys.modules, "pandas", None)

@@ -46,6 +46,7 @@ def test_ordinary_photos_carry_no_identity() -> None:
         (r"(?P<identity>[^/]+)/(?:(?P<camera>\d+)-)?.*", "photos/anna/x.png", "anna", ""),
         (r"(?P<identity>[a-z]*)\d+\..*", "photos/12.png", "", ""),
         ("veri", "anna/hall_1.png", "", ""),
+        ("folder", "1.png", "", ""),
     ],
 )
 def test_names_carry_what_the_user_says(names: str, path: str, identity: str, camera: str) -> None:
@@ -58,7 +59,9 @@ def test_wrong_names_are_refused(names: str, words: str) -> None:
         images.pattern(names, "--names")
 
 
-def test_a_folder_counts_and_names_what_it_leaves_out(tmp_path: Path) -> None:
+def test_a_folder_counts_and_names_what_it_leaves_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "HEIF", ())  # As without pillow-heif.
+    monkeypatch.setattr("torchreid_ext.pixels.SUFFIXES", (".jpg", ".png"))
     for name in ("anna/1.jpg", "anna/2.JPG", "-1/3.png", ".hidden/4.png", "anna/@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg"):
         draw(tmp_path / name)
     for name in ("IMG_1.HEIC", "clip.gif", "notes.txt"):
@@ -81,7 +84,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def read(folder: Path, data: bytes, cameras: bool = True) -> list[tuple[str, ...]]:
+def read(folder: Path, data: bytes, cameras: bool | None = True) -> list[tuple[str, ...]]:
     (folder / "list.csv").write_bytes(data)
     table = images.read_csv(str(folder / "list.csv"), cameras)
     return [(Path(row.path).name, *row[1:]) for row in table.rows]
@@ -94,7 +97,12 @@ def test_good_files(folder: Path) -> None:
         assert read(folder, changed.encode()) == expected
     for changed in (GOOD.replace(",", ";"), GOOD.replace(",", "\t"), GOOD.replace("\n", "\n,,,\n", 3)):
         assert read(folder, changed.encode()) == expected
-    assert read(folder, b"path,pid,split\na.png,7,train\n", cameras=False) == [("a.png", "7", "", "train")]
+    for cameras in (False, None):
+        assert read(folder, b"path,pid,split\na.png,7,train\n", cameras) == [("a.png", "7", "", "train")]
+    unknown = [expected[0], ("b.png", "8", "", "query"), expected[2]]
+    assert read(folder, GOOD.replace("8,2,", "8,,").encode(), None) == unknown
+    no_cameras = read(folder, GOOD.replace("camid", "Camera").encode(), False)
+    assert no_cameras == [(*row[:2], "", row[3]) for row in expected]
     assert read(folder, 'split,pid,path,x,camid\ntrain,"Zoë, A.",a.png,,1'.encode()) == [
         ("a.png", "Zoë, A.", "1", "train")
     ]
@@ -114,12 +122,20 @@ def test_good_files(folder: Path) -> None:
         (GOOD.replace("b.png", "a.png").encode(), "line 3: a.png is in the CSV twice"),
         (GOOD.replace(",2,", ",,").encode(), "line 3: camid is empty"),
         (GOOD.encode() + b'"' + b"x" * 200_000, "line 6: field larger than"),
+        (GOOD.encode() + b'c.png,8,3,"gallery\n', "line 6: unexpected end of data: correct the quotes"),
+        (GOOD.replace("split", "split,pid").encode(), "line 1: .*two columns 'pid'"),
         (b"", "line 1: the file has no column 'path'"),
     ],
 )
 def test_other_files_are_explained_with_file_line_and_cure(folder: Path, data: bytes, words: str) -> None:
     with pytest.raises(InputError, match=f"list.csv, {words}"):
         read(folder, data)
+
+
+@pytest.mark.parametrize("name", ["CamId", "camera", "cam"])
+def test_a_misspelt_column_does_not_leave_the_cameras_out(folder: Path, name: str) -> None:
+    with pytest.raises(InputError, match=f"line 1: .*a column '{name}' and no 'camid'"):
+        read(folder, GOOD.replace("camid", name).encode(), None)
 
 
 @pytest.mark.parametrize("on_disk", ["NFC", "NFD"])

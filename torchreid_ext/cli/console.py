@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import textwrap
+from collections.abc import Iterable
 
-from pml_drsl.console import version
+from pml_drsl import console
+from pml_drsl.checks import InputError
 from pml_drsl.machine import available_cores
 
 EXIT_STATUS = "\n\nexit status: 0; 2 for bad input, which is explained on stderr; 130 for Ctrl-C"
@@ -20,7 +23,7 @@ def parser(name: str, description: str | None, examples: str) -> argparse.Argume
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = made.add_argument
-    add("--version", action="version", version=f"{name} {version()}")
+    add("--version", action="version", version=f"{name} {console.version()}")
     add("checkpoint", metavar="CHECKPOINT",
         help="for example log/demo/model/model-best.pth.tar, or the folder of a run, whose best checkpoint is "
         "taken")  # fmt: skip
@@ -28,8 +31,9 @@ def parser(name: str, description: str | None, examples: str) -> argparse.Argume
         help="network of a checkpoint that holds no configuration, such as weights of torchreid's zoo: "
         "osnet_x0_25")  # fmt: skip
     add("--config-file", metavar="FILE",
-        help="the YAML file that this network was trained with, for a checkpoint that holds no configuration; its "
-        "model.bnneck and model.last_stride must fit the weights")  # fmt: skip
+        help="the YAML file that this network was trained with, for a checkpoint that holds no configuration: "
+        "model.bnneck must fit the weights, and model.last_stride must be that of the training, which nothing can "
+        "check")  # fmt: skip
     return made
 
 
@@ -44,3 +48,15 @@ def add_device(made: argparse.ArgumentParser) -> None:
     add("--names", default="market", metavar="KIND",
         help="how names carry identities and cameras: market (0002_c1s1_000451_03.jpg), folder (anna/hall_1.jpg), "
         "msmt17, veri, or a regular expression with the groups identity and camera (%(default)s)")  # fmt: skip
+
+
+def check_outputs(outputs: dict[str, str | None], inputs: Iterable[str | None]) -> None:
+    """Refuses files to write as :func:`pml_drsl.console.check_outputs` does, and those with the name of an image, which
+    a folder, a list or an index may hold."""
+    from torchreid_ext.pixels import is_image
+
+    console.check_outputs(outputs, inputs)
+    for option, path in outputs.items():
+        # Of a link, the target would be written.
+        if path and is_image(target := os.path.realpath(path)):
+            raise InputError(f"{option} {path} would write {target!r}, which has the name of an image: give another")

@@ -17,6 +17,7 @@ from pml_drsl.checks import InputError
 from pml_drsl.console import check_outputs, guarded, say, write_text
 from pml_drsl.evaluation import cli
 from pml_drsl.machine import available_cores
+from torchreid_ext.cli import console
 
 RUNS = """
 Give runs of drsl-train in the place of files, to compare them, or to see why one fails:
@@ -34,8 +35,7 @@ Give runs of drsl-train in the place of files, to compare them, or to see why on
 
 EXAMPLES = """  drsl-evaluate log/demo --errors
   drsl-evaluate features.npz --metric cosine --errors --html errors.html
-  drsl-evaluate log/market1501 log/msmt17 --csv table.csv
-"""
+  drsl-evaluate log/market1501 log/msmt17 --csv table.csv"""
 
 FILES = ("metrics.json", "config.yaml")
 
@@ -43,7 +43,7 @@ FILES = ("metrics.json", "config.yaml")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status, which :func:`pml_drsl.console.guarded` explains."""
     parser = cli.parser()
-    parser.description, parser.epilog = f"{parser.description}{RUNS}", f"{parser.epilog}{EXAMPLES}"
+    parser.description, parser.epilog = f"{parser.description}{RUNS}", f"{parser.epilog}{EXAMPLES}{console.EXIT_STATUS}"
     parser.usage = "drsl-evaluate [options] FEATURES.npz | QUERY.npy GALLERY.npy | RUN [RUN2 ...]"
     add = parser.add_argument_group("runs of drsl-train").add_argument
     add("--errors", action="store_true", help="write a page that shows why a search fails")
@@ -60,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     work, takes, where = cli.run, set(vars(args)) - {"html", "csv", "root"}, "feature files"
     if args.errors:
-        work, takes, where = _errors, {"errors", "html", "junk", "device"}, "--errors"
-        takes |= {"ids", "metric", "no_cameras"} if _holds_features(args) else {"root"}
+        work, takes, where = _errors, {"errors", "html", "junk"}, "--errors"
+        takes |= {"ids", "metric", "no_cameras"} if _holds_features(args) else {"root", "device"}
     elif any(Path(name).is_dir() for name in args.features):
         work, takes, where = _compare, {"csv"}, "runs without --errors"
     for name, value in vars(args).items():
@@ -81,7 +81,7 @@ def _errors(args: argparse.Namespace) -> None:
     from torchreid_ext.search.model import NoConfiguration, load_model
     from torchreid_ext.search.sources import test_images
 
-    check_outputs({"--html": args.html}, [*args.features, args.ids])
+    console.check_outputs({"--html": args.html}, [*args.features, args.ids])
     if _holds_features(args):
         data, metric = cli.read(args), args.metric
         held = load_arrays(args.features[0]) if len(args.features) == 1 else {}
@@ -96,7 +96,7 @@ def _errors(args: argparse.Namespace) -> None:
             unknown = f"checkpoint {args.features[0]!r} holds no configuration, so its test images are unknown"
             raise InputError(f"{unknown}: {cure}") from error
         metric, table = model.metric, test_images(model.config, args.root, model.people)
-        check_outputs({"--html": args.html}, [model.path, *(row.path for row in table.rows)])
+        check_outputs({"--html": args.html}, [model.path])
         data, paths, workers = dict[str, Any](), [], min(4, available_cores())
         for side, rows in (("query", table.query), ("gallery", table.gallery)):
             found = extract_files(model, rows, workers=workers, skip_damaged=True, description=side)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from pml_drsl.console import check_outputs, guarded, say
+from pml_drsl.console import guarded, say
 from torchreid_ext.cli import console
 
 EXAMPLES = """
@@ -43,12 +43,11 @@ def run(args: argparse.Namespace) -> None:
     from torchreid_ext.search.sources import list_queries
 
     checkpoint = find_checkpoint(args.checkpoint)
-    check_outputs({"OUTPUT": args.output}, [checkpoint, args.config_file])
+    console.check_outputs({"OUTPUT": args.output}, [checkpoint, args.config_file, args.images])
     model = load_model(checkpoint, args.config_file, "cpu", args.model)
     images = None
     if args.images:
         paths = [row.path for row in list_queries([args.images])]
-        check_outputs({"OUTPUT": args.output}, paths)
         # Evenly over the folder, so that they show different people.
         images = paths[:: max(1, len(paths) // COMPARED)][:COMPARED]
     comparison = export(model, args.output, args.normalise, images)

@@ -4,9 +4,10 @@ The checkpoint of a run says which network it is, and how images are resized and
 need the name of the network: --model osnet_x0_25. A SOURCE is one of these:
 
   FOLDER      with the folders query and bounding_box_test, as in Market-1501, or one of these two folders
-  FOLDER      of images in any folders below it; where the names of all of them carry identities and cameras, as --names
-              says, the first image of each identity and camera is a query, and all are gallery images
-  FILE.csv    with the columns path,pid,camid,split; images of the split train are left out
+  FOLDER      of images in any folders below it; where the names of all of them carry identities, as --names says, the
+              first image of each identity and camera is a query, and all are gallery images. An image without a camera
+              has one of its own, so that it is a query
+  FILE.csv    with the columns path,pid,camid,split; images of the split train are left out, and a camera may be missing
   FILE.jpg    or any other image: a gallery image
 
 Without a SOURCE, the test images of the run itself are taken: those of its first target, or of its validation
@@ -23,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pml_drsl.checks import InputError
-from pml_drsl.console import check_outputs, guarded, say
+from pml_drsl.console import guarded, say
 from torchreid_ext.cli import console
 
 EXAMPLES = """
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     from torchreid_ext.runtime import distributed
     from torchreid_ext.search.features import ExtractedSet, extract_files, write_features
     from torchreid_ext.search.model import load_model
-    from torchreid_ext.search.sources import list_sources, test_images
+    from torchreid_ext.search.sources import list_sources, shown, test_images
 
     if Path(args.output).suffix != ".npz":
         raise InputError(f"--output {args.output}: the name of the file must end in .npz")
@@ -66,13 +67,12 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("weights that --model names have no run, and so no test images: give a SOURCE")
     with distributed.joined(args.device != "cpu"):
         model = load_model(args.checkpoint, args.config_file, args.device, args.model)
-        check_outputs({"--output": args.output}, [model.path, args.config_file, *args.sources])
+        console.check_outputs({"--output": args.output}, [model.path, args.config_file, *args.sources])
         table = (
             list_sources(args.sources, args.names, args.cameras)
             if args.sources
             else test_images(model.config, args.root, model.people)
         )
-        check_outputs({"--output": args.output}, [row.path for row in table.rows])
         if table.left_out:
             say(table.about_left_out())
         given = {option: getattr(args, option) for option in ("batch_size", "workers", "skip_damaged")}
@@ -83,16 +83,20 @@ def run(args: argparse.Namespace) -> None:
         labelled = distributed.is_first() and write_features(args.output, model, sets)
         for reason in (reason for part in sets.values() for reason in part.damaged):
             say(f"left out: {reason}")
+        rows = [row for part in sets.values() for row in part.entries]
         counts = " and ".join(f"{len(part.entries)} {name}" for name, part in sets.items())
         dim = next(iter(sets.values())).features.shape[1]
         say(f"{counts} features of {dim} dimensions are in {args.output!r}")
         if labelled:
-            cameras = sorted({row.camera for part in sets.values() for row in part.entries} - {""})
+            cameras = sorted({row.camera for row in rows} - {""})
             if cameras:
                 say(f"Cameras: {', '.join(cameras) if len(cameras) < 9 else len(cameras)}")
             say(f"Scores: drsl-evaluate {args.output} --metric {model.metric}")
+        elif unknown := [shown(row.path) for row in rows if not row.identity]:
+            about = f"no identity is known for {len(unknown):,} of {len(rows):,} images, the first being {unknown[0]!r}"
+            say(f"There are no scores to compute: {about}: leave them out, or say with --names who they are")
         else:
-            say("There are no scores to compute: that needs query and gallery images, and the identities of all")
+            say("There are no scores to compute: that needs query and gallery images")
 
 
 if __name__ == "__main__":

@@ -19,16 +19,15 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from pml_drsl.checks import InputError
-from pml_drsl.console import check_outputs, guarded, say, write_text
+from pml_drsl.console import guarded, say, write_text
 from torchreid_ext.cli import console
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from torchreid_ext.images import Row
+    from torchreid_ext.search.features import ExtractedSet
     from torchreid_ext.search.searcher import Searcher
 
 PART = 1000  # new images after which an index is written, so that a damaged image, or Ctrl-C, loses no others
@@ -65,8 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="another index than the exact one, a string of faiss.index_factory: 'IVF1024,Flat;nprobe=32'")  # fmt: skip
     add("--serve", nargs="?", type=int, const=7861, metavar="PORT",
         help="look photos up on a page of this machine, at this port (%(const)s; 0 for a free one)")  # fmt: skip
-    add("--host", default="127.0.0.1",
-        help="address of the page; 0.0.0.0 lets everybody in the network search (%(default)s)")  # fmt: skip
+    add("--host", help="address of the page; 0.0.0.0 lets everybody in the network search (127.0.0.1)")
     console.add_device(parser)
     args = parser.parse_args(arguments)
     extra = "reid" if args.serve is None else "reid,serve"
@@ -82,8 +80,8 @@ def run(args: argparse.Namespace) -> None:
     from torchreid_ext.search.serve import listen, serve
 
     # A port that is in use ends the command before the gallery is read.
-    with listen(args.host, args.serve) as listener:
-        searcher, _, _ = _opened(args, sys.stdout)
+    with listen(args.host or "127.0.0.1", args.serve) as listener:
+        searcher, _ = _opened(args, sys.stdout)
         serve(listener, searcher, args.rerank, args.top)
 
 
@@ -92,11 +90,14 @@ def _search(args: argparse.Namespace) -> None:
     from torchreid_ext.search import searcher as search
 
     out = sys.stderr if args.json == "-" else sys.stdout  # Text for people goes to stderr where stdout is JSON.
-    searcher, queries, features = _opened(args, out)
-    if features is None:
+    searcher, asked = _opened(args, out)
+    if asked is None:
         return
+    # A query that the gallery holds is of whom the gallery says: the gallery's folders may carry identities.
+    known = {entry.path: entry for entry in searcher.gallery.entries if entry.identity}
+    queries = [known.get(query.path, query) for query in asked.entries]
     # Two more, because the gallery may hold the query's own image, and a link to it.
-    found = search.others(queries, searcher.search_features(features, args.top + 2, args.rerank), args.top)
+    found = search.others(queries, searcher.search_features(asked.features, args.top + 2, args.rerank), args.top)
     rows = search.rankings(queries, args.crop, found)
     caption = search.caption(searcher, args.rerank)
     page = f"\n\nThe page to look at is {str(write_pages(args.html, rows, caption)[0])!r}" if args.html else ""
@@ -105,7 +106,7 @@ def _search(args: argparse.Namespace) -> None:
         write_text(args.json, json.dumps(search.as_dict(searcher, rows, args.rerank), indent=2) + "\n")
 
 
-def _opened(args: argparse.Namespace, out: TextIO) -> tuple[Searcher, list[Row], Tensor | None]:
+def _opened(args: argparse.Namespace, out: TextIO) -> tuple[Searcher, ExtractedSet | None]:
     """The searcher with its gallery, which is kept if --index says so, and the queries with their features, if any."""
     from torchreid_ext.runtime.files import locked
     from torchreid_ext.search.searcher import Searcher
@@ -118,24 +119,42 @@ def _opened(args: argparse.Namespace, out: TextIO) -> tuple[Searcher, list[Row],
         given = {name: getattr(args, name) for name in options}
         searcher = Searcher(args.checkpoint, index=kept, **given)
         queries = [absolute(row) for row in list_queries(args.query, args.names)]
-        _check_outputs(args, [entry.path for entry in (*queries, *searcher.gallery.entries)])
-        features = searcher.extract([query.path for query in queries], args.crop) if queries else None
+        asked = _extracted(args, searcher, queries, out, description="queries", crop=args.crop) if queries else None
         changed = _update(args, searcher, out)
-        # A query that the gallery holds is of whom the gallery says: the gallery's folders may carry identities.
-        known = {entry.path: entry for entry in searcher.gallery.entries if entry.identity}
-        queries = [known.get(query.path, query) for query in queries]
         if changes and (changed or kept is None):
             searcher.gallery.save(args.index)
             say(f"The index of {len(searcher):,} images is in {args.index!r}", out)
-    return searcher, queries, features
+    return searcher, asked
+
+
+def _extracted(
+    args: argparse.Namespace, searcher: Searcher, entries: Sequence[Row], out: TextIO, **options: Any
+) -> ExtractedSet:
+    """The images with their features, as ``extract_files`` gives them; those that cannot be read are named."""
+    from torchreid_ext.search.features import extract_files
+
+    given = {name: getattr(args, name) for name in ("batch_size", "workers", "skip_damaged")}
+    read = extract_files(searcher.model, entries, **given, **options)
+    for reason in read.damaged:
+        say(f"left out: {reason}", out)
+    return read
 
 
 def _check(args: argparse.Namespace) -> None:
     """Raises InputError for options that cannot go together, before any work is done."""
+    from torchreid_ext.search.model import find_checkpoint
+
     if args.serve is not None and (args.query or args.crop or args.html or args.json):
         raise InputError("--serve searches on its page: leave out --query, --crop, --html and --json")
-    if not args.query and not args.index and args.serve is None:
-        raise InputError("there is nothing to do: give --query IMAGE or --serve, or --index FILE to make an index")
+    if args.host and args.serve is None:
+        raise InputError("--host is the address of the page: give --serve too")
+    if not args.query and args.serve is None:
+        if not (args.index and (args.gallery or args.remove or args.prune)):
+            change = "--index FILE with --gallery, --remove or --prune"
+            raise InputError(f"there is nothing to do: give --query IMAGE, --serve, or {change}")
+        for option in ("html", "json", "crop", "rerank"):
+            if getattr(args, option):
+                raise InputError(f"--{option} is for a search: give --query IMAGE too, or leave it out")
     if not args.gallery and not (args.index and Path(args.index).is_file()):
         at = f"; the index {args.index!r} does not exist" if args.index else ""
         raise InputError(f"there is no gallery to search: give --gallery FOLDER{at}")
@@ -144,20 +163,14 @@ def _check(args: argparse.Namespace) -> None:
             raise InputError(f"--{option} removes images from an index: give --index FILE")
     if args.top < 1:
         raise InputError(f"--top {args.top}: give 1 or more")
-    _check_outputs(args, [*args.query, *args.gallery])
-
-
-def _check_outputs(args: argparse.Namespace, inputs: Sequence[str]) -> None:
-    from torchreid_ext.search.model import find_checkpoint
-
     outputs = {"--index": args.index, "--json": args.json, "--html": args.html}
-    check_outputs(outputs, [find_checkpoint(args.checkpoint), args.config_file, *inputs])
+    console.check_outputs(outputs, [find_checkpoint(args.checkpoint), args.config_file, *args.query, *args.gallery])
 
 
 def _update(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
     """Removes and adds images of the gallery; returns whether anything changed."""
     from torchreid_ext.images import Row, Table, pattern, spelt
-    from torchreid_ext.search.features import extract_files, read_gallery
+    from torchreid_ext.search.features import read_gallery
     from torchreid_ext.search.sources import absolute, list_sources
 
     changed = bool(args.remove)
@@ -170,11 +183,11 @@ def _update(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
     listed, left_out = list[Row](), Table()
     for source in args.gallery:
         if source.lower().endswith(".npz"):
-            known = read_gallery(source, searcher.model)
+            held = read_gallery(source, searcher.model)
             carried = pattern(args.names, "--names")
-            places = {absolute(spelt(entry, carried)): row for row, entry in enumerate(known.entries)}
+            places = {absolute(spelt(entry, carried)): row for row, entry in enumerate(held.entries)}
             new = [entry for entry in places if entry.path not in searcher.gallery]
-            searcher.gallery.add(new, known.features[[places[entry] for entry in new]])
+            searcher.gallery.add(new, held.features[[places[entry] for entry in new]])
             changed |= bool(new)
         else:
             table = list_sources([source], args.names)
@@ -182,23 +195,20 @@ def _update(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
             left_out.leave_out_all(table)
     if left_out.left_out:
         say(left_out.about_left_out(), out)
-    # An image may be given twice, by itself and with its folder.
-    entries = list({entry.path: entry for entry in listed if entry.path not in searcher.gallery}.values())
-    if not entries:
-        return changed
-    _check_outputs(args, [entry.path for entry in entries])
-    given = {name: getattr(args, name) for name in ("batch_size", "workers", "skip_damaged")}
+    # An image may be given twice, by itself and with its folder, which may alone say whom it shows.
+    known = {entry.path: entry for entry in listed if entry.identity}
+    fresh = {entry.path: known.get(entry.path, entry) for entry in listed if entry.path not in searcher.gallery}
+    entries = list(fresh.values())
+    changed |= bool(entries)
     while entries:
         progress = f"gallery, {len(entries):,} images left"
         # The whole index is written after every part: parts that grow with it keep the time for this short.
         size = max(PART, len(searcher) // 10) if args.index else len(entries)
         part, entries = entries[:size], entries[size:]
         others = bool(entries or len(searcher))
-        read = extract_files(searcher.model, part, may_be_empty=others, description=progress, **given)
-        for reason in read.damaged:
-            say(f"left out: {reason}", out)
+        read = _extracted(args, searcher, part, out, may_be_empty=others, description=progress)
         if read.entries:
             searcher.gallery.add(read.entries, read.features)
         if read.entries and entries:
             searcher.gallery.save(args.index)
-    return True
+    return changed

@@ -20,6 +20,7 @@ from pml_drsl.console import replacing
 from pml_drsl.evaluation.arrays import load_arrays
 from pml_drsl.evaluation.ranking import share
 from torchreid_ext.evaluation.extraction import Samples, gather_samples
+from torchreid_ext.evaluation.page import Box
 from torchreid_ext.images import Row, composed
 from torchreid_ext.runtime import distributed
 from torchreid_ext.search.model import Preprocessing, TrainedModel
@@ -43,15 +44,15 @@ class ExtractedSet:
 class _Files(Dataset[Any]):
     """Images from files; one that cannot be read is given as the reason why."""
 
-    def __init__(self, paths: Sequence[str], preprocessing: Preprocessing) -> None:
-        self.paths, self.preprocessing = list(paths), preprocessing
+    def __init__(self, paths: Sequence[str], preprocessing: Preprocessing, crop: Box | None) -> None:
+        self.paths, self.preprocessing, self.crop = list(paths), preprocessing, crop
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
         try:
-            return index, self.preprocessing(self.paths[index])
+            return index, self.preprocessing(self.paths[index], self.crop)
         except InputError as error:
             return index, str(error)
 
@@ -70,6 +71,7 @@ def extract_files(
     *,
     batch_size: int | None = None,
     workers: int = 0,
+    crop: Box | None = None,
     skip_damaged: bool = False,
     may_be_empty: bool = False,
     description: str = "features",
@@ -80,7 +82,8 @@ def extract_files(
 
     Args:
         batch_size: images in a batch; None for ``test.batch_size`` of the model's configuration.
-        workers: loading processes, >= 0.
+        workers: loading processes, >= 0; a single batch needs none.
+        crop: left, top, right and bottom in pixels of the part of each image to use.
         skip_damaged: leave out an image that cannot be read, instead of raising an InputError.
         may_be_empty: return no features, instead of raising an InputError, where none can be read.
         description: what stands before the progress bar.
@@ -93,8 +96,9 @@ def extract_files(
     group = distributed.group()
     if group is not None:
         batches = batches[share(len(batches), group)]
-    files = _Files([entry.path for entry in entries], Preprocessing(model.config))
-    loader = DataLoader(files, batch_sampler=batches, num_workers=min(workers, len(batches)), collate_fn=_collated)
+    files = _Files([entry.path for entry in entries], Preprocessing(model.config), crop)
+    workers = min(workers, len(batches)) if len(batches) > 1 else 0
+    loader = DataLoader(files, batch_sampler=batches, num_workers=workers, collate_fn=_collated)
     damaged: list[str] = []
 
     def extract() -> Samples | None:

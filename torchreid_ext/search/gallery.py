@@ -126,7 +126,7 @@ class Gallery:
             raise InputError("the gallery is empty: there is no index to write")
         target = os.path.realpath(path)
         folder = os.path.join(os.path.dirname(target), "")
-        about = {"version": 2, "fingerprint": self.model.fingerprint, "metric": self._index.metric, "kind": self.kind}
+        about = {"fingerprint": self.model.fingerprint, "metric": self._index.metric, "kind": self.kind}
         rows = [[row.path.removeprefix(folder), *row[1:3], row.path.startswith(folder)] for row in self.entries]
         settings, entries = (np.frombuffer(json.dumps(value).encode(), np.uint8) for value in (about, rows))
         if self._read is not None and self._read[0] == target and self._read[1] != file_stamp(target):

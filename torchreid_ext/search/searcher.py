@@ -17,7 +17,7 @@ from torchreid_ext.images import Row, named, pattern
 from torchreid_ext.runtime.files import locked
 from torchreid_ext.search.gallery import Gallery
 from torchreid_ext.search.model import ImageLike, Preprocessing, as_list, load_model
-from torchreid_ext.search.sources import DEFAULT_NAMES, absolute, shown
+from torchreid_ext.search.sources import DEFAULT_NAMES, resolved, shown
 
 _SAME: dict[str, bool | None] = {"right": True, "wrong": False, "": None}
 _WORDS = {"right": "same", "wrong": "other", "": ""}
@@ -114,7 +114,8 @@ class Searcher:
         if names is None:
             if not all(isinstance(image, (str, os.PathLike)) for image in given):
                 raise InputError("images that are not paths need names: give as many names as images")
-            entries = [absolute(named(os.fspath(image), carried)) for image in given]  # type: ignore[arg-type]
+            paths = [os.fspath(image) for image in given]  # type: ignore[arg-type]
+            entries = [named(os.path.abspath(path), carried)._replace(path=resolved(path)) for path in paths]
         else:
             entries = [named(name, carried) for name in ([names] if isinstance(names, str) else names)]
         if len(entries) != len(given):

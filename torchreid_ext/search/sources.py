@@ -51,16 +51,16 @@ def _relative(path: str, folder: str = os.curdir) -> str:
 def list_sources(sources: Sequence[str], names: str = DEFAULT_NAMES, cameras: bool = True) -> Table:
     """The test images of folders, CSV files and image files together, named as ``torchreid_ext.images.pattern`` says.
 
-    A CSV file, of :func:`torchreid_ext.images.read_csv`, gives its test images. A folder may have Market-1501's
-    layout (``query`` and ``bounding_box_test``), be one of these two, or hold images in any folders below it. Where
-    the identities of all such images are known, the first of each identity and camera is a query too; an image whose
-    camera is not known has one of its own. An image file is of the gallery. Without ``cameras``, no camera is known.
-    Raises InputError for a source that is missing, has no image, or names an image as another source does."""
+    A CSV file, of :func:`torchreid_ext.images.read_csv`, gives its test images; it may lack cameras. A folder may have
+    Market-1501's layout (``query`` and ``bounding_box_test``), be one of these two, or hold images in any folders below
+    it. Where the identities of all such images are known, the first of each identity and camera is a query too; an
+    image whose camera is not known has one of its own. An image file is of the gallery. Without ``cameras``, no camera
+    is known. Raises InputError for a source that is missing, has no image, or names an image as another source does."""
     carried = images.pattern(names, "--names")
     table, origin = Table(), dict[tuple[str, str], str]()
     for source in sources:
         if os.path.isfile(source) and images.is_image(source):
-            table.rows.append(images.named(source, carried)._replace(split="gallery"))
+            table.rows.append(images.named(os.path.abspath(source), carried)._replace(path=source, split="gallery"))
             continue
         found = _listed(source, carried, cameras)
         for row in found.rows:
@@ -98,7 +98,7 @@ def _listed(source: str, names: re.Pattern[str], cameras: bool = True) -> Table:
     if os.path.isfile(source):
         if not source.lower().endswith(".csv"):
             raise InputError(f"{source!r} is neither a folder, nor an image, nor a CSV file")
-        table = images.read_csv(os.path.abspath(source), cameras)
+        table = images.read_csv(os.path.abspath(source), None if cameras else False)
         table.rows = [row for row in table.rows if row.split != "train"]
         if not table.rows:
             raise InputError(f"{source!r} lists no image with the split query or gallery")

@@ -81,8 +81,9 @@ def test_no_image_is_its_own_match_where_paths_are_known(tmp_path: Path, arrays:
 @pytest.mark.parametrize("header", ["set,id,camera", "camera,set,id", "set,id"])
 def test_npy_and_csv(tmp_path: Path, arrays: dict[str, Any], header: str) -> None:
     query, gallery, ids = save_npy(tmp_path, arrays, header)
-    if header == "set,id":  # as spreadsheets write UTF-8
-        Path(ids).write_bytes(b"\xef\xbb\xbf" + Path(ids).read_bytes().replace(b"\n", b"\r\n"))
+    if header == "set,id":  # as spreadsheets write UTF-8, some with semicolons
+        changed = Path(ids).read_bytes().replace(b"\n", b"\r\n").replace(b",", b";")
+        Path(ids).write_bytes(b"\xef\xbb\xbf" + changed)
     scores = tmp_path / "scores.json"
     assert main([query, gallery, "--ids", ids, "--json", str(scores)]) == 0
     if "camera" not in header:
@@ -138,24 +139,30 @@ def test_bad_input_is_one_line(tmp_path: Path, arrays: dict[str, Any], capsys: p
         (lambda: [*npz(), "--ids", ids], "--ids goes with"),
         (lambda: [*npz(), "--ranks", "0"], "--ranks 0"),
         (lambda: [*npz(), "--seed", "-5"], "--seed -5"),
-        (lambda: [*npz(), "--json", str(tmp_path / "no" / "s.json")], "not a file in a folder that exists"),
+        (lambda: [*npz(), "--json", str(tmp_path / "no" / "s.json")], "/no': make it"),
         ([query, gallery], "need --ids"),
         ([query, gallery, gallery], "3 feature files"),
         (lambda: [*npz(), "--json", npz()[0]], "would overwrite the input"),
         ([query, gallery, "--ids", ids, "--json", str(tmp_path / "." / "gallery.npy")], "would overwrite the input"),
-        (lambda: [*npz(), "--json", str(tmp_path)], "not a file in a folder that exists"),
+        (lambda: [*npz(), "--json", str(tmp_path)], "is a folder: give the name of a file"),
         (lambda: [*npz(), "--junk", "nobody"], "give integers"),
         ([query, "f.npz".join([str(tmp_path) + "/", ""]), "--ids", ids], "is an .npz file"),
         ([gallery, query, "--ids", ids], "12 query lines for 40 query features"),
-        ([query, gallery, "--ids", bad_csv], "line 3: 'train,2,1'"),
-        ([query, gallery, "--ids", text("head.csv", b"id,cam\n")], "header is 'id,cam'"),
-        ([query, gallery, "--ids", text("empty.csv", b"")], "empty.csv is empty"),
-        ([query, gallery, "--ids", text("16.csv", rows.encode("utf-16"))], "16.csv, line 1: the file is UTF-16"),
-        ([query, gallery, "--ids", text("1.csv", (rows + "query,é,1").encode("latin-1"))], "line 54: the byte 0xe9"),
-        ([query, gallery, "--ids", text("s.csv", rows.replace(",", ";").encode())], "line 1: the header"),
-        ([query, gallery, "--ids", text("s.csv", rows.replace(",", ";").encode())], "save the file with commas"),
-        ([query, gallery, "--ids", text("t.csv", rows.replace(",", "\t").encode())], "it has tabs"),
-        ([query, gallery, "--ids", text("c.csv", rows.replace("set,id", "Set,ID").encode())], "small letters, set,id"),
+        ([query, gallery, "--ids", bad_csv], "line 3: set='train' must be query or gallery"),
+        (
+            [query, gallery, "--ids", text("head.csv", b"id,cam\n")],
+            "no column 'set': the first line must name set,id, and may",
+        ),
+        ([query, gallery, "--ids", text("cam.csv", b"set,id,cam\n")], "a column 'cam' and no 'camera'"),
+        ([query, gallery, "--ids", text("two.csv", b"set,id,id\n")], "two columns 'id'"),
+        ([query, gallery, "--ids", text("no.csv", (rows + "query,1,").encode())], "line 54: camera is empty"),
+        ([query, gallery, "--ids", text("empty.csv", b"")], "empty.csv, line 1: the file has no column 'set'"),
+        (
+            [query, gallery, "--ids", text("16.csv", rows.encode("utf-16"))],
+            "16.csv, line 1: the text has zero bytes, as UTF-16",
+        ),
+        ([query, gallery, "--ids", text("1.csv", (rows + "query,é,1").encode("latin-1"))], "line 54: 'é' is not UTF-8"),
+        ([query, gallery, "--ids", text("c.csv", rows.replace("set,id", "Set,ID").encode())], "lower case: set,id"),
         ([query, gallery, "--ids", text("q.csv", (rows + 'query,"1,1').encode())], "q.csv, line"),
     ]
     for arguments, message in cases:
@@ -170,7 +177,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert exit_.value.code == 0
     output = capsys.readouterr().out
-    assert "np.savez" in output and "set,id,camera" in output and "examples:" in output
+    assert "np.savez" in output and "set,id,camera" in output and "examples:" in output and "130 for Ctrl-C" in output
 
 
 def test_a_programming_error_keeps_its_traceback(

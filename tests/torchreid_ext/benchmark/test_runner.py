@@ -27,6 +27,7 @@ SCRIPT = """
 import json, sys, time
 from pathlib import Path
 words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+assert words["model.resume"] == "auto"
 folder = Path(words["data.save_dir"])
 if words["train.seed"] == "1":
     sys.exit("first line\\ndrsl-train: seed 1 does not work")
@@ -124,6 +125,8 @@ def test_a_run_that_fails_is_told_in_a_line_and_stops_no_other(script, tmp_path,
     (told,) = [line for line in capsys.readouterr().err.splitlines() if "failed" in line]
     assert "demo.yaml, drsl, seed 1 failed: seed 1 does not work" in told
     assert [line["seed"] for line in grid.read_results(results)] == [0]
+    # Repeated, it goes on in the folder that was kept.
+    assert runner.run_all(planned([1, 0]), results, 1, kept) == 1
     assert len(list(kept.glob("demo-drsl-*/run.yaml"))) == 2
 
 
@@ -251,13 +254,13 @@ TUNE = ["tune", str(DEMO), "--results", "r", "--losses", "drsl", "--output"]
         (["run", str(DEMO), "--results", "r", "--losses", "drls"], "did you mean 'drsl'"),
         (["tune", str(DEMO), "--results", "r"], "--output"),
         (["tune", str(DEMO), "--results", "r", "--output", "t", "--losses", "drsl"], "data.validation"),
-        ([*TUNE, "no/t.yaml"], "--output no/t.yaml: that is not a file in a folder that exists"),
+        ([*TUNE, "no/t.yaml"], "--output no/t.yaml: there is no folder 'no'"),
         ([*TUNE, str(DEMO)], "would overwrite the input"),
         ([*TUNE, str(DEMO.parent / "losses.yaml")], "would overwrite the input"),
         ([*TUNE, "r"], "would overwrite the file of --results"),
         (["report", "none.jsonl"], "does not exist"),
         (["report", "none.jsonl", "--figure", "page.abc"], "page.abc: its suffix must be one of"),
-        (["report", "none.jsonl", "--output", "no/page.md"], "that is not a file in a folder that exists"),
+        (["report", "none.jsonl", "--output", "no/page.md"], "there is no folder 'no'"),
     ],
 )
 def test_wrong_words_are_explained_in_a_line(words, message, capsys, tmp_path, monkeypatch):

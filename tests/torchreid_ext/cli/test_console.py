@@ -31,6 +31,7 @@ print(sorted({"torch", "torchreid", "numpy", "PIL"} & set(sys.modules)))
 def test_help_does_not_load_torch():
     done = subprocess.run([sys.executable, "-c", HELP], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0 and done.stdout.endswith("\n[]\n"), done.stdout[-500:] + done.stderr
+    assert done.stdout.count("130 for Ctrl-C") == 4
 
 
 @pytest.mark.parametrize("command", [search, extract, export, evaluate])

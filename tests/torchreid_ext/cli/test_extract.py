@@ -182,3 +182,16 @@ def test_cameras_in_names_are_said_and_can_be_left_out(any_model, tmp_path, caps
             assert ("query_cams" in file) == arrays and len(file["query"]) == (2 if arrays else 3)
     assert extract.main([words[0], *words[4:], "--no-cameras"]) == 2
     assert "--no-cameras is for a SOURCE" in complaint(capsys)
+
+
+def test_what_keeps_scores_from_being_computed_is_named(any_model, tmp_path, capsys):
+    for name in ("anna/1.png", "ben/1.png", "group.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (16, 32)).save(tmp_path / name)
+    for source, why in (
+        (tmp_path, f"no identity is known for 1 of 3 images, the first being {str(tmp_path / 'group.png')!r}"),
+        (tmp_path / "anna" / "1.png", "that needs query and gallery images\n"),
+    ):
+        words = [str(any_model), str(source), "--names", "folder", "--output", str(tmp_path / "f.npz")]
+        assert extract.main(words) == 0
+        assert f"There are no scores to compute: {why}" in capsys.readouterr().out

@@ -56,7 +56,9 @@ def complaint(capsys):
 
 def test_text_json_and_python_agree(model, photos, tmp_path, capsys):
     query = photos / "pérson 2" / "cam0_<1>&.png"
-    assert run(model, "--gallery", photos, "--query", query, "--top", 3, "--json", tmp_path / "r.json") == 0
+    # The photos below a folder of one person have an identity by the folder above it alone.
+    both = ["--gallery", photos, photos / "pérson 2"]
+    assert run(model, *both, "--query", query, "--top", 3, "--json", tmp_path / "r.json") == 0
     out = capsys.readouterr().out
     found = json.loads((tmp_path / "r.json").read_text())
     (asked,) = found["queries"]
@@ -216,6 +218,36 @@ def test_a_damaged_image_loses_only_its_part_of_the_index(model, photos, tmp_pat
     assert read == [str(gallery / f"{number}.png") for number in range(2 * (damaged // 2), 5)]
 
 
+def test_a_damaged_query_is_left_out_where_that_is_asked_for(model, photos, tmp_path, capsys):
+    queries = tmp_path / "queries"
+    shutil.copytree(photos / "pérson 2", queries)
+    (queries / "damaged.png").write_text("no image")
+    words = [model, "--gallery", photos, "--query", queries, "--json", "-"]
+    assert run(*words) == 2
+    assert "--skip-damaged" in complaint(capsys)
+    assert run(*words, "--skip-damaged") == 0
+    printed = capsys.readouterr()
+    asked = [Path(query["path"]).name for query in json.loads(printed.out)["queries"]]
+    assert asked == sorted(path.name for path in (photos / "pérson 2").iterdir())
+    assert "left out: cannot read image" in printed.err and "damaged.png" in printed.err
+
+
+def test_what_only_a_search_takes_is_refused_without_a_query(model, photos, tmp_path, capsys):
+    making = [model, "--gallery", photos, "--index", tmp_path / "index"]
+    for words in (
+        ["--html", tmp_path / "p.html"],
+        ["--json", tmp_path / "r.json"],
+        ["--crop", 0, 0, 1, 1],
+        ["--rerank"],
+        ["--host", "0.0.0.0"],
+    ):
+        assert run(*making, *words) == 2
+        assert f"{words[0]} is " in complaint(capsys) and not list(tmp_path.iterdir())
+    (tmp_path / "index").write_text("an index")
+    assert run(model, "--index", tmp_path / "index") == 2
+    assert "nothing to do" in complaint(capsys)
+
+
 def start(*words, **options):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | options.pop("env", {})
     words = [sys.executable, "-W", "ignore", "-c", SEARCH, *map(str, words), "--device", "cpu"]
@@ -308,19 +340,20 @@ def test_nothing_that_is_read_is_overwritten(model, photos, tmp_path, capsys):
     assert run(model, "--index", tmp_path / "index", "--gallery", gallery) == 0
     capsys.readouterr()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    both = ["--gallery", gallery, "--query", query]
-    for words in (
-        [*both, "--html", query],
-        [*both, "--json", own],
-        [*both, "--html", picture],
-        [*both, "--json", tmp_path / "link"],
-        [*both, "--index", query],
-        [*both, "--json", tmp_path / "new", "--html", tmp_path / "new"],
-        ["--index", tmp_path / "index", "--query", query, "--json", tmp_path / "index"],
-        ["--index", tmp_path / "index", "--query", query, "--html", picture],
+    both, image = ["--gallery", gallery, "--query", query], "has the name of an image"
+    for words, message in (
+        ([*both, "--html", query], "would overwrite"),
+        ([*both, "--json", own], "would overwrite"),
+        ([*both, "--html", picture], image),
+        ([*both, "--json", tmp_path / "link"], image),
+        ([*both, "--html", tmp_path / "new.JPG"], image),
+        ([*both, "--index", query], "would overwrite"),
+        ([*both, "--json", tmp_path / "new", "--html", tmp_path / "new"], "would overwrite"),
+        (["--index", tmp_path / "index", "--query", query, "--json", tmp_path / "index"], "would overwrite"),
+        (["--index", tmp_path / "index", "--query", query, "--html", picture], image),
     ):
         assert run(own, *words) == 2
-        assert "would overwrite" in complaint(capsys)
+        assert message in complaint(capsys)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 

@@ -94,7 +94,7 @@ def test_images_of_the_user(plain, tmp_path, capsys):
     [
         ("model.txt", [], "must end in .onnx"),
         ("model.onnx", ["--model", "nonsense"], "nonsense"),
-        ("nowhere/model.onnx", [], "folder that exists"),
+        ("nowhere/model.onnx", [], "there is no folder"),
         ("model.onnx", ["--images", "nowhere"], "cannot read image 'nowhere'"),
     ],
 )
@@ -134,3 +134,7 @@ def test_the_checkpoint_and_the_images_are_not_overwritten(plain, tmp_path, caps
     checkpoint.write_bytes(plain.read_bytes())
     assert command.main([str(checkpoint), str(checkpoint)]) == 2
     assert "would overwrite" in capsys.readouterr().err and checkpoint.read_bytes() == plain.read_bytes()
+    Image.new("RGB", (16, 32)).save(tmp_path / "photo.png")
+    (tmp_path / "link.onnx").symlink_to(tmp_path / "photo.png")
+    assert command.main([str(checkpoint), str(tmp_path / "link.onnx"), "--images", str(tmp_path)]) == 2
+    assert "has the name of an image" in capsys.readouterr().err

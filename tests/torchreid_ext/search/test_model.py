@@ -113,7 +113,7 @@ def test_weights_of_the_zoo_need_only_the_name_of_the_network(tmp_path, capsys, 
     assert f"taking {name} with images of {size[0]} x {size[1]} pixels" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"give --model NAME.*or --config-file FILE"):
         load_model(tmp_path / "zoo.pth")
-    with pytest.raises(InputError, match="is not of 'resnet18'"):
+    with pytest.raises(InputError, match="does not hold the weights of 'resnet18'"):
         load_model(tmp_path / "zoo.pth", model="resnet18")
 
 
@@ -132,7 +132,7 @@ def test_a_checkpoint_of_torchreids_needs_a_config_file(tmp_path):
     with pytest.raises(InputError, match=r"holds no configuration.*--config-file"):
         load_model(tmp_path / "host.pth")
     config.write_text("model: {name: osnet_x0_5}\n")
-    with pytest.raises(InputError, match="is not of 'osnet_x0_5'"):
+    with pytest.raises(InputError, match="does not hold the weights of 'osnet_x0_5'"):
         load_model(tmp_path / "host.pth", config)
     config.write_text("model: {name: osnet_x0_25, bnneck: True}\n")
     with pytest.raises(InputError, match=r"weights are missing.*classifier\.neck"):

@@ -52,7 +52,7 @@ def test_the_ranking_is_that_of_the_features(searcher, model, paths):
             assert abs(expected[paths[8:].index(match.name)] - match.distance) < 1e-6
 
 
-def test_names_carry_identity_and_camera_where_the_user_says_so(searcher, model, paths):
+def test_names_carry_identity_and_camera_where_the_user_says_so(searcher, model, paths, monkeypatch):
     picture = Image.open(paths[0])
     names = ["Zoë/hall_1.png", "0002_c3s1_000451_03.jpg", "Downloads/IMG_2034.jpg"]
     searcher.add([picture, np.array(picture), picture], names)
@@ -61,6 +61,15 @@ def test_names_carry_identity_and_camera_where_the_user_says_so(searcher, model,
     by_folder = Searcher(model, device="cpu", names="folder")
     by_folder.add(picture, names[:1])
     assert by_folder.search(picture)[0][0].identity == "Zoë"
+    # The folders above a file may name a person; a name that was given is all there is.
+    monkeypatch.chdir(os.path.dirname(paths[0]))
+    by_folder.add(picture, "1.jpg")
+    by_folder.add(os.path.basename(paths[0]))
+    assert {(m.name, m.identity) for m in by_folder.search(picture)[0][:3]} == {
+        ("Zoë/hall_1.png", "Zoë"),
+        ("1.jpg", ""),
+        (paths[0], "images"),
+    }
     with pytest.raises(InputError, match="need names"):
         searcher.add(picture)
     for names in (["a", "b"], []):

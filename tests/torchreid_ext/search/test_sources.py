@@ -61,6 +61,11 @@ def test_a_csv_file(tmp_path):
     (tmp_path / "list.csv").write_text("path,pid,camid,split\na.png,1,1,query\nb.png,1,2,gallery\nc.png,2,1,train\n")
     images = list_sources([str(tmp_path / "list.csv")])
     assert short(images.query) == [("a.png", "1", "1")] and short(images.gallery) == [("b.png", "1", "2")]
+    # A list that trains with ``cameras: none``.
+    (tmp_path / "list.csv").write_text("path,pid,split\na.png,1,query\nb.png,1,gallery\nc.png,2,train\n")
+    images = list_sources([str(tmp_path / "list.csv")])
+    assert short(images.query) == [("a.png", "1", "")] and short(images.gallery) == [("b.png", "1", "")]
+    assert short(list_queries([str(tmp_path / "list.csv")])) == [("a.png", "1", "")]
     (tmp_path / "list.csv").write_text("path,pid,camid,split\nc.png,2,1,train\n")
     with pytest.raises(InputError, match="no image with the split query or gallery"):
         list_sources([str(tmp_path / "list.csv")])
@@ -94,12 +99,14 @@ def test_two_galleries_with_the_same_names_are_refused(tmp_path):
     assert len(list_sources([str(tmp_path)]).gallery) == 2
 
 
-def test_files_are_a_gallery(tmp_path):
+def test_files_are_a_gallery(tmp_path, monkeypatch):
     folder = draw(tmp_path / "anna", "hall_1.png", "hall_2.png")
     files = [os.path.join(folder, name) for name in ("hall_1.png", "hall_2.png")]
     table = list_sources(files, "folder")
     assert short(table.gallery) == [("hall_1.png", "anna", "hall"), ("hall_2.png", "anna", "hall")] and not table.query
     assert [row.path for row in list_queries(files)] == files
+    monkeypatch.chdir(folder)
+    assert list_sources(["hall_1.png"], "folder").gallery == [("hall_1.png", "anna", "hall", "gallery")]
 
 
 def test_folders_above_a_query_are_no_identity(tmp_path, monkeypatch):
