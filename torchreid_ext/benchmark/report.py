@@ -26,9 +26,6 @@ SCORES = ("mAP", "rank-1", "mINP")
 COMPARED = {"mAP": "AP", "rank-1": "hit"}
 """The scores that are compared, and the scores of each query whose means they are."""
 
-DRAWS = ("data.root", "data.split_id", "datasets")
-"""The keys whose values may be other test people. The labels do not show it, because each split counts from 0."""
-
 WITH_SPLITS = ("cuhk01", "cuhk03", "grid", "ilids", "ilidsvid", "prid", "prid2011", "viper")
 """The data sets of torchreid whose people ``data.split_id`` draws; it has no effect on any other."""
 
@@ -94,11 +91,13 @@ class Section:
         return pd.DataFrame(rows, columns=["loss", "score", "mean", "low", "high", "p", "seeds"])
 
     def _people(self, line: dict[str, Any]) -> tuple[Any, ...]:
-        """What differs between seeds that test on other people, and not between seeds that test on the same people."""
-        configuration, varied = line["configuration"], line.get("varied", {})
+        """What differs between seeds that test on other people, and not between seeds that test on the same people.
+        The labels alone do not show it, because each split counts its people from 0."""
+        configuration = line["configuration"]
         drawn = configuration["data.sources"] if configuration.get("data.validation") else [self.target]
-        without = set() if {*drawn} & {*WITH_SPLITS} else {"data.split_id"}
-        draws = [varied.get(key) for key in DRAWS if key not in without]
+        splits = ["data.split_id."] if {*drawn} & {*WITH_SPLITS} else []
+        keys = ("data.root.", *splits, *(f"datasets.{name}." for name in drawn))
+        draws = [str(configuration.get(key)) for key in line.get("varied", ()) if f"{key}.".startswith(keys)]
         return tuple(sorted(line["results"][self.target]["identity"])), *draws
 
     def _paired(self, ours: dict[str, Any], theirs: dict[str, Any], score: str) -> tuple[list[float], list[int]]:
@@ -118,7 +117,7 @@ def sections(results: Sequence[Mapping[str, Any]], losses: Sequence[str] | None 
     of several configurations, which a changed default makes, only those of the newest count. The title names the
     starting weights where another has the same title."""
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for line in results:
+    for line in map(_with_varied, results):
         if losses is None or line["loss"] in losses:
             for target in line["results"]:
                 groups.setdefault((target, *_recipe(line)), []).append(line)
@@ -128,6 +127,19 @@ def sections(results: Sequence[Mapping[str, Any]], losses: Sequence[str] | None 
         replace(section, changes=_changes(lines[0])) if titles.count(section.title) > 1 else section
         for section, lines in zip(found, groups.values(), strict=True)
     ]
+
+
+def _with_varied(line: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The line, with each varied key in its configuration as a key of its own: ``datasets.mine.seed``, say, is taken
+    out of the value of ``datasets.mine``. Then this value is the same for all seeds."""
+    configuration = dict(line["configuration"])
+    for varied in line.get("varied", ()):
+        for key, options in line["configuration"].items():
+            name = varied.removeprefix(f"{key}.").split(".")[0]
+            if varied.startswith(f"{key}.") and name in options:
+                configuration[key] = {other: value for other, value in configuration[key].items() if other != name}
+                configuration[varied] = options[name]
+    return {**line, "configuration": configuration}
 
 
 def _recipe(line: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -228,10 +240,10 @@ def _check_name(name: str, known: Collection[str]) -> None:
 
 
 def insert(path: Path, text: str) -> None:
-    """Writes a report to a file; where the file has the two comments ``BEGIN`` and ``END``, between them alone. Raises
-    InputError if the file has only one of them."""
-    content = path.read_text(encoding="utf-8") if path.exists() else f"{BEGIN}\n{END}\n"
-    before, begin, rest = content.partition(BEGIN)
+    """Writes a report to a new or empty file, or between the two comments ``BEGIN`` and ``END`` of a file. Raises
+    InputError if a file that holds text lacks one of them."""
+    content = path.read_text(encoding="utf-8") if path.exists() else ""
+    before, begin, rest = (content or f"{BEGIN}\n{END}\n").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise InputError(f"{path} needs the lines {BEGIN} and {END}, between which the report goes")

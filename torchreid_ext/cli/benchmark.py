@@ -86,7 +86,7 @@ def _grid(words: Sequence[str], command: str, text: str) -> tuple[argparse.Names
     add("--losses-file", type=Path, metavar="FILE", help="default: losses.yaml beside the first CONFIG")
     seeds = 3 if command == "run" else 1
     add("--seeds", type=int, default=seeds, metavar="N", help="seeds 0 to N - 1 (default: %(default)s)")
-    add("--vary", nargs="+", action="append", default=[], metavar="KEY_VALUES",
+    add("--vary", nargs="+", action="append", default=[], metavar=("KEY VALUE", "VALUE"),
         help="a key and its value for each seed: data.split_id 0 2 4")  # fmt: skip
     add("--results", type=Path, required=True, metavar="FILE",
         help="JSON lines; runs that are in this file already are not made again")  # fmt: skip
@@ -115,11 +115,12 @@ def _grid(words: Sequence[str], command: str, text: str) -> tuple[argparse.Names
 
 def _report(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("drsl-benchmark report", description="Tables and figures of results.")
-    parser.add_argument("results", nargs="+", type=Path, metavar="FILE.jsonl")
+    parser.add_argument("results", nargs="+", type=Path, metavar="FILE.jsonl",
+                        help="results of drsl-benchmark run; a .gz file too")  # fmt: skip
     parser.add_argument("--losses", nargs="+", metavar="NAME", help="losses to report; default: all")
     parser.add_argument("--reference", metavar="NAME", help="loss to compare the others with; default: drsl")
-    parser.add_argument("--output", metavar="FILE.md",
-                        help="page to write to, between its two comments if it has them; default: print")  # fmt: skip
+    page = "a new page, or one with the two comments, between which the report goes; default: print"
+    parser.add_argument("--output", metavar="FILE.md", help=page)
     parser.add_argument("--figure", metavar="FILE.png", help="figure to draw")
     args = parser.parse_args(words)
     check_outputs({"--output": args.output, "--figure": args.figure}, map(str, args.results))

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pml_drsl.checks import InputError
+from pml_drsl.checks import InputError, is_real
 from torchreid_ext import images
 from torchreid_ext.images import JUNK, Row, Table
 from torchreid_ext.runtime.options import Options, documented, option
@@ -53,7 +53,8 @@ class SetOptions(Options):
         for each in fields(self):
             value, setting = getattr(self, each.name), each.metadata["setting"]
             kind = setting.kind or type(setting.default)
-            if type(value) is not kind and not (value is None and setting.kind):
+            whole = kind is float and type(value) is int  # Its range is checked below.
+            if type(value) is not kind and not whole and not (value is None and setting.kind):
                 wanted = {list: "a list, such as [a, b]", str: "a string", int: "a whole number", float: "a number"}
                 raise InputError(f"{each.name} takes {wanted[kind]}, got {value!r}")
         super().__post_init__()
@@ -73,7 +74,7 @@ def make_options(name: str, given: Mapping[str, Any]) -> SetOptions:
     where = f"datasets.{name}"
     if not isinstance(given, Mapping):
         raise InputError(f"{where}={given!r} must be a mapping of options, such as {{folder: images}}")
-    values = {k: [str(each) for each in v] if isinstance(v, (list, tuple)) else v for k, v in given.items()}
+    values = {key: _with_text(key, value) for key, value in given.items()}
     for key in ("train", "test", "junk", "query_cameras"):  # Names of folders stay as they are on the disk.
         if isinstance(values.get(key), list):
             values[key] = [*map(images.composed, values[key])]
@@ -100,6 +101,13 @@ def make_options(name: str, given: Mapping[str, Any]) -> SetOptions:
         lacking = f"{where}.pattern={options.pattern!r} has no group camera"
         raise InputError(f"{lacking}: add (?P<camera>...), or set {where}.cameras: none")
     return options
+
+
+def _with_text(key: str, value: Any) -> Any:
+    """The value of an option with text where YAML read a number in place of a name, such as 2024."""
+    if isinstance(value, (list, tuple)):
+        return [str(each) for each in value]
+    return str(value) if key in ("folder", "csv", "pattern") and is_real(value) else value
 
 
 def selects(entry: str, path: str) -> bool:
@@ -246,7 +254,9 @@ def check_splits(name: str, table: Table, mode: str) -> None:
     for split in (*(("train",) if mode == "train" else ()), *tested):
         if not table.of(split):
             hint = "; to train without a test set, set data.validation, or other data.targets" if not gallery else ""
-            raise InputError(f"{where}: the split {split!r} has no image: see how it is chosen{hint}")
+            options = "train, test, test_fraction, min_images or query_cameras (of a CSV: the column split)"
+            cure = f"give images of more people, or change {options}{hint}"
+            raise InputError(f"{where}: the split {split!r} has no image: {cure}")
     trained = {row.identity for row in train}
     if len(trained) == 1:
         raise InputError(f"{where}: all training images show one identity, {trained.pop()!r}: two or more are needed")

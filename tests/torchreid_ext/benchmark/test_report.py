@@ -113,6 +113,31 @@ def test_other_people_for_each_seed_are_told_from_the_same_people(key, labels, t
     assert (one["low"].tolist() != other["low"].tolist()) is others
 
 
+def test_a_key_of_ones_own_data_is_varied(tmp_path):
+    def planned(varied, folder="photos"):
+        file, losses = tmp_path / "own.yaml", {name: {"loss": {"name": name}} for name in ("drsl", "triplet")}
+        sets = {name: {"folder": folder} for name in ("mine", "other")}
+        data = {"sources": ["mine", "other"], "targets": ["mine"]}
+        file.write_text(yaml.safe_dump({"datasets": sets, "data": data}))
+        runs = grid.plan([file], losses, range(3), (), varied)
+        return [line(run.loss, run.seed, 0.5, target="mine") | json.loads(json.dumps(run.labels())) for run in runs]
+
+    def lows(results):
+        (section,) = report.sections(results)
+        assert [len(lines) for lines in section.lines.values()] == [3, 3] and not section.notes
+        return section.differences("drsl")["low"].tolist()
+
+    draws, same = planned([["datasets.mine.seed", "0", "1", "2"]]), planned([])
+    # Each draw counts its test people from 0, and only draws of the set that is tested have other test people.
+    assert lows(draws) != lows(same) == lows(planned([["datasets.other.seed", "0", "1", "2"]]))
+    with pytest.raises(InputError, match="other queries with seed 2"):
+        report.report([*draws[:-1], planned([["datasets.mine.seed", "0", "1", "3"]])[-1]])
+    # Another folder is not another draw.
+    old = planned([["datasets.mine.seed", "0", "1", "2"]], "older_photos")
+    (section,) = report.sections([old[0], *draws[1:]])
+    assert section.notes[0] == "drsl: 1 results of an older configuration are left out."
+
+
 def test_the_data_sets_with_splits_are_those_of_torchreid():
     sets = vars(torchreid.data.datasets)
     known = sets["__image_datasets"] | sets["__video_datasets"]
@@ -250,8 +275,11 @@ def test_the_page_keeps_what_is_around_the_report(tmp_path, capsys, monkeypatch)
     assert benchmark.main(["report", str(path), "--losses", "drsl", "supcon"]) == 0
     printed = capsys.readouterr().out
     assert "supcon" in printed and "triplet" not in printed
-    page.write_text(f"{report.BEGIN} only\n")
-    assert benchmark.main(words) == 2 and page.read_text() == f"{report.BEGIN} only\n"
+    for lacking in (f"{report.BEGIN} only\n", "neither\n"):
+        page.write_text(lacking)
+        assert benchmark.main(words) == 2 and page.read_text() == lacking
+    page.write_text("")
+    assert benchmark.main(words) == 0 and page.read_text() == text.removeprefix("before\n").removesuffix("after\n")
 
     def full(file):
         raise OSError("No space left on device")

@@ -131,7 +131,7 @@ class TestFolder:
             ({"train": ["p0", "p1"], "test": ["z*"]}, ["'z*'", "selects none"]),
             ({"query_cameras": ["c"]}, ["query_cameras", "'c'", "['a', 'b']"]),
             ({"query_cameras": ["a", "b"]}, ["'gallery'", "no image"]),
-            ({"min_images": 99}, ["'train'", "no image"]),
+            ({"min_images": 99}, ["'train' has no image: give images of more people, or change", "min_images"]),
             ({"junk": [-1, "p1", 7]}, ["junk: no image shows '7'", "write it '0007'"]),
         ],
     )
@@ -204,6 +204,7 @@ class TestNamesAndCameras:
         assert len(tested) == 4 and {row.identity for row in tested} == {"jos\u00e9"}
         left_out = load(tmp_path, **options, test=["p2"], junk=["jose\u0301"]).table.left_out
         assert [*map(len, left_out.values())] == [4]
+        assert load(tmp_path, folder=2024, cameras="none").train == load(tmp_path / "2024", cameras="none").train
         with pytest.raises(InputError, match=r"no folder .*2025"):
             load(tmp_path, folder=["2023", "2025"])
 
@@ -346,10 +347,12 @@ class TestOptions:
             ({"train": "a", "test": ["b"]}, ["train takes a list", "'a'"]),
             ({"query_cameras": []}, ["query_cameras takes a list of one or more", "[]"]),
             ({"test_fraction": 1.0}, ["test_fraction", "1.0"]),
+            ({"test_fraction": 1}, ["test_fraction must be greater than 0 and less than 1, got 1"]),
             ({"test_fraction": True}, ["test_fraction", "True"]),
             ({"seed": -1}, ["seed", "-1"]),
             ({"min_images": 0}, ["min_images", "got 0"]),
-            ({"folder": 3}, ["folder takes a list", "3"]),
+            ({"folder": True}, ["folder takes a list", "True"]),
+            ({"pattern": 3}, ["pattern '3'", "market, msmt17, veri, folder"]),
             ({"pattern": "("}, ["regular expression"]),
             ({"pattern": "markt"}, ["pattern 'markt'", "market, msmt17, veri, folder"]),
             ({"pattern": "(?P<identity>a)"}, ["(?P<camera>...)", "cameras: none"]),
@@ -391,6 +394,8 @@ class TestCsv:
         text = (below / "list.csv").read_text()
         (below / "list.csv").write_text("\ufeff" + text, encoding="utf-8")
         assert len(load(tmp_path, csv="below/list.csv").train) == 3
+        (below / "list.csv").rename(below / "2024")
+        assert len(load(below, csv=2024).train) == 3
 
     def test_an_image_may_be_both_query_and_gallery(self, tmp_path: Path) -> None:
         write_csv(tmp_path, [*GOOD, ("a/4.png", "x-1", "south", "gallery")])

@@ -85,7 +85,7 @@ class TestSet:
         assert sorted({item[1] for item in ours.train}) == list(range(100))
         assert [item[0] for item in ours.train] == sorted(item[0] for item in ours.train)
 
-    def test_raw_pixels_retrieve_the_camera_and_not_the_identity(self, root: Path) -> None:
+    def test_raw_pixels_retrieve_other_people_of_the_same_camera(self, root: Path) -> None:
         data = SyntheticPedestrians(str(root), verbose=False)
         rows = [item for item in data.gallery if item[1] != 0][:200]
         pixels = np.stack([np.asarray(Image.open(item[0]).resize((16, 32)), dtype=np.float64).ravel() for item in rows])
