@@ -80,9 +80,20 @@ def test_onnx_search_finds_what_the_network_finds_without_torch(network, tmp_pat
     )
 
 
-def test_wildlife(run):
-    before, after = (float(value) for value in re.findall(r"mAP ([\d.]+)%", run("wildlife.py", "--steps", 60)))
+def test_wildlife(monkeypatch, capsys):
+    import torch
+    from sklearn.metrics import average_precision_score
+
+    monkeypatch.setattr(sys, "argv", ["wildlife.py", "--steps", "60"])
+    names = runpy.run_path(str(EXAMPLES / "wildlife.py"))
+    before, after = (float(value) for value in re.findall(r"mAP ([\d.]+)%", capsys.readouterr().out))
     assert after > before + 5
+    labels = names["labels"][~names["train_set"]]
+    with torch.no_grad():
+        x = torch.nn.functional.normalize(names["model"].eval()(names["images"][~names["train_set"]]))
+    others = ~torch.eye(len(x), dtype=torch.bool)
+    each = [average_precision_score(labels[o] == labels[q], x[o] @ x[q]) for q, o in enumerate(others)]
+    assert after == pytest.approx(100 * sum(each) / len(each), abs=0.06)
 
 
 def test_the_figure_of_the_bound_is_that_of_the_loss(run, tmp_path, monkeypatch):

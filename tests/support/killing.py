@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from toy_data import register_toys
+from trained import OPTIONS
 
 from torchreid_ext.checkpoint import checkpoint
 from torchreid_ext.cli.train import main
@@ -29,11 +30,9 @@ def train(folder: Path, save_dir: Path) -> int:
     """A child's whole life: the command line, to its end or until it is killed."""
     fsync = os.fsync
     os.fsync = lambda handle: (time.sleep(SLOW_SAVE), fsync(handle))
-    options = {
-        "use_gpu": False, "model.name": "osnet_x0_25", "model.pretrained": False, "model.resume": "auto",
-        "data.height": 32, "data.width": 16, "data.workers": 1, "data.save_dir": save_dir, "loss.name": "drsl",
-        "train.batch_size": 8, "train.max_epoch": EPOCHS, "train.lr_scheduler": "cosine", "test.eval_freq": 2,
-        "sampler.train_sampler": "RandomIdentitySampler",
+    options = OPTIONS | {
+        "model.resume": "auto", "data.workers": 1, "data.save_dir": save_dir, "train.max_epoch": EPOCHS,
+        "train.lr_scheduler": "cosine", "test.eval_freq": 2,
     }  # fmt: skip
     words = [word for item in options.items() for word in map(str, item)]
     transforms = ["random_flip", "random_crop", "random_patch", "color_jitter", "random_erase"]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torchreid
+import trained
 from killing import differing
 from toy_data import register_toys
 
@@ -20,10 +21,8 @@ from torchreid_ext.checkpoint import checkpoint
 from torchreid_ext.cli.train import main
 
 LOSSES, SCHEDULERS, AMPS = ("softmax", "triplet", "drsl", "pml"), ("multi_step", "none"), ("off", "bf16")
-OPTIONS = {
-    "use_gpu": False, "model.name": "osnet_x0_25", "model.pretrained": False, "data.height": 32, "data.width": 16,
-    "data.workers": 0, "train.batch_size": 12, "sampler.train_sampler": "RandomIdentitySampler",
-    "sampler.num_instances": 2, "train.stepsize": "[1]",
+OPTIONS = trained.OPTIONS | {
+    "train.batch_size": 12, "sampler.num_instances": 2, "train.stepsize": "[1]",
     # One that has weights of its own.
     "loss.pml.loss": "ArcFaceLoss",
 }  # fmt: skip

@@ -58,7 +58,6 @@ CASES = {
         "criterion": lambda: CrossBatchMemory(DRSLoss(distance=CosineSimilarity()), FEATURES, 40),
         "views": 2,
     },
-    "channels last": {"run": {"channels_last": True}},
     "chunks": {"miner": RankViolationMiner(0.3), "run": {"chunk_size": 3}},
     "chunks without cross-entropy": {"weight_x": 0, "run": {"chunk_size": 1}},
     "chunks and weights": {"criterion": lambda: losses.ArcFaceLoss(CLASSES, FEATURES), "run": {"chunk_size": 3}},

@@ -70,8 +70,9 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         # torch may advise to load the file unsafely.
         said = str(error) if "weights_only" not in str(error) else ""
         reason = f" ({_one_line(said.splitlines()[0])})" if said else ""
-        what = f"refused: it asks for {_some(refused)}" if refused else f"damaged, or no checkpoint{reason}"
-        raise InputError(f"{_named(path)} is {what}") from error
+        cure = "save the weights alone, torch.save(model.state_dict(), FILE)"
+        risk = f"refused, because it holds objects ({_some(refused)}), which could run code: {cure}"
+        raise InputError(f"{_named(path)} is {risk if refused else f'damaged, or no checkpoint{reason}'}") from error
     if damaged:
         raise InputError(f"{_named(path)} is damaged: the checksum of {_one_line(damaged)} is wrong")
     if not isinstance(state, dict):
@@ -156,8 +157,8 @@ def fit_weights(
     wrong = sorted({*unused, *(name for name in untouched if not name.endswith("num_batches_tracked"))})
     if complete and wrong:
         what = f"{len(wrong)} weights are missing, too many or of another shape: {_some(wrong)}"
-        cure = "Check model.name, model.bnneck and model.last_stride"
-        raise InputError(f"{_named(path)} is not of {complete!r} as its configuration describes it: {what}. {cure}")
+        cure = "Give the network that was trained: --model NAME, or model.name and model.bnneck in --config-file"
+        raise InputError(f"{_named(path)} does not hold the weights of {complete!r}: {what}. {cure}")
     if not fitting:
         names = f"it has {_some(list(weights))}, the model {_some(list(own))}"
         raise InputError(f"no weight in {os.fspath(path)!r} fits the model: {names}; check model.name")

@@ -92,7 +92,10 @@ def check_fits(engine: Any, state: dict[str, Any], path: str, test_only: bool) -
         return
     before, now = training["num_train_pids"], engine.datamanager.num_train_pids
     if before != now:
-        raise InputError(f"'{path}' was trained on {before} identities, and the sources have {now}")
+        cure = f"give the data.sources of that run, or {_NEW_RUN}"
+        if test_only:
+            cure = "to test its weights on other data, give model.load_weights in place of model.resume"
+        raise InputError(f"'{path}' was trained on {before} identities, and the sources have {now}: {cure}")
     images = training.get("training_set")  # older checkpoints do not have it
     if images and engine.training_set and images != engine.training_set:
         other = f"'{path}' was trained on other images, or gave identities other numbers"

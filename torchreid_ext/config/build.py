@@ -90,8 +90,9 @@ def build_criterion(cfg: Config, model: nn.Module, num_classes: int, steps: int 
 
     Give the loss to ``build_optimizer`` and to ``build_engine``, because it may have weights. ``steps`` is the number
     in an epoch, ``samplers.steps_per_epoch(datamanager)``, for a cross-batch memory that does not start at once. Raises
-    InputError for an unknown class or argument, or a combination that cannot be trained.
+    InputError for a value that is not allowed, an unknown class or argument, or a combination that cannot be trained.
     """
+    check(cfg)
     name = cfg.loss.name
     if name == "drsl":
         arguments = {entry.name: cfg.loss.drsl[entry.name] for entry in DRSL_ARGUMENTS.values()}
@@ -99,7 +100,7 @@ def build_criterion(cfg: Config, model: nn.Module, num_classes: int, steps: int 
     elif name == "pml":
         described = {"name": cfg.loss.pml.loss, **cfg.loss.pml.kwargs}
     elif cfg.loss.cross_camera:
-        raise InputError(f"loss.cross_camera is for loss.name drsl and pml, got {name!r}")
+        raise InputError(f"loss.cross_camera is for loss.name drsl and pml, got {name!r}; set it to False")
     else:
         return None
     sizes = networks.feature_sizes(model, cfg.data.height, cfg.data.width)
@@ -116,8 +117,7 @@ def build_optimizer(cfg: Config, model: nn.Module, criterion: nn.Module | None =
     """torchreid's optimizer of the model and of the criterion, whose weights have the learning rate ``loss.pml.lr``.
     Raises InputError for an unknown optimizer, or a value that the optimizer refuses."""
     if cfg.train.staged_lr:
-        named = cfg.train.new_layers
-        Layers(model).check([named] if isinstance(named, str) else named, "train.new_layers")
+        Layers(model).check(names_of(cfg.train.new_layers), "train.new_layers")
     options = picked(cfg.train, "optim", "lr", "weight_decay", "staged_lr", "new_layers", "base_lr_mult")
     options |= {"momentum": cfg.sgd.momentum, "sgd_dampening": cfg.sgd.dampening, "sgd_nesterov": cfg.sgd.nesterov}
     options |= {"rmsprop_alpha": cfg.rmsprop.alpha, "adam_beta1": cfg.adam.beta1, "adam_beta2": cfg.adam.beta2}
@@ -156,10 +156,10 @@ def build_engine(
     loss, section = cfg.loss.name, cfg.loss[cfg.loss.name]
     only = all(name.startswith("classifier") for name in names_of(cfg.train.open_layers))
     if section.get("weight_x", 1) == 0 and cfg.train.fixbase_epoch > 0 and only:
-        raise InputError(f"train.fixbase_epoch trains the classifier alone, which loss.{loss}.weight_x 0 leaves out")
-    if loss == "triplet" and (min(weights := (section.weight_t, section.weight_x)) < 0 or max(weights) == 0):
-        takes = "loss.triplet.weight_t and loss.triplet.weight_x must be 0 or more and not both 0"
-        raise InputError(f"{takes}, got {weights[0]} and {weights[1]}")
+        alone = f"train.fixbase_epoch trains the classifier alone, which loss.{loss}.weight_x 0 leaves out"
+        raise InputError(f"{alone}; set train.fixbase_epoch to 0, or raise loss.{loss}.weight_x")
+    if loss == "triplet" and section.weight_t == section.weight_x == 0:
+        raise InputError("loss.triplet.weight_t and loss.triplet.weight_x are both 0; raise one of them")
     if cfg.loss.cross_camera:
         seen = {item[1:3] for item in getattr(datamanager.train_loader.dataset, "train", [])}
         if seen and len(seen) == len({pid for pid, _ in seen}):

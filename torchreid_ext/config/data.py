@@ -123,7 +123,8 @@ def _input_errors(cfg: Config) -> Iterator[None]:
         # torchreid's data managers raise it for an unknown data set or split.
         raise InputError(f"{error}: data.sources {cfg.data.sources}, data.targets {cfg.data.targets}") from error
     except (OSError, RuntimeError) as error:
-        unread = f"{' '.join(cfg.data.sources + cfg.data.targets)} below data.root {cfg.data.root!r}: {error}"
+        sets = " ".join(dict.fromkeys(cfg.data.sources + cfg.data.targets))
+        unread = f"{sets} below data.root {cfg.data.root!r}: {error}"
         raise InputError(f"cannot read {unread}. Put the data there, or say with --root where it is") from error
 
 

@@ -28,12 +28,12 @@ def _metric_loss(section: str, name: str) -> dict[str, Key]:
         "reducer": Key({},
             f"reducer, which turns the errors into one number, described like a miner; {{}}: the reducer of {name}"),
         "distance": Key({}, f"distance between features, described like a miner; {{}}: the distance of {name}"),
-        "memory_size": Key(
-            0, "number of features of past batches to compare with (cross-batch memory), for losses that can"),
-        "memory_start_epoch": Key(-1,
-            "epochs at the start without the memory; -1: as many as train.warmup_epoch, and at least one"),
-        "weight_m": Key(1.0, f"weight of {name}"),
-        "weight_x": Key(1.0, "weight of the identity cross-entropy"),
+        "memory_size": Key(0, least=0,
+            text="number of features of past batches to compare with (cross-batch memory), for losses that can"),
+        "memory_start_epoch": Key(-1, least=-1,
+            text="epochs at the start without the memory; -1: as many as train.warmup_epoch, and at least one"),
+        "weight_m": Key(1.0, f"weight of {name}", least=0),
+        "weight_x": Key(1.0, "weight of the identity cross-entropy", least=0),
     }
     return {f"loss.{section}.{argument}": key for argument, key in keys.items()}
 
@@ -87,11 +87,11 @@ TORCHREID: dict[str, Key] = {
     "train.batch_size": Key(32, "images (or tracklets) in a batch, of all processes together", least=1),
     "train.staged_lr": _kept(False, "give layers other than new_layers a smaller learning rate"),
     "train.new_layers": _kept(["classifier"], "layers that keep the full learning rate with staged_lr"),
-    "train.base_lr_mult": _kept(0.1, "factor on the learning rate of the other layers with staged_lr"),
+    "train.base_lr_mult": _kept(0.1, "factor on the learning rate of the other layers with staged_lr", least=0),
     "train.lr_scheduler": _fixed("single_step", "single_step, multi_step, cosine or none",
         choices=("single_step", "multi_step", "cosine", "none")),
     "train.stepsize": _kept([20], "epochs at which the learning rate falls", least=1),
-    "train.gamma": _kept(0.1, "factor by which it falls"),
+    "train.gamma": _kept(0.1, "factor by which it falls", least=0),
     "train.seed": _kept(1, "seed of every random number generator"),
     "sgd.momentum": _kept(0.9, "momentum of sgd and rmsprop"),
     "sgd.dampening": _kept(0.0, "dampening of the momentum"),
@@ -102,8 +102,8 @@ TORCHREID: dict[str, Key] = {
     "loss.name": _fixed("softmax", "softmax, triplet, drsl or pml", choices=("softmax", "triplet", "drsl", "pml")),
     "loss.softmax.label_smooth": Key(True, "smooth the labels of the identity cross-entropy (of every loss)"),
     "loss.triplet.margin": Key(0.3, "distance margin"),
-    "loss.triplet.weight_t": Key(1.0, "weight of the triplet loss"),
-    "loss.triplet.weight_x": Key(0.0, "weight of the identity cross-entropy"),
+    "loss.triplet.weight_t": Key(1.0, "weight of the triplet loss", least=0),
+    "loss.triplet.weight_x": Key(0.0, "weight of the identity cross-entropy", least=0),
     "test.batch_size": Key(100, "images (or tracklets) in a batch", least=1, scores=False),
 }
 
@@ -130,7 +130,7 @@ OURS: dict[str, Key] = {
     **_metric_loss("drsl", "DRSL"),
     "loss.pml.loss": _fixed("TripletMarginLoss", "class of pytorch_metric_learning.losses, or package.module.Class"),
     "loss.pml.kwargs": Key({}, "arguments of the loss; num_classes and embedding_size are filled in"),
-    "loss.pml.lr": _kept(0.0, "learning rate of the weights that the loss has, if any; 0 takes train.lr"),
+    "loss.pml.lr": _kept(0.0, "learning rate of the weights that the loss has, if any; 0 takes train.lr", least=0),
     **_metric_loss("pml", "the loss"),
     "test.untrained": Key(False, "test before training too, and print both results side by side", scores=False),
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import datetime
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -133,11 +132,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# Without dates: 2024-05-01 is text, the name of a folder, say.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in pairs if tag != "tag:yaml.org,2002:timestamp"]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def _load_yaml(text: str, what: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except Exception as error:
-        # yaml's constructors raise errors of many kinds: "!!int ''" an IndexError, 2024-99-99 a ValueError.
+        # yaml's constructors raise errors of many kinds: "!!int ''" an IndexError, "!!int a" a ValueError.
         raise InputError(f"{what} is not YAML: {' '.join(str(error).split())}") from error
 
 
@@ -253,8 +259,7 @@ def _to_int(value: Any) -> int | None:
 
 
 def _to_str(value: Any) -> str | None:
-    plain = isinstance(value, (int, float, datetime.date)) and not isinstance(value, (bool, datetime.datetime))
-    return str(value) if plain or isinstance(value, str) else None
+    return str(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else None
 
 
 _KINDS: dict[type, tuple[Callable[[Any], Any], str]] = {
@@ -295,8 +300,6 @@ def check(cfg: Config) -> None:
     for key, value in flat(cfg).items():
         if key in KEYS:
             KEYS[key].check(key, value)
-        if key in ("train.gamma", "train.base_lr_mult", "loss.pml.lr") and value < 0:
-            raise InputError(f"{key} takes numbers of 0 or more, got {value}")
     _check_images(cfg)
     try:
         cfg.data.save_dir.encode()

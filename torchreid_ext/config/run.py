@@ -80,11 +80,12 @@ def prepare(cfg: Config) -> Any:
 
 def train(cfg: Config) -> tuple[Any, dict[str, RetrievalResult]]:
     """Trains and tests as configured, from the checkpoint of ``model.resume``, if any. Returns the engine, and the
-    results of the last test by target. Raises InputError as ``prepare``, and for a checkpoint that does not fit."""
+    results of the last test by target. Raises InputError as ``prepare``, for a checkpoint that does not fit, and for a
+    folder that holds another run."""
     print(f"Configuration\n{cfg}\n")
     since = first_start(Path(cfg.data.save_dir))
-    if since is None and cfg.train.max_epoch > 0 and not (cfg.model.resume or cfg.test.evaluate):
-        check_new(Path(cfg.data.save_dir))
+    if since is None:
+        _check_folder(cfg)
     engine = prepare(cfg)
     # The configuration keeps its own start_epoch, so that config.yaml starts the whole run again.
     start_epoch = cfg.train.start_epoch
@@ -96,7 +97,7 @@ def train(cfg: Config) -> tuple[Any, dict[str, RetrievalResult]]:
         if cfg.test.evaluate and not done:
             untrained = f"model.resume {cfg.model.resume} found no checkpoint of a finished epoch"
             raise InputError(f"test.evaluate: {untrained}; test weights that are not a run's with model.load_weights")
-    trains = not cfg.test.evaluate and start_epoch < max(cfg.train.max_epoch, 1)
+    trains = not cfg.test.evaluate and start_epoch < cfg.train.max_epoch
     if trains and distributed.is_first():
         with replacing(Path(cfg.data.save_dir, "config.yaml")) as file:  # which --config-file reads again
             file.write(yaml.safe_dump(plain(cfg), sort_keys=False).encode())
@@ -110,13 +111,21 @@ def train(cfg: Config) -> tuple[Any, dict[str, RetrievalResult]]:
         changed = {"visrank": False, "save_dir": str(folder / "untrained")}
         columns["untrained"] = engine.test(**options.last_test() | changed)
     columns["trained"] = engine.run(**options.arguments() | {"start_epoch": start_epoch})
-    if len(columns) > 1 and columns["trained"]:
+    if len(columns) > 1 and trains:
         ranking.print_side_by_side(columns, cfg.test.ranks)
     parts = {"checkpoints": "model/*.pth.tar*", "TensorBoard log": "events.*", "metrics.json": "metrics.json"}
     if not cfg.test.evaluate:
         written = [name for name, pattern in parts.items() if any(folder.glob(pattern))]
         print(f'Written to "{folder}": {", ".join(written)}')
     return engine, columns["trained"]
+
+
+def _check_folder(cfg: Config) -> None:
+    """Raises InputError if ``data.save_dir`` holds a trained run and this one does not resume it, but overwrites it."""
+    folder, resume = Path(cfg.data.save_dir), cfg.model.resume
+    resumes = resume == "auto" or (resume and Path(resume).parent.resolve() == (folder / "model").resolve())
+    if not (resumes or cfg.test.evaluate):
+        check_new(folder)
 
 
 @contextlib.contextmanager
@@ -165,11 +174,14 @@ class _EnoughError(Exception):
 
 def dry_run(cfg: Config) -> None:
     """Prints the data sets and the size of the network, draws a batch and estimates the time of an epoch. Only the
-    batch is kept, ``batch.png`` in ``data.save_dir``. Raises InputError for whatever a run would refuse; with data sets
-    of ``datasets``, for images that cannot be read."""
+    batch is kept, ``batch.png`` in ``data.save_dir``. Raises InputError for whatever a run would refuse before its
+    first test; with data sets of ``datasets``, for images that cannot be read."""
     if cfg.test.evaluate:
         raise InputError("test.evaluate True trains nothing, and --dry-run shows what is trained; leave one out")
+    _check_folder(cfg)
     engine = prepare(cfg)
+    if cfg.model.resume:
+        engine.resume(cfg.model.resume, cfg.data.save_dir)
     if cfg.data.type == "image" and not cfg.datasets.keys().isdisjoint(cfg.data.sources + cfg.data.targets):
         _check_readable(engine.datamanager)
     steps = steps_per_epoch(engine.datamanager)

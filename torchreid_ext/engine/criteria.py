@@ -151,12 +151,10 @@ def build_criterion(
     """Builds the metric loss of a config's section, ``key``, with its distance, its reducer and its memory.
 
     ``loss`` is described as for ``build``; ``sizes`` are the dimensions of each of the network's features. The memory
-    starts after ``memory_warmup`` training steps. Raises InputError as ``build``, for a ``memory_size`` below 0, or for
-    a loss that does not support a memory.
+    starts after ``memory_warmup`` training steps. Raises InputError as ``build``, or for a loss that does not support a
+    memory.
     """
     memory_size = section["memory_size"]
-    if memory_size < 0:
-        raise InputError(f"{key}.memory_size must be 0 (no memory) or more, got {memory_size}")
     described = {part: section[part] for part in ("distance", "reducer") if section[part]}
     for part, spec in described.items():
         # Only to check the description under its own key: each loss gets an object of its own, which keeps statistics.
@@ -182,10 +180,8 @@ def build_criterion(
 def memory_warmup(key: str, section: Mapping[str, Any], warmup_epoch: int, steps_per_epoch: int | None) -> int:
     """The number of training steps before the cross-batch memory of a config's section starts: those of its first
     ``memory_start_epoch`` epochs. -1 stands for the ``warmup_epoch`` epochs in which the learning rate rises, at least
-    one. Raises InputError for a number below -1, or if the steps of an epoch are needed and None."""
+    one. Raises InputError if the steps of an epoch are needed and None."""
     start = section["memory_start_epoch"]
-    if start < -1:
-        raise InputError(f"{key}.memory_start_epoch must be 0 or more epochs, or -1 for the default, got {start}")
     if start == -1:
         start = max(1, warmup_epoch)
     if not section["memory_size"] or not start:

@@ -66,7 +66,7 @@ class ImagePMLEngine(BaseEngine):
         weight_x: weight of the cross-entropy, >= 0; one of the two weights is above 0.
         miner: a miner of PML, applied to the features. A ``CrossBatchMemory`` takes its miner itself.
         scheduler: a learning rate scheduler, stepped after each epoch; None keeps the rate.
-        use_gpu: evaluate on CUDA if there is a device. Training takes place on the device of the model.
+        use_gpu: kept for torchreid's signature; training and tests take place on the device of the model.
         label_smooth: smooth the labels of the cross-entropy by 0.1.
         cross_camera: leave pairs of one identity and one camera out, as evaluation does; a miner's choice too.
     """

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-from pml_drsl.checks import InputError, is_whole, nearest
+from pml_drsl.checks import InputError, is_real, is_whole, nearest
 
 T = TypeVar("T", bound="Options")
 
@@ -23,7 +23,7 @@ class Key:
 
     default: Any
     text: str  # what it is for
-    least: int | None = None  # smallest allowed whole number, also of the entries of a list
+    least: int | None = None  # smallest allowed number, also of the entries of a list; whole, but for a float default
     choices: Collection[Any] | None = None  # allowed values, also of the entries of a list
     on_resume: str = ""
     features: bool = False  # whether another value gives other features from the same weights and images
@@ -40,8 +40,9 @@ class Key:
         for each in values:
             if self.choices is not None and each not in self.choices:
                 raise InputError(f"{key} must be one of {', '.join(map(str, self.choices))}, got {each!r}")
-            if self.least is not None and each is not None and not (is_whole(each) and each >= self.least):
-                raise InputError(f"{key} takes whole numbers of {self.least} or more, got {each!r}")
+            fits, numbers = (is_real, "numbers") if isinstance(self.default, float) else (is_whole, "whole numbers")
+            if self.least is not None and each is not None and not (fits(each) and each >= self.least):
+                raise InputError(f"{key} takes {numbers} of {self.least} or more, got {each!r}")
 
 
 def option(key: str, default: Any, text: str, *, config_default: Any = None, **others: Any) -> Any:

@@ -89,7 +89,6 @@ def test_data_sets_of_ones_own_are_free_keys(tmp_path):
         ("datasets: {a.b: {folder: c}}", "'datasets.a.b' takes the options of a data set"),
         ("train: &a {b: *a}", "holds itself"),
         (f"train: {{lr: 1{'0' * 400}}}", "'train.lr' takes a number"),
-        ("data: {save_dir: 2024-99-99}", "is not YAML: month must be in"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path, text, message):
@@ -119,6 +118,9 @@ def test_a_file_is_read_as_utf_8_whatever_the_system_thinks(tmp_path):
     [
         ("data: {save_dir: 2024}", "data.save_dir", "2024"),
         ("data: {save_dir: 2024-01-05}", "data.save_dir", "2024-01-05"),
+        ("data: {save_dir: 2024-99-99}", "data.save_dir", "2024-99-99"),
+        ("datasets: {mine: {folder: 2024-05-01}}", "datasets.mine", {"folder": "2024-05-01"}),
+        ("loss: {pml: {kwargs: {m: [2024-01-01 10:00:00]}}}", "loss.pml.kwargs", {"m": ["2024-01-01 10:00:00"]}),
         ("data: {sources: [1, market1501]}", "data.sources", ["1", "market1501"]),
         ("data: {sources: 7}", "data.sources", ["7"]),
         ("data: {norm_mean: [0, 1, 0.5]}", "data.norm_mean", [0.0, 1.0, 0.5]),
@@ -146,6 +148,7 @@ def test_a_value_is_converted_where_its_meaning_is_plain(tmp_path, text, key, va
         ("data.save_dir", "'log'", "log"),
         ("data.sources", "2024_01", ["2024_01"]),
         ("data.sources", "[1]", ["1"]),
+        ("loss.pml.kwargs", "{m: 2024-01-01}", {"m": "2024-01-01"}),
         ("data.sources", "('a', 'b')", ["a", "b"]),
         ("train.lr", "1e-3", 0.001),
         ("test.evaluate", "true", True),
@@ -185,7 +188,14 @@ def test_wrong_words_are_refused():
         (["data.norm_mean", "[0.5]"], r"data.norm_mean takes a number for each of the 3 channels, got \[0.5\]"),
         (["data.norm_std", "[0, 1, 1]"], r"data.norm_std takes numbers above 0, .*, got \[0.0, 1.0, 1.0\]"),
         (["train.gamma", "-0.1"], r"train.gamma takes numbers of 0 or more, got -0.1"),
+        (["train.base_lr_mult", "-1"], r"train.base_lr_mult takes numbers of 0 or more, got -1.0"),
         (["loss.pml.lr", "-1"], r"loss.pml.lr takes numbers of 0 or more, got -1.0"),
+        (["loss.drsl.weight_m", "-1"], r"loss.drsl.weight_m takes numbers of 0 or more, got -1.0"),
+        (["loss.pml.weight_x", "-0.5"], r"loss.pml.weight_x takes numbers of 0 or more, got -0.5"),
+        (["loss.triplet.weight_t", "-1"], r"loss.triplet.weight_t takes numbers of 0 or more, got -1.0"),
+        (["loss.triplet.weight_x", "-1"], r"loss.triplet.weight_x takes numbers of 0 or more, got -1.0"),
+        (["loss.drsl.memory_size", "-1"], r"loss.drsl.memory_size takes whole numbers of 0 or more, got -1"),
+        (["loss.pml.memory_start_epoch", "-2"], r"memory_start_epoch takes whole numbers of -1 or more, got -2"),
         (["test.batch_size", "0"], r"test.batch_size takes whole numbers of 1 or more, got 0"),
         (["train.warmup_epoch", "-1"], r"train.warmup_epoch takes whole numbers of 0 or more, got -1"),
         (["data.workers", "-2"], r"data.workers takes whole numbers of -1 or more, got -2"),
@@ -225,6 +235,7 @@ def test_build_engine(tmp_path, data_type, loss):
     cfg.merge_from_list(["data.type", data_type, "loss.name", loss, "model.name", "osnet_x0_25"])
     cfg.merge_from_list(["model.pretrained", "False", "loss.drsl.temperature", 0.5, "loss.drsl.weight_x", 0.25])
     cfg.merge_from_list(["video.pooling_method", "max", "loss.triplet.margin", 0.7, "use_gpu", False])
+    cfg.merge_from_list(["loss.softmax.label_smooth", loss == "pml"])
     manager = (make_image_manager if data_type == "image" else make_video_manager)(tmp_path)
     model = config.build_model(cfg, manager.num_train_pids)
     optimizer = config.build_optimizer(cfg, model)
@@ -237,6 +248,8 @@ def test_build_engine(tmp_path, data_type, loss):
         assert engine.pooling_method == "max"
     if loss == "drsl":
         assert (engine.criterion.temperature, engine.weight_x) == (0.5, 0.25)
+    if loss in ("drsl", "pml"):
+        assert engine.cross_entropy.label_smoothing == {"drsl": 0, "pml": 0.1}[loss]
     if loss == "triplet":
         assert engine.criterion_t.margin == 0.7
     assert engine.run(str(tmp_path / "log"), max_epoch=1)
@@ -251,20 +264,19 @@ def test_a_classifier_that_nothing_trains_is_not_opened_alone(tmp_path, loss):
     model = config.build_model(cfg, manager.num_train_pids)
     for layers in (["classifier"], "classifier", None):
         cfg.train.open_layers = layers
-        with pytest.raises(ValueError, match=rf"fixbase_epoch trains the classifier alone, which loss\.{loss}\.weight"):
+        with pytest.raises(ValueError, match=rf"classifier alone, which .*; set .* raise loss\.{loss}\.weight_x"):
             build_engine(cfg, manager, model, config.build_optimizer(cfg, model), None)
     cfg.train.open_layers = ["classifier", "fc"]
     assert build_engine(cfg, manager, model, config.build_optimizer(cfg, model), None)
 
 
-@pytest.mark.parametrize("weights", [(0, 0), (-1, 2)])
-def test_weights_of_a_triplet_loss_that_train_nothing_or_backwards_are_refused(tmp_path, weights):
+def test_weights_of_a_triplet_loss_that_train_nothing_are_refused(tmp_path):
     cfg = get_default_config()
     cfg.merge_from_list(["model.name", "osnet_x0_25", "model.pretrained", "False", "loss.name", "triplet"])
-    cfg.merge_from_list(["loss.triplet.weight_t", weights[0], "loss.triplet.weight_x", weights[1], "use_gpu", "False"])
+    cfg.merge_from_list(["loss.triplet.weight_t", 0, "loss.triplet.weight_x", 0, "use_gpu", "False"])
     manager = make_image_manager(tmp_path)
     model = config.build_model(cfg, manager.num_train_pids)
-    with pytest.raises(InputError, match=f"must be 0 or more and not both 0, got {weights[0]:.1f} and"):
+    with pytest.raises(InputError, match=r"loss\.triplet\.weight_x are both 0; raise one of them"):
         build_engine(cfg, manager, model, config.build_optimizer(cfg, model), None)
 
 
@@ -418,6 +430,31 @@ def test_no_number_of_cameras_in_a_batch_stands_for_all(tmp_path):
         assert batch["camid"].bincount().tolist() == [4, 4]
 
 
+OPTIMIZERS = {
+    "adam": {"betas": (0.71, 0.72), "amsgrad": False},
+    "amsgrad": {"betas": (0.71, 0.72), "amsgrad": True},
+    "radam": {"betas": (0.71, 0.72)},
+    "rmsprop": {"momentum": 0.73, "alpha": 0.74},
+    "sgd": {"momentum": 0.73, "dampening": 0.0, "nesterov": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "wanted"),
+    [
+        *((name, [], settings) for name, settings in OPTIMIZERS.items()),
+        ("sgd", ["sgd.nesterov", "False", "sgd.dampening", 0.75], {"dampening": 0.75, "nesterov": False}),
+    ],
+)
+def test_an_optimizer_has_its_settings(name, words, wanted):
+    cfg = get_default_config()
+    cfg.merge_from_list(["adam.beta1", 0.71, "adam.beta2", 0.72, "sgd.momentum", 0.73, "rmsprop.alpha", 0.74])
+    cfg.merge_from_list(["train.optim", name, "train.lr", 0.76, "train.weight_decay", 0.77, "sgd.nesterov", "True"])
+    cfg.merge_from_list(words)
+    (found,) = config.build_optimizer(cfg, torch.nn.Linear(1, 1)).param_groups
+    assert wanted | {"lr": 0.76, "weight_decay": 0.77} == {key: found[key] for key in [*wanted, "lr", "weight_decay"]}
+
+
 def test_scheduler_none():
     cfg = get_default_config()
     cfg.train.lr_scheduler = "none"
@@ -435,7 +472,7 @@ def test_missing_data_are_refused_and_leave_nothing_behind(tmp_path):
     cfg = get_default_config()
     for root in (tmp_path / "nowhere", tmp_path):
         cfg.data.root = str(root)
-        with pytest.raises(ValueError, match=rf"cannot read market1501 market1501 below data.root '{root}'.*--root"):
+        with pytest.raises(ValueError, match=rf"cannot read market1501 below data.root '{root}'.*--root"):
             config.build_datamanager(cfg)
         assert not list(tmp_path.iterdir())
 

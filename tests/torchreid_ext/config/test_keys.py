@@ -70,6 +70,7 @@ class Cooking(Options):
 
     minutes: int = option("stove.minutes", 10, "time on the stove", least=1, config_default=20)
     fuel: str = option("stove.fuel", "gas", "gas or wood", choices=("gas", "wood"))
+    salt: float = option("", 0.5, "spoons of salt", least=0)
     tastings: list[int] = option("", [5], "minutes after which the cook tastes", least=0)
 
 
@@ -78,7 +79,8 @@ def test_options():
         "stove.minutes": Key(20, "time on the stove", least=1, name="minutes"),
         "stove.fuel": Key("gas", "gas or wood", choices=("gas", "wood"), name="fuel"),
     }
-    assert Cooking().arguments() == {"minutes": 10, "fuel": "gas", "tastings": [5]}
+    assert Cooking().arguments() == {"minutes": 10, "fuel": "gas", "salt": 0.5, "tastings": [5]}
+    assert Cooking(salt=0).salt == 0 and Cooking(salt=0.25).salt == 0.25
     assert Cooking().tastings is not Cooking().tastings
     assert "minutes: time on the stove (``stove.minutes``)" in Cooking.__doc__
 
@@ -91,6 +93,8 @@ def test_options():
         ({"minutes": True}, "got True"),
         ({"tastings": []}, "tastings takes a list of one or more entries, got []"),
         ({"tastings": [1, -1]}, "tastings takes whole numbers of 0 or more, got -1"),
+        ({"salt": -0.5}, "salt takes numbers of 0 or more, got -0.5"),
+        ({"salt": float("nan")}, "salt takes numbers of 0 or more, got nan"),
         ({"fuel": "coal"}, "stove.fuel must be one of gas, wood, got 'coal'"),
         ({"minuets": 3}, "there is no option 'minuets'; did you mean 'minutes'?"),
     ],

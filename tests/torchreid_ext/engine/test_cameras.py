@@ -9,10 +9,9 @@ from toy_data import make_image_manager, make_video_manager
 
 from pml_drsl import DRSLoss
 from pml_drsl.checks import InputError
-from pml_drsl.wrappers import CrossBatchMemory
 from torchreid_ext import build_engine, config, get_default_config
 from torchreid_ext.data.samplers import steps_per_epoch
-from torchreid_ext.engine import criteria, engines
+from torchreid_ext.engine import criteria
 from torchreid_ext.engine.criteria import cross_camera_pairs
 
 PIDS = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 3])
@@ -42,12 +41,6 @@ def embeddings(dtype=torch.float64):
     return torch.randn(len(PIDS), 8, dtype=dtype, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
 
-def engine_with(criterion, miner=None):
-    engine = engines.ImagePMLEngine.__new__(engines.ImagePMLEngine)
-    engine.criterion, engine.miner = criterion, miner
-    return engine
-
-
 def test_all_pairs():
     a1, p, a2, n = cross_camera_pairs(PIDS, CAMIDS)
     assert (set(zip(a1.tolist(), p.tolist(), strict=True)), set(zip(a2.tolist(), n.tolist(), strict=True))) == pairs()
@@ -57,7 +50,7 @@ def test_all_pairs():
 def test_value_and_gradient_are_those_of_the_reduced_pairs():
     x, y = embeddings(), embeddings()
     criterion = DRSLoss(0.1, 0.3, bound_power=None, distance=LpDistance())
-    loss = engine_with(criterion)._metric_loss([x], PIDS, CAMIDS)
+    loss = criterion(x, PIDS, cross_camera_pairs(PIDS, CAMIDS))
     wanted = reference.drsl(y, *pairs(), temperature=0.1, sort_weight=0.3)
     torch.testing.assert_close(loss, wanted, atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(
@@ -65,8 +58,8 @@ def test_value_and_gradient_are_those_of_the_reduced_pairs():
     )
 
 
-def distance_gradient(name, camids):
-    """Of a loss, by the distances of the batch's pairs, shape (10, 10)."""
+def distance_gradient(name, pairs):
+    """Of a loss of some pairs, by the distances of all pairs of the batch, shape (10, 10)."""
     criterion = criteria.build("loss", {"name": name}, criteria.TABLES["loss"])
     matrices = []
     # DRSLoss computes a distance itself, unless the distance collects statistics.
@@ -74,7 +67,7 @@ def distance_gradient(name, camids):
     criterion.distance.register_forward_hook(lambda _, __, mat: mat.retain_grad() or matrices.append(mat))
     # Identities that are not apart yet: every pair has something to say.
     x = torch.randn(len(PIDS), 8, generator=torch.Generator().manual_seed(3)).requires_grad_()
-    engine_with(criterion)._metric_loss([x], PIDS, camids).backward()
+    criterion(x, PIDS, pairs).backward()
     (matrix,) = matrices
     return matrix.grad
 
@@ -84,7 +77,7 @@ def test_the_gradient_of_a_same_camera_pair_is_zero():
     other_camera = (PIDS[:, None] == PIDS) & ~same_camera
     for name in TAKING_PAIRS:
         torch.manual_seed(0)
-        gradient = distance_gradient(name, CAMIDS)
+        gradient = distance_gradient(name, cross_camera_pairs(PIDS, CAMIDS))
         assert bool((gradient[same_camera] == 0).all()), name
         assert bool((gradient[other_camera] != 0).any()), name
         assert bool((gradient[PIDS[:, None] != PIDS] != 0).any()), name
@@ -96,7 +89,7 @@ def test_without_distances_a_same_camera_pair_is_not_drawn_together():
     pids, camids = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 0, 1])
     criterion = losses.ThresholdConsistentMarginLoss(lambda_minus=0)
     x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    engine_with(criterion)._metric_loss([x], pids, camids).backward()
+    criterion(x, pids, cross_camera_pairs(pids, camids)).backward()
     assert bool((x.grad[:2] == 0).all()) and bool((x.grad[2:] != 0).all())
 
 
@@ -104,9 +97,7 @@ def test_without_distances_a_same_camera_pair_is_not_drawn_together():
 def test_a_batch_of_one_camera_has_no_gradient(name):
     criterion = criteria.build("loss", {"name": name}, criteria.TABLES["loss"])
     x = embeddings()
-    one_camera = torch.zeros_like(PIDS)
-    engine = engine_with(criterion)
-    loss = engine._metric_loss([x], PIDS, one_camera)
+    loss = criterion(x, PIDS, cross_camera_pairs(PIDS, torch.zeros_like(PIDS)))
     (gradient,) = torch.autograd.grad(loss, x)
     if name == "ContrastiveLoss":
         # Its negatives need no positives: the same as with the negatives alone.
@@ -170,22 +161,6 @@ def test_an_engine_gives_the_cameras_of_its_images(tmp_path, data_type):
     assert set(zip(*(t.tolist() for t in indices[:2]), strict=True)) == wanted
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (
-            ["loss.name", "drsl", "loss.drsl.memory_size", 32],
-            "CrossBatchMemory does not know the cameras in its memory",
-        ),
-        (["loss.name", "pml", "loss.pml.loss", "ArcFaceLoss"], "ArcFaceLoss takes no pairs; turn cross_camera off"),
-        (["loss.name", "pml", "loss.pml.loss", "FastAPLoss"], "FastAPLoss takes no pairs"),
-    ],
-)
-def test_losses_that_take_no_pairs_are_refused(tmp_path, words, message):
-    with pytest.raises(ValueError, match=message):
-        built(configured(*words), make_image_manager(tmp_path))
-
-
 def test_one_camera_for_every_identity_is_refused(tmp_path):
     manager = make_image_manager(tmp_path)
     items = manager.train_loader.dataset.train
@@ -194,10 +169,3 @@ def test_one_camera_for_every_identity_is_refused(tmp_path):
         built(configured("loss.name", "drsl"), manager)
     items[0] = (*items[0][:2], 7, *items[0][3:])
     built(configured("loss.name", "drsl"), manager)
-
-
-def test_a_memory_given_from_python_is_refused(tmp_path):
-    engine = built(configured("loss.name", "drsl"), make_image_manager(tmp_path))
-    memory = CrossBatchMemory(losses.ContrastiveLoss(), 512, 32)
-    with pytest.raises(ValueError, match="cameras in its memory"):
-        engines.ImagePMLEngine(engine.datamanager, engine.model, engine.optimizer, memory, cross_camera=True)

@@ -65,18 +65,6 @@ def test_a_miner_beside_a_memory_is_refused(tmp_path, wrapped, memory):
         make_engine(tmp_path, criterion, miner=miners.MultiSimilarityMiner())
 
 
-def test_the_drsl_engine_refuses_it_too(tmp_path):
-    model = Network()
-    with pytest.raises(ValueError, match=REFUSED):
-        engines.ImageDRSLEngine(
-            make_image_manager(tmp_path),
-            model,
-            torch.optim.SGD(model.parameters(), lr=0.1),
-            CrossBatchMemory(DRSLoss(), SIZE, 32),
-            miner=miners.BatchHardMiner(),
-        )
-
-
 def test_a_miner_of_several_losses_for_a_memory_is_refused(tmp_path):
     parts = [CrossBatchMemory(DRSLoss(), SIZE, 32), losses.ContrastiveLoss()]
     mined = losses.MultipleLosses(parts, miners=[miners.MultiSimilarityMiner(), None])
@@ -106,6 +94,7 @@ def test_the_memorys_own_miner_is_right(tmp_path):
 def test_cross_camera_with_a_loss_that_takes_no_pairs_is_refused(tmp_path, wrapped):
     for loss, reason in (
         (losses.FastAPLoss, "FastAPLoss takes no pairs; turn cross_camera off"),
+        (lambda: losses.ArcFaceLoss(6, SIZE), "ArcFaceLoss takes no pairs"),
         (MEMORIES["ours"], "CrossBatchMemory does not know the cameras in its memory"),
     ):
         with pytest.raises(ValueError, match=reason):

@@ -14,9 +14,9 @@ import processes
 import pytest
 import shared_training
 import torch
+import trained
 from killing import differing
 from torch import distributed as dist
-from toy_data import write_images
 
 from pml_drsl.checks import InputError
 from torchreid_ext import config, get_default_config
@@ -29,11 +29,6 @@ from torchreid_ext.runtime.signals import Interrupted
 
 ROOT = Path(__file__).parents[3]
 SUPPORT = ROOT / "tests" / "support"
-OPTIONS = {
-    "use_gpu": False, "model.name": "osnet_x0_25", "model.pretrained": False, "data.height": 32, "data.width": 16,
-    "data.workers": 0, "loss.name": "drsl", "train.batch_size": 8, "train.max_epoch": 3, "train.print_freq": 1,
-    "sampler.train_sampler": "RandomIdentitySampler", "datasets.listed.csv": "list.csv",
-}  # fmt: skip
 
 
 def torchrun(*words):
@@ -102,18 +97,13 @@ def test_a_resumed_run_of_several_processes_is_equal_to_a_run_without_a_stop(tog
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    rows = [
-        f"{path},{pid},{camid},{'train' if pid < 6 else 'gallery' if camid else 'query'}"
-        for path, pid, camid in write_images(folder / "images")
-    ]
-    (folder / "list.csv").write_text("\n".join(["path,pid,camid,split", *rows]))
+    trained.csv_data(folder)
     return folder
 
 
 def words(data, log, **options):
-    options = OPTIONS | {"data.save_dir": data / log} | options
-    pairs = [str(word) for item in options.items() for word in item]
-    return ["-s", "listed", "-t", "listed", "--root", str(data), *pairs]
+    run = {"data.save_dir": data / log, "train.max_epoch": 3, "train.print_freq": 1}
+    return trained.words(data, **run, **options)
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +214,7 @@ def test_a_batch_that_cannot_be_divided_is_refused(monkeypatch):
 
 def test_synchronised_batch_normalisation_on_the_cpu(monkeypatch):
     cfg = get_default_config()
-    cfg.merge_from_list([word for item in OPTIONS.items() for word in map(str, item)])
+    cfg.merge_from_list([word for item in trained.OPTIONS.items() for word in item])
     cfg.train.sync_batchnorm = True
     config.build_model(cfg, 6)
     monkeypatch.setattr(distributed, "size", lambda: 2)
