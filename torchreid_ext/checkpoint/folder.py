@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -47,11 +46,10 @@ class History:
         for number in earlier[: -self.keep] if self.keep else []:
             numbered[number].unlink(missing_ok=True)
 
-    def load_newest(self, since: float = 0) -> tuple[Path, dict[str, Any]] | None:
-        """The path and the state of the newest readable checkpoint; None if there are no checkpoints. Checkpoints that
-        were written before the time ``since``, in seconds since 1970, are ignored. Raises InputError if there are
-        checkpoints but none can be read."""
-        for path in (candidates := self.candidates(since)):
+    def load_newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The path and the state of the newest readable checkpoint; None if there are no checkpoints. Raises InputError
+        if there are checkpoints but none can be read."""
+        for path in (candidates := self.candidates()):
             try:
                 state = checkpoint.load(path)
             except InputError as error:
@@ -68,11 +66,11 @@ class History:
             raise InputError(f"model.resume auto: {unreadable}; remove them to start a new run")
         return None
 
-    def candidates(self, since: float = 0) -> list[Path]:
-        """The checkpoints that were written at the time ``since`` or later, the newest first."""
+    def candidates(self) -> list[Path]:
+        """The checkpoints, the newest first."""
         numbered = sorted(self._numbered().values(), key=lambda path: path.stat().st_mtime, reverse=True)
         paths = self.folder / LAST, *numbered
-        return [path for path in paths if path.is_file() and path.stat().st_mtime >= since]
+        return [path for path in paths if path.is_file()]
 
     def _numbered(self) -> dict[int, Path]:
         paths = {path.name.removeprefix("model.pth.tar-"): path for path in self.folder.glob("model.pth.tar-*")}
@@ -84,24 +82,6 @@ def check_new(folder: Path) -> None:
     if done := max((max(History(part)._numbered(), default=0) for part in folder.glob("*/")), default=0):
         cure = "model.resume auto goes on with it; for a new run give another data.save_dir, or remove the folder"
         raise InputError(f"'{folder}' holds a run of {done} epochs already: {cure}")
-
-
-def first_start(folder: Path) -> float | None:
-    """The time of the first start of this run, if torchrun has restarted it since; the first start notes the time."""
-    if not distributed.launched():
-        return None
-    # A machine counts only the restarts of its own processes.
-    again = max(distributed.gathered(distributed.restarts())) > 0
-    note, run = folder / ".started", os.environ["TORCHELASTIC_RUN_ID"]
-
-    def noted() -> float | None:
-        # The note may be from an earlier run, if this run was restarted before it could write a note.
-        if again and note.exists() and note.read_text() == run:
-            return note.stat().st_mtime
-        note.write_text(run)
-        return None
-
-    return distributed.from_first(noted)
 
 
 class RunCheckpoints(History):

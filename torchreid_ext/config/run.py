@@ -24,7 +24,7 @@ from pml_drsl.console import message, replacing
 from pml_drsl.evaluation.scores import RetrievalResult
 from pml_drsl.machine import available_cores
 from torchreid_ext.checkpoint import checkpoint
-from torchreid_ext.checkpoint.folder import History, check_new, first_start
+from torchreid_ext.checkpoint.folder import History, check_new
 from torchreid_ext.config import build
 from torchreid_ext.config.data import build_datamanager, check_save_dir, own_images, person
 from torchreid_ext.config.keys import ON_RESUME
@@ -83,15 +83,11 @@ def train(cfg: Config) -> tuple[Any, dict[str, RetrievalResult]]:
     results of the last test by target. Raises InputError as ``prepare``, for a checkpoint that does not fit, and for a
     folder that holds another run."""
     print(f"Configuration\n{cfg}\n")
-    since = first_start(Path(cfg.data.save_dir))
-    if since is None:
-        _check_folder(cfg)
+    _check_folder(cfg)
     engine = prepare(cfg)
     # The configuration keeps its own start_epoch, so that config.yaml starts the whole run again.
     start_epoch = cfg.train.start_epoch
-    if since is not None and (done := engine.resume("auto", cfg.data.save_dir, since)):
-        start_epoch = done
-    elif cfg.model.resume:
+    if cfg.model.resume:
         done = engine.resume(cfg.model.resume, cfg.data.save_dir, test_only=cfg.test.evaluate)
         start_epoch = done or start_epoch
         if cfg.test.evaluate and not done:

@@ -234,17 +234,17 @@ class BaseEngine(Tester, TrainingStep):
             names = names_of(open_layers)
         self._layers.setdefault(model, Layers(model)).open(names)
 
-    def resume(self, path: str, save_dir: str = "log", since: float = 0, test_only: bool = False) -> int:
+    def resume(self, path: str, save_dir: str = "log", test_only: bool = False) -> int:
         """Loads a checkpoint; returns its epoch, which is the ``start_epoch`` for ``run``.
 
         ``path`` is a checkpoint of this package or of torchreid, or ``"auto"``: the newest in ``save_dir`` that can be
-        read and was written at the time ``since`` (seconds since 1970) or later. With ``test_only`` another number of
-        processes may have trained it. Raises InputError if there is nothing to load, if the checkpoint does not fit, or
-        if ``config`` differs from the checkpoint's in a key that cannot change.
+        read. With ``test_only`` another number of processes may have trained it. Raises InputError if there is nothing
+        to load, if the checkpoint does not fit, or if ``config`` differs from the checkpoint's in a key that cannot
+        change.
         """
         folder = self._folder(save_dir)
         found = distributed.from_first(
-            lambda: History(folder).load_newest(since) if path == "auto" else (Path(path), checkpoint.load(path))
+            lambda: History(folder).load_newest() if path == "auto" else (Path(path), checkpoint.load(path))
         )
         if found is None:
             print(f"model.resume auto: there is no checkpoint in '{folder}'; starting anew")

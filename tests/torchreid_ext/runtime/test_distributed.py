@@ -21,7 +21,6 @@ from torch import distributed as dist
 from pml_drsl.checks import InputError
 from torchreid_ext import config, get_default_config
 from torchreid_ext.checkpoint import checkpoint
-from torchreid_ext.checkpoint.folder import History, first_start
 from torchreid_ext.cli.train import main
 from torchreid_ext.config import data as data_config
 from torchreid_ext.runtime import distributed
@@ -128,12 +127,8 @@ def test_only_the_first_process_prints_and_saves(data, whole):
 
 @pytest.mark.slow
 def test_a_killed_process_is_restarted_and_a_signal_stops_all(data, whole, capsys):
-    # This checkpoint belongs to an earlier run, so the restart must not use it.
-    folder = data / "stopped" / "model"
-    folder.mkdir(parents=True)
-    (folder / "model-last.pth.tar").write_bytes((data / "whole" / "model" / "model-last.pth.tar").read_bytes())
-    run = ["--nproc_per_node", 2, "--max-restarts", 1, SUPPORT / "dying.py", *words(data, "stopped")]
-    stopped = torchrun(*run)
+    resume = words(data, "stopped", **{"model.resume": "auto"})
+    stopped = torchrun("--nproc_per_node", 2, "--max-restarts", 1, SUPPORT / "dying.py", *resume)
     assert stopped.stdout.count("=> Start training") == 2
     assert stopped.stdout.count("Resuming from") == 1 and "after epoch 1" in stopped.stdout
     assert stopped.returncode != 0
@@ -144,7 +139,6 @@ def test_a_killed_process_is_restarted_and_a_signal_stops_all(data, whole, capsy
     # The run stops after the batch in which the signal was received.
     assert "epoch: [2/3][2/3]" in stopped.stdout and "epoch: [2/3][3/3]" not in stopped.stdout
     assert last(data, "stopped")["epoch"] == 1
-    resume = words(data, "stopped", **{"model.resume": "auto"})
     assert main(resume) == 2
     assert "was trained by 2 processes, and this run has 1: start it with the same number" in capsys.readouterr().err
     assert main([*resume, "test.evaluate", "True"]) == 0
@@ -319,24 +313,3 @@ def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch, capsys):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
     assert data_config._workers(4) == data_config._workers(-1) == 2
     assert "there are 2 cores for each training process" in capsys.readouterr().out
-
-
-def test_a_restart_resumes_from_the_checkpoints_of_its_own_run(tmp_path, monkeypatch):
-    assert first_start(tmp_path) is None and not list(tmp_path.iterdir())
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    history = History(tmp_path / "model")
-    history.save({"epoch": 7}, 7)
-    for path in (tmp_path / "model").iterdir():
-        os.utime(path, (1e9, 1e9))
-    assert first_start(tmp_path) is None
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    # A run that died before it wrote its note has no checkpoint to resume from.
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
-    assert first_start(tmp_path) is None
-    since = first_start(tmp_path)
-    assert since is not None
-    assert History(tmp_path / "model").load_newest(since) is None
-    assert History(tmp_path / "model").load_newest()[1]["epoch"] == 7
-    history.save({"epoch": 2}, 2)
-    assert History(tmp_path / "model").load_newest(since)[1]["epoch"] == 2
