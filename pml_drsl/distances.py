@@ -20,23 +20,22 @@ from pml_drsl.pairs import Pairs
 # Below this norm torch.nn.functional.normalize divides by a constant: such a vector has no direction.
 SMALLEST_NORM = 1e-12
 COSINE = pml.CosineSimilarity()
-MATRICES = LpDistance, pml.CosineSimilarity, pml.DotProductSimilarity
 
 
 def prepare(distance: BaseDistance, x: Tensor, fused: bool = True) -> Tensor:
     """Embeddings ``x``, shape (N, dim), float32 or float64, as ``distance_matrix`` takes them.
 
     If the distance normalises its embeddings, a vector without direction becomes 0 and gets no gradient. The others get
-    a norm of 1 here if the distance is computed here; otherwise the distance normalises them. This is done once for all
-    chunks of queries: a chunk that normalises its references keeps a copy of them for the backward pass."""
+    a norm of 1 here, once for all chunks of queries, if the distance is computed here. Any other distance normalises
+    them itself, and keeps a copy of the references for each chunk."""
     if not distance.normalize_embeddings:
         return x
     here = _is_computed_here(distance)
-    if here and fused and distance.p == 2:
+    if here and fused:
         return _Normalized.apply(x)  # type: ignore[no-any-return]
     # Normalising a zero vector multiplies its gradient by 1e12, which half precision cannot hold.
-    has_direction = torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True) > SMALLEST_NORM
-    x = torch.where(has_direction, x, 0)
+    # A norm that is NaN is not below the smallest: the loss of a diverged network is NaN too.
+    x = torch.where(torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True) <= SMALLEST_NORM, 0, x)
     return distance.normalize(x) if here else x
 
 
@@ -54,8 +53,8 @@ def distance_matrix(distance: BaseDistance, x: Tensor, ref: Tensor | None = None
     Raises:
         InputError: for infinite or NaN values of a distance that is neither Euclidean nor an inner product.
     """
-    euclidean, here = isinstance(distance, LpDistance) and distance.p == 2, _is_computed_here(distance)
-    if here and fused and distance.p == 2:
+    euclidean, here = isinstance(distance, LpDistance), _is_computed_here(distance)
+    if here and fused:
         mat: Tensor = (_EuclideanDistances if euclidean else _MinusInnerProducts).apply(x, ref)
         if distance.power == 1:
             return mat
@@ -63,7 +62,7 @@ def distance_matrix(distance: BaseDistance, x: Tensor, ref: Tensor | None = None
     with full_precision(x.device.type):
         if here:
             refs = x if ref is None else ref
-            mat = _plain_euclidean(x, refs) if euclidean else distance.compute_mat(x, refs)
+            mat = _plain_euclidean(x, refs) if euclidean else x @ refs.T
             mat = mat if distance.power == 1 else mat.pow(distance.power)
         else:
             mat = distance(x, ref)
@@ -78,27 +77,27 @@ def has_angles(distance: BaseDistance) -> bool:
     """Whether the angle of a pair comes from its distance. From the distance of a long and a short vector, rounding has
     taken their angle."""
     highest = 2 if isinstance(distance, LpDistance) else 1
-    return is_known(distance) and distance.normalize_embeddings and distance.power <= highest
+    return _is_computed_here(distance) and distance.normalize_embeddings and distance.power <= highest
 
 
 def angular_dissimilarity(
-    distance: BaseDistance, of_pairs: Tensor, x: Tensor, ref: Tensor, pairs: Pairs, fused: bool = True
+    distance: BaseDistance, of_pairs: Tensor, unit: Tensor, unit_ref: Tensor, pairs: Pairs, fused: bool = True
 ) -> Tensor:
     """The angular dissimilarity ``u = (1 - cos) / 2`` of pairs, shape (E,), in [0, 1].
 
-    Where ``has_angles`` it comes from ``of_pairs``, the distance of each pair from ``distance_matrix``, and ``x`` and
-    ``ref`` are from ``prepare`` for the distance, else for ``COSINE``. A zero vector counts as orthogonal to all others
-    (u = 1/2) and gets no gradient. ``ref`` is ``x`` if the batch is compared with itself."""
+    Where ``has_angles`` it comes from ``of_pairs``, the distance of each pair from ``distance_matrix``. ``unit`` and
+    ``unit_ref``, which are one tensor if the batch is compared with itself, are embeddings of norm 1, or 0 for those
+    without direction. These count as orthogonal to all others (u = 1/2) and get no gradient."""
     query, candidate = pairs.query, pairs.positive
     if not has_angles(distance):
-        cosines = distance_matrix(COSINE, x, None if ref is x else ref, fused)
+        cosines = distance_matrix(COSINE, unit, None if unit_ref is unit else unit_ref, fused)
         return 0.5 + 0.5 * cosines[query, candidate]
     if not isinstance(distance, LpDistance):
         return 0.5 + 0.5 * of_pairs
-    x_defined = torch.linalg.vector_norm(x.detach(), dim=1) > 0
-    ref_defined = x_defined if ref is x else torch.linalg.vector_norm(ref.detach(), dim=1) > 0
+    defined = unit.detach().any(1)
+    ref_defined = defined if unit_ref is unit else unit_ref.detach().any(1)
     # Of unit vectors: |x - y|^2 = 2 - 2 cos = 4 u.
-    return torch.where(x_defined[query] & ref_defined[candidate], 0.25 * of_pairs ** (2 / distance.power), 0.5)
+    return torch.where(defined[query] & ref_defined[candidate], 0.25 * of_pairs ** (2 / distance.power), 0.5)
 
 
 def check_distance(distance: object) -> None:
@@ -119,19 +118,19 @@ def check_distance(distance: object) -> None:
 
 def is_known(distance: BaseDistance) -> bool:
     """Whether a distance is the Euclidean distance or an inner product."""
-    return type(distance) in MATRICES and distance.p == 2
+    return type(distance) in (LpDistance, pml.CosineSimilarity, pml.DotProductSimilarity) and distance.p == 2
 
 
 def _is_computed_here(distance: BaseDistance) -> bool:
-    """Whether PML's own ``forward`` need not be called: it may be a user's, or record statistics."""
-    return type(distance) in MATRICES and not distance.collect_stats
+    """Whether the distance's own ``forward`` need not be called: it may be a user's, or record statistics."""
+    return is_known(distance) and not distance.collect_stats
 
 
 def _plain_euclidean(x: Tensor, ref: Tensor) -> Tensor:
     """``torch.cdist(x, ref)`` that can be differentiated any number of times. Distances of 0 are constants."""
     squared = x.square().sum(1, keepdim=True) + ref.square().sum(1) - 2 * (x @ ref.T)
-    positive = squared > 0
-    return torch.where(positive, torch.where(positive, squared, 1).sqrt(), 0)
+    zero = squared <= 0  # not where it is NaN
+    return torch.where(zero, 0, torch.where(zero, 1, squared).sqrt())
 
 
 def _plus_transposed(w: Tensor) -> Tensor:

@@ -207,8 +207,8 @@ class DRSLoss(BaseMetricLossFunction):
 
     def _errors_of_chunk(self, x: Tensor, ref: Tensor, unit: Tensor, unit_ref: Tensor, pairs: Pairs) -> Errors:
         distances = distance_matrix(self.distance, x, None if ref is x else ref, self.fused)
-        of_chunk: dict[str, Any] = {"x": unit, "ref": unit_ref, "pairs": pairs, "fused": self.fused}
-        angle = functools.partial(angular_dissimilarity, self.distance, **of_chunk)
+        units = {"unit": unit, "unit_ref": unit_ref}
+        angle = functools.partial(angular_dissimilarity, self.distance, pairs=pairs, fused=self.fused, **units)
         shared: dict[str, Any] = {name: _scalar(getattr(self, name)) for name in ("temperature", "margin")}
         shared["use_fused"], power = self.fused, self.bound_power
         options: Any = {"bound_power": None if power is None else float(power)}

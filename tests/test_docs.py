@@ -168,7 +168,7 @@ def test_commands_have_options_and_keys_that_exist(page, monkeypatch):
             losses, _ = read_losses(ROOT / (args.losses_file or "configs/losses.yaml"), args.losses)
         cfg = get_default_config()
         for file in files:
-            if (ROOT / file).exists():  # not a file of the reader's
+            if "/" in file:  # not a file of the reader's
                 cfg.merge_from_file(ROOT / file)
         cfg.merge_from_list(keys)
         for snippet in losses.values():

@@ -100,7 +100,7 @@ def read_npy(paths: Sequence[str], ids: str | None) -> dict[str, Any]:
 def _read_ids(path: str) -> dict[str, list[list[str]]]:
     """The identity, and the camera if there is one, of each line of the two sets; InputError for any other line."""
     labels: dict[str, list[list[str]]] = {"query": [], "gallery": []}
-    for at, row in csv_records(path, COLUMNS[:2], COLUMNS[2:]):
+    for at, row in csv_records(path, COLUMNS[:2], COLUMNS[2:], others=False):
         check_text(at, row.values())
         if row["set"] not in labels:
             raise InputError(f"{at}: set={row['set']!r} must be query or gallery")
@@ -113,14 +113,17 @@ def _read_ids(path: str) -> dict[str, list[list[str]]]:
 _AS_UTF8 = "save it as UTF-8 (in a spreadsheet program: CSV UTF-8, comma delimited)"
 
 
-def csv_records(path: str, needed: Sequence[str], optional: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, str]]]:
+def csv_records(
+    path: str, needed: Sequence[str], optional: Sequence[str] = (), others: bool = True
+) -> Iterator[tuple[str, dict[str, str]]]:
     """Yields the place of every line of a CSV file, for messages, and its values in the columns that are ``needed`` or
     ``optional``, stripped.
 
     The file is UTF-8 text, whose first line names the columns; commas, semicolons or tabs separate them. Lines without
     any value, and other columns, are left out. Names of files may hold bytes that are no UTF-8; :func:`check_text`
-    refuses them elsewhere. Raises InputError if a needed column, or a value in it, is missing, the name of an optional
-    column is misspelt, or the file is written in another way. The message names the file, the line and the cure."""
+    refuses them elsewhere. Raises InputError if a needed column, or a value in it, is missing, an optional column seems
+    to be misspelt (without ``others`` every other column is taken for it), or the file is written in another way. The
+    message names the file, the line and the cure."""
     data = Path(path).read_bytes()
     if b"\0" in data:
         line = data[: data.index(b"\0")].count(b"\n") + 1
@@ -131,7 +134,7 @@ def csv_records(path: str, needed: Sequence[str], optional: Sequence[str] = ()) 
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
     try:
         head = [name.strip() for name in next(reader, [])]
-        _check_head(f"{path}, line 1", head, needed, optional)
+        _check_head(f"{path}, line 1", head, needed, optional, others)
         for cells in reader:
             at = f"{path}, line {reader.line_num}"
             if any(cell.strip() for cell in cells[len(head) :]):
@@ -147,7 +150,7 @@ def csv_records(path: str, needed: Sequence[str], optional: Sequence[str] = ()) 
         raise InputError(f"{path}, line {reader.line_num}: {error}: correct the quotes of this line") from error
 
 
-def _check_head(at: str, head: Sequence[str], needed: Sequence[str], optional: Sequence[str]) -> None:
+def _check_head(at: str, head: Sequence[str], needed: Sequence[str], optional: Sequence[str], others: bool) -> None:
     if missing := [name for name in needed if name not in head]:
         wanted = ",".join(needed)
         cure = f"the first line must name {wanted}" + "".join(f", and may name {name}" for name in optional)
@@ -158,8 +161,14 @@ def _check_head(at: str, head: Sequence[str], needed: Sequence[str], optional: S
         if head.count(name) > 1:
             raise InputError(f"{at}: the file has two columns {name!r}: rename or remove one")
         # Ignoring a misspelt column would silently ignore the cameras.
-        if name not in head and (near := [other for other in head if other.lower()[:3] == name[:3]]):
+        unknown = [other for other in head if other not in (*needed, *optional)]
+        near = [other for other in unknown if not others or _is_like(other, name)]
+        if name not in head and near:
             raise InputError(f"{at}: the file has a column {near[0]!r} and no {name!r}: rename or remove it")
+
+
+def _is_like(name: str, wanted: str) -> bool:
+    return bool(difflib.get_close_matches(name.lower(), {wanted, "camera"}, 1, cutoff=0.7))
 
 
 def check_text(at: str, values: Iterable[str]) -> None:

@@ -73,7 +73,7 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
         if isinstance(kwargs.get("device"), str):
             kwargs["device"] = torch.device(kwargs["device"])
         check_option("metric", metric, METRICS)
-        check_options(ties, protocol, query_cams is not None, reference_cams is not None, max_rank)
+        check_options(ties, protocol, max_rank=max_rank, seed=seed)
         self.metric, self.ties, self.protocol = metric, ties, protocol
         self.max_rank, self.seed, self.junk = max_rank, seed, junk
         for name in REID_METRICS:  # PML finds its metrics by the names of these attributes.
@@ -88,6 +88,8 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
 
     def set_cameras(self, query_cams: Labels | None, reference_cams: Labels | None) -> None:
         """Sets the cameras of the data that is tested next, in the order of the embeddings, or None for no cameras."""
+        if (query_cams is None) != (reference_cams is None):
+            raise InputError("query_cams and reference_cams belong together: give both, or neither to ignore cameras")
         self.query_cams, self.reference_cams = query_cams, reference_cams
 
     def get_accuracy(

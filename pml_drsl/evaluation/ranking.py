@@ -106,7 +106,7 @@ def rank_queries(
             the result of one process with the same number of threads, bit for bit.
 
     An InputError refuses labels of a wrong shape or type, a single camera list, and unknown options."""
-    check_options(ties, protocol, query_cams is not None, gallery_cams is not None)
+    check_options(ties, protocol, query_cams is not None, gallery_cams is not None, seed=seed, chunk_size=chunk_size)
     num_query, num_gallery = distances.num_query, distances.num_gallery
     ids = number_identities(query_ids, gallery_ids, num_query, num_gallery, junk)
     cams = None
@@ -155,15 +155,21 @@ def rank_queries(
     return ranked
 
 
-def check_options(ties: str, protocol: str, query_cams: bool, gallery_cams: bool, max_rank: int = 1) -> None:
-    """Raises InputError for an unknown option, a rank below 1, or cameras of queries or gallery alone."""
+def check_options(
+    ties: str, protocol: str, query_cams: bool = False, gallery_cams: bool = False, *,
+    max_rank: int = 1, seed: int = 0, chunk_size: int | None = None,
+) -> None:  # fmt: skip
+    """Raises InputError for an option out of its range, or cameras of queries or gallery alone."""
     check_option("ties", ties, TIES)
     check_option("protocol", protocol, PROTOCOLS)
+    rows_per_chunk(1, chunk_size)
     if query_cams != gallery_cams:
         given, missing = ("query", "gallery") if query_cams else ("gallery", "query")
         raise InputError(f"{given}_cams without {missing}_cams: give both, or neither to ignore cameras")
     if max_rank < 1:
         raise InputError(f"max_rank={max_rank}: give a positive rank")
+    if seed < 0:
+        raise InputError(f"seed={seed}: give 0 or more")
 
 
 def _rank_rows(

@@ -125,7 +125,8 @@ def evaluate(
         progress: show a progress bar on stderr.
 
     An InputError refuses arguments out of range, NaN or infinity in features, and queries of which none has a match."""
-    check_options(ties, protocol, query_cams is not None, gallery_cams is not None, max_rank)
+    given = query_cams is not None, gallery_cams is not None
+    check_options(ties, protocol, *given, max_rank=max_rank, seed=seed, chunk_size=chunk_size)
     distances: DistanceRows
     is_junk, identities = None, label_array(query_ids)
     if rerank:  # Junk images would be neighbours of others.

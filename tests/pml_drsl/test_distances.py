@@ -1,5 +1,6 @@
 """DRSLoss with every distance of pytorch-metric-learning, and at the limits of precision."""
 
+import contextlib
 import functools
 import itertools
 
@@ -15,6 +16,7 @@ from pytorch_metric_learning.distances import (
     SNRDistance,
 )
 
+from pml_drsl.checks import InputError
 from pml_drsl.distances import distance_matrix, prepare
 
 
@@ -98,6 +100,16 @@ def test_gradients_are_finite_for_identical_zero_and_large_embeddings(name):
         loss.backward()
         assert torch.isfinite(loss)
         assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", DISTANCES)
+def test_the_loss_of_a_diverged_network_is_not_finite(name, fused):
+    x, labels = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)), torch.arange(8) // 4
+    for rows in (slice(0, 1), slice(None)):
+        x[rows] = torch.nan
+        with contextlib.suppress(InputError):
+            assert not make_loss(distance=DISTANCES[name][0], fused=fused)(x, labels).isfinite()
 
 
 @pytest.mark.parametrize("fused", [True, False])

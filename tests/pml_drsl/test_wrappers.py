@@ -1,5 +1,8 @@
 """CrossBatchMemory and SelfSupervisedLoss with DRSLoss."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from batches import make_batch, make_loss
@@ -224,9 +227,10 @@ def test_a_restored_memory_goes_on_exactly(warmup, before):
         if number == before:
             fresh.load_state_dict(memory.state_dict())
             assert ("warmup_calls" in memory.state_dict()) == (warmup > 0)
+            copies = fresh, copy.deepcopy(memory), pickle.loads(pickle.dumps(memory))
         wanted = memory(x, labels)
         if number >= before:
-            assert torch.equal(fresh(x, labels), wanted)
+            assert all(torch.equal(each(x, labels), wanted) for each in copies)
 
 
 def test_states_of_pml_s_memory_can_be_loaded():

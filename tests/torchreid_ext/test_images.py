@@ -132,7 +132,7 @@ def test_other_files_are_explained_with_file_line_and_cure(folder: Path, data: b
         read(folder, data)
 
 
-@pytest.mark.parametrize("name", ["CamId", "camera", "cam"])
+@pytest.mark.parametrize("name", ["CamId", "camera", "cam", "Kamera", "cid"])
 def test_a_misspelt_column_does_not_leave_the_cameras_out(folder: Path, name: str) -> None:
     with pytest.raises(InputError, match=f"line 1: .*a column '{name}' and no 'camid'"):
         read(folder, GOOD.replace("camid", name).encode(), None)

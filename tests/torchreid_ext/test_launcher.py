@@ -19,6 +19,7 @@ from torchreid_ext import get_default_config
 from torchreid_ext.checkpoint import checkpoint
 from torchreid_ext.cli.train import main
 from torchreid_ext.engine import engines
+from torchreid_ext.runtime import distributed
 
 ROOT = Path(__file__).parents[2]
 
@@ -363,7 +364,7 @@ def test_a_test_without_a_trained_network_is_refused_and_no_epoch_trains_none(tm
     assert "--dry-run shows what is trained; leave one out" in complaint(capsys)
 
 
-def test_a_new_run_does_not_overwrite_another(tmp_path, capsys):
+def test_a_new_run_does_not_overwrite_another(tmp_path, capsys, monkeypatch):
     csv_data(tmp_path)
     assert launch(tmp_path) == 0
     shutil.copytree(tmp_path / "log", tmp_path / "other")
@@ -385,10 +386,14 @@ def test_a_new_run_does_not_overwrite_another(tmp_path, capsys):
     for resume in ("auto", own):
         assert launch(tmp_path, "--dry-run", **{"model.resume": resume, "train.max_epoch": 2}) == 0
     out = capsys.readouterr().out
-    assert out.count(f"Resuming from '{own}' after epoch 1") == 3
+    assert out.count(f"Resuming from '{own}' after epoch 1") == 3 and out.count("; 1 epochs, without tests") == 2
     assert written() == kept
     assert launch(tmp_path, "--dry-run", **{"model.resume": tmp_path / "lost.pth", "data.save_dir": tmp_path}) == 2
     assert "lost.pth' does not exist" in complaint(capsys)
+    # As under torchrun --max-restarts 3: a restart with the same words would go back to this checkpoint.
+    monkeypatch.setattr(distributed, "may_restart", lambda: True)
+    assert launch(tmp_path, "--dry-run", **{"model.resume": own}) == 2
+    assert "--max-restarts: give model.resume auto" in complaint(capsys)
 
 
 @pytest.mark.parametrize("options", [{"data.k_tfm": 2}, {"loss.name": "softmax", "train.chunk_size": 4}])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pml_drsl.checks import InputError
-from pml_drsl.console import check_outputs, guarded, say, write_text
+from pml_drsl.console import guarded, say, write_text
 from pml_drsl.evaluation import cli
 from pml_drsl.machine import available_cores
 from torchreid_ext.cli import console
@@ -96,7 +96,7 @@ def _errors(args: argparse.Namespace) -> None:
             unknown = f"checkpoint {args.features[0]!r} holds no configuration, so its test images are unknown"
             raise InputError(f"{unknown}: {cure}") from error
         metric, table = model.metric, test_images(model.config, args.root, model.people)
-        check_outputs({"--html": args.html}, [model.path])
+        console.check_outputs({"--html": args.html}, [model.path])
         data, paths, workers = dict[str, Any](), [], min(4, available_cores())
         for side, rows in (("query", table.query), ("gallery", table.gallery)):
             found = extract_files(model, rows, workers=workers, skip_damaged=True, description=side)
@@ -112,7 +112,7 @@ def _errors(args: argparse.Namespace) -> None:
 
 def _compare(args: argparse.Namespace) -> None:
     rows = table(args.features)
-    check_outputs({"--csv": args.csv}, (str(Path(run, name)) for run in args.features for name in FILES))
+    console.check_outputs({"--csv": args.csv}, (str(Path(run, name)) for run in args.features for name in FILES))
     if args.csv:
         text = io.StringIO(newline="")
         csv.writer(text, lineterminator="\n").writerows(rows)

@@ -69,7 +69,8 @@ def _run(args: argparse.Namespace) -> None:
     cfg.merge_from_list(args.opts)
     check(cfg)
     if args.dry_run:
-        run.dry_run(cfg)
+        with distributed.joined(cfg.use_gpu, cfg.train.timeout):
+            run.dry_run(cfg)
         return
     folder, name = Path(cfg.data.save_dir), "test" if cfg.test.evaluate else "train"
     with distributed.joined(cfg.use_gpu, cfg.train.timeout), run.logged(folder, name):

@@ -117,10 +117,14 @@ def train(cfg: Config) -> tuple[Any, dict[str, RetrievalResult]]:
 
 
 def _check_folder(cfg: Config) -> None:
-    """Raises InputError if ``data.save_dir`` holds a trained run and this one does not resume it, but overwrites it."""
+    """Raises InputError if ``data.save_dir`` holds a trained run and this one does not resume it, but overwrites it, or
+    would do so when torchrun restarts it."""
     folder, resume = Path(cfg.data.save_dir), cfg.model.resume
-    resumes = resume == "auto" or (resume and Path(resume).parent.resolve() == (folder / "model").resolve())
-    if not (resumes or cfg.test.evaluate):
+    if cfg.test.evaluate or resume == "auto":
+        return
+    if distributed.may_restart():
+        raise InputError("torchrun --max-restarts: give model.resume auto, so that a restarted run goes on")
+    if not (resume and Path(resume).parent.resolve() == (folder / "model").resolve()):
         check_new(folder)
 
 
@@ -176,20 +180,20 @@ def dry_run(cfg: Config) -> None:
         raise InputError("test.evaluate True trains nothing, and --dry-run shows what is trained; leave one out")
     _check_folder(cfg)
     engine = prepare(cfg)
-    if cfg.model.resume:
-        engine.resume(cfg.model.resume, cfg.data.save_dir)
+    done = engine.resume(cfg.model.resume, cfg.data.save_dir) if cfg.model.resume else 0
     if cfg.data.type == "image" and not cfg.datasets.keys().isdisjoint(cfg.data.sources + cfg.data.targets):
         _check_readable(engine.datamanager)
     steps = steps_per_epoch(engine.datamanager)
     batches, times = _try(cfg, engine, min(3, steps))
     path = Path(cfg.data.save_dir, "batch.png")
-    path.parent.mkdir(parents=True, exist_ok=True)
     images = engine.training_batch(batches[0]).images.reshape(-1, 3, cfg.data.height, cfg.data.width)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (cfg.data.norm_mean, cfg.data.norm_std))
-    save_image(images.cpu() * std + mean, path, nrow=8, padding=0)
+    if distributed.is_first():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_image(images.cpu() * std + mean, path, nrow=8, padding=0)
     print(f"A batch of {len(images)} images, as the network gets them, is drawn in {path}")
     # The first steps are slower than the others.
-    seconds, epochs = steps * times[-1], cfg.train.max_epoch
+    seconds, epochs = steps * times[-1], cfg.train.max_epoch - done
     whole = f"{epochs} epochs, without tests, about {epochs * seconds / 60:.0f} min"
     print(f"An epoch of {steps} steps takes about {seconds:.0f} s; {whole}")
 

@@ -234,6 +234,12 @@ class BaseEngine(Tester, TrainingStep):
             names = names_of(open_layers)
         self._layers.setdefault(model, Layers(model)).open(names)
 
+    def save_model(self, epoch: int, rank1: float, save_dir: str, is_best: bool = False) -> None:
+        """Writes ``save_dir/model/model.pth.tar-EPOCH``, where EPOCH is counted from 1, as torchreid does."""
+        self.rank1 = float(rank1)
+        history = History(self._folder(save_dir))
+        distributed.from_first(lambda: history.save(states.of_engine(self, epoch + 1), epoch + 1, is_best))
+
     def resume(self, path: str, save_dir: str = "log", test_only: bool = False) -> int:
         """Loads a checkpoint; returns its epoch, which is the ``start_epoch`` for ``run``.
 

@@ -86,7 +86,7 @@ def _place(timeout: datetime.timedelta) -> dict[str, Any]:
 
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
         return {"store": PrefixStore(f"start {restarts()}", store), "rank": rank, "world_size": world_size}
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+    if may_restart():
         why = "torchrun --max-restarts on several machines would connect new processes to dead ones"
         cure = "with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, or with --max-restarts 0"
         raise InputError(f"{why}: start torchrun on each {cure}")
@@ -125,6 +125,11 @@ def on_this_machine() -> int:
 def restarts() -> int:
     """The number of times that torchrun restarted the processes of this machine. It differs between machines."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) if launched() else 0
+
+
+def may_restart() -> bool:
+    """Whether torchrun starts the processes again if one dies."""
+    return launched() and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
 
 
 def gathered(value: T) -> list[T]:

@@ -54,7 +54,8 @@ class _Files(Dataset[Any]):
         try:
             return index, self.preprocessing(self.paths[index], self.crop)
         except InputError as error:
-            return index, str(error)
+            reason, path = str(error), self.paths[index]
+            return index, reason if path in reason else f"{path!r}: {reason}"
 
 
 def _collated(batch: Sequence[tuple[int, Tensor | str]]) -> tuple[list[int], Tensor | None, list[str]]:

@@ -140,8 +140,10 @@ def test_errors(search: dict[str, Any]) -> None:
         ReIDAccuracyCalculator(label_comparison_fn=torch.eq)
     wrong: tuple[dict[str, Any], ...] = ({"metric": "cos"}, {"ties": "no"}, {"protocol": "cuhk"}, {"max_rank": 0})
     for options in (*wrong, {"query_cams": [1]}):  # Before a tester extracts all features in vain.
-        with pytest.raises(ValueError, match=r"'cos'|'no'|'cuhk'|max_rank=0|query_cams without gallery_cams"):
+        with pytest.raises(ValueError, match=r"'cos'|'no'|'cuhk'|max_rank=0|query_cams and reference_cams"):
             ReIDAccuracyCalculator(**options)
+    with pytest.raises(ValueError, match="query_cams and reference_cams"):
+        calculator.set_cameras(None, search["gallery_cams"])
     search["query"][0, 0] = torch.nan
     with pytest.raises(ValueError, match="1 of 20 query features"):
         calculator.get_accuracy(*data(search))

@@ -154,6 +154,7 @@ def test_bad_input_is_one_line(tmp_path: Path, arrays: dict[str, Any], capsys: p
             "no column 'set': the first line must name set,id, and may",
         ),
         ([query, gallery, "--ids", text("cam.csv", b"set,id,cam\n")], "a column 'cam' and no 'camera'"),
+        ([query, gallery, "--ids", text("view.csv", b"set,id,view\n")], "a column 'view' and no 'camera'"),
         ([query, gallery, "--ids", text("two.csv", b"set,id,id\n")], "two columns 'id'"),
         ([query, gallery, "--ids", text("no.csv", (rows + "query,1,").encode())], "line 54: camera is empty"),
         ([query, gallery, "--ids", text("empty.csv", b"")], "empty.csv, line 1: the file has no column 'set'"),

@@ -408,8 +408,9 @@ def test_errors_name_the_value_and_the_fix(monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(ValueError, match=message):
             evaluate(**(search | change))
     monkeypatch.setattr(reranking, "rerank", lambda *args, **options: pytest.fail("re-ranking takes minutes"))
-    for change in ({"ties": "random"}, {"protocol": "market"}, {"max_rank": 0}, {"gallery_cams": None}):
-        with pytest.raises(ValueError, match=r"random|market|max_rank=0|without gallery_cams"):
+    late: list[dict[str, Any]] = [{"ties": "random"}, {"protocol": "market"}, {"max_rank": 0}, {"gallery_cams": None}]
+    for change in (*late, {"chunk_size": 0}, {"seed": -1}):
+        with pytest.raises(ValueError, match=r"random|market|max_rank=0|without gallery_cams|chunk_size=0|seed=-1"):
             evaluate(**(search | change), rerank=True)
 
 

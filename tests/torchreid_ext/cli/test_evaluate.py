@@ -123,6 +123,7 @@ def test_the_table_has_what_a_run_wrote(run, capsys):
         (["RUN", "--html", "p.html"], "--html does not go with runs without --errors"),
         (["f.npz", "--csv", "t.csv"], "--csv does not go with feature files"),
         (["RUN", "--csv", "RUN/metrics.json"], "would overwrite the input"),
+        (["RUN", "--csv", "photo.jpg"], "photo.jpg', which has the name of an image"),
         (["RUN", "--errors", "--html", "RUN/model/model-best.pth.tar"], "would overwrite the input"),
         (["RUN", "--errors", "--html", "RUN/../images/00.png"], "has the name of an image"),
         (["RUN", "--errors", "--html", "nowhere/p.html"], "there is no folder 'nowhere'"),

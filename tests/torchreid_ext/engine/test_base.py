@@ -462,6 +462,14 @@ def test_a_criterion_with_weights_is_saved_and_resumed(tmp_path):
     assert torch.equal(one.criterion.W, other.criterion.W)
 
 
+def test_a_script_may_save_its_engine(tmp_path):
+    one, other = (make_engine(tmp_path, criterion=pml_losses.ArcFaceLoss(6, 32), scheduled=False) for _ in range(2))
+    one.save_model(0, 0.5, str(tmp_path / "log"))
+    assert other.resume("auto", str(tmp_path / "log")) == 1 and other.rank1 == 0.5
+    assert torch.equal(one.criterion.W, other.criterion.W)
+    assert all(map(torch.equal, one.model.state_dict().values(), other.model.state_dict().values()))
+
+
 def test_another_number_of_identities_or_another_loss_is_refused(tmp_path):
     make_engine(tmp_path).run(str(tmp_path / "log"), max_epoch=1)
     engine = make_engine(tmp_path, criterion=pml_losses.ArcFaceLoss(6, 32))
