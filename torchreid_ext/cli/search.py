@@ -142,8 +142,6 @@ def _extracted(
 
 def _check(args: argparse.Namespace) -> None:
     """Raises InputError for options that cannot go together, before any work is done."""
-    from torchreid_ext.search.model import find_checkpoint
-
     if args.serve is not None and (args.query or args.crop or args.html or args.json):
         raise InputError("--serve searches on its page: leave out --query, --crop, --html and --json")
     if args.host and args.serve is None:
@@ -163,6 +161,8 @@ def _check(args: argparse.Namespace) -> None:
             raise InputError(f"--{option} removes images from an index: give --index FILE")
     if args.top < 1:
         raise InputError(f"--top {args.top}: give 1 or more")
+    from torchreid_ext.search.model import find_checkpoint  # This imports torch, for which no mistake has to wait.
+
     outputs = {"--index": args.index, "--json": args.json, "--html": args.html}
     console.check_outputs(outputs, [find_checkpoint(args.checkpoint), args.config_file, *args.query, *args.gallery])
 
