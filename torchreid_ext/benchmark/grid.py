@@ -18,7 +18,8 @@ import yaml
 
 from pml_drsl.checks import InputError, nearest
 from torchreid_ext.config.keys import KEYS
-from torchreid_ext.config.node import Config, check, flat, flatten, get_default_config, plain
+from torchreid_ext.config.node import Config, check, flat, get_default_config
+from torchreid_ext.config.values import flatten, plain
 from torchreid_ext.runtime.files import locked
 
 Snippet = Mapping[str, Any]

@@ -17,7 +17,7 @@ from pml_drsl.checks import InputError, nearest
 from pml_drsl.console import write_text
 from torchreid_ext.benchmark.grid import TUNED, recipe, same, scored
 from torchreid_ext.benchmark.statistics import compare, holm
-from torchreid_ext.config.node import flatten
+from torchreid_ext.config.values import flatten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

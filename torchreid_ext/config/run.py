@@ -28,7 +28,8 @@ from torchreid_ext.checkpoint.folder import History, check_new
 from torchreid_ext.config import build
 from torchreid_ext.config.data import build_datamanager, check_save_dir, own_images, person
 from torchreid_ext.config.keys import ON_RESUME
-from torchreid_ext.config.node import Config, check, flat, plain, run_options
+from torchreid_ext.config.node import Config, check, flat, run_options
+from torchreid_ext.config.values import plain
 from torchreid_ext.data.loading import rebuilt
 from torchreid_ext.data.samplers import steps_per_epoch
 from torchreid_ext.evaluation import ranking
