@@ -149,6 +149,20 @@ def test_photos_of_iphones_are_images_where_their_reader_is_installed(monkeypatc
     assert registered == [1]
 
 
+def test_a_photo_of_an_iphone_is_read_upright(tmp_path: Path) -> None:
+    pytest.importorskip("pillow_heif")
+    turned = Image.new("RGB", (64, 32), "red")
+    turned.paste("blue", (0, 0, 32, 32))
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned clockwise: the left side becomes the top
+    turned.save(tmp_path / "IMG_1.HEIC", exif=exif.tobytes())
+    upright = np.asarray(read_image(tmp_path / "IMG_1.HEIC")).astype(int)
+    assert upright.shape == (64, 32, 3)
+    assert upright[16, 16] == pytest.approx([0, 0, 255], abs=20) and upright[48, 16] == pytest.approx(
+        [255, 0, 0], abs=20
+    )
+
+
 def test_a_photo_of_an_iphone_says_what_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "IMG_1.HEIC").write_bytes(b"ftypheic")
     for readers, cure in (((), "pip install pillow-heif to read it"), ((".heic", ".heif"), "restore it or remove it")):
