@@ -25,7 +25,6 @@ from torchreid_ext.images import Row, composed
 from torchreid_ext.runtime import distributed
 from torchreid_ext.search.model import Preprocessing, TrainedModel
 
-EXACT = "Flat"  # faiss's name of the exact index
 # For more queries at once, faiss computes |q|^2 - 2 qg + |g|^2, which loses small distances far from the origin.
 _ACCURATE_BLOCK = 16
 Array = np.ndarray[Any, Any]
@@ -167,63 +166,40 @@ def read_gallery(path: str | os.PathLike[str], model: TrainedModel) -> Extracted
 
 class FeatureIndex:
     """The features of N images, of ``dim`` dimensions, in rows, and faiss's index of them, by ``"euclidean"`` distance,
-    squared, or ``"cosine"``, 1 - similarity. Only searches may run in several threads at once.
+    squared, or ``"cosine"``, 1 - similarity. It is exact. Only searches may run in several threads at once."""
 
-    ``kind`` is a string of ``faiss.index_factory``, and after a semicolon parameters of faiss's ``ParameterSpace``:
-    ``"IVF1024,Flat;nprobe=32"``. Any index but ``"Flat"`` is made anew by the first search after a change."""
-
-    def __init__(self, dim: int, metric: str, kind: str = EXACT) -> None:
-        self.dim, self.metric, self.kind = dim, metric, kind
+    def __init__(self, dim: int, metric: str) -> None:
+        self.dim, self.metric = dim, metric
         # Not imported with the package: torch and faiss each bring a copy of OpenMP, which collide on macOS.
         self._faiss = importlib.import_module("faiss")
         # Features of unit norm have twice the cosine distance as squared Euclidean distance.
-        self._exact = self._faiss.IndexFlatL2(dim)
-        self._other: Any = None
+        self._index = self._faiss.IndexFlatL2(dim)
 
     def __len__(self) -> int:
-        return int(self._exact.ntotal)
+        return int(self._index.ntotal)
 
     def add(self, features: Tensor, normalised: bool = False) -> None:
         """Adds [N, D] features below the rows that are there; ``normalised`` ones have the metric's norm already.
         Raises InputError for features that are not finite."""
-        self._exact.add(self._vectors(features, normalised))
-        self._other = None
+        self._index.add(self._vectors(features, normalised))
 
     def remove(self, rows: Sequence[int]) -> None:
         """Removes rows; the rows below move up."""
-        self._exact.remove_ids(np.array(rows, dtype=np.int64))
-        self._other = None
+        self._index.remove_ids(np.array(rows, dtype=np.int64))
 
     def features(self) -> Tensor:
         """[N, D] features; of unit norm where the metric is cosine."""
         # pytorch-metric-learning makes faiss return tensors in the place of arrays.
-        return torch.as_tensor(self._exact.reconstruct_n(0, len(self)))
+        return torch.as_tensor(self._index.reconstruct_n(0, len(self)))
 
     def search(self, queries: Tensor, top: int) -> tuple[Array, Array]:
-        """The rows, [Q, top], -1 where fewer were found, and distances, [Q, top], of the nearest of Q queries, [Q, D].
-        Raises InputError for queries that are not finite, or a kind of index that faiss cannot make of the features."""
+        """The rows and the distances, [Q, top] or as many as there are, of the nearest of Q queries, [Q, D]. Raises
+        InputError for queries that are not finite."""
         vectors, top = self._vectors(queries), min(top, len(self))
         block = len(vectors) if self.metric == "cosine" else _ACCURATE_BLOCK
-        index = self._exact if self.kind == EXACT else self._made()
-        parts = [index.search(vectors[at : at + block], top) for at in range(0, len(vectors), max(block, 1))]
+        parts = [self._index.search(vectors[at : at + block], top) for at in range(0, len(vectors), max(block, 1))]
         found, rows = (np.concatenate(part) for part in zip(*parts, strict=True))
         return rows, np.maximum(found, 0) / (2 if self.metric == "cosine" else 1)
-
-    def _made(self) -> Any:
-        if self._other is None:
-            vectors, (factory, _, parameters) = self.features().numpy(), self.kind.partition(";")
-            try:
-                index = self._faiss.index_factory(self.dim, factory)
-                index.train(vectors)
-                index.add(vectors)
-                if parameters:
-                    self._faiss.ParameterSpace().set_index_parameters(index, parameters)
-            except (RuntimeError, AssertionError) as error:
-                reason = " ".join(str(error).split()).rpartition(": ")[2] or type(error).__name__
-                size = f"{len(self):,} features with {self.dim} dimensions"
-                raise InputError(f"--index-type {self.kind!r}: faiss cannot index {size}: {reason}") from error
-            self._other = index
-        return self._other
 
     def _vectors(self, features: Tensor, normalised: bool = False) -> Array:
         as_given = normalised or self.metric != "cosine"

@@ -17,17 +17,16 @@ from pml_drsl.console import file_stamp, replacing
 from pml_drsl.evaluation import reranking
 from pml_drsl.evaluation.arrays import load_arrays
 from torchreid_ext.images import Row, composed
-from torchreid_ext.search.features import EXACT, FeatureIndex
+from torchreid_ext.search.features import FeatureIndex
 from torchreid_ext.search.model import TrainedModel
 from torchreid_ext.search.sources import resolved, shown
 
 
 class Gallery:
-    """Images and the index of their features, by one model; those of another are refused. It is empty at first. The
-    ``kind`` of the index is that of :class:`FeatureIndex`; None is the exact one."""
+    """Images and the index of their features, by one model; those of another are refused. It is empty at first."""
 
-    def __init__(self, model: TrainedModel, kind: str | None = None) -> None:
-        self.model, self.kind = model, kind or EXACT
+    def __init__(self, model: TrainedModel) -> None:
+        self.model = model
         # In the order in which they were added, by the absolute path of a file or the name that was given.
         self.entries: list[Row] = []
         self._names: set[str] = set()
@@ -51,7 +50,7 @@ class Gallery:
             new.add(entry.path)
         if features.ndim != 2 or len(features) != len(entries):
             raise InputError(f"{len(entries)} images need as many features, got shape {list(features.shape)}")
-        index = self._index or FeatureIndex(features.shape[1], self.model.metric, self.kind)
+        index = self._index or FeatureIndex(features.shape[1], self.model.metric)
         if features.shape[1] != index.dim:
             raise InputError(f"features have {features.shape[1]} dimensions, and the gallery's have {index.dim}")
         if len(entries):
@@ -113,7 +112,7 @@ class Gallery:
         else:
             rows, found = self._index.search(queries, top)
         return [
-            [(self.entries[row], float(distance)) for row, distance in zip(*pair, strict=True) if row >= 0]
+            [(self.entries[row], float(distance)) for row, distance in zip(*pair, strict=True)]
             for pair in zip(rows.tolist(), found.tolist(), strict=True)
         ]
 
@@ -126,7 +125,7 @@ class Gallery:
             raise InputError("the gallery is empty: there is no index to write")
         target = os.path.realpath(path)
         folder = os.path.join(os.path.dirname(target), "")
-        about = {"fingerprint": self.model.fingerprint, "metric": self._index.metric, "kind": self.kind}
+        about = {"fingerprint": self.model.fingerprint, "metric": self._index.metric}
         rows = [[row.path.removeprefix(folder), *row[1:3], row.path.startswith(folder)] for row in self.entries]
         settings, entries = (np.frombuffer(json.dumps(value).encode(), np.uint8) for value in (about, rows))
         if self._read is not None and self._read[0] == target and self._read[1] != file_stamp(target):
@@ -137,17 +136,16 @@ class Gallery:
         self._read = target, file_stamp(target)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: TrainedModel, kind: str | None = None) -> Gallery:
-        """The gallery that :meth:`save` wrote with this model; ``kind`` None takes the kind that the file names. Raises
-        InputError for a file that is cut short, damaged or no index, or an index of another model, and OSError for a
-        file that cannot be opened."""
+    def load(cls, path: str | os.PathLike[str], model: TrainedModel) -> Gallery:
+        """The gallery that :meth:`save` wrote with this model. Raises InputError for a file that is cut short, damaged
+        or no index, or an index of another model, and OSError for a file that cannot be opened."""
         target = os.path.realpath(path)
         stamp = file_stamp(target)
         try:
             arrays = load_arrays(path)
             settings, rows = (json.loads(arrays[name].tobytes()) for name in ("settings", "entries"))
             made_by = settings["fingerprint"], settings["metric"]
-            features, stored = arrays["features"], str(settings["kind"])
+            features = arrays["features"]
             entries = [_entry(row, os.path.dirname(target)) for row in rows]
             if features.dtype != np.float32 or features.ndim != 2 or not 1 <= features.shape[1] < 2**20:
                 raise ValueError("features")
@@ -157,7 +155,7 @@ class Gallery:
         if made_by != (model.fingerprint, model.metric):
             other = f"{os.fspath(path)!r} is the index of another model than {model.path!r}, which cannot be compared"
             raise InputError(f"{other}: give the checkpoint that made it, or make a new index")
-        gallery = cls(model, stored if kind is None else kind)
+        gallery = cls(model)
         try:
             gallery.add(entries, torch.from_numpy(np.require(features, requirements="W")), normalised=True)
         except InputError as error:

@@ -49,8 +49,6 @@ class Searcher:
         model: name of the network, for weights of torchreid's zoo: see :func:`torchreid_ext.search.model.load_model`.
         config_file: YAML configuration of the network, for a checkpoint that holds none.
         index: a file that :meth:`save` or ``drsl-search --index`` wrote; None for an empty gallery.
-        index_type: kind of faiss's index such as ``"HNSW32"``, see ``torchreid_ext.search.features.FeatureIndex``; None
-            for the kind of ``index``, or else the exact one.
         device: where to compute; None takes the GPU where there is one.
         batch_size: images in a batch, 1 or more; None for ``test.batch_size`` of the configuration.
         names: how names of images carry identities and cameras: ``"market"`` (``0002_c1s1_000451_03.jpg``),
@@ -70,7 +68,6 @@ class Searcher:
         model: str | None = None,
         config_file: str | os.PathLike[str] | None = None,
         index: str | os.PathLike[str] | None = None,
-        index_type: str | None = None,
         device: torch.device | str | None = None,
         batch_size: int | None = None,
         names: str = DEFAULT_NAMES,
@@ -81,8 +78,7 @@ class Searcher:
         self.model = load_model(checkpoint, config_file, device, model)
         self.batch_size = batch_size or int(self.model.config.test.batch_size)
         self.preprocessing = Preprocessing(self.model.config)
-        given = self.model, index_type
-        self.gallery = Gallery(*given) if index is None else Gallery.load(index, *given)
+        self.gallery = Gallery(self.model) if index is None else Gallery.load(index, self.model)
         self._lock = threading.Lock()
 
     def __len__(self) -> int:

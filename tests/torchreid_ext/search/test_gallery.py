@@ -59,31 +59,20 @@ def test_the_nearest_are_those_of_a_slow_search(metric, offset):
     assert index.search(queries, 1000)[0].shape == (40, 300) and (distances >= 0).all()
 
 
-@pytest.mark.parametrize("kind", ["Flat", "IVF4,Flat;nprobe=4", "HNSW32"])
-def test_adding_removing_and_reranking_with_every_kind_of_index(kind):
+def test_adding_removing_and_reranking():
     features = draw(300)
-    gallery = Gallery(model("euclidean"), kind)
+    gallery = Gallery(model("euclidean"))
     gallery.add([Row(f"a{row}") for row in range(300)], features)
     assert [entry.path for entry, _ in gallery.nearest(features[[7]], 1)[0]] == ["a7"]
     gallery.remove(["a7", "a9"])
     names = [entry.path for entry, _ in gallery.nearest(features[[7]], 298)[0]]
-    # A graph may leave some out; what is removed is never found.
-    assert len(names) > 200 and not {"a7", "a9"} & set(names)
+    assert sorted(names) == sorted({f"a{row}" for row in range(300)} - {"a7", "a9"})
     gallery.add([Row("again")], features[[7]])
     assert gallery.nearest(features[[7]], 1)[0][0][0].path == "again"
     assert gallery.nearest(features[[8]], 1, rerank=True)[0][0][0].path == "a8"
     gallery.remove(["*"])
     with pytest.raises(InputError, match="gallery is empty"):
         gallery.nearest(features[[7]], 1)
-
-
-@pytest.mark.parametrize("kind", ["nonsense", "IVF4096,Flat", "IVF4,Flat;nothing=4", "IDMap,Flat"])
-def test_an_index_that_faiss_cannot_make_is_refused_in_one_line(kind):
-    gallery = Gallery(model(), kind)
-    gallery.add([Row("a"), Row("b")], draw(2))
-    with pytest.raises(InputError, match="--index-type") as caught:
-        gallery.nearest(draw(1), 1)
-    assert "\n" not in str(caught.value)
 
 
 def test_what_cannot_be_added_or_removed_changes_nothing():

@@ -90,7 +90,7 @@ def test_an_image_is_known_by_its_resolved_path(searcher, model, paths, tmp_path
     assert searcher.search(name)[0][0].name == paths[0]
     searcher.save(tmp_path / "index")
     monkeypatch.chdir(tmp_path)
-    opened = Searcher(model, index=tmp_path / "index", index_type="HNSW32", device="cpu")
+    opened = Searcher(model, index=tmp_path / "index", device="cpu")
     assert opened.search(paths[0])[0][0].name == paths[0]
     assert opened.remove(f"link/{name}") == 1 and len(opened) == 0
 
