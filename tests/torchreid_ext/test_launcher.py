@@ -387,6 +387,7 @@ def test_a_new_run_does_not_overwrite_another(tmp_path, capsys, monkeypatch):
         assert launch(tmp_path, "--dry-run", **{"model.resume": resume, "train.max_epoch": 2}) == 0
     out = capsys.readouterr().out
     assert out.count(f"Resuming from '{own}' after epoch 1") == 3 and out.count("; 1 epochs, without tests") == 2
+    assert out.count("it starts from a checkpoint") == 3
     assert written() == kept
     assert launch(tmp_path, "--dry-run", **{"model.resume": tmp_path / "lost.pth", "data.save_dir": tmp_path}) == 2
     assert "lost.pth' does not exist" in complaint(capsys)
@@ -402,7 +403,9 @@ def test_a_dry_run_shows_what_would_be_trained_and_writes_a_picture_alone(tmp_pa
     assert launch(tmp_path, "--dry-run", **options, **{"data.transforms": "[]"}) == 0
     out = capsys.readouterr().out
     assert re.search(r"train +\| +6 \| +24 \| +2", out), out
-    assert "parameters" in out and re.search(r"An epoch of 3 steps takes about \d+ s", out)
+    assert "parameters; it starts from random weights" in out and re.search(
+        r"An epoch of 3 steps takes about \d+ s", out
+    )
     (picture,) = (tmp_path / "log").iterdir()
     number = 8 * options.get("data.k_tfm", 1)
     assert f"A batch of {number} images" in out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -141,3 +142,7 @@ def _report(words: Sequence[str]) -> int:
     if args.figure:
         report.draw(report.sections(results, args.losses), Path(args.figure))
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

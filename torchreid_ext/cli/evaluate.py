@@ -9,6 +9,7 @@ import argparse
 import csv
 import io
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -148,3 +149,7 @@ def table(runs: Sequence[str]) -> list[list[str]]:
     names = [f"{name} ({run})" if sources.count(name) > 1 else name for name, run in zip(sources, runs, strict=True)]
     lines = zip(names, scores, strict=True)
     return [["sources", *columns], *([name, *(row.get(column, "-") for column in columns)] for name, row in lines)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

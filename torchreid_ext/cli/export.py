@@ -9,6 +9,7 @@ printed. Above 1e-4 of the largest feature value no file is written.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from pml_drsl.console import guarded, say
@@ -56,3 +57,7 @@ def run(args: argparse.Namespace) -> None:
     say(f"{args.output!r} takes [N, 3, {about['height']}, {about['width']}]: {about['input']}")
     if not args.normalise:
         say(f"mean {about['mean']}, std {about['std']}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

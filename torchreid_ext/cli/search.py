@@ -60,8 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--remove", nargs="+", default=[], metavar="PATTERN",
         help="images to remove from the index: their paths as they are printed, or '*/anna/*'")  # fmt: skip
     add("--prune", action="store_true", help="remove images from the index whose files are gone")
-    add("--index-type", metavar="STRING",
-        help="another index than the exact one, a string of faiss.index_factory: 'IVF1024,Flat;nprobe=32'")  # fmt: skip
     add("--serve", nargs="?", type=int, const=7861, metavar="PORT",
         help="look photos up on a page of this machine, at this port (%(const)s; 0 for a free one)")  # fmt: skip
     add("--host", help="address of the page; 0.0.0.0 lets everybody in the network search (127.0.0.1)")
@@ -115,7 +113,7 @@ def _opened(args: argparse.Namespace, out: TextIO) -> tuple[Searcher, ExtractedS
     changes = args.index and (args.gallery or args.remove or args.prune)
     with locked(args.index) if changes else contextlib.nullcontext():
         kept = args.index if args.index and Path(args.index).exists() else None
-        options = ("model", "config_file", "index_type", "device", "batch_size", "names")
+        options = ("model", "config_file", "device", "batch_size", "names")
         given = {name: getattr(args, name) for name in options}
         searcher = Searcher(args.checkpoint, index=kept, **given)
         queries = [absolute(row) for row in list_queries(args.query, args.names)]
@@ -212,3 +210,7 @@ def _update(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
         if read.entries and entries:
             searcher.gallery.save(args.index)
     return changed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

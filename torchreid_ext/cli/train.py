@@ -138,3 +138,7 @@ def _program(name: str) -> str:
     started = Path(sys.argv[0])
     beside = started.with_name(name)
     return str(beside) if started.name == "drsl-train" and started.parent != Path() and beside.exists() else name
+
+
+if __name__ == "__main__":
+    sys.exit(main())

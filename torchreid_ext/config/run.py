@@ -49,7 +49,9 @@ def prepare(cfg: Config) -> Any:
     check_save_dir(cfg)
     generators.seed_everything(cfg.train.seed)
     start = cfg.clone()
+    weights = cfg.model.load_weights or ("ImageNet's weights" if cfg.model.pretrained else "random weights")
     if cfg.model.resume and (cfg.model.resume != "auto" or History(Path(cfg.data.save_dir, "model")).candidates()):
+        weights = "a checkpoint"
         # The checkpoint has every weight, so that others need not be there any more.
         start.model.pretrained, start.model.load_weights = False, ""
     with distributed.one_first():
@@ -58,7 +60,8 @@ def prepare(cfg: Config) -> Any:
     # No script changes the data set between epochs, so that the workers may stay alive.
     loader = datamanager.train_loader
     datamanager.train_loader = rebuilt(loader, loader.dataset, persistent_workers=loader.num_workers > 0)
-    print(f"Model {cfg.model.name}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    number = sum(parameter.numel() for parameter in model.parameters())
+    print(f"Model {cfg.model.name}: {number:,} parameters; it starts from {weights}")
     build.check_takes(cfg, model)
     if path := start.model.load_weights:
         loaded = checkpoint.load_weights(model, path)

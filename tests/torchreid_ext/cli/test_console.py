@@ -3,6 +3,7 @@
 import io
 import os
 import pty
+import runpy
 import signal
 import subprocess
 import sys
@@ -12,7 +13,6 @@ import pytest
 
 from pml_drsl import console
 from pml_drsl.checks import InputError
-from torchreid_ext.cli import evaluate, export, extract, search
 
 ROOT = Path(__file__).parents[3]
 
@@ -34,10 +34,12 @@ def test_help_does_not_load_torch():
     assert done.stdout.count("130 for Ctrl-C") == 4
 
 
-@pytest.mark.parametrize("command", [search, extract, export, evaluate])
-def test_every_command_says_its_version(command, capsys):
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize("name", ["train", "search", "extract", "export", "evaluate", "benchmark"])
+def test_every_command_runs_as_a_module_and_says_its_version(name, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [name, "--version"])
     with pytest.raises(SystemExit) as end:
-        command.main(["--version"])
+        runpy.run_module(f"torchreid_ext.cli.{name}", run_name="__main__")
     assert end.value.code == 0 and console.version() in capsys.readouterr().out
 
 

@@ -173,8 +173,6 @@ def test_an_index_is_made_searched_added_to_and_removed_from(model, photos, tmp_
     assert "Removed 1 images from the index\n" in out and "Removed 1 images from the index, whose files" in out
     assert run(model, "--index", index, "--remove", "*pérson*") == 2
     assert "matches all 19 images" in complaint(capsys)
-    assert run(model, "--index", index, "--query", query, "--index-type", "IVF99,Flat") == 2
-    assert "--index-type 'IVF99,Flat'" in complaint(capsys)
     index.write_bytes(before[: len(before) // 2])
     assert run(model, "--index", index, "--query", query) == 2
     assert "damaged" in complaint(capsys)
