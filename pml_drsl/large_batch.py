@@ -133,7 +133,7 @@ class _InChunks(torch.autograd.Function):
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), torch.is_autocast_cache_enabled())
             for kind in sorted({"cpu", *(device.type for device in used)})
         ]
-        ctx.buffers, ctx.random, parts = _copies(network), [], []
+        ctx.buffers, ctx.random, parts = copied_buffers(network), [], []
         for chunk in images.tensor_split(number):
             ctx.random.append(_random_states(ctx.devices))
             leaves, spec = tree_flatten(_checked_output(network(chunk), len(chunk)))
@@ -150,8 +150,8 @@ class _InChunks(torch.autograd.Function):
         (images,) = ctx.saved_tensors
         of_images = torch.zeros_like(images) if ctx.needs_input_grad[3] else None
         split = [[None] * ctx.number if part is None else part.tensor_split(ctx.number) for part in gradients]
-        after, random_after = _copies(ctx.network), _random_states(ctx.devices)
-        _put_back(ctx.network, ctx.buffers)  # Batch normalisation and the like go through the same states again.
+        after, random_after = copied_buffers(ctx.network), _random_states(ctx.devices)
+        put_back_buffers(ctx.network, ctx.buffers)  # Batch normalisation and the like go through the same states again.
         try:
             for number, (chunk, *parts) in enumerate(zip(images.tensor_split(ctx.number), *split, strict=True)):
                 chunk = chunk.detach().requires_grad_(of_images is not None)
@@ -159,7 +159,7 @@ class _InChunks(torch.autograd.Function):
                 if of_images is not None and chunk.grad is not None:
                     of_images.tensor_split(ctx.number)[number].copy_(chunk.grad)
         finally:
-            _put_back(ctx.network, after)
+            put_back_buffers(ctx.network, after)
             _set_random_states(ctx.devices, random_after)
         return None, None, None, of_images, None
 
@@ -193,11 +193,13 @@ def _set_random_states(devices: Sequence[torch.device], states: Sequence[Any]) -
         torch.get_device_module(device).set_rng_state(state, device)
 
 
-def _copies(network: nn.Module) -> dict[str, Tensor]:
+def copied_buffers(network: nn.Module) -> dict[str, Tensor]:
+    """Copies of the buffers of a network, such as the statistics of batch normalisation, by name."""
     return {name: buffer.detach().clone() for name, buffer in network.named_buffers()}
 
 
-def _put_back(network: nn.Module, copies: dict[str, Tensor]) -> None:
+def put_back_buffers(network: nn.Module, copies: dict[str, Tensor]) -> None:
+    """Gives the buffers of a network the values of ``copied_buffers``."""
     for name, buffer in network.named_buffers():
         # A buffer that a forward pass made or resized, such as a table of positions, has no state to put back.
         if name not in copies or copies[name].shape != buffer.shape:

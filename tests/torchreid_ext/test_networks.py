@@ -237,3 +237,20 @@ def test_auto_leaves_networks_that_are_slower_or_cannot_take_the_format(name, si
     else:
         networks.set_memory_format(model, True, *size)
         assert formats(model) == {"last"}
+
+
+def test_a_network_whose_first_forward_pass_makes_a_buffer_can_be_tried():
+    class Lazy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm = torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            self.register_buffer("positions", torch.arange(x.shape[-1]))
+            features = self.norm(self.layer(x)).mean((2, 3))
+            return (features, features) if self.training else features
+
+    model = Lazy()
+    before = model.norm.running_mean.clone()
+    networks.on_black_images(model, 8, 4, training=True, layers_train=True, number=2)
+    assert torch.equal(model.norm.running_mean, before) and len(model.positions) == 4

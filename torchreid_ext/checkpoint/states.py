@@ -14,6 +14,7 @@ from pytorch_metric_learning.losses import CrossBatchMemory
 from torch import Tensor, nn
 
 from pml_drsl.checks import InputError
+from pml_drsl.large_batch import copied_buffers, put_back_buffers
 from torchreid_ext.checkpoint import checkpoint
 from torchreid_ext.runtime import distributed, generators
 
@@ -168,13 +169,11 @@ def losses_of(engine: Any) -> dict[str, nn.Module]:
 
 def keep_buffers(modules: list[nn.Module]) -> Callable[[], None]:
     """Copies the buffers that a forward pass changes (statistics, memories); returns a function that restores them."""
-    kept = [({name: buffer.clone() for name, buffer in each.named_buffers()}, _memory_fills(each)) for each in modules]
+    kept = [(copied_buffers(each), _memory_fills(each)) for each in modules]
 
-    @torch.no_grad()
     def restore() -> None:
         for module, (buffers, fills) in zip(modules, kept, strict=True):
-            for name, buffer in module.named_buffers():
-                buffer.copy_(buffers[name])
+            put_back_buffers(module, buffers)
             for name, memory in _memories(module).items():
                 vars(memory).update(fills[name])
 

@@ -22,7 +22,7 @@ from torchreid_ext.runtime import distributed
 
 
 def build_model(cfg: Config, num_classes: int) -> nn.Module:
-    """The network, which returns in training what the loss needs; with ``use_gpu`` on all available GPUs. Raises
+    """The network, which returns in training what the loss needs; with ``use_gpu`` on the GPU, if there is one. Raises
     InputError for an unknown network, a network that cannot have ``model.bnneck`` or ``model.last_stride``, ImageNet
     weights that cannot be downloaded, or ``train.sync_batchnorm`` on the CPU."""
     use_gpu = cfg.use_gpu and torch.cuda.is_available()
@@ -37,8 +37,11 @@ def build_model(cfg: Config, num_classes: int) -> nn.Module:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if use_gpu:
         model = model.to("cuda")
-        if torch.cuda.device_count() > 1 and not distributed.launched():
-            model = nn.DataParallel(model)
+        number = torch.cuda.device_count()
+        if number > 1 and not distributed.launched():
+            # nn.DataParallel would change the recipe: batch normalisation would see a share of each batch.
+            start = "torchrun --standalone --nproc_per_node gpu -m torchreid_ext"
+            print(f"This process uses 1 of {number} GPUs; for all, start it with {start}")
     return model
 
 
