@@ -24,7 +24,7 @@ from pml_drsl.evaluation.arrays import CAMERAS, Junk, label_array, number_identi
 from pml_drsl.evaluation.distances import as_features, rows_per_chunk
 from pml_drsl.evaluation.scores import RankedQueries
 from torchreid_ext.evaluation.extraction import Samples
-from torchreid_ext.evaluation.page import UNITS, Picture, number, write_pages
+from torchreid_ext.evaluation.page import UNITS, Picture, shown_distance, write_pages
 from torchreid_ext.evaluation.ranking import Pictures, Search, hardest
 
 if TYPE_CHECKING:
@@ -135,7 +135,8 @@ def write_page(path: str | Path, search: Search, pictures: Pictures, title: str)
 
 def _distances(counts: Histogram, unit: str) -> str:
     rate, threshold = counts.equal_error()
-    about = f"At {unit} {number(threshold)} as many matches are farther as others are nearer: {rate:.1%} of each."
+    at = f"At {unit} {shown_distance(threshold)}"
+    about = f"{at} as many matches are farther as others are nearer: {rate:.1%} of each."
 
     def draw(axes: Axes) -> None:
         edges = counts.edges[:: STEPS // BARS]

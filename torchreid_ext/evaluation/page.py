@@ -120,7 +120,7 @@ def filled(template: str, parts: Mapping[str, Iterable[str]]) -> Iterator[bytes]
             yield text.encode("utf-8", "backslashreplace")  # A file's name may hold bytes that are no UTF-8.
 
 
-def number(distance: float) -> str:
+def shown_distance(distance: float) -> str:
     """A distance with four places; a negative one that rounds to zero has no sign."""
     text = f"{distance:.4f}"
     return text.removeprefix("-") if float(text) == 0 else text
@@ -156,7 +156,7 @@ def _card(picture: Picture, kind: str, name: str, distance: float | None = None)
     if picture.crop:
         about.append("part {}, {} to {}, {}".format(*picture.crop))
     full = picture.path if isinstance(picture.files, str) else f"{picture.path} and {len(picture.files) - 1} more"
-    far = "" if distance is None else number(distance)
+    far = "" if distance is None else shown_distance(distance)
     spoken = [f"rank {name}" if name.isdigit() else name, far and f"distance {far}", *about, words]
     label = escape(", ".join(filter(None, [*spoken, Path(picture.path).name])))
     # The end of the path fits below a thumbnail; the enlarged picture shows the whole path.

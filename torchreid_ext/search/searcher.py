@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pml_drsl.checks import InputError
-from torchreid_ext.evaluation.page import UNITS, Box, Found, Picture, Ranking, number
+from torchreid_ext.evaluation.page import UNITS, Box, Found, Picture, Ranking, shown_distance
 from torchreid_ext.images import Row, named, pattern
 from torchreid_ext.runtime.files import locked
 from torchreid_ext.search.gallery import Gallery
@@ -196,7 +196,7 @@ def as_text(rows: Sequence[Ranking]) -> str:
         about = ", ".join(filter(None, _about(row.query)))
         lines = [f"query {_line(row.query)}" + (f" ({about})" if about else "")]
         cells = [
-            [str(found.rank), number(found.distance), _WORDS[found.mark], *_about(found.picture)]
+            [str(found.rank), shown_distance(found.distance), _WORDS[found.mark], *_about(found.picture)]
             for found in row.matches
         ]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

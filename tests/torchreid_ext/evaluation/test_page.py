@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from torchreid_ext.evaluation import page
-from torchreid_ext.evaluation.page import Found, Picture, Ranking, number, write_pages
+from torchreid_ext.evaluation.page import Found, Picture, Ranking, shown_distance, write_pages
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -121,7 +121,8 @@ def test_links_lead_to_pages_of_any_name(rows, tmp_path, monkeypatch, name):
 
 
 def test_distances_have_no_negative_zero():
-    assert [number(value) for value in (-1e-9, 0.0, -0.00006, 0.12345)] == ["0.0000", "0.0000", "-0.0001", "0.1235"]
+    texts = [shown_distance(value) for value in (-1e-9, 0.0, -0.00006, 0.12345)]
+    assert texts == ["0.0000", "0.0000", "-0.0001", "0.1235"]
 
 
 PROBE = """<script>addEventListener("load", () => {
