@@ -18,7 +18,7 @@ from torchreid_ext.data.samplers import SAMPLERS
 from torchreid_ext.data.splits import SetOptions, make_options, read
 from torchreid_ext.data.validation import check_overlap, hold_out
 from torchreid_ext.images import Row
-from torchreid_ext.runtime import distributed
+from torchreid_ext.runtime import distributed, generators
 
 
 def build_datamanager(cfg: Config) -> Any:
@@ -31,7 +31,9 @@ def build_datamanager(cfg: Config) -> Any:
     replaced = reduced or sampler in SAMPLERS
     kind = torchreid.data.VideoDataManager if cfg.data.type == "video" else torchreid.data.ImageDataManager
     with _input_errors(cfg), without_empty_folders(Path(cfg.data.root)):
-        manager = kind(**_arguments(cfg), train_sampler="SequentialSampler" if replaced else sampler)
+        # VIPeR and others draw their splits when they are first read, and keep them in a file: the same for all runs.
+        with generators.seeded(0):
+            manager = kind(**_arguments(cfg), train_sampler="SequentialSampler" if replaced else sampler)
         # torchreid loses this number when it joins several sources.
         manager.train_loader.dataset.k_tfm = cfg.data.k_tfm
         if reduced:

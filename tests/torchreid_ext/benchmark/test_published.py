@@ -1,5 +1,6 @@
 """The figures that the documentation and the configurations state are those of the published results."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ from torchreid_ext.benchmark import grid, report
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "docs" / "benchmark.jsonl.gz"
+# Losses with columns of their own in the README's table, or on other batches.
+SHOWN = ("softmax", "softmax-identity", "triplet", "drsl")
 
 
 @pytest.fixture(scope="module")
@@ -39,3 +42,20 @@ def test_each_configuration_states_its_figures(results):
         scores = ", ".join(form.format(score, row[score, "mean"], row[score, "sd"]) for score in report.SCORES)
         line = f"#   drsl: {scores} ({seeds} seed{'s' * (seeds > 1)})\n"
         assert line in (ROOT / "configs" / section.config).read_text()
+
+
+def test_the_table_of_the_readme_has_the_figures_and_the_best_other_loss(results):
+    configs = {"Market-1501": "market1501_osnet_x0_25", "VIPeR": "viper_mobilenetv2", "CUHK03": "cuhk03_osnet_x0_25"}
+    sections = {section.config: section for section in report.sections(results) if not section.changes}
+    readme = (ROOT / "README.md").read_text().replace("**", "")
+    rows = re.findall(r"^\| ([\w-]+), [^|]* \| (.*) \|$", readme, re.M)
+    assert [name for name, _ in rows] == [*configs]
+    for name, cells in rows:
+        scores = sections[f"{configs[name]}.yaml"].scores()
+        others = scores.drop(index=[loss for loss in scores.index if loss.endswith(grid.TUNED) or loss in SHOWN])
+        best = others[others["seeds", ""] >= 3].index[0]
+        for loss, cell in zip(("softmax", "triplet", best, "drsl"), cells.split(" | "), strict=True):
+            title, _, figures = cell.rpartition(": ")
+            assert title.lower() == (best.replace("-", "") if loss == best else "")
+            row = scores.loc[loss]
+            assert figures == " / ".join(f"{row[of, 'mean']:.1f} ± {row[of, 'sd']:.1f}" for of in ("mAP", "rank-1"))

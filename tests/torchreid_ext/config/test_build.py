@@ -2,12 +2,16 @@
 
 import contextlib
 import copy
+import itertools
+import random
+from pathlib import Path
 
 import pytest
 import torch
 import torchreid
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torchreid_keys import TORCHREID
 from toy_data import make_image_manager, make_video_manager
 
@@ -16,6 +20,7 @@ from pml_drsl.checks import InputError
 from torchreid_ext import build_engine, config, get_default_config
 from torchreid_ext.config.build import check_takes
 from torchreid_ext.engine import engines
+from torchreid_ext.runtime.generators import seed_everything
 
 
 def subset(actual, wanted):
@@ -502,3 +507,23 @@ def test_an_unknown_model_is_refused():
         ValueError, match=r"model\.name 'resnet5' is unknown; the nearest is 'resnet50', and drsl-train"
     ):
         config.build_model(cfg, 3)
+
+
+def test_the_splits_that_torchreid_draws_are_the_same_for_all_seeds(tmp_path):
+    drawn = []
+    for seed in (1, 2):
+        for camera, number in itertools.product("ab", range(12)):
+            path = tmp_path / str(seed) / "viper" / "VIPeR" / f"cam_{camera}" / f"{number:04}.bmp"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 16)).save(path)
+        cfg = get_default_config()
+        words = (
+            f"data.sources [viper] data.targets [viper] data.root {tmp_path / str(seed)} data.workers 0 use_gpu False"
+        )
+        cfg.merge_from_list(words.split())
+        seed_everything(seed)
+        before = random.getstate()
+        manager = config.build_datamanager(cfg)
+        assert random.getstate() == before
+        drawn.append([Path(item[0]).name for item in manager.train_loader.dataset.train])
+    assert drawn[0] == drawn[1] != sorted(drawn[0])
