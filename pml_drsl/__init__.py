@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ _MODULES = ("losses", "miners", "reducers", "large_batch")
 def __getattr__(name: str) -> Any:
     # Importing torch takes seconds, which `pml_drsl.checks` and the help text of a command can do without.
     if name == "__version__":
-        return importlib.metadata.version("pml-drsl")
+        return importlib.import_module(f"{__name__}.console").version()
     if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
     if name in __all__:

@@ -68,9 +68,10 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
     """
 
     def __init__(self, loss: torch.nn.Module, efficient: bool = False) -> None:
-        super().__init__(loss, efficient)
+        super().__init__(loss)
         if efficient and not isinstance(loss, DRSLoss):
             raise InputError(f"efficient=True is for DRSLoss, got {type(loss).__name__}; give efficient=False")
+        self.efficient = efficient
 
     def forward(
         self,
@@ -102,7 +103,7 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
         if world_size <= 1:
             return self.loss(emb, labels, indices_tuple, ref_emb, ref_labels)  # type: ignore[no-any-return]
         sizes, all_emb, all_labels = _gather_batch(emb, labels, share_gradients=self.efficient)
-        all_refs: tuple[Tensor | None, ...] = ()
+        all_refs: tuple[Tensor | None, ...] = (ref_emb, ref_labels)
         if ref_emb is not None:
             all_refs = _gather_batch(ref_emb, ref_labels, share_gradients=self.efficient)[1:]
         if ref_emb is emb:  # the batch itself: the loss decides by the object

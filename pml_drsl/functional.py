@@ -27,6 +27,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from pml_drsl import fused
 from pml_drsl.pairs import Pairs
 
+Result = TypeVar("Result")
 BLOCK = 2**20  # Comparisons of one block of queries, at most, if there is more than one query in it.
 
 
@@ -116,7 +118,13 @@ def _in_blocks(function: Callable[..., tuple[Tensor, ...]], pairs: Pairs, *matri
     if rows >= len(pairs.counts):
         return function(pairs, *matrices)
     blocks = zip(pairs.split(rows), *(matrix.split(rows) for matrix in matrices), strict=True)
-    if not torch._C._are_functorch_transforms_active():  # torch.func cannot compute a block again
-        function = functools.partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
+    function = recomputed(function)
     results = [function(*block) for block in blocks]
     return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+
+
+def recomputed(function: Callable[..., Result]) -> Callable[..., Result]:
+    """``function``, of which autograd keeps the arguments alone: the backward pass computes it again."""
+    if torch._C._are_functorch_transforms_active():  # torch.func cannot compute it again
+        return function
+    return functools.partial(checkpoint, function, use_reentrant=False)

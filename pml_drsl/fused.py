@@ -68,7 +68,7 @@ class _CountAhead(torch.autograd.Function):
         query, bound = settings.pairs.query, settings.bound
         d = distances[query, settings.pairs.positive]
         threshold = (d + settings.margin if settings.margin else d) / settings.temperature
-        ctx.settings, ctx.kept, ctx.slope = settings, None, None
+        ctx.settings, ctx.kept, ctx.slope, kept = settings, None, None, None
         kernels = _kernels(distances.device.type)
         if kernels is not None:
             z = _scaled(distances, settings)
@@ -76,10 +76,9 @@ class _CountAhead(torch.autograd.Function):
             count, ctx.slope = kernels.count(z, raised, query, bound)
         else:
             raised, count = torch.empty_like(d), torch.empty_like(d)
-            for block in _blocks(distances, threshold, settings, raised):
-                pairs, _, row, x = block
+            for pairs, rows, row, x in _blocks(distances, threshold, settings, raised):
                 if distances.device.type == "cpu" and len(row) == len(query):
-                    ctx.kept = block
+                    ctx.kept, kept = (pairs, rows, row), x
                 if bound:
                     ahead = torch.ops.aten.softplus.out(x, out=torch.empty_like(x) if ctx.kept else x)
                 else:
@@ -87,7 +86,7 @@ class _CountAhead(torch.autograd.Function):
                 torch.sum(ahead, 1, out=count[pairs])
             if bound:
                 count.div_(math.log(2))
-        ctx.save_for_backward(distances, raised)
+        ctx.save_for_backward(distances, raised, kept)  # In ctx, a checkpoint could not compute ``kept`` again.
         shift = threshold - raised
         ctx.mark_non_differentiable(shift)
         return d, count, shift
@@ -95,7 +94,7 @@ class _CountAhead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_d: Tensor, grad_count: Tensor, _: Tensor) -> tuple[Tensor, None]:
         check_once()
-        distances, raised = ctx.saved_tensors
+        distances, raised, kept = ctx.saved_tensors
         settings = ctx.settings
         query, own = settings.pairs.query, settings.pairs.positive
         grad_count = grad_count / settings.temperature
@@ -106,7 +105,7 @@ class _CountAhead(torch.autograd.Function):
             grad_own = grad_count * ctx.slope
         else:
             grad_own, grad_distances = torch.empty_like(grad_d), torch.zeros_like(distances)
-            for pairs, rows, row, x in [ctx.kept] if ctx.kept else _blocks(distances, raised, settings):
+            for pairs, rows, row, x in [(*ctx.kept, kept)] if ctx.kept else _blocks(distances, raised, settings):
                 # The kept block is G, or for the bound the argument of G. A second backward pass needs it unchanged.
                 grad = grad_count[pairs, None]
                 # G' = G * (1 - G) / temperature, B' = G / (temperature * log 2). G of an excluded candidate is 0.

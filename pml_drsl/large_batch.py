@@ -25,7 +25,7 @@ class LargeBatch(nn.Module):
     arXiv:2101.06983.)
 
     The memory needed is that of one chunk's graph, and of the embeddings and the loss of the whole batch. The price is
-    a second forward pass, but for a batch that fits in one chunk.
+    a second forward pass. A batch that fits in one chunk needs none.
 
     - Random layers draw the same numbers for a chunk in both passes, from the global generators of torch, numpy and
       Python, and both passes run under the same autocast. A layer with a generator of its own draws others.

@@ -39,22 +39,25 @@ class DRSLoss(BaseMetricLossFunction):
     A query without a positive or without a negative has no term. The sub-losses, for a ``MultipleReducers``, are
     ``"retrieval_loss"`` and ``"sort_loss"`` (``sort_weight`` included), with one error per (query, positive) pair.
 
-    With ``collect_stats=True`` these attributes describe the last batch: ``retrieval_error``, one minus its smoothed
-    mean average precision, in [0, 1], with or without a bound; ``sort_error``, unweighted, if there is a sort; and
-    ``num_queries``, the number of queries with a term. The errors are tensors on the device, without a graph.
+    With ``collect_stats=True`` these attributes describe the last batch: ``retrieval_error``, in [0, 1], with or
+    without a bound, which at margin 0 is one minus its smoothed mean average precision; ``sort_error``, unweighted, or
+    0 without a sort; and ``num_queries``, the number of queries with a term. The errors are tensors on the device,
+    without a graph.
 
     Args:
-        temperature: softness of the ranks, > 0, in units of distance (by default in [-1, 1], minus the cosine).
+        temperature: softness of the ranks, > 0, in units of the distance, which by default is minus the cosine, from -1
+            to 1.
         sort_weight: weight of the sort error, >= 0. At 0 the loss ranks by distance alone.
         margin: distance by which negatives must follow positives; any finite number.
         bound_power: the power p, in (0, 1], of the bound of the smoothed retrieval error, a softplus of its log odds,
             ``log(1 + odds**p) / p``; None trains the error itself, which is the definition. The bound has a gradient
             where the error has none left: where a positive is far behind its negatives. A smaller power still moves
             pairs whose order is right.
-        query_chunk_size: queries whose distances are computed at once; bounds memory, changes no value.
-            None chooses it so that one chunk of distances takes 64 MiB.
-        fused: the fast path, differentiable once; double backward, ``torch.func.grad`` (torch > 2.6) and a learnable
-            temperature or margin (a tensor) need False.
+        query_chunk_size: queries whose distances are computed at once; bounds memory, changes no value. Several chunks
+            are computed again in the backward pass, one by one, so that no distances are kept. None chooses a size so
+            that one chunk of distances takes 64 MiB, and keeps the distances of all chunks, which is faster.
+        fused: the fast path, differentiable once; double backward, ``torch.func.grad`` (torch 2.7 or later) and a
+            learnable temperature or margin (a tensor) need False.
         **kwargs: arguments of ``BaseMetricLossFunction``: ``distance`` (default: ``CosineSimilarity()``; refused are
             ``BatchedDistance``, and ``p`` or ``power`` below 1, whose gradient is infinite at a distance of 0),
             ``reducer`` (default: ``PerQueryReducer``), ``embedding_regularizer``, ``embedding_reg_weight``,
@@ -85,7 +88,8 @@ class DRSLoss(BaseMetricLossFunction):
         self.shared: Callable[[Compute, Tensor, Tensor, Pairs], Errors] | None = None
         settings = ["temperature", "sort_weight", "margin", *([] if bound_power is None else ["bound_power"])]
         self.add_to_recordable_attributes(list_of_names=settings, is_stat=False)
-        stats = ["retrieval_error", *(["sort_error"] if sort_weight > 0 else []), "num_queries"]
+        # The same names from the start: PML's record keeper fails where one is added between two of its saves.
+        stats = ["retrieval_error", "sort_error", "num_queries"]
         self.add_to_recordable_attributes(list_of_names=stats, is_stat=True)
 
     def _check_settings(self) -> None:
@@ -134,10 +138,12 @@ class DRSLoss(BaseMetricLossFunction):
             indices_tuple: pairs or triplets of a miner, which are then the positives and negatives.
             ref_emb, ref_labels: the candidates, shapes (references, dim) and (references,). Without ``ref_emb``, or if
                 it is the same object as ``embeddings``, a query is never compared with itself. PML compares the label
-                objects instead.
+                objects instead. An InputError refuses ``ref_labels`` without ``ref_emb``.
         """
         self._check_settings()
         check_batch("embeddings", embeddings, "labels", labels)
+        if ref_emb is None and ref_labels is not None:
+            raise InputError("ref_labels without ref_emb: give the references, or leave both out")
         if ref_emb is not None:
             check_batch("ref_emb", ref_emb, "ref_labels", ref_labels, embeddings.shape[1])
         if indices_tuple is None and (labels is None or (ref_emb is not None and ref_labels is None)):
@@ -191,35 +197,37 @@ class DRSLoss(BaseMetricLossFunction):
 
     def compute_errors(self, embeddings: Tensor, ref_emb: Tensor, pairs: Pairs) -> Errors:
         """The errors of the pairs of ``embeddings`` (the queries) and ``ref_emb``, a chunk of queries at a time."""
+        # The settings of this call. They may have changed when a backward pass computes a chunk again.
+        distance, fused, has_sort = self.distance, self.fused, bool(self.sort_weight)
+        power = None if self.bound_power is None else float(self.bound_power)
+        settings: dict[str, Any] = {name: _scalar(getattr(self, name)) for name in ("temperature", "margin")}
+        settings["use_fused"] = fused
 
         def prepared(distance: BaseDistance) -> tuple[Tensor, Tensor]:
-            x = prepare(distance, embeddings, self.fused)
-            return x, x if ref_emb is embeddings else prepare(distance, ref_emb, self.fused)
+            x = prepare(distance, embeddings, fused)
+            return x, x if ref_emb is embeddings else prepare(distance, ref_emb, fused)
 
-        x, ref = prepared(self.distance)
-        unit, unit_ref = prepared(COSINE) if self.sort_weight and not has_angles(self.distance) else (x, ref)
+        def of_chunk(x: Tensor, unit: Tensor, pairs: Pairs) -> Errors:
+            distances = distance_matrix(distance, x, None if ref is x else ref, fused)
+            units = {"unit": unit, "unit_ref": unit_ref}
+            angle = functools.partial(angular_dissimilarity, distance, pairs=pairs, fused=fused, **units)
+            options: Any = {"bound_power": power, "dissimilarity": angle if has_sort else None}
+            retrieval, sort = functional.errors(distances, pairs, **settings, **options)
+            errors = {"retrieval": retrieval} if sort is None else {"retrieval": retrieval, "sort": sort}
+            if self.collect_stats:
+                smoothed = retrieval if power is None else functional.errors(distances.detach(), pairs, **settings)[0]
+                errors["smoothed"] = smoothed.detach()
+            return errors
+
+        x, ref = prepared(distance)
+        unit, unit_ref = prepared(COSINE) if has_sort and not has_angles(distance) else (x, ref)
         size = int(self.query_chunk_size or max(1, CHUNK_ELEMENTS // max(1, len(ref))))
         if size >= len(x):
-            return self._errors_of_chunk(x, ref, unit, unit_ref, pairs)
+            return of_chunk(x, unit, pairs)
+        compute = functional.recomputed(of_chunk) if self.query_chunk_size else of_chunk
         parts = zip(x.split(size), unit.split(size), pairs.split(size), strict=True)
-        chunks = [self._errors_of_chunk(y, ref, u, unit_ref, part) for y, u, part in parts if part.num_queries > 0]
+        chunks = [compute(y, u, part) for y, u, part in parts if part.num_queries > 0]
         return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
-
-    def _errors_of_chunk(self, x: Tensor, ref: Tensor, unit: Tensor, unit_ref: Tensor, pairs: Pairs) -> Errors:
-        distances = distance_matrix(self.distance, x, None if ref is x else ref, self.fused)
-        units = {"unit": unit, "unit_ref": unit_ref}
-        angle = functools.partial(angular_dissimilarity, self.distance, pairs=pairs, fused=self.fused, **units)
-        shared: dict[str, Any] = {name: _scalar(getattr(self, name)) for name in ("temperature", "margin")}
-        shared["use_fused"], power = self.fused, self.bound_power
-        options: Any = {"bound_power": None if power is None else float(power)}
-        options["dissimilarity"] = angle if self.sort_weight else None
-        retrieval, sort = functional.errors(distances, pairs, **shared, **options)
-        errors = {"retrieval": retrieval} if sort is None else {"retrieval": retrieval, "sort": sort}
-        if self.collect_stats:
-            unbounded = self.bound_power is None
-            smoothed = retrieval if unbounded else functional.errors(distances.detach(), pairs, **shared)[0]
-            errors["smoothed"] = smoothed.detach()
-        return errors
 
     def _sub_loss_names(self) -> list[str]:
         return ["retrieval_loss", "sort_loss"]

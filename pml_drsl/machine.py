@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 _lock = threading.Lock()
@@ -21,23 +23,29 @@ def available_cores() -> int:
 
 
 def peak_process_bytes() -> int | None:
-    """The largest amount of main memory that this process has used so far, or None on Windows, which does not say."""
+    """The most main memory, in bytes, that this process has held since ``reset_peak_process_bytes``; None where the
+    system does not say, as on all but Linux. ``ru_maxrss`` cannot be reset, and is inherited from a parent process."""
     try:
-        import resource
-    except ImportError:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
+    return None if peak is None else 1024 * int(peak[1])
 
 
-def reset_peak_process_bytes() -> None:
-    """Makes ``peak_process_bytes`` start again from the memory that this process holds now, on Linux only."""
+def reset_peak_process_bytes() -> int | None:
+    """Makes ``peak_process_bytes`` start again from the memory that this process holds now, and returns that; None
+    where the system cannot."""
     if sys.platform != "linux":
-        return
+        return None
     # Freed memory that the process still holds would be used again unseen. Not every C library can give it back.
     with suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-    with suppress(OSError), open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return peak_process_bytes()
 
 
 @contextmanager

@@ -45,9 +45,10 @@ class RankingMiner(BaseMiner):
                 ``embeddings``, no query is its own candidate. (PML decides by the object of the labels.)
             own: the candidate that is the query itself, shape (Q,), integer; needs ``ref_emb``.
 
-        Raises InputError for ``ref_emb`` without ``ref_labels``."""
-        if ref_emb is not None and ref_labels is None:
-            raise InputError("ref_emb without ref_labels: give the labels of the references")
+        Raises InputError for ``ref_emb`` without ``ref_labels``, or the other way round."""
+        if (ref_emb is None) != (ref_labels is None):
+            given, missing = ("ref_labels", "ref_emb") if ref_emb is None else ("ref_emb", "ref_labels")
+            raise InputError(f"{given} without {missing}: give both, or neither")
         self.reset_stats()
         with torch.no_grad():
             c_f.check_shapes(embeddings, labels)
@@ -152,15 +153,16 @@ class NegativeBudgetMiner(RankingMiner):
         budget = (self.negatives_per_positive * num_positives).round().long().clamp_(min=1)
         budget = torch.where(num_positives > 0, budget, 0).minimum(negatives.sum(1))
         largest = int(budget.max())
-        # All other candidates have infinite cost, so that the negatives come first.
-        cost = self._cost(embeddings, ref_emb, positives).masked_fill(~negatives, torch.inf)
+        # All other candidates have infinite cost, so that the negatives come first, even those at a distance of NaN.
+        cost = self._cost(embeddings, ref_emb, positives)
+        cost = cost.nan_to_num(torch.finfo(cost.dtype).max).masked_fill(~negatives, torch.inf)
         chosen = cost.topk(largest, largest=False).indices
         a2, place = (torch.arange(largest, device=chosen.device) < budget[:, None]).nonzero(as_tuple=True)
         a1, p = positives.nonzero(as_tuple=True)
         return a1, p, a2, chosen[a2, place]
 
     def _cost(self, embeddings: Tensor, ref_emb: Tensor, positives: Tensor) -> Tensor:
-        """The cost of keeping each candidate, shape (Q, M), finite. Negatives of low cost are kept first."""
+        """The cost of keeping each candidate, shape (Q, M); NaN if its distance is. Negatives of low cost are kept."""
         if self.strategy == "random":
             return self._random(len(embeddings), len(ref_emb), embeddings.device)
         d = _distances(self.distance, embeddings, ref_emb)
@@ -180,7 +182,8 @@ class NegativeBudgetMiner(RankingMiner):
         return torch.rand(rows, columns, generator=generator, device="cpu").to(device)
 
     def extra_repr(self) -> str:
-        return f"negatives_per_positive={self.negatives_per_positive}, strategy={self.strategy!r}, seed={self.seed}"
+        names = ("negatives_per_positive", "strategy", "seed", "positives")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
 def _distances(distance: torch.nn.Module, embeddings: Tensor, ref_emb: Tensor) -> Tensor:

@@ -71,7 +71,8 @@ def run(args: argparse.Namespace) -> None:
     """Measures every loss at every size, prints the report and writes it. An InputError if an option is out of range.
 
     A row of the file has the columns ``dim``, ``size``, ``loss``, ``seconds`` (median), ``ratio`` (to the distance
-    matrix, median over the rounds), ``peak_mib`` and ``rounds``. Figures of a loss that does not fit in memory are NaN.
+    matrix, median over the rounds), ``peak_mib`` and ``rounds``. A loss that does not fit in memory has 0 rounds, and
+    NaN for its figures. ``peak_mib`` is NaN too where the system does not say.
     """
     import pandas as pd
     import torch
@@ -173,8 +174,9 @@ def peak_mib(step: Step, gib: float, device: str) -> float | None:
     try:
         with _limited(gib, device):
             step()  # Libraries allocate memory at their first use.
-            (torch.cuda.reset_peak_memory_stats if on_cuda else reset_peak_process_bytes)()
-            before = torch.cuda.memory_allocated() if on_cuda else peak_process_bytes()
+            if on_cuda:
+                torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated() if on_cuda else reset_peak_process_bytes()
             step()
             after = torch.cuda.max_memory_allocated() if on_cuda else peak_process_bytes()
     except (RuntimeError, MemoryError) as error:
@@ -214,11 +216,14 @@ def report(rows: pd.DataFrame) -> str:
             (of_dim["seconds"] * 1e3, 1, "time in milliseconds"),
             (of_dim["peak_mib"], 1, "memory of a step in MiB"),
         ):
-            table = of_dim.assign(value=values).pivot(index="size", columns="loss", values="value")
+            shown = [
+                "does not fit" if rounds == 0 else "not measured" if x != x else f"{x:,.{digits}f}"
+                for x, rounds in zip(values, of_dim["rounds"], strict=True)
+            ]
+            table = of_dim.assign(shown=shown).pivot(index="size", columns="loss", values="shown")
             table = table[list(of_dim["loss"].unique())]
             lines = [["size", *table.columns], ["---:"] * (len(table.columns) + 1)]
-            for size, row in table.iterrows():
-                lines.append([f"{size:,}", *("does not fit" if x != x else f"{x:,.{digits}f}" for x in row)])
+            lines += ([f"{size:,}", *row] for size, row in table.iterrows())
             text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
             parts.append(f"{dim:,} dimensions, {title}:\n\n{text}\n")
     return "\n".join(parts)

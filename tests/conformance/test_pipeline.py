@@ -108,9 +108,9 @@ def test_records_name_settings_and_stats():
     assert not hasattr(make_loss(0.1, collect_stats=False), "_record_these_stats")
 
 
-def test_a_loss_without_a_sort_records_no_sort_error():
+def test_a_loss_without_a_sort_records_a_sort_error_of_0():
     x, labels = torch.randn(12, 4), torch.arange(12) // 3
     loss_fn = make_loss(0.1, sort_weight=0, collect_stats=True)
     loss_fn(x, labels)
-    assert loss_fn._record_these_stats == ["retrieval_error", "num_queries"]
-    assert not hasattr(loss_fn, "sort_error")
+    assert loss_fn._record_these_stats == ["retrieval_error", "sort_error", "num_queries"]
+    assert loss_fn.sort_error == 0

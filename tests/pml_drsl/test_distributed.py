@@ -11,6 +11,7 @@ from pytorch_metric_learning.reducers import AvgNonZeroReducer, SumReducer
 from pytorch_metric_learning.regularizers import LpRegularizer
 from pytorch_metric_learning.utils import distributed as pml_distributed
 
+from pml_drsl.checks import InputError
 from pml_drsl.distributed import DistributedLossWrapper, DistributedMinerWrapper, gather_batch
 from pml_drsl.miners import NegativeBudgetMiner, RankViolationMiner
 from pml_drsl.reducers import PerIdentityReducer
@@ -19,6 +20,7 @@ from pml_drsl.wrappers import CrossBatchMemory
 LOSSES = {
     "default": lambda: make_loss(0.1),
     "bound": lambda: make_loss(0.1, bound_power=0.5, collect_stats=True),
+    "chunks": lambda: make_loss(0.1, query_chunk_size=3, collect_stats=True),
     "raw": lambda: make_loss(0.3, distance=LpDistance(normalize_embeddings=False)),
     "per identity": lambda: make_loss(0.1, reducer=PerIdentityReducer()),
     "sum": lambda: make_loss(0.1, reducer=SumReducer(), sort_weight=0),
@@ -121,10 +123,17 @@ def train_on_share(rank, world_size, store, results):
         loss = loss_fn(embeddings, labels, indices, ref_emb, ref_labels)
         loss.backward()
         found.append((loss.detach(), network.module.layer.weight.grad))
-    # Other draws than those of the first, were they not shared.
-    torch.manual_seed(rank)
     half = slice(0, 8) if rank == 0 else slice(8, None)
     ddp = torch.nn.parallel.DistributedDataParallel
+    x, labels = make_batch(15, size=16)
+    for efficient in (False, True):
+        network = ddp(Network())
+        loss_fn = pml_distributed.DistributedLossWrapper(make_loss(0.1), efficient=efficient)
+        loss = loss_fn(network(x.detach()[half], None)[0], labels[half])
+        loss.backward()
+        found.append((loss.detach(), network.module.layer.weight.grad))
+    # Other draws than those of the first, were they not shared.
+    torch.manual_seed(rank)
     found.append(stateful(DistributedLossWrapper, DistributedMinerWrapper, ddp, half))
     assert torch.equal(gather_batch(torch.arange(rank + 1))[0], torch.tensor([0, 0, 1]))
     torch.save(found, f"{results}{rank}")
@@ -155,6 +164,19 @@ def test_two_processes_agree_with_one(index, found):
         torch.testing.assert_close(gradient, network.layer.weight.grad, rtol=1e-9, atol=1e-12)
 
 
+def test_pml_s_wrapper_returns_the_loss_times_the_number_of_processes_and_loses_gradients_if_efficient(found):
+    x, labels = make_batch(15, size=16)
+    network = Network()
+    loss = make_loss(0.1)(network(x.detach(), None)[0], labels)
+    loss.backward()
+    wanted = network.layer.weight.grad
+    for of_process in found:
+        (value, gradient), (_, lossy) = of_process[len(CASES) : -1]
+        torch.testing.assert_close(value, 2 * loss.detach(), rtol=0, atol=1e-12)
+        torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-12)
+        assert (lossy - wanted).norm() > 0.1 * wanted.norm()
+
+
 def test_in_one_process_the_wrappers_do_nothing():
     x, labels = make_batch(1)
     with pytest.warns(UserWarning, match="non-distributed"):
@@ -177,6 +199,9 @@ def test_in_one_process_a_memory_is_called_as_it_is():
 
 def test_efficient_is_refused_for_other_losses():
     DistributedLossWrapper(ContrastiveLoss())
-    with pytest.raises(ValueError, match="efficient=True is for DRSLoss, got ContrastiveLoss"):
-        DistributedLossWrapper(ContrastiveLoss(), efficient=True)
+    for loss_fn in (ContrastiveLoss(), CrossBatchMemory(ContrastiveLoss(), 4, 16)):
+        with pytest.raises(InputError, match=f"efficient=True is for DRSLoss, got {type(loss_fn).__name__}"):
+            DistributedLossWrapper(loss_fn, efficient=True)
+    with pytest.raises(TypeError, match="must extend BaseMetricLossFunction"):
+        DistributedLossWrapper(torch.nn.Linear(2, 2), efficient=True)
     assert issubclass(DistributedLossWrapper, pml_distributed.DistributedLossWrapper)

@@ -72,12 +72,13 @@ def lists_in_transforms():
 
 
 @pytest.mark.parametrize(
-    ("name", "bound_power", "block"), pairwise(["euclidean", "raw", "cosine"], [None, 0.5], BLOCKS)
+    ("name", "bound_power", "block", "chunk"), pairwise(["euclidean", "raw", "cosine"], [None, 0.5], BLOCKS, [None, 3])
 )
-def test_the_plain_path_can_be_differentiated_twice_and_by_torch_func(name, bound_power, block, monkeypatch):
+def test_the_plain_path_can_be_differentiated_twice_and_by_torch_func(name, bound_power, block, chunk, monkeypatch):
     monkeypatch.setattr(functional, "BLOCK", block)
     x, labels = make_batch(1, size=7, dim=3)
-    loss_fn = make_loss(0.3, 0.5, bound_power=bound_power, distance=DISTANCES[name][0], fused=False)
+    options = {"distance": DISTANCES[name][0], "query_chunk_size": chunk, "fused": False}
+    loss_fn = make_loss(0.3, 0.5, bound_power=bound_power, **options)
 
     def value(embeddings):
         return loss_fn(embeddings, labels)

@@ -6,7 +6,6 @@ import sys
 from fractions import Fraction
 
 import numpy as np
-import processes
 import pytest
 import reference
 import torch
@@ -16,8 +15,10 @@ from hypothesis import strategies as st
 from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity, LpDistance
 from pytorch_metric_learning.reducers import MeanReducer, MultipleReducers, SumReducer
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
-from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from sklearn.metrics import average_precision_score
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pml_drsl import losses
 
@@ -181,11 +182,31 @@ def test_fact_5_chunking_changes_nothing(chunk, form, bound_power, fused, monkey
     monkeypatch.setattr("pml_drsl.functional.BLOCK", 50)
     loss_fn = make_loss(0.05, query_chunk_size=chunk, bound_power=bound_power, fused=fused)
     parts = loss_fn(x, labels, indices, ref, ref_labels)
+    # A chunk that is computed again has the settings of its own call.
+    loss_fn.temperature, loss_fn.margin, loss_fn.sort_weight, loss_fn.bound_power, loss_fn.fused = 1, 1, 0, 1, not fused
     inputs = [x] if ref is None else [x, ref]
+    gradients = torch.autograd.grad(parts, inputs)
     torch.testing.assert_close(whole, parts, rtol=0, atol=1e-12)
-    torch.testing.assert_close(
-        torch.autograd.grad(whole, inputs), torch.autograd.grad(parts, inputs), rtol=1e-9, atol=1e-12
-    )
+    torch.testing.assert_close(torch.autograd.grad(whole, inputs), gradients, rtol=1e-9, atol=1e-12)
+    # Chunks that were not asked for are not computed again.
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk * len(inputs[-1]))
+    once = make_loss(0.05, bound_power=bound_power, fused=fused)(x, labels, indices, ref, ref_labels)
+    assert torch.equal(once, parts) and all(map(torch.equal, torch.autograd.grad(once, inputs), gradients))
+
+
+def test_fact_5_a_chunk_that_is_computed_again_draws_the_same_random_numbers(monkeypatch):
+    class Noisy(LpDistance):
+        def forward(self, query_emb, ref_emb=None):
+            return super().forward(query_emb, ref_emb) * torch.rand(len(query_emb), len(ref_emb))
+
+    x, labels = make_batch(4)
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 5 * len(x))
+    gradients = []
+    for chunk in (None, 5):
+        torch.manual_seed(0)
+        loss = make_loss(0.1, distance=Noisy(), query_chunk_size=chunk)(x, labels)
+        gradients += torch.autograd.grad(loss, x)
+    assert torch.equal(*gradients)
 
 
 def test_fact_5_the_default_chunk_size_bounds_the_distance_matrix(monkeypatch):
@@ -204,58 +225,56 @@ def test_fact_5_the_default_chunk_size_bounds_the_distance_matrix(monkeypatch):
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("distance", [CosineSimilarity(), LpDistance(), LpDistance(normalize_embeddings=False)])
-def test_fact_5_small_chunks_keep_no_copies_of_the_references(distance, fused):
+def test_fact_5_small_chunks_keep_no_copies_of_the_references(distance, fused, monkeypatch):
     x, labels = torch.randn(64, 256, requires_grad=True), torch.arange(64) // 4
     kept = []
-    for chunk in (None, 4):
+    for elements in (2**24, 4 * 64):
         saved = []
+        monkeypatch.setattr(losses, "CHUNK_ELEMENTS", elements)
         with torch.autograd.graph.saved_tensors_hooks(lambda t, to=saved: to.append(t) or t, lambda t: t):
-            losses.DRSLoss(distance=distance, query_chunk_size=chunk, fused=fused)(x, labels)
+            losses.DRSLoss(distance=distance, fused=fused)(x, labels)
         storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in saved}
         kept.append(sum(storages.values()))
     assert kept[1] < kept[0] + 64 * 256 * 4  # One copy of the references, and there are 16 chunks.
 
 
-def test_fact_5_torch_compile_changes_nothing():
+class Memory(TorchDispatchMode):
+    """The bytes of the tensors made inside that live at one time, at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.most = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for storage in [part.untyped_storage() for part in tree_leaves(result) if torch.is_tensor(part)]:
+            self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.alive = {key: value for key, value in self.alive.items() if not value[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self.alive.values()))
+        return result
+
+
+@pytest.mark.parametrize(
+    ("distance", "fused"), [(CosineSimilarity(), True), (LpDistance(), True), (LpDistance(), False)]
+)
+def test_fact_5_memory_grows_with_the_chunk_and_not_with_the_queries(distance, fused):
+    most = []
+    for chunk in (None, 8, 2):
+        x, ref = torch.randn(32, 4, requires_grad=True), torch.randn(512, 4, requires_grad=True)
+        loss_fn = losses.DRSLoss(distance=distance, query_chunk_size=chunk, fused=fused, collect_stats=True)
+        with Memory() as memory:
+            loss_fn(x, torch.arange(32), None, ref, torch.arange(512) // 4).backward()
+        most.append(memory.most)
+    assert most[2] < most[1] < most[0] / 2
+
+
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_fact_5_torch_compile_changes_nothing(chunk):
     network, labels = torch.nn.Linear(5, 3), torch.arange(12) // 3
-    x, loss_fn = torch.randn(12, 5), make_loss(0.1)
+    x, loss_fn = torch.randn(12, 5), make_loss(0.1, query_chunk_size=chunk)
     wanted = torch.autograd.grad(loss_fn(network(x), labels), network.weight)
     compiled = torch.compile(lambda x: loss_fn(network(x), labels))
     torch.testing.assert_close(torch.autograd.grad(compiled(x), network.weight), wanted, rtol=1e-4, atol=1e-5)
-
-
-def train_on_shard(rank, world_size, store, results):
-    """One process of `test_fact_5_any_split_over_processes`: its share of the batch through PML's own wrapper."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    x, labels = make_batch(15, size=16)
-    network = torch.nn.parallel.DistributedDataParallel(make_network())
-    share = slice(rank * 16 // world_size, (rank + 1) * 16 // world_size)
-    loss = DistributedLossWrapper(make_loss(0.1))(network(x.detach()[share]), labels[share])
-    loss.backward()
-    if rank == 0:
-        torch.save((loss.detach(), network.module.weight.grad), results)
-    torch.distributed.barrier()  # Meanwhile gloo frees the last tensors, for which torch would wait below without end.
-    torch.distributed.destroy_process_group()
-
-
-def make_network():
-    network = torch.nn.Linear(5, 4, bias=False).double()
-    with torch.no_grad():
-        network.weight.copy_(torch.linspace(-1, 1, 20).reshape(4, 5))
-    return network
-
-
-def test_fact_5_any_split_over_processes(tmp_path):
-    results = tmp_path / "results"
-    processes.start(train_on_shard, (2, tmp_path / "store", results), 2)
-    loss, gradient = torch.load(results, weights_only=True)
-    x, labels = make_batch(15, size=16)
-    network = make_network()
-    wanted = make_loss(0.1)(network(x.detach()), labels)
-    wanted.backward()
-    # PML multiplies by the number of processes, which DistributedDataParallel's mean divides by again.
-    torch.testing.assert_close(loss / 2, wanted.detach(), rtol=0, atol=1e-12)
-    torch.testing.assert_close(gradient, network.weight.grad, rtol=1e-9, atol=1e-12)
 
 
 def test_fact_6_gradcheck_and_float64():
@@ -290,10 +309,10 @@ def test_fact_6_autocast_is_left_out():
     torch.testing.assert_close(loss, wanted, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("bound_power", [None, 0.5])
-def test_a_second_backward_pass_gives_the_same_gradient(bound_power):
+@pytest.mark.parametrize(("bound_power", "chunk"), [(None, None), (0.5, None), (0.5, 3)])
+def test_a_second_backward_pass_gives_the_same_gradient(bound_power, chunk):
     x, labels = make_batch(2)
-    loss = make_loss(0.1, bound_power=bound_power)(x, labels)
+    loss = make_loss(0.1, bound_power=bound_power, query_chunk_size=chunk)(x, labels)
     first, second = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
 
@@ -338,7 +357,8 @@ def test_sub_losses_can_be_reduced_apart():
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_collect_stats_shows_each_error_of_the_definition(bound_power, chunk):
     x, labels = make_batch(10)
-    loss_fn = make_loss(0.1, 0.5, bound_power=bound_power, query_chunk_size=chunk, collect_stats=True)
+    loss_fn = make_loss(0.1, 0, bound_power=bound_power, query_chunk_size=chunk, collect_stats=True)
+    loss_fn.sort_weight = 0.5  # as a schedule may assign it
     loss_fn(x, labels).backward()
     pairs = reference.pairs_from_labels(labels.tolist(), None)
     retrieval, both = (reference.drsl(x, *pairs, temperature=0.1, sort_weight=weight).item() for weight in (0, 0.5))
@@ -347,6 +367,8 @@ def test_collect_stats_shows_each_error_of_the_definition(bound_power, chunk):
     assert not (loss_fn.retrieval_error.requires_grad or loss_fn.sort_error.requires_grad)
     has_positive = [(labels == label).sum() > 1 for label in labels]
     assert loss_fn.num_queries == sum(has_positive)
+    loss_fn(x[:1], labels[:1])
+    assert (loss_fn.retrieval_error, loss_fn.sort_error, loss_fn.num_queries) == (0, 0, 0)
 
 
 def test_numbers_of_numpy_are_hyper_parameters():
@@ -437,6 +459,7 @@ INDEX = torch.tensor([0, 1])
         ((X, [0, 0, 1, 1]), "labels must be an integer tensor .* got list"),
         ((X,), "labels .* are required"),
         ((X, LABELS, None, X.clone()), r"ref_labels.* are required"),
+        ((X, LABELS, None, None, LABELS), "ref_labels without ref_emb: give the references, or leave both out"),
         ((X, LABELS, None, torch.randn(5, 2), torch.arange(5)), "ref_emb has 2 dimensions and embeddings 3"),
         ((X, LABELS, None, torch.randn(5, 3), LABELS), r"ref_labels must be an integer tensor of shape \(5,\)"),
         ((X, LABELS, (INDEX, INDEX)), "indices_tuple must have 3 tensors .* or 4 .*got 2"),
@@ -476,5 +499,7 @@ names = [getattr(pml_drsl, name) for name in pml_drsl.__all__]
 assert pml_drsl.losses.DRSLoss in names and not hasattr(pml_drsl, "nothing")
 import pml_drsl.wrappers
 assert not {"torchreid", "torchreid_ext", "cv2", "yacs"} & set(sys.modules)
+sys.path = []  # without the metadata of the distribution
+assert pml_drsl.__version__ == "unknown"
 """
     subprocess.run([sys.executable, "-c", program], check=True)

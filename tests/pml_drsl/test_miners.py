@@ -193,7 +193,7 @@ def test_stats_and_repr():
     miner = NegativeBudgetMiner(2, "hard", collect_stats=True)
     a1, _, a2, _ = miner(x, labels)
     assert (miner.num_pos_pairs, miner.num_neg_pairs) == (len(a1), len(a2))
-    assert "negatives_per_positive=2.0, strategy='hard', seed=None" in repr(miner)
+    assert "negatives_per_positive=2.0, strategy='hard', seed=None, positives=None" in repr(miner)
     assert "margin=0.1" in repr(RankViolationMiner(0.1))
 
 
@@ -219,9 +219,22 @@ def test_bad_hyper_parameters_are_refused(make, message):
         make()
 
 
-def test_references_without_labels_are_refused():
+def test_references_and_their_labels_go_together():
     with pytest.raises(ValueError, match="ref_emb without ref_labels"):
         RankViolationMiner()(torch.randn(4, 3), torch.arange(4), torch.randn(5, 3))
+    with pytest.raises(ValueError, match="ref_labels without ref_emb"):
+        RankViolationMiner()(torch.randn(4, 3), torch.arange(4), None, torch.arange(4))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("strategy", ["hard", "semihard", "random"])
+def test_an_embedding_that_is_not_finite_makes_the_loss_nan_as_without_a_miner(strategy, value):
+    x, labels = torch.randn(12, 3, generator=torch.Generator().manual_seed(0)), torch.arange(12) // 4
+    x[5, 1] = value
+    a1, p, a2, n = indices = NegativeBudgetMiner(2, strategy, seed=0)(x, labels)
+    assert (labels[a1] == labels[p]).all() and (a1 != p).all() and (labels[a2] != labels[n]).all()
+    assert torch.equal(torch.bincount(a2), torch.full((12,), 6))
+    assert make_loss()(x, labels).isnan() and make_loss()(x, labels, indices).isnan()
 
 
 # PML's miners in front of DRSLoss.

@@ -51,6 +51,8 @@ def test_exchanged_loss_and_gradient(device: torch.device) -> None:
         with pytest.raises(InputError, match="several processes can be differentiated once"):
             y = x.clone().requires_grad_()
             torch.autograd.grad(exchanged(y, labels), y, create_graph=True)
+        with pytest.raises(InputError, match="ref_labels without ref_emb"):
+            wrapper.forward_regular_loss(x, labels, None, None, labels, world_size=2)
 
 
 def test_gradients_of_distributed_data_parallel(device: torch.device) -> None:

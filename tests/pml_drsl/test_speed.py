@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from pml_drsl import speed
+from pml_drsl import machine, speed
 
 HAS_CUDA = torch.cuda.is_available()
 
@@ -30,11 +32,13 @@ def test_a_row_for_each_loss_and_size(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_ratios_are_taken_round_by_round() -> None:
     times = {speed.FLOOR: [1.0, 10.0, 2.0], "DRSL": [2.0, 15.0, 6.0]}  # ratios 2, 1.5 and 3; of the medians, 3
-    rows = {row["loss"]: row for row in speed.summarize(times, {speed.FLOOR: 1.0, "DRSL": 2.0, "SmoothAP": None})}
+    peaks = {speed.FLOOR: math.nan, "DRSL": 2.0, "SmoothAP": None}
+    rows = {row["loss"]: row for row in speed.summarize(times, peaks)}
     assert (rows["DRSL"]["ratio"], rows["DRSL"]["seconds"], rows["DRSL"]["peak_mib"]) == (2.0, 6.0, 2.0)
     assert rows["SmoothAP"]["ratio"] != rows["SmoothAP"]["ratio"] and rows["SmoothAP"]["rounds"] == 0
     table = speed.report(pd.DataFrame([row | {"dim": 8, "size": 1024} for row in rows.values()]))
     assert "| 1,024 | 1.00 | 2.00 | does not fit |" in table
+    assert "| 1,024 | not measured | 2.0 | does not fit |" in table
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has the limit and forgets an earlier peak")
@@ -46,6 +50,35 @@ def test_memory_is_that_of_the_step() -> None:
     assert peak is not None and 16 < peak < 200  # the matrix has 16 MiB
     assert speed.peak_mib(speed.make_step("SmoothAP", 512, 8, "cpu"), 0.25, "cpu") is None
     torch.ones(2**28)  # The limit is gone.
+
+
+# The system keeps the largest memory of a process (ru_maxrss) when another program takes its place.
+FROM_A_BIG_PROCESS = """
+import os, sys
+if sys.argv[1] == "big":
+    big = b"1" * 2**28
+    os.execv(sys.executable, [sys.executable, "-c", sys.argv[2], "small", ""])
+from pml_drsl.machine import peak_process_bytes, reset_peak_process_bytes
+before = reset_peak_process_bytes()
+added = b"1" * 2**25
+print(peak_process_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says the peak since a moment")
+def test_memory_is_measured_from_now_on_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, "-c", FROM_A_BIG_PROCESS, "big", FROM_A_BIG_PROCESS]
+    assert 2**24 < int(subprocess.check_output(command)) < 2**26
+
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    for name in ("read_text", "write_text"):
+        with monkeypatch.context() as patch:
+            patch.setattr(machine.Path, name, refuse)
+            assert machine.reset_peak_process_bytes() is None
+    monkeypatch.setattr(machine, "reset_peak_process_bytes", lambda: None)
+    assert math.isnan(speed.peak_mib(lambda: None, 4.0, "cpu") or 0)
 
 
 def test_the_evaluation_beside_its_distances(
