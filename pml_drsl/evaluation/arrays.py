@@ -210,14 +210,18 @@ def number_identities(
     query: Labels, gallery: Labels, num_query: int, num_gallery: int, junk: Junk, name: str = "ids"
 ) -> tuple[Tensor, Tensor]:
     """Numbers identities as ``shared_labels`` does. Junk identities get -1; "-1" stands for -1 too, and -1 for "-1". An
-    InputError as ``shared_labels``, or if a junk identity is a name, and the identities are integers."""
+    InputError as ``shared_labels``, if a junk identity is a name, and the identities are integers, or if all images of
+    a side are junk."""
     numbers = shared_labels(query, gallery, num_query, num_gallery, name)
     if isinstance(junk, str):
         raise InputError(f"junk={junk!r}: give a list of identities, such as [{junk!r}]")
-    for array, of_side in zip(map(label_array, (query, gallery)), numbers, strict=True):
+    for side, array, of_side in zip(("query", "gallery"), map(label_array, (query, gallery)), numbers, strict=True):
         try:
             alike = [str(each) if array.dtype.kind == "U" else int(each) for each in junk]
         except (TypeError, ValueError) as error:
             raise InputError(f"junk={list(junk)!r}: the identities are integers, so give integers") from error
         of_side[torch.from_numpy(np.isin(array, alike))] = -1
+        if bool((of_side < 0).all()):
+            cure = "see the argument junk (drsl-evaluate --junk)"
+            raise InputError(f"all {side} images have a junk identity, which has no effect; {cure}")
     return numbers

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from pml_drsl.checks import InputError
 from pml_drsl.evaluation import JUNK, METRICS, RANKS, Metric, SearchProtocol, Ties
-from pml_drsl.evaluation.arrays import Array, Junk, Labels, number_identities
+from pml_drsl.evaluation.arrays import Array, Junk, Labels, number_identities, shared_labels
 from pml_drsl.evaluation.distances import FeatureDistances, as_features, check_option, squared_norms
 from pml_drsl.evaluation.ranking import SCORES, RankedQueries, check_options, rank_queries
-from pml_drsl.evaluation.scores import without_junk
 
 REID_METRICS = (*SCORES, "cmc", *(f"rank_{k}" for k in RANKS))
 
@@ -43,7 +42,8 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
     Images with a ``junk`` identity are left out of all metrics, the inherited ones too.
 
     Args:
-        include, exclude: metrics to compute, empty for all re-ID metrics but ``cmc``, and metrics not to compute.
+        include: metrics to compute; empty for all re-ID metrics but ``cmc``.
+        exclude: metrics to leave out.
         query_cams, reference_cams: cameras of the queries, shape (Q,), and of the reference set (the gallery), shape
             (M,), or None for retrieval without cameras.
         metric, ties, protocol, max_rank, seed, junk: see ``pml_drsl.evaluation.scores.evaluate``.
@@ -116,10 +116,16 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
         given = _as_integers(query_labels, "query"), _as_integers(reference_labels, "reference")
         numbers = number_identities(*given, len(query), len(reference), self.junk, "labels")
         # PML's metrics would take all junk for images of one identity.
-        both, ids, self._cams = without_junk(numbers, both, numbers, (self.query_cams, self.reference_cams))
-        return super().get_accuracy(  # type: ignore[no-any-return]
-            both[0], ids[0], both[1], ids[1], ref_includes_query, tuple(include), tuple(exclude)
-        )
+        kept = [of_side >= 0 for of_side in numbers]
+        self._cams: Any = (None, None)
+        if self.query_cams is not None and self.reference_cams is not None:
+            cams = shared_labels(self.query_cams, self.reference_cams, len(query), len(reference), "cams")
+            self._cams = [of_side[mask] for of_side, mask in zip(cams, kept, strict=True)]
+        data = list[Tensor]()
+        for features, ids, mask in zip(both, numbers, kept, strict=True):
+            data += [features[mask.to(features.device)], ids[mask]]
+        options = ref_includes_query, tuple(include), tuple(exclude)
+        return super().get_accuracy(*data, *options)  # type: ignore[no-any-return]
 
     def _get_accuracy(self, function_dict: dict[str, Callable[..., Any]], **kwargs: Any) -> dict[str, Any]:
         """Ranks once for all metrics; PML calls this after preparing inputs and before the ``calculate_`` methods."""

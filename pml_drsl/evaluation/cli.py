@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("--version", action="version", version=f"%(prog)s {version()}")
-    add("features", help="FEATURES.npz, or QUERY.npy GALLERY.npy", nargs="+", metavar="FILE")
+    add("features", help="FEATURES.npz, QUERY.npy GALLERY.npy, or folders of runs", nargs="+", metavar="FILE")
     add("--ids", help="identities and cameras of the two .npy files", metavar="IDS.csv")
     add("--metric", help="distance, as in the network's test (%(default)s)", choices=METRICS, default="euclidean")
     about = "order of a match and a negative at the same distance: mean (each counts half before the other), "

@@ -128,13 +128,9 @@ def check_option(name: str, value: str, allowed: Sequence[str]) -> None:
         raise InputError(f"unknown {name} {value!r}: choose one of {', '.join(map(repr, allowed))}")
 
 
-def rows_per_chunk(num_columns: int, chunk_size: int | None = None) -> int:
-    """The number of rows to compute at once: ``chunk_size`` (an InputError below 1), or 64 MiB of float32."""
-    if chunk_size is None:
-        return max(1, ELEMENTS_PER_CHUNK // max(1, num_columns))
-    if chunk_size < 1:
-        raise InputError(f"chunk_size={chunk_size}: give a positive number of queries, or None to choose it")
-    return chunk_size
+def rows_per_chunk(num_columns: int) -> int:
+    """The number of rows to compute at once: 64 MiB of float32, and at least one row."""
+    return max(1, ELEMENTS_PER_CHUNK // max(1, num_columns))
 
 
 def as_features(features: Array, name: str) -> Tensor:

@@ -90,7 +90,6 @@ def rank_queries(
     gallery_starts_with_query: bool = False,
     require_match: bool = True,
     junk: Junk = JUNK,
-    chunk_size: int | None = None,
     progress: bool = False,
     group: dist.ProcessGroup | None = None,
 ) -> RankedQueries:
@@ -106,7 +105,7 @@ def rank_queries(
             the result of one process with the same number of threads, bit for bit.
 
     An InputError refuses labels of a wrong shape or type, a single camera list, and unknown options."""
-    check_options(ties, protocol, query_cams is not None, gallery_cams is not None, seed=seed, chunk_size=chunk_size)
+    check_options(ties, protocol, query_cams is not None, gallery_cams is not None, seed=seed)
     num_query, num_gallery = distances.num_query, distances.num_gallery
     ids = number_identities(query_ids, gallery_ids, num_query, num_gallery, junk)
     cams = None
@@ -120,7 +119,7 @@ def rank_queries(
     is_junk, ignored = ids[0] < 0, (ids[1] < 0).nonzero().squeeze(1)
     groups = Identities(ids[1], max(1, int(torch.cat(ids).max()) + 1))
     shots = SingleShots(groups, seed) if protocol == "single-gallery-shot" else None
-    step = rows_per_chunk(max(num_gallery, 0 if shots is None else shots.draws_per_query), chunk_size)
+    step = rows_per_chunk(max(num_gallery, 0 if shots is None else shots.draws_per_query))
     # All processes use the same chunks, because a matrix product of another size may round differently.
     starts = range(0, num_query, step)
     mine = starts if group is None else starts[share(len(starts), group)]
@@ -156,13 +155,11 @@ def rank_queries(
 
 
 def check_options(
-    ties: str, protocol: str, query_cams: bool = False, gallery_cams: bool = False, *,
-    max_rank: int = 1, seed: int = 0, chunk_size: int | None = None,
-) -> None:  # fmt: skip
+    ties: str, protocol: str, query_cams: bool = False, gallery_cams: bool = False, *, max_rank: int = 1, seed: int = 0
+) -> None:
     """Raises InputError for an option out of its range, or cameras of queries or gallery alone."""
     check_option("ties", ties, TIES)
     check_option("protocol", protocol, PROTOCOLS)
-    rows_per_chunk(1, chunk_size)
     if query_cams != gallery_cams:
         given, missing = ("query", "gallery") if query_cams else ("gallery", "query")
         raise InputError(f"{given}_cams without {missing}_cams: give both, or neither to ignore cameras")
@@ -275,9 +272,6 @@ def share(number: int, group: dist.ProcessGroup) -> slice:
 def _why_no_match(ids: tuple[Tensor, Tensor], ranked: RankedQueries, has_cams: bool, with_query: bool) -> str:
     shared = int(torch.isin(ids[0][~ranked.is_junk], ids[1]).sum())
     message = f"none of the {len(ids[0])} queries has a match in the gallery of {len(ids[1])}"
-    if bool(ranked.is_junk.all()):
-        cure = "see the argument junk (drsl-evaluate --junk)"
-        return f"{message}: all queries have a junk identity, which is not scored; {cure}"
     if shared == 0:
         return f"{message}: no query identity occurs in the gallery; check that both use the same identity labels"
     message += f": the identities of {shared} occur there, but only as entries that the protocol leaves out"

@@ -6,6 +6,8 @@ with the original distance. The results equal those of the paper's code, which t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from scipy import sparse
@@ -28,6 +30,7 @@ def rerank(
     k2: int = 6,
     lambda_value: float = 0.3,
     metric: Metric = "euclidean",
+    is_junk: tuple[Tensor, Tensor] | None = None,
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> RerankedDistances:
@@ -41,6 +44,8 @@ def rerank(
         k1: number of neighbours that may be reciprocal, at least 1.
         k2: number of neighbours whose codes are averaged (local query expansion); 1 turns averaging off.
         lambda_value: weight of the original distance, in [0, 1].
+        is_junk: bool of shapes (Q,) and (M,), not all true: images that take no part, whose distances are infinite;
+            None if all images take part.
         metric, device, progress: see ``pml_drsl.evaluation.scores.evaluate``.
 
     An InputError refuses parameters out of their range, and features as ``FeatureDistances`` does."""
@@ -49,8 +54,12 @@ def rerank(
             raise InputError(f"{name}={value}: give at least 1 neighbour")
     if not 0 <= lambda_value <= 1:
         raise InputError(f"lambda_value={lambda_value}: give a weight between 0 (Jaccard alone) and 1 (original alone)")
-    between = FeatureDistances(query, gallery, metric, device=device)  # This checks the features.
-    everyone = torch.cat([as_features(features, "").to(between.query) for features in (query, gallery)])
+    sides = [as_features(query, "query"), as_features(gallery, "gallery")]
+    none = [torch.zeros(len(side), dtype=torch.bool, device="cpu") for side in sides]
+    kept = [~junk for junk in is_junk or none]
+    sides = [side[mask.to(side.device)] for side, mask in zip(sides, kept, strict=True)]
+    between = FeatureDistances(sides[0], sides[1], metric, device=device)  # This checks the features.
+    everyone = torch.cat([side.to(between.query) for side in sides])
     among = FeatureDistances(everyone, everyone, metric)
     neighbours, largest = _nearest(among, max(k1 + 1, k2), progress)
     encoded, size = _encode(among, neighbours, largest, k1), len(everyone)
@@ -59,32 +68,41 @@ def rerank(
         starts = np.arange(0, nearest.numel() + 1, nearest.shape[1])
         weights = np.full(nearest.numel(), 1 / nearest.shape[1], dtype=np.float32)
         encoded = sparse.csr_array((weights, nearest.flatten().numpy(), starts), shape=(size, size)) @ encoded
-    return RerankedDistances(between, largest[: between.num_query], encoded, lambda_value)
+    return RerankedDistances(between, largest[: between.num_query], encoded, lambda_value, kept)
 
 
 class RerankedDistances:
     """Rows of re-ranked distances: ``(1 - lambda) * Jaccard + lambda * original`` (eq. 12). ``rerank`` creates it, from
-    the largest original distance of each query, (Q,), and the codes of all images, queries first, (Q + M, Q + M)."""
+    bool masks ``kept`` of all queries and of the whole gallery. The rest is of the kept images alone: the original
+    distances, the largest of each query, and the codes of queries and gallery, (N, N)."""
 
     def __init__(
-        self, original: FeatureDistances, largest: Tensor, encoded: sparse.csr_array, lambda_value: float
-    ) -> None:
+        self, original: FeatureDistances, largest: Tensor, encoded: sparse.csr_array, lambda_value: float,
+        kept: Sequence[Tensor],
+    ) -> None:  # fmt: skip
         self.original, self.lambda_value, self._largest = original, lambda_value, largest
-        self.num_query, self.num_gallery = original.num_query, original.num_gallery
-        self._queries = encoded[: self.num_query]
-        self._gallery = encoded[self.num_query :].tocsc()  # A column lists the images that have a neighbour.
+        self.num_query, self.num_gallery = map(len, kept)
+        self._kept = [mask.nonzero().squeeze(1).to(original.query.device) for mask in kept]
+        self._queries = encoded[: original.num_query]
+        self._gallery = encoded[original.num_query :].tocsc()  # A column lists the images that have a neighbour.
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Re-ranked distances in [0, 1], shape (stop - start, M), on the device of the features."""
-        original = _normalise(self.original.distances(start, stop), self._largest[start:stop, None])
-        jaccard = self._jaccard(self._queries[start:stop]).to(original)
-        return jaccard.mul_(1 - self.lambda_value).add_(original, alpha=self.lambda_value)
+        """Re-ranked distances in [0, 1], or infinity, shape (stop - start, M), on the device of the features."""
+        queries, gallery = self._kept
+        first, last = (int((queries < place).sum()) for place in (start, stop))
+        original = _normalise(self.original.distances(first, last), self._largest[first:last, None])
+        jaccard = self._jaccard(self._queries[first:last]).to(original)
+        rows = original.new_full((stop - start, self.num_gallery), torch.inf)
+        mixed = jaccard.mul_(1 - self.lambda_value).add_(original, alpha=self.lambda_value)
+        rows[queries[first:last, None] - start, gallery] = mixed
+        return rows
 
     distances = rows  # Re-ranked rows do not differ from the distances by a constant.
 
     def _jaccard(self, queries: sparse.csr_array) -> Tensor:
         """Jaccard distances, shape (q, M): ``1 - sum_j min(V_qj, V_gj) / sum_j max(V_qj, V_gj)`` (eq. 10)."""
-        shared = torch.zeros(queries.shape[0] * self.num_gallery, device="cpu")
+        size = self.original.num_gallery
+        shared = torch.zeros(queries.shape[0] * size, device="cpu")
         for row in range(queries.shape[0]):
             entries = slice(queries.indptr[row], queries.indptr[row + 1])
             columns, mine = queries.indices[entries], queries.data[entries]
@@ -93,9 +111,9 @@ class RerankedDistances:
             # Concatenate the ranges begins[j] : begins[j] + lengths[j].
             places = np.arange(lengths.sum()) + np.repeat(begins - (lengths.cumsum() - lengths), lengths)
             smaller = np.minimum(np.repeat(mine, lengths), self._gallery.data[places])
-            found = torch.from_numpy(row * self.num_gallery + self._gallery.indices[places].astype(np.int64))
+            found = torch.from_numpy(row * size + self._gallery.indices[places].astype(np.int64))
             shared.index_add_(0, found, torch.from_numpy(smaller))
-        shared = shared.view(-1, self.num_gallery)
+        shared = shared.view(-1, size)
         return shared.div_(shared - 2).add_(1)  # 1 - s / (2 - s): both rows of V sum to 1
 
 

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pml_drsl.checks import InputError
 from pml_drsl.evaluation import JUNK, RANKS, Metric, SearchProtocol, Ties, reranking
-from pml_drsl.evaluation.arrays import Array, Junk, Labels, label_array, number_identities, shared_labels
+from pml_drsl.evaluation.arrays import Array, Junk, Labels, number_identities, shared_labels
 from pml_drsl.evaluation.distances import DistanceRows, FeatureDistances, as_features
 from pml_drsl.evaluation.ranking import RankedQueries, check_options, rank_queries
 
@@ -87,7 +86,6 @@ def evaluate(
     seed: int = 0,
     junk: Junk = JUNK,
     device: torch.device | str | None = None,
-    chunk_size: int | None = None,
     progress: bool = False,
 ) -> RetrievalResult:
     """Searches the gallery with every query, and scores the rankings by the protocol of Market-1501.
@@ -121,73 +119,24 @@ def evaluate(
         seed: seed of the draws of ``"single-gallery-shot"``. Global random generators are not used.
         junk: identities of images that have no effect, integers or strings. -1 stands for "-1" too.
         device: where to compute; None for the device of ``query``.
-        chunk_size: number of queries to rank at once; None for about 64 MiB of distances.
         progress: show a progress bar on stderr.
 
     An InputError refuses arguments out of range, NaN or infinity in features, and queries of which none has a match."""
     given = query_cams is not None, gallery_cams is not None
-    check_options(ties, protocol, *given, max_rank=max_rank, seed=seed, chunk_size=chunk_size)
+    check_options(ties, protocol, *given, max_rank=max_rank, seed=seed)
     distances: DistanceRows
-    is_junk, identities = None, label_array(query_ids)
-    if rerank:  # Junk images would be neighbours of others.
+    if rerank:
         query, gallery = as_features(query, "query"), as_features(gallery, "gallery")
         numbers = number_identities(query_ids, gallery_ids, len(query), len(gallery), junk)
-        is_junk = numbers[0] < 0
-        (query, gallery), (query_ids, gallery_ids), (query_cams, gallery_cams) = without_junk(
-            numbers, (query, gallery), (query_ids, gallery_ids), (query_cams, gallery_cams)
-        )
-        distances = reranking.rerank(query, gallery, metric=metric, device=device, progress=progress)
+        if query_cams is not None and gallery_cams is not None:  # Re-ranking takes minutes, so check them first.
+            shared_labels(query_cams, gallery_cams, len(query), len(gallery), "cams")
+        is_junk = numbers[0] < 0, numbers[1] < 0
+        distances = reranking.rerank(query, gallery, metric=metric, is_junk=is_junk, device=device, progress=progress)
     else:
         distances = FeatureDistances(query, gallery, metric, device=device)
     labels = query_ids, gallery_ids, query_cams, gallery_cams
-    options: dict[str, Any] = {"ties": ties, "protocol": protocol, "seed": seed, "junk": junk, "chunk_size": chunk_size}
-    ranked = rank_queries(distances, *labels, progress=progress, **options)
-    return summarize(ranked if is_junk is None else _of_all(ranked, is_junk, identities), max_rank)
-
-
-def _of_all(ranked: RankedQueries, is_junk: Tensor, identities: np.ndarray[Any, Any]) -> RankedQueries:
-    """The scores of all queries, of which those with a junk identity were left out: these have no match."""
-
-    def spread(values: Tensor, fill: float) -> Tensor:
-        return values.new_full((len(is_junk), *values.shape[1:]), fill).index_put_((~is_junk,), values)
-
-    return RankedQueries(
-        spread(ranked.average_precision, torch.nan),
-        spread(ranked.inverse_negative_penalty, torch.nan),
-        spread(ranked.first_places, torch.inf),
-        spread(ranked.num_positives, 0),
-        spread(ranked.num_junk, 0),
-        is_junk,
-        identities,
-        ranked.num_gallery,
-    )
-
-
-def without_junk(
-    numbers: tuple[Tensor, Tensor],
-    features: tuple[Tensor, Tensor],
-    ids: tuple[Labels, Labels],
-    cams: tuple[Labels | None, Labels | None],
-) -> tuple[tuple[Tensor, Tensor], tuple[Labels, Labels], tuple[Labels | None, Labels | None]]:
-    """The features, identities and cameras of the images without a junk identity, queries and gallery, by the
-    ``numbers`` of ``number_identities``. An InputError for wrong cameras, and if all images of a side are junk."""
-    if cams[0] is not None and cams[1] is not None:
-        cams = shared_labels(cams[0], cams[1], len(features[0]), len(features[1]), "cams")
-    sides: list[Any] = []
-    for side, number, *columns in zip(("query", "gallery"), numbers, features, ids, cams, strict=True):
-        kept = number >= 0
-        if not bool(kept.any()):
-            cure = "see the argument junk (drsl-evaluate --junk)"
-            raise InputError(f"all {side} images have a junk identity, which has no effect; {cure}")
-        sides.append(columns if bool(kept.all()) else [_select(kept, column) for column in columns])
-    return tuple(zip(*sides, strict=True))  # type: ignore[return-value]
-
-
-def _select(kept: Tensor, column: Labels | None) -> Labels | None:
-    """The rows that ``kept``, bool of shape (N,), selects."""
-    if isinstance(column, Tensor):
-        return column[kept.to(column.device)]
-    return None if column is None else label_array(column)[kept.numpy()]
+    ranked = rank_queries(distances, *labels, ties=ties, protocol=protocol, seed=seed, junk=junk, progress=progress)
+    return summarize(ranked, max_rank)
 
 
 def summarize(ranked: RankedQueries, max_rank: int = 50) -> RetrievalResult:

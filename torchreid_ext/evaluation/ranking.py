@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,19 +24,18 @@ Mask: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
 class Search:
     """The ranking of a gallery for every query, by ``metric`` ``"euclidean"`` or ``"cosine"``.
 
-    ``normalize`` scales every feature to unit norm first; ``rerank`` re-ranks by k-reciprocal neighbours, without the
-    images of identity -1, which would be neighbours of others. ``kept`` are the numbers of the remaining queries and
-    gallery entries. Raises InputError if the metric is unknown, or features are not finite."""
+    ``normalize`` scales every feature to unit norm first; ``rerank`` re-ranks by k-reciprocal neighbours, in which
+    images of identity -1 take no part. Raises InputError if the metric is unknown, or features are not finite."""
 
     def __init__(
         self, query: Samples, gallery: Samples, metric: str = "euclidean", normalize: bool = False, rerank: bool = False
     ) -> None:
-        self.kept = tuple(np.flatnonzero((samples.pids != -1) | (not rerank)) for samples in (query, gallery))
-        self.query, self.gallery = query.at(self.kept[0]), gallery.at(self.kept[1])
-        self.metric, features = metric, (self.query.features, self.gallery.features)
+        self.query, self.gallery, self.metric = query, gallery, metric
+        features = query.features, gallery.features
         if normalize:
             features = F.normalize(features[0]), F.normalize(features[1])
-        search = reranking.rerank if rerank else FeatureDistances
+        is_junk = torch.from_numpy(query.pids == -1), torch.from_numpy(gallery.pids == -1)
+        search = partial(reranking.rerank, is_junk=is_junk) if rerank else FeatureDistances
         self.distances = search(*features, metric=metric)  # type: ignore[arg-type]
 
     def evaluate(
@@ -55,21 +55,22 @@ class Search:
         return same & ~junk, junk
 
     def ranking(self, index: int, topk: int, pictures: Pictures, first_match: bool = False) -> Ranking:
-        """The nearest gallery entries of one kept query: ``topk`` valid entries, and the junk between them. With
+        """The nearest gallery entries of one query: ``topk`` valid entries, and the junk between them. With
         ``first_match`` the nearest match follows, where it is not among them."""
         right, junk = (mask[0] for mask in self.masks(index, index + 1))
         marks = np.select([junk, right], ["junk", "right"], "wrong")
         distances = self.distances.distances(index, index + 1)[0].cpu().numpy()
         order = distances.argsort(kind="stable")
         ranks = np.cumsum(~junk[order])
-        shown = ranks - ~junk[order] < topk  # An entry is shown if fewer than topk valid entries precede it.
+        # An entry is shown if fewer than topk valid entries precede it, and if it took part in re-ranking.
+        shown = (ranks - ~junk[order] < topk) & np.isfinite(distances[order])
         if first_match and right.any():
             shown[right[order].argmax()] = True
         matches = [
-            Found(pictures[1][self.kept[1][entry]], float(distances[entry]), str(marks[entry]), rank)
+            Found(pictures[1][entry], float(distances[entry]), str(marks[entry]), rank)
             for entry, rank in zip(order[shown].tolist(), ranks[shown].tolist(), strict=True)
         ]
-        return Ranking(pictures[0][self.kept[0][index]], matches)
+        return Ranking(pictures[0][index], matches)
 
 
 def print_result(result: RetrievalResult, ranks: Sequence[int]) -> None:

@@ -93,8 +93,13 @@ class Tester:
         return self.results
 
     def check_pictures(self, options: EvaluationOptions) -> None:
-        """Raises InputError if the options ask for pictures, and the data manager does not list the test images."""
-        if (options.visrank or options.picture) and any(self._items(target) is None for target in self.test_loader):
+        """Raises InputError if the options ask for pictures, and there is no folder for them, or the data manager does
+        not list the test images."""
+        if not (options.visrank or options.picture):
+            return
+        if not options.save_dir:
+            raise InputError("visrank and picture write files, and save_dir is '': give a folder, or leave them out")
+        if any(self._items(target) is None for target in self.test_loader):
             unlisted = f"visrank and picture need the test images, and {type(self.datamanager).__name__} lists none"
             raise InputError(f"{unlisted}: give it the test_dataset of torchreid's data managers, or leave them out")
 
@@ -128,7 +133,9 @@ class Tester:
             print(f'Picture of ranked results saved to "{picture}"')
         if options.visrank:
             index = Path(options.save_dir, f"visrank_{target}", "index.html")
-            rankings = ranking.hardest(search, search.evaluate().ranked, pictures, topk)
+            # CUHK03's protocol has places in small galleries, and the page shows the whole gallery.
+            ranked = search.evaluate().ranked if options.use_metric_cuhk03 else result.ranked
+            rankings = ranking.hardest(search, ranked, pictures, topk)
             page.write_pages(index, rankings, f"{len(rankings)} queries, hardest first.", f"Rankings: {target}")
             print(f'Rankings of {len(query)} queries saved; open "{index}" in a browser')
         if self.writer is not None:

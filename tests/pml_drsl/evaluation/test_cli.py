@@ -179,6 +179,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_.value.code == 0
     output = capsys.readouterr().out
     assert "np.savez" in output and "set,id,camera" in output and "examples:" in output and "130 for Ctrl-C" in output
+    assert "QUERY.npy GALLERY.npy, or folders of runs options:" in " ".join(output.split())
 
 
 def test_a_programming_error_keeps_its_traceback(

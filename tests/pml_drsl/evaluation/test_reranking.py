@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pml_drsl.evaluation import distances as distance_rows
 from pml_drsl.evaluation.reranking import rerank
 from pml_drsl.evaluation.scores import evaluate, rank_queries, summarize
 
@@ -47,7 +48,7 @@ def test_equals_the_host(metric: Any, num_query: int, num_gallery: int, kwargs: 
     np.testing.assert_allclose(torch.cat(rows).numpy(), expected, atol=1e-5)
 
 
-def test_evaluates_re_ranked_distances() -> None:
+def test_evaluates_re_ranked_distances(monkeypatch: pytest.MonkeyPatch) -> None:
     torchreid = pytest.importorskip("torchreid")
     query, gallery, query_ids, gallery_ids = clusters(40, 200)
     cams = {"query_cams": [0] * 40, "gallery_cams": [1, 2] * 100}
@@ -60,8 +61,23 @@ def test_evaluates_re_ranked_distances() -> None:
     assert result.mAP == pytest.approx(mean_ap, abs=1e-3)
     np.testing.assert_allclose(result.cmc, cmc, atol=1e-2)
     assert result.mAP > evaluate(query, gallery, query_ids, gallery_ids, **cams).mAP
-    by_hand = summarize(rank_queries(rerank(query, gallery), query_ids, gallery_ids, **cams, chunk_size=9))
+    monkeypatch.setattr(distance_rows, "ELEMENTS_PER_CHUNK", 9 * 200)
+    by_hand = summarize(rank_queries(rerank(query, gallery), query_ids, gallery_ids, **cams))
     assert by_hand.mAP == pytest.approx(result.mAP, abs=1e-9)
+
+
+def test_junk_takes_no_part_and_is_infinitely_far() -> None:
+    query, gallery, _, _ = clusters(12, 60)
+    is_junk = torch.arange(12) % 5 == 0, torch.arange(60) % 3 == 1
+    # Copies of real images would be the nearest neighbours of all.
+    query[is_junk[0]], gallery[is_junk[1]] = query[1:4].clone(), gallery[:40:2].clone()
+    expected = torch.full((12, 60), torch.inf)
+    real = ~is_junk[0][:, None] & ~is_junk[1]
+    expected[real] = rerank(query[~is_junk[0]], gallery[~is_junk[1]]).rows(0, 9).flatten()
+    ranked = rerank(query, gallery, is_junk=is_junk)
+    assert (ranked.num_query, ranked.num_gallery) == (12, 60)
+    rows = [ranked.rows(start, min(start + 5, 12)) for start in range(0, 12, 5)]
+    torch.testing.assert_close(torch.cat([*rows, ranked.rows(5, 6)]), torch.cat([expected, expected[5:6]]))
 
 
 def test_finite_for_identical_images_and_half_precision() -> None:

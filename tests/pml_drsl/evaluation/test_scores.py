@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
+from pml_drsl.evaluation import distances as distance_rows
 from pml_drsl.evaluation import reranking
 from pml_drsl.evaluation.ranking import SCORES
 from pml_drsl.evaluation.scores import FeatureDistances, evaluate, rank_queries, summarize
@@ -108,24 +109,26 @@ def searches(draw: st.DrawFn) -> dict[str, Any]:
     search=searches(),
     ties=st.sampled_from(["mean", "optimistic", "pessimistic"]),
     max_rank=st.integers(1, 15),
-    chunk_size=st.sampled_from([None, 1, 2]),
+    elements=st.sampled_from([distance_rows.ELEMENTS_PER_CHUNK, 1, 24]),
     dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
 )
 def test_equals_the_slow_loop(
-    search: dict[str, Any], ties: Any, max_rank: int, chunk_size: int | None, dtype: torch.dtype
+    search: dict[str, Any], ties: Any, max_rank: int, elements: int, dtype: torch.dtype
 ) -> None:
     labels = {key: search[key] for key in ("query_ids", "gallery_ids", "query_cams", "gallery_cams")}
     distances = [
         [sum((a - b) ** 2 for a, b in zip(q, g, strict=True)) for g in search["gallery"]] for q in search["query"]
     ]
     expected = slow_scores(distances, *labels.values(), ties, max_rank)
-    options = {"ties": ties, "max_rank": max_rank, "chunk_size": chunk_size}
+    options = {"ties": ties, "max_rank": max_rank}
     query, gallery = torch.tensor(search["query"], dtype=dtype), torch.tensor(search["gallery"], dtype=dtype)
-    if expected is None:
-        with pytest.raises(ValueError, match="has a match"):
-            evaluate(query, gallery, **labels, **options)
-        return
-    actual = evaluate(query, gallery, **labels, **options).to_dict()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distance_rows, "ELEMENTS_PER_CHUNK", elements)
+        if expected is None:
+            with pytest.raises(ValueError, match=r"has a match|have a junk identity"):
+                evaluate(query, gallery, **labels, **options)
+            return
+        actual = evaluate(query, gallery, **labels, **options).to_dict()
     for key, value in expected.items():
         assert actual[key] == pytest.approx(value, abs=1e-12), key
     json.dumps(actual)
@@ -223,6 +226,8 @@ def test_junk_counts_nowhere_and_distractors_are_wrong_answers() -> None:
     for options in ({}, {"rerank": True}):
         with pytest.raises(ValueError, match=r"all quer.* have a junk identity.* \(drsl-evaluate --junk\)"):
             mean_ap([-1, -1], [-1, -1, 2, 1], **options)
+        with pytest.raises(ValueError, match="all gallery images have a junk identity"):
+            mean_ap([1, 2], [-1] * 4, **options)
 
 
 @pytest.mark.parametrize(
@@ -230,10 +235,13 @@ def test_junk_counts_nowhere_and_distractors_are_wrong_answers() -> None:
     [
         ({}, ("query", "gallery"), False),
         ({"rerank": True}, ("query", "gallery"), True),
-        ({"protocol": "single-gallery-shot", "chunk_size": 7}, ("gallery",), False),  # A query shifts the draws.
+        ({"protocol": "single-gallery-shot"}, ("gallery",), False),  # A query shifts the draws.
     ],
 )
-def test_junk_images_change_no_figure(options: dict[str, Any], sides: tuple[str, ...], as_text: bool) -> None:
+def test_junk_images_change_no_figure(
+    options: dict[str, Any], sides: tuple[str, ...], as_text: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distance_rows, "ELEMENTS_PER_CHUNK", 7 * 180)
     search = random_search()
     expected = numbers(**search, **options)
     rng = np.random.default_rng(1)
@@ -318,10 +326,13 @@ def test_queries_of_junk_keep_their_rows() -> None:
 
 
 @pytest.mark.parametrize("protocol", ["standard", "single-gallery-shot"])
-def test_chunks_do_not_matter(protocol: Any) -> None:
+def test_chunks_do_not_matter(protocol: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     search = random_search()
     search |= {key: search[key].mul(8).round() for key in ("query", "gallery")}  # exact products
-    results = [numbers(**search, protocol=protocol, chunk_size=size) for size in (1, 7, 40, None)]
+    results = [numbers(**search, protocol=protocol)]
+    for queries in (1, 7, 39):
+        monkeypatch.setattr(distance_rows, "ELEMENTS_PER_CHUNK", queries * 150)
+        results.append(numbers(**search, protocol=protocol))
     assert all(result == pytest.approx(results[0], abs=1e-12) for result in results)
 
 
@@ -402,15 +413,14 @@ def test_errors_name_the_value_and_the_fix(monkeypatch: pytest.MonkeyPatch) -> N
         ({"ties": "random"}, "'random'"),
         ({"protocol": "market"}, "'market'"),
         ({"max_rank": 0}, "max_rank=0"),
-        ({"chunk_size": 0}, "chunk_size=0"),
     ]
     for change, message in cases:
         with pytest.raises(ValueError, match=message):
             evaluate(**(search | change))
     monkeypatch.setattr(reranking, "rerank", lambda *args, **options: pytest.fail("re-ranking takes minutes"))
     late: list[dict[str, Any]] = [{"ties": "random"}, {"protocol": "market"}, {"max_rank": 0}, {"gallery_cams": None}]
-    for change in (*late, {"chunk_size": 0}, {"seed": -1}):
-        with pytest.raises(ValueError, match=r"random|market|max_rank=0|without gallery_cams|chunk_size=0|seed=-1"):
+    for change in (*late, {"gallery_cams": [0]}, {"seed": -1}):
+        with pytest.raises(ValueError, match=r"random|market|max_rank=0|without gallery_cams|cams have shape|seed=-1"):
             evaluate(**(search | change), rerank=True)
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import random
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import processes
@@ -32,10 +33,10 @@ CASES = {
     "tracklets, random frames": ({"batch_size_test": 4, "sample_method": "random", "seq_len": 1}, {}),
 }
 RANKINGS = [
-    {"protocol": protocol, "ties": ties, "chunk_size": chunk_size, "with_cams": with_cams}
-    for protocol, ties, chunk_size, with_cams in [
+    {"protocol": protocol, "ties": ties, "chunk": chunk, "with_cams": with_cams}
+    for protocol, ties, chunk, with_cams in [
         ("standard", "mean", 37, True),
-        ("standard", "pessimistic", None, False),
+        ("standard", "pessimistic", 230, False),
         ("single-gallery-shot", "mean", 37, True),
         ("single-gallery-shot", "optimistic", 100, True),
     ]
@@ -85,7 +86,8 @@ def rank(options, group=None):
     query, gallery, ids, cams = make_search()
     options = dict(options)
     cams = cams if options.pop("with_cams") else (None, None)
-    ranked = rank_queries(distance_rows.FeatureDistances(query, gallery), *ids, *cams, group=group, **options)
+    with mock.patch.object(distance_rows, "ELEMENTS_PER_CHUNK", options.pop("chunk") * len(gallery)):
+        ranked = rank_queries(distance_rows.FeatureDistances(query, gallery), *ids, *cams, group=group, **options)
     return [ranked.average_precision, ranked.inverse_negative_penalty, ranked.first_places, ranked.num_junk]
 
 

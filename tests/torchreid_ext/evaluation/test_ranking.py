@@ -9,6 +9,7 @@ import torchreid
 from PIL import Image
 from toy_data import make_image_manager, make_video_manager
 
+from pml_drsl.checks import InputError
 from pml_drsl.evaluation.scores import summarize
 from torchreid_ext.engine.engines import ImageDRSLEngine, VideoDRSLEngine
 from torchreid_ext.evaluation import ranking
@@ -89,22 +90,43 @@ def test_a_ranking_marks_junk_and_shows_topk_other_entries():
     ("make", "engine", "target"),
     [(make_image_manager, ImageDRSLEngine, "toy"), (make_video_manager, VideoDRSLEngine, "toy_video")],
 )
-def test_every_query_is_on_the_page_and_the_hardest_comes_first(tmp_path, make, engine, target):
+def test_every_query_is_on_the_page_and_the_hardest_comes_first(tmp_path, monkeypatch, make, engine, target):
     manager = make(tmp_path)
     torch.manual_seed(0)
     model = torchreid.models.build_model(
         "osnet_x0_25", manager.num_train_pids, loss="triplet", pretrained=False, use_gpu=False
     )
     engine = engine(manager, model, torch.optim.SGD(model.parameters(), lr=0.1))
+    # Each identity has the colours of two persons, so that the search makes mistakes.
+    engine.parse_data_for_eval = lambda data: (data["img"], data["pid"] % 3, data["camid"])
+    ranked, rank_queries = [], ranking.rank_queries
+    monkeypatch.setattr(ranking, "rank_queries", lambda *a, **b: ranked.append(rank_queries(*a, **b)) or ranked[-1])
     engine.run(str(tmp_path / "log"), test_only=True, visrank=True, visrank_topk=3, picture=2)
+    assert len(ranked) == 1
     with Image.open(tmp_path / "log" / f"ranking_{target}.png") as overview:
         overview.load()
     (page,) = (tmp_path / "log" / f"visrank_{target}").iterdir()
     text = page.read_text(encoding="utf-8")
     precision = [float(value) for value in re.findall(r"<h2.*AP ([\d.]+)%</h2>", text)]
     assert len(precision) == len(manager.test_dataset[target]["query"]) and precision == sorted(precision)
+    # Also with drawn galleries, whose places are better, the page shows the whole gallery.
+    engine.test(save_dir=str(tmp_path / "cuhk"), visrank=True, visrank_topk=3, use_metric_cuhk03=True)
+    assert (tmp_path / "cuhk" / f"visrank_{target}" / page.name).read_text(encoding="utf-8") == text
+    assert not torch.equal(ranked[1].first_places.mean(dim=1), ranked[0].first_places.mean(dim=1))
     # The numbers of torchreid are not the names of the identities.
     assert "identity 0" not in text and "-0.000" not in text and 'name="viewport"' in text
+
+
+@pytest.mark.parametrize("options", [{"picture": 3}, {"visrank": True}])
+def test_pictures_need_a_folder(tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    manager = make_image_manager(tmp_path)
+    model = torchreid.models.build_model("osnet_x0_25", manager.num_train_pids, loss="triplet", pretrained=False)
+    engine = ImageDRSLEngine(manager, model, torch.optim.SGD(model.parameters(), lr=0.1), use_gpu=False)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match="save_dir is '': give a folder"):
+        engine.test(**options)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_an_image_of_nobody_is_neither_right_nor_wrong():
@@ -125,10 +147,14 @@ def test_images_of_nobody_do_not_take_part_in_re_ranking(tmp_path):
     search = Search(query, gallery, rerank=True)
     assert search.evaluate().mAP == pytest.approx(host_scores(*known, host)[1], abs=1e-2)
     assert search.evaluate().num_query == 19
-    # Pictures are found by the numbers of the whole sets.
-    row = search.ranking(3, 40, (pictures("q", 20), pictures("g", 60)))
+    row = search.ranking(4, 60, (pictures("q", 20), pictures("g", 60)))
     assert row.query.path == "q4"
     assert [found.picture.path for found in row.matches] == [f"g{i + 20 * (i >= 10)}" for i in host[3].argsort()]
+    # A query of nobody has a row without a score, as it has without re-ranking.
+    for each in (search, Search(query, gallery)):
+        precision = each.evaluate().ranked.average_precision
+        assert len(precision) == 20 and precision.isnan().tolist() == (query.pids == -1).tolist()
+    assert not search.ranking(3, 60, (pictures("q", 20), pictures("g", 60))).matches
 
 
 def test_results_are_printed_in_torchreids_format(capsys):
