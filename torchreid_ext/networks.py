@@ -207,7 +207,8 @@ def set_memory_format(model: nn.Module, channels_last: bool | str, height: int, 
     network.to(memory_format=torch.channels_last)
     try:
         on_black_images(network, height, width, training=False)
-    except RuntimeError as error:
+    except Exception as error:
+        # A network may refuse the image with any error.
         network.to(memory_format=torch.contiguous_format)
         if channels_last != "auto":
             refused = f"{type(network).__name__} cannot compute in this memory format"

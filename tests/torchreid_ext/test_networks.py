@@ -225,13 +225,21 @@ def test_channels_last_changes_nothing_but_the_memory_format(neck):
     assert twin.conv1(images().double()).is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize(("name", "size"), [("osnet_ibn_x1_0", (64, 32)), ("pcb_p6", (192, 64))])
+class Grey(torch.nn.Conv2d):
+    def forward(self, x):
+        assert x.shape[1] == 1, "one channel, please"
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("osnet_ibn_x1_0", (64, 32)), ("pcb_p6", (192, 64)), ("takes other images", (64, 32))]
+)
 def test_auto_leaves_networks_that_are_slower_or_cannot_take_the_format(name, size):
-    model = build(name)
+    model = Grey(4, 2, 3) if name == "takes other images" else build(name)
     networks.set_memory_format(model, "auto", *size)
     assert formats(model) == {"first"}
-    if name == "pcb_p6":
-        with pytest.raises(InputError, match=r"train\.channels_last True: PCB cannot compute in this memory format"):
+    if name != "osnet_ibn_x1_0":
+        with pytest.raises(InputError, match=r"train\.channels_last True: (PCB|Grey) cannot compute in this memory f"):
             networks.set_memory_format(model, True, *size)
         assert formats(model) == {"first"}
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pickle
 import zipfile
@@ -47,7 +48,7 @@ def save(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a checkpoint of this package or of torchreid onto the CPU. Raises InputError if the file is missing or
-    damaged, or holds anything but tensors, numbers and containers."""
+    damaged, or holds anything but tensors, numbers and containers; OSError if it cannot be read."""
     if os.path.isdir(path):
         raise InputError(f"{_named(path)} is a folder; give a file in it, such as model/model-best.pth.tar of a run")
     if not os.path.isfile(path):
@@ -61,6 +62,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
     except Exception as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise  # The disk or the network failed, and the file may be whole. A damaged file can lead to EINVAL.
         # Damaged pickled data may raise any exception, as python's manual says.
         refused = []
         if isinstance(error, pickle.UnpicklingError):
@@ -127,15 +130,16 @@ def weights_of(state: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[s
     held = state.get("state_dict", state)
     if not isinstance(held, Mapping):
         raise InputError(f"{_named(path)} holds a {type(held).__name__}, not a dictionary of weights")
-    weights = {name: value for name, value in _plain_names(held).items() if isinstance(value, Tensor)}
+    weights = {str(name): value for name, value in held.items() if isinstance(value, Tensor)}
     if not weights:
         raise InputError(f"{_named(path)} holds no weights: it needs a dictionary of tensors")
     return weights
 
 
-def _plain_names(state: Mapping[Any, Any]) -> dict[str, Any]:
-    # DataParallel and DistributedDataParallel put this prefix before every name.
-    return {str(name).removeprefix("module."): value for name, value in state.items()}
+def _with_names_of(target: nn.Module, state: Mapping[Any, Any]) -> dict[str, Any]:
+    # DataParallel and DistributedDataParallel put this prefix before every name, and a network may have it in its own.
+    own = target.state_dict()
+    return {name if name in own else name.removeprefix("module."): value for name, value in state.items()}
 
 
 def fit_weights(
@@ -151,7 +155,7 @@ def fit_weights(
             torch saved before 0.4.1 lack the number of batches that their batch normalisation saw; it may be missing.
     """
     target = distributed.unwrapped(model)
-    own = target.state_dict()
+    own, weights = target.state_dict(), _with_names_of(target, weights)
     fitting = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
     unused, untouched = sorted(weights.keys() - fitting.keys()), sorted(own.keys() - fitting.keys())
     wrong = sorted({*unused, *(name for name in untouched if not name.endswith("num_batches_tracked"))})
@@ -192,7 +196,8 @@ def restore(state: dict[str, Any], parts: dict[str, Any], path: str | os.PathLik
         saved = state[name]
         with fitting(path, name):
             if isinstance(part, nn.Module):
-                part, saved = distributed.unwrapped(part), _plain_names(saved)
+                part = distributed.unwrapped(part)
+                saved = _with_names_of(part, saved)
             elif isinstance(part, Optimizer):
                 # torch would load the state of another type of optimizer.
                 given, own = (set(groups[0]) & _TELLING for groups in (saved["param_groups"], part.param_groups))

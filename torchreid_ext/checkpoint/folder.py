@@ -23,8 +23,6 @@ class History:
     def __init__(self, folder: Path, keep: int = 0) -> None:
         self.folder, self.keep = folder, keep
         self.first = 1  # checkpoints of earlier epochs are not removed
-        self.newest: Path | None = None  # the checkpoint that this object saved last
-        self.saved_epoch = -1  # its epoch
 
     def save(self, state: dict[str, Any], epoch: int, is_best: bool = False) -> Path:
         """Saves the state after ``epoch`` epochs as ``checkpoint.save`` does, and removes those no longer kept."""
@@ -34,7 +32,6 @@ class History:
         if is_best:
             files.link(path, BEST)
         self.tidy(epoch)
-        self.newest, self.saved_epoch = path, epoch
         return path
 
     def tidy(self, epoch: int) -> None:
@@ -86,11 +83,12 @@ def check_new(folder: Path) -> None:
 
 class RunCheckpoints(History):
     """The checkpoints that a run of an engine saves between epochs; the first of several processes writes the files.
-    ``newest`` is the checkpoint from which the run was resumed, or None."""
+    ``newest`` is its latest checkpoint, at first the one from which the run was resumed, or None."""
 
     def __init__(self, engine: Any, folder: Path, keep: int, newest: Path | None) -> None:
         super().__init__(folder, keep)
         self._engine, self.newest, self.first = engine, newest, engine.host_epochs + 1
+        self.saved_epoch = -1  # the epoch of the checkpoint that this run saved last
         # The state in which the present epoch began, unless it is saved or another process saves it.
         self.start: dict[str, Any] | None = None
 
@@ -132,7 +130,7 @@ class RunCheckpoints(History):
         """Saves the state in which the present epoch began, unless it is saved; returns the message to the user."""
         epoch = self._engine.epoch
         if self.start is not None:
-            self.save(self.start, epoch)
+            self.newest = self.save(self.start, epoch)
         where = f"{signal.Signals(signum).name} in epoch {epoch + 1}"
         return f"stopped by {where}; model.resume auto begins it again from '{self.newest}'"
 

@@ -138,11 +138,13 @@ def compare(saved: dict[str, Any], current: dict[str, Any], on_resume: dict[str,
 
 
 def not_finite(engine: Any) -> str | None:
-    """The name of a weight of an engine's models or losses that is NaN or infinite; None if all are finite."""
-    tensors = {name: value for model in engine._models.values() for name, value in model.state_dict().items()}
+    """The name of a weight or buffer of a model, or a weight of a loss, that is NaN or infinite; None if all are
+    finite."""
+    # Models may have weights of the same names.
+    tensors = [item for model in engine._models.values() for item in model.state_dict().items()]
     for loss_name, loss in losses_of(engine).items():
-        tensors |= {f"{loss_name}.{name}": value for name, value in loss.named_parameters()}
-    return next((name for name, value in tensors.items() if not torch.isfinite(value).all()), None)
+        tensors += [(f"{loss_name}.{name}", value) for name, value in loss.named_parameters()]
+    return next((name for name, value in tensors if not torch.isfinite(value).all()), None)
 
 
 def restore_randomness(engine: Any, state: dict[str, Any], path: str) -> None:

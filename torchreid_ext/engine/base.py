@@ -7,6 +7,7 @@ import errno
 import functools
 import operator
 import re
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,10 @@ from torchreid_ext.runtime.signals import Interrupted, StopRequest
 class BaseEngine(Tester, TrainingStep):
     """An engine of torchreid whose runs can be interrupted and resumed exactly.
 
-    It is also mixed into torchreid's own engines. A subclass implements ``compute_losses``. In a run of several
-    processes, inside ``distributed.joined``, each process trains on its share of every batch. (torchreid's
-    ``RandomIdentitySampler`` is replaced by ``IdentitySampler``.) Raises InputError as ``check_trains``.
+    It is also mixed into torchreid's own engines. A subclass sets ``self.model`` and calls ``register_model``, also for
+    further models that it trains, and implements ``compute_losses``. In a run of several processes, inside
+    ``distributed.joined``, each process trains on its share of every batch. (torchreid's ``RandomIdentitySampler`` is
+    replaced by ``IdentitySampler``.) Raises InputError as ``check_trains``.
     """
 
     def __init__(self, datamanager: Any, *args: Any, **kwargs: Any) -> None:
@@ -87,10 +89,14 @@ class BaseEngine(Tester, TrainingStep):
 
         Raises:
             InputError: for an unknown option, a value out of its range, or an option that does not fit the data manager
-                or an own ``forward_backward``.
+                or an own ``forward_backward``; for another ``start_epoch`` than ``resume`` returned, unless that was 0;
+                and for a ``self.model`` that is not registered.
             FloatingPointError: for a loss or a weight that is not finite.
-            Interrupted: if a signal asked the run to stop; everything is saved.
+            Interrupted: if a signal asked the run to stop, also in its last test; everything is saved.
         """
+        if self.model not in self._models.values():
+            cure = "set self.model, which is trained and tested, and call self.register_model with it"
+            raise InputError(f"{type(self).__name__} has no registered self.model: {cure}")
         self.options = chosen = RunOptions.of({"save_dir": save_dir, **options})
         self.check_pictures(chosen)
         for module in (*self._models.values(), *states.losses_of(self).values()):
@@ -123,14 +129,22 @@ class BaseEngine(Tester, TrainingStep):
                 self._layers.popitem()[1].open()
             self.model.train(self.model.training)  # as a whole, because a few of its layers may have trained alone
             checkpoints.start = None
-            self.stop = StopRequest()
+            stop, self.stop = self.stop, StopRequest()
+        # A signal may reach one process alone. The others must not go on with another run: they would wait for it.
+        _, signum = distributed.agreed({}, stop.signum)
+        if signum is not None:
+            stopped = f"stopped by {signal.Signals(signum).name}"
+            raise Interrupted(signum, f"{stopped}; the run was done, and everything is saved")
         if self.skipped:
             print(f"Skipped {self.skipped} steps whose loss was not finite")
         print(f"Elapsed {datetime.timedelta(seconds=round(time.monotonic() - started))}")
         return self.results
 
     def _prepare(self, chosen: RunOptions) -> RunCheckpoints:
-        """Makes what a run needs, and refuses options that do not fit the model."""
+        """Makes what a run needs, and refuses options that do not fit the model or what was resumed."""
+        if (done := self._resumed.get("epoch", 0)) and chosen.start_epoch != done:
+            other = f"resume returned {done}, and start_epoch is {chosen.start_epoch}"
+            raise InputError(f"{other}: give start_epoch={done}")
         self._layers = {self.model: Layers(self.model)}
         if chosen.fixbase_epoch > 0:
             self._layers[self.model].check(names_of(chosen.open_layers), "train.open_layers")
@@ -155,7 +169,7 @@ class BaseEngine(Tester, TrainingStep):
         # A second run of the engine begins anew; one that goes back may have given up what was best.
         if begins or (goes_on and not distributed.from_first(lambda: checkpoints.put_back_best(best))):
             self.best = dict(states.NO_BEST)
-        self._resumed = {}
+        self._resumed, self._resumed_from = {}, None
         if self.start_epoch < self.max_epoch:
             print("=> Start training")
             for self.epoch in range(chosen.start_epoch, chosen.max_epoch):

@@ -123,11 +123,12 @@ class ImagePMLEngine(BaseEngine):
 
     def _split(self, output: Any) -> tuple[list[Tensor], list[Tensor]]:
         """The logits and the features of each head."""
-        if self.weight_m == 0 and isinstance(output, Tensor):
-            return [output], []
-        logits, features = networks.heads(output)
+        # A network that was built for softmax returns logits alone, with two heads a pair of them.
+        built_for = getattr(distributed.unwrapped(self.model), "loss", "")
+        alone = self.weight_m == 0 and (isinstance(output, Tensor) or built_for == "softmax")
+        logits, features = networks.heads((output, []) if alone else output)
         num_pids = self.datamanager.num_train_pids
-        for y in logits:
+        for y in logits if self.weight_x > 0 else []:
             if y.ndim != 2 or y.shape[1] < num_pids:
                 few = f"the model's logits have shape {tuple(y.shape)}, but there are {num_pids} training identities"
                 raise InputError(f"{few}; build it with num_classes={num_pids}")
@@ -160,7 +161,8 @@ class ImagePMLEngine(BaseEngine):
 
     def _criterion_stats(self) -> dict[str, float]:
         for part in self.criterion.modules():
-            if isinstance(part, BaseMetricLossFunction) and part.collect_stats:
+            # Not every loss has statistics to collect.
+            if isinstance(part, BaseMetricLossFunction) and part.collect_stats and hasattr(part, "_record_these_stats"):
                 return {name: float(getattr(part, name)) for name in part._record_these_stats}
         return {}
 

@@ -12,7 +12,7 @@ from torchreid_ext.runtime.options import documented, option
 @documented
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(EvaluationOptions):
-    """Options of ``engine.run``; each is also a config key, and a row of the table in docs/torchreid.md."""
+    """Options of ``engine.run``; each is also a config key."""
 
     # fmt: off
     save_dir: str = option(

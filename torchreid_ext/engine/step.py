@@ -12,6 +12,7 @@ import torchreid
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 from torch.utils.data import default_collate
 
 from pml_drsl.checks import InputError
@@ -82,15 +83,12 @@ class TrainingStep(torchreid.engine.Engine):
         raise NotImplementedError
 
     def classified(self, name: str, loss: Tensor, logits: Any, pids: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """A mean over the logits of this process, and the values to log, so that the processes' mean is over all."""
-        scale = self.local_mean_scale(pids)
+        """The loss, a mean over the logits of this process, times ``distributed.local_mean_scale``, and the values to
+        log."""
+        scale = distributed.local_mean_scale(len(pids), pids.device)
         accuracy = torchreid.metrics.accuracy(logits, pids)[0].item()
         loss = loss * scale
         return loss, {name: loss.item(), "acc": accuracy * scale}
-
-    def local_mean_scale(self, pids: Tensor) -> float:
-        """The factor that makes the mean over the processes of a local mean equal to the mean over all samples."""
-        return 1.0
 
     def step(self, loss: Tensor) -> None:
         """Steps the optimizers of every registered model on a loss; several processes step on the mean of their losses.
@@ -150,9 +148,6 @@ class Tracklets:
     def repeated(self, labels: Tensor, given: Tensor) -> Tensor:
         return labels.repeat_interleave(_frames(given)[1])
 
-    def local_mean_scale(self, pids: Tensor) -> float:
-        return distributed.local_mean_scale(len(pids), pids.device)
-
     def extract_features(self, images: Tensor) -> Tensor:
         frames, lengths = _frames(images)
         pool = POOLING[self.pooling_method]
@@ -195,7 +190,7 @@ class Stepper:
         network = self._network(model)
         with nullcontext() if self.dtype is None else torch.autocast(images.device.type, self.dtype):
             output = forward_in_chunks(network, images, self._chunk_size) if self._chunk_size else network(images)
-        return output if self.dtype is None else _in_float32(output)
+        return output if self.dtype is None else tree_map(_in_float32, output)
 
     def _network(self, model: nn.Module) -> Any:
         # The module itself stays as it is: evaluation, with batches of other sizes, would be compiled time and again,
@@ -243,11 +238,5 @@ class Stepper:
         self.scaler.update()
 
 
-def _in_float32(output: Any) -> Any:
-    if isinstance(output, Tensor):
-        return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
-    if isinstance(output, dict):
-        return {key: _in_float32(value) for key, value in output.items()}
-    if isinstance(output, (tuple, list)):
-        return type(output)(_in_float32(value) for value in output)
-    return output
+def _in_float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) else value

@@ -214,7 +214,8 @@ def average(tensors: Iterable[Tensor | None]) -> None:
 
 
 def local_mean_scale(number: int, device: torch.device) -> float:
-    """The factor on a mean over ``number`` samples of this process; the processes' mean is then that of all samples."""
+    """Processes may have different numbers of samples, of which this one has ``number``. Multiply each process's mean
+    by this factor; the mean over the processes is then the mean over all samples."""
     if size() == 1:
         return 1.0
     total = torch.tensor(number, device=device)

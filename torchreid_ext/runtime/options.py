@@ -34,7 +34,7 @@ class Key:
 
     def check(self, key: str, value: Any) -> None:
         """Raises InputError for a value that is not allowed; ``key`` names the setting in the message."""
-        values = value if isinstance(value, (list, tuple)) else [value]
+        values = value if isinstance(value, (list, tuple, range)) else [value]
         if not values and not self.may_be_empty:
             raise InputError(f"{key} takes a list of one or more entries, got {value!r}")
         for each in values:

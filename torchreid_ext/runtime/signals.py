@@ -26,7 +26,7 @@ class StopRequest:
     second one ends it. A SIGHUP that is ignored (nohup) stays so. Outside the main thread the context does nothing,
     because python allows signal handlers only there."""
 
-    def __init__(self, says: str = "stopping after this batch") -> None:
+    def __init__(self, says: str = "stopping as soon as possible") -> None:
         self.says = says
         self.signum: int | None = None
         self._handlers: dict[int, Any] = {}

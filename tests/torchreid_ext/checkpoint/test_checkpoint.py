@@ -8,6 +8,7 @@ import pytest
 import torch
 import torchreid
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from pml_drsl.checks import InputError
 from torchreid_ext.checkpoint import checkpoint
@@ -234,6 +235,19 @@ def test_weights_fit_with_and_without_data_parallel(tmp_path):
     for one, other in ((model, nn.DataParallel(nn.Linear(3, 2))), (nn.DataParallel(model), nn.Linear(3, 2))):
         checkpoint.restore({"model": one.state_dict()}, {"model": other}, "any")
         assert torch.equal(next(other.parameters()), model.weight)
+
+
+def test_a_child_named_module_keeps_its_name_in_a_network_that_has_it():
+    averaged, resumed, loaded = (AveragedModel(nn.Linear(3, 2)) for _ in range(3))
+    for model in (averaged, nn.DataParallel(averaged)):
+        nn.init.uniform_(averaged.module.weight)
+        checkpoint.restore({"model": model.state_dict()}, {"model": resumed}, "any")
+        checkpoint.fit_weights(loaded, checkpoint.weights_of(model.state_dict(), "any"), "any", complete="averaged")
+        assert torch.equal(resumed.module.weight, averaged.module.weight)
+        assert torch.equal(loaded.module.weight, averaged.module.weight)
+    plain = nn.Linear(3, 2)
+    assert not checkpoint.fit_weights(plain, checkpoint.weights_of(averaged.state_dict(), "any"), "any").untouched
+    assert torch.equal(plain.weight, averaged.module.weight)
 
 
 def test_a_state_that_could_not_be_loaded_is_not_saved(tmp_path):

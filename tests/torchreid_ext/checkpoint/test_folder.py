@@ -1,9 +1,12 @@
 """The folder of checkpoints: which are kept, and which is the last, the best and the newest readable one."""
 
+import errno
 import os
 
 import pytest
+import torch
 
+from pml_drsl.checks import InputError
 from torchreid_ext.checkpoint import checkpoint
 from torchreid_ext.checkpoint.folder import BEST, LAST, History
 from torchreid_ext.runtime import files
@@ -29,7 +32,6 @@ def test_the_latest_are_kept(tmp_path, keep, kept):
     assert names(tmp_path) == sorted([BEST, LAST, *numbered(*kept)])
     assert checkpoint.load(tmp_path / LAST) == {"epoch": 12}
     assert checkpoint.load(tmp_path / BEST) == {"epoch": 9}
-    assert (history.newest, history.saved_epoch) == (tmp_path / "model.pth.tar-12", 12)
 
 
 def test_checkpoints_of_another_run_are_not_removed(tmp_path):
@@ -65,6 +67,22 @@ def test_damaged_checkpoints_are_skipped_and_named(tmp_path, capsys):
     for epoch in (1, 2):
         (tmp_path / f"model.pth.tar-{epoch}").write_bytes(b"")
     with pytest.raises(ValueError, match=r"none of the 4 checkpoints in .* can be read; remove them"):
+        history.load_newest()
+
+
+@pytest.mark.parametrize(
+    ("number", "raised", "message"),
+    [(errno.EIO, OSError, "Input/output error"), (errno.EINVAL, InputError, "none of the 2 checkpoints .* remove")],
+)
+def test_a_disk_that_fails_damages_no_checkpoint(tmp_path, monkeypatch, number, raised, message):
+    history = History(tmp_path)
+    save(history, [1])
+
+    def fail(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(raised, match=message):
         history.load_newest()
 
 

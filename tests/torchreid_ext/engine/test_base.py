@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -204,20 +205,26 @@ def test_an_error_after_a_signal_is_raised_unless_the_signal_explains_it(tmp_pat
     assert type(caught.value) is raised
 
 
-def test_a_signal_in_a_test(tmp_path):
+# After the test of the last epoch nothing is lost, and yet a script must not go on with its next run.
+@pytest.mark.parametrize(
+    ("method", "stopped", "epoch"),
+    [("extract_features", " in epoch 1; model.resume auto", 0), ("_is_best", "; the run was done, and everything", 1)],
+)
+def test_a_signal_in_a_test(tmp_path, method, stopped, epoch):
     engine = make_engine(tmp_path)
-    extract = engine.extract_features
+    called = getattr(engine, method)
 
-    def extract_and_signal(images):
+    def call_and_signal(given):
         os.kill(os.getpid(), signal.SIGTERM)
-        return extract(images)
+        return called(given)
 
-    engine.extract_features = extract_and_signal
-    with pytest.raises(Interrupted, match="in epoch 1"):
+    setattr(engine, method, call_and_signal)
+    with pytest.raises(Interrupted, match=f"^stopped by SIGTERM{stopped}") as caught:
         engine.run(str(tmp_path / "log"), max_epoch=1)
-    assert checkpoint.load(tmp_path / "log" / "model" / "model-last.pth.tar")["epoch"] == 0
+    assert caught.value.signal == signal.SIGTERM
+    assert checkpoint.load(tmp_path / "log" / "model" / "model-last.pth.tar")["epoch"] == epoch
     # The request is answered: the engine tests again.
-    engine.extract_features = extract
+    setattr(engine, method, called)
     assert engine.test()
 
 
@@ -357,6 +364,24 @@ def test_a_run_that_is_done_is_tested_again(tmp_path):
     start = engine.resume(str(tmp_path / "log" / "model" / "model.pth.tar-1"))
     again = engine.run(str(tmp_path / "log"), max_epoch=1, start_epoch=start)
     assert again["toy"].mAP == results["toy"].mAP
+
+
+def test_a_run_goes_on_where_it_was_resumed_and_the_next_one_begins_anew(tmp_path):
+    log = str(tmp_path / "log")
+    make_engine(tmp_path).run(log, max_epoch=1)
+    engine = make_engine(tmp_path)
+    start = engine.resume("auto", log)
+    with pytest.raises(InputError, match="resume returned 1, and start_epoch is 0: give start_epoch=1"):
+        engine.run(log, max_epoch=1)
+    engine.run(log, max_epoch=1, start_epoch=start)
+    spoil(engine, {0})
+    with pytest.raises(FloatingPointError, match="no checkpoint was saved"):
+        engine.run(str(tmp_path / "next"), max_epoch=1)
+    # A run that was stopped in its first epoch begins where it was asked to.
+    engine = make_engine(tmp_path, scheduled=False)
+    engine.save_model(-1, 0, str(tmp_path / "first"))
+    assert engine.resume("auto", str(tmp_path / "first")) == 0
+    engine.run(str(tmp_path / "first"), max_epoch=1, start_epoch=1)
 
 
 def test_a_resumed_run_that_is_longer_than_asked_keeps_its_checkpoints(tmp_path):
@@ -538,6 +563,23 @@ def test_the_network_is_in_half_precision_and_the_loss_in_single(tmp_path, amp):
     assert (scale is not None) == (amp == "fp16")
 
 
+class Output(NamedTuple):
+    logits: torch.Tensor
+    others: dict
+
+
+def test_single_precision_leaves_the_kind_of_output_as_it_is():
+    class Named(nn.Linear):
+        def forward(self, images):
+            logits = super().forward(images)
+            assert logits.dtype == torch.bfloat16
+            return Output(logits, {"features": [logits, None]})
+
+    logits, others = output = Stepper("bf16").forward(Named(3, 2), torch.ones(1, 3))
+    assert type(output) is Output and logits.dtype == others["features"][0].dtype == torch.float32
+    assert list(others) == ["features"] and others["features"][1:] == [None]
+
+
 def test_double_precision_stays():
     assert Stepper().forward(nn.Linear(3, 2).double(), torch.ones(1, 3).double()).dtype == torch.float64
 
@@ -661,6 +703,39 @@ def test_spoiled_weights_of_a_loss_are_noticed_before_they_are_saved_or_named(tm
     engine = make_engine(tmp_path, criterion=pml_losses.ArcFaceLoss(6, 32))
     with pytest.raises(InputError, match=r"spoiled\.pth': criterion\.W is not finite; resume from an earlier"):
         engine.resume(str(tmp_path / "spoiled.pth"))
+
+
+class Pair(engines.ImageDRSLEngine):
+    """Trains another network of the same architecture with the first."""
+
+    def compute_losses(self, output, batch):
+        loss, summary = super().compute_losses(output, batch)
+        return loss + nn.functional.cross_entropy(self.other(batch.images)[0], batch.pids), summary
+
+
+def make_pair(folder):
+    engine = make_engine(folder)
+    engine.__class__, engine.other = Pair, Network()
+    engine.register_model("other", engine.other, torch.optim.SGD(engine.other.parameters(), lr=0.01), None)
+    return engine
+
+
+def test_two_models_are_saved_resumed_and_checked(tmp_path):
+    log, engine = str(tmp_path / "log"), make_pair(tmp_path)
+    before = engine.other.stem.weight.clone()
+    engine.run(log, max_epoch=1)
+    assert not torch.equal(engine.other.stem.weight, before)
+    for name in ("model", "other"):
+        twin = make_pair(tmp_path)
+        start = twin.resume("auto", log)
+        for either in ("model", "other"):
+            assert torch.equal(getattr(twin, either).stem.weight, getattr(engine, either).stem.weight)
+        getattr(twin, name).body[0].running_mean[0] = math.nan
+        with pytest.raises(FloatingPointError, match=r"body\.0\.running_mean is not finite after epoch 1"):
+            twin.run(log, max_epoch=2, start_epoch=start)
+    twin.model = None
+    with pytest.raises(InputError, match=r"Pair has no registered self\.model: set self\.model"):
+        twin.run(log, max_epoch=2, start_epoch=start)
 
 
 @pytest.mark.parametrize("options", [{}, {"chunk_size": 4}])

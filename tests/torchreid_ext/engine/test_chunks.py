@@ -60,14 +60,14 @@ def test_no_graph_is_larger_than_a_chunk(tmp_path):
     assert seen == ([(4, False)] * 3 + [(4, True)] * 3) * batches
 
 
-@pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_a_resumed_run_ends_as_a_whole_one_bit_for_bit(tmp_path, amp):
+@pytest.mark.parametrize(
+    ("name", "amp"), [("weights", "off"), ("weights", "bf16"), ("softmax", "bf16"), ("triplet", "off")]
+)
+def test_a_resumed_run_ends_as_a_whole_one_bit_for_bit(tmp_path, name, amp):
     ends, drawn = [], []
     for stops in ((4,), (2, 4)):
         for stop in stops:
-            engine = shared_training.make_engine(
-                tmp_path, "resumed", dropout=0.5, **PLAIN["weights"] | {"dtype": torch.float32}
-            )
+            engine = shared_training.make_engine(tmp_path, name, dropout=0.5, **PLAIN[name] | {"dtype": torch.float32})
             log = str(tmp_path / str(stops))
             start = engine.resume("auto", log) if stop > stops[0] else 0
             engine.run(log, max_epoch=stop, start_epoch=start, eval_freq=2, chunk_size=5, amp=amp)

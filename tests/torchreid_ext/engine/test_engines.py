@@ -109,8 +109,21 @@ def test_a_model_built_for_another_loss_is_refused(name, loss):
         make_engine(build(name, loss=loss))
 
 
-def test_without_the_metric_loss_a_softmax_model_will_do():
-    assert set(make_engine(build(loss="softmax"), weight_m=0).forward_backward(batch())) == {"loss_x", "acc"}
+# One head, two, which are no pair of logits and features, and four.
+@pytest.mark.parametrize("name", ["osnet_x0_25", "hacnn", "pcb_p4"])
+def test_without_the_metric_loss_a_softmax_model_will_do(name):
+    model = build(name, loss="softmax")
+    summary = make_engine(model, weight_m=0).forward_backward(batch(*SIZES.get(name, (64, 32))))
+    assert set(summary) == {"loss_x", "acc"}
+    assert all(weight.grad is not None for key, weight in model.named_parameters() if "classifier" in key)
+
+
+def test_a_loss_that_has_no_statistics_may_be_asked_for_them():
+    without = pml_losses.ContrastiveLoss(collect_stats=True)
+    both = pml_losses.MultipleLosses([without, DRSLoss(collect_stats=True)])
+    for criterion, statistics in ((without, set()), (both, {"retrieval_error", "sort_error", "num_queries"})):
+        summary = make_engine(build(), criterion=criterion).forward_backward(batch())
+        assert set(summary) == {"loss_m", "loss_x", "acc"} | statistics
 
 
 @pytest.mark.parametrize(
@@ -130,6 +143,7 @@ def test_bad_arguments_are_refused(arguments, message):
 def test_too_few_classes_and_wrong_outputs_are_refused():
     with pytest.raises(ValueError, match=r"logits have shape \(4, 1\), but there are 2 training identities"):
         make_engine(build(num_classes=1)).forward_backward(batch())
+    assert "loss_m" in make_engine(build(num_classes=1), weight_x=0).forward_backward(batch())
     with pytest.raises(ValueError, match="the model must return"):
         make_engine(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64 * 32 * 3, 2))).forward_backward(batch())
 
@@ -199,7 +213,7 @@ def test_testing_leaves_the_training_as_it_is(tmp_path):
 def test_results_are_torchreids(tmp_path):
     manager = make_image_manager(tmp_path)
     engine = make_engine(build(num_classes=manager.num_train_pids), datamanager=manager)
-    result = engine.test(dist_metric="cosine")["toy"]
+    result = engine.test(dist_metric="cosine", ranks=range(1, 4))["toy"]
     query, gallery = (extract(engine, manager.test_loader["toy"][split]) for split in ("query", "gallery"))
     cmc, mean_ap = torchreid.metrics.evaluate_rank(
         torchreid.metrics.compute_distance_matrix(query.features, gallery.features, "cosine").numpy(),

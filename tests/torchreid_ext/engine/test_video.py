@@ -1,6 +1,5 @@
-"""Video: the drawn tracklets, read as MARS is, and how every video engine samples and pools tracklets."""
+"""Video: how every engine samples and pools tracklets."""
 
-import hashlib
 import json
 
 import pytest
@@ -23,57 +22,6 @@ def root(tmp_path_factory):
         patch.setattr(synthetic, "TRACKED", {"train": range(1, 7), "test": range(7, 13)})
         SyntheticTracklets.draw(folder / "synthetic_tracklets")
     return folder
-
-
-def read(root):
-    return SyntheticTracklets(str(root), transform=lambda image: image, verbose=False)
-
-
-def test_splits(root):
-    data = read(root)
-    parts = {"train": (6, 36), "query": (6, 18), "gallery": (6, 18)}
-    for part, (people, tracklets) in parts.items():
-        rows = getattr(data, part)
-        assert (len({row[1] for row in rows}), len(rows)) == (people, tracklets)
-        for paths, _, camid, _ in rows:
-            names = [path.rsplit("/", 1)[1] for path in paths]
-            # One person, one camera, one tracklet, frames in order from the first.
-            assert {name[:12] for name in names} == {names[0][:12]} and int(names[0][5]) == camid + 1
-            assert [int(name[12:15]) for name in names] == list(range(1, len(names) + 1))
-            assert 3 <= len(names) <= 6
-    assert len({len(row[0]) for row in data.train}) > 1
-    assert {row[1] for row in data.query} == {row[1] for row in data.gallery}
-    assert not {row[0] for row in data.query} & {row[0] for row in data.gallery}
-    for _, pid, camid, _ in data.query:
-        assert any(other == pid and at != camid for _, other, at, _ in data.gallery)
-
-
-def test_torchreids_own_reader_finds_the_same(root):
-    link = root / "mars"
-    link.symlink_to(root / "synthetic_tracklets")
-    theirs = torchreid.data.datasets.init_video_dataset("mars", root=str(root), transform=1, verbose=False)
-    ours = read(root)
-    for part in ("train", "query", "gallery"):
-        rows = [[([p.rsplit("/", 1)[1] for p in row[0]], *row[1:]) for row in getattr(d, part)] for d in (ours, theirs)]
-        assert rows[0] == rows[1]
-
-
-def test_the_seed_decides(tmp_path, monkeypatch):
-    monkeypatch.setattr(synthetic, "TRACKED", {"train": range(1, 2), "test": range(2, 3)})
-    pixels = []
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        SyntheticTracklets.draw(tmp_path / name, seed)
-        files = sorted((tmp_path / name).rglob("*.jpg"))
-        pixels.append({hashlib.sha256(file.read_bytes()).hexdigest() for file in files})
-        assert len(pixels[-1]) == len(files)
-    assert pixels[0] == pixels[1] and not pixels[0] & pixels[2]
-    with pytest.raises(ValueError, match="seed=-1 must be 0 or more"):
-        SyntheticTracklets.draw(tmp_path / "d", -1)
-
-
-def test_another_recipe_is_refused(root):
-    with pytest.raises(ValueError, match=r"'seed': 0.*'seed': 7.*delete it"):
-        SyntheticTracklets(str(root), seed=7, transform=1)
 
 
 def built(root, loss, sample_method, pooling="avg", **changes):
