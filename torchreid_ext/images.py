@@ -53,7 +53,7 @@ class Row(NamedTuple):
 
 @dataclass
 class Table:
-    """Images, those of the test perhaps as query and as gallery, and the files that were left out, by the reason."""
+    """Images, those of the test perhaps as query and as gallery, and the files or people left out, by the reason."""
 
     rows: list[Row] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
@@ -78,7 +78,7 @@ class Table:
             self.left_out.setdefault(reason, []).extend(names)
 
     def about_left_out(self) -> str:
-        """A line on the files that were left out; empty if there is none."""
+        """A line on what was left out; empty if that is nothing."""
         parts = []
         for reason, names in self.left_out.items():
             examples = ", ".join(map(repr, names[:2])) + (", ..." if len(names) > 2 else "")
@@ -158,6 +158,12 @@ def files(folder: str, prefix: str = "", above: tuple[str, ...] = ()) -> Iterato
             yield prefix + entry.name, os.path.realpath(entry.path) if entry.is_symlink() else f"{real}/{entry.name}"
 
 
+def check_junk(where: str, junk: Collection[str], shown: Collection[str]) -> None:
+    """Raises InputError, with the place of the images, for a name in ``junk`` that none of the identities shown has."""
+    if absent := sorted({*junk} - {*JUNK} - {*shown}):
+        raise InputError(f"{where}: no image shows {absent[0]!r}, a name of junk: correct or remove it")
+
+
 def list_folder(folder: str, names: re.Pattern[str]) -> Table:
     """All images below a folder, in the order of their names, as gallery; the folder's own name is no identity. Raises
     InputError if the folder is missing or has no image."""
@@ -199,11 +205,12 @@ def read_csv(file: str, cameras: bool | None = True, junk: Collection[str] = JUN
     The file is UTF-8 text with the columns path, pid, camid and split (train, query or gallery), separated by commas,
     semicolons or tabs. Cameras may be missing where ``cameras`` is None, and are ignored where it is False. Paths are
     relative to the file's folder, and may have been written on Windows or a Mac. A path is there once, or as query and
-    gallery. Raises InputError if a column, a value or an image is missing, a split is unknown, a path is repeated, or
-    the file is written in another way. The message names the file, the line and the cure.
+    gallery. Raises InputError if a column, a value or an image is missing, a split is unknown, a path is repeated, the
+    file is written in another way, or no image shows an identity of ``junk``. The message names the file, the line and
+    the cure.
     """
     columns = [column for column in COLUMNS if cameras or column != "camid"]
-    table, seen = Table(), dict[str, list[Row]]()
+    table, seen, shown = Table(), dict[str, list[Row]](), set[str]()
     for at, values in csv_records(file, columns, ["camid"] if cameras is None else []):
         path, identity, split = values["path"], composed(values["pid"]), values["split"]
         camera = composed(values.get("camid", ""))
@@ -215,6 +222,7 @@ def read_csv(file: str, cameras: bool | None = True, junk: Collection[str] = JUN
         if (full := next(filter(os.path.isfile, places), None)) is None:
             check_text(at, [path])
             raise InputError(f"{at}: there is no file {places[0]}; paths are relative to the folder of the CSV")
+        shown.add(identity)
         if identity in junk:
             table.leave_out("images of junk", path)
             continue
@@ -224,4 +232,5 @@ def read_csv(file: str, cameras: bool | None = True, junk: Collection[str] = JUN
             raise InputError(f"{at}: {path} is in the CSV twice: remove one of the lines")
         twins.append(row)
         table.rows.append(row)
+    check_junk(file, junk, shown)
     return table

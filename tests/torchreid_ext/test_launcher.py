@@ -174,7 +174,7 @@ def test_a_signal(tmp_path, capsys, monkeypatch, signum, status):
     monkeypatch.setattr(engines.ImageDRSLEngine, "step", step_and_signal)
     assert launch(tmp_path) == status
     lines = [line for line in capsys.readouterr().err.splitlines() if line]
-    assert lines[0] == f"{signum.name}: stopping after this batch"
+    assert lines[0] == f"{signum.name}: stopping as soon as possible"
     assert lines[1].startswith(
         f"drsl-train: stopped by {signum.name} in epoch 1; model.resume auto begins it again from"
     )
@@ -203,6 +203,28 @@ def test_wrong_options(tmp_path, capsys, options, words):
     csv_data(tmp_path)
     assert launch(tmp_path, **options) == 2
     assert words in complaint(capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        ("-t a b data.save_dir log", "--targets takes the config key data.save_dir"),
+        ("-s a use_gpu False", "--sources takes the config key use_gpu"),
+        ("--transforms random_flip datasets.a.folder b", "--transforms takes the config key datasets.a.folder"),
+        ("--transforms random_flip loss.pml.kwargs.m 1", "--transforms takes the config key loss.pml.kwargs.m"),
+    ],
+)
+def test_a_config_key_among_names_is_told_where_it_belongs(capsys, words, option):
+    assert main(words.split()) == 2
+    assert f"{option} for a name: another option, such as --root FOLDER, must stand between" in complaint(capsys)
+
+
+def test_the_root_may_be_below_the_users_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ["-s", "mine", "-t", "mine", "--root=~/nowhere", "datasets.mine.folder", "photos", "use_gpu", "False"]
+    assert main([*words, "data.save_dir", "~/log"]) == 2
+    assert f"there is no folder {tmp_path}/nowhere/photos" in complaint(capsys)
+    assert (tmp_path / "log").is_dir()
 
 
 @pytest.mark.parametrize("sampler", ["RandomIdentitySampler", "MPerClassSampler"])
@@ -256,6 +278,7 @@ def test_no_more_workers_than_cores(tmp_path, capsys, monkeypatch, wanted, proce
             ],
         ),
         (["keys", "NECK"], ["model.bnneck (False)"]),
+        (["keys", "junk"], ["datasets.NAME.junk (['-1'])\n    people whose images are left out everywhere"]),
         (["models", "osnet"], ["osnet_x0_25"]),
         (["losses", "circle"], ["CircleLoss(m, gamma"]),
         (["miners"], ["RankViolationMiner("]),

@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     # These imports take seconds, because they import torch. --help does not wait for them.
-    from torchreid_ext.config import check, get_default_config, run
+    from torchreid_ext.config import KEYS, check, get_default_config, run
     from torchreid_ext.runtime import distributed
 
     keep_freed_memory()
@@ -65,7 +65,13 @@ def _run(args: argparse.Namespace) -> None:
     if args.config_file:
         cfg.merge_from_file(args.config_file)
     for name in ("root", "sources", "targets", "transforms"):
-        cfg.data[name] = getattr(args, name) or cfg.data[name]
+        given = getattr(args, name)
+        for word in given if isinstance(given, list) else ():
+            if any(f"{word}.".startswith(f"{key}.") for key in KEYS):
+                cure = f"another option, such as --root FOLDER, must stand between --{name} and the KEY VALUE pairs"
+                raise InputError(f"--{name} takes the config key {word} for a name: {cure}")
+        if given:
+            cfg.merge_from_list([f"data.{name}", given])
     cfg.merge_from_list(args.opts)
     check(cfg)
     if args.dry_run:
@@ -85,7 +91,7 @@ def _list(what: str, *words: str) -> None:
     """Prints what a configuration can name, of which only the entries with the words in them, in any case."""
     import torchreid
 
-    from torchreid_ext.config import KEYS
+    from torchreid_ext.config.keys import KEYS, SET_KEYS
     from torchreid_ext.engine.criteria import NOT_TRAINED, TABLES, parameters
 
     def classes(table: Mapping[str, type]) -> list[str]:
@@ -93,7 +99,7 @@ def _list(what: str, *words: str) -> None:
 
     sets = vars(torchreid.data.datasets)
     lists: dict[str, Iterable[str]] = {
-        "keys": [f"{key} ({entry.default!r})\n    {entry.text}" for key, entry in KEYS.items()],
+        "keys": [f"{key} ({entry.default!r})\n    {entry.text}" for key, entry in (KEYS | SET_KEYS).items()],
         "models": sorted(vars(torchreid.models)["__model_factory"]),
         "losses": sorted(classes(TABLES["loss"])),
         "miners": sorted(classes(TABLES["miner"])),

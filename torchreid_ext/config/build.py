@@ -98,8 +98,7 @@ def build_criterion(cfg: Config, model: nn.Module, num_classes: int, steps: int 
     check(cfg)
     name = cfg.loss.name
     if name == "drsl":
-        arguments = {entry.name: cfg.loss.drsl[entry.name] for entry in DRSL_ARGUMENTS.values()}
-        described = {"name": "DRSLoss", **arguments, "collect_stats": True}
+        described = {"name": "DRSLoss", **picked(cfg.loss.drsl, *DRSL_ARGUMENTS), "collect_stats": True}
     elif name == "pml":
         described = {"name": cfg.loss.pml.loss, **cfg.loss.pml.kwargs}
     elif cfg.loss.cross_camera:

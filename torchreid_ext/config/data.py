@@ -68,12 +68,14 @@ def check_save_dir(cfg: Config) -> None:
     for name, options in _own_sets(cfg, [*cfg.data.sources, *cfg.data.targets]).items():
         for part in options.folder if options.csv is None else ():
             photos = Path(cfg.data.root, part).expanduser().resolve()
-            if folder.is_relative_to(photos) and options.takes((folder / "batch.png").relative_to(photos).as_posix()):
+            pictures = [folder / name for name in _PICTURES if folder.is_relative_to(photos)]
+            if any(options.takes(picture.relative_to(photos).as_posix()) for picture in pictures):
                 where = f"data.save_dir {cfg.data.save_dir!r} lies in a folder of datasets.{name}"
                 cure = "move it, or give a folder elsewhere, such as data.save_dir ../log"
                 raise InputError(f"{where}, so that the run's own pictures would be taken for photos: {cure}")
 
 
+_PICTURES = ("batch.png", "ranking_mine.png", "untrained/ranking_mine.png")  # of a run, in data.save_dir
 _GROUPS = ("num_instances", "num_cams", "num_datasets")
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-import re
-import types
-import typing
+from dataclasses import fields
 from functools import partial
 
 import torchreid
 
-from pml_drsl.losses import DRSLoss
 from torchreid_ext.data.samplers import SAMPLERS
+from torchreid_ext.data.splits import SetOptions
 from torchreid_ext.engine.options import RunOptions
 from torchreid_ext.runtime.options import Key
 
@@ -107,6 +104,22 @@ TORCHREID: dict[str, Key] = {
     "test.batch_size": Key(100, "images (or tracklets) in a batch", least=1, scores=False),
 }
 
+DRSL_ARGUMENTS: dict[str, Key] = {
+    "temperature": Key(0.1,
+        "softness of the ranks, > 0, in units of the distance, which by default is minus the cosine, from -1 to 1"),
+    "sort_weight": Key(1.0, "weight of the sort error, >= 0"),
+    "margin": Key(0.0, "distance by which negatives must follow positives; any finite number"),
+    "bound_power": Key(0.1, kind=float,
+        text="the power p, in (0, 1], of the bound of the smoothed retrieval error, a softplus of its log odds, "
+        "`log(1 + odds**p) / p`; None trains the error itself, which is the definition"),
+    "query_chunk_size": Key(
+        None, "queries whose distances are computed at once; bounds memory, changes no value", kind=int),
+    "fused": Key(True,
+        "the fast path, differentiable once; double backward, `torch.func.grad` (torch 2.7 or later) and a learnable "
+        "temperature or margin (a tensor) need False"),
+}
+"""The arguments of ``DRSLoss`` that are keys, below ``loss.drsl``."""
+
 OURS: dict[str, Key] = {
     "model.bnneck": _fixed(False, features=True, text="batch normalisation neck: metric loss before it, cross-entropy "
         "and retrieval after it (Luo et al., TMM 2019)"),
@@ -127,6 +140,7 @@ OURS: dict[str, Key] = {
         1800, "seconds after which a process that waits for another process gives up", least=1, scores=False),
     "loss.cross_camera": Key(False,
         "drsl and pml: leave pairs of one identity and one camera out of positives and negatives, as evaluation does"),
+    **{f"loss.drsl.{name}": entry for name, entry in DRSL_ARGUMENTS.items()},
     **_metric_loss("drsl", "DRSL"),
     "loss.pml.loss": _fixed("TripletMarginLoss", "class of pytorch_metric_learning.losses, or package.module.Class"),
     "loss.pml.kwargs": Key({}, "arguments of the loss; num_classes and embedding_size are filled in"),
@@ -139,33 +153,6 @@ OURS: dict[str, Key] = {
 # fmt: on
 
 
-def keys_of_arguments(section: str, kind: type) -> dict[str, Key]:
-    """A config key ``SECTION.ARGUMENT`` for each argument of a class that is a number, a bool or a string, with its
-    default. The explanation is the first sentence about it in the docstring's ``Args``."""
-    hints = typing.get_type_hints(kind.__init__)  # type: ignore[misc]
-    explained = _explained(inspect.getdoc(kind) or "")
-    keys = {}
-    for name, parameter in inspect.signature(kind).parameters.items():
-        types_of = {*(typing.get_args(hints.get(name)) or [hints.get(name)])}
-        scalars = types_of - {types.NoneType}
-        if parameter.default is not parameter.empty and len(scalars) == 1 and scalars <= {bool, int, float, str}:
-            scalar = scalars.pop() if types.NoneType in types_of else None
-            keys[f"{section}.{name}"] = Key(parameter.default, explained.get(name, ""), kind=scalar, name=name)
-    return keys
-
-
-def _explained(docstring: str) -> dict[str, str]:
-    """The first sentence about each argument in a docstring's ``Args``."""
-    section = re.split(r"\n(?=\S)", docstring.partition("Args:\n")[2])[0]
-    found = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, re.M)
-    texts = {name: " ".join(text.split()).replace("``", "`") for name, text in found}
-    return {name: re.split(r"\.(?:\s+(?=[A-Z`])|$)", text)[0] for name, text in texts.items()}
-
-
-DRSL_ARGUMENTS = keys_of_arguments("loss.drsl", DRSLoss)
-"""The keys that are arguments of ``DRSLoss``, with its defaults."""
-
-
 def _by_section(keys: dict[str, Key]) -> dict[str, Key]:
     """The keys of each section together, sections in the order of their first key."""
     folders = [*dict.fromkeys(key.partition(".")[0] for key in keys)]
@@ -174,8 +161,11 @@ def _by_section(keys: dict[str, Key]) -> dict[str, Key]:
     return {key: keys[key] for key in sorted(keys, key=order.__getitem__)}
 
 
-KEYS: dict[str, Key] = _by_section(TORCHREID | DRSL_ARGUMENTS | OURS | RunOptions.keys())
+KEYS: dict[str, Key] = _by_section(TORCHREID | OURS | RunOptions.keys())
 """Every config key."""
+
+SET_KEYS: dict[str, Key] = {f"datasets.NAME.{each.name}": each.metadata["setting"] for each in fields(SetOptions)}
+"""The options of every data set, whose name takes the place of NAME."""
 
 OPTIONS = {key for key, entry in KEYS.items() if entry.default == {} and key != "datasets"}
 """Keys whose value is a mapping of free form."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from yacs.config import CfgNode
 from pml_drsl.checks import InputError, nearest
 from torchreid_ext import networks
 from torchreid_ext.config.keys import KEYS, OPTIONS
-from torchreid_ext.config.values import converted, flatten, is_text, load_yaml, nested, plain, read_yaml, with_numbers
+from torchreid_ext.config.values import converted, decoded, flatten, plain, read_yaml, with_numbers
 from torchreid_ext.data.samplers import SAMPLERS
 from torchreid_ext.engine.options import RunOptions
 from torchreid_ext.runtime import distributed
@@ -57,8 +56,10 @@ class Config(CfgNode):
     def merge_from_list(self, cfg_list: list[Any]) -> None:
         """Merges ``[key, value, key, value, ...]``. A value is an object, or a string in the syntax of Python or YAML.
         A lone ``--`` is ignored: with many commands it separates the options from the other words. Raises InputError
-        for an odd number of words, an unknown key, or a wrong type of value."""
+        for an odd number of words, a file, an unknown key, or a wrong type of value."""
         words = [word for word in cfg_list if word != "--"]
+        if words and str(words[0]).endswith((".yaml", ".yml")):
+            raise InputError(f"{words[0]!r} is no config key: give a file with --config-file {words[0]}")
         if len(words) % 2:
             given = f"options come as KEY VALUE pairs, got {len(words)} words: {' '.join(map(str, words))}"
             dashed = any(str(word).startswith("--") for word in words)
@@ -66,8 +67,7 @@ class Config(CfgNode):
         for key, value in zip(words[::2], words[1::2], strict=True):
             if str(key).startswith("-"):
                 raise InputError(f"{key} stands after KEY VALUE pairs: options with a dash come before all of them")
-            decoded = self._decoded(key, value) if isinstance(value, str) else value
-            self._merge(nested(key, decoded), "the command line")
+            self._merge({key: decoded(key, value) if isinstance(value, str) else value}, "the command line")
         self._fit_images()
 
     def _fit_images(self) -> None:
@@ -83,16 +83,6 @@ class Config(CfgNode):
             if f"data.{name}" not in self._given and not own:
                 self.data[name], fitted[name] = copy.deepcopy(value), copy.deepcopy(value)
 
-    def _decoded(self, key: str, word: str) -> Any:
-        value: Any = word
-        with suppress(TypeError, MemoryError, RecursionError):
-            value = self._decode_cfg_value(word)
-        if is_text(key, value):
-            return word
-        # YAML allows names without quotes in a mapping or a list. Python does not.
-        in_yaml = isinstance(value, str) and value[:1] in ("{", "[")
-        return load_yaml(value, f"config key {key!r}: {value}") if in_yaml else value
-
     def _merge(self, values: Mapping[str, Any], source: str) -> None:
         known = dict(flatten(self))
         try:
@@ -103,7 +93,8 @@ class Config(CfgNode):
             inside = "datasets.NAME" if key == "datasets" else next((k for k in known if k.startswith(f"{key}.")), "")
             if not inside:
                 self._given.add(key)
-                _set(self, key, _coerce(key, value, known, source))
+                known[key] = _coerce(key, value, known, source)
+                _set(self, key, known[key])
             elif value is not None:  # Nothing is set where all keys of a section are commented out.
                 wanted = f"is a section of keys, such as {inside}"
                 raise InputError(f"config key {key!r} {wanted}, got {value!r} in {source}")
@@ -118,9 +109,11 @@ def _set(node: Any, key: str, value: Any) -> None:
 
 def _coerce(key: str, value: Any, known: dict[str, Any], source: str) -> Any:
     if key.startswith("datasets."):
-        if not isinstance(value, Mapping) or key.count(".") > 1:
-            raise InputError(f"config key {key!r} takes the options of a data set, got {value!r} in {source}")
-        return Config({**known.get(key, {}), **value})
+        options = {} if value is None else value  # all of them are commented out
+        if not isinstance(options, Mapping) or any(isinstance(option, Mapping) for option in options.values()):
+            takes = "takes the options of a data set, such as {folder: photos}"
+            raise InputError(f"config key {key!r} {takes}, got {value!r} in {source}")
+        return Config({**known.get(key, {}), **options})
     if key not in known:
         raise InputError(f"unknown config key {key!r} in {source}; did you mean {nearest(key, known)!r}?")
     return _options(key, value, known[key], source) if key in OPTIONS else converted(key, value, source)

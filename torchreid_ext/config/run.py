@@ -188,7 +188,7 @@ def dry_run(cfg: Config) -> None:
     if cfg.data.type == "image" and not cfg.datasets.keys().isdisjoint(cfg.data.sources + cfg.data.targets):
         _check_readable(engine.datamanager)
     steps = steps_per_epoch(engine.datamanager)
-    batches, times = _try(cfg, engine, min(3, steps))
+    batches, times = _try(cfg, engine, done, min(3, steps))
     path = Path(cfg.data.save_dir, "batch.png")
     images = engine.training_batch(batches[0]).images.reshape(-1, 3, cfg.data.height, cfg.data.width)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (cfg.data.norm_mean, cfg.data.norm_std))
@@ -223,8 +223,8 @@ def _damage(path: str) -> str | None:
     return None
 
 
-def _try(cfg: Config, engine: Any, steps: int) -> tuple[list[Any], list[float]]:
-    """The first batches, and the seconds of a step on each of them with its wait for the batch."""
+def _try(cfg: Config, engine: Any, done: int, steps: int) -> tuple[list[Any], list[float]]:
+    """The first batches after ``done`` epochs, and the seconds of a step on each with its wait for the batch."""
     batches: list[Any] = []
     moments = [time.perf_counter()]
     step = engine.forward_backward
@@ -241,5 +241,5 @@ def _try(cfg: Config, engine: Any, steps: int) -> tuple[list[Any], list[float]]:
     engine.forward_backward = watched
     quiet = contextlib.redirect_stdout(io.StringIO())
     with tempfile.TemporaryDirectory() as folder, quiet, contextlib.suppress(_EnoughError):
-        engine.run(**run_options(cfg).arguments() | {"save_dir": folder, "start_epoch": 0, "max_epoch": 1})
+        engine.run(**run_options(cfg).arguments() | {"save_dir": folder, "start_epoch": done, "max_epoch": done + 1})
     return batches, [end - start for start, end in itertools.pairwise(moments)]

@@ -1,8 +1,10 @@
-"""The values of a configuration: read from YAML, and turned into the types of their keys."""
+"""The values of a configuration: read from YAML and from words, and turned into the types of their keys."""
 
 from __future__ import annotations
 
+import os
 import re
+from ast import literal_eval
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -11,16 +13,10 @@ from typing import Any
 import yaml
 
 from pml_drsl.checks import InputError, is_real
-from torchreid_ext.config.keys import KEYS, OPTIONS
+from torchreid_ext.config.keys import KEYS, OPTIONS, SET_KEYS
+from torchreid_ext.runtime.options import Key
 
-
-def is_text(key: str, value: Any) -> bool:
-    """Whether a word is a string as it stands, although Python reads ``value``: the folder 2024_01, say."""
-    if key not in KEYS or isinstance(value, str):
-        return False
-    default = KEYS[key].default
-    many = isinstance(default, list) and not isinstance(value, (list, tuple))
-    return isinstance(default[0] if many else default, str)
+_PATHS = ("data.root", "data.save_dir", "model.load_weights", "model.resume")  # in which ~ is the user's folder
 
 
 class _Loader(yaml.SafeLoader):
@@ -36,11 +32,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# Without dates: 2024-05-01 is text, the name of a folder, say.
+# A name stays as it is written: 2024-05-01 is no date, and a whole number is only what Python prints so. YAML 1.1 reads
+# 0010 as 8, 2024_05 as 202405 and 1:30 as 90; here they are text, from which a key that takes a number reads it.
+_INT = "tag:yaml.org,2002:int"
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in pairs if tag != "tag:yaml.org,2002:timestamp"]
+    first: [(tag, pattern) for tag, pattern in pairs if tag not in ("tag:yaml.org,2002:timestamp", _INT)]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver(_INT, re.compile("(?:0|-?[1-9][0-9]*)$"), [*"-0123456789"])
 
 
 def load_yaml(text: str, what: str) -> Any:
@@ -66,35 +65,63 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def decoded(key: str, word: str) -> Any:
+    """The value of a word on the command line, in the syntax of Python or YAML. Where the key takes text, the word is
+    text as it stands, although Python reads a number: the folder 2024_01, say. Raises InputError for wrong YAML."""
+    value: Any = word
+    with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        value = literal_eval(word)
+    entry, opening = _entry(key), "{["
+    if entry is not None and _kind(entry) is str:
+        many = isinstance(entry.default, list) or entry.kind is list
+        names = value if many and isinstance(value, (list, tuple)) else [value]
+        if not all(isinstance(each, str) for each in names) and (value is not None or entry.kind is None):
+            value = word
+        opening = "[" if many else ""
+    # YAML allows names without quotes in a mapping or a list. Python does not.
+    in_yaml = isinstance(value, str) and value.startswith((*opening,))
+    return load_yaml(value, f"config key {key!r}: {value}") if in_yaml else value
+
+
+def _entry(key: str) -> Key | None:
+    return KEYS.get(key) or SET_KEYS.get(re.sub(r"^datasets\.[^.]+", "datasets.NAME", key))
+
+
+def _kind(entry: Key) -> type:
+    """The type of a key's values, or of the entries of its list."""
+    if entry.kind is not None:
+        return str if entry.kind is list else entry.kind
+    return type(entry.default[0] if isinstance(entry.default, list) else entry.default)
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Pairs of dotted key and value. The options of a class or of a data set (``datasets.NAME``) are one value."""
+    """Pairs of dotted key and value, from keys that are nested or dotted. The options of a class or of a data set
+    (``datasets.NAME``) are one value."""
     for key, value in values.items():
-        name = f"{prefix}{key}"
+        first, dot, rest = str(key).partition(".")
+        name, value = f"{prefix}{first}", {rest: value} if dot else value
         if isinstance(value, Mapping) and prefix != "datasets." and name not in OPTIONS:
             yield from flatten(value, f"{name}.")
         else:
             yield name, value
 
 
-def nested(key: str, value: Any) -> dict[str, Any]:
-    """A dotted key and its value as mappings in mappings."""
-    first, *rest = key.split(".", 1)
-    return {first: nested(rest[0], value) if rest else value}
-
-
 def with_numbers(value: Any) -> Any:
-    """The arguments of a class with 1e-3 as a number, which YAML takes for a string."""
+    """The arguments of a class with 1e-3, 064 and 1_000 as numbers, which are strings in our YAML."""
     if isinstance(value, Mapping):
         return {key: with_numbers(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(with_numbers(entry) for entry in value)
-    is_number = isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value)
-    return float(value) if is_number else value
+    if not isinstance(value, str):
+        return value
+    if re.fullmatch(r"[-+]?[0-9](_?[0-9]){0,99}", value):
+        return int(value)
+    return float(value) if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value) else value
 
 
 def converted(key: str, value: Any, source: str) -> Any:
     """``value`` as the type of a config key, where its meaning is plain: a whole number becomes a string where a string
-    is wanted, ``"1e-3"`` a number, ``60.0`` a whole number, and a single value a list."""
+    is wanted, ``"1e-3"`` a number, ``60.0`` a whole number, ``~`` the user's folder, and a single value a list."""
     entry = KEYS[key]
     default = entry.default
     if value is None and entry.kind is not None:
@@ -104,7 +131,7 @@ def converted(key: str, value: Any, source: str) -> Any:
     if default == "auto" and _to_bool(value) is not None:
         return _to_bool(value)
     is_list = isinstance(default, list)
-    convert, wanted = _KINDS[type(default[0]) if is_list else entry.kind or type(default)]
+    convert, wanted = _KINDS[_kind(entry)]
     found = []
     for each in value if is_list and isinstance(value, (list, tuple)) else [value]:
         own = None
@@ -112,8 +139,10 @@ def converted(key: str, value: Any, source: str) -> Any:
             own = convert(each)
         if own is None:
             takes = f"{'a list in which every entry is ' * is_list}{wanted}{' or None' * (entry.kind is not None)}"
-            raise InputError(f"config key {key!r} takes {takes}, such as {default!r}, got {each!r} in {source}")
-        found.append(own)
+            # YAML reads 1.10 as 1.1 and no as False, so that the name is lost.
+            cure = "; write it in quotes" if convert is _to_str and isinstance(each, (bool, float)) else ""
+            raise InputError(f"config key {key!r} takes {takes}, such as {default!r}, got {each!r} in {source}{cure}")
+        found.append(os.path.expanduser(own) if key in _PATHS else own)
     return found if is_list else found[0]
 
 
@@ -136,7 +165,7 @@ def _to_int(value: Any) -> int | None:
 
 
 def _to_str(value: Any) -> str | None:
-    return str(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else None
+    return str(value) if isinstance(value, (int, str)) and not isinstance(value, bool) else None
 
 
 _KINDS: dict[type, tuple[Callable[[Any], Any], str]] = {

@@ -123,6 +123,7 @@ def _maker(name: str) -> Callable[..., ConfiguredDataset]:
 @contextlib.contextmanager
 def without_empty_folders(root: Path) -> Iterator[None]:
     """Context: after an error, removes the empty folders that torchreid makes before it downloads a data set."""
+    root = root.expanduser()  # as torchreid's data sets do
     root_was_there = root.is_dir()
     there = set(root.glob("*"))
     try:

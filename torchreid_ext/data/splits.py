@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pml_drsl.checks import InputError, is_real
+from pml_drsl.checks import InputError, is_whole
 from torchreid_ext import images
 from torchreid_ext.images import JUNK, Row, Table
 from torchreid_ext.runtime.options import Options, documented, option
@@ -27,25 +27,26 @@ class SetOptions(Options):
 
     # fmt: off
     folder: Sequence[str] = option("", [""],
-        "folder below ``data.root``, or a list of them: one name in two folders is one person; '' is the root")
-    csv: str | None = option("", None, kind=str,
-        text="path below ``data.root`` of a CSV (``torchreid_ext.images.read_csv``) in place of a folder")
-    pattern: str = option(
-        "", "folder", "how paths below a folder carry names: an argument of ``torchreid_ext.images.pattern``")
+        "folder below data.root, or a list of them; empty for data.root itself. One name in two folders is one person")
+    csv: str | None = option("", None, "CSV file below data.root, in place of a folder", kind=str)
+    pattern: str = option("", "folder",
+        "how paths below a folder carry names: folder, market, msmt17, veri, or a regular expression with the groups "
+        "identity and camera")
     cameras: str = option("", "names", choices=("names", "none"),
-        text="``names`` (or the column camid) carry cameras, and images without one are left out; ``none``: cameras do "
-        "not matter, and every other image of an identity is a match")
+        text="names: images whose names carry no camera are left out; none: cameras do not matter, and every other "
+        "image of a person is a match")
     train: Sequence[str] | None = option("", None, kind=list, may_be_empty=True,
-        text="files to train on: paths relative to ``folder`` of files, or of folders with all files below them. "
-        "``*``, ``?`` and ``[]`` match characters of one name, ``**`` any number of folders")
+        text="list of files to train on, and of folders with all files below them; `*`, `?` and `[]` match characters "
+        "of one name, `**` matches any folders; an empty list for a data set without training")
     test: Sequence[str] | None = option("", None, kind=list, may_be_empty=True,
-        text="files to test on, likewise. One of both may be empty; without both, identities are split at random")
-    test_fraction: float = option("", 0.5, "share of the identities to test on, between 0 and 1")
-    seed: int = option("", 0, "seed of the random split", least=0)
+        text="list of files and folders to test on; an empty list for a data set without test. Without both lists, "
+        "people are drawn at random")
+    test_fraction: float = option("", 0.5, "share of the people that the random draw tests on, between 0 and 1")
+    seed: int = option("", 0, "seed of the random draw", least=0)
     query_cameras: Sequence[str] | None = option("", None, kind=list,
-        text="cameras of the queries; all others are the gallery; see ``torchreid_ext.images.with_queries``")
-    min_images: int = option("", 1, "identities with fewer images are left out", least=1)
-    junk: Sequence[str] = option("", list(JUNK), "identities whose images are left out everywhere", may_be_empty=True)
+        text="cameras whose test images are queries; all other test images are the gallery")
+    min_images: int = option("", 1, "people with fewer images are left out", least=1)
+    junk: Sequence[str] = option("", list(JUNK), "people whose images are left out everywhere", may_be_empty=True)
 
     # fmt: on
 
@@ -74,14 +75,8 @@ def make_options(name: str, given: Mapping[str, Any]) -> SetOptions:
     where = f"datasets.{name}"
     if not isinstance(given, Mapping):
         raise InputError(f"{where}={given!r} must be a mapping of options, such as {{folder: images}}")
-    values = {key: _with_text(key, value) for key, value in given.items()}
-    for key in ("train", "test", "junk", "query_cameras"):  # Names of folders stay as they are on the disk.
-        if isinstance(values.get(key), list):
-            values[key] = [*map(images.composed, values[key])]
-    if isinstance(values.get("folder"), str):
-        values["folder"] = [values["folder"]]
     try:
-        options = SetOptions.of(values)
+        options = SetOptions.of(_with_text(given))
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     of_csv = {"csv", "cameras", "junk"}
@@ -103,11 +98,27 @@ def make_options(name: str, given: Mapping[str, Any]) -> SetOptions:
     return options
 
 
-def _with_text(key: str, value: Any) -> Any:
-    """The value of an option with text where YAML read a number in place of a name, such as 2024."""
-    if isinstance(value, (list, tuple)):
-        return [str(each) for each in value]
-    return str(value) if key in ("folder", "csv", "pattern") and is_real(value) else value
+def _with_text(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, with text where YAML read a whole number in place of a name, such as 2024."""
+    values = dict(given)
+    for key in ("folder", "csv", "pattern", "train", "test", "junk", "query_cameras"):
+        value = given.get(key)
+        if isinstance(value, (list, tuple)):
+            values[key] = [_text(key, each) for each in value]
+        elif value is not None:
+            values[key] = _text(key, value)
+    for key in ("train", "test", "junk", "query_cameras"):  # Names of folders stay as they are on the disk.
+        if isinstance(values.get(key), list):
+            values[key] = [*map(images.composed, values[key])]
+    if isinstance(values.get("folder"), str):
+        values["folder"] = [values["folder"]]
+    return values
+
+
+def _text(key: str, value: Any) -> str:
+    if not (isinstance(value, str) or is_whole(value)):  # It does not say how the name was written.
+        raise InputError(f"{key} takes text, got {value!r}: write it in quotes")
+    return str(value)
 
 
 def selects(entry: str, path: str) -> bool:
@@ -144,6 +155,8 @@ def read(name: str, options: SetOptions, root: str) -> Table:
     found, real_paths = _matching(where, options, above, table)
     count = Counter(row.identity for row in _unique(where, (row for _, row in found), real_paths))
     found = [(path, row) for path, row in found if count[row.identity] >= options.min_images]
+    for person in sorted(person for person, number in count.items() if number < options.min_images):
+        table.leave_out(f"people with fewer than {options.min_images} images", person)
     train, test = (_unique(where, split, real_paths) for split in _split(where, options, found))
     table.rows = [row._replace(split="train") for row in train]
     if options.query_cameras is None:
@@ -183,10 +196,7 @@ def _matching(where: str, options: SetOptions, root: Path, table: Table) -> tupl
                 row = Row(str(folder / path), identity, camera if options.cameras == "names" else "")
                 found.append((path, row))
                 real_paths[row.path] = real
-    absent = sorted({*options.junk} - {*JUNK} - seen_identities)
-    if absent:
-        number = "; YAML reads 0007 as the number 7: write it '0007'" if absent[0].isdigit() else ""
-        raise InputError(f"{where}.junk: no image shows {absent[0]!r}{number}")
+    images.check_junk(where, options.junk, seen_identities)
     if options.pattern == "folder" and options.train is None:
         _warn_of_folders_inside(where, found)
     if not found:
@@ -245,7 +255,7 @@ def check_splits(name: str, table: Table, mode: str) -> None:
     """Checks that a data set can be used for training (mode ``"train"``) or for the test (another mode).
 
     Warns of queries without a match in the gallery from another camera, which evaluation leaves out. Raises InputError
-    if all are so, a needed split is empty, training has a single identity, or an identity is in training and in test.
+    if all are so, a needed split is empty, training or test has a single identity, or an identity is in both.
     """
     where = f"datasets.{name}"
     train, query, gallery = (table.of(split) for split in images.SPLITS)
@@ -264,14 +274,22 @@ def check_splits(name: str, table: Table, mode: str) -> None:
     if shared:
         both = f"{len(shared)} identities are both in training and in test, for example {shared[0]!r}"
         raise InputError(f"{where}: {both}: a test needs identities that are not in training")
+    if mode != "train" and len({row.identity for row in gallery}) == 1:
+        alone = f"the gallery shows {gallery[0].identity!r} alone, whom every query would find"
+        cure = "a test needs two people: give images of more people, or raise test_fraction"
+        raise InputError(f"{where}: {alone}; {cure}")
     cameras = defaultdict(set)
     for row in gallery:
         cameras[row.identity].add(row.seen_by)
     unmatched = [row for row in query if not cameras[row.identity] - {row.seen_by}]
     if not unmatched:
         return
-    one, lack = unmatched[0], "match in the gallery from another camera"
+    one, known = unmatched[0], any(row.camera for row in query)
+    lack = f"match in the gallery{' from another camera' * known}"
     if len(unmatched) == len(query):
+        if not known:
+            cure = "add photos, or set min_images: 2 (of a folder)"
+            raise InputError(f"{where}: no test person has a second image, for example {one.identity!r}: {cure}")
         example = f"{one.path} of identity {one.identity!r} and camera {one.camera!r}"
         cure = f"set {where}.cameras: none, and every other image of the identity is a match"
         raise InputError(f"{where}: no query has a {lack}, for example {example}. If cameras do not matter, {cure}")

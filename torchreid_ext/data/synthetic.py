@@ -28,7 +28,7 @@ CAMERAS_PER_PERSON, SHOTS_PER_CAMERA, QUERIES_PER_PERSON, DISTRACTORS = 5, 2, 3,
 TRACKED = {"train": range(1, 41), "test": range(41, 65)}  # the identities of ``synthetic_tracklets``
 CAMERAS_PER_TRACKED, TRACKLETS_PER_CAMERA, FRAMES = 3, 2, range(3, 7)
 
-# Random streams are seeded by (seed, stream, ...). The stream of a pedestrian is its pid; no other is near these.
+# Random streams are seeded by (0, stream, ...). The stream of a pedestrian is its pid; no other is near these.
 _SCENES, _DISTRACTORS, _VIDEO_SCENES, _TRACKED = 1_000_000, 2_000_000, 3_000_000, 4_000_000
 _FILE_NAME = re.compile(r"(\d+)_c([1-6])")
 
@@ -36,34 +36,32 @@ _FILE_NAME = re.compile(r"(\d+)_c([1-6])")
 class _Drawn:
     """Mixed into a reader of torchreid: the folder of the data set below ``root`` is drawn when it does not exist.
 
-    Raises InputError if it was drawn by another recipe or seed, and torchreid's RuntimeError if a file is missing.
+    Raises InputError if it was drawn by another recipe, and torchreid's RuntimeError if a file is missing.
     """
 
     dataset_dir: str  # name of the data set and of its folder
     version = 1  # of the recipe: raise it with every change that changes a pixel, a name or a split
-    _fill: Callable[[Path, int], None]  # draws the files of a seed into an empty folder
+    _fill: Callable[[Path], None]  # draws the files into an empty folder
 
-    def __init__(self, root: str = "", seed: int = 0, **kwargs: Any) -> None:
+    def __init__(self, root: str = "", **kwargs: Any) -> None:
         folder = Path(root).expanduser().absolute() / self.dataset_dir
         if not folder.exists():
-            self.draw(folder, seed)
-        self._check_recipe(folder, seed)
+            self.draw(folder)
+        self._check_recipe(folder)
         super().__init__(root=root, **kwargs)  # type: ignore[call-arg]
 
     @classmethod
-    def draw(cls, folder: str | os.PathLike[str], seed: int = 0) -> None:
-        """Draws the data set, which depends on ``seed`` alone, into a new ``folder``, whole or not at all. If another
-        process was faster, its folder is kept. Raises InputError for a negative seed, OSError if it cannot write."""
-        if seed < 0:
-            raise InputError(f"seed={seed} must be 0 or more")
+    def draw(cls, folder: str | os.PathLike[str]) -> None:
+        """Draws the data set, which is always the same, into a new ``folder``, whole or not at all. If another process
+        was faster, its folder is kept. Raises OSError if it cannot write."""
         destination = Path(folder)
         destination.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as temporary:
             # A temporary folder excludes other users. A folder inside it has the usual permissions.
             drawing = Path(temporary, destination.name)
             drawing.mkdir()
-            cls._fill(drawing, seed)
-            (drawing / "recipe.json").write_text(json.dumps(cls._recipe(seed), indent=2) + "\n", encoding="utf-8")
+            cls._fill(drawing)
+            (drawing / "recipe.json").write_text(json.dumps(cls._recipe(), indent=2) + "\n", encoding="utf-8")
             try:
                 drawing.rename(destination)
             except OSError:
@@ -71,12 +69,12 @@ class _Drawn:
                     raise
 
     @classmethod
-    def _recipe(cls, seed: int) -> dict[str, Any]:
-        return {"name": cls.dataset_dir, "version": cls.version, "seed": seed}
+    def _recipe(cls) -> dict[str, Any]:
+        return {"name": cls.dataset_dir, "version": cls.version, "seed": 0}
 
-    def _check_recipe(self, folder: Path, seed: int) -> None:
+    def _check_recipe(self, folder: Path) -> None:
         # Another process may be reading the folder, so that it is never drawn again.
-        file, recipe = folder / "recipe.json", self._recipe(seed)
+        file, recipe = folder / "recipe.json", self._recipe()
         if not file.exists():
             cure = "move it away; a real Market-1501 is the data set market1501, and a real MARS is mars"
             raise InputError(f"{folder} was not drawn, because it has no {file.name}: {cure}")
@@ -89,25 +87,29 @@ class _Drawn:
             raise InputError(f"{folder} was drawn as {found}, but {recipe} is wanted: {cure}")
 
 
-def _scenes(seed: int, stream: int) -> list[Image.Image]:
-    return [draw_scene(np.random.default_rng([seed, stream, c]), camera) for c, camera in enumerate(CAMERAS)]
+def _rng(*stream: int) -> np.random.Generator:
+    return np.random.default_rng([0, *stream])
 
 
-def _pictures(seed: int) -> Iterator[tuple[str, Image.Image]]:
+def _scenes(stream: int) -> list[Image.Image]:
+    return [draw_scene(_rng(stream, c), camera) for c, camera in enumerate(CAMERAS)]
+
+
+def _pictures() -> Iterator[tuple[str, Image.Image]]:
     """Yields the name (``FOLDER/NAME.jpg``) and the image of every picture."""
-    scenes = _scenes(seed, _SCENES)
+    scenes = _scenes(_SCENES)
     for part, pid in ((part, pid) for part, pids in PEDESTRIANS.items() for pid in pids):
-        rng = np.random.default_rng([seed, pid])
+        rng = _rng(pid)
         person = make_person(rng)
         for visit, camera in enumerate(rng.permutation(len(CAMERAS))[:CAMERAS_PER_PERSON].tolist()):
             for shot in range(1, SHOTS_PER_CAMERA + 1):
                 is_query = part == "test" and visit < QUERIES_PER_PERSON and shot == 1
                 folder = "query" if is_query else f"bounding_box_{part}"
-                image_rng = np.random.default_rng([seed, pid, camera, shot])
+                image_rng = _rng(pid, camera, shot)
                 name = f"{pid:04d}_c{camera + 1}s1_{pid * 100 + visit:06d}_{shot:02d}.jpg"
                 yield f"{folder}/{name}", draw_image(image_rng, person, CAMERAS[camera], scenes[camera])
     for number in range(DISTRACTORS):
-        rng = np.random.default_rng([seed, _DISTRACTORS, number])
+        rng = _rng(_DISTRACTORS, number)
         camera = number % len(CAMERAS)
         # Half of the distractors are people who are in no query; the other half are false detections.
         somebody = make_person(rng) if number < DISTRACTORS // 2 else None
@@ -126,12 +128,12 @@ class SyntheticPedestrians(_Drawn, torchreid.data.datasets.Market1501):
     dataset_dir = "synthetic_pedestrians"
 
     @staticmethod
-    def _fill(drawing: Path, seed: int) -> None:
+    def _fill(drawing: Path) -> None:
         for split in ("bounding_box_train", "query", "bounding_box_test"):
             (drawing / LAYOUT / split).mkdir(parents=True)
         total = sum(map(len, PEDESTRIANS.values())) * CAMERAS_PER_PERSON * SHOTS_PER_CAMERA + DISTRACTORS
         # disable=None: no bar unless stderr is a terminal.
-        for name, image in tqdm(_pictures(seed), "drawing pedestrians", total, disable=None, delay=1, leave=False):
+        for name, image in tqdm(_pictures(), "drawing pedestrians", total, disable=None, delay=1, leave=False):
             image.save(drawing / LAYOUT / name, quality=90)
 
     def process_dir(self, dir_path: str, relabel: bool = False) -> list[tuple[str, int, int]]:
@@ -149,15 +151,15 @@ class SyntheticPedestrians(_Drawn, torchreid.data.datasets.Market1501):
         return rows
 
 
-def _tracklets(seed: int, pids: range) -> Iterator[tuple[int, int, dict[str, Image.Image]]]:
+def _tracklets(pids: range) -> Iterator[tuple[int, int, dict[str, Image.Image]]]:
     """Yields every tracklet: its identity, its camera from 1, and its frames by their names."""
-    scenes = _scenes(seed, _VIDEO_SCENES)
+    scenes = _scenes(_VIDEO_SCENES)
     for pid in pids:
-        rng = np.random.default_rng([seed, _TRACKED + pid])
+        rng = _rng(_TRACKED + pid)
         person = make_person(rng)
         for camera in rng.permutation(len(CAMERAS))[:CAMERAS_PER_TRACKED].tolist():
             for track in range(1, TRACKLETS_PER_CAMERA + 1):
-                frames = np.random.default_rng([seed, _TRACKED + pid, camera, track])
+                frames = _rng(_TRACKED + pid, camera, track)
                 numbers = range(1, int(frames.choice(FRAMES)) + 1)
                 names = [f"{pid:04d}C{camera + 1}T{track:04d}F{number:03d}.jpg" for number in numbers]
                 images = {name: draw_image(frames, person, CAMERAS[camera], scenes[camera]) for name in names}
@@ -174,13 +176,13 @@ class SyntheticTracklets(_Drawn, torchreid.data.datasets.Mars):
     dataset_dir = "synthetic_tracklets"
 
     @staticmethod
-    def _fill(drawing: Path, seed: int) -> None:
+    def _fill(drawing: Path) -> None:
         info = drawing / "info"
         info.mkdir()
         for part, pids in tqdm(TRACKED.items(), "drawing tracklets", disable=None, delay=1, leave=False):
             names: list[str] = []
             rows = []
-            for pid, camera, frames in _tracklets(seed, pids):
+            for pid, camera, frames in _tracklets(pids):
                 home = drawing / f"bbox_{part}" / f"{pid:04d}"
                 home.mkdir(parents=True, exist_ok=True)
                 for name, image in frames.items():

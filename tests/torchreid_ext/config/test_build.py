@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import torchreid
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torchreid_keys import TORCHREID
 from toy_data import make_image_manager, make_video_manager
 
-from pml_drsl import DRSLoss
 from pml_drsl.checks import InputError
 from torchreid_ext import build_engine, config, get_default_config
 from torchreid_ext.config.build import check_takes
@@ -43,11 +43,6 @@ def test_defaults_are_not_shared():
     assert get_default_config().data.sources == ["market1501"]
 
 
-def test_drsl_defaults_are_those_of_the_loss():
-    drsl, loss = get_default_config().loss.drsl, DRSLoss()
-    assert (drsl.temperature, drsl.sort_weight, drsl.margin) == (loss.temperature, loss.sort_weight, loss.margin)
-
-
 def test_a_file_overrides_its_base_and_words_override_the_file(tmp_path):
     write(tmp_path / "base.yaml", "train: {lr: 0.1, max_epoch: 3}\nloss: {name: drsl}")
     path = write(tmp_path / "child.yaml", "base: base.yaml\ntrain: {lr: 1, stepsize: 7}")
@@ -64,6 +59,24 @@ def test_data_sets_of_ones_own_are_free_keys(tmp_path):
     cfg.merge_from_file(write(tmp_path / "a.yaml", "datasets: {mine: {folder: here, query_cameras: ['1']}}"))
     cfg.merge_from_list(["datasets.mine.folder", "there"])
     assert cfg.datasets.mine == {"folder": "there", "query_cameras": ["1"]}
+    # Names stay as they are written, and what is no name is a number, or none.
+    words = "folder 2024_05 csv 1.10 pattern [a-z]+ train [2024_05,01,'x'] junk (1,2) seed 3 query_cameras None"
+    cfg.merge_from_list([f"datasets.own.{w}" if i % 2 == 0 else w for i, w in enumerate(words.split())])
+    assert cfg.datasets.own == {
+        "folder": "2024_05", "csv": "1.10", "pattern": "[a-z]+", "train": ["2024_05", "01", "x"], "junk": "(1,2)",
+        "seed": 3, "query_cameras": None,
+    }  # fmt: skip
+
+
+def test_the_users_folder_is_meant_by_its_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cfg = get_default_config()
+    cfg.merge_from_file(
+        write(tmp_path / "a.yaml", "data: {root: ~/photos}\nmodel: {resume: ~/a.pth, load_weights: auto}")
+    )
+    cfg.merge_from_list(["data.save_dir", "~/log", "data.sources", "~"])
+    assert (cfg.data.root, cfg.data.save_dir) == (f"{tmp_path}/photos", f"{tmp_path}/log")
+    assert (cfg.model.resume, cfg.model.load_weights, cfg.data.sources) == (f"{tmp_path}/a.pth", "auto", ["~"])
 
 
 @pytest.mark.parametrize(
@@ -82,7 +95,9 @@ def test_data_sets_of_ones_own_are_free_keys(tmp_path):
         ("test: {ranks: [1, five]}", "'test.ranks' takes a list in which every entry is a whole number, .*got 'five'"),
         ("data: {sources: [market1501, {a: 1}]}", "every entry is a string, .*got {'a': 1}"),
         ("data: {sources: null}", "every entry is a string, .*got None"),
-        ("datasets: {mine: 3}", "'datasets.mine' takes the options of a data set, got 3"),
+        ("datasets: {mine: 3}", "'datasets.mine' takes the options of a data set, such as {folder: photos}, got 3"),
+        ("data: {save_dir: 1.10}", "'data.save_dir' takes a string, such as 'log', got 1.1 in .*; write it in quotes"),
+        ("data: {sources: [a, 2.50]}", "every entry is a string, .*got 2.5 in .*; write it in quotes"),
         ("- 1", "must hold keys and values"),
         ("a: [", "is not YAML"),
         ("base: nowhere.yaml", "nowhere.yaml does not exist"),
@@ -91,7 +106,8 @@ def test_data_sets_of_ones_own_are_free_keys(tmp_path):
         ("train: {lr: 1}\ndata: {height: 9}\ntrain: {gamma: 1}", "'train' stands twice in .*line 3"),
         ("data: 5", "'data' is a section of keys, such as data.type, got 5"),
         ("datasets: 5", "'datasets' is a section of keys, such as datasets.NAME, got 5"),
-        ("datasets: {a.b: {folder: c}}", "'datasets.a.b' takes the options of a data set"),
+        ("datasets: {a.b: {folder: c}}", "'datasets.a' takes the options of a data set, .*got {'b': {'folder': 'c'}}"),
+        ("data.: {root: a}", "unknown config key 'data..root'"),
         ("train: &a {b: *a}", "holds itself"),
         (f"train: {{lr: 1{'0' * 400}}}", "'train.lr' takes a number"),
     ],
@@ -124,6 +140,20 @@ def test_a_file_is_read_as_utf_8_whatever_the_system_thinks(tmp_path):
         ("data: {save_dir: 2024}", "data.save_dir", "2024"),
         ("data: {save_dir: 2024-01-05}", "data.save_dir", "2024-01-05"),
         ("data: {save_dir: 2024-99-99}", "data.save_dir", "2024-99-99"),
+        # YAML 1.1 reads 8, 202401, 90 and 10.
+        ("data: {save_dir: 0010}", "data.save_dir", "0010"),
+        ("data: {save_dir: 2024_01}", "data.save_dir", "2024_01"),
+        ("data: {sources: [1:30, +10]}", "data.sources", ["1:30", "+10"]),
+        (
+            "datasets: {mine: {folder: 2024_05, train: [0001, 0x1]}}",
+            "datasets.mine",
+            {"folder": "2024_05", "train": ["0001", "0x1"]},
+        ),
+        ("data: {height: 064}", "data.height", 64),
+        ("loss: {pml: {kwargs: {m: [10, -1, 0]}}}", "loss.pml.kwargs", {"m": [10, -1, 0]}),
+        ("datasets.mine: {folder: x}\ndatasets.mine.seed: 3", "datasets.mine", {"folder": "x", "seed": 3}),
+        ("datasets: {mine.folder: x, mine: }", "datasets.mine", {"folder": "x"}),
+        ("datasets: {mine: }", "datasets.mine", {}),
         ("datasets: {mine: {folder: 2024-05-01}}", "datasets.mine", {"folder": "2024-05-01"}),
         ("loss: {pml: {kwargs: {m: [2024-01-01 10:00:00]}}}", "loss.pml.kwargs", {"m": ["2024-01-01 10:00:00"]}),
         ("data: {sources: [1, market1501]}", "data.sources", ["1", "market1501"]),
@@ -142,6 +172,10 @@ def test_a_value_is_converted_where_its_meaning_is_plain(tmp_path, text, key, va
     cfg.merge_from_file(write(tmp_path / "plain.yaml", text))
     found = config.flat(cfg)[key]
     assert found == value and repr(found) == repr(value)
+    # As a run writes config.yaml.
+    again = get_default_config()
+    again.merge_from_file(write(tmp_path / "config.yaml", yaml.safe_dump(config.plain(cfg))))
+    assert config.flat(again) == config.flat(cfg)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +187,8 @@ def test_a_value_is_converted_where_its_meaning_is_plain(tmp_path, text, key, va
         ("data.save_dir", "'log'", "log"),
         ("data.sources", "2024_01", ["2024_01"]),
         ("data.sources", "[1]", ["1"]),
+        ("data.sources", "[2024_01, 01]", ["2024_01", "01"]),
+        ("data.save_dir", "[a]", "[a]"),
         ("loss.pml.kwargs", "{m: 2024-01-01}", {"m": "2024-01-01"}),
         ("data.sources", "('a', 'b')", ["a", "b"]),
         ("train.lr", "1e-3", 0.001),
@@ -173,6 +209,11 @@ def test_wrong_words_are_refused():
         get_default_config().merge_from_list(["train.lr"])
     with pytest.raises(ValueError, match=r"'train.max_epochs' in the command line; did you mean 'train.max_epoch'"):
         get_default_config().merge_from_list(["train.max_epochs", "3"])
+    for words in (["a.yaml"], ["a.yml", "--root", "b", "c"]):
+        with pytest.raises(
+            InputError, match=rf"'{words[0]}' is no config key: give a file with --config-file {words[0]}"
+        ):
+            get_default_config().merge_from_list(words)
     with pytest.raises(ValueError, match=r"-s stands after KEY VALUE pairs"):
         get_default_config().merge_from_list(["train.max_epoch", "3", "-s", "market1501"])
 
@@ -306,8 +347,8 @@ def test_what_was_assigned_outlives_a_merge():
 
 
 @pytest.mark.parametrize("key", ["loss.pml.kwargs", "loss.pml.miner", "loss.drsl.reducer"])
-def test_numbers_with_an_exponent_are_numbers_in_arguments_too(tmp_path, key):
-    given = "{name: A, a: 5e-2, b: [1E3, .5e+1, 1.e2], c: {d: -2e0}, e: 2e, f: e2, g: 1.2.3e4}"
+def test_numbers_of_any_form_are_numbers_in_arguments_too(tmp_path, key):
+    given = "{name: A, a: 5e-2, b: [1E3, .5e+1, 1.e2], c: {d: -2e0}, e: 2e, f: e2, g: 1.2.3e4, h: [064, 1_000, +7]}"
     by_word, by_file = get_default_config(), get_default_config()
     by_word.merge_from_list([key, given])
     section, _, name = key.rpartition(".")
@@ -316,7 +357,7 @@ def test_numbers_with_an_exponent_are_numbers_in_arguments_too(tmp_path, key):
     for cfg in (by_word, by_file):
         found = cfg[first][second][name]
         assert (found["a"], found["b"], found["c"]) == (0.05, [1000.0, 5.0, 100.0], {"d": -2.0})
-        assert (found["e"], found["f"], found["g"]) == ("2e", "e2", "1.2.3e4")
+        assert (found["e"], found["f"], found["g"], found["h"]) == ("2e", "e2", "1.2.3e4", [64, 1000, 7])
 
 
 def test_words_may_hold_yaml():
@@ -473,9 +514,10 @@ def test_an_unknown_data_set_is_refused(tmp_path):
         config.build_datamanager(cfg)
 
 
-def test_missing_data_are_refused_and_leave_nothing_behind(tmp_path):
+def test_missing_data_are_refused_and_leave_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     cfg = get_default_config()
-    for root in (tmp_path / "nowhere", tmp_path):
+    for root in (tmp_path / "nowhere", tmp_path, "~/nowhere"):
         cfg.data.root = str(root)
         with pytest.raises(ValueError, match=rf"cannot read market1501 below data.root '{root}'.*--root"):
             config.build_datamanager(cfg)

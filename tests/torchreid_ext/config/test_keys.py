@@ -1,5 +1,6 @@
-"""Config keys that are derived from a dataclass of options and from the signature of a loss."""
+"""Config keys that are derived from a dataclass of options, and those of the loss."""
 
+import inspect
 from dataclasses import dataclass
 
 import pytest
@@ -8,40 +9,13 @@ from pytorch_metric_learning.distances import CosineSimilarity
 from pml_drsl import DRSLoss
 from pml_drsl.checks import InputError
 from torchreid_ext import config, get_default_config
-from torchreid_ext.config.keys import keys_of_arguments
+from torchreid_ext.config.keys import DRSL_ARGUMENTS
 from torchreid_ext.engine.options import RunOptions
 from torchreid_ext.runtime.options import Key, Options, documented, option
 
 
-class Loss:
-    """A loss.
-
-    Args:
-        power: exponent of the error, see ``f(x)``; 1 or 2. More about it here, which no table
-            has room for.
-        label: which label, e.g. of Smith et al. (2020),
-            to use.
-        limit: largest error.
-        distance: an object.
-
-    Raises:
-        InputError: never.
-    """
-
-    def __init__(
-        self, power: float = 2.0, label: str = "angle", limit: int | None = None, distance: object = None, **kwargs: int
-    ) -> None: ...
-
-
-def test_keys_of_a_loss():
-    assert keys_of_arguments("loss.mine", Loss) == {
-        "loss.mine.power": Key(2.0, "exponent of the error, see `f(x)`; 1 or 2", name="power"),
-        "loss.mine.label": Key("angle", "which label, e.g. of Smith et al. (2020), to use", name="label"),
-        "loss.mine.limit": Key(None, "largest error", kind=int, name="limit"),
-    }
-
-
-def test_arguments_reach_drsl_and_its_defaults_reach_the_config(monkeypatch):
+def test_arguments_reach_drsl_and_its_defaults_reach_the_config():
+    assert [*DRSL_ARGUMENTS, "kwargs"] == [*inspect.signature(DRSLoss).parameters]
     cfg = get_default_config()
     cfg.merge_from_list(["loss.name", "drsl", "model.pretrained", "False", "use_gpu", "False"])
     cfg.merge_from_list(["data.height", 64, "data.width", 32, "model.name", "osnet_x0_25"])
@@ -49,6 +23,7 @@ def test_arguments_reach_drsl_and_its_defaults_reach_the_config(monkeypatch):
     default = DRSLoss()
     built = config.build_criterion(cfg, model, 3)
     assert built.extra_repr() == default.extra_repr()
+    assert all(getattr(built, name) == getattr(default, name) for name in DRSL_ARGUMENTS)
     assert type(built.distance) is type(default.distance)
     cfg.merge_from_list(["loss.drsl.temperature", 1, "loss.drsl.sort_weight", 0.5, "loss.drsl.margin", 0.25])
     cfg.merge_from_list(["loss.drsl.bound_power", "None", "loss.drsl.query_chunk_size", 7])

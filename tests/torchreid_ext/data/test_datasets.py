@@ -132,7 +132,10 @@ class TestFolder:
             ({"query_cameras": ["c"]}, ["query_cameras", "'c'", "['a', 'b']"]),
             ({"query_cameras": ["a", "b"]}, ["'gallery'", "no image"]),
             ({"min_images": 99}, ["'train' has no image: give images of more people, or change", "min_images"]),
-            ({"junk": [-1, "p1", 7]}, ["junk: no image shows '7'", "write it '0007'"]),
+            ({"junk": [-1, "p1", 7]}, ["no image shows '7', a name of junk: correct or remove it"]),
+            ({"train": ["p0", 1.5], "test": []}, ["train takes text, got 1.5: write it in quotes"]),
+            ({"folder": True}, ["folder takes text, got True: write it in quotes"]),
+            ({"junk": [None]}, ["junk takes text, got None"]),
         ],
     )
     def test_errors(self, tmp_path: Path, options: dict[str, Any], words: list[str]) -> None:
@@ -179,6 +182,28 @@ class TestNamesAndCameras:
         assert len({item[1:3] for item in data.query}) == 9
         assert load(tmp_path, cameras="none", pattern=r"(?P<identity>\w+)/.*").train == data.train
 
+    def test_without_cameras_the_cure_of_a_lone_image_is_another_image(self, tmp_path: Path) -> None:
+        for person in PEOPLE[:4]:
+            draw(tmp_path / person / "1.jpg")
+        for person in PEOPLE[4:6]:
+            make_folder(tmp_path, [person], ["a"])
+        options = {"cameras": "none", "train": ["p4", "p5"]}
+        with pytest.raises(
+            InputError, match=r"no test person has a second image, .*'p0': add photos, or set min_images: 2"
+        ):
+            load(tmp_path, **options, test=["p[0-3]"])
+        with pytest.warns(UserWarning, match=r"1 of 3 queries have no match in the gallery, and evaluation leaves"):
+            load(tmp_path, cameras="none", train=["p0", "p1"], test=["p2", "p4"])
+
+    def test_a_test_of_one_person_is_refused_but_not_a_training_beside_it(self, tmp_path: Path) -> None:
+        make_folder(tmp_path, PEOPLE[:4], ["a"])
+        few = make_options("mine", {"cameras": "none", "test_fraction": 0.3})
+        assert len(ConfiguredDataset("mine", few, root=str(tmp_path), verbose=False).train) == 6
+        with pytest.raises(
+            InputError, match=r"mine: the gallery shows 'p\d' alone.*more people, or raise test_fraction"
+        ):
+            ConfiguredDataset("mine", few, root=str(tmp_path), mode="query", verbose=False)
+
     def test_a_single_camera_is_refused_with_the_cure(self, tmp_path: Path) -> None:
         make_folder(tmp_path, PEOPLE[:4], ["IMG"])
         with pytest.raises(InputError, match=r"no query has a match.*camera 'IMG'.*datasets\.mine\.cameras: none"):
@@ -213,12 +238,14 @@ class TestNamesAndCameras:
         for name in ("p1/clip.gif", "p1/clip2.gif"):
             (tmp_path / name).write_bytes(b"x")
         draw(tmp_path / "alone.png")
-        data = load(tmp_path, junk=["-1", "blurred"], verbose=True)
+        draw(tmp_path / "lone" / "a_0.png")
+        data = load(tmp_path, junk=["-1", "blurred"], min_images=2, verbose=True)
         assert people(data.train) | people(data.gallery) == set(PEOPLE[:4])
         line = capsys.readouterr().out.splitlines()[-1]
         assert line.startswith("=> mine: left out: ") and "images of junk (8: '-1/a_0.png', '-1/a_1.png', ...)" in line
         assert "images whose names do not match the pattern (1: 'alone.png')" in line
         assert "kinds that are not read (2: 'p1/clip.gif', 'p1/clip2.gif')" in line
+        assert line.endswith("people with fewer than 2 images (1: 'lone')")
 
     def test_the_recipe_for_ones_own_photos_trains(self, tmp_path: Path) -> None:
         for pid, shot in itertools.product(range(12), range(4)):
@@ -250,6 +277,10 @@ class TestNamesAndCameras:
         config.merge_from_list([word for key, value in own.items() for word in (f"datasets.mine.{key}", value)])
         config.merge_from_list(["data.sources", ["mine"], "data.save_dir", "log/run", "data.root", "."])
         with pytest.raises(InputError, match=r"'log/run' lies in a folder of datasets\.mine"):
+            check_save_dir(config)
+        # In the folder of the photos itself, batch.png shows nobody, but a picture in a folder there does.
+        config.data.save_dir = "."
+        with pytest.raises(InputError, match=r"'\.' lies in a folder of datasets\.mine"):
             check_save_dir(config)
         # Hidden folders, and names that the pattern does not match, are no photos.
         for words in (["data.save_dir", ".runs/a"], ["datasets.mine.pattern", "(?P<identity>person [^/]+)/.*"]):
@@ -351,7 +382,6 @@ class TestOptions:
             ({"test_fraction": True}, ["test_fraction", "True"]),
             ({"seed": -1}, ["seed", "-1"]),
             ({"min_images": 0}, ["min_images", "got 0"]),
-            ({"folder": True}, ["folder takes a list", "True"]),
             ({"pattern": 3}, ["pattern '3'", "market, msmt17, veri, folder"]),
             ({"pattern": "("}, ["regular expression"]),
             ({"pattern": "markt"}, ["pattern 'markt'", "market, msmt17, veri, folder"]),
@@ -396,6 +426,12 @@ class TestCsv:
         assert len(load(tmp_path, csv="below/list.csv").train) == 3
         (below / "list.csv").rename(below / "2024")
         assert len(load(below, csv=2024).train) == 3
+
+    def test_junk_that_no_row_names_is_refused(self, tmp_path: Path) -> None:
+        write_csv(tmp_path, GOOD)
+        assert len(load(tmp_path, csv="list.csv", junk=["x-3", -1]).gallery) == 1
+        with pytest.raises(InputError, match=r"list\.csv: no image shows 'x3', a name of junk"):
+            load(tmp_path, csv="list.csv", junk=["x3"])
 
     def test_an_image_may_be_both_query_and_gallery(self, tmp_path: Path) -> None:
         write_csv(tmp_path, [*GOOD, ("a/4.png", "x-1", "south", "gallery")])

@@ -21,7 +21,7 @@ from PIL import Image
 import torchreid_ext
 from torchreid_ext.data import synthetic
 from torchreid_ext.data.drawing import CAMERAS, draw_image, draw_scene, make_person
-from torchreid_ext.data.synthetic import LAYOUT, SyntheticPedestrians
+from torchreid_ext.data.synthetic import LAYOUT, SyntheticPedestrians, SyntheticTracklets
 
 SPLITS = ("bounding_box_train", "query", "bounding_box_test")
 
@@ -97,15 +97,12 @@ class TestSet:
 
 
 class TestDrawing:
-    def test_the_images_depend_only_on_the_seed(self, tmp_path: Path, few: None) -> None:
-        for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-            SyntheticPedestrians.draw(tmp_path / name, seed)
+    def test_the_images_are_always_the_same(self, tmp_path: Path, few: None) -> None:
+        for name in "ab":
+            SyntheticPedestrians.draw(tmp_path / name)
             random.random()
             np.random.random()
-        a, b, c = (contents(tmp_path / name) for name in "abc")
-        assert a == b
-        shared = a.keys() & c.keys()
-        assert len(shared) > 10 and all(a[name] != c[name] for name in shared)
+        assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
     def test_drawing_reads_and_advances_no_global_generator(self) -> None:
         before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # type: ignore[index]
@@ -152,20 +149,12 @@ class TestDrawing:
         SyntheticPedestrians.draw(tmp_path / "alone")
         assert contents(target) == contents(tmp_path / "alone")
 
-    def test_negative_seed(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="seed=-1"):
-            SyntheticPedestrians.draw(tmp_path / "x", -1)
-
 
 class TestRecipe:
-    def test_another_seed_or_version_is_refused_and_left_alone(
-        self, root: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_another_version_is_refused_and_left_alone(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         before = contents(root)
-        with pytest.raises(ValueError, match=r"'seed': 0.*'seed': 1.*delete it"):
-            SyntheticPedestrians(str(root), seed=1, verbose=False)
         monkeypatch.setattr(SyntheticPedestrians, "version", 2)
-        with pytest.raises(ValueError, match="'version': 2"):
+        with pytest.raises(ValueError, match=r"'version': 1.*'version': 2.*delete it"):
             SyntheticPedestrians(str(root), verbose=False)
         assert contents(root) == before
 
@@ -185,6 +174,56 @@ class TestRecipe:
         file.write_text("{")
         with pytest.raises(ValueError, match=r"recipe\.json is damaged"):
             SyntheticPedestrians(str(tmp_path), verbose=False)
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root folder with drawn tracklets of twelve identities in place of 64."""
+    folder = tmp_path_factory.mktemp("tracked")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthetic, "TRACKED", {"train": range(1, 7), "test": range(7, 13)})
+        SyntheticTracklets.draw(folder / "synthetic_tracklets")
+    return folder
+
+
+class TestTracklets:
+    def test_splits(self, tracked: Path) -> None:
+        data = SyntheticTracklets(str(tracked), transform=1, verbose=False)
+        parts = {"train": (6, 36), "query": (6, 18), "gallery": (6, 18)}
+        for part, (people, tracklets) in parts.items():
+            rows = getattr(data, part)
+            assert (len({row[1] for row in rows}), len(rows)) == (people, tracklets)
+            for paths, _, camid, _ in rows:
+                names = [path.rsplit("/", 1)[1] for path in paths]
+                # One person, one camera, one tracklet, frames in order from the first.
+                assert {name[:12] for name in names} == {names[0][:12]} and int(names[0][5]) == camid + 1
+                assert [int(name[12:15]) for name in names] == list(range(1, len(names) + 1))
+                assert 3 <= len(names) <= 6
+        assert len({len(row[0]) for row in data.train}) > 1
+        assert {row[1] for row in data.query} == {row[1] for row in data.gallery}
+        assert not {row[0] for row in data.query} & {row[0] for row in data.gallery}
+        for _, pid, camid, _ in data.query:
+            assert any(other == pid and at != camid for _, other, at, _ in data.gallery)
+
+    def test_torchreids_own_reader_finds_the_same(self, tracked: Path) -> None:
+        ours = SyntheticTracklets(str(tracked), transform=1, verbose=False)
+        (tracked / "mars").symlink_to(tracked / "synthetic_tracklets")
+        theirs = torchreid.data.datasets.init_video_dataset("mars", root=str(tracked), transform=1, verbose=False)
+        for part in ("train", "query", "gallery"):
+            rows = [
+                [([Path(path).name for path in row[0]], *row[1:]) for row in getattr(data, part)]
+                for data in (ours, theirs)
+            ]
+            assert rows[0] == rows[1]
+
+    def test_all_frames_differ_and_are_always_drawn_alike(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(synthetic, "TRACKED", {"train": range(1, 2), "test": range(2, 3)})
+        for name in "ab":
+            SyntheticTracklets.draw(tmp_path / name)
+        a, b = ([path.read_bytes() for path in sorted((tmp_path / name).rglob("*.jpg"))] for name in "ab")
+        assert a == b and len(set(a)) == len(a) > 30
 
 
 def test_importing_twice_registers_once() -> None:
