@@ -14,18 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
 from pml_drsl.checks import InputError, nearest
 from torchreid_ext.config.keys import KEYS
 from torchreid_ext.config.node import Config, check, flat, get_default_config
-from torchreid_ext.config.values import flatten, plain
+from torchreid_ext.config.values import flatten, load_yaml, plain
 from torchreid_ext.runtime.files import locked
 
 Snippet = Mapping[str, Any]
 """Config keys with values, nested as in YAML, or dotted."""
 
 SETTINGS, TUNED = "settings", "-tuned"
+PLACES = ("data.root", "model.load_weights")  # A path of the same name may hold other photos or weights.
 LOSSES = "losses.yaml"  # beside the first configuration file, unless another file is given
 
 
@@ -47,8 +46,7 @@ class Run:
     def labels(self) -> dict[str, Any]:
         """What its line of the file of results says of it, beside the scores."""
         names = ("loss", "seed", "changes", "varied", "snippet", "configuration")
-        own = {name: getattr(self, name) for name in names}
-        return {"config": self.config.name, **own, "fingerprint": fingerprint(self.configuration)}
+        return {"config": self.config.name, **{name: getattr(self, name) for name in names}}
 
 
 def recipe(line: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -89,8 +87,9 @@ def scored(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint(configuration: Mapping[str, Any]) -> str:
-    """A short hash of the keys that have an effect on scores."""
-    return hashlib.sha256(json.dumps(comparable(configuration), sort_keys=True).encode()).hexdigest()[:16]
+    """A short hash of the keys that have an effect on scores, and of the places of data and weights."""
+    values = comparable(configuration) | {key: configuration[key] for key in PLACES}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_losses(path: Path, names: Sequence[str] | None) -> tuple[dict[str, Snippet], dict[str, list[Snippet]]]:
@@ -101,8 +100,8 @@ def read_losses(path: Path, names: Sequence[str] | None) -> tuple[dict[str, Snip
     something else, or for a name that is not in it.
     """
     try:
-        losses = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        losses = load_yaml(path.read_text(encoding="utf-8"), f"the losses of {path}")
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the losses of {path}: {error}; give --losses-file FILE") from error
     if not losses or not isinstance(losses, dict) or not all(isinstance(snippet, dict) for snippet in losses.values()):
         raise InputError(f"{path} must hold config keys for each loss, as supcon: {{loss: {{name: pml, ...}}}}")
@@ -160,7 +159,7 @@ def plan(
                 cfg = get_default_config()
                 cfg.merge_from_file(file)
                 _merge(cfg, loss, snippet)
-                cfg.data.root = root or cfg.data.root
+                cfg.merge_from_list(["data.root", root] if root else [])
                 cfg.merge_from_list([word for pair in (fixed | of_seed).items() for word in pair])
                 cfg.train.seed = seed
                 check(cfg)

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from pml_drsl.checks import InputError, nearest
-from pml_drsl.console import write_text
+from pml_drsl.console import replacing, write_text
 from torchreid_ext.benchmark.grid import TUNED, recipe, same, scored
 from torchreid_ext.benchmark.statistics import compare, holm
 from torchreid_ext.config.values import flatten
@@ -177,7 +177,8 @@ def _section(target: str, network: str, lines: Sequence[Mapping[str, Any]]) -> S
             without.setdefault(missing, []).append(loss)
     notes += [f"No results for seed {missing}: {', '.join(names)}." for missing, names in without.items()]
     named = (line["commit"] for of_loss in by_loss.values() for line in of_loss.values() if "commit" in line)
-    commits = dict.fromkeys(name[:7] + "-dirty" * name.endswith("-dirty") for name in named)
+    names = (name for several in named for name in several.split("+"))  # A run may have gone on with other code.
+    commits = dict.fromkeys(name[:7] + "-dirty" * name.endswith("-dirty") for name in names)
     if len(commits) > 1:
         notes.append(f"Measured with the commits {', '.join(commits)}.")
     changes = {key: word for key, word in _changes(lines[0]).items() if key != "model.load_weights"}
@@ -262,20 +263,21 @@ def check_figure(path: Path) -> None:
 
 def draw(sections: Sequence[Section], path: Path) -> None:
     """Draws one panel for each section, three in a row: mean and standard deviation of mAP and rank-1. The suffix of
-    the path gives the format. Where the names of losses tell the number of negatives for each positive, the panel has
-    a curve of mAP for each."""
+    the path gives the format. Where the names of all losses tell the number of negatives for each positive, the panel
+    has curves of mAP. Raises OSError if the file cannot be written, which keeps its old content then."""
     from matplotlib.figure import Figure
 
     columns, rows = min(3, len(sections)), math.ceil(len(sections) / 3)
     figure = Figure(figsize=(6 * columns, 4.5 * rows), layout="constrained")
     for number, section in enumerate(sections, 1):
         axes, scores = figure.add_subplot(rows, columns, number), section.scores().fillna(0)
-        curves = any(WITH_NEGATIVES.fullmatch(loss) for loss in section.lines)
+        curves = all(WITH_NEGATIVES.fullmatch(loss) for loss in section.lines)
         (_curves if curves else _points)(axes, scores)
         axes.set_title(f"{section.target}, {section.network}")
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120, format=path.suffix[1:])
 
 
 def _points(axes: Axes, scores: pd.DataFrame) -> None:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -25,6 +26,7 @@ from tqdm import tqdm
 from pml_drsl.checks import InputError
 from pml_drsl.console import write_text
 from torchreid_ext.benchmark.grid import (
+    PLACES,
     TUNED,
     Run,
     Snippet,
@@ -37,10 +39,10 @@ from torchreid_ext.benchmark.grid import (
     recipe,
     same,
 )
+from torchreid_ext.checkpoint.folder import History
 from torchreid_ext.runtime.signals import StopRequest
 
 DRSL_TRAIN = (sys.executable, "-m", "torchreid_ext")
-RANKS = (1, 5, 10)
 STOP_SECONDS = 10.0  # how long a process has to end after it was asked to
 WEIGHTS = (0.1, 0.3, 1.0, 3.0)
 WEIGHT_KEYS = {"triplet": "loss.triplet.weight_t", "drsl": "loss.drsl.weight_m", "pml": "loss.pml.weight_m"}
@@ -53,7 +55,7 @@ def run_all(runs: Sequence[Run], results: Path, workers: int, keep: Path | None 
     Returns the number of runs that failed. A failure is reported in one line, and does not stop the other runs. SIGTERM
     and SIGHUP stop them, as Ctrl-C does. Checkpoints and logs are in the folder ``keep``, or in a temporary folder,
     which only stays if a run fails, or if an error ends this function. Raises InputError or OSError, before the first
-    run, for a file to which no result can be added.
+    run, for a file to which no result can be added, or that has results on data or weights of other places.
     """
     waiting = _missing(runs, results)
     if len(waiting) < len(runs):
@@ -100,10 +102,16 @@ def run_all(runs: Sequence[Run], results: Path, workers: int, keep: Path | None 
 
 def _missing(runs: Sequence[Run], results: Path) -> list[Run]:
     """The runs whose configurations are not in the file of results. The report goes by labels, such as the name of the
-    loss: of a run that is there under other labels, the result is added once more, with the run's own."""
+    loss: of a run that is there under other labels, the result is added once more, with the run's own. Raises
+    InputError for a run that is there with other words for the place of its data or weights."""
     missing, there = list[Run](), read_results(results)
     for run in runs:
         own, labels = [line for line in there if same(run.configuration, line["configuration"])], run.labels()
+        for line, key in product(own, PLACES):
+            ours, theirs = (values.get(key) for values in (run.configuration, line["configuration"]))
+            if ours != theirs:
+                other = f"{run} is in {results} with {key} {theirs!r}, and not {ours!r}"
+                raise InputError(f"{other}: give the same, or another file to --results")
         if not own:
             missing.append(run)
         elif not any(_labels(line) == _labels(labels) for line in own):
@@ -123,8 +131,10 @@ class Process:
         name = f"{run.config.stem}-{run.loss.replace('/', '_')}-{fingerprint(run.configuration)}"
         self.run, self.folder = run, folder / name
         self.status: int | None = None
-        self._commit = commit()  # Of this run: the code may change while the grid runs.
         self.folder.mkdir(parents=True, exist_ok=True)
+        # Of this run: the code may change while the grid runs, or before a stopped run goes on.
+        with open(self.folder / "commits.txt", "a" if History(self.folder / "model").candidates() else "w") as commits:
+            commits.write(f"{commit()}\n")
         # The loss stands in a configuration over the other: drsl-train can repeat the run from this file.
         file = self.folder / "run.yaml"
         file.write_text(yaml.safe_dump({"base": str(run.config.resolve()), **run.snippet}, sort_keys=False))
@@ -149,7 +159,6 @@ class Process:
             streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": errors}
             # Ctrl-C reaches the benchmark alone, in a session of its own, which then stops the runs.
             self._process = subprocess.Popen(command, env=os.environ | threads, start_new_session=True, **streams)
-        self._started = time.monotonic()
 
     def ended(self) -> bool:
         self.status = self._process.poll()
@@ -179,18 +188,16 @@ class Process:
         return {
             **self.run.labels(),
             "results": {target: self._scores(target, scores) for target, scores in metrics.items()},
-            "seconds": round(time.monotonic() - self._started, 1),
-            "commit": self._commit,
+            "commit": "+".join(dict.fromkeys((self.folder / "commits.txt").read_text().splitlines())),
             "torch": metadata.version("torch"),
         }
 
     def _scores(self, target: str, scores: dict[str, Any]) -> dict[str, Any]:
         with open(self.folder / f"queries_{target}.csv", newline="") as file:
             queries = list(csv.DictReader(file))
-        cmc = scores["cmc"]
         return {
             **{score: round(scores[score], 5) for score in ("mAP", "mINP")},
-            **{f"rank-{rank}": round(cmc[min(rank, len(cmc)) - 1], 5) for rank in RANKS},
+            "rank-1": round(scores["cmc"][0], 5),
             "identity": [int(query["identity"]) for query in queries],
             "AP": [_short(query["AP"]) for query in queries],
             "hit": [_short(query["rank-1"]) for query in queries],

@@ -118,9 +118,10 @@ def _opened(args: argparse.Namespace, out: TextIO) -> tuple[Searcher, ExtractedS
         searcher = Searcher(args.checkpoint, index=kept, **given)
         queries = [absolute(row) for row in list_queries(args.query, args.names)]
         asked = _extracted(args, searcher, queries, out, description="queries", crop=args.crop) if queries else None
-        changed = _update(args, searcher, out)
-        if changes and (changed or kept is None):
+        removed, added = _remove(args, searcher, out), _add(args, searcher, out)
+        if unwritten := changes and (added or kept is None):
             searcher.gallery.save(args.index)
+        if removed or unwritten:
             say(f"The index of {len(searcher):,} images is in {args.index!r}", out)
     return searcher, asked
 
@@ -165,20 +166,26 @@ def _check(args: argparse.Namespace) -> None:
     console.check_outputs(outputs, [find_checkpoint(args.checkpoint), args.config_file, *args.query, *args.gallery])
 
 
-def _update(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
-    """Removes and adds images of the gallery; returns whether anything changed."""
+def _remove(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
+    """Removes images from the index, writes it and says so; returns whether any was removed."""
+    removed = searcher.remove(args.remove) if args.remove else 0
+    gone = searcher.prune() if args.prune else 0
+    if removed or gone:
+        searcher.gallery.save(args.index)
+    if args.remove:
+        say(f"Removed {removed:,} images from the index", out)
+    if args.prune:
+        say(f"Removed {gone:,} images from the index, whose files are gone", out)
+    return bool(removed or gone)
+
+
+def _add(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
+    """Adds images to the gallery; returns whether there were any to add."""
     from torchreid_ext.images import Row, Table, pattern, spelt
     from torchreid_ext.search.features import read_gallery
     from torchreid_ext.search.sources import absolute, list_sources
 
-    changed = bool(args.remove)
-    if args.remove:
-        say(f"Removed {searcher.remove(args.remove):,} images from the index", out)
-    if args.prune:
-        gone = searcher.prune()
-        say(f"Removed {gone:,} images from the index, whose files are gone", out)
-        changed |= gone > 0
-    listed, left_out = list[Row](), Table()
+    added, listed, left_out = False, list[Row](), Table()
     for source in args.gallery:
         if source.lower().endswith(".npz"):
             held = read_gallery(source, searcher.model)
@@ -186,7 +193,7 @@ def _update(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
             places = {absolute(spelt(entry, carried)): row for row, entry in enumerate(held.entries)}
             new = [entry for entry in places if entry.path not in searcher.gallery]
             searcher.gallery.add(new, held.features[[places[entry] for entry in new]])
-            changed |= bool(new)
+            added |= bool(new)
         else:
             table = list_sources([source], args.names)
             listed += map(absolute, table.gallery or table.query)
@@ -197,7 +204,7 @@ def _update(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
     known = {entry.path: entry for entry in listed if entry.identity}
     fresh = {entry.path: known.get(entry.path, entry) for entry in listed if entry.path not in searcher.gallery}
     entries = list(fresh.values())
-    changed |= bool(entries)
+    added |= bool(entries)
     while entries:
         progress = f"gallery, {len(entries):,} images left"
         # The whole index is written after every part: parts that grow with it keep the time for this short.
@@ -209,7 +216,7 @@ def _update(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
             searcher.gallery.add(read.entries, read.features)
         if read.entries and entries:
             searcher.gallery.save(args.index)
-    return changed
+    return added
 
 
 if __name__ == "__main__":

@@ -9,14 +9,10 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from pml_drsl.console import replacement
-
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
 
 
 def link(path: Path, name: str) -> None:
@@ -41,40 +37,20 @@ def remove_unfinished(folder: Path) -> None:
 def locked(path: str | os.PathLike[str]) -> Iterator[None]:
     """Context for reading, changing and writing a file, which need not exist: another process that wants to do so waits
     until its end, and says so on stderr. ``.NAME.lock`` stands beside the file, or the target of a link, while it is
-    locked. The lock of a killed process is free again. A process that asks for its own lock once more waits for itself.
-    Raises OSError if the folder cannot be written, or its file system has no locks."""
+    locked. The lock of a killed process is free again. A thread that asks for its own lock once more gets a
+    RuntimeError. Raises OSError if the folder cannot be written, or its file system has no locks."""
     path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.with_name(f".{path.name}.lock")
-    with contextlib.ExitStack() as stack:
-        while True:
-            file = stack.enter_context(open(lock, "ab"))
-            if not _acquired(file, wait=False):
-                print(f"waiting for another process that writes {os.fspath(path)!r}", file=sys.stderr, flush=True)
-                _acquired(file, wait=True)
-            # The process that had the lock removed the file; then the lock of the removed file protects nothing.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(lock.stat(), os.fstat(file.fileno())):
-                    break
-            file.close()
-        try:
-            yield
-        finally:
-            with contextlib.suppress(PermissionError):  # Windows does not remove a file that is open.
-                lock.unlink()
-
-
-def _acquired(file: IO[bytes], wait: bool) -> bool:
-    """Locks an open file until it is closed; without ``wait`` it returns False where another process has the lock."""
-    while True:
-        try:
-            if sys.platform == "win32":
-                file.seek(0)
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            return True
-        except (BlockingIOError, PermissionError):
-            if not wait:
-                return False
-            time.sleep(0.1)
+    file = path.with_name(f".{path.name}.lock")
+    # A soft lock, which is a file's mere existence, would outlive a killed process.
+    lock = FileLock(file, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for another process that writes {os.fspath(path)!r}", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        if os.name == "posix":  # A file that stays could keep other users out. On Windows, filelock removes it.
+            file.unlink(missing_ok=True)
+        lock.release()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from torchreid_ext.benchmark import grid, report
+from torchreid_ext.benchmark import grid, report, runner
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "docs" / "benchmark.jsonl.gz"
@@ -31,6 +31,21 @@ def test_the_page_holds_the_report(results):
 def test_the_other_pages_hold_their_reports(page, reference):
     results = grid.read_results(ROOT / "docs" / f"{page}.jsonl.gz")
     assert held(f"{page}.md") == report.report(results, reference).strip()
+
+
+@pytest.mark.parametrize(
+    ("page", "config", "losses", "names", "seeds", "words"),
+    [
+        ("benchmark", "market1501", "losses", ["drsl", "triplet"], 3, ""),
+        ("few_positives", "cuhk03", "losses_rare", ["drsl-1-to-15", "supcon-1-to-250"], 3, ""),
+        ("validation", "cuhk03", "losses_drsl", ["t0.1-p0.1-s1"], 1, "data.validation 0.5 data.identities 300"),
+    ],
+)
+def test_a_command_goes_on_from_the_published_results(page, config, losses, names, seeds, words):
+    file, words = ROOT / "configs" / f"{config}_osnet_x0_25.yaml", f"model.load_weights osnet_x0_25_msmt17.pth {words}"
+    chosen, _ = grid.read_losses(ROOT / "configs" / f"{losses}.yaml", names)
+    runs = grid.plan([file], chosen, range(seeds), words.split(), root="DATA")
+    assert runner._missing(runs, ROOT / "docs" / f"{page}.jsonl.gz") == []
 
 
 def test_each_configuration_states_its_figures(results):

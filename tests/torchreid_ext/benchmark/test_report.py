@@ -2,11 +2,13 @@
 
 import inspect
 import json
+import os
 
 import numpy as np
 import pytest
 import torchreid
 import yaml
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -236,6 +238,9 @@ def test_a_table_of_several_commits_names_them():
     results = [each | {"commit": f"{each['seed']}" * 12} for each in RESULTS]
     assert report.sections(results)[0].notes == ["Measured with the commits 0000000, 1111111, 2222222."]
     assert not report.sections(results[:1])[0].notes
+    # A run that went on with other code has several.
+    both = [each | {"commit": "0" * 12 + "+" + "1" * 12 + "-dirty"} for each in RESULTS]
+    assert report.sections(both)[0].notes == ["Measured with the commits 0000000, 1111111-dirty."]
     dirty = [each | {"commit": "0" * 12 + "-dirty" * (each["seed"] == 2)} for each in RESULTS]
     assert report.sections(dirty)[0].notes == ["Measured with the commits 0000000, 0000000-dirty."]
 
@@ -287,6 +292,9 @@ def test_the_page_keeps_what_is_around_the_report(tmp_path, capsys, monkeypatch)
     page.write_text(text)
     monkeypatch.setattr("os.fsync", full)
     assert benchmark.main(words) == 2 and page.read_text() == text
+    drawn = figure.read_bytes()
+    assert benchmark.main(["report", str(path), "--losses", "supcon", "--figure", str(figure)]) == 2
+    assert figure.read_bytes() == drawn and sorted(os.listdir(tmp_path)) == [figure.name, page.name, path.name]
 
 
 @pytest.mark.parametrize(
@@ -322,12 +330,17 @@ def test_a_figure_has_three_panels_in_a_row(tmp_path):
     assert size == (3 * width, 2 * height)
 
 
-def test_losses_with_numbers_of_negatives_become_curves():
+def test_losses_with_numbers_of_negatives_become_curves(tmp_path, monkeypatch):
     results = [line(f"{loss}-1-to-{n}", 0, 0.5) for loss in ("drsl", "supcon") for n in (60, 15)]
-    axes = Figure().add_subplot()
-    report._curves(axes, report.sections(results)[0].scores())
-    assert sorted(axes.get_legend_handles_labels()[1]) == ["drsl", "supcon"]
-    assert [list(container.lines[0].get_xdata()) for container in axes.containers] == [[15, 60]] * 2
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: drawn.extend(figure.axes))
+    drawn = list[Axes]()
+    report.draw(report.sections(results), tmp_path / "figure.png")
+    report.draw(report.sections([*results, line("softmax", 0, 0.5)]), tmp_path / "figure.png")
+    curves, points = drawn
+    assert sorted(curves.get_legend_handles_labels()[1]) == ["drsl", "supcon"]
+    assert [list(container.lines[0].get_xdata()) for container in curves.containers] == [[15, 60]] * 2
+    # A loss without a number has no place on a curve, and is not left out.
+    assert {text.get_text() for text in points.get_yticklabels()} == {"softmax", *(each["loss"] for each in results)}
 
 
 DRSL = {"loss": {"name": "drsl"}}

@@ -64,8 +64,6 @@ def test_a_result_is_a_line_and_is_not_made_again(script, tmp_path, capsys):
             "mAP": 0.5,
             "mINP": 0.25,
             "rank-1": 0.4,
-            "rank-5": 0.6,
-            "rank-10": 0.6,
             "identity": [3, 4],
             "AP": [0.12346, None],
             "hit": [1, None],
@@ -137,6 +135,33 @@ def test_a_file_that_takes_no_results_is_refused_before_the_first_run(tmp_path, 
     (tmp_path / "file").touch()
     with pytest.raises(error):
         runner.run_all(planned([0]), tmp_path / name, 1)
+
+
+@pytest.mark.parametrize("key", ["data.root", "model.load_weights"])
+def test_other_data_or_weights_are_another_run_and_go_to_another_file(script, tmp_path, key):
+    """The weights are files of one name, in two folders."""
+    one, other = (grid.plan([DEMO], DRSL, [0], [key, f"{folder}/model-best.pth.tar"]) for folder in ("hall", "door"))
+    results, kept = tmp_path / "results.jsonl", tmp_path / "kept"
+    assert runner.run_all(one, results, 1, kept) == 0
+    with pytest.raises(InputError, match=f"{key} 'hall/model-best.pth.tar'.* 'door/model-best.pth.tar'.*--results"):
+        runner.run_all(other, results, 1, kept)
+    assert runner.run_all(other, tmp_path / "other.jsonl", 1, kept) == 0
+    assert runner.run_all(one, results, 1, kept) == 0
+    assert len(grid.read_results(results)) == 1 and len([*kept.iterdir()]) == 2
+
+
+def test_a_run_that_goes_on_with_other_code_names_both_commits(script, tmp_path, monkeypatch):
+    """A start that left no checkpoint has no part in its scores."""
+    results, kept, starts = tmp_path / "results.jsonl", tmp_path / "kept", iter("abcc")
+    monkeypatch.setattr(runner, "commit", lambda: next(starts))
+    for _ in range(2):
+        assert runner.run_all(planned([1]), results, 1, kept) == 1
+    (folder,) = kept.iterdir()
+    (folder / "model").mkdir()
+    (folder / "model" / "model-last.pth.tar").touch()
+    (tmp_path / "train.py").write_text(SCRIPT.replace("sys.exit", "print"))
+    assert runner.run_all(planned([1, 0]), results, 1, kept) == 0
+    assert {line["seed"]: line["commit"] for line in grid.read_results(results)} == {0: "c", 1: "b+c"}
 
 
 class Ended:

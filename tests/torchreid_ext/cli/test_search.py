@@ -214,6 +214,14 @@ def test_a_damaged_image_loses_only_its_part_of_the_index(model, photos, tmp_pat
     out = capsys.readouterr().out
     assert f"gallery/{damaged}.png': it is not an image" in out and "The index of 4 images" in out
     assert read == [str(gallery / f"{number}.png") for number in range(2 * (damaged // 2), 5)]
+    # What is reported as removed is removed, though the damaged image ends the command.
+    (gallery / "1.png").unlink()
+    again = ["--gallery", gallery / f"{damaged}.png", "--remove", gallery / "0.png", "--prune"]
+    assert run(model, "--index", index, *again) == 2
+    out = capsys.readouterr().out
+    assert "Removed 1 images from the index\n" in out and "Removed 1 images from the index, whose files" in out
+    kept = [entry.path for entry in Searcher(model, index=index, device="cpu").gallery.entries]
+    assert kept == [str(gallery / f"{number}.png") for number in (2, 7 - damaged)]
 
 
 def test_a_damaged_query_is_left_out_where_that_is_asked_for(model, photos, tmp_path, capsys):

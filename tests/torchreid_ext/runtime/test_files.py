@@ -1,5 +1,7 @@
 """Files that several processes write: complete, never mixed, and never removed under a writer."""
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -135,17 +137,28 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 
 
 def test_a_lock_that_another_process_removes_at_any_moment_is_taken_again(tmp_path, monkeypatch):
-    path, acquired, calls = tmp_path / "index", files._acquired, []
+    path, lock, flags, flock = tmp_path / "index", tmp_path / ".index.lock", [], fcntl.flock
 
-    def removed_once(file, wait):
-        calls.append(wait)
-        if len(calls) == 1:
-            os.unlink(file.name)  # what the process does that had the lock
-        return acquired(file, wait)
+    def removed_once(file, flag):
+        if not flags:
+            lock.unlink()  # what the process does that had the lock
+        flags.append(flag)
+        flock(file, flag)
 
-    monkeypatch.setattr(files, "_acquired", removed_once)
-    # A third process has made the file again, and removes it before it can be compared.
-    monkeypatch.setattr(Path, "exists", lambda self: True)
-    with files.locked(path):
-        assert len(calls) == 2 and (tmp_path / ".index.lock").is_file()
-    assert not (tmp_path / ".index.lock").is_file()
+    monkeypatch.setattr(fcntl, "flock", removed_once)
+    with files.locked(path), open(lock) as file:
+        with pytest.raises(BlockingIOError):
+            flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with pytest.raises(RuntimeError, match="already held"), files.locked(path):
+            pass
+    assert not lock.exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch, number):
+    def unsupported(file, flag):
+        raise OSError(number, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with pytest.raises(OSError, match="no locks here"), files.locked(tmp_path / "index"):
+        pass

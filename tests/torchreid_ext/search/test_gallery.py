@@ -1,13 +1,8 @@
 """A gallery finds what a slow search in float64 finds, keeps its file whole, and refuses what is not its own."""
 
-import itertools
 import json
 import os
-import random
-import signal
-import time
 import types
-import zlib
 
 import faiss
 import numpy as np
@@ -20,7 +15,6 @@ from pml_drsl.checks import InputError
 from pml_drsl.evaluation.arrays import read_npz
 from pml_drsl.evaluation.scores import evaluate
 from torchreid_ext.images import Row
-from torchreid_ext.runtime.files import locked
 from torchreid_ext.search import gallery as module
 from torchreid_ext.search.features import ExtractedSet, FeatureIndex, _collated, read_gallery, write_features
 from torchreid_ext.search.gallery import Gallery
@@ -296,59 +290,3 @@ def test_what_is_no_file_of_arrays_is_refused(tmp_path):
     assert refused(path)
     np.savez(path, settings=np.array([{}], dtype=object))
     assert refused(path)
-
-
-def write_for_ever(path, log, worker):
-    """Adds images to one index, one after the other; a name is logged when its index is on the disk."""
-    # The threads of the parent are not in a forked child.
-    faiss.omp_set_num_threads(1)
-    torch.set_num_threads(1)
-    for number in itertools.count():
-        name = f"{worker}-{number}"
-        with locked(path):
-            gallery = Gallery.load(path, model()) if os.path.exists(path) else Gallery(model())
-            gallery.add([Row(name, str(worker))], draw(1, seed=seed_of(name)))
-            gallery.save(path)
-        with open(log, "a") as file:
-            file.write(f"{name}\n")
-
-
-def seed_of(name):
-    return zlib.crc32(name.encode())
-
-
-def start(*arguments):
-    child = os.fork()
-    if not child:
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where a child says that it waits
-            write_for_ever(*arguments)
-        finally:
-            os._exit(1)
-    return child
-
-
-@pytest.mark.slow
-def test_two_processes_that_write_one_index_and_are_killed_lose_nothing(tmp_path):
-    rng, index, log = random.Random(0), tmp_path / "index", tmp_path / "log"
-    children, started, until = [], 0, time.monotonic() + 15
-    while time.monotonic() < until:
-        while len(children) < 2:
-            children.append(start(index, log, f"w{started}"))
-            started += 1
-        time.sleep(rng.uniform(0.1, 1))
-        killed = children.pop(rng.randrange(2))
-        assert os.waitpid(killed, os.WNOHANG) == (0, 0)  # none ends by itself
-        os.kill(killed, signal.SIGKILL)
-        os.waitpid(killed, 0)
-    for child in children:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    gallery, logged = Gallery.load(index, model()), log.read_text().split()
-    names = [entry.path for entry in gallery.entries]
-    assert started > 10 and len(logged) > started and set(logged) <= set(names)
-    # At most one image of each process is in the index and was not logged before the kill.
-    assert len(names) <= len(logged) + started
-    queries = torch.cat([draw(1, seed=seed_of(name)) for name in names])
-    for name, ((entry, distance),) in zip(names, gallery.nearest(queries, 1), strict=True):
-        assert entry.path == name and entry.identity == name.split("-")[0] and distance < 1e-6

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torchreid
 from PIL import Image
 
 from pml_drsl.checks import InputError
@@ -241,6 +242,20 @@ def test_a_target_that_is_not_there(tmp_path):
     config.data.type, config.data.validation = "video", 0
     with pytest.raises(InputError, match="video"):
         test_images(config)
+
+
+def test_a_download_that_fails_leaves_no_empty_folder_below_the_home_folder(tmp_path, monkeypatch):
+    def offline(url, path):
+        assert path.startswith(str(tmp_path / "photos"))
+        raise OSError("there is no network")
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(torchreid.data.datasets.dataset, "download_url", offline)
+    config = get_default_config()
+    config.data.targets = ["dukemtmcreid"]
+    with pytest.raises(InputError, match="there is no network"):
+        test_images(config, "~/photos")
+    assert not [*tmp_path.iterdir()]
 
 
 test_images.__test__ = False
