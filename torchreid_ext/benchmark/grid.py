@@ -100,7 +100,7 @@ def read_losses(path: Path, names: Sequence[str] | None) -> tuple[dict[str, Snip
     something else, or for a name that is not in it.
     """
     try:
-        losses = load_yaml(path.read_text(encoding="utf-8"), f"the losses of {path}")
+        losses = load_yaml(path.read_text(encoding="utf-8"), f"file of losses {path}")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the losses of {path}: {error}; give --losses-file FILE") from error
     if not losses or not isinstance(losses, dict) or not all(isinstance(snippet, dict) for snippet in losses.values()):

@@ -82,7 +82,7 @@ def test_wrong_words_are_refused(words, varied, losses, message):
     ("text", "message"),
     [
         (None, "cannot read"),
-        ("a: [", "cannot read"),
+        ("a: [", "is not YAML"),
         ("- drsl", "must hold config keys"),
         ("drsl: 1", "must hold config keys"),
         ("drsl: {settings: {a: 1}}", "must be a list"),
