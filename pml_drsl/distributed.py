@@ -32,7 +32,10 @@ class DistributedMinerWrapper(pml_distributed.DistributedMinerWrapper):
     def forward(
         self, emb: Tensor, labels: Tensor, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
     ) -> IndicesTuple:
-        """The miner's indices; the arguments are those of this process, and of the shapes that the miner takes."""
+        """The miner's indices; the arguments are those of this process, and of the shapes that the miner takes. Raises
+        InputError for ``ref_labels`` without ``ref_emb``."""
+        if ref_emb is None and ref_labels is not None:
+            raise InputError("ref_labels without ref_emb: give both, or neither")
         if is_single_process():
             return self.miner(emb, labels, ref_emb, ref_labels)  # type: ignore[no-any-return]
         sizes, all_emb, all_labels = _gather_batch(emb.detach(), labels)

@@ -68,7 +68,7 @@ class _CountAhead(torch.autograd.Function):
         query, bound = settings.pairs.query, settings.bound
         d = distances[query, settings.pairs.positive]
         threshold = (d + settings.margin if settings.margin else d) / settings.temperature
-        ctx.settings, ctx.kept, ctx.slope, kept = settings, None, None, None
+        ctx.settings, ctx.slope, kept = settings, None, None
         kernels = _kernels(distances.device.type)
         if kernels is not None:
             z = _scaled(distances, settings)
@@ -76,17 +76,17 @@ class _CountAhead(torch.autograd.Function):
             count, ctx.slope = kernels.count(z, raised, query, bound)
         else:
             raised, count = torch.empty_like(d), torch.empty_like(d)
-            for pairs, rows, row, x in _blocks(distances, threshold, settings, raised):
+            for pairs, _, row, x in _blocks(distances, threshold, settings, raised):
                 if distances.device.type == "cpu" and len(row) == len(query):
-                    ctx.kept, kept = (pairs, rows, row), x
+                    kept = x  # of the only block
                 if bound:
-                    ahead = torch.ops.aten.softplus.out(x, out=torch.empty_like(x) if ctx.kept else x)
+                    ahead = torch.ops.aten.softplus.out(x, out=x if kept is None else torch.empty_like(x))
                 else:
                     ahead = x.sigmoid_()
                 torch.sum(ahead, 1, out=count[pairs])
             if bound:
                 count.div_(math.log(2))
-        ctx.save_for_backward(distances, raised, kept)  # In ctx, a checkpoint could not compute ``kept`` again.
+        ctx.save_for_backward(distances, raised, kept)  # A checkpoint frees ``kept``, which would stay in ctx.
         shift = threshold - raised
         ctx.mark_non_differentiable(shift)
         return d, count, shift
@@ -105,16 +105,17 @@ class _CountAhead(torch.autograd.Function):
             grad_own = grad_count * ctx.slope
         else:
             grad_own, grad_distances = torch.empty_like(grad_d), torch.zeros_like(distances)
-            for pairs, rows, row, x in [(*ctx.kept, kept)] if ctx.kept else _blocks(distances, raised, settings):
+            only = None if kept is None else [(slice(None), slice(None), query, kept)]
+            for pairs, rows, row, x in only or _blocks(distances, raised, settings):
                 # The kept block is G, or for the bound the argument of G. A second backward pass needs it unchanged.
                 grad = grad_count[pairs, None]
                 # G' = G * (1 - G) / temperature, B' = G / (temperature * log 2). G of an excluded candidate is 0.
                 if settings.bound:
-                    ahead = x.sigmoid() if ctx.kept else x.sigmoid_()
+                    ahead = x.sigmoid() if only else x.sigmoid_()
                     slope = ahead.mul_(grad / math.log(2))
                 else:
-                    ahead = x if ctx.kept else x.sigmoid_()
-                    slope = torch.empty_like(ahead) if ctx.kept else ahead
+                    ahead = x if only else x.sigmoid_()
+                    slope = torch.empty_like(ahead) if only else ahead
                     torch.ops.aten.sigmoid_backward.grad_input(grad.expand_as(ahead), ahead, grad_input=slope)
                 torch.sum(slope, 1, out=grad_own[pairs])
                 grad_distances[rows].index_add_(0, row, slope, alpha=-1)

@@ -39,10 +39,10 @@ class DRSLoss(BaseMetricLossFunction):
     A query without a positive or without a negative has no term. The sub-losses, for a ``MultipleReducers``, are
     ``"retrieval_loss"`` and ``"sort_loss"`` (``sort_weight`` included), with one error per (query, positive) pair.
 
-    With ``collect_stats=True`` these attributes describe the last batch: ``retrieval_error``, in [0, 1], with or
-    without a bound, which at margin 0 is one minus its smoothed mean average precision; ``sort_error``, unweighted, or
-    0 without a sort; and ``num_queries``, the number of queries with a term. The errors are tensors on the device,
-    without a graph.
+    With ``collect_stats=True`` these attributes describe the last batch: ``retrieval_error``, the smoothed
+    retrieval error in [0, 1], also where a bound is trained (at margin 0 one minus the smoothed mean average
+    precision); ``sort_error``, unweighted, or 0 without a sort; and ``num_queries``, the number of queries with a term.
+    The errors are tensors on the device, without a graph.
 
     Args:
         temperature: softness of the ranks, > 0, in units of the distance, which by default is minus the cosine, from -1
@@ -198,7 +198,7 @@ class DRSLoss(BaseMetricLossFunction):
     def compute_errors(self, embeddings: Tensor, ref_emb: Tensor, pairs: Pairs) -> Errors:
         """The errors of the pairs of ``embeddings`` (the queries) and ``ref_emb``, a chunk of queries at a time."""
         # The settings of this call. They may have changed when a backward pass computes a chunk again.
-        distance, fused, has_sort = self.distance, self.fused, bool(self.sort_weight)
+        distance, fused, has_sort, stats = self.distance, self.fused, bool(self.sort_weight), self.collect_stats
         power = None if self.bound_power is None else float(self.bound_power)
         settings: dict[str, Any] = {name: _scalar(getattr(self, name)) for name in ("temperature", "margin")}
         settings["use_fused"] = fused
@@ -214,7 +214,7 @@ class DRSLoss(BaseMetricLossFunction):
             options: Any = {"bound_power": power, "dissimilarity": angle if has_sort else None}
             retrieval, sort = functional.errors(distances, pairs, **settings, **options)
             errors = {"retrieval": retrieval} if sort is None else {"retrieval": retrieval, "sort": sort}
-            if self.collect_stats:
+            if stats:
                 smoothed = retrieval if power is None else functional.errors(distances.detach(), pairs, **settings)[0]
                 errors["smoothed"] = smoothed.detach()
             return errors

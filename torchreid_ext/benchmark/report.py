@@ -15,7 +15,7 @@ import pandas as pd
 
 from pml_drsl.checks import InputError, nearest
 from pml_drsl.console import replacing, write_text
-from torchreid_ext.benchmark.grid import TUNED, recipe, same, scored
+from torchreid_ext.benchmark.grid import PLACES, TUNED, recipe, same, scored
 from torchreid_ext.benchmark.statistics import compare, holm
 from torchreid_ext.config.values import flatten
 
@@ -168,8 +168,14 @@ def _section(target: str, network: str, lines: Sequence[Mapping[str, Any]]) -> S
         kept = [line for line in kept if same(line["configuration"], newest, free | theirs)]
         if len(kept) < len(own):
             notes.append(f"{loss}: {len(own) - len(kept)} results of an older configuration are left out.")
-        if kept:
-            by_loss[loss] = {line["seed"]: dict(line) for line in kept}
+        for line in kept:
+            of_loss = by_loss.setdefault(loss, {})
+            older = of_loss.get(line["seed"], line)["configuration"]
+            for key in PLACES:
+                if older.get(key) != line["configuration"].get(key):
+                    where = f"{loss}, seed {line['seed']}: the result with {key} {older.get(key)!r}"
+                    notes.append(f"{where} is left out, because there is a newer one.")
+            of_loss[line["seed"]] = dict(line)
     every = sorted({seed for of_loss in by_loss.values() for seed in of_loss})
     without: dict[str, list[str]] = {}
     for loss, of_loss in by_loss.items():

@@ -113,7 +113,8 @@ def _coerce(key: str, value: Any, known: dict[str, Any], source: str) -> Any:
         if not isinstance(options, Mapping) or any(isinstance(option, Mapping) for option in options.values()):
             takes = "takes the options of a data set, such as {folder: photos}"
             raise InputError(f"config key {key!r} {takes}, got {value!r} in {source}")
-        return Config({**known.get(key, {}), **options})
+        own = {option: converted(f"{key}.{option}", given, source) for option, given in options.items()}
+        return Config({**known.get(key, {}), **own})
     if key not in known:
         raise InputError(f"unknown config key {key!r} in {source}; did you mean {nearest(key, known)!r}?")
     return _options(key, value, known[key], source) if key in OPTIONS else converted(key, value, source)

@@ -33,7 +33,8 @@ class _Loader(yaml.SafeLoader):
 
 
 # A name stays as it is written: 2024-05-01 is no date, and a whole number is only what Python prints so. YAML 1.1 reads
-# 0010 as 8, 2024_05 as 202405 and 1:30 as 90; here they are text, from which a key that takes a number reads it.
+# 0010 as 8, 2024_05 as 202405 and 1:30 as 90; here they are text, from which a key that takes a number reads it. The
+# arguments of a class have no types here, so that they keep the text.
 _INT = "tag:yaml.org,2002:int"
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in pairs if tag not in ("tag:yaml.org,2002:timestamp", _INT)]
@@ -72,8 +73,8 @@ def decoded(key: str, word: str) -> Any:
     with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = literal_eval(word)
     entry, opening = _entry(key), "{["
-    if entry is not None and _kind(entry) is str:
-        many = isinstance(entry.default, list) or entry.kind is list
+    if entry is not None and _kind(entry)[0] is str:
+        _, many = _kind(entry)
         names = value if many and isinstance(value, (list, tuple)) else [value]
         if not all(isinstance(each, str) for each in names) and (value is not None or entry.kind is None):
             value = word
@@ -87,19 +88,20 @@ def _entry(key: str) -> Key | None:
     return KEYS.get(key) or SET_KEYS.get(re.sub(r"^datasets\.[^.]+", "datasets.NAME", key))
 
 
-def _kind(entry: Key) -> type:
-    """The type of a key's values, or of the entries of its list."""
-    if entry.kind is not None:
-        return str if entry.kind is list else entry.kind
-    return type(entry.default[0] if isinstance(entry.default, list) else entry.default)
+def _kind(entry: Key) -> tuple[type, bool]:
+    """The type of a key's values, or of the entries of its list, and whether it takes a list."""
+    kind = entry.kind or type(entry.default)
+    return (type(entry.default[0]) if entry.default else str, True) if kind is list else (kind, False)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Pairs of dotted key and value, from keys that are nested or dotted. The options of a class or of a data set
     (``datasets.NAME``) are one value."""
     for key, value in values.items():
-        first, dot, rest = str(key).partition(".")
-        name, value = f"{prefix}{first}", {rest: value} if dot else value
+        first, *rest = str(key).split(".")
+        name = f"{prefix}{first}"
+        for part in reversed(rest):
+            value = {part: value}
         if isinstance(value, Mapping) and prefix != "datasets." and name not in OPTIONS:
             yield from flatten(value, f"{name}.")
         else:
@@ -107,22 +109,22 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def with_numbers(value: Any) -> Any:
-    """The arguments of a class with 1e-3, 064 and 1_000 as numbers, which are strings in our YAML."""
+    """The arguments of a class with 1e-3 as a number, which YAML takes for a string."""
     if isinstance(value, Mapping):
         return {key: with_numbers(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(with_numbers(entry) for entry in value)
-    if not isinstance(value, str):
-        return value
-    if re.fullmatch(r"[-+]?[0-9](_?[0-9]){0,99}", value):
-        return int(value)
-    return float(value) if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value) else value
+    is_number = isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value)
+    return float(value) if is_number else value
 
 
 def converted(key: str, value: Any, source: str) -> Any:
     """``value`` as the type of a config key, where its meaning is plain: a whole number becomes a string where a string
-    is wanted, ``"1e-3"`` a number, ``60.0`` a whole number, ``~`` the user's folder, and a single value a list."""
-    entry = KEYS[key]
+    is wanted, ``"1e-3"`` a number, ``60.0`` a whole number, ``~`` the user's folder, and a single value a list. An
+    unknown option of a data set stays as it is: ``make_options`` refuses it. Raises InputError for another value."""
+    entry = _entry(key)
+    if entry is None:
+        return value
     default = entry.default
     if value is None and entry.kind is not None:
         return None
@@ -130,18 +132,19 @@ def converted(key: str, value: Any, source: str) -> Any:
         return "off"
     if default == "auto" and _to_bool(value) is not None:
         return _to_bool(value)
-    is_list = isinstance(default, list)
-    convert, wanted = _KINDS[_kind(entry)]
+    kind, is_list = _kind(entry)
+    convert, wanted = _KINDS[kind]
     found = []
     for each in value if is_list and isinstance(value, (list, tuple)) else [value]:
         own = None
         with suppress(ValueError, OverflowError):
             own = convert(each)
         if own is None:
-            takes = f"{'a list in which every entry is ' * is_list}{wanted}{' or None' * (entry.kind is not None)}"
-            # YAML reads 1.10 as 1.1 and no as False, so that the name is lost.
-            cure = "; write it in quotes" if convert is _to_str and isinstance(each, (bool, float)) else ""
-            raise InputError(f"config key {key!r} takes {takes}, such as {default!r}, got {each!r} in {source}{cure}")
+            takes = f"{'None or ' * (entry.kind is not None)}{'a list in which every entry is ' * is_list}{wanted}"
+            takes += f", such as {default!r}" * (default is not None)
+            # YAML reads 1.10 as 1.1, no as False and ~ as None, so that the name is lost.
+            cure = "; write it in quotes" * (convert is _to_str and isinstance(each, (bool, float, type(None))))
+            raise InputError(f"config key {key!r} takes {takes}, got {each!r} in {source}{cure}")
         found.append(os.path.expanduser(own) if key in _PATHS else own)
     return found if is_list else found[0]
 

@@ -6,12 +6,12 @@ import random
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pml_drsl.checks import InputError, is_whole
+from pml_drsl.checks import InputError
 from torchreid_ext import images
 from torchreid_ext.images import JUNK, Row, Table
 from torchreid_ext.runtime.options import Options, documented, option
@@ -33,8 +33,8 @@ class SetOptions(Options):
         "how paths below a folder carry names: folder, market, msmt17, veri, or a regular expression with the groups "
         "identity and camera")
     cameras: str = option("", "names", choices=("names", "none"),
-        text="names: images whose names carry no camera are left out; none: cameras do not matter, and every other "
-        "image of a person is a match")
+        text="`names`: an image whose name carries no camera is left out, and a CSV needs the column camid; `none`: "
+        "cameras do not matter, and every other image of a person is a match")
     train: Sequence[str] | None = option("", None, kind=list, may_be_empty=True,
         text="list of files to train on, and of folders with all files below them; `*`, `?` and `[]` match characters "
         "of one name, `**` matches any folders; an empty list for a data set without training")
@@ -51,13 +51,6 @@ class SetOptions(Options):
     # fmt: on
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            value, setting = getattr(self, each.name), each.metadata["setting"]
-            kind = setting.kind or type(setting.default)
-            whole = kind is float and type(value) is int  # Its range is checked below.
-            if type(value) is not kind and not whole and not (value is None and setting.kind):
-                wanted = {list: "a list, such as [a, b]", str: "a string", int: "a whole number", float: "a number"}
-                raise InputError(f"{each.name} takes {wanted[kind]}, got {value!r}")
         super().__post_init__()
         if not 0 < self.test_fraction < 1:
             raise InputError(f"test_fraction must be greater than 0 and less than 1, got {self.test_fraction}")
@@ -70,13 +63,20 @@ class SetOptions(Options):
 
 
 def make_options(name: str, given: Mapping[str, Any]) -> SetOptions:
-    """The options of the data set ``name``. Raises InputError for an unknown option, options that exclude each other,
-    or a value out of range."""
+    """The options of the data set ``name``, from values of the types that a configuration has converted them to; a
+    single name may stand for a list. Raises InputError for an unknown option, options that exclude each other, or a
+    value out of range."""
     where = f"datasets.{name}"
     if not isinstance(given, Mapping):
         raise InputError(f"{where}={given!r} must be a mapping of options, such as {{folder: images}}")
+    values = dict(given)
+    for key in ("folder", "train", "test", "junk", "query_cameras"):
+        if (names := values.get(key)) is not None:
+            listed = [names] if isinstance(names, str) else [*names]
+            # Names of folders stay as they are on the disk.
+            values[key] = listed if key == "folder" else [*map(images.composed, listed)]
     try:
-        options = SetOptions.of(_with_text(given))
+        options = SetOptions.of(values)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     of_csv = {"csv", "cameras", "junk"}
@@ -96,29 +96,6 @@ def make_options(name: str, given: Mapping[str, Any]) -> SetOptions:
         lacking = f"{where}.pattern={options.pattern!r} has no group camera"
         raise InputError(f"{lacking}: add (?P<camera>...), or set {where}.cameras: none")
     return options
-
-
-def _with_text(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, with text where YAML read a whole number in place of a name, such as 2024."""
-    values = dict(given)
-    for key in ("folder", "csv", "pattern", "train", "test", "junk", "query_cameras"):
-        value = given.get(key)
-        if isinstance(value, (list, tuple)):
-            values[key] = [_text(key, each) for each in value]
-        elif value is not None:
-            values[key] = _text(key, value)
-    for key in ("train", "test", "junk", "query_cameras"):  # Names of folders stay as they are on the disk.
-        if isinstance(values.get(key), list):
-            values[key] = [*map(images.composed, values[key])]
-    if isinstance(values.get("folder"), str):
-        values["folder"] = [values["folder"]]
-    return values
-
-
-def _text(key: str, value: Any) -> str:
-    if not (isinstance(value, str) or is_whole(value)):  # It does not say how the name was written.
-        raise InputError(f"{key} takes text, got {value!r}: write it in quotes")
-    return str(value)
 
 
 def selects(entry: str, path: str) -> bool:
@@ -276,7 +253,7 @@ def check_splits(name: str, table: Table, mode: str) -> None:
         raise InputError(f"{where}: {both}: a test needs identities that are not in training")
     if mode != "train" and len({row.identity for row in gallery}) == 1:
         alone = f"the gallery shows {gallery[0].identity!r} alone, whom every query would find"
-        cure = "a test needs two people: give images of more people, or raise test_fraction"
+        cure = "a test needs two people: give images of more people; of a random draw, raise test_fraction"
         raise InputError(f"{where}: {alone}; {cure}")
     cameras = defaultdict(set)
     for row in gallery:
@@ -288,7 +265,7 @@ def check_splits(name: str, table: Table, mode: str) -> None:
     lack = f"match in the gallery{' from another camera' * known}"
     if len(unmatched) == len(query):
         if not known:
-            cure = "add photos, or set min_images: 2 (of a folder)"
+            cure = "add photos; of a random draw, min_images: 2 leaves such people out"
             raise InputError(f"{where}: no test person has a second image, for example {one.identity!r}: {cure}")
         example = f"{one.path} of identity {one.identity!r} and camera {one.camera!r}"
         cure = f"set {where}.cameras: none, and every other image of the identity is a match"

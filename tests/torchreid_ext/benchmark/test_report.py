@@ -186,6 +186,16 @@ def test_results_of_an_older_recipe_do_not_stand_beside_the_newest():
     assert any(note.startswith("circle: 3 results") for note in section.notes)
 
 
+def test_an_older_result_on_data_of_another_place_is_named():
+    (section,) = report.sections(
+        [line("drsl", 0, ap, **{"data.root": root}) for root, ap in (("hall", 0.3), ("door", 0.9))]
+    )
+    assert section.lines["drsl"][0]["configuration"]["data.root"] == "door"
+    assert (
+        section.notes[0] == "drsl, seed 0: the result with data.root 'hall' is left out, because there is a newer one."
+    )
+
+
 @pytest.mark.parametrize(
     ("snippet", "key", "value"),
     [

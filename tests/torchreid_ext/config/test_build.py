@@ -13,6 +13,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pytorch_metric_learning.distances import LpDistance
 from torchreid_keys import TORCHREID
 from toy_data import make_image_manager, make_video_manager
 
@@ -20,6 +21,7 @@ from pml_drsl.checks import InputError
 from torchreid_ext import build_engine, config, get_default_config
 from torchreid_ext.config.build import check_takes
 from torchreid_ext.engine import engines
+from torchreid_ext.engine.criteria import build_miner
 from torchreid_ext.runtime.generators import seed_everything
 
 
@@ -58,12 +60,12 @@ def test_data_sets_of_ones_own_are_free_keys(tmp_path):
     cfg = get_default_config()
     cfg.merge_from_file(write(tmp_path / "a.yaml", "datasets: {mine: {folder: here, query_cameras: ['1']}}"))
     cfg.merge_from_list(["datasets.mine.folder", "there"])
-    assert cfg.datasets.mine == {"folder": "there", "query_cameras": ["1"]}
+    assert cfg.datasets.mine == {"folder": ["there"], "query_cameras": ["1"]}
     # Names stay as they are written, and what is no name is a number, or none.
     words = "folder 2024_05 csv 1.10 pattern [a-z]+ train [2024_05,01,'x'] junk (1,2) seed 3 query_cameras None"
     cfg.merge_from_list([f"datasets.own.{w}" if i % 2 == 0 else w for i, w in enumerate(words.split())])
     assert cfg.datasets.own == {
-        "folder": "2024_05", "csv": "1.10", "pattern": "[a-z]+", "train": ["2024_05", "01", "x"], "junk": "(1,2)",
+        "folder": ["2024_05"], "csv": "1.10", "pattern": "[a-z]+", "train": ["2024_05", "01", "x"], "junk": ["(1,2)"],
         "seed": 3, "query_cameras": None,
     }  # fmt: skip
 
@@ -91,7 +93,7 @@ def test_the_users_folder_is_meant_by_its_sign(tmp_path, monkeypatch):
         ("test: {evaluate: 1}", "'test.evaluate' takes True or False"),
         ("data: {save_dir: [a]}", r"'data.save_dir' takes a string, such as 'log', got \['a'\]"),
         ("data: {save_dir: true}", "'data.save_dir' takes a string, such as 'log', got True"),
-        ("data: {save_dir: null}", "'data.save_dir' takes a string, such as 'log', got None"),
+        ("data: {root: ~}", "'data.root' takes a string, such as 'reid-data', got None in .*; write it in quotes"),
         ("test: {ranks: [1, five]}", "'test.ranks' takes a list in which every entry is a whole number, .*got 'five'"),
         ("data: {sources: [market1501, {a: 1}]}", "every entry is a string, .*got {'a': 1}"),
         ("data: {sources: null}", "every entry is a string, .*got None"),
@@ -147,14 +149,19 @@ def test_a_file_is_read_as_utf_8_whatever_the_system_thinks(tmp_path):
         (
             "datasets: {mine: {folder: 2024_05, train: [0001, 0x1]}}",
             "datasets.mine",
-            {"folder": "2024_05", "train": ["0001", "0x1"]},
+            {"folder": ["2024_05"], "train": ["0001", "0x1"]},
+        ),
+        (
+            "datasets: {mine: {seed: 010, min_images: 2.0, test_fraction: 1e-1, test: 7, junk: [-1], train: }}",
+            "datasets.mine",
+            {"seed": 10, "min_images": 2, "test_fraction": 0.1, "test": ["7"], "junk": ["-1"], "train": None},
         ),
         ("data: {height: 064}", "data.height", 64),
         ("loss: {pml: {kwargs: {m: [10, -1, 0]}}}", "loss.pml.kwargs", {"m": [10, -1, 0]}),
-        ("datasets.mine: {folder: x}\ndatasets.mine.seed: 3", "datasets.mine", {"folder": "x", "seed": 3}),
-        ("datasets: {mine.folder: x, mine: }", "datasets.mine", {"folder": "x"}),
+        ("datasets.mine: {folder: x}\ndatasets.mine.seed: 3", "datasets.mine", {"folder": ["x"], "seed": 3}),
+        ("datasets: {mine.folder: x, mine: }", "datasets.mine", {"folder": ["x"]}),
         ("datasets: {mine: }", "datasets.mine", {}),
-        ("datasets: {mine: {folder: 2024-05-01}}", "datasets.mine", {"folder": "2024-05-01"}),
+        ("datasets: {mine: {folder: 2024-05-01}}", "datasets.mine", {"folder": ["2024-05-01"]}),
         ("loss: {pml: {kwargs: {m: [2024-01-01 10:00:00]}}}", "loss.pml.kwargs", {"m": ["2024-01-01 10:00:00"]}),
         ("data: {sources: [1, market1501]}", "data.sources", ["1", "market1501"]),
         ("data: {sources: 7}", "data.sources", ["7"]),
@@ -348,7 +355,7 @@ def test_what_was_assigned_outlives_a_merge():
 
 @pytest.mark.parametrize("key", ["loss.pml.kwargs", "loss.pml.miner", "loss.drsl.reducer"])
 def test_numbers_of_any_form_are_numbers_in_arguments_too(tmp_path, key):
-    given = "{name: A, a: 5e-2, b: [1E3, .5e+1, 1.e2], c: {d: -2e0}, e: 2e, f: e2, g: 1.2.3e4, h: [064, 1_000, +7]}"
+    given = "{name: A, a: 5e-2, b: [1E3, .5e+1, 1.e2], c: {d: -2e0}, e: 2e, f: e2, g: 1.2.3e4, h: ['0007', 064, 7]}"
     by_word, by_file = get_default_config(), get_default_config()
     by_word.merge_from_list([key, given])
     section, _, name = key.rpartition(".")
@@ -357,7 +364,23 @@ def test_numbers_of_any_form_are_numbers_in_arguments_too(tmp_path, key):
     for cfg in (by_word, by_file):
         found = cfg[first][second][name]
         assert (found["a"], found["b"], found["c"]) == (0.05, [1000.0, 5.0, 100.0], {"d": -2.0})
-        assert (found["e"], found["f"], found["g"], found["h"]) == ("2e", "e2", "1.2.3e4", [64, 1000, 7])
+        assert (found["e"], found["f"], found["g"], found["h"]) == ("2e", "e2", "1.2.3e4", ["0007", "064", 7])
+
+
+def test_dots_lead_into_the_arguments_of_a_class_at_any_depth(tmp_path):
+    lines = [
+        "loss.pml.miner.name: TripletMarginMiner",
+        "loss.pml.miner.distance.name: LpDistance",
+        "loss.pml.kwargs.a.b.c: 1",
+    ]
+    by_word, by_file, by_section = get_default_config(), get_default_config(), get_default_config()
+    by_word.merge_from_list([word for line in lines for word in line.split(": ")])
+    by_file.merge_from_file(write(tmp_path / "a.yaml", "\n".join(lines)))
+    nested = "\n".join(f"  {line.removeprefix('loss.')}" for line in lines)
+    by_section.merge_from_file(write(tmp_path / "b.yaml", f"loss:\n{nested}"))
+    for cfg in (by_word, by_file, by_section):
+        assert isinstance(build_miner("loss.pml", cfg.loss.pml).distance, LpDistance)
+        assert cfg.loss.pml.kwargs == {"a": {"b": {"c": 1}}}
 
 
 def test_words_may_hold_yaml():

@@ -34,7 +34,7 @@ def test_arguments_reach_drsl_and_its_defaults_reach_the_config():
     assert isinstance(built.distance, CosineSimilarity)
     cfg.merge_from_list(["loss.drsl.query_chunk_size", "None"])
     assert config.build_criterion(cfg, model, 3).query_chunk_size is None
-    with pytest.raises(InputError, match=r"'loss\.drsl\.query_chunk_size' takes a whole number or None"):
+    with pytest.raises(InputError, match=r"'loss\.drsl\.query_chunk_size' takes None or a whole number, got 'many'"):
         cfg.merge_from_list(["loss.drsl.query_chunk_size", "many"])
 
 

@@ -27,8 +27,15 @@ from torchreid_ext.data.splits import make_options, selects
 PEOPLE = [f"p{number}" for number in range(8)]
 
 
+def configured(datasets: dict[str, dict[str, Any]]) -> Any:
+    config = get_default_config()
+    config.merge_from_list(["datasets", datasets])
+    return config.datasets
+
+
 def load(root: Path, name: str = "mine", verbose: bool = False, **options: Any) -> ConfiguredDataset:
-    return ConfiguredDataset(name, make_options(name, options), root=str(root), verbose=verbose)
+    own = make_options(name, configured({name: options})[name])
+    return ConfiguredDataset(name, own, root=str(root), verbose=verbose)
 
 
 def write_csv(root: Path, rows: Sequence[tuple[str, ...]], columns: str = "path,pid,camid,split") -> None:
@@ -133,9 +140,12 @@ class TestFolder:
             ({"query_cameras": ["a", "b"]}, ["'gallery'", "no image"]),
             ({"min_images": 99}, ["'train' has no image: give images of more people, or change", "min_images"]),
             ({"junk": [-1, "p1", 7]}, ["no image shows '7', a name of junk: correct or remove it"]),
-            ({"train": ["p0", 1.5], "test": []}, ["train takes text, got 1.5: write it in quotes"]),
-            ({"folder": True}, ["folder takes text, got True: write it in quotes"]),
-            ({"junk": [None]}, ["junk takes text, got None"]),
+            (
+                {"train": ["p0", 1.5], "test": []},
+                ["mine.train' takes None or a list in which every entry is a string, got 1.5", "write it in quotes"],
+            ),
+            ({"folder": True}, ["mine.folder' takes a list in which", "got True", "write it in quotes"]),
+            ({"junk": [None]}, ["mine.junk' takes a list in which", "got None", "write it in quotes"]),
         ],
     )
     def test_errors(self, tmp_path: Path, options: dict[str, Any], words: list[str]) -> None:
@@ -188,9 +198,7 @@ class TestNamesAndCameras:
         for person in PEOPLE[4:6]:
             make_folder(tmp_path, [person], ["a"])
         options = {"cameras": "none", "train": ["p4", "p5"]}
-        with pytest.raises(
-            InputError, match=r"no test person has a second image, .*'p0': add photos, or set min_images: 2"
-        ):
+        with pytest.raises(InputError, match=r"no test person .*'p0': add photos; of a random draw, min_images: 2"):
             load(tmp_path, **options, test=["p[0-3]"])
         with pytest.warns(UserWarning, match=r"1 of 3 queries have no match in the gallery, and evaluation leaves"):
             load(tmp_path, cameras="none", train=["p0", "p1"], test=["p2", "p4"])
@@ -200,7 +208,7 @@ class TestNamesAndCameras:
         few = make_options("mine", {"cameras": "none", "test_fraction": 0.3})
         assert len(ConfiguredDataset("mine", few, root=str(tmp_path), verbose=False).train) == 6
         with pytest.raises(
-            InputError, match=r"mine: the gallery shows 'p\d' alone.*more people, or raise test_fraction"
+            InputError, match=r"mine: the gallery shows 'p\d' alone.*more people; of a random draw, raise test_fraction"
         ):
             ConfiguredDataset("mine", few, root=str(tmp_path), mode="query", verbose=False)
 
@@ -375,11 +383,11 @@ class TestOptions:
             ({"csv": "a.csv", "folder": "x"}, ["csv", "folder"]),
             ({"train": ["a"]}, ["only one of train and test"]),
             ({"train": ["a"], "test": ["b"], "seed": 1}, ["remove test_fraction and seed"]),
-            ({"train": "a", "test": ["b"]}, ["train takes a list", "'a'"]),
             ({"query_cameras": []}, ["query_cameras takes a list of one or more", "[]"]),
             ({"test_fraction": 1.0}, ["test_fraction", "1.0"]),
             ({"test_fraction": 1}, ["test_fraction must be greater than 0 and less than 1, got 1"]),
-            ({"test_fraction": True}, ["test_fraction", "True"]),
+            ({"test_fraction": True}, ["test_fraction' takes a number, such as 0.5, got True"]),
+            ({"seed": "x"}, ["seed' takes a whole number, such as 0, got 'x'"]),
             ({"seed": -1}, ["seed", "-1"]),
             ({"min_images": 0}, ["min_images", "got 0"]),
             ({"pattern": 3}, ["pattern '3'", "market, msmt17, veri, folder"]),
@@ -395,7 +403,7 @@ class TestOptions:
     def test_a_wrong_option_is_named_and_nothing_registered(self, options: dict[str, Any], words: list[str]) -> None:
         good, bad = f"good_{uuid.uuid4().hex}", f"bad_{uuid.uuid4().hex}"
         with pytest.raises(ValueError) as caught:
-            register_datasets({good: {}, bad: options})
+            register_datasets(configured({good: {}, bad: options}))
         assert all(word in str(caught.value) for word in [bad, *words])
         with pytest.raises(ValueError, match="Invalid dataset name"):
             torchreid.data.datasets.init_image_dataset(good)
