@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pml_drsl.checks import InputError
+from pml_drsl.checks import InputError, nearest
 from pml_drsl.evaluation.arrays import check_text, csv_records
 from torchreid_ext.pixels import HEIF, SUFFIXES
 from torchreid_ext.pixels import is_image as is_image
@@ -92,6 +92,8 @@ def pattern(names: str, option: str = "names") -> re.Pattern[str]:
     """The regular expression for names: one of ``NAMES``, or the user's own, with the groups identity and camera.
     Raises InputError for a word that is neither, which the user gave to ``option``."""
     takes = f"one of {', '.join(NAMES)}, or a regular expression with (?P<identity>...) and perhaps (?P<camera>...)"
+    if names not in NAMES and "(" not in names:
+        raise InputError(f"{option} {names!r} is unknown; the nearest is {nearest(names, NAMES)!r}: give {takes}")
     try:
         compiled = re.compile(NAMES.get(names, names))
     except re.error as error:
@@ -162,6 +164,12 @@ def check_junk(where: str, junk: Collection[str], shown: Collection[str]) -> Non
     """Raises InputError, with the place of the images, for a name in ``junk`` that none of the identities shown has."""
     if absent := sorted({*junk} - {*JUNK} - {*shown}):
         raise InputError(f"{where}: no image shows {absent[0]!r}, a name of junk: correct or remove it")
+
+
+def check_exists(source: str) -> None:
+    """Raises InputError if there is nothing of this name from which images could be listed."""
+    if not os.path.exists(source):
+        raise InputError(f"{source!r} does not exist: give an image, a folder of images, or a CSV file")
 
 
 def list_folder(folder: str, names: re.Pattern[str]) -> Table:

@@ -61,8 +61,9 @@ def _native(array: Any) -> NumpyArray:
 
 def read_npz(path: str, cameras: bool = True) -> dict[str, Any]:
     """The arguments of ``evaluate`` from an .npz file. Without ``cameras``, or where the file has none, the paths of
-    images stand in their place, so that no image is a match of itself. Other arrays are ignored. An InputError as
-    ``load_arrays``, or if an array is missing or that of the cameras misspelt."""
+    images stand in their place, so that no image is a match of itself. A ``metric``, which drsl-extract writes, is
+    text. Other arrays are ignored. An InputError as ``load_arrays``, or if an array is missing or that of the cameras
+    misspelt."""
     loaded, known = load_arrays(path), (*REQUIRED, *CAMERAS)
     if missing := [name for name in REQUIRED if name not in loaded]:
         needs = f"it needs {', '.join(REQUIRED)}, and {' and '.join(CAMERAS)} if there are cameras"
@@ -73,7 +74,7 @@ def read_npz(path: str, cameras: bool = True) -> dict[str, Any]:
     found = {name: loaded[name] for name in known if name in loaded and (cameras or name not in CAMERAS)}
     if found.keys().isdisjoint(CAMERAS) and loaded.keys() >= set(PATHS):
         found |= {camera: loaded[name] for camera, name in zip(CAMERAS, PATHS, strict=True)}
-    return found
+    return found | ({"metric": str(loaded["metric"])} if "metric" in loaded else {})
 
 
 def read_npy(paths: Sequence[str], ids: str | None) -> dict[str, Any]:

@@ -56,32 +56,36 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("--device cuda: torch finds no CUDA device here")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     data = read(args)
-    options = {name: getattr(args, name) for name in ("metric", "ties", "protocol", "rerank", "seed", "junk")}
+    options = {name: getattr(args, name) for name in ("ties", "protocol", "rerank", "seed", "junk")}
     options |= {"max_rank": max(50, *args.ranks), "device": device, "progress": sys.stderr.isatty()}
     result = evaluate(**data, **options)
     if args.json:
         write_text(args.json, json.dumps(result.to_dict(), indent=2) + "\n")
         if args.json == "-":
             return
-    protocol = f"{result.num_junk} junk pairs left out" if "query_cams" in data else "no cameras: nothing left out"
+    pairs = f"{result.num_junk} pairs left out (the same image, or the same person and camera)"
+    protocol = pairs if "query_cams" in data else "no cameras: nothing left out"
     left_out = len(data["query"]) - result.num_query + len(data["gallery"]) - result.num_gallery
     junk = f"; {left_out} images with a junk identity left out" if left_out else ""
     queries = f"{result.num_query} queries ({result.num_unmatched} without a match, not scored)"
-    print(f"{queries}, {result.num_gallery} gallery images, {protocol}{junk}")
+    print(f"{queries}, {result.num_gallery} gallery images, {data['metric']} distance; {protocol}{junk}")
     for name, value in result.scores(args.ranks).items():
         print(f"{name:<8} {value:7.2%}")
 
 
 def read(args: argparse.Namespace) -> dict[str, Any]:
-    """The features and labels of the files that were given, as ``evaluate`` takes them; InputError for bad files."""
+    """The features, labels and metric of the files that were given, as ``evaluate`` takes them; ``--metric`` comes
+    before the metric of a file. InputError for bad files."""
     from pml_drsl.evaluation.arrays import CAMERAS, read_npy, read_npz
 
     if args.ids and len(args.features) == 1:
         raise InputError("--ids goes with two .npy files; a .npz file holds its own query_ids and gallery_ids")
     if len(args.features) == 1:
-        return read_npz(args.features[0], not args.no_cameras)
-    data = read_npy(args.features, args.ids)
-    return {name: array for name, array in data.items() if not (args.no_cameras and name in CAMERAS)}
+        data = read_npz(args.features[0], not args.no_cameras)
+    else:
+        data = read_npy(args.features, args.ids)
+        data = {name: array for name, array in data.items() if not (args.no_cameras and name in CAMERAS)}
+    return data | {"metric": args.metric or data.get("metric", "euclidean")}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -93,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     add("--version", action="version", version=f"%(prog)s {version()}")
     add("features", help="FEATURES.npz, QUERY.npy GALLERY.npy, or folders of runs", nargs="+", metavar="FILE")
     add("--ids", help="identities and cameras of the two .npy files", metavar="IDS.csv")
-    add("--metric", help="distance, as in the network's test (%(default)s)", choices=METRICS, default="euclidean")
+    add("--metric", help="distance (what drsl-extract wrote in the file, else euclidean)", choices=METRICS)
     about = "order of a match and a negative at the same distance: mean (each counts half before the other), "
     about += "optimistic (the match first), pessimistic (the negative first); default: %(default)s"
     add("--ties", help=about, choices=TIES, default="mean")

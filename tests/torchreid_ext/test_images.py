@@ -53,7 +53,14 @@ def test_names_carry_what_the_user_says(names: str, path: str, identity: str, ca
     assert images.named(path, images.pattern(names)) == Row(path, identity, camera)
 
 
-@pytest.mark.parametrize(("names", "words"), [("(", "not a regular"), ("foldr", "'foldr' has no group .*market, msmt")])
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ("(", "not a regular"),
+        ("(a)/.*", "no group .*market, msmt"),
+        ("foldr", "'foldr' is unknown; the nearest is 'folder': give one of market, msmt"),
+    ],
+)
 def test_wrong_names_are_refused(names: str, words: str) -> None:
     with pytest.raises(InputError, match=f"--names.*{words}"):
         images.pattern(names, "--names")

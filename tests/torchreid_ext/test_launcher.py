@@ -34,8 +34,8 @@ def test_trains_resumes_and_reloads_its_configuration(tmp_path, capsys):
     again = ["data.save_dir", str(tmp_path / "again")]
     assert main(["--config-file", str(tmp_path / "log" / "config.yaml"), "train.max_epoch", "2", *again]) == 0
     log = next((tmp_path / "again").glob("train.log-*")).read_text()
-    assert "Model osnet_x0_25" in log and "mAP:" in log
-    capsys.readouterr()
+    assert "Model osnet_x0_25" in log and "mAP:" in log and "##### Evaluating listed #####\n" in log
+    assert log.count("max_epoch: 2\n") == 1 and "max_epoch: " not in capsys.readouterr().out  # the configuration
     resumed = {"model.resume": "auto", "train.max_epoch": 3, "data.save_dir": tmp_path / "again"}
     assert launch(tmp_path, **resumed, **{"test.untrained": True}) == 0
     out = capsys.readouterr().out
@@ -221,9 +221,13 @@ def test_a_config_key_among_names_is_told_where_it_belongs(capsys, words, option
 
 def test_the_root_may_be_below_the_users_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
-    words = ["-s", "mine", "-t", "mine", "--root=~/nowhere", "datasets.mine.folder", "photos", "use_gpu", "False"]
-    assert main([*words, "data.save_dir", "~/log"]) == 2
+    lost = ["-s", "mine", "-t", "mine", "--root=~/nowhere", "datasets.mine.folder", "photos", "use_gpu", "False"]
+    assert main([*lost, "data.save_dir", "~/log"]) == 2
     assert f"there is no folder {tmp_path}/nowhere/photos" in complaint(capsys)
+    assert not [*tmp_path.iterdir()]  # No folder is made for a run that does not start.
+    (tmp_path / "here").mkdir()
+    csv_data(tmp_path / "here")
+    assert main(words(Path("~/here"), **{"data.save_dir": "~/log", "train.max_epoch": 0})) == 0
     assert (tmp_path / "log").is_dir()
 
 
@@ -402,8 +406,12 @@ def test_a_new_run_does_not_overwrite_another(tmp_path, capsys, monkeypatch):
     for options in ({}, {"train.max_epoch": 0, "test.untrained": True}, {"model.resume": other, "train.max_epoch": 2}):
         for flags in ((), ("--dry-run",)):
             assert launch(tmp_path, *flags, **options, **{"train.seed": 7}) == 2
-            assert "holds a run of 1 epochs already: model.resume auto goes on with it" in complaint(capsys)
-    assert written() == kept
+            out, err = capsys.readouterr()
+            assert not out and err.count("\n") == 1
+            assert "log' holds a run that was trained for 1 epoch(s): model.resume auto goes on with it; for a" in err
+            assert "give data.save_dir log/second" in err
+    (log,) = (tmp_path / "log").glob("train.log-*")  # They may have started in the second in which the run did.
+    assert written() == kept and "holds a run" not in log.read_text()
     # There is nothing to train, so the configuration of what was trained stays.
     assert launch(tmp_path, **{"model.resume": "auto", "train.seed": 7}) == 0
     for resume in ("auto", own):

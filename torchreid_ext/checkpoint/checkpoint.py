@@ -52,7 +52,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     if os.path.isdir(path):
         raise InputError(f"{_named(path)} is a folder; give a file in it, such as model/model-best.pth.tar of a run")
     if not os.path.isfile(path):
-        raise InputError(f"{_named(path)} does not exist")
+        raise InputError(f"{_named(path)} does not exist; give a file, such as model/model-best.pth.tar of a run")
     try:
         with torch.serialization.safe_globals(_NUMPY_SCALAR):
             state = torch.load(path, map_location="cpu", weights_only=True)

@@ -77,8 +77,8 @@ class History:
 def check_new(folder: Path) -> None:
     """Raises InputError if the folder of a new run holds trained checkpoints of another, which it would overwrite."""
     if done := max((max(History(part)._numbered(), default=0) for part in folder.glob("*/")), default=0):
-        cure = "model.resume auto goes on with it; for a new run give another data.save_dir, or remove the folder"
-        raise InputError(f"'{folder}' holds a run of {done} epochs already: {cure}")
+        cure = "model.resume auto goes on with it; for a new run give data.save_dir log/second, or remove the folder"
+        raise InputError(f"'{folder}' holds a run that was trained for {done} epoch(s): {cure}")
 
 
 class RunCheckpoints(History):

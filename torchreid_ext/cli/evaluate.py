@@ -35,7 +35,7 @@ Give runs of drsl-train in the place of files, to compare them, or to see why on
 """
 
 EXAMPLES = """  drsl-evaluate log/demo --errors
-  drsl-evaluate features.npz --metric cosine --errors --html errors.html
+  drsl-evaluate features.npz --errors --html errors.html
   drsl-evaluate log/market1501 log/msmt17 --csv table.csv"""
 
 FILES = ("metrics.json", "config.yaml")
@@ -84,7 +84,8 @@ def _errors(args: argparse.Namespace) -> None:
 
     console.check_outputs({"--html": args.html}, [*args.features, args.ids])
     if _holds_features(args):
-        data, metric = cli.read(args), args.metric
+        data = cli.read(args)
+        metric = data.pop("metric")
         held = load_arrays(args.features[0]) if len(args.features) == 1 else {}
         paths: list[Any] = [held.get(name) for name in PATHS]
     elif len(args.features) > 1:
@@ -107,7 +108,8 @@ def _errors(args: argparse.Namespace) -> None:
             data[f"{side}_cams"] = [row.seen_by for row in found.entries]
             paths.append([row.path for row in found.entries])
     search, pictures = errors.prepare(data, paths, metric, args.junk)
-    say(errors.write_page(args.html, search, pictures, f"Why {args.features[0]} fails"))
+    caption = errors.write_page(args.html, search, pictures, f"Why {args.features[0]} fails")
+    say(f"By {metric} distance: {caption}")
     say(f"The page to look at is {args.html!r}")
 
 

@@ -52,11 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Extracts and writes the features; raises InputError for bad input."""
-    from torchreid_ext.runtime import distributed
-    from torchreid_ext.search.features import ExtractedSet, extract_files, write_features
-    from torchreid_ext.search.model import load_model
-    from torchreid_ext.search.sources import list_sources, shown, test_images
-
     if Path(args.output).suffix != ".npz":
         raise InputError(f"--output {args.output}: the name of the file must end in .npz")
     if args.root and args.sources:
@@ -65,6 +60,13 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("--no-cameras is for a SOURCE: leave it out here, and give it to drsl-evaluate")
     if args.model and not args.sources:
         raise InputError("weights that --model names have no run, and so no test images: give a SOURCE")
+    console.check_sources(args.names, args.sources)
+
+    from torchreid_ext.runtime import distributed
+    from torchreid_ext.search.features import ExtractedSet, extract_files, write_features
+    from torchreid_ext.search.model import load_model
+    from torchreid_ext.search.sources import list_sources, shown, test_images
+
     with distributed.joined(args.device != "cpu"):
         model = load_model(args.checkpoint, args.config_file, args.device, args.model)
         console.check_outputs({"--output": args.output}, [model.path, args.config_file, *args.sources])
@@ -91,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
             cameras = sorted({row.camera for row in rows} - {""})
             if cameras:
                 say(f"Cameras: {', '.join(cameras) if len(cameras) < 9 else len(cameras)}")
-            say(f"Scores: drsl-evaluate {args.output} --metric {model.metric}")
+            say(f"Scores: drsl-evaluate {args.output}")
         elif unknown := [shown(row.path) for row in rows if not row.identity]:
             about = f"no identity is known for {len(unknown):,} of {len(rows):,} images, the first being {unknown[0]!r}"
             say(f"There are no scores to compute: {about}: leave them out, or say with --names who they are")

@@ -160,7 +160,8 @@ def _check(args: argparse.Namespace) -> None:
             raise InputError(f"--{option} removes images from an index: give --index FILE")
     if args.top < 1:
         raise InputError(f"--top {args.top}: give 1 or more")
-    from torchreid_ext.search.model import find_checkpoint  # This imports torch, for which no mistake has to wait.
+    console.check_sources(args.names, [*args.gallery, *args.query])
+    from torchreid_ext.search.model import find_checkpoint  # This imports torchreid, for which no mistake has to wait.
 
     outputs = {"--index": args.index, "--json": args.json, "--html": args.html}
     console.check_outputs(outputs, [find_checkpoint(args.checkpoint), args.config_file, *args.query, *args.gallery])

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -57,7 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     # These imports take seconds, because they import torch. --help does not wait for them.
     from torchreid_ext.config import KEYS, check, get_default_config, run
+    from torchreid_ext.data.splits import make_options
     from torchreid_ext.runtime import distributed
+    from torchreid_ext.search.sources import DEFAULT_NAMES
 
     keep_freed_memory()
     # The defaults are overridden by the file, then by the flags, then by the KEY VALUE pairs.
@@ -74,17 +77,21 @@ def _run(args: argparse.Namespace) -> None:
             cfg.merge_from_list([f"data.{name}", given])
     cfg.merge_from_list(args.opts)
     check(cfg)
-    if args.dry_run:
-        with distributed.joined(cfg.use_gpu, cfg.train.timeout):
+    with distributed.joined(cfg.use_gpu, cfg.train.timeout):
+        run.check_start(cfg)
+        if args.dry_run:
             run.dry_run(cfg)
-        return
-    folder, name = Path(cfg.data.save_dir), "test" if cfg.test.evaluate else "train"
-    with distributed.joined(cfg.use_gpu, cfg.train.timeout), run.logged(folder, name):
-        engine, _ = run.train(cfg)
-        if cfg.data.type == "image" and not cfg.test.evaluate:
-            manager = engine.datamanager
-            splits = manager.fetch_test_loaders(manager.targets[0])
-            print(next_commands(cfg.data.save_dir, *([item[0] for item in split] for split in splits)))
+            return
+        with run.logged(cfg):
+            engine, _ = run.train(cfg)
+            if cfg.data.type == "image" and not cfg.test.evaluate:
+                manager = engine.datamanager
+                target = manager.targets[0]
+                names = DEFAULT_NAMES
+                if target in cfg.datasets and (own := make_options(target, cfg.datasets[target])).csv is None:
+                    names = own.pattern
+                query, gallery = ([item[0] for item in split] for split in manager.fetch_test_loaders(target))
+                print(next_commands(cfg.data.save_dir, query, gallery, names))
 
 
 def _list(what: str, *words: str) -> None:
@@ -114,11 +121,12 @@ def _list(what: str, *words: str) -> None:
     print("\n".join(found))
 
 
-def next_commands(save_dir: str, query: Sequence[str], gallery: Sequence[str]) -> str:
-    """The two commands that a user would type next, with the paths of the run; empty if it saved no best checkpoint.
-    ``save_dir`` is the folder of the run; ``query`` and ``gallery`` are the images of one target."""
+def next_commands(save_dir: str, query: Sequence[str], gallery: Sequence[str], names: str) -> str:
+    """The commands that a user would type next, with the paths of the run; empty if it saved no best checkpoint.
+    ``save_dir`` is the folder of the run; ``query`` and ``gallery`` are the images of one target, and ``names`` says
+    how their names carry identities: see :func:`torchreid_ext.images.pattern`."""
     from torchreid_ext.checkpoint.folder import BEST
-    from torchreid_ext.search.sources import shown
+    from torchreid_ext.search.sources import DEFAULT_NAMES, shown
 
     checkpoint = Path(save_dir, "model", BEST)
     if not checkpoint.is_file():
@@ -132,18 +140,22 @@ def next_commands(save_dir: str, query: Sequence[str], gallery: Sequence[str]) -
             folder = str(shared)
     page, exported = str(Path(save_dir, "search.html")), str(Path(save_dir, "model.onnx"))
     words = ["--gallery", shown(folder), "--query", shown(query[0]), "--html", page]
+    words += ["--names", names] if names != DEFAULT_NAMES else []
     return "\n  ".join([
-        "Next, look a person up in the gallery, and export the network:",
+        "Next, look a person up in the gallery, export the network, and see which searches fail:",
         shlex.join([_program("drsl-search"), str(checkpoint), *words]),
         shlex.join([_program("drsl-export"), str(checkpoint), exported]),
+        shlex.join([_program("drsl-evaluate"), save_dir, "--errors"]),
     ])  # fmt: skip
 
 
 def _program(name: str) -> str:
     """How to start a command: beside drsl-train, where that is not on the path."""
-    started = Path(sys.argv[0])
+    started, found = Path(sys.argv[0]), shutil.which(name)
     beside = started.with_name(name)
-    return str(beside) if started.name == "drsl-train" and started.parent != Path() and beside.exists() else name
+    if started.name != "drsl-train" or started.parent == Path() or not beside.exists():
+        return name
+    return name if found and os.path.samefile(found, beside) else str(beside)
 
 
 if __name__ == "__main__":

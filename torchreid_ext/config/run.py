@@ -84,10 +84,8 @@ def prepare(cfg: Config) -> Any:
 
 def train(cfg: Config) -> tuple[Any, dict[str, RetrievalResult]]:
     """Trains and tests as configured, from the checkpoint of ``model.resume``, if any. Returns the engine, and the
-    results of the last test by target. Raises InputError as ``prepare``, for a checkpoint that does not fit, and for a
-    folder that holds another run."""
-    print(f"Configuration\n{cfg}\n")
-    _check_folder(cfg)
+    results of the last test by target. Raises InputError as ``prepare``, and for a checkpoint that does not fit. Call
+    ``check_start`` before."""
     engine = prepare(cfg)
     # The configuration keeps its own start_epoch, so that config.yaml starts the whole run again.
     start_epoch = cfg.train.start_epoch
@@ -120,9 +118,12 @@ def train(cfg: Config) -> tuple[Any, dict[str, RetrievalResult]]:
     return engine, columns["trained"]
 
 
-def _check_folder(cfg: Config) -> None:
-    """Raises InputError if ``data.save_dir`` holds a trained run and this one does not resume it, but overwrites it, or
-    would do so when torchrun restarts it."""
+def check_start(cfg: Config) -> None:
+    """Raises InputError, before anything is written, for data sets of ``datasets`` to train on that cannot be read, and
+    if ``data.save_dir`` holds a trained run and this one does not resume it, but overwrites it, or would do so when
+    torchrun restarts it."""
+    if cfg.data.type == "image":
+        own_images(cfg, cfg.data.sources)
     folder, resume = Path(cfg.data.save_dir), cfg.model.resume
     if cfg.test.evaluate or resume == "auto":
         return
@@ -133,11 +134,13 @@ def _check_folder(cfg: Config) -> None:
 
 
 @contextlib.contextmanager
-def logged(folder: Path, name: str) -> Iterator[None]:
-    """Copies the output of the first process to ``folder/NAME.log-TIME``, and the error that ends the run, if any."""
+def logged(cfg: Config) -> Iterator[None]:
+    """Writes the configuration and the output of the first process to ``train.log-TIME``, or ``test.log-TIME``, in
+    ``data.save_dir``, and the error that ends the run, if any."""
     if not distributed.is_first():
         yield
         return
+    folder, name = Path(cfg.data.save_dir), "test" if cfg.test.evaluate else "train"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.log-{time.strftime('%Y-%m-%d-%H-%M-%S')}"
     # The name of a file on disk may have bytes that are no UTF-8.
@@ -145,6 +148,7 @@ def logged(folder: Path, name: str) -> Iterator[None]:
         open(path, "w", encoding="utf-8", errors="surrogateescape") as file,
         contextlib.redirect_stdout(_Tee(sys.stdout, file)),
     ):
+        file.write(f"Configuration\n{cfg}\n\n")
         try:
             yield
         except (InputError, FloatingPointError, KeyboardInterrupt) as error:
@@ -179,10 +183,9 @@ class _EnoughError(Exception):
 def dry_run(cfg: Config) -> None:
     """Prints the data sets and the size of the network, draws a batch and estimates the time of an epoch. Only the
     batch is kept, ``batch.png`` in ``data.save_dir``. Raises InputError for whatever a run would refuse before its
-    first test; with data sets of ``datasets``, for images that cannot be read."""
+    first test; with data sets of ``datasets``, for images that cannot be read. Call ``check_start`` before."""
     if cfg.test.evaluate:
         raise InputError("test.evaluate True trains nothing, and --dry-run shows what is trained; leave one out")
-    _check_folder(cfg)
     engine = prepare(cfg)
     done = engine.resume(cfg.model.resume, cfg.data.save_dir) if cfg.model.resume else 0
     if cfg.data.type == "image" and not cfg.datasets.keys().isdisjoint(cfg.data.sources + cfg.data.targets):

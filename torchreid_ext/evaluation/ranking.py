@@ -76,8 +76,8 @@ class Search:
 def print_result(result: RetrievalResult, ranks: Sequence[int]) -> None:
     """Prints a result in the format of torchreid."""
     queries = f"{result.num_query} queries, {result.num_unmatched} of them left out because they have no match"
-    junk = f"{result.num_junk / result.num_query:.1f} junk entries per query"
-    print(f"** Results **\n{queries}; {result.num_gallery} gallery entries, {junk}")
+    left_out = f"{result.num_junk / result.num_query:.1f} left out per query (itself, or the same person and camera)"
+    print(f"** Results **\n{queries}; {result.num_gallery} gallery entries, {left_out}")
     for name, value in result.means.items():
         print(f"{name}: {value:.1%}")
     print("CMC curve")

@@ -77,8 +77,7 @@ class Tester:
         with generators.untouched():
             for target, loaders in self.test_loader.items():
                 if first:
-                    domain = "source" if target in self.datamanager.sources else "target"
-                    print(f"##### Evaluating {target} ({domain}) #####")
+                    print(f"##### Evaluating {target} #####")
                 query, gallery = (extract(self, loaders[split], group) for split in ("query", "gallery"))
                 search = ranking.Search(query, gallery, chosen.dist_metric, chosen.normalize_feature, chosen.rerank)
                 result = search.evaluate(chosen.use_metric_cuhk03, max_rank=max(50, *chosen.ranks), group=group)

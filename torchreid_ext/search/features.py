@@ -106,7 +106,7 @@ def extract_files(
         parts, kept = list[Tensor](), list[int]()
         for indices, images, reasons in tqdm(loader, desc=description, leave=False, disable=None):
             if reasons and not skip_damaged:
-                raise InputError(f"{reasons[0]}, or leave such images out with --skip-damaged")
+                raise InputError(f"{reasons[0]}; --skip-damaged leaves such images out")
             damaged.extend(reasons)
             if images is not None:
                 parts.append(model.features(images))
@@ -123,13 +123,14 @@ def extract_files(
 
 
 def write_features(path: str | os.PathLike[str], model: TrainedModel, sets: dict[str, ExtractedSet]) -> bool:
-    """Writes features of ``"query"``, ``"gallery"`` or both in ``drsl-evaluate``'s .npz format, whole or not at all.
+    """Writes features of ``"query"``, ``"gallery"`` or both in ``drsl-evaluate``'s .npz format, whole or not at all,
+    with the distance by which the run was tested.
 
     Identities are written where those of all images are known, and with them cameras, if one is known: an image whose
     camera is not known has its path for a camera of its own. Returns whether ``drsl-evaluate`` can compute scores:
     there are both sets, and all identities are known."""
     rows = [row for extracted in sets.values() for row in extracted.entries]
-    arrays: dict[str, Any] = {_FINGERPRINT: np.array(model.fingerprint)}
+    arrays: dict[str, Any] = {_FINGERPRINT: np.array(model.fingerprint), "metric": np.array(model.metric)}
     for name, extracted in sets.items():
         paths = [os.path.abspath(row.path) for row in extracted.entries]
         arrays[name], arrays[f"{name}_paths"] = extracted.features.numpy(), np.array(paths)

@@ -141,7 +141,7 @@ def load_model(
     configuration names, and a device that is not there."""
     path = find_checkpoint(path)
     state = checkpoint.load(path)
-    config = _config(path, state, config_file, model)
+    config, note = _config(path, state, config_file, model)
     weights = checkpoint.weights_of(state, path)
     # The rows of the last classifier are the identities that the network was trained on.
     rows = [len(value) for name, value in weights.items() if "classifier" in name and value.ndim > 1]
@@ -154,22 +154,26 @@ def load_model(
     training = state.get("training") if config_file is None else None
     trained = training.get("people") if isinstance(training, Mapping) else None
     people = frozenset(map(str, trained)) if isinstance(trained, list) else frozenset[str]()
+    if note:
+        _note(note)
     return TrainedModel(network.eval().to(place), config, path, fingerprint, people)
 
 
 def find_checkpoint(path: File) -> str:
-    """The checkpoint itself, or the best or else the last one in the folder of a run; InputError if it has none."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return os.fspath(path)
+    """The checkpoint itself, or the best or else the last one in the folder of a run; InputError if there is none."""
+    folder, name = Path(path), os.fspath(path)
+    if folder.is_file():
+        return name
     for place in (folder / "model" / BEST, folder / "model" / LAST, folder / BEST, folder / LAST):
         if place.is_file():
             return str(place)
-    raise InputError(f"the folder {os.fspath(path)!r} holds no model/{BEST}: give a checkpoint, or the folder of a run")
+    fault = f"the folder {name!r} holds no model/{BEST}" if folder.is_dir() else f"checkpoint {name!r} does not exist"
+    raise InputError(f"{fault}: give a checkpoint, or the folder of a run")
 
 
-def _config(path: str, state: Mapping[str, Any], config_file: File | None, model: str | None) -> Config:
-    config = get_default_config()
+def _config(path: str, state: Mapping[str, Any], config_file: File | None, model: str | None) -> tuple[Config, str]:
+    """The configuration of a network, and what to tell the user of it once the network is loaded."""
+    config, note = get_default_config(), ""
     training = state.get("training")
     saved = training.get("config") if isinstance(training, Mapping) else None
     if not saved and config_file is None and model is None:
@@ -190,10 +194,10 @@ def _config(path: str, state: Mapping[str, Any], config_file: File | None, model
             config.test.dist_metric = "cosine"
             size = f"{config.data.height} x {config.data.width} pixels"
             taken = f"{model} with images of {size}, its usual normalisation and the cosine distance"
-            _note(f"{path!r} holds no configuration: taking {taken}, unless --config-file says otherwise")
+            note = f"{path!r} holds no configuration: taking {taken}, unless --config-file says otherwise"
     # The weights come from the checkpoint, and the device is chosen by load_model.
     config.model.pretrained = config.use_gpu = config.train.sync_batchnorm = False
-    return config
+    return config, note
 
 
 def _merge(config: Config, saved: object, path: str) -> None:

@@ -80,7 +80,7 @@ def list_sources(sources: Sequence[str], names: str = DEFAULT_NAMES, cameras: bo
 def list_queries(sources: Sequence[str], names: str = DEFAULT_NAMES) -> list[Row]:
     """Query images: image files, all images of folders, and the query images of CSV files. The identity of an image is
     in its path below the folder that was given, or in the name of a file; the folders above say nothing of it. Raises
-    InputError for a folder without an image, or a CSV file that cannot be read."""
+    InputError for a source that is missing, a folder without an image, or a CSV file that cannot be read."""
     carried = images.pattern(names, "--names")
     rows: list[Row] = []
     for source in sources:
@@ -90,6 +90,7 @@ def list_queries(sources: Sequence[str], names: str = DEFAULT_NAMES) -> list[Row
         elif os.path.isdir(source):
             rows += images.list_folder(source, carried).rows
         else:
+            images.check_exists(source)
             rows.append(Row(source, *(images.in_name(carried, os.path.basename(source)) or ())))
     return rows
 
@@ -103,8 +104,7 @@ def _listed(source: str, names: re.Pattern[str], cameras: bool = True) -> Table:
         if not table.rows:
             raise InputError(f"{source!r} lists no image with the split query or gallery")
         return table
-    if not os.path.isdir(source):
-        raise InputError(f"{source!r} does not exist: give a folder of images, an image, or a CSV file")
+    images.check_exists(source)
     layout = [name for name in _GALLERY if os.path.isdir(os.path.join(source, name))]
     if layout and os.path.isdir(os.path.join(source, _QUERY)):
         query, table = (images.list_folder(os.path.join(source, name), names) for name in (_QUERY, layout[0]))

@@ -53,8 +53,8 @@ def test_npz(tmp_path: Path, arrays: dict[str, Any], capsys: pytest.CaptureFixtu
     assert json.loads(scores.read_text()) == expected.to_dict()
     assert output.err == ""  # no progress bar outside a terminal
     first, *rows = output.out.splitlines()
-    assert first.startswith("12 queries (0 without a match, not scored), 40 gallery images")
-    assert f"{expected.num_junk} junk pairs" in first
+    assert first.startswith("12 queries (0 without a match, not scored), 40 gallery images, cosine distance; ")
+    assert f"{expected.num_junk} pairs left out (the same image, or the same person and camera)" in first
     assert [row.split() for row in rows] == [
         ["mAP", f"{expected.mAP:.2%}"],
         ["mINP", f"{expected.mINP:.2%}"],
@@ -75,7 +75,7 @@ def test_no_image_is_its_own_match_where_paths_are_known(tmp_path: Path, arrays:
     own = {"query_cams": np.arange(12), "gallery_cams": np.arange(12)}
     expected = evaluate(arrays["query"], arrays["query"], arrays["query_ids"], arrays["query_ids"], **own)
     out = capsys.readouterr().out
-    assert "12 junk pairs left out" in out and f"{expected.mAP:.2%}" in out
+    assert "12 pairs left out (the same image" in out and f"{expected.mAP:.2%}" in out
 
 
 @pytest.mark.parametrize("header", ["set,id,camera", "camera,set,id", "set,id"])
@@ -94,6 +94,7 @@ def test_npy_and_csv(tmp_path: Path, arrays: dict[str, Any], header: str) -> Non
 @pytest.mark.parametrize(
     ("option", "keyword"),
     [
+        ([], {"metric": "cosine"}),  # as the file says
         (["--no-cameras"], {"query_cams": None, "gallery_cams": None}),
         (["--rerank"], {"rerank": True}),
         (["--junk", "2", "3"], {"junk": (2, 3)}),
@@ -101,8 +102,9 @@ def test_npy_and_csv(tmp_path: Path, arrays: dict[str, Any], header: str) -> Non
     ],
 )
 def test_options(tmp_path: Path, arrays: dict[str, Any], option: list[str], keyword: dict[str, Any]) -> None:
-    np.savez(tmp_path / "f.npz", **arrays)
-    assert main([str(tmp_path / "f.npz"), "--json", str(tmp_path / "s.json"), *option]) == 0
+    np.savez(tmp_path / "f.npz", **arrays, metric="cosine")
+    distance = [] if "metric" in keyword else ["--metric", "euclidean"]
+    assert main([str(tmp_path / "f.npz"), "--json", str(tmp_path / "s.json"), *option, *distance]) == 0
     assert json.loads((tmp_path / "s.json").read_text()) == evaluate(**(arrays | keyword)).to_dict()
 
 
@@ -135,6 +137,7 @@ def test_bad_input_is_one_line(tmp_path: Path, arrays: dict[str, Any], capsys: p
         (lambda: npz(query_cams=None), "gallery_cams without query_cams"),
         (lambda: npz(query=arrays["query"] * np.nan), "NaN"),
         (lambda: npz(query=np.array([["a"]])), "floating-point"),
+        (lambda: npz(metric=np.array("cos")), "unknown metric 'cos': choose one of 'euclidean', 'cosine'"),
         (lambda: npz(query_cams=np.zeros(12, int), gallery_cams=np.zeros(40, int)), "another camera"),
         (lambda: [*npz(), "--ids", ids], "--ids goes with"),
         (lambda: [*npz(), "--ranks", "0"], "--ranks 0"),

@@ -33,13 +33,14 @@ def test_the_errors_of_a_run_and_of_its_features_are_those_of_its_own_test(run, 
     scores = json.loads((run / "metrics.json").read_text())["listed"]
     assert evaluate.main([str(run), "--errors"]) == 0
     caption = capsys.readouterr().out
-    assert f"mAP {scores['mAP']:.1%}, mINP {scores['mINP']:.1%}, rank-1 {scores['cmc'][0]:.1%}" in caption
+    means = f"mAP {scores['mAP']:.1%}, mINP {scores['mINP']:.1%}, rank-1 {scores['cmc'][0]:.1%}"
+    assert caption.startswith(f"By cosine distance: {means}")
     page = (run / "errors.html").read_text(encoding="utf-8")
     assert page.count("<section") == min(50, scores["num_query"]) and "cosine distance" in page
     assert "the picture cannot be read" not in page
     assert extract.main([str(run), "--output", str(tmp_path / "f.npz")]) == 0
     capsys.readouterr()
-    assert evaluate.main([str(tmp_path / "f.npz"), "--errors", "--metric", "cosine"]) == 0
+    assert evaluate.main([str(tmp_path / "f.npz"), "--errors"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == caption.splitlines()[0]
     assert (tmp_path / "errors.html").read_text(encoding="utf-8").replace(str(tmp_path / "f.npz"), str(run)) == page
     checkpoint = run / "model" / "model-best.pth.tar"

@@ -38,8 +38,8 @@ def test_the_scores_are_those_of_the_run(model, tmp_path, source, capsys):
     folder = model.parents[2]
     words = [] if source == "none" else [str(folder / "list.csv")]
     assert extract.main([str(model), *words, "--output", str(tmp_path / "f.npz"), "--workers", "1"]) == 0
-    assert "--metric cosine" in capsys.readouterr().out
-    assert evaluate.main([str(tmp_path / "f.npz"), "--metric", "cosine", "--json", str(tmp_path / "scores.json")]) == 0
+    assert f"Scores: drsl-evaluate {tmp_path / 'f.npz'}\n" in capsys.readouterr().out
+    assert evaluate.main([str(tmp_path / "f.npz"), "--json", str(tmp_path / "scores.json")]) == 0
     scores = json.loads((tmp_path / "scores.json").read_text())
     of_run = json.loads((folder / "log" / "metrics.json").read_text())["listed"]
     assert abs(scores["mAP"] - of_run["mAP"]) < 1e-9 and abs(scores["mINP"] - of_run["mINP"]) < 1e-9
@@ -57,7 +57,8 @@ def test_a_folder_of_unnamed_images(any_model, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "'notes.txt'" in out and "no scores" in out
     with np.load(tmp_path / "f.npz") as file:
-        assert set(file) == {"gallery", "gallery_paths", "model_fingerprint"} and file["gallery"].shape == (3, 512)
+        assert set(file) == {"gallery", "gallery_paths", "metric", "model_fingerprint"}
+        assert file["gallery"].shape == (3, 512)
         assert file["gallery_paths"].tolist() == [str(gallery / f"{number} ü.png") for number in range(3)]
     assert evaluate.main([str(tmp_path / "f.npz")]) == 2
 
@@ -110,8 +111,8 @@ def test_several_processes_write_what_one_writes(any_model, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"checkpoint": "nowhere.pth"}, "nowhere.pth' does not exist"),
-        ({"source": "nowhere"}, "'nowhere' does not exist"),
+        ({"checkpoint": "nowhere.pth"}, "nowhere.pth' does not exist: give a checkpoint, or the folder of a run"),
+        ({"source": "nowhere", "checkpoint": "lost.pth"}, "'nowhere' does not exist"),  # before anything is loaded
         ({"output": "features.txt"}, "must end in .npz"),
         ({"more": ["--batch-size", "0"]}, "batch size 0"),
         ({"more": ["--config-file", "nowhere.yaml"]}, "nowhere.yaml"),

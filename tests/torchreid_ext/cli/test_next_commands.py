@@ -2,14 +2,19 @@
 
 import ntpath
 import os
+import re
 import shlex
 from pathlib import Path
 
 import pytest
 import trained
 
-from torchreid_ext.cli import export, search
+from torchreid_ext.cli import evaluate, export, search
 from torchreid_ext.cli.train import next_commands
+from torchreid_ext.evaluation import errors
+
+CHECKPOINT = Path("model", "model-best.pth.tar")
+PEOPLE = r"(?P<identity>\d+)_(?P<camera>\d)_\d\.png"  # of the names that are drawn
 
 
 @pytest.fixture
@@ -17,39 +22,57 @@ def printed(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "a run's folder"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    trained.train(folder, **{"model.name": "squeezenet1_1", "data.height": 64, "data.width": 32})
-    *_, heading, first, second = capsys.readouterr().out.splitlines()
+    options = {"model.name": "squeezenet1_1", "data.height": 64, "data.width": 32}
+    options |= {"data.sources": "drawn", "data.targets": "drawn", "datasets.drawn.folder": "images"}
+    trained.train(folder, **options, **{"datasets.drawn.pattern": PEOPLE})
+    *_, heading, first, second, third = capsys.readouterr().out.splitlines()
     assert heading.startswith("Next, ")
-    return first, second
+    return first, second, third
 
 
-def test_both_commands_work_as_printed(printed, capsys):
-    first, second = map(shlex.split, printed)
-    assert (first[0], second[0]) == ("drsl-search", "drsl-export")
+def test_all_commands_work_as_printed(printed, capsys, monkeypatch):
+    monkeypatch.setattr(errors, "_drawn", lambda *given: "")  # Figures take seconds.
+    first, second, third = map(shlex.split, printed)
+    assert (first[0], second[0], third[0]) == ("drsl-search", "drsl-export", "drsl-evaluate")
+    assert first[-2:] == ["--names", PEOPLE]
     assert search.main([*first[1:], "--workers", "0"]) == 0
     # The gallery of this run is all images in one folder, the query among them, which is no match of its own.
     asked = first[first.index("--query") + 1]
     lines = capsys.readouterr().out.splitlines()
-    assert f"query {asked}" in lines and sum(asked in line for line in lines) == 1
-    assert any(line.lstrip().startswith("1  0.") for line in lines)
-    assert Path(first[-1]).read_text().startswith("<!doctype html>")
+    (about,) = (line for line in lines if asked in line)
+    assert re.fullmatch(rf"query {asked} \(identity \d+, camera \d\)", about)
+    assert any(re.match(r" +1  0\.\d+ +(same|other) +identity +\d+ +camera", line) for line in lines)
+    assert Path(first[first.index("--html") + 1]).read_text().startswith("<!doctype html>")
     assert export.main(second[1:]) == 0 and Path(second[-1]).is_file()
+    assert evaluate.main(third[1:]) == 0 and Path(third[1], "errors.html").is_file()
 
 
 def test_without_a_checkpoint_there_is_nothing_to_do_next(tmp_path):
-    assert next_commands(str(tmp_path), ["a.png"], ["b.png"]) == ""
+    assert next_commands(str(tmp_path), ["a.png"], ["b.png"], "market") == ""
 
 
-def test_programs_beside_the_launcher_are_named_with_their_folder(tmp_path, monkeypatch):
+@pytest.fixture
+def finished(tmp_path):
+    (tmp_path / CHECKPOINT).parent.mkdir()
+    (tmp_path / CHECKPOINT).write_bytes(b"")
+    return str(tmp_path)
+
+
+def test_programs_beside_the_launcher_are_named_with_their_folder_where_the_path_has_others(
+    finished, tmp_path, monkeypatch
+):
     bin_folder = tmp_path / "bin"
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "model-best.pth.tar").write_bytes(b"")
-    bin_folder.mkdir()
-    for name in ("drsl-train", "drsl-search", "drsl-export"):
-        (bin_folder / name).write_text("")
+    for folder in (bin_folder, tmp_path / "other"):
+        folder.mkdir()
+        for name in ("drsl-train", "drsl-search", "drsl-export", "drsl-evaluate"):
+            (folder / name).write_text("")
+            (folder / name).chmod(0o755)
     monkeypatch.setattr("sys.argv", [str(bin_folder / "drsl-train")])
-    lines = next_commands(str(tmp_path), ["/x/query/1.png"], ["/x/a/1.png", "/x/b/2.png"]).splitlines()
-    assert shlex.split(lines[1])[0] == str(bin_folder / "drsl-search")
+    for path, start in (("", bin_folder), ("bin", Path()), ("other", bin_folder)):
+        monkeypatch.setenv("PATH", str(tmp_path / path))
+        lines = next_commands(finished, ["/x/query/1.png"], ["/x/a/1.png", "/x/b/2.png"], "market").splitlines()
+        names = [str(start / f"drsl-{name}") for name in ("search", "export", "evaluate")]
+        assert [shlex.split(line)[0] for line in lines[1:]] == names
     assert shlex.split(lines[1])[3:] == [
         "/x",
         "--query",
@@ -59,17 +82,15 @@ def test_programs_beside_the_launcher_are_named_with_their_folder(tmp_path, monk
     ]
 
 
-def test_the_whole_disk_is_not_searched(tmp_path):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "model-best.pth.tar").write_bytes(b"")
-    line = next_commands(str(tmp_path), ["/x/query/1.png"], ["/x/b/1.png", "/y/a/2.png", "/x/b/3.png"]).splitlines()[1]
+def test_the_whole_disk_is_not_searched(finished):
+    images = ["/x/b/1.png", "/y/a/2.png", "/x/b/3.png"]
+    line = next_commands(finished, ["/x/query/1.png"], images, "market").splitlines()[1]
     assert "--gallery /x/b --query" in line
 
 
-def test_a_gallery_on_two_drives_of_windows(tmp_path, monkeypatch):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "model-best.pth.tar").write_bytes(b"")
+def test_a_gallery_on_two_drives_of_windows(finished, monkeypatch):
     for name in ("abspath", "commonpath", "dirname"):
         monkeypatch.setattr(os.path, name, getattr(ntpath, name))
-    line = next_commands(str(tmp_path), ["C:\\q\\1.png"], ["D:\\b\\1.png", "C:\\a\\2.png"]).splitlines()[1]
+    images = ["D:\\b\\1.png", "C:\\a\\2.png"]
+    line = next_commands(finished, ["C:\\q\\1.png"], images, "market").splitlines()[1]
     assert shlex.split(line)[3:6] == ["C:\\a", "--query", "C:\\q\\1.png"]

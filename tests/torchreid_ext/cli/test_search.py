@@ -391,8 +391,8 @@ def test_two_galleries_with_the_same_names_are_told_apart_by_their_paths(model, 
         (["--query", "Q"], "no gallery to search"),
         (["--gallery", "G"], "nothing to do"),
         (["--gallery", "nowhere", "--query", "Q"], "'nowhere' does not exist"),
+        (["--gallery", "G", "--query", "mee.jpg", "--skip-damaged"], "'mee.jpg' does not exist: give an image, a"),
         (["--gallery", "EMPTY", "--query", "Q"], "no image below"),
-        (["--gallery", "G", "--query", "nowhere.png"], "nowhere.png"),
         (["--gallery", "G", "--query", "BOMB"], "too large"),
         (["--gallery", "G", "--query", "TEXT"], "it is not an image"),
         (["--gallery", "G", "--query", "Q", "--crop", "0", "0", "99", "5"], "cam0_<1>&.png': crop 0 0 99 5"),
@@ -400,7 +400,7 @@ def test_two_galleries_with_the_same_names_are_told_apart_by_their_paths(model, 
         (["--gallery", "G", "--query", "Q", "--html", "nowhere/p.html"], "--html nowhere/p.html"),
         (["--gallery", "G", "--query", "Q", "--prune"], "give --index"),
         (["--gallery", "G", "--query", "Q", "--names", "nonsense"], "--names 'nonsense'"),
-        (["--gallery", "TEXTS", "--query", "Q"], "--skip-damaged"),
+        (["--gallery", "TEXTS", "--query", "Q"], " or remove it; --skip-damaged leaves such images out"),
         (["--gallery", "G", "--query", "Q", "--remove", "x"], "give --index"),
     ],
 )
@@ -421,3 +421,18 @@ def test_bad_input(model, photos, tmp_path, capsys, monkeypatch, words, message)
     words = [names.get(word, word) for word in words]
     assert search.main([*map(str, [model, *words, *outputs]), "--workers", "0", "--device", "cpu"]) == 2
     assert message in complaint(capsys) and not list(output.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gallery", "nowhere"], "'nowhere' does not exist: give an image, a folder of images, or a CSV file"),
+        (["--gallery", "nowhere.npz"], "'nowhere.npz' does not exist"),
+        (["--gallery", ".", "--names", "foldr"], "--names 'foldr' is unknown; the nearest is 'folder'"),
+        (["--gallery", "."], "checkpoint 'lost.pth' does not exist: give a checkpoint, or the folder of a run"),
+    ],
+)
+def test_a_mistyped_word_is_refused_before_a_network_is_loaded(capsys, monkeypatch, words, message):
+    monkeypatch.setattr("torchreid_ext.search.searcher.load_model", None)
+    assert search.main(["lost.pth", *words, "--query", "."]) == 2
+    assert message in complaint(capsys)

@@ -115,6 +115,7 @@ def test_weights_of_the_zoo_need_only_the_name_of_the_network(tmp_path, capsys, 
         load_model(tmp_path / "zoo.pth")
     with pytest.raises(InputError, match="does not hold the weights of 'resnet18'"):
         load_model(tmp_path / "zoo.pth", model="resnet18")
+    assert not capsys.readouterr().err  # What is taken is said of a network that is loaded.
 
 
 def test_a_checkpoint_of_torchreids_needs_a_config_file(tmp_path):

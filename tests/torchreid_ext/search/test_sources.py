@@ -139,6 +139,9 @@ def test_sources_without_images_are_refused(tmp_path, missing):
     (tmp_path / "texts" / "notes.txt").write_text("no image")
     with pytest.raises(InputError, match=missing):
         list_sources([str(tmp_path / missing)])
+    if missing in ("nowhere", "empty"):
+        with pytest.raises(InputError, match=missing):
+            list_queries([str(tmp_path / missing)])
 
 
 @pytest.mark.parametrize("words", [[], ["data.validation", 0.5, "data.identities", 6]], ids=["target", "validation"])
