@@ -95,7 +95,7 @@ def test_images_of_the_user(plain, tmp_path, capsys):
         ("model.txt", [], "must end in .onnx"),
         ("model.onnx", ["--model", "nonsense"], "nonsense"),
         ("nowhere/model.onnx", [], "there is no folder"),
-        ("model.onnx", ["--images", "nowhere"], "cannot read image 'nowhere'"),
+        ("model.onnx", ["--images", "nowhere"], "'nowhere' does not exist"),
     ],
 )
 def test_bad_input(plain, tmp_path, capsys, output, words, message):
