@@ -33,7 +33,7 @@ sampler = MPerClassSampler(
 loader = torch.utils.data.DataLoader(images, batch_size, sampler=sampler, drop_last=True)
 
 model = models.resnet18(num_classes=128)  # weights="DEFAULT" with num_classes=1000 starts from ImageNet
-loss_fn, miner = DRSLoss(), RankViolationMiner()
+loss_fn, miner = DRSLoss(), RankViolationMiner(margin=0.2)  # the miner may be left out
 optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
 for epoch in range(1, args.epochs + 1):

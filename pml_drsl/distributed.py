@@ -176,7 +176,7 @@ def _sharing_queries(loss: DRSLoss, sizes: list[int]) -> Iterator[None]:
         rank, parts = dist.get_rank(), pairs.split(sizes)
         # A process without a pair still has to take part in every gathering, forward and backward.
         nothing = embeddings[:0].sum() + ref_emb[:0].sum()
-        names = ["retrieval"] + ["sort"] * (loss.sort_weight > 0) + ["smoothed"] * loss.collect_stats
+        names = ["retrieval"] + ["sort"] * bool(loss.sort_weight) + ["smoothed"] * loss.collect_stats
         errors = embeddings.new_zeros(0, len(names))
         if parts[rank].num_queries > 0:
             own = compute(embeddings.split(sizes)[rank], ref_emb, parts[rank])

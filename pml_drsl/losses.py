@@ -188,11 +188,9 @@ class DRSLoss(BaseMetricLossFunction):
         of_pairs: dict[str, Any] = {"indices": (pairs.query, pairs.positive), "reduction_type": "pos_pair"}
         of_pairs["divisor"] = len(pairs.query)  # for a DivisorReducer
         sort_weight = _scalar(self.sort_weight)
-        # Unlike PML's zero_loss, this needs no pass over the embeddings.
-        no_loss = {"losses": embeddings.new_zeros(()), "indices": None, "reduction_type": "already_reduced"}
         return {
             "retrieval_loss": {"losses": errors["retrieval"], **of_pairs},
-            "sort_loss": {"losses": sort_weight * errors["sort"], **of_pairs} if "sort" in errors else no_loss,
+            "sort_loss": {"losses": sort_weight * errors["sort"], **of_pairs} if "sort" in errors else self.zero_loss(),
         }
 
     def compute_errors(self, embeddings: Tensor, ref_emb: Tensor, pairs: Pairs) -> Errors:

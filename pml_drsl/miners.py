@@ -77,7 +77,8 @@ class RankViolationMiner(RankingMiner):
 
     Args:
         margin: any finite number. A negative n precedes a positive p of its query where ``d_n - d_p < margin``, in
-            units of distance (for a similarity: ``s_p - s_n < margin``).
+            units of distance (for a similarity: ``s_p - s_n < margin``). Give one above 0 beside the bound of
+            ``DRSLoss``, which also trains pairs whose order is right.
         **kwargs: arguments of ``BaseMiner``: ``distance`` (default: ``LpDistance``), ``collect_stats``. Another margin
             is an InputError.
     """

@@ -72,8 +72,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
             raise InputError(f"warmup must be an integer of at least 0, got {warmup!r}; 0 starts the memory at once")
         self.warmup = int(warmup)
         self.embedding_memory: Tensor
-        self.warmup_calls: Tensor
-        self.register_buffer("warmup_calls", torch.zeros((), dtype=torch.long), persistent=warmup > 0)
+        self.warmup_calls = 0
         self.register_load_state_dict_pre_hook(_keep_place)
 
     @staticmethod
@@ -81,10 +80,11 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         return [*losses.CrossBatchMemory.supported_losses(), DRSLoss.__name__]
 
     def get_extra_state(self) -> dict[str, int]:
-        return {"queue_idx": self.queue_idx, "has_been_filled": self.has_been_filled}
+        return {name: getattr(self, name) for name in ("queue_idx", "has_been_filled", "warmup_calls")}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
         self.queue_idx, self.has_been_filled = int(state["queue_idx"]), bool(state["has_been_filled"])
+        self.warmup_calls = int(state.get("warmup_calls", self.warmup_calls))
 
     def forward(
         self,
@@ -111,7 +111,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         if number > self.memory_size:
             raise InputError(f"{number} embeddings do not fit in a memory_size of {self.memory_size}; make it larger")
         labels = labels.to(embeddings.device, torch.long)
-        if not self.warmup or int(self.warmup_calls) >= self.warmup:
+        if self.warmup_calls >= self.warmup:
             self.embedding_memory = self.embedding_memory.to(embeddings)  # PML's does not convert it under autocast.
             return super().forward(embeddings, labels, indices_tuple, enqueue_mask)  # type: ignore[no-any-return]
         self.warmup_calls += 1  # Without the memory the references are what the batch would store.
@@ -182,5 +182,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
 
 
 def _keep_place(memory: CrossBatchMemory, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    # States of PML's memory, and of versions before 0.3, have no place in the queue.
-    state_dict.setdefault(f"{prefix}_extra_state", memory.get_extra_state())
+    # States of PML's memory, and of versions before 0.3, have no place in the queue, and theirs count the calls apart.
+    place = state_dict.setdefault(f"{prefix}_extra_state", memory.get_extra_state())
+    if (calls := state_dict.pop(f"{prefix}warmup_calls", None)) is not None:
+        state_dict[f"{prefix}_extra_state"] = place | {"warmup_calls": int(calls)}

@@ -126,4 +126,4 @@ def test_the_notebook(capsys):
         float, re.search(r"pixels ([\d.]+)%, of the network ([\d.]+)%", capsys.readouterr().out).groups()
     )
     assert network > pixels + 5
-    assert names["losses"][-1] < names["losses"][0]
+    assert names["errors"][-1] < names["errors"][0]

@@ -1,5 +1,6 @@
 """Two processes that share a batch must give the loss and the gradient of one process that has all of it."""
 
+import numpy as np
 import processes
 import pytest
 import torch
@@ -19,7 +20,7 @@ from pml_drsl.wrappers import CrossBatchMemory
 
 LOSSES = {
     "default": lambda: make_loss(0.1),
-    "bound": lambda: make_loss(0.1, bound_power=0.5, collect_stats=True),
+    "bound": lambda: make_loss(0.1, sort_weight=np.float64(0.5), bound_power=0.5, collect_stats=True),
     "chunks": lambda: make_loss(0.1, query_chunk_size=3, collect_stats=True),
     "raw": lambda: make_loss(0.3, distance=LpDistance(normalize_embeddings=False)),
     "per identity": lambda: make_loss(0.1, reducer=PerIdentityReducer()),

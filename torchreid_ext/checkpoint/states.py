@@ -231,10 +231,11 @@ def _memories(module: nn.Module) -> dict[str, CrossBatchMemory]:
 
 
 def _memory_fills(module: nn.Module) -> dict[str, dict[str, Any]]:
-    # PML does not register these two values as buffers, so they are not in state_dict.
+    # None of these is a buffer, and PML's own memory does not have them in its state_dict. Only ours has a warm-up.
+    names = ("queue_idx", "has_been_filled", "warmup_calls")
     return {
-        name: {"queue_idx": memory.queue_idx, "has_been_filled": memory.has_been_filled}
-        for name, memory in _memories(module).items()
+        part: {name: vars(memory)[name] for name in names if name in vars(memory)}
+        for part, memory in _memories(module).items()
     }
 
 
