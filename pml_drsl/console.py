@@ -139,8 +139,9 @@ def message(error: BaseException) -> str:
 
 
 def check_outputs(outputs: dict[str, str | None], inputs: Iterable[str | None]) -> None:
-    """Refuses files to write that are in no folder, or that are an input or another output, with an ``InputError``.
-    ``outputs`` has the path of each option that names such a file; None, empty and ``"-"`` are left out."""
+    """Refuses files to write that are in no folder or in one that cannot be written, or that are an input or another
+    output, with an ``InputError``. ``outputs`` has the path of each option that names such a file; None, empty and
+    ``"-"`` are left out."""
     others = dict.fromkeys((path for path in inputs if path and os.path.exists(path)), "the input")
     for option, path in outputs.items():
         if not path or path == "-":
@@ -149,6 +150,9 @@ def check_outputs(outputs: dict[str, str | None], inputs: Iterable[str | None]) 
             raise InputError(f"{option} {path} is a folder: give the name of a file")
         if not (folder := Path(path).parent).is_dir():
             raise InputError(f"{option} {path}: there is no folder {str(folder)!r}: make it, or give another")
+        # Of a link, the target is written.
+        if not os.access(folder := Path(os.path.realpath(path)).parent, os.W_OK):
+            raise InputError(f"{option} {path}: the folder {str(folder)!r} cannot be written: give another")
         for other, what in others.items():
             both = os.path.exists(path) and os.path.exists(other)
             if os.path.realpath(path) == other or (both and os.path.samefile(path, other)):

@@ -70,10 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     """Measures every loss at every size, prints the report and writes it. An InputError if an option is out of range.
 
-    A row of the file has the columns ``dim``, ``size``, ``loss``, ``seconds`` (median), ``ratio`` (to the distance
-    matrix, median over the rounds), ``peak_mib`` and ``rounds``. A loss that does not fit in memory has 0 rounds, and
-    NaN for its figures. ``peak_mib`` is NaN too where the system does not say.
-    """
+    A row of the file has ``dim``, ``size``, ``loss``, ``seconds`` (median), ``ratio`` (to the distance matrix, median
+    over the rounds), ``peak_mib`` and ``rounds``. A loss that does not fit in memory has 0 rounds, and NaN for its
+    figures. ``peak_mib`` is NaN too where the system does not say."""
     import pandas as pd
     import torch
     from tqdm import tqdm
@@ -226,10 +225,8 @@ def report(rows: pd.DataFrame) -> str:
                 for x, rounds in zip(values, of_dim["rounds"], strict=True)
             ]
             table = of_dim.assign(shown=shown).pivot(index="size", columns="loss", values="shown")
-            table = table[list(of_dim["loss"].unique())]
-            lines = [["size", *table.columns], ["---:"] * (len(table.columns) + 1)]
-            lines += ([f"{size:,}", *row] for size, row in table.iterrows())
-            text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            table = table[of_dim["loss"].unique()].rename("{:,}".format)
+            text = table.to_markdown(disable_numparse=True, stralign="right")
             parts.append(f"{dim:,} dimensions, {title}:\n\n{text}\n")
     return "\n".join(parts)
 

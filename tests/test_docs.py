@@ -175,9 +175,9 @@ def test_commands_have_options_and_keys_that_exist(page, monkeypatch):
             cfg.merge_from_list([word for pair in snippet.items() for word in pair])
 
 
-@pytest.mark.parametrize("page", TEXTS)
-def test_commands_stand_in_blocks_that_the_tests_above_read(page):
-    assert not re.findall(r"^(?: {4}|\t)(?:drsl-|torchrun|python -m).*", re.sub(BLOCK, "", TEXTS[page]), re.M)
+def test_commands_stand_in_blocks_that_the_tests_above_read():
+    for page, text in TEXTS.items():
+        assert not re.findall(r"^(?: {4}|\t)(?:drsl-|torchrun|python -m).*", re.sub(BLOCK, "", text), re.M), page
 
 
 @pytest.mark.parametrize(
@@ -236,15 +236,15 @@ def anchors(text):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", TEXTS)
-def test_links_lead_to_files_and_headings(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", TEXTS[page]):
+def test_links_lead_to_files_and_headings():
+    links = [(page, target) for page, text in TEXTS.items() for target in re.findall(r"\]\(([^)\s]+)\)", text)]
+    for page, target in links:
         if target.startswith("http"):
             continue
         path, _, heading = target.partition("#")
         linked = (ROOT / page).parent / path if path else ROOT / page
-        assert linked.exists(), target
-        assert not heading or heading in anchors(linked.read_text(encoding="utf-8")), target
+        assert linked.exists(), (page, target)
+        assert not heading or heading in anchors(linked.read_text(encoding="utf-8")), (page, target)
 
 
 def test_the_index_lists_every_page():

@@ -20,6 +20,7 @@ from pml_drsl.checks import InputError
 REQUIRED, CAMERAS = ("query", "gallery", "query_ids", "gallery_ids"), ("query_cams", "gallery_cams")
 PATHS = ("query_paths", "gallery_paths")  # of images, which drsl-extract writes
 COLUMNS = ("set", "id", "camera")
+ALONE = "a single array"
 
 NumpyArray: TypeAlias = np.ndarray[Any, Any]
 Array: TypeAlias = Tensor | NumpyArray
@@ -28,35 +29,20 @@ Junk: TypeAlias = Sequence[int | str]
 
 
 def load_arrays(path: str | os.PathLike[str]) -> dict[str, NumpyArray]:
-    """All arrays of an .npz file, in the byte order of this machine. Damaged files, other formats, and pickled objects,
-    which could run code, are an InputError."""
-    loaded = _load(path)
-    if isinstance(loaded, np.ndarray):
-        raise InputError(f"{os.fspath(path)} holds a single array: give an .npz file, which names its arrays")
-    return loaded
-
-
-def _load(path: str | os.PathLike[str]) -> NumpyArray | dict[str, NumpyArray]:
+    """All arrays of an .npz file, or the array of an .npy file under the name ``ALONE``, in the byte order of this
+    machine. Damaged files, other formats, and pickled objects, which could run code, are an InputError."""
     with open(path, "rb") as file:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Of headers that Python 2 wrote.
                 loaded = np.load(file, allow_pickle=False)
-                if isinstance(loaded, np.ndarray):
-                    return _native(loaded)
-                with loaded:
-                    return {name: _native(loaded[name]) for name in loaded.files}
+                arrays = {ALONE: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+                return {name: array.astype(array.dtype.newbyteorder("="), copy=False) for name, array in arrays.items()}
         except Exception as error:  # numpy and zipfile parse headers by means that raise almost any error.
             # numpy's message about pickles advises to allow them. An unknown format gives this message too.
             why = "" if "pickle" in str(error) else f" ({str(error).strip() or type(error).__name__})"
             fault = f"{os.fspath(path)} is not a readable .npz or .npy file of plain arrays{why}"
             raise InputError(f"{fault}: write it again with numpy.savez or numpy.save") from error
-
-
-def _native(array: Any) -> NumpyArray:
-    if not isinstance(array, np.ndarray):
-        raise ValueError("an archive may hold arrays only")
-    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def read_npz(path: str, cameras: bool = True) -> dict[str, Any]:
@@ -86,9 +72,10 @@ def read_npy(paths: Sequence[str], ids: str | None) -> dict[str, Any]:
         raise InputError("two feature files need --ids IDS.csv, with columns set,id,camera (see --help)")
     data: dict[str, Any] = {}
     for side, path in zip(("query", "gallery"), paths, strict=True):
-        data[side] = _load(path)
-        if not isinstance(data[side], np.ndarray):
+        loaded = load_arrays(path)
+        if ALONE not in loaded:
             raise InputError(f"{path} is an .npz file, which names its arrays: give an .npy file")
+        data[side] = loaded[ALONE]
         if data[side].ndim != 2 or len(data[side]) == 0:
             raise InputError(f"{path} has shape {list(data[side].shape)}: give [images, dimensions]")
     for side, rows in _read_ids(ids).items():

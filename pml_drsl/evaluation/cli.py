@@ -49,8 +49,6 @@ def run(args: argparse.Namespace) -> None:
 
     if min(args.ranks) < 1:
         raise InputError(f"--ranks {min(args.ranks)}: ranks start at 1")
-    if args.seed < 0:
-        raise InputError(f"--seed {args.seed}: seeds start at 0")
     check_outputs({"--json": args.json}, [*args.features, args.ids])
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no CUDA device here")
@@ -107,11 +105,8 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", help="seed of the draws of single-gallery-shot (%(default)s)", type=int, default=0)
     about = "identities of images that have no effect (-1); without an ID, every image counts"
     add("--junk", help=about, nargs="*", default=["-1"], metavar="ID")
-    add(
-        "--no-cameras",
-        help="ignore cameras: only the query's own image is removed, where the file has paths",
-        action="store_true",
-    )
+    about = "ignore cameras: only the query's own image is removed, where the file has paths"
+    add("--no-cameras", help=about, action="store_true")
     add("--ranks", help="ranks to print (1 5 10 20)", type=int, nargs="+", default=list(RANKS), metavar="K")
     add("--json", help="write all scores, the CMC curve and the counts here; -: print them alone", metavar="FILE")
     add("--device", help="where to compute (cuda if there is a device, else cpu)", choices=["cpu", "cuda"])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,17 +15,6 @@ from pml_drsl.evaluation.arrays import Array
 from pml_drsl.machine import full_precision
 
 ELEMENTS_PER_CHUNK = 2**24  # 64 MiB of float32 distances are enough for fast matrix products.
-
-
-class DistanceRows(Protocol):
-    """Distances of queries to gallery entries, computed on demand, of features or re-ranked."""
-
-    num_query: int
-    num_gallery: int
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """The distances of the queries from ``start`` to ``stop``, shape (stop - start, num_gallery), in a new tensor.
-        Each row may differ from the distances by a constant, because only the order within a row matters."""
 
 
 class FeatureDistances:
@@ -73,7 +62,8 @@ class FeatureDistances:
         self._copies, self._originals = _repeated_rows(gallery)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Half squared distances minus a constant for each query, ``|g|^2 / 2 - q.g``: faster, with less rounding."""
+        """Half squared distances minus a constant for each query, ``|g|^2 / 2 - q.g``, shape (stop - start, M), in a
+        new tensor: faster, with less rounding, and only the order within a row matters."""
         query = self.query[start:stop]
         with torch.no_grad(), full_precision(query.device.type):
             rows = torch.addmm(self._gallery_halves, query, self.gallery.T, alpha=-1)
@@ -164,17 +154,10 @@ def squared_norms(features: Tensor, name: str) -> Tensor:
 
 
 def _repeated_rows(features: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows that repeat an earlier row, and the first row like each. ``torch.unique`` would copy all three times."""
-    integer = torch.int64 if features.dtype == torch.float64 else torch.int32
-    generator, dim = torch.Generator().manual_seed(0), features.shape[1]
-    weights = torch.randint(-(2**62), 2**62, (dim,), generator=generator, device="cpu").to(features.device)
-    step = max(1, 2**18 // dim)  # The integers of one step stay in the processor's cache.
+    """The rows that repeat an earlier row, and the first row like each. Digests stand for rows, to save memory."""
     # Adding 0 turns -0.0 into 0.0.
-    hashes = torch.cat([((part + 0.0).view(integer) * weights).sum(dim=1) for part in features.split(step)])
-    group = torch.unique(hashes, return_inverse=True)[1]
-    rows = torch.arange(len(features), device=features.device)
-    first = torch.full_like(rows, len(features)).scatter_reduce_(0, group, rows, "amin")[group]
-    copies = (first != rows).nonzero().squeeze(1)
-    pairs = zip(copies.split(step), first[copies].split(step), strict=True)  # Different rows may have equal hashes.
-    same = torch.cat([(features[copy] == features[original]).all(dim=1) for copy, original in pairs])
-    return copies[same], first[copies][same]
+    digests = (hashlib.sha256(row + 0.0).digest() for row in features.cpu().numpy())
+    seen: dict[bytes, int] = {}
+    first = torch.tensor([seen.setdefault(digest, row) for row, digest in enumerate(digests)], device=features.device)
+    copies = (first != torch.arange(len(first), device=first.device)).nonzero().squeeze(1)
+    return copies, first[copies]

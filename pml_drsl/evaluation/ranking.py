@@ -20,7 +20,8 @@ from tqdm import tqdm
 from pml_drsl.checks import InputError
 from pml_drsl.evaluation import JUNK, PROTOCOLS, RANKS, TIES, SearchProtocol, Ties
 from pml_drsl.evaluation.arrays import Junk, Labels, label_array, number_identities, shared_labels
-from pml_drsl.evaluation.distances import DistanceRows, check_option, rows_per_chunk
+from pml_drsl.evaluation.distances import FeatureDistances, check_option, rows_per_chunk
+from pml_drsl.evaluation.reranking import RerankedDistances
 
 NUM_REPEATS = 10  # galleries that the single-gallery-shot protocol draws for each query, as torchreid does
 SHARE_OF_TIED: dict[Ties, float] = {"mean": 0.5, "optimistic": 0.0, "pessimistic": 1.0}
@@ -78,7 +79,7 @@ SCORES: dict[str, Callable[[RankedQueries], Tensor]] = {
 
 
 def rank_queries(
-    distances: DistanceRows,
+    distances: FeatureDistances | RerankedDistances,
     query_ids: Labels,
     gallery_ids: Labels,
     query_cams: Labels | None = None,
@@ -98,7 +99,7 @@ def rank_queries(
     ``pml_drsl.evaluation.scores.evaluate`` describes the protocol and the arguments that are not here.
 
     Args:
-        distances: distances of Q queries to M gallery entries; see ``DistanceRows``.
+        distances: distances of Q queries to M gallery entries, of features or re-ranked.
         gallery_starts_with_query: whether the first Q gallery entries are the queries, each then removed from its own.
         require_match: raise an InputError where no query has a match; False only warns.
         group: processes that share the queries, in whole chunks. Every process must give the same arguments, and gets
@@ -111,11 +112,10 @@ def rank_queries(
     cams = None
     if query_cams is not None and gallery_cams is not None:
         cams = shared_labels(query_cams, gallery_cams, num_query, num_gallery, "cams")
-    if gallery_starts_with_query and (num_gallery < num_query or not torch.equal(ids[0], ids[1][:num_query])):
-        raise InputError("gallery_starts_with_query: the first gallery identities are not those of the queries")
-    if gallery_starts_with_query and cams is not None and not torch.equal(cams[0], cams[1][:num_query]):
-        why = "the first gallery cameras are not those of the queries"
-        raise InputError(f"gallery_starts_with_query: {why}; the testers of PML put the query split first")
+    for name, both in (("identities", ids), ("cameras", cams)):
+        if gallery_starts_with_query and both is not None and not torch.equal(both[0], both[1][:num_query]):
+            why = f"the first gallery {name} are not those of the queries"
+            raise InputError(f"gallery_starts_with_query: {why}; the testers of PML put the query split first")
     is_junk, ignored = ids[0] < 0, (ids[1] < 0).nonzero().squeeze(1)
     groups = Identities(ids[1], max(1, int(torch.cat(ids).max()) + 1))
     shots = SingleShots(groups, seed) if protocol == "single-gallery-shot" else None

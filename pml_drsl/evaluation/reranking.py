@@ -101,19 +101,12 @@ class RerankedDistances:
 
     def _jaccard(self, queries: sparse.csr_array) -> Tensor:
         """Jaccard distances, shape (q, M): ``1 - sum_j min(V_qj, V_gj) / sum_j max(V_qj, V_gj)`` (eq. 10)."""
-        size = self.original.num_gallery
-        shared = torch.zeros(queries.shape[0] * size, device="cpu")
-        for row in range(queries.shape[0]):
-            entries = slice(queries.indptr[row], queries.indptr[row + 1])
-            columns, mine = queries.indices[entries], queries.data[entries]
-            begins = self._gallery.indptr[columns].astype(np.int64)
-            lengths = self._gallery.indptr[columns + 1] - begins
-            # Concatenate the ranges begins[j] : begins[j] + lengths[j].
-            places = np.arange(lengths.sum()) + np.repeat(begins - (lengths.cumsum() - lengths), lengths)
-            smaller = np.minimum(np.repeat(mine, lengths), self._gallery.data[places])
-            found = torch.from_numpy(row * size + self._gallery.indices[places].astype(np.int64))
-            shared.index_add_(0, found, torch.from_numpy(smaller))
-        shared = shared.view(-1, size)
+        shared = torch.zeros(queries.shape[0], self.original.num_gallery, device="cpu")
+        for row, mine in enumerate(shared.numpy()):
+            entries = slice(*queries.indptr[row : row + 2])
+            both = self._gallery[:, queries.indices[entries]]
+            both.data = np.minimum(both.data, np.repeat(queries.data[entries], np.diff(both.indptr)))
+            mine[:] = both.sum(axis=1)
         return shared.div_(shared - 2).add_(1)  # 1 - s / (2 - s): both rows of V sum to 1
 
 

@@ -12,7 +12,7 @@ import torch
 from pml_drsl.checks import InputError
 from pml_drsl.evaluation import JUNK, RANKS, Metric, SearchProtocol, Ties, reranking
 from pml_drsl.evaluation.arrays import Array, Junk, Labels, number_identities, shared_labels
-from pml_drsl.evaluation.distances import DistanceRows, FeatureDistances, as_features
+from pml_drsl.evaluation.distances import FeatureDistances, as_features
 from pml_drsl.evaluation.ranking import RankedQueries, check_options, rank_queries
 
 __all__ = ["FeatureDistances", "RankedQueries", "RetrievalResult", "evaluate", "rank_queries", "summarize"]
@@ -20,8 +20,7 @@ __all__ = ["FeatureDistances", "RankedQueries", "RetrievalResult", "evaluate", "
 
 @dataclass(frozen=True, eq=False)
 class RetrievalResult:
-    """The scores of one evaluation. Each score is a mean over the queries that have a match. Results with the same
-    scores and numbers are equal.
+    """The scores of one evaluation. Each score is a mean over the queries that have a match.
 
     Attributes:
         means: the mean of each score in ``pml_drsl.evaluation.ranking.SCORES`` by its name, in (0, 1].
@@ -40,9 +39,6 @@ class RetrievalResult:
     num_junk: int
     num_unmatched: int
     ranked: RankedQueries = field(repr=False)
-
-    def __eq__(self, other: object) -> bool:
-        return self.to_dict() == other.to_dict() if isinstance(other, RetrievalResult) else NotImplemented
 
     @property
     def mAP(self) -> float:
@@ -124,7 +120,7 @@ def evaluate(
     An InputError refuses arguments out of range, NaN or infinity in features, and queries of which none has a match."""
     given = query_cams is not None, gallery_cams is not None
     check_options(ties, protocol, *given, max_rank=max_rank, seed=seed)
-    distances: DistanceRows
+    distances: FeatureDistances | reranking.RerankedDistances
     if rerank:
         query, gallery = as_features(query, "query"), as_features(gallery, "gallery")
         numbers = number_identities(query_ids, gallery_ids, len(query), len(gallery), junk)

@@ -1,17 +1,16 @@
 """What every loss of pytorch-metric-learning keeps to, from its documentation and behaviour.
 
-DRSLoss is held to it; two of PML's own losses are too, as a control of the contract itself.
+DRSLoss is held to it; one of PML's own losses is too, as a control of the contract itself.
 """
 
 import copy
-import itertools
 import pickle
 
 import pytest
 import torch
 from batches import DEVICES, pairwise
 from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
-from pytorch_metric_learning.losses import ContrastiveLoss, MultiSimilarityLoss
+from pytorch_metric_learning.losses import ContrastiveLoss
 from pytorch_metric_learning.reducers import AvgNonZeroReducer, MeanReducer, SumReducer, ThresholdReducer
 from pytorch_metric_learning.regularizers import LpRegularizer
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
@@ -19,7 +18,7 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from pml_drsl.losses import DRSLoss
 from pml_drsl.reducers import PerIdentityReducer, PerQueryReducer
 
-LOSSES = [DRSLoss, ContrastiveLoss, MultiSimilarityLoss]
+LOSSES = [DRSLoss, ContrastiveLoss]
 DISTANCES = {
     "default": lambda: None,
     "raw": lambda: LpDistance(normalize_embeddings=False),
@@ -28,16 +27,15 @@ DISTANCES = {
 }
 DTYPES = {
     DRSLoss: [torch.float64, torch.float32, torch.float16, torch.bfloat16],
-    ContrastiveLoss: [torch.float64, torch.float32],  # on the CPU PML has no distances of half precision
-    MultiSimilarityLoss: [torch.float64, torch.float32],
+    ContrastiveLoss: [torch.float32],  # on the CPU PML has no distances of half precision
 }
 of_losses = pytest.mark.parametrize("loss_class", LOSSES, ids=lambda loss_class: loss_class.__name__)
 on_devices = pytest.mark.parametrize("device", DEVICES)
 
 
-def make(seed=0, size=15, dim=6, device="cpu", dtype=torch.float32):
+def make(seed=0, size=15, device="cpu", dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(size, dim, generator=generator).to(device=device, dtype=dtype)
+    x = torch.randn(size, 6, generator=generator).to(device=device, dtype=dtype)
     labels = torch.randint(0, 5, (size,), generator=generator)
     return x.requires_grad_(), labels.to(device)
 
@@ -93,8 +91,6 @@ def test_gives_a_scalar_and_gradients(loss_and_dtype, with_ref, form, distance, 
     ),
 )
 def test_takes_reducers_regularizers_and_stats(loss_class, reducer, collect_stats, regularized, with_ref):
-    if reducer is PerQueryReducer and loss_class is MultiSimilarityLoss:
-        reducer = MeanReducer
     x, labels = make()
     ref, ref_labels = make(1, 21) if with_ref else (None, None)
     options = {"embedding_regularizer": LpRegularizer(), "embedding_reg_weight": 0.5} if regularized else {}
@@ -159,15 +155,14 @@ def test_layout_of_the_input_does_not_matter(loss_class):
         torch.testing.assert_close(torch.autograd.grad(loss, other), torch.autograd.grad(wanted, x, retain_graph=True))
 
 
-@of_losses
-@on_devices
-def test_labels_and_indices_may_be_on_the_cpu(loss_class, device):
-    x, labels = make(device=device)
-    wanted = loss_class()(x, labels)
-    torch.testing.assert_close(loss_class()(x, labels.cpu()), wanted)
-    ref, ref_labels = make(1, 21, device=device)
-    wanted = loss_class()(x, labels, ref_emb=ref, ref_labels=ref_labels)
-    torch.testing.assert_close(loss_class()(x, labels.cpu(), ref_emb=ref, ref_labels=ref_labels.cpu()), wanted)
+@pytest.mark.parametrize("gpu", DEVICES[1:])
+def test_labels_may_be_on_the_cpu(gpu):
+    (x, labels), (ref, ref_labels) = make(device=gpu), make(1, 21, device=gpu)
+    for loss_class in LOSSES:
+        wanted = loss_class()(x, labels)
+        torch.testing.assert_close(loss_class()(x, labels.cpu()), wanted)
+        wanted = loss_class()(x, labels, ref_emb=ref, ref_labels=ref_labels)
+        torch.testing.assert_close(loss_class()(x, labels.cpu(), ref_emb=ref, ref_labels=ref_labels.cpu()), wanted)
 
 
 @of_losses
@@ -183,13 +178,6 @@ def test_calls_change_neither_input_nor_loss(loss_class):
         assert torch.equal(tensor, copied)
     loss_fn(*make(2))
     assert torch.equal(loss_fn(x, labels, indices), first)
-
-
-@of_losses
-def test_the_gradient_is_that_of_the_value(loss_class):
-    x, labels = make(size=8, dim=3, dtype=torch.float64)
-    options = {"temperature": 0.2} if loss_class is DRSLoss else {}
-    assert torch.autograd.gradcheck(lambda e: loss_class(**options)(e, labels), x)
 
 
 @of_losses
@@ -215,11 +203,3 @@ def test_no_gradient_is_needed(loss_class):
 def test_our_reducers_are_pml_s(reducer):
     x, labels = make()
     assert_sound(ContrastiveLoss(reducer=reducer(collect_stats=True))(x, labels), x)
-
-
-def test_settings_do_not_leak_between_losses():
-    x, labels = make()
-    wanted = DRSLoss(0.1)(x, labels)
-    for temperature, bound_power in itertools.product((0.01, 1.0), (None, 0.5)):
-        DRSLoss(temperature, bound_power=bound_power)(x, labels)
-    assert torch.equal(DRSLoss(0.1)(x, labels), wanted)

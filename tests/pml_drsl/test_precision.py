@@ -47,12 +47,13 @@ def test_the_loss_takes_its_products_in_full_precision_forward_and_backward(dist
     x, labels = make_batch(0, size=32, dtype=torch.float32)
     ref, ref_labels = make_batch(1, size=40, dtype=torch.float32) if with_ref else (None, None)
     loss_fn = make_loss(0.1, distance=distance)
-    (wanted,) = torch.autograd.grad(loss_fn(x, labels, None, ref, ref_labels), x)
+    wanted = loss_fn(x, labels, None, ref, ref_labels)
+    (wanted_gradient,) = torch.autograd.grad(wanted, x)
     with Watch() as watch, torch.autocast("cpu", dtype=torch.bfloat16):
         loss = loss_fn(x, labels, None, ref, ref_labels)
         number = len(watch.seen)
         loss.backward()
-    assert torch.equal(x.grad, wanted)
+    assert torch.equal(loss, wanted) and torch.equal(x.grad, wanted_gradient)
     assert 0 < number < len(watch.seen)
     assert {(precision, autocast) for _, precision, autocast in watch.seen} <= {("ieee", False), ("highest", False)}
 

@@ -26,7 +26,7 @@ def batches(number, size, dtype=torch.float64):
         yield x.requires_grad_(), torch.randint(0, 4, (size,), generator=generator)
 
 
-@pytest.mark.parametrize("size", [1, 2, 5, 12])
+@pytest.mark.parametrize("size", [1, 5, 12])
 def test_memory_is_a_queue_of_references_without_the_query(size):
     memory = CrossBatchMemory(make_loss(**TEMPERATURE), 4, memory_size=12)
     queue = []  # (embedding, label), oldest first; the last `size` are the batch itself
@@ -56,13 +56,20 @@ def test_memory_of_one_batch_mines_as_the_batch_does(miner):
     torch.testing.assert_close(memory(x, labels), wanted)
 
 
-@pytest.mark.parametrize("miner", [None, pml_miners.TripletMarginMiner(), pml_miners.MultiSimilarityMiner()])
-@pytest.mark.parametrize("loss", [DRSLoss, pml.ContrastiveLoss, pml.TripletMarginLoss])
+@pytest.mark.parametrize(
+    ("loss", "miner"),
+    [
+        (DRSLoss, None),
+        (DRSLoss, pml_miners.TripletMarginMiner()),
+        (DRSLoss, pml_miners.MultiSimilarityMiner()),
+        (pml.TripletMarginLoss, pml_miners.TripletMarginMiner(1)),  # Some triplets have the query as its own positive.
+    ],
+)
 def test_memory_agrees_with_pml_s(loss, miner):
     class Theirs(pml.CrossBatchMemory):
         @staticmethod
         def supported_losses():
-            return ["DRSLoss", "ContrastiveLoss", "TripletMarginLoss"]
+            return ["DRSLoss", "TripletMarginLoss"]
 
     def memories():
         return [cls(loss(), 4, memory_size=9, miner=miner) for cls in (CrossBatchMemory, Theirs)]
@@ -122,8 +129,10 @@ def test_indices_outside_the_batch_are_refused():
 MINERS = {"none": lambda: None, "violations": lambda: RankViolationMiner(0.2), "pml": pml_miners.TripletMarginMiner}
 
 
-@pytest.mark.parametrize("miner", MINERS)
-@pytest.mark.parametrize("loss", [make_loss, pml.ContrastiveLoss, pml.TripletMarginLoss, pml.SupConLoss, pml.NCALoss])
+@pytest.mark.parametrize(
+    ("loss", "miner"),
+    [*((make_loss, miner) for miner in MINERS), (pml.ContrastiveLoss, "none"), (pml.TripletMarginLoss, "pml")],
+)
 def test_during_the_warm_up_the_loss_is_that_of_the_batch(loss, miner):
     memory = CrossBatchMemory(loss(), 4, memory_size=12, miner=MINERS[miner](), warmup=2)
     later = CrossBatchMemory(loss(), 4, memory_size=12, miner=MINERS[miner]())
@@ -179,7 +188,6 @@ def test_memory_holds_embeddings_of_any_type_also_under_autocast(dtype):
         assert memory.embedding_memory.dtype == under_autocast.embedding_memory.dtype == dtype
 
 
-@pytest.mark.parametrize("warmup", [0, 1])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -188,12 +196,14 @@ def test_memory_holds_embeddings_of_any_type_also_under_autocast(dtype):
         ({"enqueue_mask": torch.tensor([1, 0, 1, 0])}, r"enqueue_mask must be a bool tensor of shape \(4,\).*int64"),
         ({"enqueue_mask": torch.tensor([True])}, r"enqueue_mask must be .* got torch.bool of shape \(1,\)"),
         ({"enqueue_mask": [True] * 4}, "enqueue_mask must be .* got list"),
+        ({"enqueue_mask": torch.ones(4).bool(), "indices_tuple": (torch.arange(2),) * 4}, "exclude each other"),
     ],
 )
-def test_bad_input_of_a_memory_is_refused(arguments, message, warmup):
-    memory = CrossBatchMemory(make_loss(), 5, memory_size=8, warmup=warmup)
-    with pytest.raises(InputError, match=message):
-        memory(**{"embeddings": torch.randn(4, 5), "labels": torch.arange(4) // 2, **arguments})
+def test_bad_input_of_a_memory_is_refused(arguments, message):
+    for warmup in (0, 1):
+        memory = CrossBatchMemory(make_loss(), 5, memory_size=8, warmup=warmup)
+        with pytest.raises(InputError, match=message):
+            memory(**{"embeddings": torch.randn(4, 5), "labels": torch.arange(4) // 2, **arguments})
 
 
 @pytest.mark.parametrize("warmup", [0, 1])
@@ -219,8 +229,7 @@ def test_memory_smaller_than_the_batch_is_refused():
         memory(torch.randn(8, 4), torch.arange(8), enqueue_mask=torch.arange(8) < 7)
 
 
-@pytest.mark.parametrize("warmup", [0, 2])
-@pytest.mark.parametrize("before", [1, 3, 4, 7])
+@pytest.mark.parametrize(("warmup", "before"), [(0, 4), (2, 1), (2, 7)])
 def test_a_restored_memory_goes_on_exactly(warmup, before):
     memory, fresh = (CrossBatchMemory(make_loss(0.1), 4, memory_size=12, warmup=warmup) for _ in range(2))
     for number, (x, labels) in enumerate(batches(11, 5, torch.float32)):

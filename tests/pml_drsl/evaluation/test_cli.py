@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +139,7 @@ def test_bad_input_is_one_line(tmp_path: Path, arrays: dict[str, Any], capsys: p
         (lambda: npz(query_cams=np.zeros(12, int), gallery_cams=np.zeros(40, int)), "another camera"),
         (lambda: [*npz(), "--ids", ids], "--ids goes with"),
         (lambda: [*npz(), "--ranks", "0"], "--ranks 0"),
-        (lambda: [*npz(), "--seed", "-5"], "--seed -5"),
+        (lambda: [*npz(), "--seed", "-5"], "seed=-5: give 0 or more"),
         (lambda: [*npz(), "--json", str(tmp_path / "no" / "s.json")], "/no': make it"),
         ([query, gallery], "need --ids"),
         ([query, gallery, gallery], "3 feature files"),
@@ -158,43 +156,14 @@ def test_bad_input_is_one_line(tmp_path: Path, arrays: dict[str, Any], capsys: p
         ),
         ([query, gallery, "--ids", text("cam.csv", b"set,id,cam\n")], "a column 'cam' and no 'camera'"),
         ([query, gallery, "--ids", text("view.csv", b"set,id,view\n")], "a column 'view' and no 'camera'"),
-        ([query, gallery, "--ids", text("two.csv", b"set,id,id\n")], "two columns 'id'"),
         ([query, gallery, "--ids", text("no.csv", (rows + "query,1,").encode())], "line 54: camera is empty"),
-        ([query, gallery, "--ids", text("empty.csv", b"")], "empty.csv, line 1: the file has no column 'set'"),
-        (
-            [query, gallery, "--ids", text("16.csv", rows.encode("utf-16"))],
-            "16.csv, line 1: the text has zero bytes, as UTF-16",
-        ),
         ([query, gallery, "--ids", text("1.csv", (rows + "query,é,1").encode("latin-1"))], "line 54: 'é' is not UTF-8"),
-        ([query, gallery, "--ids", text("c.csv", rows.replace("set,id", "Set,ID").encode())], "lower case: set,id"),
-        ([query, gallery, "--ids", text("q.csv", (rows + 'query,"1,1').encode())], "q.csv, line"),
     ]
     for arguments, message in cases:
         assert main(arguments() if callable(arguments) else arguments) == 2
         output = capsys.readouterr()
         assert output.out == ""
         assert len(output.err.splitlines()) == 1 and message in output.err, (message, output.err)
-
-
-def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main(["--help"])
-    assert exit_.value.code == 0
-    output = capsys.readouterr().out
-    assert "np.savez" in output and "set,id,camera" in output and "examples:" in output and "130 for Ctrl-C" in output
-    assert "QUERY.npy GALLERY.npy, or folders of runs options:" in " ".join(output.split())
-
-
-def test_a_programming_error_keeps_its_traceback(
-    tmp_path: Path, arrays: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(**_: Any) -> None:
-        raise ValueError("a defect, not bad input")
-
-    np.savez(tmp_path / "f.npz", **arrays)
-    monkeypatch.setattr("pml_drsl.evaluation.scores.evaluate", broken)
-    with pytest.raises(ValueError, match="a defect, not bad input"):
-        main([str(tmp_path / "f.npz")])
 
 
 def test_junk_is_left_out_and_said(tmp_path: Path, arrays: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,16 +174,6 @@ def test_junk_is_left_out_and_said(tmp_path: Path, arrays: dict[str, Any], capsy
     assert first.endswith("5 images with a junk identity left out")
     assert main([str(tmp_path / "f.npz"), "--junk"]) == 0
     assert "40 gallery images" in capsys.readouterr().out
-
-
-def test_help_and_version_need_no_torch() -> None:
-    code = "import sys; sys.modules['torch'] = None; from pml_drsl.evaluation.cli import parser; parser()"
-    light = (
-        "import types, sys; sys.modules['pml_drsl'] = p = types.ModuleType('pml_drsl'); p.__path__ = [sys.argv[1]]; "
-    )
-    package = str(Path(sys.modules["pml_drsl"].__path__[0]))
-    run = subprocess.run([sys.executable, "-c", light + code, package], capture_output=True, text=True, timeout=60)
-    assert run.returncode == 0, run.stderr
 
 
 class TestFuzz:
@@ -258,9 +217,8 @@ class TestFuzz:
         Path(ids).write_bytes(content)
         self.run([query, gallery, "--ids", ids], capsys)
 
-    @pytest.mark.parametrize(
-        "change",
-        [
+    def test_odd_arrays(self, tmp_path: Path, arrays: dict[str, Any], capsys: Any) -> None:
+        changes: list[dict[str, Any]] = [
             {"query": np.float32(1)},
             {"query": np.ones((12, 4), ">f4"), "gallery": np.ones((40, 4), "<f8")},
             {"query": np.ones((12, 4), "c8")},
@@ -271,13 +229,11 @@ class TestFuzz:
             {"query_ids": np.zeros(12, [("a", "i4")])},
             {"query_ids": np.zeros((12, 1), int)},
             {"gallery_cams": np.array(["a"] * 40)},
-        ],
-        ids=str,
-    )
-    def test_odd_arrays(self, change: dict[str, Any], tmp_path: Path, arrays: dict[str, Any], capsys: Any) -> None:
-        file = io.BytesIO()
-        np.savez(file, **(arrays | change))
-        self.check(file.getvalue(), tmp_path, capsys)
+        ]
+        for change in changes:
+            file = io.BytesIO()
+            np.savez(file, **(arrays | change))
+            self.check(file.getvalue(), tmp_path, capsys)
 
     def check(self, content: bytes, folder: Path, capsys: Any) -> None:
         (folder / "f.npz").write_bytes(content)

@@ -29,15 +29,15 @@ def host_distances(query: Tensor, gallery: Tensor, metric: str, **kwargs: Any) -
     return torchreid.utils.re_ranking(*(measure(a, b, metric).numpy() for a, b in sides), **kwargs)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize(
-    ("num_query", "num_gallery", "kwargs"),
+    ("metric", "num_query", "num_gallery", "kwargs"),
     [
-        (30, 100, {}),
-        (30, 300, {"k1": 15, "k2": 3, "lambda_value": 0.1}),
-        (5, 60, {"k1": 7, "k2": 1}),
-        (20, 80, {"k1": 5, "k2": 10, "lambda_value": 0.0}),  # more neighbours averaged than compared
-        (3, 6, {}),  # fewer images than neighbours
+        ("cosine", 30, 100, {}),
+        ("euclidean", 30, 100, {}),
+        ("euclidean", 30, 300, {"k1": 15, "k2": 3, "lambda_value": 0.1}),
+        ("euclidean", 5, 60, {"k1": 7, "k2": 1}),
+        ("euclidean", 20, 80, {"k1": 5, "k2": 10, "lambda_value": 0.0}),  # more neighbours averaged than compared
+        ("euclidean", 3, 6, {}),  # fewer images than neighbours
     ],
 )
 def test_equals_the_host(metric: Any, num_query: int, num_gallery: int, kwargs: dict[str, Any]) -> None:

@@ -162,9 +162,8 @@ def host_scores(search: dict[str, Any], metric: str, **kwargs: Any) -> tuple[Any
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-@pytest.mark.parametrize("seed", range(3))
-def test_equals_torchreid(metric: Any, seed: int) -> None:
-    search = random_search(seed=seed)
+def test_equals_torchreid(metric: Any) -> None:
+    search = random_search()
     cmc, mean_ap = host_scores(search, metric, max_rank=20)
     result = evaluate(**search, metric=metric, max_rank=20)
     assert result.mAP == pytest.approx(mean_ap, abs=1e-6)
@@ -182,8 +181,7 @@ def test_equals_scikit_learn_without_cameras() -> None:
     assert evaluate(**search).mAP == pytest.approx(np.mean(expected), abs=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("as_array", [False, True])
+@pytest.mark.parametrize(("dtype", "as_array"), [(torch.float16, True), (torch.float64, False)])
 def test_types_of_features_and_labels(dtype: torch.dtype, as_array: bool) -> None:
     search = random_search()
     half = {key: search[key].half() for key in ("query", "gallery")}
@@ -292,12 +290,10 @@ def test_a_new_score_is_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.scores()["share-junk"] == result.to_dict()["share-junk"] == pytest.approx(expected)
 
 
-def test_results_with_the_same_scores_are_equal() -> None:
+def test_the_same_arguments_give_the_same_scores() -> None:
     search = random_search()
-    result = evaluate(**search)
-    assert result == evaluate(**search)
-    assert result != evaluate(**search, metric="cosine")
-    assert result != result.to_dict()
+    scores = evaluate(**search).to_dict()
+    assert scores == evaluate(**search).to_dict() != evaluate(**search, metric="cosine").to_dict()
 
 
 def test_average_precision_and_identity_of_each_query() -> None:
@@ -433,8 +429,10 @@ def test_a_gallery_that_starts_with_the_queries() -> None:
         alone = evaluate(gallery[q : q + 1], gallery[others], ids[q : q + 1], ids[others])
         assert float(ranked.average_precision[q]) == pytest.approx(alone.mAP)
     assert ranked.num_junk.tolist() == [1] * 20
-    with pytest.raises(ValueError, match="not those of the queries"):
+    with pytest.raises(ValueError, match="identities are not those of the queries"):
         rank_queries(FeatureDistances(gallery[:20], gallery), ids[1:21], ids, gallery_starts_with_query=True)
+    with pytest.raises(ValueError, match="identities are not those of the queries"):
+        rank_queries(FeatureDistances(gallery, gallery[:20]), ids, ids[:20], gallery_starts_with_query=True)
     with pytest.raises(ValueError, match="the query itself"):
         rank_queries(FeatureDistances(gallery, gallery), range(150), range(150), gallery_starts_with_query=True)
 
