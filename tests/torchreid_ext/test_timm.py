@@ -9,7 +9,7 @@ import trained
 
 from pml_drsl.checks import InputError
 from torchreid_ext import Searcher, config, get_default_config, networks
-from torchreid_ext.search.export import TOLERANCE, drawn_images, export
+from torchreid_ext.search.export import drawn_images, export
 
 timm = pytest.importorskip("timm")
 
@@ -123,7 +123,6 @@ def test_a_vision_transformer_trains_in_chunks_and_half_precision_and_is_exporte
     searcher, images = Searcher(checkpoint, device="cpu"), drawn_images(3)
     searcher.add(images, names=["a", "b", "c"])
     assert [found[0].name for found in searcher.search(images, top=1)] == ["a", "b", "c"]
-    comparison = export(searcher.model, tmp_path / "model.onnx")
-    assert comparison.difference <= TOLERANCE * comparison.largest
+    export(searcher.model, tmp_path / "model.onnx")  # which refuses features that differ from the network's
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     assert session.get_inputs()[0].shape[1:] == [3, 64, 32]

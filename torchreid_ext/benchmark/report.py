@@ -257,16 +257,6 @@ def insert(path: Path, text: str) -> None:
     write_text(str(path), f"{before}{BEGIN}\n\n{text}\n{END}{after}")
 
 
-def check_figure(path: Path) -> None:
-    """Raises InputError for a suffix that is not a format of matplotlib."""
-    # matplotlib takes long to import, and only a figure needs it.
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    formats = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix[1:].lower() not in formats:
-        raise InputError(f"a figure cannot be written to {path}: its suffix must be one of {', '.join(formats)}")
-
-
 def draw(sections: Sequence[Section], path: Path) -> None:
     """Draws one panel for each section, three in a row: mean and standard deviation of mAP and rank-1. The suffix of
     the path gives the format. Where the names of all losses tell the number of negatives for each positive, the panel

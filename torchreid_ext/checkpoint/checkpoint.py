@@ -7,8 +7,8 @@ import errno
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -46,13 +46,18 @@ def save(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
         raise OSError(f"cannot write {_named(path)}: {reason}; what was saved before is kept") from error
 
 
-def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a checkpoint of this package or of torchreid onto the CPU. Raises InputError if the file is missing or
-    damaged, or holds anything but tensors, numbers and containers; OSError if it cannot be read."""
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Raises InputError if there is no file of this name."""
     if os.path.isdir(path):
         raise InputError(f"{_named(path)} is a folder; give a file in it, such as model/model-best.pth.tar of a run")
     if not os.path.isfile(path):
         raise InputError(f"{_named(path)} does not exist; give a file, such as model/model-best.pth.tar of a run")
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a checkpoint of this package or of torchreid onto the CPU. Raises InputError if the file is missing or
+    damaged, or holds anything but tensors, numbers and containers; OSError if it cannot be read."""
+    check_file(path)
     try:
         with torch.serialization.safe_globals(_NUMPY_SCALAR):
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -110,11 +115,12 @@ class Loaded:
     fitting: list[str]  # were loaded
     unused: list[str]  # the file has them, and the model does not, or in another shape
     untouched: list[str]  # the model has them, and the file does not
+    people: frozenset[str] = frozenset()  # as of ``people_of``
 
     @property
     def lacks_layers(self) -> bool:
         """Whether the file lacks layers besides the classifiers, which are made anew for the identities of a run."""
-        return not all(n.startswith("classifier") or n.endswith("num_batches_tracked") for n in self.untouched)
+        return bool(_telling(self.untouched))
 
     def __str__(self) -> str:
         own = len(self.fitting) + len(self.untouched)
@@ -122,6 +128,20 @@ class Loaded:
         for names, what in ((self.untouched, "left unchanged"), (self.unused, "of the file, not used")):
             text += f"; {len(names)} {what}: {_some(names)}" if names else ""
         return text
+
+
+def _telling(names: Iterable[str]) -> list[str]:
+    """The names of weights that tell one network from another: a classifier is as large as the number of identities,
+    and every batch normalisation counts its batches."""
+    return [name for name in names if not (name.startswith("classifier") or name.endswith("num_batches_tracked"))]
+
+
+def people_of(state: Mapping[str, Any]) -> frozenset[str]:
+    """The people of configured data sets on whom the weights of a checkpoint were trained, also those on whom the run
+    trained from whose weights it began; none in a checkpoint of another program, or of an older version."""
+    training = state.get("training")
+    people = training.get("people") if isinstance(training, Mapping) else None
+    return frozenset(map(str, people)) if isinstance(people, list) else frozenset()
 
 
 def weights_of(state: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -145,8 +165,8 @@ def _with_names_of(target: nn.Module, state: Mapping[Any, Any]) -> dict[str, Any
 def fit_weights(
     model: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLike[str], complete: str = ""
 ) -> Loaded:
-    """Loads the weights that fit a model, and returns which did and which did not. Raises InputError if no weight fits;
-    with ``complete``, if any does not.
+    """Loads the weights that fit a model, and returns which did and which did not. Raises InputError for the weights of
+    another network, of which fewer than half fit, apart from the classifiers; with ``complete``, if any does not fit.
 
     Args:
         model: the model, which may be inside ``DataParallel``.
@@ -163,16 +183,21 @@ def fit_weights(
         what = f"{len(wrong)} weights are missing, too many or of another shape: {_some(wrong)}"
         cure = "Give the network that was trained: --model NAME, or model.name and model.bnneck in --config-file"
         raise InputError(f"{_named(path)} does not hold the weights of {complete!r}: {what}. {cure}")
-    if not fitting:
-        names = f"it has {_some(list(weights))}, the model {_some(list(own))}"
-        raise InputError(f"no weight in {os.fspath(path)!r} fits the model: {names}; check model.name")
+    # The file may hold a part of the network, and the network may be a part of that in the file.
+    fit, of_file, of_model = (len(_telling(names)) for names in (fitting, weights, own))
+    if 2 * fit < max(1, min(of_file, of_model)):
+        what = f"{fit} of its {of_file} weights fit the model's {of_model} by name and shape"
+        others = ([f"{n} {list(w.shape)}" for n, w in part.items() if n not in fitting] for part in (weights, own))
+        example = "it has {}, the model {}".format(*(_some(names[:1]) for names in others))
+        raise InputError(f"{_named(path)} holds the weights of another network: {what}; {example}; check model.name")
     target.load_state_dict(own | fitting)
     return Loaded(os.fspath(path), list(fitting), unused, untouched)
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> Loaded:
     """Loads the weights of a checkpoint that fit the model; see :func:`load` and :func:`fit_weights`."""
-    return fit_weights(model, weights_of(load(path), path), path)
+    state = load(path)
+    return replace(fit_weights(model, weights_of(state, path), path), people=people_of(state))
 
 
 @contextlib.contextmanager

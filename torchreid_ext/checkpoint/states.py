@@ -62,6 +62,7 @@ def restore_engine(engine: Any, state: dict[str, Any], path: str) -> None:
     checkpoint.restore(state, _parts(engine, first), path)
     with checkpoint.fitting(path):
         engine.rank1 = float(state.get("rank1", 0))
+        engine.people = sorted({*engine.people, *checkpoint.people_of(state)})
         if (training := state.get("training")) is None:
             engine.host_epochs = int(state["epoch"])
         else:

@@ -128,8 +128,8 @@ def _report(words: Sequence[str]) -> int:
 
     from torchreid_ext.benchmark import grid, report
 
-    if args.figure:
-        report.check_figure(Path(args.figure))
+    if args.figure and Path(args.figure).suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise InputError(f"--figure {args.figure}: its name must end in .png, .svg or .pdf")
     for path in args.results:
         if not path.is_file():
             raise InputError(f"{path} does not exist; make it with drsl-benchmark run --results {path}")

@@ -62,28 +62,31 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     work, takes, where = cli.run, set(vars(args)) - {"html", "csv", "root"}, "feature files"
     if args.errors:
         work, takes, where = _errors, {"errors", "html", "junk"}, "--errors"
-        takes |= {"ids", "metric", "no_cameras"} if _holds_features(args) else {"root", "device"}
+        takes |= {"ids", "metric", "no_cameras"} if _holds_features(args.features[0]) else {"root", "device"}
     elif any(Path(name).is_dir() for name in args.features):
         work, takes, where = _compare, {"csv"}, "runs without --errors"
+    elif others := [name for name in args.features if Path(name).is_file() and not _holds_features(name)]:
+        cure = "give features, of drsl-extract CHECKPOINT --output features.npz, or a run: drsl-evaluate RUN --errors"
+        raise InputError(f"{others[0]!r} is no .npz or .npy file: {cure}")
     for name, value in vars(args).items():
         if name not in takes | {"features"} and value != parser.get_default(name):
             raise InputError(f"--{name.replace('_', '-')} does not go with {where}: leave it out (see --help)")
     work(args)
 
 
-def _holds_features(args: argparse.Namespace) -> bool:
-    return args.features[0].endswith((".npz", ".npy"))
+def _holds_features(name: str) -> bool:
+    return name.lower().endswith((".npz", ".npy"))
 
 
 def _errors(args: argparse.Namespace) -> None:
     from pml_drsl.evaluation.arrays import PATHS, load_arrays
     from torchreid_ext.evaluation import errors
-    from torchreid_ext.search.features import extract_files
+    from torchreid_ext.search.features import extract_sets
     from torchreid_ext.search.model import NoConfiguration, load_model
     from torchreid_ext.search.sources import test_images
 
     console.check_outputs({"--html": args.html}, [*args.features, args.ids])
-    if _holds_features(args):
+    if _holds_features(args.features[0]):
         data = cli.read(args)
         metric = data.pop("metric")
         held = load_arrays(args.features[0]) if len(args.features) == 1 else {}
@@ -100,10 +103,7 @@ def _errors(args: argparse.Namespace) -> None:
         metric, table = model.metric, test_images(model.config, args.root, model.people)
         console.check_outputs({"--html": args.html}, [model.path])
         data, paths, workers = dict[str, Any](), [], min(4, available_cores())
-        for side, rows in (("query", table.query), ("gallery", table.gallery)):
-            found = extract_files(model, rows, workers=workers, skip_damaged=True, description=side)
-            for reason in found.damaged:
-                say(f"left out: {reason}")
+        for side, found in extract_sets(model, table, workers=workers, skip_damaged=True).items():
             data |= {side: found.features, f"{side}_ids": [row.identity for row in found.entries]}
             data[f"{side}_cams"] = [row.seen_by for row in found.entries]
             paths.append([row.path for row in found.entries])

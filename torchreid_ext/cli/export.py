@@ -51,8 +51,7 @@ def run(args: argparse.Namespace) -> None:
         paths = [row.path for row in list_queries([args.images])]
         # Evenly over the folder, so that they show different people.
         images = paths[:: max(1, len(paths) // COMPARED)][:COMPARED]
-    comparison = export(model, args.output, args.normalise, images)
-    say(str(comparison))
+    say(export(model, args.output, args.normalise, images))
     about = settings(model, args.normalise)
     say(f"{args.output!r} takes [N, 3, {about['height']}, {about['width']}]: {about['input']}")
     if not args.normalise:

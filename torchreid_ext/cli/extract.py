@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     console.check_sources(args.names, args.sources)
 
     from torchreid_ext.runtime import distributed
-    from torchreid_ext.search.features import ExtractedSet, extract_files, write_features
+    from torchreid_ext.search.features import extract_sets, write_features
     from torchreid_ext.search.model import load_model
     from torchreid_ext.search.sources import list_sources, shown, test_images
 
@@ -78,13 +78,8 @@ def run(args: argparse.Namespace) -> None:
         if table.left_out:
             say(table.about_left_out())
         given = {option: getattr(args, option) for option in ("batch_size", "workers", "skip_damaged")}
-        sets: dict[str, ExtractedSet] = {}
-        for name, entries in (("query", table.query), ("gallery", table.gallery)):
-            if entries:
-                sets[name] = extract_files(model, entries, description=name, **given)
+        sets = extract_sets(model, table, **given)
         labelled = distributed.is_first() and write_features(args.output, model, sets)
-        for reason in (reason for part in sets.values() for reason in part.damaged):
-            say(f"left out: {reason}")
         rows = [row for part in sets.values() for row in part.entries]
         counts = " and ".join(f"{len(part.entries)} {name}" for name, part in sets.items())
         dim = next(iter(sets.values())).features.shape[1]

@@ -117,7 +117,7 @@ def _opened(args: argparse.Namespace, out: TextIO) -> tuple[Searcher, ExtractedS
         given = {name: getattr(args, name) for name in options}
         searcher = Searcher(args.checkpoint, index=kept, **given)
         queries = [absolute(row) for row in list_queries(args.query, args.names)]
-        asked = _extracted(args, searcher, queries, out, description="queries", crop=args.crop) if queries else None
+        asked = _extracted(args, searcher, queries, description="queries", crop=args.crop) if queries else None
         removed, added = _remove(args, searcher, out), _add(args, searcher, out)
         if unwritten := changes and (added or kept is None):
             searcher.gallery.save(args.index)
@@ -126,17 +126,12 @@ def _opened(args: argparse.Namespace, out: TextIO) -> tuple[Searcher, ExtractedS
     return searcher, asked
 
 
-def _extracted(
-    args: argparse.Namespace, searcher: Searcher, entries: Sequence[Row], out: TextIO, **options: Any
-) -> ExtractedSet:
-    """The images with their features, as ``extract_files`` gives them; those that cannot be read are named."""
+def _extracted(args: argparse.Namespace, searcher: Searcher, entries: Sequence[Row], **options: Any) -> ExtractedSet:
+    """The images with their features, as ``extract_files`` gives them."""
     from torchreid_ext.search.features import extract_files
 
     given = {name: getattr(args, name) for name in ("batch_size", "workers", "skip_damaged")}
-    read = extract_files(searcher.model, entries, **given, **options)
-    for reason in read.damaged:
-        say(f"left out: {reason}", out)
-    return read
+    return extract_files(searcher.model, entries, **given, **options)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -145,8 +140,9 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--serve searches on its page: leave out --query, --crop, --html and --json")
     if args.host and args.serve is None:
         raise InputError("--host is the address of the page: give --serve too")
+    changes = args.gallery or args.remove or args.prune
     if not args.query and args.serve is None:
-        if not (args.index and (args.gallery or args.remove or args.prune)):
+        if not (args.index and changes):
             change = "--index FILE with --gallery, --remove or --prune"
             raise InputError(f"there is nothing to do: give --query IMAGE, --serve, or {change}")
         for option in ("html", "json", "crop", "rerank"):
@@ -163,8 +159,12 @@ def _check(args: argparse.Namespace) -> None:
     console.check_sources(args.names, [*args.gallery, *args.query])
     from torchreid_ext.search.model import find_checkpoint  # This imports torchreid, for which no mistake has to wait.
 
-    outputs = {"--index": args.index, "--json": args.json, "--html": args.html}
-    console.check_outputs(outputs, [find_checkpoint(args.checkpoint), args.config_file, *args.query, *args.gallery])
+    outputs, inputs = {"--json": args.json, "--html": args.html}, [args.config_file, *args.query, *args.gallery]
+    if changes:
+        outputs["--index"] = args.index
+    else:  # It may stand where nothing can be written.
+        inputs.append(args.index)
+    console.check_outputs(outputs, [find_checkpoint(args.checkpoint), *inputs])
 
 
 def _remove(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
@@ -212,7 +212,7 @@ def _add(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
         size = max(PART, len(searcher) // 10) if args.index else len(entries)
         part, entries = entries[:size], entries[size:]
         others = bool(entries or len(searcher))
-        read = _extracted(args, searcher, part, out, may_be_empty=others, description=progress)
+        read = _extracted(args, searcher, part, may_be_empty=others, description=progress)
         if read.entries:
             searcher.gallery.add(read.entries, read.features)
         if read.entries and entries:

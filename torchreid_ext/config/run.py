@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import itertools
+import os
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
@@ -39,7 +41,7 @@ from torchreid_ext.runtime import distributed, generators
 
 def prepare(cfg: Config) -> Any:
     """Seeds the generators, and builds the engine of a configuration with all that it needs. Raises InputError for a
-    value that cannot be used, or missing data."""
+    value that cannot be used, missing data, or a test of people on whom ``model.load_weights`` was trained."""
     if cfg.test.evaluate and not (cfg.model.resume or cfg.model.load_weights):
         lacking = "test.evaluate True tests a trained network, and there is none"
         cure = "give its checkpoint with model.resume FILE or model.load_weights FILE"
@@ -50,7 +52,7 @@ def prepare(cfg: Config) -> Any:
     generators.seed_everything(cfg.train.seed)
     start = cfg.clone()
     weights = cfg.model.load_weights or ("ImageNet's weights" if cfg.model.pretrained else "random weights")
-    if cfg.model.resume and (cfg.model.resume != "auto" or History(Path(cfg.data.save_dir, "model")).candidates()):
+    if _resumes(cfg):
         weights = "a checkpoint"
         # The checkpoint has every weight, so that others need not be there any more.
         start.model.pretrained, start.model.load_weights = False, ""
@@ -63,6 +65,7 @@ def prepare(cfg: Config) -> Any:
     number = sum(parameter.numel() for parameter in model.parameters())
     print(f"Model {cfg.model.name}: {number:,} parameters; it starts from {weights}")
     build.check_takes(cfg, model)
+    trained = frozenset[str]()
     if path := start.model.load_weights:
         loaded = checkpoint.load_weights(model, path)
         if start.model.pretrained and loaded.lacks_layers:
@@ -71,15 +74,44 @@ def prepare(cfg: Config) -> Any:
                 model = build.build_model(start, datamanager.num_train_pids)
             loaded = checkpoint.load_weights(model, path)
         print(loaded)
+        if trained := loaded.people:
+            names = cfg.data.sources if cfg.data.validation else cfg.data.targets
+            cure = "test on other people (datasets.NAME.train and test), or start from other weights"
+            allowed = "data.allow_overlap True allows it, also for other people of the same names"
+            tested = _people(cfg, names, _test_items(datamanager))
+            check_unseen(cfg, tested, trained, f"'{path}'", f"{cure}; {allowed}")
     criterion = build.build_criterion(cfg, model, datamanager.num_train_pids, steps_per_epoch(datamanager))
     optimizer = build.build_optimizer(cfg, model, criterion)
     scheduler = build.build_scheduler(cfg, optimizer)
     engine = build.build_engine(cfg, datamanager, model, optimizer, scheduler, criterion)
     engine.config, engine.on_resume = flat(cfg), ON_RESUME
-    if cfg.data.type == "image" and (own := own_images(cfg, cfg.data.sources)):
-        trained = (own.get(item[0]) for item in datamanager.train_loader.dataset.train)
-        engine.people = sorted({person(*named) for named in trained if named})
+    engine.people = sorted(trained | _people(cfg, cfg.data.sources, datamanager.train_loader.dataset.train))
     return engine
+
+
+def _people(cfg: Config, names: Sequence[str], items: Iterable[Any]) -> set[str]:
+    """The people on the images of the named data sets that ``datasets`` describes; items of torchreid's data sets."""
+    own = own_images(cfg, names) if cfg.data.type == "image" else {}
+    return {person(*own[item[0]]) for item in items if own and item[0] in own}
+
+
+def _test_items(manager: Any) -> list[Any]:
+    return [item for splits in manager.test_dataset.values() for items in splits.values() for item in items]
+
+
+def check_unseen(cfg: Config, tested: Iterable[str], trained: Collection[str], name: str, cure: str) -> None:
+    """Raises InputError if people of the test are among those on whom weights were trained, all named by ``person``,
+    unless the configuration allows it; ``name``, of the weights, and ``cure`` are for the message."""
+    both = sorted({*tested} & {*trained})
+    if both and not (cfg.data.combineall or cfg.data.allow_overlap):
+        what = f"{len(both)} people of this test, such as {both[0]!r}, are people that {name} was trained on"
+        raise InputError(f"{what}: {cure}")
+
+
+def _resumes(cfg: Config) -> bool:
+    """Whether a run goes on from a checkpoint of ``model.resume``, so that it needs no other weights."""
+    auto = cfg.model.resume == "auto"
+    return bool(History(Path(cfg.data.save_dir, "model")).candidates() if auto else cfg.model.resume)
 
 
 def train(cfg: Config) -> tuple[Any, dict[str, RetrievalResult]]:
@@ -100,8 +132,7 @@ def train(cfg: Config) -> tuple[Any, dict[str, RetrievalResult]]:
         with replacing(Path(cfg.data.save_dir, "config.yaml")) as file:  # which --config-file reads again
             file.write(yaml.safe_dump(plain(cfg), sort_keys=False).encode())
         if not start_epoch:  # of an earlier run in this folder
-            for name in ("metrics.json", "metrics-test.json"):
-                Path(cfg.data.save_dir, name).unlink(missing_ok=True)
+            Path(cfg.data.save_dir, "metrics.json").unlink(missing_ok=True)
 
     columns, options, folder = {}, run_options(cfg), Path(cfg.data.save_dir)
     if cfg.test.untrained and not cfg.test.evaluate and not start_epoch:
@@ -119,9 +150,11 @@ def train(cfg: Config) -> tuple[Any, dict[str, RetrievalResult]]:
 
 
 def check_start(cfg: Config) -> None:
-    """Raises InputError, before anything is written, for data sets of ``datasets`` to train on that cannot be read, and
-    if ``data.save_dir`` holds a trained run and this one does not resume it, but overwrites it, or would do so when
+    """Raises InputError, before anything is written, for a ``data.save_dir`` that cannot be written, a checkpoint or a
+    file of weights that is not there, and data sets of ``datasets`` to train on that cannot be read; also if
+    ``data.save_dir`` holds a trained run and this one does not resume it, but overwrites it, or would do so when
     torchrun restarts it."""
+    distributed.from_first(functools.partial(_check_files, cfg))
     if cfg.data.type == "image":
         own_images(cfg, cfg.data.sources)
     folder, resume = Path(cfg.data.save_dir), cfg.model.resume
@@ -131,6 +164,17 @@ def check_start(cfg: Config) -> None:
         raise InputError("torchrun --max-restarts: give model.resume auto, so that a restarted run goes on")
     if not (resume and Path(resume).parent.resolve() == (folder / "model").resolve()):
         check_new(folder)
+
+
+def _check_files(cfg: Config) -> None:
+    folder = Path(cfg.data.save_dir)
+    place = next(filter(os.path.lexists, (folder, *folder.parents)), folder)
+    if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
+        fault = "cannot be written" if os.path.isdir(place) else "is no folder"
+        raise InputError(f"data.save_dir {cfg.data.save_dir!r}: '{place}' {fault}; give another folder")
+    file = cfg.model.resume if _resumes(cfg) else cfg.model.load_weights
+    if file and file != "auto":
+        checkpoint.check_file(file)
 
 
 @contextlib.contextmanager
@@ -207,8 +251,7 @@ def dry_run(cfg: Config) -> None:
 
 def _check_readable(manager: Any) -> None:
     """Prints why images for training and test cannot be read, for the first ten; raises InputError if there are any."""
-    tested = [item for splits in manager.test_dataset.values() for items in splits.values() for item in items]
-    paths = dict.fromkeys(item[0] for item in [*manager.train_loader.dataset.train, *tested])
+    paths = dict.fromkeys(item[0] for item in [*manager.train_loader.dataset.train, *_test_items(manager)])
     with ThreadPoolExecutor(available_cores()) as pool:
         read = pool.map(_damage, paths)
         damaged = [*filter(None, tqdm(read, "reading all images", len(paths), leave=False, disable=None))]

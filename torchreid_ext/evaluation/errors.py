@@ -8,7 +8,6 @@ import io
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,34 +34,15 @@ Array = np.ndarray[Any, Any]
 HARDEST, TOPK = 50, 10  # queries on the page, and gallery entries of each query
 MOST_CAMERAS = 40  # More have no table: so many are images without a camera, each with a camera of its own.
 STEPS, BARS = 10_000, 100  # steps in which distances are counted, and bars in which they are drawn
-# The colours of people on the map, and their marks, for readers to whom the colours look alike.
-MARKERS = {
-    "tab:blue": "o", "tab:orange": "s", "tab:green": "^", "tab:red": "v", "tab:purple": "D", "tab:brown": "P",
-    "tab:pink": "X", "gold": "*", "tab:olive": "<", "tab:cyan": ">",
-}  # fmt: skip
+# matplotlib's colours for people on the map, but for C7, which is grey, and marks for readers to whom they look alike.
+MARKS = {"C0": "o", "C1": "s", "C2": "^", "C3": "v", "C4": "D", "C5": "P", "C6": "X", "lime": "*", "C8": "<", "C9": ">"}
 SIDES = ("query", "gallery")
 
 
-@dataclass(frozen=True)
-class Histogram:
-    """How many pairs of a query and a gallery entry have a distance in each of ``STEPS`` equal steps, without junk.
-    ``edges`` of the steps: (STEPS + 1,); ``positive`` and ``negative`` pairs: int64 of shape (STEPS,)."""
-
-    edges: Array
-    positive: Array
-    negative: Array
-
-    def equal_error(self) -> tuple[float, float]:
-        """The equal error rate, in [0, 1], and its threshold, where the share of negative pairs that are nearer (false
-        accepts) is that of positive pairs that are farther (false rejects), as nearly as the steps allow."""
-        accepted, nearer = (np.r_[0, of.cumsum()] / max(1, of.sum()) for of in (self.negative, self.positive))
-        rejected = 1 - nearer
-        place = np.abs(accepted - rejected).argmin()
-        return float(accepted[place] + rejected[place]) / 2, float(self.edges[place])
-
-
-def count_distances(search: Search) -> Histogram:
-    """Counts the distances a few queries at a time, because Market-1501 has 66 million of them."""
+def count_distances(search: Search) -> tuple[Array, Array, Array]:
+    """How many pairs of a query and a gallery entry have a distance in each of ``STEPS`` equal steps, without junk: the
+    edges of the steps, shape (STEPS + 1,), and the numbers of positive and of negative pairs, int64 of shape (STEPS,).
+    The distances are counted a few queries at a time, because Market-1501 has 66 million of them."""
     size, step = len(search.query.pids), rows_per_chunk(len(search.gallery.pids))
     chunks = [(start, min(start + step, size)) for start in range(0, size, step)]
     distances, counts = search.distances.distances, np.zeros((2, STEPS), np.int64)
@@ -71,7 +51,16 @@ def count_distances(search: Search) -> Histogram:
         rows, (right, junk) = distances(*chunk).cpu().numpy(), search.masks(*chunk)
         for count, mask in zip(counts, (right, ~(right | junk)), strict=True):
             count += np.histogram(rows[mask], STEPS, (0, top))[0]
-    return Histogram(np.linspace(0, top, STEPS + 1), *counts)
+    return np.linspace(0, top, STEPS + 1), counts[0], counts[1]
+
+
+def equal_error(edges: Array, positive: Array, negative: Array) -> tuple[float, float]:
+    """The equal error rate, in [0, 1], and its threshold, where the share of negative pairs that are nearer (false
+    accepts) is that of positive pairs that are farther (false rejects), as nearly as the steps allow."""
+    accepted, nearer = (np.r_[0, of.cumsum()] / max(1, of.sum()) for of in (negative, positive))
+    rejected = 1 - nearer
+    place = np.abs(accepted - rejected).argmin()
+    return float(accepted[place] + rejected[place]) / 2, float(edges[place])
 
 
 def camera_pairs(search: Search) -> dict[tuple[int, int], tuple[float, int]]:
@@ -123,7 +112,7 @@ def write_page(path: str | Path, search: Search, pictures: Pictures, title: str)
     shown = {picture.path for row in rankings for picture in (row.query, *(found.picture for found in row.matches))}
     missing = sum(not os.path.isfile(path) for path in shown)
     caption = (
-        f"{scores}, equal error rate {counts.equal_error()[0]:.1%}. The {len(rankings)} hardest of {result.num_query} "
+        f"{scores}, equal error rate {equal_error(*counts)[0]:.1%}. The {len(rankings)} hardest of {result.num_query} "
         f"queries, by rising average precision, each with its {TOPK} nearest of {result.num_gallery} gallery images "
         "and its first match"
     )
@@ -133,23 +122,23 @@ def write_page(path: str | Path, search: Search, pictures: Pictures, title: str)
     return caption
 
 
-def _distances(counts: Histogram, unit: str) -> str:
-    rate, threshold = counts.equal_error()
+def _distances(counts: tuple[Array, Array, Array], unit: str) -> str:
+    (edges, positive, negative), (rate, threshold) = counts, equal_error(*counts)
     at = f"At {unit} {shown_distance(threshold)}"
     about = f"{at} as many matches are farther as others are nearer: {rate:.1%} of each."
 
     def draw(axes: Axes) -> None:
-        edges = counts.edges[:: STEPS // BARS]
-        styles = (("matches", counts.positive, "#159c74", "-"), ("other people", counts.negative, "#e0525f", "--"))
+        bars = edges[:: STEPS // BARS]
+        styles = (("matches", positive, "#159c74", "-"), ("other people", negative, "#e0525f", "--"))
         for name, steps, colour, line in styles:
             shares = 100 * steps.reshape(BARS, -1).sum(axis=1) / max(1, steps.sum())
-            axes.stairs(shares, edges, fill=True, color=colour, alpha=0.25)
-            axes.stairs(shares, edges, color=colour, linestyle=line, label=f"{name} ({steps.sum():,} pairs)")
+            axes.stairs(shares, bars, fill=True, color=colour, alpha=0.25)
+            axes.stairs(shares, bars, color=colour, linestyle=line, label=f"{name} ({steps.sum():,} pairs)")
         axes.axvline(threshold, color="gray", linewidth=1, label=f"equal error {rate:.1%}")
         axes.set(xlabel=unit, ylabel="share of pairs (%)", xlim=(0, edges[-1]))
         axes.legend(framealpha=0)
 
-    return _drawn(draw, "Distances", f"{about} Distances are counted in {STEPS:,} steps of {counts.edges[1]:.2g}.")
+    return _drawn(draw, "Distances", f"{about} Distances are counted in {STEPS:,} steps of {edges[1]:.2g}.")
 
 
 def _map(search: Search, pictures: Pictures, ranked: RankedQueries) -> str:
@@ -166,7 +155,7 @@ def _map(search: Search, pictures: Pictures, ranked: RankedQueries) -> str:
 
     def draw(axes: Axes) -> None:
         axes.scatter(places[1][:, 0], places[1][:, 1], s=6, color="gray", alpha=0.4, linewidths=0, label="all others")
-        for pid, (colour, marker) in zip(sorted(means, key=means.__getitem__), MARKERS.items(), strict=False):
+        for pid, (colour, marker) in zip(sorted(means, key=means.__getitem__), MARKS.items(), strict=False):
             # A name at the start could begin with an underscore, and then matplotlib would leave it out of the legend.
             name = f"{means[pid]:.0%}  {_plain(pictures[0][int(np.argmax(pids == pid))].identity)}"
             queries, entries = places[0][pids == pid], places[1][search.gallery.pids == pid]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +64,16 @@ class Tester:
     def test(self, **options: Any) -> dict[str, RetrievalResult]:
         """Returns the result of each target, printed as torchreid does, and writes ``save_dir/metrics.json``.
 
-        With ``test_only``, in the folder of a run that trained, it is ``metrics-test.json`` instead.
+        With ``test_only``, in the folder of a run that trained, all that it writes is in ``save_dir/test`` instead.
 
         The options are the fields of ``EvaluationOptions``. The random number generators are restored afterwards, so
         that training does not depend on the number of tests. The processes of a distributed run share the work with the
         result of one; the first one prints and writes. Raises InputError for an unknown option, or one out of range."""
         chosen = EvaluationOptions.of(options)
+        folder = Path(chosen.save_dir)
+        of_run = [*folder.glob("config.yaml"), *folder.glob("*/model.pth.tar-*")] if chosen.save_dir else []
+        if apart := bool(self.options.test_only and of_run):
+            chosen = replace(chosen, save_dir=str(folder / "test"))
         self.check_pictures(chosen)
         self.set_model_mode("eval")
         self.results, self.plain_map = {}, {}
@@ -88,7 +92,9 @@ class Tester:
                 # An error of the first process ends the others too, which would otherwise wait for it.
                 distributed.from_first(functools.partial(self._report, target, search, result, chosen))
         if chosen.save_dir:
-            distributed.from_first(functools.partial(self._write_metrics, Path(chosen.save_dir)))
+            distributed.from_first(functools.partial(self._write_metrics, Path(chosen.save_dir, "metrics.json")))
+        if apart and first:
+            print(f'Results of this test saved to "{chosen.save_dir}"; those of the run in "{folder}" are as before')
         return self.results
 
     def check_pictures(self, options: EvaluationOptions) -> None:
@@ -145,12 +151,7 @@ class Tester:
                 # torchreid writes rank1.
                 self.writer.add_scalar(f"Test/{target}/{name.replace('-', '')}", value, self.epoch)
 
-    def _write_metrics(self, folder: Path) -> None:
-        path = folder / "metrics.json"
-        of_run = [*folder.glob("config.yaml"), *folder.glob("*/model.pth.tar-*")]
-        if self.options.test_only and of_run and path.exists():
-            path = folder / "metrics-test.json"
-            print(f'Scores of this test saved to "{path}"; those of the run in this folder are as before')
+    def _write_metrics(self, path: Path) -> None:
         scores = {target: result.to_dict() for target, result in self.results.items()}
         with replacing(path) as file:
             file.write(f"{json.dumps(scores, indent=2)}\n".encode())

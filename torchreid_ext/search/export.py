@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import tempfile
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,40 +24,9 @@ from torchreid_ext.search.model import ImageLike, Preprocessing, TrainedModel
 TOLERANCE = 1e-4  # the largest difference that an exported network may have, as a share of the largest feature value
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The largest ``difference`` of a feature value that a file gives for some images, and the ``largest`` value."""
-
-    images: int
-    difference: float
-    largest: float
-
-    def __str__(self) -> str:
-        over = f"over {self.images} images, as a batch and one by one"
-        return f"largest difference from torch {over}: {self.difference:.2g} (of features up to {self.largest:.2g})"
-
-
-class ExportedNetwork(nn.Module):
-    """What is exported: a network, with ``normalise`` after the normalisation of its images, which lie in [0, 1]."""
-
-    # torch 2.6 calls the result of a mean in the network "mean" too, and does not tell the two apart.
-    norm_mean: Tensor
-    norm_std: Tensor
-
-    def __init__(self, model: TrainedModel, normalise: bool) -> None:
-        super().__init__()
-        self.network, self.normalise = model.network, normalise
-        for name in ("norm_mean", "norm_std"):
-            self.register_buffer(name, torch.tensor(model.config.data[name]).reshape(1, 3, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[N, D] features of [N, 3, height, width] images."""
-        return self.network((images - self.norm_mean) / self.norm_std if self.normalise else images)
-
-
 def export(
     model: TrainedModel, path: str | os.PathLike[str], normalise: bool = True, images: Sequence[ImageLike] | None = None
-) -> Comparison:
+) -> str:
     """Writes a network to a file that other programs load, and checks the file before it takes its place.
 
     The file takes any number of images, [N, 3, height, width] in RGB order, and gives [N, D] features. Its metadata are
@@ -70,13 +38,13 @@ def export(
         normalise: include the normalisation, so that the file takes images in [0, 1].
         images: two different images or more to compare with; None draws eight pedestrians.
 
-    An InputError refuses another ending, too few or too similar images, a network that ONNX cannot express, a missing
-    package, and a file whose features differ from torch's. Nothing is written then."""
+    Returns a sentence on how far its features are from torch's. An InputError refuses another ending, too few or too
+    similar images, a network that ONNX cannot express, and a file whose features differ from torch's. Nothing is
+    written then."""
     if Path(path).suffix != ".onnx":
         raise InputError(f"{os.fspath(path)!r}: the name of the file must end in .onnx")
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        if importlib.util.find_spec(package) is None:
-            raise InputError(f"ONNX needs the package {package}: pip install {package}")
+    # A missing package is named here: below, every error of the exporter is taken for the network's.
+    runtime, *_ = [importlib.import_module(package) for package in ("onnxruntime", "onnx", "onnxscript")]
     shown = drawn_images() if images is None else list(images)
     alike = f"{len(shown)} images to compare with are too few or too similar to notice a mistake in the exported file"
     cure = "give two images or more that look different"
@@ -95,7 +63,6 @@ def export(
         _write(model, temporary, normalise, resized)
         differences: list[float] = []
         try:
-            runtime = importlib.import_module("onnxruntime")
             session = runtime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
             for part in (slice(None), slice(0, 1), slice(1, 2)):
                 (found,) = session.run(["features"], {"images": fed[part]})
@@ -103,12 +70,13 @@ def export(
                 differences.append(np.abs(found - expected[part]).max() if same else np.inf)
         except Exception as error:  # onnxruntime has errors of its own
             raise _refusal(model, f"the file cannot be run with {len(fed)} images and with one", error) from error
-        comparison = Comparison(len(shown), float(np.max(differences)), largest)
-        if not comparison.difference <= TOLERANCE * largest:
-            raise InputError(f"the exported file is wrong and was not written: {comparison}")
+        difference, over = np.max(differences), f"over {len(shown)} images, as a batch and one by one"
+        compared = f"largest difference from torch {over}: {difference:.2g} (of features up to {largest:.2g})"
+        if not difference <= TOLERANCE * largest:
+            raise InputError(f"the exported file is wrong and was not written: {compared}")
         with replacing(path) as file:
             file.write(temporary.read_bytes())
-    return comparison
+    return compared
 
 
 def settings(model: TrainedModel, normalise: bool) -> dict[str, str]:
@@ -133,11 +101,16 @@ def drawn_images(number: int = 8) -> list[Image.Image]:
 
 
 def _write(model: TrainedModel, path: Path, normalise: bool, images: Tensor) -> None:
-    network, example = ExportedNetwork(model, normalise).eval(), images[:2]
+    # A batch normalisation with these statistics is the normalisation of images in [0, 1]. The network is a part of a
+    # larger one in any case, which lengthens the names of its weights: torch 2.6 takes a weight "mean" for a mean.
+    first, example = nn.BatchNorm2d(3, eps=0.0), images[:2]
+    mean, std = (torch.tensor(model.config.data[name]) for name in ("norm_mean", "norm_std"))
+    first.load_state_dict({"running_mean": mean, "running_var": std.square()}, strict=False)
+    network = nn.Sequential(first if normalise else nn.Identity(), model.network).eval()
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # They speak of the exporter's own future, not of this network.
-            sizes = {"images": {0: torch.export.Dim("batch")}}
+            sizes = ({0: torch.export.Dim("batch")},)
             program = torch.export.export(network, (example,), dynamic_shapes=sizes)
             written: Any = torch.onnx.export(
                 program, (example,), dynamo=True, verbose=False, input_names=["images"], output_names=["features"]

@@ -1,33 +1,30 @@
-"""The features of images: extracted by one process or several, kept in a file, and indexed to find the nearest."""
+"""The features of images: extracted by one process or several, and kept in a file."""
 
 from __future__ import annotations
 
-import importlib
 import os
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from pml_drsl.checks import InputError
-from pml_drsl.console import replacing
+from pml_drsl.console import replacing, say
 from pml_drsl.evaluation.arrays import load_arrays
 from pml_drsl.evaluation.ranking import share
 from torchreid_ext.evaluation.extraction import Samples, gather_samples
 from torchreid_ext.evaluation.page import Box
-from torchreid_ext.images import Row, composed
+from torchreid_ext.images import Row, Table, composed
 from torchreid_ext.runtime import distributed
 from torchreid_ext.search.model import Preprocessing, TrainedModel
 
-# For more queries at once, faiss computes |q|^2 - 2 qg + |g|^2, which loses small distances far from the origin.
-_ACCURATE_BLOCK = 16
-Array = np.ndarray[Any, Any]
 _FINGERPRINT = "model_fingerprint"  # beside the arrays of drsl-evaluate, which ignores it
 
 
@@ -37,32 +34,20 @@ class ExtractedSet:
 
     entries: list[Row]
     features: Tensor  # [N, D]
-    damaged: list[str] = field(default_factory=list)  # what was wrong with each image that could not be read
 
 
-class _Files(Dataset[Any]):
-    """Images from files; one that cannot be read is given as the reason why."""
-
-    def __init__(self, paths: Sequence[str], preprocessing: Preprocessing, crop: Box | None) -> None:
-        self.paths, self.preprocessing, self.crop = list(paths), preprocessing, crop
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+def _read(
+    preprocessing: Preprocessing, crop: Box | None, batch: Sequence[tuple[int, str]]
+) -> tuple[list[int], Tensor | None, list[str]]:
+    """The indices and images of the files that can be read, and what is wrong with the others. The images are one
+    tensor, because every tensor that a loading process sends needs open files, whose number is limited."""
+    images, reasons = dict[int, Tensor](), list[str]()
+    for index, path in batch:
         try:
-            return index, self.preprocessing(self.paths[index], self.crop)
+            images[index] = preprocessing(path, crop)
         except InputError as error:
-            reason, path = str(error), self.paths[index]
-            return index, reason if path in reason else f"{path!r}: {reason}"
-
-
-def _collated(batch: Sequence[tuple[int, Tensor | str]]) -> tuple[list[int], Tensor | None, list[str]]:
-    """The indices and images of a batch that can be read, and what is wrong with the others. The images are one tensor,
-    because every tensor that a loading process sends needs open files, whose number is limited."""
-    read = {index: image for index, image in batch if isinstance(image, Tensor)}
-    reasons = [image for _, image in batch if isinstance(image, str)]
-    return [*read], torch.stack([*read.values()]) if read else None, reasons
+            reasons.append(str(error) if path in str(error) else f"{path!r}: {error}")
+    return [*images], torch.stack([*images.values()]) if images else None, reasons
 
 
 def extract_files(
@@ -84,7 +69,7 @@ def extract_files(
         batch_size: images in a batch; None for ``test.batch_size`` of the model's configuration.
         workers: loading processes, >= 0; a single batch needs none.
         crop: left, top, right and bottom in pixels of the part of each image to use.
-        skip_damaged: leave out an image that cannot be read, instead of raising an InputError.
+        skip_damaged: leave out an image that cannot be read, and say so on stderr, instead of raising an InputError.
         may_be_empty: return no features, instead of raising an InputError, where none can be read.
         description: what stands before the progress bar.
 
@@ -96,9 +81,10 @@ def extract_files(
     group = distributed.group()
     if group is not None:
         batches = batches[share(len(batches), group)]
-    files = _Files([entry.path for entry in entries], Preprocessing(model.config), crop)
+    files: Any = [(index, entry.path) for index, entry in enumerate(entries)]
     workers = min(workers, len(batches)) if len(batches) > 1 else 0
-    loader = DataLoader(files, batch_sampler=batches, num_workers=workers, collate_fn=_collated)
+    read = partial(_read, Preprocessing(model.config), crop)
+    loader = DataLoader(files, batch_sampler=batches, num_workers=workers, collate_fn=read)
     damaged: list[str] = []
 
     def extract() -> Samples | None:
@@ -115,11 +101,32 @@ def extract_files(
 
     found = extract() if group is None else gather_samples(extract, model.device, group)
     damaged = [reason for reasons in distributed.gathered(damaged) for reason in reasons]
-    if found is None and may_be_empty:
-        return ExtractedSet([], torch.empty(0, 0), damaged)
-    if found is None:
+    if found is None and not may_be_empty:
         raise InputError(f"none of the {len(entries)} images can be read, for example: {damaged[0]}")
-    return ExtractedSet([entries[index] for index in found.pids], found.features, damaged)
+    for reason in damaged if distributed.is_first() else ():
+        say(f"left out: {reason}", sys.stderr)
+    if found is None:
+        return ExtractedSet([], torch.empty(0, 0))
+    return ExtractedSet([entries[index] for index in found.pids], found.features)
+
+
+def extract_sets(model: TrainedModel, table: Table, **options: Any) -> dict[str, ExtractedSet]:
+    """The features of the ``"query"`` and the ``"gallery"`` of a table, those that it has. An image that is in both is
+    read once. The ``options`` and the errors are those of :func:`extract_files`; an InputError also refuses queries of
+    which none can be read."""
+    held = {row.path for row in table.gallery}
+    apart = [row for row in table.query if row.path not in held]
+    parts = (("query", apart), ("gallery", table.gallery))
+    sets = {name: extract_files(model, rows, description=name, **options) for name, rows in parts if rows}
+    if len(apart) == len(table.query):
+        return sets
+    features = torch.cat([part.features for part in sets.values()])
+    places = {row.path: at for at, row in enumerate(row for part in sets.values() for row in part.entries)}
+    queries = [row for row in table.query if row.path in places]
+    if not queries:
+        raise InputError(f"none of the {len(table.query)} query images can be read")
+    chosen = features[[places[row.path] for row in queries]]
+    return {"query": ExtractedSet(queries, chosen), "gallery": sets["gallery"]}
 
 
 def write_features(path: str | os.PathLike[str], model: TrainedModel, sets: dict[str, ExtractedSet]) -> bool:
@@ -163,48 +170,3 @@ def read_gallery(path: str | os.PathLike[str], model: TrainedModel) -> Extracted
         Row(row.path, composed(row.identity), "" if row.camera == row.path else composed(row.camera)) for row in rows
     ]
     return ExtractedSet(entries, torch.from_numpy(features.astype(np.float32)))
-
-
-class FeatureIndex:
-    """The features of N images, of ``dim`` dimensions, in rows, and faiss's index of them, by ``"euclidean"`` distance,
-    squared, or ``"cosine"``, 1 - similarity. It is exact. Only searches may run in several threads at once."""
-
-    def __init__(self, dim: int, metric: str) -> None:
-        self.dim, self.metric = dim, metric
-        # Not imported with the package: torch and faiss each bring a copy of OpenMP, which collide on macOS.
-        self._faiss = importlib.import_module("faiss")
-        # Features of unit norm have twice the cosine distance as squared Euclidean distance.
-        self._index = self._faiss.IndexFlatL2(dim)
-
-    def __len__(self) -> int:
-        return int(self._index.ntotal)
-
-    def add(self, features: Tensor, normalised: bool = False) -> None:
-        """Adds [N, D] features below the rows that are there; ``normalised`` ones have the metric's norm already.
-        Raises InputError for features that are not finite."""
-        self._index.add(self._vectors(features, normalised))
-
-    def remove(self, rows: Sequence[int]) -> None:
-        """Removes rows; the rows below move up."""
-        self._index.remove_ids(np.array(rows, dtype=np.int64))
-
-    def features(self) -> Tensor:
-        """[N, D] features; of unit norm where the metric is cosine."""
-        # pytorch-metric-learning makes faiss return tensors in the place of arrays.
-        return torch.as_tensor(self._index.reconstruct_n(0, len(self)))
-
-    def search(self, queries: Tensor, top: int) -> tuple[Array, Array]:
-        """The rows and the distances, [Q, top] or as many as there are, of the nearest of Q queries, [Q, D]. Raises
-        InputError for queries that are not finite."""
-        vectors, top = self._vectors(queries), min(top, len(self))
-        block = len(vectors) if self.metric == "cosine" else _ACCURATE_BLOCK
-        parts = [self._index.search(vectors[at : at + block], top) for at in range(0, len(vectors), max(block, 1))]
-        found, rows = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return rows, np.maximum(found, 0) / (2 if self.metric == "cosine" else 1)
-
-    def _vectors(self, features: Tensor, normalised: bool = False) -> Array:
-        as_given = normalised or self.metric != "cosine"
-        vectors = features.float() if as_given else F.normalize(features.float())
-        if not torch.isfinite(vectors).all():
-            raise InputError("features must be finite, and some are NaN or infinite")
-        return np.ascontiguousarray(vectors.numpy())

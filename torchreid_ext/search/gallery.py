@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -11,15 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pml_drsl.checks import InputError
 from pml_drsl.console import file_stamp, replacing
 from pml_drsl.evaluation import reranking
 from pml_drsl.evaluation.arrays import load_arrays
 from torchreid_ext.images import Row, composed
-from torchreid_ext.search.features import FeatureIndex
 from torchreid_ext.search.model import TrainedModel
 from torchreid_ext.search.sources import resolved, shown
+
+# For more queries at once, faiss computes |q|^2 - 2 qg + |g|^2, which loses small distances far from the origin.
+_ACCURATE_BLOCK = 16
 
 
 class Gallery:
@@ -30,7 +34,8 @@ class Gallery:
         # In the order in which they were added, by the absolute path of a file or the name that was given.
         self.entries: list[Row] = []
         self._names: set[str] = set()
-        self._index: FeatureIndex | None = None
+        # faiss's exact index of squared Euclidean distances. Where the metric is cosine, its features have unit norm.
+        self._index: Any = None
         self._read: tuple[str, object] | None = None
 
     def __len__(self) -> int:
@@ -50,25 +55,27 @@ class Gallery:
             new.add(entry.path)
         if features.ndim != 2 or len(features) != len(entries):
             raise InputError(f"{len(entries)} images need as many features, got shape {list(features.shape)}")
-        index = self._index or FeatureIndex(features.shape[1], self.model.metric)
-        if features.shape[1] != index.dim:
-            raise InputError(f"features have {features.shape[1]} dimensions, and the gallery's have {index.dim}")
-        if len(entries):
-            index.add(features, normalised)
+        # Not imported with the package: torch and faiss each bring a copy of OpenMP, which collide on macOS.
+        index = self._index or importlib.import_module("faiss").IndexFlatL2(features.shape[1])
+        if features.shape[1] != index.d:
+            raise InputError(f"features have {features.shape[1]} dimensions, and the gallery's have {index.d}")
+        index.add(self._vectors(features, normalised))
         self._index = index
         self.entries += [Row(*entry[:3]) for entry in entries]
         self._names |= new
 
     def remove(self, patterns: Sequence[str]) -> list[Row]:
         """Removes images by their names or paths, absolute or from the current folder, and returns them. In any other
-        word ``*``, ``?`` and ``[]`` stand for characters, slashes too. Raises InputError for a pattern that no image
-        matches, or that every image matches, unless it is ``"*"``. Nothing is removed then."""
+        word ``*``, ``?`` and ``[]`` stand for characters, slashes too. Accents may have any form of Unicode. Raises
+        InputError for a pattern that no image matches, or that every image matches, unless it is ``"*"``. Nothing is
+        removed then."""
         found: set[int] = set()
-        paths = [(row, entry.path) for row, entry in enumerate(self.entries)]
         for pattern in patterns:
-            whole = pattern, resolved(pattern)
-            here = {row for row, path in paths if path in whole} or {
-                row for row, path in paths if fnmatchcase(path, pattern) or fnmatchcase(shown(path), pattern)
+            whole = composed(pattern), composed(resolved(pattern))
+            here = {row for row, entry in enumerate(self.entries) if composed(entry.path) in whole} or {
+                row
+                for row, entry in enumerate(self.entries)
+                if any(fnmatchcase(composed(path), whole[0]) for path in (entry.path, shown(entry.path)))
             }
             if not here:
                 raise InputError(f"no image of the gallery matches {pattern!r}")
@@ -89,8 +96,8 @@ class Gallery:
 
     def _without(self, rows: set[int]) -> list[Row]:
         gone = [entry for row, entry in enumerate(self.entries) if row in rows]
-        if self._index is not None and rows:
-            self._index.remove(sorted(rows))
+        if rows:
+            self._index.remove_ids(np.array(sorted(rows), dtype=np.int64))
         self.entries = [entry for row, entry in enumerate(self.entries) if row not in rows]
         self._names -= {entry.path for entry in gone}
         return gone
@@ -103,18 +110,35 @@ class Gallery:
             raise InputError("the gallery is empty: add images to it first")
         if top < 1:
             raise InputError(f"top {top}: give 1 or more")
-        if queries.shape[1] != self._index.dim:
-            raise InputError(f"queries have {queries.shape[1]} dimensions, and the gallery has {self._index.dim}")
+        if queries.shape[1] != self._index.d:
+            raise InputError(f"queries have {queries.shape[1]} dimensions, and the gallery has {self._index.d}")
+        top, cosine = min(top, len(self)), self.model.metric == "cosine"
         if rerank:
-            ranked = reranking.rerank(queries.float(), self._index.features(), metric=self.model.metric)
-            distances, places = ranked.rows(0, len(queries)).topk(min(top, len(self)), largest=False)
+            ranked = reranking.rerank(queries.float(), self._features(), metric=self.model.metric)
+            distances, places = ranked.rows(0, len(queries)).topk(top, largest=False)
             rows, found = places.numpy(), distances.numpy()
         else:
-            rows, found = self._index.search(queries, top)
+            vectors = self._vectors(queries)
+            block = max(1, len(vectors)) if cosine else _ACCURATE_BLOCK
+            parts = [self._index.search(vectors[at : at + block], top) for at in range(0, len(vectors), block)]
+            found, rows = (np.concatenate(part) for part in zip(*parts, strict=True))
+            # Features of unit norm have twice the cosine distance as squared Euclidean distance.
+            found = np.maximum(found, 0) / (2 if cosine else 1)
         return [
             [(self.entries[row], float(distance)) for row, distance in zip(*pair, strict=True)]
             for pair in zip(rows.tolist(), found.tolist(), strict=True)
         ]
+
+    def _features(self) -> Tensor:
+        # pytorch-metric-learning makes faiss return tensors in the place of arrays.
+        return torch.as_tensor(self._index.reconstruct_n(0, len(self)))
+
+    def _vectors(self, features: Tensor, normalised: bool = False) -> np.ndarray[Any, Any]:
+        as_given = normalised or self.model.metric != "cosine"
+        vectors = features.float() if as_given else F.normalize(features.float())
+        if not torch.isfinite(vectors).all():
+            raise InputError("features must be finite, and some are NaN or infinite")
+        return np.ascontiguousarray(vectors.numpy())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the gallery to a file, whole or not at all. Call it inside ``files.locked``. Paths below the folder of
@@ -125,14 +149,14 @@ class Gallery:
             raise InputError("the gallery is empty: there is no index to write")
         target = os.path.realpath(path)
         folder = os.path.join(os.path.dirname(target), "")
-        about = {"fingerprint": self.model.fingerprint, "metric": self._index.metric}
+        about = {"fingerprint": self.model.fingerprint, "metric": self.model.metric}
         rows = [[row.path.removeprefix(folder), *row[1:3], row.path.startswith(folder)] for row in self.entries]
         settings, entries = (np.frombuffer(json.dumps(value).encode(), np.uint8) for value in (about, rows))
         if self._read is not None and self._read[0] == target and self._read[1] != file_stamp(target):
             changed = f"{os.fspath(path)!r} was changed by another process since it was read"
             raise InputError(f"{changed}: read it again, and repeat the changes")
         with replacing(target) as file:
-            np.savez(file, settings=settings, entries=entries, features=self._index.features().numpy())
+            np.savez(file, settings=settings, entries=entries, features=self._features().numpy())
         self._read = target, file_stamp(target)
 
     @classmethod

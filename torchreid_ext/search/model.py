@@ -151,9 +151,7 @@ def load_model(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if place.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {str(place)!r}: torch finds no CUDA device here; use 'cpu'")
-    training = state.get("training") if config_file is None else None
-    trained = training.get("people") if isinstance(training, Mapping) else None
-    people = frozenset(map(str, trained)) if isinstance(trained, list) else frozenset[str]()
+    people = checkpoint.people_of(state) if config_file is None else frozenset[str]()
     if note:
         _note(note)
     return TrainedModel(network.eval().to(place), config, path, fingerprint, people)

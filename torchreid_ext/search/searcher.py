@@ -19,7 +19,6 @@ from torchreid_ext.search.gallery import Gallery
 from torchreid_ext.search.model import ImageLike, Preprocessing, as_list, load_model
 from torchreid_ext.search.sources import DEFAULT_NAMES, resolved, shown
 
-_SAME: dict[str, bool | None] = {"right": True, "wrong": False, "": None}
 _WORDS = {"right": "same", "wrong": "other", "": ""}
 
 
@@ -210,15 +209,12 @@ def as_text(rows: Sequence[Ranking]) -> str:
 def as_dict(searcher: Searcher, rows: Sequence[Ranking], rerank: bool) -> dict[str, Any]:
     """The same as plain values; ``same_identity`` is null where the identity of one of the two is unknown."""
 
-    def plain(picture: Picture) -> dict[str, str]:
-        return {"path": picture.path, "identity": picture.identity, "camera": picture.camera}
+    def plain(picture: Picture, **others: Any) -> dict[str, Any]:
+        return {"path": picture.path, "identity": picture.identity, "camera": picture.camera, **others}
 
     def match(found: Found) -> dict[str, Any]:
-        same = _SAME[found.mark]
-        return {"rank": found.rank, **plain(found.picture), "distance": found.distance, "same_identity": same}
-
-    def query(row: Ranking) -> dict[str, Any]:
-        return {**plain(row.query), "crop": row.query.crop, "matches": [match(found) for found in row.matches]}
+        same = {"right": True, "wrong": False}.get(found.mark)
+        return {"rank": found.rank, **plain(found.picture, distance=found.distance, same_identity=same)}
 
     return {
         "checkpoint": os.path.abspath(searcher.model.path),
@@ -226,7 +222,7 @@ def as_dict(searcher: Searcher, rows: Sequence[Ranking], rerank: bool) -> dict[s
         "metric": searcher.model.metric,
         "reranked": rerank,
         "gallery": len(searcher),
-        "queries": [query(row) for row in rows],
+        "queries": [plain(row.query, crop=row.query.crop, matches=[*map(match, row.matches)]) for row in rows],
     }
 
 
@@ -235,5 +231,4 @@ def _line(picture: Picture) -> str:
 
 
 def _about(picture: Picture) -> list[str]:
-    names = ("identity", picture.identity), ("camera", picture.camera)
-    return [f"{name} {value}" if value else "" for name, value in names]
+    return [picture.identity and f"identity {picture.identity}", picture.camera and f"camera {picture.camera}"]

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Annotated
 
 import uvicorn
-from fastapi import FastAPI, Query, Request
-from fastapi.concurrency import run_in_threadpool
+from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import HTMLResponse, PlainTextResponse
@@ -34,10 +33,6 @@ from torchreid_ext.search.sources import shown
 MEGABYTES, MEGAPIXELS = 20, 50  # A larger photo is refused before it is read whole, or decoded.
 MOST = 500  # results on one page at most: each is a picture in it
 _HEADERS = {"Cache-Control": "no-store"}  # Photos and faces stay out of the browser's cache too.
-
-
-class TooLarge(InputError):
-    """A photo of too many bytes."""
 
 
 def application(searcher: Searcher, rerank: bool = False, top: int = 10, hosts: Sequence[str] = ("*",)) -> FastAPI:
@@ -62,7 +57,7 @@ def application(searcher: Searcher, rerank: bool = False, top: int = 10, hosts: 
 
     @app.exception_handler(InputError)
     async def refused(_: Request, error: InputError) -> PlainTextResponse:
-        return PlainTextResponse(_printable(str(error)), 413 if isinstance(error, TooLarge) else 400, _HEADERS)
+        return PlainTextResponse(_printable(str(error)), 400, _HEADERS)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> PlainTextResponse:
@@ -74,8 +69,8 @@ def application(searcher: Searcher, rerank: bool = False, top: int = 10, hosts: 
         return HTMLResponse(page, headers=_HEADERS)
 
     @app.post("/search")
-    async def search(
-        request: Request,
+    def search(
+        photo: Annotated[bytes, Depends(_received)],
         name: str = "photo",
         top: Annotated[int, Query(ge=1, le=MOST)] = 10,
         crop: Annotated[list[int] | None, Query(min_length=4, max_length=4)] = None,
@@ -83,7 +78,6 @@ def application(searcher: Searcher, rerank: bool = False, top: int = 10, hosts: 
         folder: str = "",
         others: bool = False,
     ) -> HTMLResponse:
-        photo = await _received(request)
         for given, known in ((camera, cameras), (folder, folders)):
             if given and given not in known:
                 raise InputError(f"no image of the gallery is of {given!r}")
@@ -95,15 +89,13 @@ def application(searcher: Searcher, rerank: bool = False, top: int = 10, hosts: 
                 and not (others and _holds(match.name, photo))
             )
 
-        def found() -> str:
-            with alone:
-                image = read_image(photo, MEGAPIXELS)
-                box = (crop[0], crop[1], crop[2], crop[3]) if crop else None
-                matches = _nearest(searcher, searcher.extract(image, box), top, rerank, wanted)
-                (row,) = rankings([Row(name, *(in_name(carried, name) or ()))], box, [matches])
-                return "".join(sections([replace(row, query=replace(row.query, image=image))]))
-
-        return HTMLResponse(_printable(await run_in_threadpool(found)), headers=_HEADERS)
+        with alone:
+            image = read_image(photo, MEGAPIXELS)
+            box = (crop[0], crop[1], crop[2], crop[3]) if crop else None
+            matches = _nearest(searcher, searcher.extract(image, box), top, rerank, wanted)
+            (row,) = rankings([Row(name, *(in_name(carried, name) or ()))], box, [matches])
+            found = "".join(sections([replace(row, query=replace(row.query, image=image))]))
+        return HTMLResponse(_printable(found), headers=_HEADERS)
 
     return app
 
@@ -143,7 +135,7 @@ async def _received(request: Request) -> bytes:
         async for part in request.stream():
             data += part
             if len(data) > MEGABYTES * 1e6:
-                raise TooLarge(f"the photo has more than {MEGABYTES} megabytes: make it smaller")
+                raise InputError(f"the photo has more than {MEGABYTES} megabytes: make it smaller")
     except InputError:
         raise
     except Exception as error:  # The browser has gone, for which starlette has an error that fastapi does not export.

@@ -17,6 +17,7 @@ from pml_drsl.checks import InputError
 from torchreid_ext import images
 from torchreid_ext.config import Config, build_datamanager
 from torchreid_ext.config.data import image_options, own_images, person
+from torchreid_ext.config.run import check_unseen
 from torchreid_ext.data.datasets import register_datasets, without_empty_folders
 from torchreid_ext.images import Row, Table
 
@@ -55,23 +56,32 @@ def list_sources(sources: Sequence[str], names: str = DEFAULT_NAMES, cameras: bo
     Market-1501's layout (``query`` and ``bounding_box_test``), be one of these two, or hold images in any folders below
     it. Where the identities of all such images are known, the first of each identity and camera is a query too; an
     image whose camera is not known has one of its own. An image file is of the gallery. Without ``cameras``, no camera
-    is known. Raises InputError for a source that is missing, has no image, or names an image as another source does."""
+    is known. Of an image that several sources give, the first that knows whom it shows counts, folders and CSV files
+    before image files. Raises InputError for a source that is missing, has no image, or gives another image the name
+    that it has in another source."""
     carried = images.pattern(names, "--names")
-    table, origin = Table(), dict[tuple[str, str], str]()
-    for source in sources:
-        if os.path.isfile(source) and images.is_image(source):
-            table.rows.append(images.named(os.path.abspath(source), carried)._replace(path=source, split="gallery"))
-            continue
-        found = _listed(source, carried, cameras)
+    table, origin = Table(), dict[tuple[str, str], tuple[str, str]]()
+    kept: dict[tuple[str, str], Row] = {}
+    alone = {source: os.path.isfile(source) and images.is_image(source) for source in sources}
+    for source in sorted(alone, key=lambda source: alone[source]):
+        if alone[source]:
+            found = Table([images.named(os.path.abspath(source), carried)._replace(path=source, split="gallery")])
+        else:
+            found = _listed(source, carried, cameras)
         for row in found.rows:
+            key = row.split, resolved(row.path)
+            if not kept.setdefault(key, row).identity:
+                kept[key] = row
+            if alone[source]:
+                continue
             name = _relative(row.path, source if os.path.isdir(source) else os.path.dirname(source))
-            other = origin.setdefault((row.split, name), source)
-            if other is not source:
+            other, path = origin.setdefault((row.split, name), (source, key[1]))
+            if path != key[1]:
                 both = f"{other!r} and {source!r} both have a {row.split} image {name!r}"
                 cure = "give each folder by itself, or put both below one folder and give that one"
                 raise InputError(f"{both}, so their identities cannot be told apart: {cure}")
-        table.rows += found.rows
         table.leave_out_all(found)
+    table.rows = [*kept.values()]
     if not cameras:
         table.rows = [row._replace(camera="") for row in table.rows]
     return table
@@ -124,7 +134,8 @@ def test_images(config: Config, root: str | None = None, trained: Collection[str
     """The query and the gallery of a run's own test, in its order: those of the first target, or of the people who were
     held out for validation. The data are below ``root``; None for where the run had them. Raises InputError for a run
     on video, for data that are not found, and if ``trained``, the people of the configured data sets that the run was
-    trained on, are among them: where photos of other people were added or removed, a random split is another one."""
+    trained on, are among them (without ``data.allow_overlap``): where photos of other people were added or removed, a
+    random split is another one."""
     config, target = config.clone(), config.data.targets[0]
     if config.data.type != "image":
         raise InputError(f"the run was tested on video: with drsl-extract, give a folder of the images of {target!r}")
@@ -145,10 +156,9 @@ def test_images(config: Config, root: str | None = None, trained: Collection[str
     table = images.from_torchreid(dataset)
     own = own_images(config, config.data.sources if config.data.validation else [target])
     tested = {person(*own[row.path]): own[row.path] for row in table.query + table.gallery if row.path in own}
-    if not config.data.combineall and (both := sorted(tested.keys() & trained)):
-        what = f"{len(both)} people of this test, such as {both[0]!r}, are people that the run was trained on"
-        cure = "bring the photos back as they were, or give those of other people to drsl-extract as a SOURCE"
-        raise InputError(f"{what}: the photos have changed since, and with them the random split. To test, {cure}")
+    changed = "the photos have changed since, and with them the random split. To test, bring the photos back"
+    cure = f"{changed} as they were, or give those of other people to drsl-extract as a SOURCE"
+    check_unseen(config, tested, trained, "the run", cure)
     # A data manager has numbers in place of names. One name in two data sets is two people.
     sets = Counter(image.identity for _, image in tested.values())
     for number, row in enumerate(table.rows):

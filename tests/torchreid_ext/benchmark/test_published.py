@@ -23,11 +23,14 @@ def held(page):
     return rest.partition(report.END)[0].strip()
 
 
+@pytest.mark.slow
 def test_the_page_holds_the_report(results):
     assert held("benchmark.md") == report.report(results).strip()
 
 
-@pytest.mark.parametrize(("page", "reference"), [("validation", "t0.1-p0.1-s1"), ("few_positives", "drsl-1-to-4000")])
+@pytest.mark.parametrize(("page", "reference"), [
+    pytest.param("validation", "t0.1-p0.1-s1", marks=pytest.mark.slow), ("few_positives", "drsl-1-to-4000"),
+])  # fmt: skip
 def test_the_other_pages_hold_their_reports(page, reference):
     results = grid.read_results(ROOT / "docs" / f"{page}.jsonl.gz")
     assert held(f"{page}.md") == report.report(results, reference).strip()

@@ -26,23 +26,14 @@ def line(loss, seed, mean, *, people=60, changes=None, varied=None, target="mark
     kind = loss if loss in ("softmax", "triplet", "drsl") else "pml"
     configuration = flat(get_default_config()) | {"train.seed": seed, "loss.name": kind, **keys}
     scores = {
-        "mAP": float(ap.mean()),
-        "mINP": float(ap.mean() / 2),
-        "rank-1": float((ap > 0.5).mean()),
-        "identity": list(range(people)) * 2,
-        "AP": ap.tolist(),
-        "hit": (ap > 0.5).astype(int).tolist(),
-    }
+        "mAP": float(ap.mean()), "mINP": float(ap.mean() / 2), "rank-1": float((ap > 0.5).mean()),
+        "identity": list(range(people)) * 2, "AP": ap.tolist(), "hit": (ap > 0.5).astype(int).tolist(),
+    }  # fmt: skip
     return {
-        "config": "market.yaml",
-        "loss": loss,
-        "seed": seed,
-        "changes": changes or {},
+        "config": "market.yaml", "loss": loss, "seed": seed, "changes": changes or {}, "varied": varied or {},
         "snippet": {"loss": {"name": loss}, "sampler.train_sampler": "RandomSampler"},
-        "varied": varied or {},
-        "results": {target: scores},
-        "configuration": configuration,
-    }
+        "results": {target: scores}, "configuration": configuration,
+    }  # fmt: skip
 
 
 def lines(seeds):
@@ -314,6 +305,7 @@ def test_the_page_keeps_what_is_around_the_report(tmp_path, capsys, monkeypatch)
         (["--losses", "drsl", "suncon"], "no results of 'suncon'; did you mean 'supcon'"),
         (["--losses", "supcon", "--reference", "drsl"], "no results of 'drsl'; did you mean 'supcon'"),
         (["--figure", "results.jsonl"], "would overwrite the input"),
+        (["--figure", "page.jpeg"], "--figure page.jpeg: its name must end in .png, .svg or .pdf"),
     ],
 )
 def test_a_loss_without_results_is_refused_before_the_page_is_written(words, message, tmp_path, capsys, monkeypatch):

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from pml_drsl.checks import InputError
 from torchreid_ext.checkpoint import checkpoint
+from torchreid_ext.checkpoint.folder import History
 
 
 def trained(seed=0):
@@ -51,20 +52,6 @@ def test_torchreids_own_checkpoint_loads(tmp_path):
     with pytest.raises(Exception, match="weights_only"):
         torch.load(tmp_path / "model.pth.tar-3")
     assert checkpoint.load(tmp_path / "model.pth.tar-3")["rank1"] == 0.25
-
-
-def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "a.pth"
-    checkpoint.save({"epoch": 1}, path)
-
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        checkpoint.save({"epoch": 2}, path)
-    assert checkpoint.load(path) == {"epoch": 1}
-    assert os.listdir(tmp_path) == ["a.pth"]
 
 
 class Bomb:
@@ -176,12 +163,18 @@ def test_load_weights_says_what_does_not_fit(tmp_path):
 
 
 def test_weights_of_another_model_are_refused(tmp_path):
-    checkpoint.save(nn.Linear(3, 2).state_dict(), tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=r"no weight in .* fits the model: it has weight, bias.*check model.name"):
-        checkpoint.load_weights(nn.Linear(5, 5), tmp_path / "w.pth")
+    narrow, wide = (nn.Sequential(nn.Linear(3, n), nn.BatchNorm1d(n), nn.Linear(n, 2)) for n in (4, 8))
+    checkpoint.save(narrow.state_dict(), tmp_path / "w.pth")
+    # The last bias fits, and so does the counter of the batch normalisation, which fits every other one.
+    with pytest.raises(ValueError, match=r"1 of its 8 weights fit the model's 8 .*0.weight \[8, 3\]; check model.name"):
+        checkpoint.load_weights(wide, tmp_path / "w.pth")
+    # A part of the network is no other network, nor is the whole of which the network is a part.
+    deeper = nn.Sequential(*narrow, *(nn.Linear(2, 2) for _ in range(9)))
+    assert len(checkpoint.load_weights(deeper, tmp_path / "w.pth").fitting) == 9
+    assert len(checkpoint.load_weights(narrow[:1], tmp_path / "w.pth").fitting) == 2
     for held, words in (
         ({"state_dict": [1]}, "holds a list"),
-        ({0: torch.zeros(2), "weight": 3}, "it has 0, the"),
+        ({0: torch.zeros(2), "weight": 3}, r"it has 0 \[2\], the"),
         ({"weight": 3}, "holds no weights"),
     ):
         torch.save(held, tmp_path / "w.pth")
@@ -258,8 +251,10 @@ def test_a_state_that_could_not_be_loaded_is_not_saved(tmp_path):
     assert os.listdir(tmp_path) == ["a.pth"]
 
 
-def test_a_full_disk(tmp_path, monkeypatch):
-    checkpoint.save({"epoch": 1}, tmp_path / "a.pth")
+def test_a_full_disk_keeps_what_was_saved(tmp_path, monkeypatch):
+    history = History(tmp_path, keep=1)
+    history.save({"epoch": 1}, 1, is_best=True)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     save = torch.save
 
     def fill(state, file):
@@ -267,11 +262,9 @@ def test_a_full_disk(tmp_path, monkeypatch):
             save(state, full)
 
     monkeypatch.setattr(torch, "save", fill)
-    with pytest.raises(OSError, match=r"cannot write checkpoint .*a\.pth': .*No space left.*saved before is kept"):
-        checkpoint.save({"epoch": 2}, tmp_path / "a.pth")
-    monkeypatch.undo()
-    assert checkpoint.load(tmp_path / "a.pth") == {"epoch": 1}
-    assert os.listdir(tmp_path) == ["a.pth"]
+    with pytest.raises(OSError, match=r"cannot write checkpoint .*tar-2': .*No space left.*saved before is kept"):
+        history.save({"epoch": 2}, 2, is_best=True)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before and len(before) == 3
 
 
 def test_files_have_the_usual_permissions(tmp_path):

@@ -35,12 +35,12 @@ def test_help_does_not_load_torch():
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
-@pytest.mark.parametrize("name", ["train", "search", "extract", "export", "evaluate", "benchmark"])
-def test_every_command_runs_as_a_module_and_says_its_version(name, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [name, "--version"])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_module(f"torchreid_ext.cli.{name}", run_name="__main__")
-    assert end.value.code == 0 and console.version() in capsys.readouterr().out
+def test_every_command_runs_as_a_module_and_says_its_version(capsys, monkeypatch):
+    for name in ("train", "search", "extract", "export", "evaluate", "benchmark"):
+        monkeypatch.setattr(sys, "argv", [name, "--version"])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_module(f"torchreid_ext.cli.{name}", run_name="__main__")
+        assert end.value.code == 0 and console.version() in capsys.readouterr().out, name
 
 
 def failing(error):
@@ -81,6 +81,17 @@ def test_of_several_processes_the_first_speaks_for_all_and_the_others_give_their
         assert console.guarded("name", failing(InputError("a value"))) == 2
         assert console.guarded("name", failing(KeyboardInterrupt()), stopped="stopped") == 130
         assert capsys.readouterr().err == told
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "link.npz").symlink_to(tmp_path / "locked" / "f.npz")
+    # The owner of a system may write everywhere, whatever the modes of a folder say.
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK or Path(path).name != "locked")
+    console.check_outputs({"--output": str(tmp_path / "f.npz")}, [])
+    for path in (tmp_path / "locked" / "f.npz", tmp_path / "link.npz"):
+        with pytest.raises(InputError, match=r"--output .*: the folder '.*locked' cannot be written: give another"):
+            console.check_outputs({"--output": str(path)}, [])
 
 
 def test_any_text_can_be_printed_in_any_encoding(monkeypatch):

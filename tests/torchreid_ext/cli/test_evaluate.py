@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +16,12 @@ import trained
 from torchreid_ext.cli import evaluate, extract
 
 ROOT = Path(__file__).parents[3]
+complaint = partial(trained.complaint, command="drsl-evaluate")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return trained.train(tmp_path_factory.mktemp("run with spaces")).parents[1]
-
-
-def complaint(capsys):
-    err = capsys.readouterr().err
-    lines = [line for line in err.splitlines() if line]
-    assert "Traceback" not in err and len(lines) == 1 and lines[0].startswith("drsl-evaluate: "), err
-    return lines[0]
 
 
 def test_the_errors_of_a_run_and_of_its_features_are_those_of_its_own_test(run, tmp_path, capsys):
@@ -54,8 +49,8 @@ def test_damaged_images_are_left_out_and_gone_ones_are_named(tmp_path, capsys):
     capsys.readouterr()
     assert evaluate.main([str(run), "--errors"]) == 0
     queries = json.loads((run / "metrics.json").read_text())["listed"]["num_query"]
-    out = capsys.readouterr().out
-    assert "left out: cannot read image" in out and f"hardest of {queries - 1} queries" in out
+    out, err = capsys.readouterr()
+    assert err.startswith("left out: cannot read image") and f"hardest of {queries - 1} queries" in out
     (tmp_path / query).unlink()
     assert evaluate.main([str(run), "--errors", "--html", str(tmp_path / "p.html")]) == 2
     assert query in complaint(capsys) and not (tmp_path / "p.html").exists()
@@ -130,6 +125,7 @@ def test_the_table_has_what_a_run_wrote(run, capsys):
         (["RUN", "--errors", "--html", "nowhere/p.html"], "there is no folder 'nowhere'"),
         (["f.npz", "--errors", "--device", "cpu"], "--device does not go with --errors"),
         (["RUN/model"], "has no metrics.json"),
+        (["RUN/model/model-best.pth.tar"], "drsl-extract CHECKPOINT --output features.npz, or a run: drsl-"),
         (["RUN", "f.npz"], "'f.npz' has no metrics.json"),
         (["nowhere", "--errors"], "nowhere"),
     ],

@@ -1,6 +1,7 @@
 """drsl-extract gives drsl-evaluate what the run's own test scored, and one clear line for bad input."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,24 +14,23 @@ from PIL import Image
 from torchreid_ext.checkpoint import checkpoint
 from torchreid_ext.cli import evaluate, extract
 from torchreid_ext.evaluation import errors
+from torchreid_ext.images import Row
+from torchreid_ext.pixels import read_image
+from torchreid_ext.search.features import extract_files
 from torchreid_ext.search.model import load_model
 
+complaint = partial(trained.complaint, command="drsl-extract")
+NECKED = {"model.bnneck": True, "test.dist_metric": "euclidean", "test.normalize_feature": True}
 
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "necked"])
+
+@pytest.fixture(scope="module", params=[{}, NECKED], ids=["plain", "necked"])
 def model(request, tmp_path_factory):
-    return trained.train(tmp_path_factory.mktemp("run with spaces"), **{"model.bnneck": request.param})
+    return trained.train(tmp_path_factory.mktemp("run with spaces"), **request.param)
 
 
 @pytest.fixture(scope="module")
 def any_model(tmp_path_factory):
     return trained.train(tmp_path_factory.mktemp("any"))
-
-
-def complaint(capsys):
-    err = capsys.readouterr().err
-    lines = [line for line in err.splitlines() if line]
-    assert "Traceback" not in err and len(lines) == 1 and lines[0].startswith("drsl-extract: "), err
-    return lines[0]
 
 
 @pytest.mark.parametrize("source", ["none", "csv"])
@@ -76,7 +76,7 @@ def test_damaged_images_stop_it_or_are_listed(any_model, tmp_path, capsys, conte
     line = complaint(capsys)
     assert "1.png" in line and "--skip-damaged" in line and not list(tmp_path.glob("*.npz*"))
     assert extract.main([*words, "--skip-damaged"]) == 0
-    assert "left out: cannot read image" in capsys.readouterr().out
+    assert capsys.readouterr().err.startswith("left out: cannot read image")
     with np.load(tmp_path / "f.npz") as file:
         assert [Path(path).name for path in file["gallery_paths"]] == ["0.png", "2.png", "3.png"]
         only = load_model(any_model, device="cpu")
@@ -87,6 +87,36 @@ def test_damaged_images_stop_it_or_are_listed(any_model, tmp_path, capsys, conte
     (tmp_path / "f.npz").unlink()
     assert extract.main([*words, "--skip-damaged"]) == 2
     assert "none of the 4 images can be read" in complaint(capsys) and not list(tmp_path.glob("*.npz*"))
+
+
+def test_an_image_that_is_query_and_gallery_is_read_once(any_model, tmp_path, capsys, monkeypatch):
+    names = [f"{name}.png" for name in ("anna/hall_1", "anna/hall_2", "ben/hall_1", "carl/door_1")]
+    for number, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 255, (32, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / name)
+    (tmp_path / names[3]).write_bytes(b"")
+    read = []
+
+    def counted(path):
+        read.append(path)
+        return read_image(path)
+
+    monkeypatch.setattr("torchreid_ext.search.model.read_image", counted)
+    words = [str(any_model), str(tmp_path), "--names", "folder", "--output", str(tmp_path / "f.npz"), "--skip-damaged"]
+    words += ["--workers", "0", "--device", "cpu"]
+    assert extract.main(words) == 0
+    assert sorted(read) == [str(tmp_path / name) for name in names]
+    assert capsys.readouterr().err.count("left out: ") == 1
+    apart = extract_files(load_model(any_model, device="cpu"), [Row(str(tmp_path / name)) for name in names[:3]])
+    with np.load(tmp_path / "f.npz") as file:
+        for side, rows in (("gallery", [0, 1, 2]), ("query", [0, 2])):
+            assert file[f"{side}_paths"].tolist() == [str(tmp_path / names[row]) for row in rows]
+            assert np.array_equal(file[side], apart.features[rows].numpy())
+    for row in (0, 2):
+        (tmp_path / names[row]).write_bytes(b"")
+    assert extract.main(words) == 2
+    assert "none of the 3 query images can be read" in capsys.readouterr().err
 
 
 def extract_by_hand(model, path):

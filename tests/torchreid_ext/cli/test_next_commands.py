@@ -73,13 +73,8 @@ def test_programs_beside_the_launcher_are_named_with_their_folder_where_the_path
         lines = next_commands(finished, ["/x/query/1.png"], ["/x/a/1.png", "/x/b/2.png"], "market").splitlines()
         names = [str(start / f"drsl-{name}") for name in ("search", "export", "evaluate")]
         assert [shlex.split(line)[0] for line in lines[1:]] == names
-    assert shlex.split(lines[1])[3:] == [
-        "/x",
-        "--query",
-        "/x/query/1.png",
-        "--html",
-        os.path.join(tmp_path, "search.html"),
-    ]
+    page = os.path.join(tmp_path, "search.html")
+    assert shlex.split(lines[1])[3:] == ["/x", "--query", "/x/query/1.png", "--html", page]
 
 
 def test_the_whole_disk_is_not_searched(finished):

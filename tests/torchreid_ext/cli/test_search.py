@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from torchreid_ext.search.searcher import Match, as_text, rankings
 
 ROOT = Path(__file__).parents[3]
 SEARCH = "import sys; from torchreid_ext.cli.search import main; sys.exit(main())"
+complaint = partial(trained.complaint, command="drsl-search")
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +47,6 @@ def photos(model, tmp_path_factory):
 
 def run(*words):
     return search.main([*map(str, words), "--workers", "0", "--device", "cpu", "--names", "folder"])
-
-
-def complaint(capsys):
-    err = capsys.readouterr().err
-    lines = [line for line in err.splitlines() if line]
-    assert "Traceback" not in err and len(lines) == 1 and lines[0].startswith("drsl-search: "), err
-    return lines[0]
 
 
 def test_text_json_and_python_agree(model, photos, tmp_path, capsys):
@@ -146,7 +141,7 @@ def test_features_of_drsl_extract_are_a_gallery(model, photos, tmp_path, capsys)
     assert "features of another model" in complaint(capsys)
 
 
-def test_an_index_is_made_searched_added_to_and_removed_from(model, photos, tmp_path, capsys):
+def test_an_index_is_made_searched_added_to_and_removed_from(model, photos, tmp_path, capsys, monkeypatch):
     index, query = tmp_path / "an index", photos / "pérson 2" / "cam0_<1>&.png"
     assert run(model, "--gallery", photos / "pérson 1", "--index", index) == 0
     assert "The index of 4 images" in capsys.readouterr().out
@@ -160,7 +155,9 @@ def test_an_index_is_made_searched_added_to_and_removed_from(model, photos, tmp_
     assert index.read_bytes() == before  # nothing was new, so nothing was written
     assert run(model, "--index", index, "--remove", "*/pérson 2/*") == 0
     assert "Removed 4 images" in capsys.readouterr().out
-    assert run(model, "--index", index, "--query", query, "--json", "-") == 0
+    with monkeypatch.context() as patch:  # It may stand where nothing can be written.
+        patch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+        assert run(model, "--index", index, "--query", query, "--json", "-") == 0
     assert "pérson 2" not in {m["identity"] for m in json.loads(capsys.readouterr().out)["queries"][0]["matches"]}
     # What is printed can be removed, and what is gone is pruned.
     assert run(model, "--index", index, "--query", query, "--top", 1) == 0
@@ -211,8 +208,8 @@ def test_a_damaged_image_loses_only_its_part_of_the_index(model, photos, tmp_pat
 
     monkeypatch.setattr(features, "extract_files", counted)
     assert run(*words, "--skip-damaged") == 0
-    out = capsys.readouterr().out
-    assert f"gallery/{damaged}.png': it is not an image" in out and "The index of 4 images" in out
+    printed = capsys.readouterr()
+    assert f"gallery/{damaged}.png': it is not an image" in printed.err and "The index of 4 images" in printed.out
     assert read == [str(gallery / f"{number}.png") for number in range(2 * (damaged // 2), 5)]
     # What is reported as removed is removed, though the damaged image ends the command.
     (gallery / "1.png").unlink()
@@ -240,13 +237,8 @@ def test_a_damaged_query_is_left_out_where_that_is_asked_for(model, photos, tmp_
 
 def test_what_only_a_search_takes_is_refused_without_a_query(model, photos, tmp_path, capsys):
     making = [model, "--gallery", photos, "--index", tmp_path / "index"]
-    for words in (
-        ["--html", tmp_path / "p.html"],
-        ["--json", tmp_path / "r.json"],
-        ["--crop", 0, 0, 1, 1],
-        ["--rerank"],
-        ["--host", "0.0.0.0"],
-    ):
+    page, text = ["--html", tmp_path / "p.html"], ["--json", tmp_path / "r.json"]
+    for words in (page, text, ["--crop", 0, 0, 1, 1], ["--rerank"], ["--host", "0.0.0.0"]):
         assert run(*making, *words) == 2
         assert f"{words[0]} is " in complaint(capsys) and not list(tmp_path.iterdir())
     (tmp_path / "index").write_text("an index")
@@ -390,7 +382,6 @@ def test_two_galleries_with_the_same_names_are_told_apart_by_their_paths(model, 
     [
         (["--query", "Q"], "no gallery to search"),
         (["--gallery", "G"], "nothing to do"),
-        (["--gallery", "nowhere", "--query", "Q"], "'nowhere' does not exist"),
         (["--gallery", "G", "--query", "mee.jpg", "--skip-damaged"], "'mee.jpg' does not exist: give an image, a"),
         (["--gallery", "EMPTY", "--query", "Q"], "no image below"),
         (["--gallery", "G", "--query", "BOMB"], "too large"),
@@ -399,7 +390,6 @@ def test_two_galleries_with_the_same_names_are_told_apart_by_their_paths(model, 
         (["--gallery", "G", "--query", "Q", "--top", "0"], "--top 0"),
         (["--gallery", "G", "--query", "Q", "--html", "nowhere/p.html"], "--html nowhere/p.html"),
         (["--gallery", "G", "--query", "Q", "--prune"], "give --index"),
-        (["--gallery", "G", "--query", "Q", "--names", "nonsense"], "--names 'nonsense'"),
         (["--gallery", "TEXTS", "--query", "Q"], " or remove it; --skip-damaged leaves such images out"),
         (["--gallery", "G", "--query", "Q", "--remove", "x"], "give --index"),
     ],

@@ -3,18 +3,16 @@
 import html.parser
 import json
 import re
-import shutil
 import subprocess
 import urllib.parse
 
+import browser
 import numpy as np
 import pytest
 from PIL import Image
 
 from torchreid_ext.evaluation import page
 from torchreid_ext.evaluation.page import Found, Picture, Ranking, shown_distance, write_pages
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 class Text(html.parser.HTMLParser):
@@ -159,7 +157,7 @@ PROBE = """<script>addEventListener("load", () => {
 });</script>"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed here: apt-get install chromium")
+@pytest.mark.skipif(browser.PATH is None, reason="no chromium is installed here: apt-get install chromium")
 def test_a_browser_shows_it_walks_through_it_and_asks_the_network_for_nothing(written, tmp_path):
     flags = [
         "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -169,7 +167,7 @@ def test_a_browser_shows_it_walks_through_it_and_asks_the_network_for_nothing(wr
     ]  # fmt: skip
     probed = written.with_name("probed.html")
     probed.write_text(written.read_text(encoding="utf-8").replace("</body>", f"{PROBE}</body>"), encoding="utf-8")
-    done = subprocess.run([CHROMIUM, *flags, probed.as_uri()], capture_output=True, timeout=200)
+    done = subprocess.run([browser.PATH, *flags, probed.as_uri()], capture_output=True, timeout=200)
     assert done.returncode == 0, done.stderr
     seen = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout.decode())[1]))
     assert seen == {

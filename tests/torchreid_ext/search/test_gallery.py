@@ -16,7 +16,7 @@ from pml_drsl.evaluation.arrays import read_npz
 from pml_drsl.evaluation.scores import evaluate
 from torchreid_ext.images import Row
 from torchreid_ext.search import gallery as module
-from torchreid_ext.search.features import ExtractedSet, FeatureIndex, _collated, read_gallery, write_features
+from torchreid_ext.search.features import ExtractedSet, _read, read_gallery, write_features
 from torchreid_ext.search.gallery import Gallery
 from torchreid_ext.search.sources import resolved, shown
 
@@ -43,14 +43,14 @@ def slowly(queries, features, metric):
 def test_the_nearest_are_those_of_a_slow_search(metric, offset):
     """Features that all lie far from the origin keep their small distances."""
     features, queries = draw(300) + offset, draw(40, seed=1) + offset
-    index = FeatureIndex(8, metric)
-    index.add(features[:50])
-    index.add(features[50:])
-    rows, distances = index.search(queries, 5)
+    gallery = Gallery(model(metric))
+    for rows in (range(50), range(50, 300)):
+        gallery.add([Row(str(row)) for row in rows], features[list(rows)])
+    found = np.array([[(int(row.path), far) for row, far in near] for near in gallery.nearest(queries, 5)])
     expected, order = slowly(queries, features, metric).sort(dim=1)
-    assert np.array_equal(rows, order[:, :5].numpy())
-    assert np.abs(distances - expected[:, :5].numpy()).max() < 1e-5
-    assert index.search(queries, 1000)[0].shape == (40, 300) and (distances >= 0).all()
+    assert np.array_equal(found[..., 0], order[:, :5].numpy())
+    assert np.abs(found[..., 1] - expected[:, :5].numpy()).max() < 1e-5 and (found >= 0).all()
+    assert {len(near) for near in gallery.nearest(queries, 1000)} == {300}
 
 
 def test_adding_removing_and_reranking():
@@ -157,6 +157,9 @@ def test_what_is_printed_can_be_removed(tmp_path, monkeypatch):
     assert printed[0] == os.path.join("photos", "0.jpg")
     for number, name in enumerate(printed):
         assert len(gallery.remove([name])) == 1 and len(gallery) == 6 - number
+    for name in (f"{tmp_path}/\u00e9va.jpg", "\u00e9va.jpg", "\u00e9*"):  # A Mac writes e and an accent.
+        gallery.add([Row(resolved(f"{tmp_path}/e\u0301va.jpg")), Row("another name")], draw(2))
+        assert len(gallery.remove([name])) == len(gallery.remove(["*"])) == 1
 
 
 def test_an_index_that_another_process_changed_is_not_overwritten(tmp_path):
@@ -226,11 +229,16 @@ def test_an_image_without_a_camera_leaves_the_cameras_of_the_others(tmp_path):
 
 
 def test_a_loading_process_sends_one_tensor_a_batch():
-    """Each tensor takes open files, and a batch of 500 images took more than there are."""
-    indices, images, reasons = _collated([(3, torch.zeros(3, 4, 2)), (5, "damaged"), (7, torch.ones(3, 4, 2))])
-    assert indices == [3, 7] and images.shape == (2, 3, 4, 2) and reasons == ["damaged"]
-    assert images.mean(dim=(1, 2, 3)).tolist() == [0, 1]
-    assert _collated([(0, "damaged")]) == ([], None, ["damaged"])
+    # Each tensor takes open files, and a batch of 500 images took more than there are.
+    def prepared(path, crop):
+        if path == "x.png":
+            raise InputError("damaged")
+        return torch.full((3, 4, 2), float(path))
+
+    indices, images, reasons = _read(prepared, None, [(3, "0"), (5, "x.png"), (7, "1")])
+    assert indices == [3, 7] and reasons == ["'x.png': damaged"]
+    assert torch.equal(images, torch.stack([torch.zeros(3, 4, 2), torch.ones(3, 4, 2)]))
+    assert _read(prepared, None, [(0, "x.png")]) == ([], None, ["'x.png': damaged"])
 
 
 @pytest.fixture(scope="module")

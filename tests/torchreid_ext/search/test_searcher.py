@@ -9,7 +9,6 @@ import torch
 import trained
 from PIL import Image
 
-import torchreid_ext
 from pml_drsl.checks import InputError
 from pml_drsl.evaluation import reranking
 from torchreid_ext import Searcher
@@ -31,10 +30,6 @@ def paths(model):
 @pytest.fixture
 def searcher(model):
     return Searcher(model, device="cpu")
-
-
-def test_it_is_part_of_the_package():
-    assert "Searcher" in torchreid_ext.__all__
 
 
 def test_the_ranking_is_that_of_the_features(searcher, model, paths):

@@ -74,7 +74,8 @@ def test_a_csv_file(tmp_path):
 
 def test_without_cameras_every_photo_of_a_person_is_a_query(tmp_path):
     folder = draw(tmp_path / "x", "anna/IMG_1.png", "anna/IMG_2.png", "ben/PXL_1.png")
-    (tmp_path / "list.csv").write_text("path,pid,split\nx/anna/IMG_1.png,a,query\nx/ben/PXL_1.png,b,gallery\n")
+    draw(tmp_path, "IMG_1.png")
+    (tmp_path / "list.csv").write_text("path,pid,split\nIMG_1.png,a,query\nx/ben/PXL_1.png,b,gallery\n")
     sources = [folder, f"{tmp_path}/list.csv", f"{folder}/ben/PXL_1.png"]
     table = list_sources(sources, "folder", cameras=False)
     assert len(table.query) == 3 + 1 and not any(row.camera for row in table.rows)
@@ -108,6 +109,22 @@ def test_files_are_a_gallery(tmp_path, monkeypatch):
     assert [row.path for row in list_queries(files)] == files
     monkeypatch.chdir(folder)
     assert list_sources(["hall_1.png"], "folder").gallery == [("hall_1.png", "anna", "hall", "gallery")]
+
+
+def test_an_image_that_several_sources_give_counts_once_with_its_identity(tmp_path, monkeypatch):
+    folder = draw(tmp_path / "photos", "anna/hall_1.png", "anna/hall_2.png", "ben/door_1.png")
+    (tmp_path / "link").symlink_to(folder)
+    (tmp_path / "list.csv").write_text("path,pid,split\nphotos/anna/hall_1.png,a,gallery\n")
+    monkeypatch.chdir(folder)
+    whole = sorted(row[1:] for row in list_sources([folder], "folder").rows)
+    for others in (["anna/hall_1.png"], ["anna"], ["../photos", "../link"], ["ben/door_1.png"] * 2):
+        for sources in ([folder, *others], [*others, folder]):
+            table = list_sources(sources, "folder")
+            assert sorted(row[1:] for row in table.rows) == whole, sources
+            assert len({os.path.realpath(row.path) for row in table.gallery}) == 3
+    # The list says who it is, and so does a file's own folder where nothing else does.
+    assert short(list_sources(["anna/hall_1.png", f"{tmp_path}/list.csv"], "folder").rows) == [("hall_1.png", "a", "")]
+    assert [row[1] for row in short(list_sources(["anna", "anna/hall_1.png"], "folder").rows)] == ["anna", ""]
 
 
 def test_folders_above_a_query_are_no_identity(tmp_path, monkeypatch):
@@ -229,6 +246,9 @@ def test_a_random_split_that_shows_people_of_the_training_is_refused(tmp_path, w
             refused += 1
             with pytest.raises(InputError, match="are people that the run was trained on: the photos have changed"):
                 test_images(config, trained=trained)
+            allowed = config.clone()
+            allowed.data.allow_overlap = True
+            assert test_images(allowed, trained=trained) == test_images(config)
         else:
             assert test_images(config, trained=trained) == test_images(config)
     assert refused > 3
