@@ -10,11 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
-import types
 import warnings
-from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -66,22 +62,22 @@ def _register(torchreid: Any) -> None:
         torchreid.data.register_video_dataset("synthetic_tracklets", dataset("SyntheticTracklets"))
 
 
-class _AfterTorchreid(MetaPathFinder):
+class _AfterTorchreid:
     """Registers right after the import of torchreid."""
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
         if fullname != "torchreid":
             return None
         others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
-        spec = next(filter(None, others), None)
+        spec: Any = next(filter(None, others), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
-            def execute_and_register(module: types.ModuleType) -> None:
+            def execute_and_register(module: Any) -> None:
                 execute(module)
                 _register(module)
 
-            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+            spec.loader.exec_module = execute_and_register
         return spec
 
 

@@ -174,9 +174,7 @@ def check_exists(source: str) -> None:
 
 def list_folder(folder: str, names: re.Pattern[str]) -> Table:
     """All images below a folder, in the order of their names, as gallery; the folder's own name is no identity. Raises
-    InputError if the folder is missing or has no image."""
-    if not os.path.isdir(folder):
-        raise InputError(f"there is no folder {folder!r}")
+    InputError if the folder has no image."""
     table = Table()
     for name, _ in files(folder):
         found = in_name(names, name) or ("", "")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torchreid
 from torch import Tensor, nn
 
 from pml_drsl.checks import InputError, nearest
@@ -14,6 +15,16 @@ from torchreid_ext.checkpoint import states
 from torchreid_ext.runtime import distributed, generators
 
 TIMM = "timm/"  # stands before the name of a network of timm
+
+
+def check_known(name: str) -> None:
+    """Raises InputError for the name of a network that neither torchreid's zoo nor, as ``timm/NAME``, timm has."""
+    zoo = vars(torchreid.models)["__model_factory"]
+    if name.startswith(TIMM):
+        _timm(name.removeprefix(TIMM))
+    elif name not in zoo:
+        unknown = f"model.name {name!r} is unknown; the nearest is {nearest(name, zoo)!r}"
+        raise InputError(f"{unknown}, and drsl-train --list models has them all")
 
 
 class TimmNetwork(nn.Module):
@@ -43,11 +54,6 @@ class TimmNetwork(nn.Module):
         self.loss = loss
         size = getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features
         self.classifier = nn.Linear(size, num_classes)
-
-    @property
-    def layer4(self) -> Any:
-        """The last stage of a ResNet, which ``set_last_stride`` changes; None for other networks."""
-        return getattr(self.backbone, "layer4", None)
 
     def forward(self, images: Tensor) -> Any:
         features = self.backbone(images)
@@ -175,7 +181,7 @@ def add_neck(model: nn.Module) -> None:
 def set_last_stride(model: nn.Module, name: str) -> None:
     """Sets the stride of the last stage of a network to 1, in place, so that the stage keeps its resolution. Raises
     InputError for a network, ``name``, without a ``layer4``, which every kind of ResNet has."""
-    stage = getattr(model, "layer4", None)
+    stage = getattr(getattr(model, "backbone", model), "layer4", None)
     if not isinstance(stage, nn.Module):
         taking = "networks whose last stage is a layer4 (resnet*, resnext*, se_res*, pcb_*)"
         raise InputError(f"model.last_stride 1 is for {taking}; {name} has none: leave it at 2, which changes nothing")

@@ -1,14 +1,18 @@
-"""Tiny image and video data sets on disk, for torchreid's own data managers."""
+"""Tiny image and video data sets on disk, for torchreid's own data managers, and a manager without images."""
 
 import contextlib
 import functools
 import io
 import itertools
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
+import torch
 import torchreid
 from PIL import Image
+
+from torchreid_ext.data import synthetic
 
 IDENTITIES, CAMERAS, SHOTS = 6, 2, 2
 
@@ -56,6 +60,24 @@ class ToyVideo(torchreid.data.VideoDataset):
         images = write_images(root)
         tracklets = [(tuple(p for p, a, b in images if (a, b) == key), *key) for key in {row[1:]: 0 for row in images}]
         super().__init__(*split(tracklets), **kwargs)
+
+
+def draw_tracklets(folder):
+    """Draws ``synthetic_tracklets`` below a folder, of twelve identities in place of 64; returns the folder."""
+    with mock.patch.object(synthetic, "TRACKED", {"train": range(1, 7), "test": range(7, 13)}):
+        synthetic.SyntheticTracklets.draw(folder / "synthetic_tracklets")
+    return folder
+
+
+class Manager:
+    """As much of a data manager as an engine needs to take single steps on tensors."""
+
+    def __init__(self, num_train_pids=2):
+        self.num_train_pids = num_train_pids
+        dataset = torchreid.data.ImageDataset.__new__(torchreid.data.ImageDataset)
+        dataset.data = [("", 0, 0, 0)] * 4
+        self.train_loader = torch.utils.data.DataLoader(dataset, batch_size=4)
+        self.test_loader = {}
 
 
 def _register(register, name, dataset):

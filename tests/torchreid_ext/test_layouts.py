@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
-# All engines, by torchreid's names and by configurations, and torchreid's own reader of checkpoints.
+# An engine by its name in torchreid, torchreid's own reader of checkpoints, and configurations of an engine that
+# extends one of torchreid and of one that does not.
+CONFIGURED = "config/test_recipes.py::test_several_sources_and_targets_transforms_and_words"
 TESTS = (
-    "engine/test_engines.py::test_trains_tests_saves_and_resumes",
-    "config/test_recipes.py::test_several_sources_and_targets_transforms_and_words",
+    "engine/test_engines.py::test_trains_tests_saves_and_resumes[RandomIdentitySampler-True]",
+    f"{CONFIGURED}[triplet]",
+    f"{CONFIGURED}[pml]",
 )
 
 

@@ -10,7 +10,8 @@ import torchreid
 from torch import nn
 from torch.optim import Optimizer
 
-from pml_drsl.checks import InputError, nearest
+from pml_drsl.checks import InputError
+from pml_drsl.wrappers import CrossBatchMemory
 from torchreid_ext import networks
 from torchreid_ext.config.keys import DRSL_ARGUMENTS
 from torchreid_ext.config.node import Config, check, picked
@@ -46,30 +47,26 @@ def build_model(cfg: Config, num_classes: int) -> nn.Module:
 
 
 def _from_the_zoo(cfg: Config, num_classes: int, use_gpu: bool) -> nn.Module:
-    name, loss = cfg.model.name, "softmax" if cfg.loss.name == "softmax" else "triplet"
-
-    def build(pretrained: bool) -> nn.Module:
-        if name.startswith(networks.TIMM):
-            size = cfg.data.height, cfg.data.width
-            return networks.TimmNetwork(name.removeprefix(networks.TIMM), num_classes, loss, pretrained, *size)
-        options = {"num_classes": num_classes, "loss": loss, "pretrained": pretrained, "use_gpu": use_gpu}
-        return torchreid.models.build_model(name=name, **options)
-
+    name, build = cfg.model.name, torchreid.models.build_model
+    networks.check_known(name)
+    options = {"name": name, "num_classes": num_classes, "loss": "softmax" if cfg.loss.name == "softmax" else "triplet"}
+    if name.startswith(networks.TIMM):
+        build = networks.TimmNetwork
+        options |= {"name": name.removeprefix(networks.TIMM), **picked(cfg.data, "height", "width")}
+    else:
+        options["use_gpu"] = use_gpu
     # The weights of model.load_weights take the place of ImageNet's, which need not be downloaded then.
     pretrained = cfg.model.pretrained and not cfg.model.load_weights
     try:
-        return build(pretrained)
+        return build(**options, pretrained=pretrained)
     except Exception as error:
-        if isinstance(error, KeyError) and "Unknown model" in str(error):
-            known = nearest(name, vars(torchreid.models)["__model_factory"])
-            unknown = f"model.name {name!r} is unknown; the nearest is {known!r}"
-            raise InputError(f"{unknown}, and drsl-train --list models has them all") from error
         if isinstance(error, InputError) or not pretrained:
             raise
         # torchreid's downloads raise errors of many kinds. An error of the network itself comes again without weights.
-        build(False)
-        cure = "Connect to the network, or train from random weights with model.pretrained False"
-        raise InputError(f"cannot get the ImageNet weights of {name}: {error}. {cure}") from error
+        build(**options, pretrained=False)
+        cure = "Connect to the network, or give a file of weights with model.load_weights FILE"
+        worse = "To train from random weights, which takes longer, set model.pretrained False"
+        raise InputError(f"cannot get the ImageNet weights of {name}: {error}. {cure}. {worse}") from error
 
 
 def check_takes(cfg: Config, model: nn.Module) -> None:
@@ -89,30 +86,58 @@ def check_takes(cfg: Config, model: nn.Module) -> None:
 
 
 def build_criterion(cfg: Config, model: nn.Module, num_classes: int, steps: int | None = None) -> nn.Module | None:
-    """The metric loss of ``loss.drsl`` or ``loss.pml``, on the model's device; None for torchreid's own losses.
+    """The metric loss of ``loss.drsl`` or ``loss.pml``, with its distance, reducer and memory, on the model's device;
+    None for torchreid's own losses.
 
     Give the loss to ``build_optimizer`` and to ``build_engine``, because it may have weights. ``steps`` is the number
     in an epoch, ``samplers.steps_per_epoch(datamanager)``, for a cross-batch memory that does not start at once. Raises
     InputError for a value that is not allowed, an unknown class or argument, or a combination that cannot be trained.
     """
     check(cfg)
-    name = cfg.loss.name
+    name, key, section = cfg.loss.name, f"loss.{cfg.loss.name}", cfg.loss[cfg.loss.name]
     if name == "drsl":
-        described = {"name": "DRSLoss", **picked(cfg.loss.drsl, *DRSL_ARGUMENTS), "collect_stats": True}
+        of_loss, described = key, {"name": "DRSLoss", **picked(section, *DRSL_ARGUMENTS), "collect_stats": True}
     elif name == "pml":
-        described = {"name": cfg.loss.pml.loss, **cfg.loss.pml.kwargs}
+        of_loss, described = f"{key}.loss", {"name": section.loss, **section.kwargs}
     elif cfg.loss.cross_camera:
         raise InputError(f"loss.cross_camera is for loss.name drsl and pml, got {name!r}; set it to False")
     else:
         return None
-    sizes = networks.feature_sizes(model, cfg.data.height, cfg.data.width)
-    memory_warmup = criteria.memory_warmup(f"loss.{name}", cfg.loss[name], cfg.train.warmup_epoch, steps)
-    if memory_warmup and steps and memory_warmup >= steps * cfg.train.max_epoch and distributed.is_first():
-        late = f"would start after {memory_warmup // steps} epochs, and train.max_epoch is {cfg.train.max_epoch}"
-        cure = f"it is never used; set loss.{name}.memory_start_epoch"
-        warnings.warn(f"the cross-batch memory {late}: {cure}", stacklevel=2)
-    criterion = criteria.build_criterion(f"loss.{name}", cfg.loss[name], described, num_classes, sizes, memory_warmup)
+    losses: list[nn.Module] = []
+    sizes, tables = networks.feature_sizes(model, cfg.data.height, cfg.data.width), criteria.TABLES
+    for size in sizes:
+        # Each loss gets a distance and a reducer of its own, which keep statistics.
+        given = [part for part in ("distance", "reducer") if section[part]]
+        parts = {part: criteria.build(f"{key}.{part}", section[part], tables[part]) for part in given}
+        # P2SGradLoss calls its embedding size descriptors_dim.
+        from_the_data = {"num_classes": num_classes, "embedding_size": size, "descriptors_dim": size}
+        losses.append(criteria.build(of_loss, parts | described, tables["loss"], from_the_data))
+    has_state = section.memory_size or next(losses[0].parameters(), None) is not None
+    if section.memory_size:
+        losses = _with_memories(cfg, losses, sizes, steps)
+    criterion = criteria.PerFeature(losses) if has_state and len(losses) > 1 else losses[0]
     return criterion.to(next(model.parameters()).device)
+
+
+def _with_memories(cfg: Config, losses: list[nn.Module], sizes: list[int], steps: int | None) -> list[nn.Module]:
+    """The losses, each with a memory of features of its size, which starts after some epochs of so many steps."""
+    name, key, section = type(losses[0]).__name__, f"loss.{cfg.loss.name}", cfg.loss[cfg.loss.name]
+    supported, number = CrossBatchMemory.supported_losses(), section.memory_size
+    if name not in supported:
+        refused = f"{key}.memory_size is {number}, but {name} does not support a memory"
+        raise InputError(f"{refused}; set it to 0, or take one of {', '.join(supported)}")
+    start = section.memory_start_epoch if section.memory_start_epoch >= 0 else max(1, cfg.train.warmup_epoch)
+    if start and steps is None:
+        needed = f"the number of steps in an epoch is needed to start the memory after {start} epochs"
+        cure = "give it to build_criterion, or start the memory at once with memory_start_epoch 0"
+        raise InputError(f"{key}.memory_start_epoch: {needed}; {cure}")
+    if start and start >= cfg.train.max_epoch and distributed.is_first():
+        late = f"would start after {start} epochs, and train.max_epoch is {cfg.train.max_epoch}"
+        cure = f"it is never used; set {key}.memory_start_epoch"
+        warnings.warn(f"the cross-batch memory {late}: {cure}", stacklevel=3)
+    miners, warmup = [criteria.build_miner(key, section) for _ in losses], start * (steps or 0)
+    parts = zip(losses, sizes, miners, strict=True)
+    return [CrossBatchMemory(loss, size, number, miner, warmup=warmup) for loss, size, miner in parts]
 
 
 def build_optimizer(cfg: Config, model: nn.Module, criterion: nn.Module | None = None) -> Optimizer:
@@ -136,15 +161,11 @@ def build_optimizer(cfg: Config, model: nn.Module, criterion: nn.Module | None =
 
 
 def build_scheduler(cfg: Config, optimizer: Optimizer) -> Any:
-    """torchreid's scheduler, or None. With ``train.warmup_epoch`` the learning rate first rises linearly. Raises
-    InputError for an unknown scheduler, or a value that the scheduler refuses."""
-    named, scheduler = cfg.train.lr_scheduler, None
-    if named != "none":
+    """torchreid's scheduler, or None. With ``train.warmup_epoch`` the learning rate first rises linearly."""
+    scheduler = None
+    if cfg.train.lr_scheduler != "none":
         options = picked(cfg.train, "lr_scheduler", "stepsize", "gamma", "max_epoch")
-        try:
-            scheduler = torchreid.optim.build_lr_scheduler(optimizer, **options)
-        except (ValueError, TypeError) as error:
-            raise InputError(f"train.lr_scheduler {named!r}: {error}") from error
+        scheduler = torchreid.optim.build_lr_scheduler(optimizer, **options)
     return warmed_up(optimizer, scheduler, cfg.train.warmup_epoch)
 
 
@@ -156,10 +177,6 @@ def build_engine(
     value that is not allowed, or values that exclude each other."""
     check(cfg)
     loss, section = cfg.loss.name, cfg.loss[cfg.loss.name]
-    only = all(name.startswith("classifier") for name in names_of(cfg.train.open_layers))
-    if section.get("weight_x", 1) == 0 and cfg.train.fixbase_epoch > 0 and only:
-        alone = f"train.fixbase_epoch trains the classifier alone, which loss.{loss}.weight_x 0 leaves out"
-        raise InputError(f"{alone}; set train.fixbase_epoch to 0, or raise loss.{loss}.weight_x")
     if loss == "triplet" and section.weight_t == section.weight_x == 0:
         raise InputError("loss.triplet.weight_t and loss.triplet.weight_x are both 0; raise one of them")
     if cfg.loss.cross_camera:

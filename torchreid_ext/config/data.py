@@ -27,20 +27,17 @@ def build_datamanager(cfg: Config) -> Any:
     sources, or in training and in the test."""
     check(cfg)
     register_datasets(cfg.datasets)
-    sampler, reduced = cfg.sampler.train_sampler, bool(cfg.data.identities or cfg.data.validation)
-    replaced = reduced or sampler in SAMPLERS
     kind = torchreid.data.VideoDataManager if cfg.data.type == "video" else torchreid.data.ImageDataManager
     with _input_errors(cfg), without_empty_folders(Path(cfg.data.root)):
         # VIPeR and others draw their splits when they are first read, and keep them in a file: the same for all runs.
-        with generators.seeded(0):
-            manager = kind(**_arguments(cfg), train_sampler="SequentialSampler" if replaced else sampler)
+        with generators.untouched(seed=0):
+            manager = kind(**_arguments(cfg), train_sampler="SequentialSampler")
         # torchreid loses this number when it joins several sources.
         manager.train_loader.dataset.k_tfm = cfg.data.k_tfm
-        if reduced:
+        if cfg.data.identities or cfg.data.validation:
             hold_out(manager, cfg.data.identities, cfg.data.validation, cfg.data.validation_seed, cfg.test.batch_size)
-        if replaced:
-            loader = manager.train_loader
-            manager.train_loader = rebuilt(loader, loader.dataset, sampler=_sampler(cfg, loader.dataset.train))
+        loader = manager.train_loader
+        manager.train_loader = rebuilt(loader, loader.dataset, sampler=_sampler(cfg, loader.dataset.train))
     if not cfg.data.allow_overlap:
         check_overlap(manager, tested=not cfg.data.combineall)
     return manager
@@ -75,7 +72,8 @@ def check_save_dir(cfg: Config) -> None:
                 raise InputError(f"{where}, so that the run's own pictures would be taken for photos: {cure}")
 
 
-_PICTURES = ("batch.png", "ranking_mine.png", "untrained/ranking_mine.png")  # of a run, in data.save_dir
+# of a run, in data.save_dir
+_PICTURES = ("batch.png", "ranking_mine.png", "untrained/ranking_mine.png", "test/ranking_mine.png")
 _GROUPS = ("num_instances", "num_cams", "num_datasets")
 
 

@@ -131,7 +131,9 @@ OURS: dict[str, Key] = {
     "data.validation_seed": _fixed(0, "seed of the draw of the validation identities", least=0),
     "data.identities": _fixed(
         0, "number of training identities to draw before the validation identities; 0: all", least=0),
-    "data.allow_overlap": Key(False, "allow images that are in two sources, or both in training and in the test"),
+    "data.allow_overlap": Key(
+        False, "allow images that are in two sources, or both in training and in the test, and people in the test on "
+        "whom the weights of model.load_weights were trained"),
     "datasets": Key({}, "data sets of your own, by name: see docs/data.md"),
     "train.warmup_epoch": _fixed(
         0, "epochs at the start over which the learning rate rises linearly to its full value", least=0),
@@ -153,15 +155,7 @@ OURS: dict[str, Key] = {
 # fmt: on
 
 
-def _by_section(keys: dict[str, Key]) -> dict[str, Key]:
-    """The keys of each section together, sections in the order of their first key."""
-    folders = [*dict.fromkeys(key.partition(".")[0] for key in keys)]
-    sections = [*dict.fromkeys(key.rpartition(".")[0] for key in keys)]
-    order = {key: (folders.index(key.partition(".")[0]), sections.index(key.rpartition(".")[0])) for key in keys}
-    return {key: keys[key] for key in sorted(keys, key=order.__getitem__)}
-
-
-KEYS: dict[str, Key] = _by_section(TORCHREID | OURS | RunOptions.keys())
+KEYS: dict[str, Key] = dict(sorted((TORCHREID | OURS | RunOptions.keys()).items()))
 """Every config key."""
 
 SET_KEYS: dict[str, Key] = {f"datasets.NAME.{each.name}": each.metadata["setting"] for each in fields(SetOptions)}

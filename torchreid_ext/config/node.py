@@ -13,7 +13,8 @@ from pml_drsl.checks import InputError, nearest
 from torchreid_ext import networks
 from torchreid_ext.config.keys import KEYS, OPTIONS
 from torchreid_ext.config.values import converted, decoded, flatten, plain, read_yaml, with_numbers
-from torchreid_ext.data.samplers import SAMPLERS
+from torchreid_ext.data.samplers import SAMPLERS, check_groups
+from torchreid_ext.engine import criteria
 from torchreid_ext.engine.options import RunOptions
 from torchreid_ext.runtime import distributed
 
@@ -166,9 +167,16 @@ def check(cfg: Config) -> None:
         raise InputError(f"data.validation must be at least 0 and less than 1, got {cfg.data.validation}")
     if cfg.data.type == "video":
         _check_video(cfg)
+    networks.check_known(cfg.model.name)
+    for part, table in criteria.TABLES.items():
+        if given := cfg.loss[cfg.loss.name].get(part):
+            name = given if part == "loss" else given.get("name")
+            criteria.named(f"loss.{cfg.loss.name}.{part}", name, table)
     if not cfg.test.evaluate:
         in_groups = cfg.sampler.train_sampler in SAMPLERS
         distributed.check_share(cfg.train.batch_size, cfg.sampler.num_instances if in_groups else 1)
+        if in_groups:
+            check_groups(cfg.train.batch_size, cfg.sampler.num_instances)
 
 
 def _check_images(cfg: Config) -> None:

@@ -41,6 +41,8 @@ _Loader.yaml_implicit_resolvers = {
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(_INT, re.compile("(?:0|-?[1-9][0-9]*)$"), [*"-0123456789"])
+# The documentation and --list keys write None, as Python does.
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("None$"), ["N"])
 
 
 def load_yaml(text: str, what: str) -> Any:
@@ -69,7 +71,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def decoded(key: str, word: str) -> Any:
     """The value of a word on the command line, in the syntax of Python or YAML. Where the key takes text, the word is
     text as it stands, although Python reads a number: the folder 2024_01, say. Raises InputError for wrong YAML."""
-    value: Any = word
+    value: Any = None if word == "null" else word
     with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = literal_eval(word)
     entry, opening = _entry(key), "{["

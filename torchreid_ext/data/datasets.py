@@ -82,6 +82,8 @@ class ConfiguredDataset(torchreid.data.ImageDataset):
         """Prints name, counts, and the files that were left out."""
         print(f"=> {self.name}")
         super().show_summary()
+        if not any(row.camera for row in self.table.rows):
+            print(f"=> {self.name}: cameras do not matter; the table counts each image as a camera of its own")
         if line := self.table.about_left_out():
             print(f"=> {self.name}: {line}")
 

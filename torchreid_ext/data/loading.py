@@ -29,11 +29,30 @@ def _reader(kind: type) -> Callable[[Any, int], Any] | None:
     return FunctionType(method.__code__, names, method.__name__, method.__defaults__, method.__closure__)
 
 
-class WrappedDataset(Dataset[Any]):
-    """A data set around another one, whose attributes (``data``, ``transform``, ``train``, ...) it reads and sets."""
+class Draw(NamedTuple):
+    """One entry of a training batch."""
+
+    sample: int  # its index
+    epoch_seed: int
+    position: int  # in the epoch
+
+
+class ReadableDataset(Dataset[Any]):
+    """A torchreid data set whose images are read with :func:`torchreid_ext.pixels.read_image`, and whose attributes
+    (``data``, ``transform``, ``train``, ...) it reads and sets.
+
+    torchreid's own reader tries a damaged image for ever, leaves photos on their side, and makes 16-bit images white. A
+    data set that reads in its own way has the images of an entry, ``dataset.data[i][0]``, checked before it reads them
+    for the first time. A ``Draw`` in place of an index is read with its seed, and each epoch of them starts without
+    ``random_patch``es. Raises InputError, which names it, when an unreadable image is read.
+    """
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
+        # The workers of a loader share the record of the entries that were checked.
+        self._checked = torch.zeros(len(dataset), dtype=torch.uint8)
+        self._checked.share_memory_()
+        self._epoch_seed: int | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -48,22 +67,23 @@ class WrappedDataset(Dataset[Any]):
         own = name == "dataset" or name.startswith("_")
         super().__setattr__(name, value) if own else setattr(self.dataset, name, value)
 
+    def __getitem__(self, index: int | Draw) -> Any:
+        if not isinstance(index, Draw):
+            return self._read(index)
+        if index.epoch_seed != self._epoch_seed:
+            self._epoch_seed = index.epoch_seed
+            for step in getattr(getattr(self, "transform", None), "transforms", []):
+                if hasattr(step, "patchpool"):
+                    step.patchpool.clear()
+        try:
+            with generators.untouched(index.epoch_seed + index.position):
+                return self._read(index.sample)
+        except InputError as error:
+            cure = "restore it to go on with model.resume auto, or remove it and start a new run"
+            every = "drsl-train --dry-run names all such images"
+            raise InputError(f"{str(error).removesuffix('; restore it or remove it')}; {cure}; {every}") from error
 
-class ReadableDataset(WrappedDataset):
-    """A torchreid data set whose images are read with :func:`torchreid_ext.pixels.read_image`.
-
-    torchreid's own reader tries a damaged image for ever, leaves photos on their side, and makes 16-bit images white. A
-    data set that reads in its own way has the images of an entry, ``dataset.data[i][0]``, checked before it reads them
-    for the first time. Raises InputError, which names it, when an unreadable image is read.
-    """
-
-    def __init__(self, dataset: Any) -> None:
-        super().__init__(dataset)
-        # The workers of a loader share the record of the entries that were checked.
-        self._checked = torch.zeros(len(dataset), dtype=torch.uint8)
-        self._checked.share_memory_()
-
-    def __getitem__(self, index: int) -> Any:
+    def _read(self, index: int) -> Any:
         kind: type = type(self.dataset)
         if read := _reader(kind):
             return read(self.dataset, index)
@@ -103,14 +123,6 @@ def rebuilt(loader: DataLoader[Any], dataset: Any, **changes: Any) -> DataLoader
     return DataLoader(dataset, **options | changes)
 
 
-class Draw(NamedTuple):
-    """One entry of a batch."""
-
-    sample: int  # its index
-    epoch_seed: int
-    position: int  # in the epoch
-
-
 class SeededBatches(Sampler[list[Draw]]):
     """The batches of a batch sampler, with a seed for every index. Each process gets its share of every batch.
 
@@ -134,42 +146,17 @@ class SeededBatches(Sampler[list[Draw]]):
             position += len(batch)
 
 
-class SeededDataset(WrappedDataset):
-    """Reads each sample of a data set with the seed of its ``Draw``; every epoch starts without ``random_patch``es."""
-
-    def __init__(self, dataset: Any) -> None:
-        super().__init__(dataset)
-        self._epoch_seed: int | None = None
-
-    def __getitem__(self, draw: Draw) -> Any:
-        if draw.epoch_seed != self._epoch_seed:
-            self._epoch_seed = draw.epoch_seed
-            for step in getattr(getattr(self, "transform", None), "transforms", []):
-                if hasattr(step, "patchpool"):
-                    step.patchpool.clear()
-        try:
-            with generators.seeded(draw.epoch_seed + draw.position):
-                return self.dataset[draw.sample]
-        except InputError as error:
-            cure = "restore it, or give its name to another photo of this person, to go on with model.resume auto"
-            raise InputError(f"{str(error).removesuffix('; restore it or remove it')}; {cure}") from error
-
-
 def repeatable(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """Returns a loader like ``loader``, whose epochs depend only on the state of the global generators at their start.
+    """Returns a ``readable`` loader whose epochs depend only on the state of the global generators at their start.
 
     With a seed for every sample, torchreid's augmentations do not depend on the workers or on what they read before, so
-    a resumed epoch is equal to that of a run without interruption. Raises InputError if the loader does not make
-    batches.
+    a resumed epoch is equal to that of a run without interruption. Raises InputError as ``readable``, or if the loader
+    does not make batches.
     """
-    if isinstance(loader.dataset, SeededDataset):
+    if isinstance(loader.batch_sampler, SeededBatches):
         return loader
     if loader.batch_sampler is None:
         raise InputError("the training loader must make batches: give it a batch_size or a batch_sampler")
-    return rebuilt(
-        loader,
-        SeededDataset(loader.dataset),
-        batch_sampler=SeededBatches(loader.batch_sampler),
-        # A loader seeds its workers from its generator. From the global one, a resumed run would draw once more.
-        generator=torch.Generator(),
-    )
+    # A loader seeds its workers from its generator. From the global one, a resumed run would draw once more.
+    generator, batches = torch.Generator(), SeededBatches(loader.batch_sampler)
+    return rebuilt(loader, readable(loader).dataset, batch_sampler=batches, generator=generator)

@@ -104,16 +104,11 @@ def steps_per_epoch(datamanager: Any) -> int:
 
 def check_trains(datamanager: Any) -> None:
     """Refuses training data that would train nothing, where torchreid says nothing; draws nothing from the sampler.
-    Raises InputError for fewer samples in an epoch than in a batch, a sampler without a length, or a single identity,
-    and as ``check_batch``."""
+    Raises InputError for fewer samples in an epoch than in a batch, or a single identity, and as ``check_batch``."""
     loader: Any = whole_batches(datamanager.train_loader)
     name = type(loader.sampler).__name__
-    try:
-        drawn, batches = len(loader.sampler), len(loader)
-    except TypeError as error:
-        cure = "give it a method __len__ that returns the number of samples in an epoch"
-        raise InputError(f"{name} has no length, which the log and the schedule need: {cure}") from error
-    if drawn < (loader.batch_size or 1) or batches == 0:
+    drawn = len(loader.sampler)
+    if drawn < (loader.batch_size or 1) or len(loader) == 0:
         few = f"{name} draws {drawn} of the {len(loader.dataset)} training samples an epoch"
         raise InputError(f"a batch of {loader.batch_size} cannot be filled: {few}; make train.batch_size smaller")
     if datamanager.num_train_pids < 2:
@@ -139,14 +134,26 @@ def warn_if_positives_are_rare(loader: DataLoader[Any], loss: str) -> None:
 def check_batch(pids: Sequence[int], batch_size: int, num_instances: int) -> int:
     """The number of identities in a batch of samples with the identities ``pids``: whole groups of ``num_instances``.
     Raises InputError for a batch of a part of a group or of a single group, or for too few identities to fill it."""
-    if num_instances < 1 or batch_size % num_instances:
-        uneven = f"train.batch_size {batch_size} is not a multiple of sampler.num_instances {num_instances}"
-        raise InputError(f"{uneven}: an identity would straddle two batches")
-    wanted, there = batch_size // num_instances, len(set(pids))
-    sizes = f"train.batch_size {batch_size} with sampler.num_instances {num_instances}"
-    if wanted < 2:
-        raise InputError(f"{sizes} leaves one identity in a batch, and nothing to tell it from: make the batch larger")
+    wanted, there = check_groups(batch_size, num_instances), len(set(pids))
     if there < wanted:
+        sizes = f"train.batch_size {batch_size} with sampler.num_instances {num_instances}"
         needed = f"needs {wanted} identities, and the sources have {there}"
         raise InputError(f"the sampler cannot fill a batch: {sizes} {needed}; make the batch smaller")
     return wanted
+
+
+def check_groups(batch_size: int, num_instances: int) -> int:
+    """The number of groups of ``num_instances`` images in a batch. Raises InputError for a batch of a part of a group
+    or of a single group."""
+    if num_instances < 1:
+        raise InputError(f"sampler.num_instances takes whole numbers of 1 or more, got {num_instances}")
+    groups = batch_size // num_instances
+    if batch_size % num_instances:
+        uneven = f"train.batch_size {batch_size} is not a multiple of sampler.num_instances {num_instances}"
+        fitting = max(2, groups) * num_instances
+        cure = f"make it {fitting} or {fitting + num_instances}"
+        raise InputError(f"{uneven}, so that an identity would straddle two batches: {cure}")
+    if groups < 2:
+        sizes = f"train.batch_size {batch_size} with sampler.num_instances {num_instances}"
+        raise InputError(f"{sizes} leaves one identity in a batch, and nothing to tell it from: make the batch larger")
+    return groups

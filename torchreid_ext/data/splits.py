@@ -67,8 +67,6 @@ def make_options(name: str, given: Mapping[str, Any]) -> SetOptions:
     single name may stand for a list. Raises InputError for an unknown option, options that exclude each other, or a
     value out of range."""
     where = f"datasets.{name}"
-    if not isinstance(given, Mapping):
-        raise InputError(f"{where}={given!r} must be a mapping of options, such as {{folder: images}}")
     values = dict(given)
     for key in ("folder", "train", "test", "junk", "query_cameras"):
         if (names := values.get(key)) is not None:
@@ -85,8 +83,6 @@ def make_options(name: str, given: Mapping[str, Any]) -> SetOptions:
         raise InputError(f"{where} has csv and {other}: a CSV takes {sorted(of_csv)} alone, remove the others")
     if (options.train is None) != (options.test is None):
         raise InputError(f"{where} has only one of train and test: give both, or neither for a random split")
-    if options.train == options.test == []:
-        raise InputError(f"{where}.train and {where}.test are both empty: name files in one of them")
     if options.train is not None and not {"test_fraction", "seed"}.isdisjoint(given):
         raise InputError(f"{where} has train and test, so there is no random split: remove test_fraction and seed")
     if options.cameras == "none" and options.query_cameras is not None:
@@ -179,6 +175,9 @@ def _matching(where: str, options: SetOptions, root: Path, table: Table) -> tupl
     if not found:
         seen = table.about_left_out() or "there is no file"
         folders = " and ".join(str(root / part) for part in options.folder)
+        if options.pattern == "folder" and not any("/" in path for paths in table.left_out.values() for path in paths):
+            home = "the photos of a person lie in a folder of their own, PERSON/1.jpg"
+            seen = f"{seen}; {home}; give the folder above as --root"
         raise InputError(f"{where}: no image below {folders} matches the pattern {options.pattern!r}; {seen}")
     return found, real_paths
 

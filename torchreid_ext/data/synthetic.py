@@ -5,9 +5,7 @@ The names of folders and files are those of Market-1501 and MARS.
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +17,6 @@ from PIL import Image
 from scipy.io import savemat
 from tqdm import tqdm
 
-from pml_drsl.checks import InputError
 from torchreid_ext.data.drawing import CAMERAS, draw_image, draw_scene, make_person
 
 LAYOUT = "Market-1501-v15.09.15"
@@ -30,24 +27,22 @@ CAMERAS_PER_TRACKED, TRACKLETS_PER_CAMERA, FRAMES = 3, 2, range(3, 7)
 
 # Random streams are seeded by (0, stream, ...). The stream of a pedestrian is its pid; no other is near these.
 _SCENES, _DISTRACTORS, _VIDEO_SCENES, _TRACKED = 1_000_000, 2_000_000, 3_000_000, 4_000_000
-_FILE_NAME = re.compile(r"(\d+)_c([1-6])")
 
 
 class _Drawn:
     """Mixed into a reader of torchreid: the folder of the data set below ``root`` is drawn when it does not exist.
 
-    Raises InputError if it was drawn by another recipe, and torchreid's RuntimeError if a file is missing.
+    Raises torchreid's RuntimeError if a folder is missing.
     """
 
-    dataset_dir: str  # name of the data set and of its folder
-    version = 1  # of the recipe: raise it with every change that changes a pixel, a name or a split
+    # Name of the data set and of its folder. A change of a pixel, a name or a split needs another name of the folder.
+    dataset_dir: str
     _fill: Callable[[Path], None]  # draws the files into an empty folder
 
     def __init__(self, root: str = "", **kwargs: Any) -> None:
         folder = Path(root).expanduser().absolute() / self.dataset_dir
         if not folder.exists():
             self.draw(folder)
-        self._check_recipe(folder)
         super().__init__(root=root, **kwargs)  # type: ignore[call-arg]
 
     @classmethod
@@ -61,30 +56,11 @@ class _Drawn:
             drawing = Path(temporary, destination.name)
             drawing.mkdir()
             cls._fill(drawing)
-            (drawing / "recipe.json").write_text(json.dumps(cls._recipe(), indent=2) + "\n", encoding="utf-8")
             try:
                 drawing.rename(destination)
             except OSError:
                 if not destination.is_dir():
                     raise
-
-    @classmethod
-    def _recipe(cls) -> dict[str, Any]:
-        return {"name": cls.dataset_dir, "version": cls.version, "seed": 0}
-
-    def _check_recipe(self, folder: Path) -> None:
-        # Another process may be reading the folder, so that it is never drawn again.
-        file, recipe = folder / "recipe.json", self._recipe()
-        if not file.exists():
-            cure = "move it away; a real Market-1501 is the data set market1501, and a real MARS is mars"
-            raise InputError(f"{folder} was not drawn, because it has no {file.name}: {cure}")
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{file} is damaged ({error}): delete {folder} to have it drawn again") from error
-        if found != recipe:
-            cure = "delete it to have it drawn again, or choose another data.root"
-            raise InputError(f"{folder} was drawn as {found}, but {recipe} is wanted: {cure}")
 
 
 def _rng(*stream: int) -> np.random.Generator:
@@ -121,8 +97,7 @@ class SyntheticPedestrians(_Drawn, torchreid.data.datasets.Market1501):
     """torchreid's reader of Market-1501, for a folder that is drawn when it does not exist.
 
     Each of 100 identities for training and 60 for testing is seen by 5 of 6 cameras, twice by each. A test identity has
-    three queries, and the gallery 60 distractors (pid 0): 1660 images, 64 pixels wide and 128 high. A file that is not
-    named as in Market-1501 is refused.
+    three queries, and the gallery 60 distractors (pid 0): 1660 images, 64 pixels wide and 128 high.
     """
 
     dataset_dir = "synthetic_pedestrians"
@@ -137,18 +112,8 @@ class SyntheticPedestrians(_Drawn, torchreid.data.datasets.Market1501):
             image.save(drawing / LAYOUT / name, quality=90)
 
     def process_dir(self, dir_path: str, relabel: bool = False) -> list[tuple[str, int, int]]:
-        """Lists a folder's images as (path, pid, camid from 0), sorted by name; ``relabel`` makes pids 0..n-1.
-        torchreid's own method does not sort, and a parent folder named ``3_c1`` would give it the identity."""
-        rows = []
-        for path in sorted(Path(dir_path).glob("*.jpg")):
-            found = _FILE_NAME.match(path.name)
-            if found is None:
-                raise InputError(f"{path} is not named as in Market-1501, such as 0002_c1s1_000451_03.jpg")
-            rows.append((str(path), int(found[1]), int(found[2]) - 1))
-        if relabel:
-            labels = {pid: label for label, pid in enumerate(sorted({pid for _, pid, _ in rows}))}
-            rows = [(path, labels[pid], camid) for path, pid, camid in rows]
-        return rows
+        """Lists images as (path, pid, camid), sorted by name; torchreid has the order of the file system."""
+        return sorted(super().process_dir(dir_path, relabel))
 
 
 def _tracklets(pids: range) -> Iterator[tuple[int, int, dict[str, Image.Image]]]:

@@ -27,11 +27,8 @@ def hold_out(manager: Any, identities: int, share: float, seed: int, batch_size:
     tested on in batches of ``batch_size``: the first image of each identity and camera is a query, and all are the
     gallery; 0 keeps the manager's targets. The draws depend on the images' paths and on the seed alone; a smaller draw
     is a part of a larger one. What is left for training is numbered from 0. The sampler of the training loader must be
-    replaced afterwards.
-
-    Raises:
-        InputError: for more identities than there are, or for a share that leaves fewer than two identities for
-            training or for validation, or no query with a match from another camera.
+    replaced afterwards. Raises InputError for more identities than there are, or for a share that leaves fewer than two
+    identities for training or for validation, or no query with a match from another camera.
     """
     loader, dataset = manager.train_loader, manager.train_loader.dataset
     # The numbers of identities may depend on the order in which a file system lists its files; the first paths do not.

@@ -72,7 +72,7 @@ class BaseEngine(Tester, TrainingStep):
 
     @train_loader.setter
     def train_loader(self, loader: DataLoader[Any]) -> None:
-        self._train_loader = repeatable(readable(whole_batches(loader)))
+        self._train_loader = repeatable(whole_batches(loader))
 
     @functools.cached_property
     def training_set(self) -> str | None:
@@ -208,8 +208,7 @@ class BaseEngine(Tester, TrainingStep):
             print(f"The best weights are those of epoch {self.best['epoch']}, with a mAP of {self.best['mAP']:.1%}")
 
     def train(self, print_freq: int = 10, fixbase_epoch: int = 0, open_layers: str | list[str] | None = None) -> None:
-        """Trains one epoch, of the first ``fixbase_epoch`` only ``open_layers``; raises as ``run``, also InputError if
-        the training loader gives no batch."""
+        """Trains one epoch, of the first ``fixbase_epoch`` only ``open_layers``; raises as ``run``."""
         self.set_model_mode("train")
         self.two_stepped_transfer_learning(self.epoch, fixbase_epoch, open_layers)
         self.num_batches = len(self.train_loader)
@@ -226,13 +225,9 @@ class BaseEngine(Tester, TrainingStep):
                 log.add(index, summary, self.get_current_lr())
             if signum is not None:
                 raise Interrupted(signum, "a signal asked this run to stop")
-        if steps == 0:
-            empty = f"no batch came in epoch {self.epoch + 1}, where the loader's length is {self.num_batches}"
-            raise InputError(f"{empty}: its sampler must draw as many samples as its __len__ says")
         if self.skipped - skipped_before == steps:
-            every = f"the loss of every batch of epoch {self.epoch + 1}"
-            raise FloatingPointError(f"{every} is not finite{self._last_good()}")
-        log.finish(self.get_current_lr())
+            raise FloatingPointError(f"no batch of epoch {self.epoch + 1} had a finite loss{self._last_good()}")
+        log.line(steps, self.get_current_lr())
         for model in self._models.values():
             distributed.average(buffer for buffer in model.buffers() if buffer.is_floating_point())
         self.update_lr()

@@ -17,7 +17,6 @@ import pml_drsl.losses
 import pml_drsl.miners
 import pml_drsl.reducers
 from pml_drsl.checks import InputError, nearest
-from pml_drsl.wrappers import CrossBatchMemory
 
 NOT_TRAINED = {
     "BaseLossWrapper": "it is a base class",
@@ -97,13 +96,7 @@ def build(
     """
     arguments = dict(spec)
     name = arguments.pop("name", None)
-    if name in NOT_TRAINED:
-        raise InputError(f"{key}: {name} cannot be trained with: {NOT_TRAINED[name]}")
-    if isinstance(name, str) and "." in name:
-        table = {name: _imported(key, name)}
-    if name not in table:
-        raise InputError(f"{key}: there is no {name!r}; did you mean {nearest(name, table)!r}?")
-    kind = table[name]
+    kind = named(key, name, table)
     known = parameters(kind)
     for argument in arguments:
         if argument not in known:
@@ -118,6 +111,18 @@ def build(
         if isinstance(error, InputError) and str(error).startswith(key):
             raise
         raise InputError(f"{key}: {error or 'a value is wrong'}; {name} is {_signature(kind)}") from error
+
+
+def named(key: str, name: Any, table: Mapping[str, type]) -> type:
+    """The class of a name in the table, or of a dotted path. Raises InputError, with the config key, for another name,
+    or one in ``NOT_TRAINED``."""
+    if name in NOT_TRAINED:
+        raise InputError(f"{key}: {name} cannot be trained with: {NOT_TRAINED[name]}")
+    if isinstance(name, str) and "." in name:
+        return _imported(key, name)
+    if name not in table:
+        raise InputError(f"{key}: there is no {name!r}; did you mean {nearest(name, table)!r}?")
+    return table[name]
 
 
 def _imported(key: str, name: str) -> type:
@@ -142,55 +147,6 @@ def _objects(key: str, value: Any) -> Any:
 
 class PerFeature(nn.ModuleList):
     """One loss for each feature of a network with several features, for losses that have weights or a memory."""
-
-
-def build_criterion(
-    key: str, section: Mapping[str, Any], loss: Mapping[str, Any], num_classes: int, sizes: Sequence[int],
-    memory_warmup: int = 0,
-) -> nn.Module:  # fmt: skip
-    """Builds the metric loss of a config's section, ``key``, with its distance, its reducer and its memory.
-
-    ``loss`` is described as for ``build``; ``sizes`` are the dimensions of each of the network's features. The memory
-    starts after ``memory_warmup`` training steps. Raises InputError as ``build``, or for a loss that does not support a
-    memory.
-    """
-    memory_size = section["memory_size"]
-    described = {part: section[part] for part in ("distance", "reducer") if section[part]}
-    for part, spec in described.items():
-        # Only to check the description under its own key: each loss gets an object of its own, which keeps statistics.
-        build(f"{key}.{part}", spec, TABLES[part])
-    criteria: list[nn.Module] = []
-    for size in sizes:
-        # P2SGradLoss calls its embedding size descriptors_dim.
-        from_the_data = {"num_classes": num_classes, "embedding_size": size, "descriptors_dim": size}
-        described_loss = {**described, **loss}
-        criterion = build(f"{key}.loss" if "loss" in section else key, described_loss, TABLES["loss"], from_the_data)
-        if memory_size:
-            name, supported = type(criterion).__name__, CrossBatchMemory.supported_losses()
-            if name not in supported:
-                refused = f"{key}.memory_size is {memory_size}, but {name} does not support a memory"
-                raise InputError(f"{refused}; set it to 0, or take one of {', '.join(supported)}")
-            miner = build_miner(key, section)
-            criterion = CrossBatchMemory(criterion, size, memory_size, miner, warmup=memory_warmup)
-        criteria.append(criterion)
-    has_state = next(iter(criteria[0].parameters()), None) is not None or memory_size
-    return PerFeature(criteria) if has_state and len(criteria) > 1 else criteria[0]
-
-
-def memory_warmup(key: str, section: Mapping[str, Any], warmup_epoch: int, steps_per_epoch: int | None) -> int:
-    """The number of training steps before the cross-batch memory of a config's section starts: those of its first
-    ``memory_start_epoch`` epochs. -1 stands for the ``warmup_epoch`` epochs in which the learning rate rises, at least
-    one. Raises InputError if the steps of an epoch are needed and None."""
-    start = section["memory_start_epoch"]
-    if start == -1:
-        start = max(1, warmup_epoch)
-    if not section["memory_size"] or not start:
-        return 0
-    if steps_per_epoch is None:
-        needed = f"the number of steps in an epoch is needed to start the memory after {start} epochs"
-        cure = "give it to build_criterion, or start the memory at once with memory_start_epoch 0"
-        raise InputError(f"{key}.memory_start_epoch: {needed}; {cure}")
-    return start * steps_per_epoch
 
 
 def build_miner(key: str, section: Mapping[str, Any]) -> Any:

@@ -20,13 +20,8 @@ from pml_drsl.losses import DRSLoss
 from torchreid_ext import networks
 from torchreid_ext.checkpoint.folder import RunCheckpoints
 from torchreid_ext.data.samplers import warn_if_positives_are_rare
+from torchreid_ext.engine import compatibility
 from torchreid_ext.engine.base import BaseEngine
-from torchreid_ext.engine.compatibility import (
-    check_criterion,
-    check_returns_features,
-    compares_directions,
-    loss_that_compares_images,
-)
 from torchreid_ext.engine.criteria import PerFeature, cross_camera_pairs
 from torchreid_ext.engine.options import RunOptions
 from torchreid_ext.engine.step import Batch, Tracklets
@@ -85,10 +80,10 @@ class ImagePMLEngine(BaseEngine):
             raise InputError(f"miner must be a miner of pytorch_metric_learning, got {miner!r}")
         if criterion is None and self.by_default is not None:
             criterion = self.by_default()
-        check_criterion(criterion, optimizer, miner, cross_camera)
+        compatibility.check_criterion(criterion, optimizer, miner, cross_camera)
         if weight_m > 0:
-            check_returns_features(model)
-            if comparing := loss_that_compares_images(criterion):
+            compatibility.check_returns_features(model)
+            if comparing := compatibility.loss_that_compares_images(criterion):
                 warn_if_positives_are_rare(datamanager.train_loader, comparing)
         self.criterion = criterion
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
@@ -98,28 +93,25 @@ class ImagePMLEngine(BaseEngine):
 
     def _prepare(self, chosen: RunOptions) -> RunCheckpoints:
         raw = chosen.dist_metric == "euclidean" and not chosen.normalize_feature
-        if raw and self.weight_m > 0 and compares_directions(self.criterion) and distributed.is_first():
+        if raw and self.weight_m > 0 and compatibility.compares_directions(self.criterion) and distributed.is_first():
             different = "the loss scales features to unit norm, and the test by Euclidean distances does not"
             warnings.warn(f"{different}: dist_metric='cosine' (test.dist_metric) suits the loss", stacklevel=3)
         return super()._prepare(chosen)
 
     def compute_losses(self, output: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         logits, features = self._split(output)
-        terms: list[Tensor] = []
-        summary: dict[str, float] = {}
+        loss, summary = torch.zeros((), device=batch.pids.device), dict[str, float]()
         if self.weight_m > 0:
             if self.cross_camera and batch.camids is None:
                 raise InputError("cross_camera needs the camera of each image, and the loader gives no 'camid'")
             loss_m = self._metric_loss(features, batch.pids, batch.camids if self.cross_camera else None)
-            terms.append(self.weight_m * loss_m)
-            summary["loss_m"] = loss_m.item()
-            summary |= self._criterion_stats()
+            loss = loss + self.weight_m * loss_m
+            summary |= {"loss_m": loss_m.item(), **self._criterion_stats()}
         if self.weight_x > 0:
             loss_x = torch.stack([self.cross_entropy(y, batch.pids) for y in logits]).mean()
             loss_x, values = self.classified("loss_x", loss_x, logits, batch.pids)
-            terms.append(self.weight_x * loss_x)
-            summary |= values
-        return torch.stack(terms).sum(), summary
+            loss, summary = loss + self.weight_x * loss_x, summary | values
+        return loss, summary
 
     def _split(self, output: Any) -> tuple[list[Tensor], list[Tensor]]:
         """The logits and the features of each head."""
@@ -168,18 +160,8 @@ class ImagePMLEngine(BaseEngine):
 
 
 class VideoPMLEngine(Tracklets, ImagePMLEngine):
-    """``ImagePMLEngine`` for tracklets: it trains on their frames and tests on their pooled features.
-
-    Example::
-
-        datamanager = torchreid.data.VideoDataManager(
-            root="reid-data", sources="mars", train_sampler="RandomIdentitySampler", batch_size_train=8, seq_len=8
-        )
-        engine = torchreid_ext.VideoPMLEngine(datamanager, model, optimizer, criterion, pooling_method="avg")
-
-    Args:
-        pooling_method: ``"avg"`` or ``"max"``; the other arguments are the arguments of ``ImagePMLEngine``.
-    """
+    """``ImagePMLEngine`` for tracklets: it trains on their frames and tests on their pooled features. It has one more
+    argument, ``pooling_method``: ``"avg"`` or ``"max"``."""
 
 
 class ImageDRSLEngine(ImagePMLEngine):
@@ -194,22 +176,25 @@ class ImageDRSLEngine(ImagePMLEngine):
     by_default = staticmethod(partial(DRSLoss, collect_stats=True))
 
 
-class VideoDRSLEngine(VideoPMLEngine):
+class VideoDRSLEngine(Tracklets, ImageDRSLEngine):
     """``VideoPMLEngine`` whose criterion is ``DRSLoss()`` by default."""
 
-    by_default = staticmethod(partial(DRSLoss, collect_stats=True))
 
-
-class SoftmaxStep(BaseEngine):
-    """Mixed into torchreid's softmax engines: the cross-entropy of the logits."""
+class ImageSoftmaxEngine(BaseEngine, torchreid.engine.ImageSoftmaxEngine):
+    """torchreid's engine of this name on top of ``BaseEngine``: the cross-entropy of the logits."""
 
     def compute_losses(self, output: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         loss = self.compute_loss(self.criterion, output, batch.pids)
         return self.classified("loss", loss, output, batch.pids)
 
 
-class TripletStep(BaseEngine):
-    """Mixed into torchreid's triplet engines: the triplet loss of the features and the cross-entropy of the logits."""
+class VideoSoftmaxEngine(Tracklets, ImageSoftmaxEngine, torchreid.engine.VideoSoftmaxEngine):
+    """``ImageSoftmaxEngine`` for tracklets."""
+
+
+class ImageTripletEngine(BaseEngine, torchreid.engine.ImageTripletEngine):
+    """torchreid's engine of this name on top of ``BaseEngine``: the triplet loss of the features and the cross-entropy
+    of the logits."""
 
     def __init__(self, datamanager: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(datamanager, *args, **kwargs)
@@ -218,37 +203,23 @@ class TripletStep(BaseEngine):
 
     def compute_losses(self, output: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         logits, features = output
-        terms: list[Tensor] = []
-        summary: dict[str, float] = {}
+        loss, summary = torch.zeros((), device=batch.pids.device), dict[str, float]()
         if self.weight_t > 0:
             # The hardest triplets are chosen from the whole batch, as in one process.
             heads = features if isinstance(features, (list, tuple)) else [features]
             gathered = [gather_batch(head, batch.pids) for head in heads]
             loss_t = self.compute_loss(self.criterion_t, [head for head, _ in gathered], gathered[0][1])
-            terms.append(self.weight_t * loss_t)
+            loss = loss + self.weight_t * loss_t
             summary["loss_t"] = loss_t.item()
         if self.weight_x > 0:
             loss_x = self.compute_loss(self.criterion_x, logits, batch.pids)
             loss_x, values = self.classified("loss_x", loss_x, logits, batch.pids)
-            terms.append(self.weight_x * loss_x)
-            summary |= values
-        return torch.stack(terms).sum(), summary
+            loss, summary = loss + self.weight_x * loss_x, summary | values
+        return loss, summary
 
 
-class ImageSoftmaxEngine(SoftmaxStep, torchreid.engine.ImageSoftmaxEngine):
-    """torchreid's engine of this name on top of ``BaseEngine``."""
-
-
-class VideoSoftmaxEngine(Tracklets, SoftmaxStep, torchreid.engine.VideoSoftmaxEngine):
-    """torchreid's engine of this name on top of ``BaseEngine``."""
-
-
-class ImageTripletEngine(TripletStep, torchreid.engine.ImageTripletEngine):
-    """torchreid's engine of this name on top of ``BaseEngine``."""
-
-
-class VideoTripletEngine(Tracklets, TripletStep, torchreid.engine.VideoTripletEngine):
-    """torchreid's engine of this name on top of ``BaseEngine``."""
+class VideoTripletEngine(Tracklets, ImageTripletEngine, torchreid.engine.VideoTripletEngine):
+    """``ImageTripletEngine`` for tracklets."""
 
 
 ENGINES: dict[tuple[str, str], Any] = {

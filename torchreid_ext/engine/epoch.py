@@ -68,7 +68,6 @@ class EpochLog:
         self.print_freq, self.writer = print_freq, writer
         self.meters = torchreid.utils.MetricMeter()
         self.time, self.data = torchreid.utils.AverageMeter(), torchreid.utils.AverageMeter()
-        self._taken = self._printed = 0
 
     def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
         """The batches of a loader, whose time is measured; the first process shows a progress bar on a terminal."""
@@ -78,7 +77,6 @@ class EpochLog:
         with tqdm(total=self.num_batches, desc=title, leave=False, disable=disable) as bar:
             self._started = time.perf_counter()
             for batch in loader:
-                self._taken += 1
                 self.data.update(time.perf_counter() - self._started)
                 yield batch
                 bar.update()
@@ -92,16 +90,12 @@ class EpochLog:
             step = self.epoch * self.num_batches + batch_index
             for name, value in {**summary, "lr": lr, "time": self.time.val, "data": self.data.val}.items():
                 self.writer.add_scalar(f"Train/{name}", value, step)
-        if (batch_index + 1) % self.print_freq == 0:
-            self._print(lr)
+        done = batch_index + 1
+        if done % self.print_freq == 0 and done < self.num_batches:
+            self.line(done, lr)
 
-    def finish(self, lr: float) -> None:
-        """Prints the line of the last batch of the epoch, unless it is printed already."""
-        if self._printed < self._taken:
-            self._print(lr)
-
-    def _print(self, lr: float) -> None:
-        done = self._printed = self._taken
+    def line(self, done: int, lr: float) -> None:
+        """Prints the line of the first ``done`` batches; call it after the last batch, whose step may be left out."""
         left = (self.max_epoch - self.epoch) * self.num_batches - done
         parts = [
             f"epoch: [{self.epoch + 1}/{self.max_epoch}][{done}/{self.num_batches}]",

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torchreid
 import yaml
 from PIL import Image
-from toy_data import write_images
+from toy_data import Manager, write_images
 
 from torchreid_ext import config, get_default_config, networks
 from torchreid_ext.cli.train import main
@@ -20,18 +19,6 @@ CONFIGS = sorted(
     {*(Path(__file__).parents[3] / "configs").glob("*.yaml")}
     - {*(Path(__file__).parents[3] / "configs").glob("losses*.yaml")}
 )
-
-
-class Manager:
-    """As much of a data manager as an engine needs to be made."""
-
-    num_train_pids = 8
-
-    def __init__(self):
-        dataset = torchreid.data.ImageDataset.__new__(torchreid.data.ImageDataset)
-        dataset.data = [("", 0, 0, 0)] * 4
-        self.train_loader = torch.utils.data.DataLoader(dataset, batch_size=4)
-        self.test_loader = {}
 
 
 def read(path):
@@ -49,7 +36,7 @@ def test_every_config_of_ours_builds_what_needs_no_data(path):
     criterion = config.build_criterion(cfg, model, 8)
     optimizer = config.build_optimizer(cfg, model, criterion)
     scheduler = config.build_scheduler(cfg, optimizer)
-    engine = config.build_engine(cfg, Manager(), model, optimizer, scheduler, criterion)
+    engine = config.build_engine(cfg, Manager(8), model, optimizer, scheduler, criterion)
     name = {"drsl": "DRSL", "pml": "PML", "softmax": "Softmax", "triplet": "Triplet"}[cfg.loss.name]
     assert type(engine) is getattr(engines, f"{cfg.data.type.title()}{name}Engine")
     with torch.no_grad():
@@ -84,27 +71,15 @@ def test_the_base_is_the_strong_baseline_with_another_loss():
     assert isinstance(config.build_model(cfg, 8).classifier, networks.NeckClassifier)
 
 
-# deep-person-reid 1.4.0, configs/im_*.yaml: name, targets, transforms, save_dir, learning rate, epochs, batch size,
-# fixbase epochs, open layers, scheduler, step size, test batch size, distance.
+# Of deep-person-reid 1.4.0, configs/im_*.yaml, the three that differ most: name, targets, transforms, save_dir,
+# learning rate, epochs, batch size, fixbase epochs, open layers, scheduler, step size, test batch size, distance.
 FLIP, FLIP_JITTER = ["random_flip"], ["random_flip", "color_jitter"]
 HEAD = ["classifier"]
 UPSTREAM = [
     ("osnet_ain_x1_0", ["market1501", "dukemtmcreid"], FLIP_JITTER, "log/osnet_ain_x1_0_market1501_softmax_cosinelr",
      0.0015, 100, 64, 10, HEAD, "cosine", None, 300, "cosine"),
-    ("osnet_ibn_x1_0", ["dukemtmcreid"], FLIP_JITTER, "log/osnet_ibn_x1_0_market2duke_softmax",
-     0.0015, 150, 64, 10, HEAD, "single_step", [60], 300, "euclidean"),
     ("osnet_x0_25", ["market1501"], FLIP, "log/osnet_x0_25_market1501_softmax",
      0.003, 180, 128, 10, HEAD, "single_step", [80], 300, "euclidean"),
-    ("osnet_x0_5", ["market1501"], FLIP, "log/osnet_x0_5_market1501_softmax",
-     0.003, 180, 128, 10, HEAD, "single_step", [80], 300, "euclidean"),
-    ("osnet_x0_75", ["market1501"], FLIP, "log/osnet_x0_75_market1501_softmax",
-     0.0015, 150, 64, 10, HEAD, "single_step", [60], 300, "euclidean"),
-    ("osnet_x1_0", ["market1501"], FLIP, "log/osnet_x1_0_market1501_softmax",
-     0.0015, 150, 64, 10, HEAD, "single_step", [60], 300, "euclidean"),
-    ("osnet_x1_0", ["market1501"], FLIP, "log/osnet_x1_0_market1501_softmax_cosinelr",
-     0.0015, 250, 64, 10, HEAD, "cosine", None, 300, "euclidean"),
-    ("resnet50_fc512", ["market1501"], FLIP, "log/resnet50_market1501_softmax",
-     0.0003, 60, 32, 5, HEAD, "single_step", [20], 100, "euclidean"),
     ("resnet50_fc512", ["market1501"], FLIP, "log/resnet50_fc512_market1501_softmax",
      0.0003, 60, 32, 5, ["fc", "classifier"], "single_step", [20], 100, "euclidean"),
 ]  # fmt: skip
@@ -116,35 +91,19 @@ def upstream(row):
     return {
         "model": {"name": name, "pretrained": True},
         "data": {
-            "type": "image",
-            "sources": ["market1501"],
-            "targets": targets,
-            "height": 256,
-            "width": 128,
-            "combineall": False,
-            "transforms": transforms,
-            "save_dir": save_dir,
+            "type": "image", "sources": ["market1501"], "targets": targets, "height": 256, "width": 128,
+            "combineall": False, "transforms": transforms, "save_dir": save_dir,
         },
         "loss": {"name": "softmax", "softmax": {"label_smooth": True}},
         "train": {
-            "optim": "amsgrad",
-            "lr": lr,
-            "max_epoch": epochs,
-            "batch_size": batch,
-            "fixbase_epoch": fixbase,
-            "open_layers": layers,
-            "lr_scheduler": scheduler,
-            **({} if step is None else {"stepsize": step}),
+            "optim": "amsgrad", "lr": lr, "max_epoch": epochs, "batch_size": batch, "fixbase_epoch": fixbase,
+            "open_layers": layers, "lr_scheduler": scheduler, **({} if step is None else {"stepsize": step}),
         },
         "test": {
-            "batch_size": test_batch,
-            "dist_metric": metric,
-            "normalize_feature": False,
-            "evaluate": False,
-            "eval_freq": -1,
-            "rerank": False,
+            "batch_size": test_batch, "dist_metric": metric, "normalize_feature": False, "evaluate": False,
+            "eval_freq": -1, "rerank": False,
         },
-    }
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("row", UPSTREAM, ids=lambda row: row[3].removeprefix("log/"))
@@ -209,19 +168,16 @@ def test_several_sources_and_targets_transforms_and_words(toy, loss, capsys):
 @pytest.mark.parametrize(
     "words",
     [
-        ("data.combineall", "True"),
-        ("data.load_train_targets", "True", "data.targets", "two"),
-        ("train.staged_lr", "True", "train.new_layers", "classifier", "train.base_lr_mult", 0.1),
-        ("train.fixbase_epoch", 1, "train.open_layers", "classifier", "model.bnneck", "True", "train.max_epoch", 2),
-        ("train.warmup_epoch", 2, "train.lr_scheduler", "none", "train.max_epoch", 3),
-        ("loss.cross_camera", "True", "loss.drsl.miner", "MultiSimilarityMiner", "loss.drsl.bound_power", "1"),
-        ("test.rerank", "True"),
-        ("model.name", "pcb_p4", "model.bnneck", "True", "model.last_stride", 1),
+        "data.combineall True train.staged_lr True train.new_layers classifier train.base_lr_mult 0.1 test.rerank True",
+        "data.load_train_targets True data.targets two loss.cross_camera True loss.drsl.miner MultiSimilarityMiner "
+        "loss.drsl.bound_power 1 train.warmup_epoch 2 train.lr_scheduler none train.max_epoch 3 model.bnneck True "
+        "train.fixbase_epoch 1 train.open_layers classifier",
+        "model.name pcb_p4 model.bnneck True model.last_stride 1",
     ],
-    ids=lambda words: words[0],
+    ids=lambda words: words.split()[0],
 )
 def test_what_a_config_can_ask_for(toy, words):
-    status, metrics = toy(words=words)
+    status, metrics = toy(words=words.split())
     assert status == 0
     ((_, result),) = metrics.items()
     assert 0 < result["mAP"] <= 1
@@ -235,8 +191,3 @@ def test_weights_are_loaded_and_evaluated(toy, tmp_path, capsys):
     assert status == 0 and tested == trained
     # All of them.
     assert re.search(r"Loaded (\d+) of the model's \1 weights from", capsys.readouterr().out)
-
-
-def test_a_wrong_class_is_answered_on_the_command_line(toy, capsys):
-    assert toy(words=("loss.name", "pml", "loss.pml.loss", "CircelLoss"))[0] == 2
-    assert "did you mean 'CircleLoss'" in capsys.readouterr().err

@@ -99,13 +99,6 @@ class TestFolder:
         assert paths(data.gallery) == {"0709_05.png"}
         assert {item[2] for item in data.query} | {item[2] for item in data.gallery} == {0, 1, 2}
 
-    def test_hidden_and_unmatched_files_are_left_out(self, tmp_path: Path) -> None:
-        make_folder(tmp_path / "set", ["p0", "p1", "p2", "p3"], ["a", "b"], shots=1)
-        draw(tmp_path / "set" / "p0" / "._a_9.png")
-        (tmp_path / "set" / "p0" / "a_notes.txt").write_text("no image")
-        data = load(tmp_path, folder="set")
-        assert len(data.train) + len(data.gallery) == 8
-
     def test_selects(self) -> None:
         for entry, path, expected in [
             ("train", "train/1/a_1.png", True),
@@ -133,6 +126,7 @@ class TestFolder:
         [
             ({"folder": "absent"}, ["no folder", "absent", "--root"]),
             ({"pattern": r"(?P<identity>\w+)-(?P<camera>\w+)\.gif"}, ["matches the pattern", "gif", "p0/a_0.png"]),
+            ({"folder": "p0"}, ["'a_0.png'", "a folder of their own, PERSON/1.jpg; give the folder above as --root"]),
             ({"train": ["p0"], "test": ["p2"]}, ["one identity", "p0"]),
             ({"train": ["p0", "p1"], "test": ["p1", "p2"]}, ["both in training and in test", "p1"]),
             ({"train": ["p0", "p1"], "test": ["z*"]}, ["'z*'", "selects none"]),
@@ -153,11 +147,6 @@ class TestFolder:
         with pytest.raises(ValueError) as caught:
             load(tmp_path, **options)
         assert all(word in str(caught.value) for word in ["mine", *words])
-
-    def test_no_match_from_another_camera_at_all(self, tmp_path: Path) -> None:
-        make_folder(tmp_path, ["p0", "p1", "p2", "p3"], ["a"])
-        with pytest.raises(ValueError, match="no query has a match"):
-            load(tmp_path)
 
 
 class TestNamesAndCameras:
@@ -212,11 +201,12 @@ class TestNamesAndCameras:
         ):
             ConfiguredDataset("mine", few, root=str(tmp_path), mode="query", verbose=False)
 
-    def test_a_single_camera_is_refused_with_the_cure(self, tmp_path: Path) -> None:
+    def test_a_single_camera_is_refused_with_the_cure(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         make_folder(tmp_path, PEOPLE[:4], ["IMG"])
         with pytest.raises(InputError, match=r"no query has a match.*camera 'IMG'.*datasets\.mine\.cameras: none"):
             load(tmp_path)
-        assert len(load(tmp_path, cameras="none").query) == 4
+        assert len(load(tmp_path, cameras="none", verbose=True).query) == 4
+        assert "=> mine: cameras do not matter; the table counts each image as a camera" in capsys.readouterr().out
 
     def test_a_csv_without_cameras(self, tmp_path: Path) -> None:
         write_csv(tmp_path, [(*row[:2], row[3]) for row in GOOD], columns="path,pid,split")
@@ -384,20 +374,15 @@ class TestOptions:
             ({"train": ["a"]}, ["only one of train and test"]),
             ({"train": ["a"], "test": ["b"], "seed": 1}, ["remove test_fraction and seed"]),
             ({"query_cameras": []}, ["query_cameras takes a list of one or more", "[]"]),
-            ({"test_fraction": 1.0}, ["test_fraction", "1.0"]),
             ({"test_fraction": 1}, ["test_fraction must be greater than 0 and less than 1, got 1"]),
             ({"test_fraction": True}, ["test_fraction' takes a number, such as 0.5, got True"]),
-            ({"seed": "x"}, ["seed' takes a whole number, such as 0, got 'x'"]),
             ({"seed": -1}, ["seed", "-1"]),
             ({"min_images": 0}, ["min_images", "got 0"]),
-            ({"pattern": 3}, ["pattern '3'", "market, msmt17, veri, folder"]),
             ({"pattern": "("}, ["regular expression"]),
             ({"pattern": "markt"}, ["pattern 'markt'", "market, msmt17, veri, folder"]),
             ({"pattern": "(?P<identity>a)"}, ["(?P<camera>...)", "cameras: none"]),
             ({"cameras": "some"}, ["cameras must be one of names, none", "'some'"]),
             ({"cameras": "none", "query_cameras": ["a"]}, ["query_cameras and cameras: none"]),
-            ({"train": [], "test": []}, ["both empty"]),
-            ({"folder": []}, ["folder takes a list of one or more", "[]"]),
         ],
     )
     def test_a_wrong_option_is_named_and_nothing_registered(self, options: dict[str, Any], words: list[str]) -> None:
@@ -449,12 +434,10 @@ class TestCsv:
     @pytest.mark.parametrize(
         ("row", "words"),
         [
-            (("a/1.png", "7", "north", "train"), ["line 8", "a/1.png", "twice"]),
             (("a/./1.png", "7", "north", "train"), ["twice"]),
             (("a/4.png", "x-2", "south", "gallery"), ["twice"]),
             (("a/1.png", "7", "north", "gallery"), ["twice"]),
             (("a/9.png", "7", "north", "gallery"), ["both in training and in test", "'7'"]),
-            (("a/9.png", "7"), ["line 8", "camid is empty"]),
         ],
     )
     def test_a_wrong_row(self, tmp_path: Path, row: Any, words: list[str]) -> None:
@@ -463,18 +446,8 @@ class TestCsv:
             load(tmp_path, csv="list.csv")
         assert all(word in str(caught.value) for word in words)
 
-    def test_missing_things(self, tmp_path: Path) -> None:
+    def test_a_missing_csv(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"no CSV .*list\.csv"):
-            load(tmp_path, csv="list.csv")
-        write_csv(tmp_path, GOOD, columns="path,pid,camera,split")
-        with pytest.raises(ValueError, match="has no column 'camid'"):
-            load(tmp_path, csv="list.csv")
-        write_csv(tmp_path, GOOD)
-        (tmp_path / "a" / "3.png").unlink()
-        with pytest.raises(ValueError, match=r"line 4: there is no file .*3\.png"):
-            load(tmp_path, csv="list.csv")
-        (tmp_path / "list.csv").write_text("")
-        with pytest.raises(ValueError, match="has no column 'path'"):
             load(tmp_path, csv="list.csv")
 
     @pytest.mark.parametrize(

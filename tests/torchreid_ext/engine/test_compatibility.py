@@ -3,6 +3,8 @@
 import pytest
 import torch
 from pytorch_metric_learning import losses, miners
+from shared_training import FEATURES as SIZE
+from shared_training import Network
 from torch import nn
 from toy_data import make_image_manager
 
@@ -11,19 +13,7 @@ from pml_drsl.wrappers import CrossBatchMemory, DistributedLossWrapper
 from torchreid_ext.engine import engines
 from torchreid_ext.engine.criteria import PerFeature
 
-SIZE = 8
 REFUSED = r"indices of images of the batch, and the CrossBatchMemory .*CrossBatchMemory\(\.\.\., miner=\.\.\.\)"
-
-
-class Network(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, SIZE))
-        self.classifier = nn.Linear(SIZE, 6)
-
-    def forward(self, images):
-        features = self.body(images)
-        return (self.classifier(features), features) if self.training else features
 
 
 class Wrapper(nn.Module):
@@ -38,7 +28,7 @@ class Wrapper(nn.Module):
 
 
 def make_engine(folder, criterion, **kwargs):
-    model = Network()
+    model = Network(torch.float32)
     optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=0.1)
     manager = kwargs.pop("manager", None) or make_image_manager(folder)
     return engines.ImagePMLEngine(manager, model, optimizer, criterion, use_gpu=False, **kwargs)

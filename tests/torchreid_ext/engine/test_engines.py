@@ -9,7 +9,7 @@ import torchreid
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning.distances import LpDistance
 from torch.utils.data import BatchSampler, DataLoader
-from toy_data import make_image_manager
+from toy_data import Manager, make_image_manager
 
 from pml_drsl import DRSLoss
 from torchreid_ext import networks
@@ -20,19 +20,6 @@ ZOO = list(vars(torchreid.models)["__model_factory"])
 
 # Where the network's last layers ask for one size.
 SIZES = {"mudeep": (256, 128), "hacnn": (160, 64), "inceptionv4": (128, 128), "inceptionresnetv2": (128, 128)}
-
-
-class Manager:
-    """As much of a data manager as an engine needs to take single steps on tensors."""
-
-    num_train_pids = 2
-
-    def __init__(self):
-        self.sources = self.targets = ["toy"]
-        dataset = torchreid.data.ImageDataset.__new__(torchreid.data.ImageDataset)
-        dataset.data = [("", 0, 0, 0)] * 4
-        self.train_loader = torch.utils.data.DataLoader(dataset, batch_size=4)
-        self.test_loader = {}
 
 
 def make_engine(model, engine=engines.ImageDRSLEngine, scheduler=None, lr=1e-3, **kwargs):
@@ -46,10 +33,6 @@ def build(name="osnet_x0_25", num_classes=2, loss="triplet"):
 
 def batch(height=64, width=32, size=4):
     return {"img": torch.randn(size, 3, height, width), "pid": torch.arange(size) // 2}
-
-
-def test_the_zoo_has_as_many_networks_as_the_guide_says():
-    assert len(ZOO) == 49
 
 
 # A step without a neck for one half of the networks, with a neck for the other; features with a neck for all.
@@ -224,12 +207,6 @@ def test_results_are_torchreids(tmp_path):
     )
     assert result.mAP == pytest.approx(mean_ap, abs=1e-6)
     assert result.rank(1) == pytest.approx(cmc[0], abs=1e-6)
-
-
-def test_a_batch_that_cannot_be_filled_is_refused_before_training(tmp_path):
-    manager = make_image_manager(tmp_path, train_sampler="RandomSampler", batch_size_train=500)
-    with pytest.raises(ValueError, match="a batch of 500 cannot be filled: RandomSampler draws 24 of the 24"):
-        make_engine(build(num_classes=6), datamanager=manager)
 
 
 def test_positives_by_chance_matter_to_losses_that_compare_images(tmp_path, recwarn):

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from pytorch_metric_learning import losses, miners
+from pytorch_metric_learning import miners
+from shared_training import Network
 from toy_data import make_image_manager, register_toys
 
 from pml_drsl import DRSLoss
@@ -10,31 +11,10 @@ from torchreid_ext import build_engine, config, get_default_config
 from torchreid_ext.engine import engines
 from torchreid_ext.runtime.generators import seed_everything
 
-
-class Network(torch.nn.Module):
-    """Returns logits and features, or logits alone; keeps the images that it sees."""
-
-    def __init__(self, returns="both"):
-        super().__init__()
-        self.returns, self.seen = returns, []
-        self.body = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(12, 8))
-        self.classifier = torch.nn.Linear(8, 6)
-
-    def forward(self, images):
-        self.seen.append(images)
-        features = self.body(images)
-        if not self.training:
-            return features
-        logits = self.classifier(features)
-        return logits if self.returns == "logits" else (logits, features)
-
-
 ENGINES = {
     "softmax": (engines.ImageSoftmaxEngine, {}),
-    "triplet": (engines.ImageTripletEngine, {"weight_t": 1, "weight_x": 1}),
     "drsl": (engines.ImageDRSLEngine, {}),
     "miner and cameras": (engines.ImageDRSLEngine, {"miner": miners.MultiSimilarityMiner(), "cross_camera": True}),
-    "pml": (engines.ImagePMLEngine, {"criterion": losses.SupConLoss()}),
 }
 
 
@@ -42,23 +22,21 @@ def make_engine(folder, name, views):
     seed_everything(3)
     manager = make_image_manager(folder, k_tfm=views, transforms=["random_flip", "random_crop"])
     kind, arguments = ENGINES[name]
-    model = Network("logits" if name == "softmax" else "both")
+    model = Network(torch.float32, "logits" if name == "softmax" else "both")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     return kind(manager, model, optimizer=optimizer, use_gpu=False, **arguments)
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", ["softmax", "miner and cameras"])
 def test_every_image_engine_trains_on_all_views(tmp_path, name):
     engine = make_engine(tmp_path, name, views=3)
-    before = engine.model.classifier.weight.clone()
-    results = engine.run(str(tmp_path / "log"), max_epoch=1)
+    before, seen = engine.model.classifier.weight.clone(), []
+    engine.model.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    results = engine.run(str(tmp_path / "log"), max_epoch=1, channels_last=False)  # which takes no image to try it
     assert 0 < results["toy"].mAP <= 1
     assert not torch.equal(engine.model.classifier.weight, before)
     # Three batches of eight images in three views; then the test, without views.
-    assert [len(images) for images in engine.model.seen[:3]] == [24] * 3
-    assert (
-        sum(len(images) for images in engine.model.seen[3:]) == len(engine.datamanager.test_dataset["toy"]["query"]) * 2
-    )
+    assert seen[:3] == [24] * 3 and sum(seen[3:]) == len(engine.datamanager.test_dataset["toy"]["query"]) * 2
 
 
 @pytest.mark.parametrize("cross_camera", [False, True])
@@ -96,7 +74,7 @@ def test_the_evaluation_does_not_depend_on_the_number_of_views(tmp_path):
 
 def test_two_views_are_positives_that_no_chance_brings(tmp_path, recwarn):
     manager = make_image_manager(tmp_path, k_tfm=2, train_sampler="RandomSampler")
-    model = Network()
+    model = Network(torch.float32)
     engines.ImageDRSLEngine(manager, model, torch.optim.SGD(model.parameters(), lr=0.1), use_gpu=False)
     assert not [warning for warning in recwarn if "by chance" in str(warning.message)]
 
@@ -122,14 +100,7 @@ def test_by_configuration(tmp_path, sources):
     assert len(engine.training_batch(next(iter(engine.train_loader))).images) == 16
 
 
-@pytest.mark.parametrize(
-    ("data_type", "views", "message"),
-    [
-        ("video", 2, r"data\.k_tfm must be 1 for video, .*got 2"),
-        ("image", 0, r"data\.k_tfm takes whole numbers of 1 or more, got 0"),
-    ],
-)
-def test_views_that_there_cannot_be_are_refused(tmp_path, data_type, views, message):
-    cfg = configured(tmp_path, "data.type", data_type, "data.k_tfm", views)
-    with pytest.raises(ValueError, match=message):
+def test_views_of_tracklets_are_refused(tmp_path):
+    cfg = configured(tmp_path, "data.type", "video", "data.k_tfm", 2)
+    with pytest.raises(ValueError, match=r"data\.k_tfm must be 1 for video, .*got 2"):
         config.build_datamanager(cfg)

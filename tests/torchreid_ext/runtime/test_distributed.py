@@ -1,5 +1,6 @@
 """Several processes train as one process does, and a process that dies ends or restarts the job."""
 
+import itertools
 import os
 import pickle
 import signal
@@ -8,6 +9,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import processes
@@ -59,21 +61,20 @@ def together(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", shared_training.CASES)
-def test_several_processes_train_as_one_does(alone, together, name):
-    tolerance = {"rtol": 1e-5, "atol": 1e-5} if name == "float32" else {"rtol": 1e-9, "atol": 1e-9}
-    wanted = alone[name]
-    assert len(wanted["summaries"]) >= 2 and wanted["state"]["skipped"] == (name == "a loss that is not finite")
-    for of_process in together:
-        found = of_process["cases"][name]
-        assert len(found["summaries"]) == len(wanted["summaries"])
+def test_several_processes_train_as_one_does(alone, together):
+    for name, of_process in itertools.product(alone, together):
+        wanted, found = alone[name], of_process["cases"][name]
+        error = 1e-5 if name == "float32" else 1e-9
+        close = partial(torch.testing.assert_close, rtol=error, atol=error, msg=lambda text, of=name: f"{of}: {text}")
+        assert len(wanted["summaries"]) >= 2, name
+        assert wanted["state"]["skipped"] == (name == "a loss that is not finite"), name
         for summary, expected in zip(found["summaries"], wanted["summaries"], strict=True):
             # torchreid gives the accuracy in percent and in float32.
-            assert summary.pop("acc", 0) == pytest.approx(expected.get("acc", 0), abs=1e-4)
-            torch.testing.assert_close(summary, {k: v for k, v in expected.items() if k != "acc"}, **tolerance)
-        torch.testing.assert_close(found["state"]["state_dict"], wanted["state"]["state_dict"], **tolerance)
+            assert summary.pop("acc", 0) == pytest.approx(expected.get("acc", 0), abs=1e-4), name
+            close(summary, {k: v for k, v in expected.items() if k != "acc"})
+        close(found["state"]["state_dict"], wanted["state"]["state_dict"])
         if name != "float32":
-            torch.testing.assert_close(found["state"], wanted["state"], **tolerance)
+            close(found["state"], wanted["state"])
 
 
 @pytest.mark.slow

@@ -75,6 +75,8 @@ def test_a_locked_file_loses_no_change(tmp_path):
     path = tmp_path / "count"
     finished(*(start(COUNT, path) for _ in range(3)))
     assert path.read_text() == "150"
+    with files.locked(path), pytest.raises(RuntimeError, match="already held"), files.locked(path):
+        pass
     assert os.listdir(tmp_path) == ["count"]
 
 
@@ -136,28 +138,9 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
 
 
-def test_a_lock_that_another_process_removes_at_any_moment_is_taken_again(tmp_path, monkeypatch):
-    path, lock, flags, flock = tmp_path / "index", tmp_path / ".index.lock", [], fcntl.flock
-
-    def removed_once(file, flag):
-        if not flags:
-            lock.unlink()  # what the process does that had the lock
-        flags.append(flag)
-        flock(file, flag)
-
-    monkeypatch.setattr(fcntl, "flock", removed_once)
-    with files.locked(path), open(lock) as file:
-        with pytest.raises(BlockingIOError):
-            flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with pytest.raises(RuntimeError, match="already held"), files.locked(path):
-            pass
-    assert not lock.exists()
-
-
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
-def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch, number):
+def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
     def unsupported(file, flag):
-        raise OSError(number, "no locks here")
+        raise OSError(errno.ENOSYS, "no locks here")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
     with pytest.raises(OSError, match="no locks here"), files.locked(tmp_path / "index"):
