@@ -20,7 +20,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import yaml
 from tqdm import tqdm
 
 from pml_drsl.checks import InputError
@@ -40,6 +39,7 @@ from torchreid_ext.benchmark.grid import (
     same,
 )
 from torchreid_ext.checkpoint.folder import History
+from torchreid_ext.config.values import dumped
 from torchreid_ext.runtime.signals import StopRequest
 
 DRSL_TRAIN = (sys.executable, "-m", "torchreid_ext")
@@ -137,7 +137,7 @@ class Process:
             commits.write(f"{commit()}\n")
         # The loss stands in a configuration over the other: drsl-train can repeat the run from this file.
         file = self.folder / "run.yaml"
-        file.write_text(yaml.safe_dump({"base": str(run.config.resolve()), **run.snippet}, sort_keys=False))
+        file.write_text(dumped({"base": str(run.config.resolve()), **run.snippet}))
         words = {
             # A run has one thread, which loads the images too, and there are as many runs as cores.
             "data.workers": "0",
@@ -287,5 +287,5 @@ def _best(loss: str, scores: Mapping[str, float]) -> str:
 def write_tuned(path: Path, best: Mapping[str, Mapping[str, Any]], scores: Mapping[str, float]) -> None:
     """Writes the best settings as a file of losses, each as NAME-tuned, with the validation mAP of every trial."""
     head = "".join(f"#   {name}: {100 * score:.1f}\n" for name, score in scores.items())
-    text = yaml.safe_dump({f"{loss}{TUNED}": dict(snippet) for loss, snippet in best.items()}, sort_keys=False)
+    text = dumped({f"{loss}{TUNED}": dict(snippet) for loss, snippet in best.items()})
     write_text(str(path), f"# Chosen by drsl-benchmark tune. mAP on validation identities, in percent:\n{head}{text}")

@@ -168,11 +168,11 @@ def check(cfg: Config) -> None:
     if cfg.data.type == "video":
         _check_video(cfg)
     networks.check_known(cfg.model.name)
-    for part, table in criteria.TABLES.items():
-        if given := cfg.loss[cfg.loss.name].get(part):
-            name = given if part == "loss" else given.get("name")
-            criteria.named(f"loss.{cfg.loss.name}.{part}", name, table)
     if not cfg.test.evaluate:
+        for part, table in criteria.TABLES.items():
+            if given := cfg.loss[cfg.loss.name].get(part):
+                name = given if isinstance(given, str) else given.get("name")
+                criteria.named(f"loss.{cfg.loss.name}.{part}", name, table)
         in_groups = cfg.sampler.train_sampler in SAMPLERS
         distributed.check_share(cfg.train.batch_size, cfg.sampler.num_instances if in_groups else 1)
         if in_groups:

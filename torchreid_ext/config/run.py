@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-import yaml
 from torchvision.utils import save_image
 from tqdm import tqdm
 
@@ -31,7 +30,7 @@ from torchreid_ext.config import build
 from torchreid_ext.config.data import build_datamanager, check_save_dir, own_images, person
 from torchreid_ext.config.keys import ON_RESUME
 from torchreid_ext.config.node import Config, check, flat, run_options
-from torchreid_ext.config.values import plain
+from torchreid_ext.config.values import dumped, plain
 from torchreid_ext.data.loading import rebuilt
 from torchreid_ext.data.samplers import steps_per_epoch
 from torchreid_ext.evaluation import ranking
@@ -130,7 +129,7 @@ def train(cfg: Config) -> tuple[Any, dict[str, RetrievalResult]]:
     trains = not cfg.test.evaluate and start_epoch < cfg.train.max_epoch
     if trains and distributed.is_first():
         with replacing(Path(cfg.data.save_dir, "config.yaml")) as file:  # which --config-file reads again
-            file.write(yaml.safe_dump(plain(cfg), sort_keys=False).encode())
+            file.write(dumped(plain(cfg)).encode())
         if not start_epoch:  # of an earlier run in this folder
             Path(cfg.data.save_dir, "metrics.json").unlink(missing_ok=True)
 

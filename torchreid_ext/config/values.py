@@ -41,8 +41,19 @@ _Loader.yaml_implicit_resolvers = {
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(_INT, re.compile("(?:0|-?[1-9][0-9]*)$"), [*"-0123456789"])
-# The documentation and --list keys write None, as Python does.
-_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("None$"), ["N"])
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what ``_Loader`` would not read as text."""
+
+
+for _side in (_Loader, _Dumper):  # The documentation and --list keys write None, as Python does.
+    _side.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("None$"), ["N"])
+
+
+def dumped(values: Mapping[str, Any]) -> str:
+    """The YAML text of plain values, from which ``load_yaml`` reads them again."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
 def load_yaml(text: str, what: str) -> Any:

@@ -226,7 +226,8 @@ class BaseEngine(Tester, TrainingStep):
             if signum is not None:
                 raise Interrupted(signum, "a signal asked this run to stop")
         if self.skipped - skipped_before == steps:
-            raise FloatingPointError(f"no batch of epoch {self.epoch + 1} had a finite loss{self._last_good()}")
+            none = f"epoch {self.epoch + 1} had no batch with a finite loss, of {steps} that the loader gave"
+            raise FloatingPointError(f"{none}{self._last_good()}")
         log.line(steps, self.get_current_lr())
         for model in self._models.values():
             distributed.average(buffer for buffer in model.buffers() if buffer.is_floating_point())

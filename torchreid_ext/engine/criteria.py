@@ -86,15 +86,15 @@ def _signature(kind: type) -> str:
 
 
 def build(
-    key: str, spec: Mapping[str, Any], table: Mapping[str, type], from_the_data: Mapping[str, int] | None = None
+    key: str, spec: Mapping[str, Any] | str, table: Mapping[str, type], from_the_data: Mapping[str, int] | None = None
 ) -> Any:
-    """Builds the object that ``{"name": CLASS, ARGUMENT: VALUE, ...}`` describes, as are values at any depth.
+    """Builds the object that ``{"name": CLASS, ARGUMENT: VALUE, ...}`` or a name describes, as are values at any depth.
 
     The table has the known classes by name; ``from_the_data`` has values of required arguments that the description
     lacks. Raises InputError, with the config key, for an unknown name, a dotted path without a class, an unknown or
     missing argument (the message gives the signature), or a value that the class refuses.
     """
-    arguments = dict(spec)
+    arguments = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = arguments.pop("name", None)
     kind = named(key, name, table)
     known = parameters(kind)

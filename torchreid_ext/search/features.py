@@ -117,10 +117,15 @@ def extract_sets(model: TrainedModel, table: Table, **options: Any) -> dict[str,
     held = {row.path for row in table.gallery}
     apart = [row for row in table.query if row.path not in held]
     parts = (("query", apart), ("gallery", table.gallery))
-    sets = {name: extract_files(model, rows, description=name, **options) for name, rows in parts if rows}
-    if len(apart) == len(table.query):
+    others = {"query": len(apart) < len(table.query), "gallery": False}  # whether the part may be empty
+    sets = {
+        name: extract_files(model, rows, description=name, may_be_empty=others[name], **options)
+        for name, rows in parts
+        if rows
+    }
+    if not others["query"]:
         return sets
-    features = torch.cat([part.features for part in sets.values()])
+    features = torch.cat([part.features for part in sets.values() if part.entries])
     places = {row.path: at for at, row in enumerate(row for part in sets.values() for row in part.entries)}
     queries = [row for row in table.query if row.path in places]
     if not queries:

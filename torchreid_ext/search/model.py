@@ -220,7 +220,8 @@ def _note(text: str) -> None:
 
 
 def _fingerprint(network: nn.Module, config: Config) -> str:
-    settings = [value for key, value in flat(config).items() if key in KEYS and KEYS[key].features]
+    # Sorted, so that another order of the keys leaves every index readable.
+    settings = [value for key, value in sorted(flat(config).items()) if key in KEYS and KEYS[key].features]
     digest = hashlib.sha256(repr(settings).encode())
     for name, value in sorted(network.state_dict().items()):
         if not name.endswith("num_batches_tracked"):

@@ -61,7 +61,7 @@ def list_sources(sources: Sequence[str], names: str = DEFAULT_NAMES, cameras: bo
     that it has in another source."""
     carried = images.pattern(names, "--names")
     table, origin = Table(), dict[tuple[str, str], tuple[str, str]]()
-    kept: dict[tuple[str, str], Row] = {}
+    kept, known = dict[tuple[str, str], Row](), dict[str, Row]()
     alone = {source: os.path.isfile(source) and images.is_image(source) for source in sources}
     for source in sorted(alone, key=lambda source: alone[source]):
         if alone[source]:
@@ -70,8 +70,9 @@ def list_sources(sources: Sequence[str], names: str = DEFAULT_NAMES, cameras: bo
             found = _listed(source, carried, cameras)
         for row in found.rows:
             key = row.split, resolved(row.path)
-            if not kept.setdefault(key, row).identity:
-                kept[key] = row
+            kept.setdefault(key, row)
+            if row.identity:
+                known.setdefault(key[1], row)
             if alone[source]:
                 continue
             name = _relative(row.path, source if os.path.isdir(source) else os.path.dirname(source))
@@ -81,7 +82,9 @@ def list_sources(sources: Sequence[str], names: str = DEFAULT_NAMES, cameras: bo
                 cure = "give each folder by itself, or put both below one folder and give that one"
                 raise InputError(f"{both}, so their identities cannot be told apart: {cure}")
         table.leave_out_all(found)
-    table.rows = [*kept.values()]
+    for (_, path), row in kept.items():
+        same = known.get(path, row)
+        table.rows.append(row._replace(identity=same.identity, camera=same.camera))
     if not cameras:
         table.rows = [row._replace(camera="") for row in table.rows]
     return table
@@ -140,6 +143,7 @@ def test_images(config: Config, root: str | None = None, trained: Collection[str
     if config.data.type != "image":
         raise InputError(f"the run was tested on video: with drsl-extract, give a folder of the images of {target!r}")
     config.data.root = root or config.data.root
+    config.test.evaluate = True  # The loss is not built here, and need not be installed.
     if config.data.validation:
         with contextlib.redirect_stdout(io.StringIO()):  # which says how many images the run trained on
             (splits,) = build_datamanager(config).test_loader.values()

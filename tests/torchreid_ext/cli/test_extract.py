@@ -14,9 +14,9 @@ from PIL import Image
 from torchreid_ext.checkpoint import checkpoint
 from torchreid_ext.cli import evaluate, extract
 from torchreid_ext.evaluation import errors
-from torchreid_ext.images import Row
+from torchreid_ext.images import Row, Table
 from torchreid_ext.pixels import read_image
-from torchreid_ext.search.features import extract_files
+from torchreid_ext.search.features import extract_files, extract_sets
 from torchreid_ext.search.model import load_model
 
 complaint = partial(trained.complaint, command="drsl-extract")
@@ -113,6 +113,10 @@ def test_an_image_that_is_query_and_gallery_is_read_once(any_model, tmp_path, ca
         for side, rows in (("gallery", [0, 1, 2]), ("query", [0, 2])):
             assert file[f"{side}_paths"].tolist() == [str(tmp_path / names[row]) for row in rows]
             assert np.array_equal(file[side], apart.features[rows].numpy())
+    sides = ((3, "query"), (0, "query"), (0, "gallery"), (1, "gallery"))
+    table = Table([Row(str(tmp_path / names[number]), split=side) for number, side in sides])
+    sets = extract_sets(load_model(any_model, device="cpu"), table, skip_damaged=True)
+    assert np.array_equal(sets["query"].features, apart.features[:1])  # without the damaged one, which is a query alone
     for row in (0, 2):
         (tmp_path / names[row]).write_bytes(b"")
     assert extract.main(words) == 2

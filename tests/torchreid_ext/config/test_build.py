@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import torchreid
-import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pytorch_metric_learning import miners
 from pytorch_metric_learning.distances import LpDistance
 from torchreid_keys import TORCHREID
 from toy_data import make_image_manager, make_video_manager
@@ -20,6 +20,7 @@ from toy_data import make_image_manager, make_video_manager
 from pml_drsl.checks import InputError
 from torchreid_ext import build_engine, config, get_default_config
 from torchreid_ext.config.build import check_takes
+from torchreid_ext.config.values import dumped
 from torchreid_ext.engine import engines
 from torchreid_ext.engine.criteria import build_miner
 from torchreid_ext.runtime.generators import seed_everything
@@ -167,6 +168,7 @@ def test_a_file_is_read_as_utf_8_whatever_the_system_thinks(tmp_path):
         ("loss: {pml: {kwargs: {a: [None, N]}}}", "loss.pml.kwargs", {"a": [None, "N"]}),
         ("datasets: {mine: {query_cameras: None, csv: None}}", "datasets.mine", {"query_cameras": None, "csv": None}),
         ("test: {evaluate: yes}", "test.evaluate", True),
+        ("loss: {pml: {kwargs: {a: 'None', b: 'N'}}}", "loss.pml.kwargs", {"a": "None", "b": "N"}),
     ],
 )
 def test_a_value_is_converted_where_its_meaning_is_plain(tmp_path, text, key, value):
@@ -176,7 +178,7 @@ def test_a_value_is_converted_where_its_meaning_is_plain(tmp_path, text, key, va
     assert found == value and repr(found) == repr(value)
     # As a run writes config.yaml.
     again = get_default_config()
-    again.merge_from_file(write(tmp_path / "config.yaml", yaml.safe_dump(config.plain(cfg))))
+    again.merge_from_file(write(tmp_path / "config.yaml", dumped(config.plain(cfg))))
     assert config.flat(again) == config.flat(cfg)
 
 
@@ -249,6 +251,16 @@ def test_values_that_a_test_would_refuse_are_refused_before_training(words, mess
     cfg.merge_from_list(words.split())
     with pytest.raises(ValueError, match=message):
         config.check(cfg)
+
+
+def test_a_test_needs_no_loss_and_a_name_assigned_in_python_describes_a_class():
+    """The photos of a run are listed where the user's own loss is not installed."""
+    cfg = get_default_config()
+    cfg.merge_from_list(["loss.name", "pml", "loss.pml.loss", "nowhere.Loss", "test.evaluate", "True"])
+    config.check(cfg)
+    cfg.loss.pml.loss, cfg.loss.pml.miner, cfg.test.evaluate = "TripletMarginLoss", "MultiSimilarityMiner", False
+    config.check(cfg)
+    assert isinstance(build_miner("loss.pml", cfg.loss.pml), miners.MultiSimilarityMiner)
 
 
 def test_values_outside_the_range_of_their_key_are_refused():

@@ -192,5 +192,5 @@ def test_a_sampler_without_a_length_is_refused(tmp_path):
 
 def test_a_sampler_that_draws_less_than_it_says_stops_the_run(tmp_path):
     engine = engine_for(with_sampler(tmp_path, OwnSampler(0, 24)))
-    with pytest.raises(FloatingPointError, match="no batch of epoch 1 had a finite loss"):
+    with pytest.raises(FloatingPointError, match="epoch 1 had no batch with a finite loss, of 0 that"):
         engine.run(str(tmp_path / "log"), max_epoch=1)

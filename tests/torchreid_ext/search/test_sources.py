@@ -125,6 +125,10 @@ def test_an_image_that_several_sources_give_counts_once_with_its_identity(tmp_pa
     # The list says who it is, and so does a file's own folder where nothing else does.
     assert short(list_sources(["anna/hall_1.png", f"{tmp_path}/list.csv"], "folder").rows) == [("hall_1.png", "a", "")]
     assert [row[1] for row in short(list_sources(["anna", "anna/hall_1.png"], "folder").rows)] == ["anna", ""]
+    # Also as a query, where the list names it in the gallery.
+    table = list_sources([f"{tmp_path}/list.csv", folder], "folder")
+    assert {row[1:3] for row in table.rows if row.path.endswith("anna/hall_1.png")} == {("a", "")}
+    assert len(table.query) == 2 and len(table.gallery) == 3
 
 
 def test_folders_above_a_query_are_no_identity(tmp_path, monkeypatch):
