@@ -87,54 +87,22 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
     ) -> Tensor:
         """The loss of the batch of all processes; of one process, that of its batch. For the arguments see
         ``DRSLoss`` and ``CrossBatchMemory``."""
-        if isinstance(self.loss, CrossBatchMemory) and not pml_distributed.is_distributed():
-            # PML would give references to the memory, which takes none.
-            return self.forward_cross_batch(embeddings, labels, indices_tuple, ref_emb, ref_labels, 1, enqueue_mask)
-        return super().forward(  # type: ignore[no-any-return]
-            embeddings, labels, indices_tuple, ref_emb, ref_labels, enqueue_mask
-        )
-
-    def forward_regular_loss(
-        self,
-        emb: Tensor,
-        labels: Tensor | None,
-        indices_tuple: IndicesTuple | None,
-        ref_emb: Tensor | None,
-        ref_labels: Tensor | None,
-        world_size: int,
-    ) -> Tensor:
-        if world_size <= 1:
-            return self.loss(emb, labels, indices_tuple, ref_emb, ref_labels)  # type: ignore[no-any-return]
-        sizes, all_emb, all_labels = _gather_batch(emb, labels, share_gradients=self.efficient)
-        all_refs: tuple[Tensor | None, ...] = (ref_emb, ref_labels)
-        if ref_emb is not None:
-            all_refs = _gather_batch(ref_emb, ref_labels, share_gradients=self.efficient)[1:]
-        if ref_emb is emb:  # the batch itself: the loss decides by the object
-            all_refs = (all_emb, *all_refs[1:])
-        with _sharing_queries(self.loss, sizes) if self.efficient else draws_of_first(emb.device):
-            loss: Tensor = self.loss(all_emb, all_labels, indices_tuple, *all_refs)
-        return loss
-
-    def forward_cross_batch(
-        self,
-        emb: Tensor,
-        labels: Tensor | None,
-        indices_tuple: IndicesTuple | None,
-        ref_emb: Tensor | None,
-        ref_labels: Tensor | None,
-        world_size: int,
-        enqueue_mask: Tensor | None,
-    ) -> Tensor:
-        if ref_emb is not None or ref_labels is not None:
+        has_memory = isinstance(self.loss, CrossBatchMemory)
+        if has_memory and not (ref_emb is None and ref_labels is None):
             raise InputError("a CrossBatchMemory has its own references; call it without ref_emb and ref_labels")
-        if world_size <= 1:
-            return self.loss(emb, labels, indices_tuple, enqueue_mask)  # type: ignore[no-any-return]
+        others = (enqueue_mask,) if has_memory else (ref_emb, ref_labels)
+        if is_single_process():
+            return self.loss(embeddings, labels, indices_tuple, *others)  # type: ignore[no-any-return]
         # In order of rank, so that every process has the same memory. PML's wrapper puts each process's own part first.
-        _, all_emb, all_labels = _gather_batch(emb, labels)
-        if enqueue_mask is not None:
-            enqueue_mask = _gather(enqueue_mask.to(emb.device, torch.uint8))[0].bool()  # not every backend gathers bool
-        with draws_of_first(emb.device):
-            return self.loss(all_emb, all_labels, indices_tuple, enqueue_mask)  # type: ignore[no-any-return]
+        sizes, all_emb, all_labels = _gather_batch(embeddings, labels, share_gradients=self.efficient)
+        if has_memory and enqueue_mask is not None:  # Not every backend gathers bool.
+            others = (_gather(enqueue_mask.to(embeddings.device, torch.uint8))[0].bool(),)
+        elif ref_emb is not None:
+            _, all_refs, all_ref_labels = _gather_batch(ref_emb, ref_labels, share_gradients=self.efficient)
+            # The loss tells the batch itself from references by the object.
+            others = (all_emb if ref_emb is embeddings else all_refs, all_ref_labels)
+        with _sharing_queries(self.loss, sizes) if self.efficient else draws_of_first(embeddings.device):
+            return self.loss(all_emb, all_labels, indices_tuple, *others)  # type: ignore[no-any-return]
 
 
 def gather_batch(*parts: Tensor) -> tuple[Tensor, ...]:

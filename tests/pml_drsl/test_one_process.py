@@ -12,6 +12,7 @@ from batches import DEVICES
 from torch import Tensor
 from torch import distributed as dist
 
+from pml_drsl import distributed
 from pml_drsl.checks import InputError
 from pml_drsl.losses import DRSLoss
 from pml_drsl.wrappers import DistributedLossWrapper
@@ -32,21 +33,18 @@ def loss_and_gradient(loss_fn: Callable[..., Tensor], x: Tensor, labels: Tensor)
     return loss.detach(), torch.autograd.grad(loss, x)[0]
 
 
-def test_exchanged_loss_and_gradient(device: torch.device) -> None:
+def test_exchanged_loss_and_gradient(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Otherwise the wrapper would leave the exchange out.
+    monkeypatch.setattr(distributed, "is_single_process", lambda: False)
     generator = torch.Generator().manual_seed(0)
     x, labels = torch.randn(64, 32, generator=generator).to(device), torch.arange(64, device=device) // 4
     expected = loss_and_gradient(DRSLoss(), x, labels)
     for efficient in (False, True):
         wrapper: Any = DistributedLossWrapper(DRSLoss(), efficient)
-
-        # Called with the true number of processes, 1, the wrapper would leave the exchange out.
-        def exchanged(x: Tensor, labels: Tensor, wrapper: Any = wrapper) -> Tensor:
-            return wrapper.forward_regular_loss(x, labels, None, None, None, world_size=2)  # type: ignore[no-any-return]
-
-        torch.testing.assert_close(loss_and_gradient(exchanged, x, labels), expected, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(loss_and_gradient(wrapper, x, labels), expected, rtol=1e-3, atol=1e-6)
         wrapper.loss.fused = False
         with pytest.raises(InputError, match="several processes can be differentiated once"):
             y = x.clone().requires_grad_()
-            torch.autograd.grad(exchanged(y, labels), y, create_graph=True)
+            torch.autograd.grad(wrapper(y, labels), y, create_graph=True)
         with pytest.raises(InputError, match="ref_labels without ref_emb"):
-            wrapper.forward_regular_loss(x, labels, None, None, labels, world_size=2)
+            wrapper(x, labels, ref_labels=labels)

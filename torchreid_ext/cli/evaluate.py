@@ -1,6 +1,35 @@
-"""Scores features from files, compares finished runs, and shows why a run fails.
+"""drsl-evaluate: mAP, mINP and CMC of features from a file, by the protocol of Market-1501.
 
-Feature files alone need no more than the base installation, because the rest is imported when it is asked for.
+Give the features in one of two forms:
+
+  drsl-evaluate FEATURES.npz
+      The file has the arrays query [Q, D] and gallery [M, D], query_ids [Q] and gallery_ids [M]. If there are
+      cameras, it also has query_cams [Q] and gallery_cams [M]:
+          np.savez("features.npz", query=..., gallery=..., query_ids=..., gallery_ids=..., query_cams=..., ...)
+
+  drsl-evaluate QUERY.npy GALLERY.npy --ids IDS.csv
+      IDS.csv has a header, and then one line for each row of the two arrays, in the same order,
+      with commas, semicolons or tabs between the columns:
+          set,id,camera
+          query,17,1
+          gallery,17,2
+      If there are no cameras, leave out the column "camera".
+
+Gallery images with the query's identity and camera are removed. Without cameras, nothing is removed but the query's
+own image, where the file has query_paths and gallery_paths, as drsl-extract writes them. Images with the identity -1
+are junk, and have no effect; --junk names others. The distractors of Market-1501, identity 0, stay.
+
+Give runs of drsl-train in the place of files, to compare them, or to see why one fails:
+
+  drsl-evaluate RUN RUN2 ...
+      One table of the mAP and rank-1 that the runs wrote: a row for the sources of each run, a column for each target.
+
+  drsl-evaluate RUN --errors
+      One page: the queries with the lowest average precision with what came before their first match, mAP by pair of
+      cameras, the distances of matches and of others with the point of equal error, and a map of the gallery. RUN is a
+      folder or a checkpoint, and its test images are searched again: those of its first target, or of its validation
+      identities. --root says where the data sets are, if no longer where the run had them. FEATURES.npz of drsl-extract
+      will do too.
 """
 
 from __future__ import annotations
@@ -15,26 +44,19 @@ from pathlib import Path
 from typing import Any
 
 from pml_drsl.checks import InputError
-from pml_drsl.console import guarded, say, write_text
-from pml_drsl.evaluation import cli
+from pml_drsl.console import check_outputs, guarded, say, version, write_text
+from pml_drsl.evaluation import METRICS, PROTOCOLS, RANKS, TIES
 from pml_drsl.machine import available_cores
 from torchreid_ext.cli import console
 
-RUNS = """
-Give runs of drsl-train in the place of files, to compare them, or to see why one fails:
+# The rest is imported when it is asked for, so that --help is fast, and feature files need the base installation alone.
 
-  drsl-evaluate RUN RUN2 ...
-      One table of the mAP and rank-1 that the runs wrote: a row for the sources of each run, a column for each target.
-
-  drsl-evaluate RUN --errors
-      One page: the queries with the lowest average precision with what came before their first match, mAP by pair of
-      cameras, the distances of matches and of others with the point of equal error, and a map of the gallery. RUN is a
-      folder or a checkpoint, and its test images are searched again: those of its first target, or of its validation
-      identities. --root says where the data sets are, if no longer where the run had them. FEATURES.npz of drsl-extract
-      will do too.
-"""
-
-EXAMPLES = """  drsl-evaluate log/demo --errors
+EPILOG = """examples:
+  drsl-evaluate features.npz --metric cosine
+  drsl-evaluate features.npz --metric cosine --rerank --ranks 1 5 --json scores.json
+  drsl-evaluate query.npy gallery.npy --ids ids.csv --no-cameras
+  drsl-evaluate features.npz --junk -1 background
+  drsl-evaluate log/demo --errors
   drsl-evaluate features.npz --errors --html errors.html
   drsl-evaluate log/market1501 log/msmt17 --csv table.csv"""
 
@@ -43,9 +65,32 @@ FILES = ("metrics.json", "config.yaml")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status, which :func:`pml_drsl.console.guarded` explains."""
-    parser = cli.parser()
-    parser.description, parser.epilog = f"{parser.description}{RUNS}", f"{parser.epilog}{EXAMPLES}{console.EXIT_STATUS}"
-    parser.usage = "drsl-evaluate [options] FEATURES.npz | QUERY.npy GALLERY.npy | RUN [RUN2 ...]"
+    parser = argparse.ArgumentParser(
+        "drsl-evaluate",
+        usage="%(prog)s [options] FEATURES.npz | QUERY.npy GALLERY.npy | RUN [RUN2 ...]",
+        description=__doc__,
+        epilog=EPILOG + console.EXIT_STATUS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--version", action="version", version=f"%(prog)s {version()}")
+    add("features", help="FEATURES.npz, QUERY.npy GALLERY.npy, or folders of runs", nargs="+", metavar="FILE")
+    add("--ids", help="identities and cameras of the two .npy files", metavar="IDS.csv")
+    add("--metric", help="distance (what drsl-extract wrote in the file, else euclidean)", choices=METRICS)
+    about = "order of a match and a negative at the same distance: mean (each counts half before the other), "
+    about += "optimistic (the match first), pessimistic (the negative first); default: %(default)s"
+    add("--ties", help=about, choices=TIES, default="mean")
+    add("--rerank", help="re-rank by k-reciprocal neighbours first (slower)", action="store_true")
+    about = "how CMC is measured (%(default)s, as for Market-1501)"
+    add("--protocol", help=about, choices=PROTOCOLS, default="standard")
+    add("--seed", help="seed of the draws of single-gallery-shot (%(default)s)", type=int, default=0)
+    about = "identities of images that have no effect (-1); without an ID, every image counts"
+    add("--junk", help=about, nargs="*", default=["-1"], metavar="ID")
+    about = "ignore cameras: only the query's own image is removed, where the file has paths"
+    add("--no-cameras", help=about, action="store_true")
+    add("--ranks", help="ranks to print (1 5 10 20)", type=int, nargs="+", default=list(RANKS), metavar="K")
+    add("--json", help="write all scores, the CMC curve and the counts here; -: print them alone", metavar="FILE")
+    add("--device", help="where to compute (cuda if there is a device, else cpu)", choices=["cpu", "cuda"])
     add = parser.add_argument_group("runs of drsl-train").add_argument
     add("--errors", action="store_true", help="write a page that shows why a search fails")
     add("--html", metavar="PAGE.html", help="page of --errors (errors.html beside the file, or in the run's folder)")
@@ -58,8 +103,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return guarded("drsl-evaluate", lambda: _run(parser, args), [args.json, args.html, args.csv])
 
 
+def _scores(args: argparse.Namespace) -> None:
+    """Computes, prints and writes the scores of feature files; raises InputError for bad input."""
+    import torch
+
+    from pml_drsl.evaluation.scores import evaluate
+
+    if min(args.ranks) < 1:
+        raise InputError(f"--ranks {min(args.ranks)}: ranks start at 1")
+    # That of the console would need Pillow.
+    check_outputs({"--json": args.json}, [*args.features, args.ids])
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch finds no CUDA device here")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    data = _read(args)
+    options = {name: getattr(args, name) for name in ("ties", "protocol", "rerank", "seed", "junk")}
+    options |= {"max_rank": max(50, *args.ranks), "device": device, "progress": sys.stderr.isatty()}
+    result = evaluate(**data, **options)
+    if args.json:
+        write_text(args.json, json.dumps(result.to_dict(), indent=2) + "\n")
+        if args.json == "-":
+            return
+    pairs = f"{result.num_junk} pairs left out (the same image, or the same person and camera)"
+    protocol = pairs if "query_cams" in data else "no cameras: nothing left out"
+    left_out = len(data["query"]) - result.num_query + len(data["gallery"]) - result.num_gallery
+    junk = f"; {left_out} images with a junk identity left out" if left_out else ""
+    queries = f"{result.num_query} queries ({result.num_unmatched} without a match, not scored)"
+    print(f"{queries}, {result.num_gallery} gallery images, {data['metric']} distance; {protocol}{junk}")
+    for name, value in result.scores(args.ranks).items():
+        print(f"{name:<8} {value:7.2%}")
+
+
+def _read(args: argparse.Namespace) -> dict[str, Any]:
+    """The features, labels and metric of the files that were given, as ``evaluate`` takes them; ``--metric`` comes
+    before the metric of a file. InputError for bad files."""
+    from pml_drsl.evaluation.arrays import CAMERAS, read_npy, read_npz
+
+    if args.ids and len(args.features) == 1:
+        raise InputError("--ids goes with two .npy files; a .npz file holds its own query_ids and gallery_ids")
+    if len(args.features) == 1:
+        data = read_npz(args.features[0], not args.no_cameras)
+    else:
+        data = read_npy(args.features, args.ids)
+        data = {name: array for name, array in data.items() if not (args.no_cameras and name in CAMERAS)}
+    return data | {"metric": args.metric or data.get("metric", "euclidean")}
+
+
 def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    work, takes, where = cli.run, set(vars(args)) - {"html", "csv", "root"}, "feature files"
+    work, takes, where = _scores, set(vars(args)) - {"html", "csv", "root"}, "feature files"
     if args.errors:
         work, takes, where = _errors, {"errors", "html", "junk"}, "--errors"
         takes |= {"ids", "metric", "no_cameras"} if _holds_features(args.features[0]) else {"root", "device"}
@@ -87,7 +178,7 @@ def _errors(args: argparse.Namespace) -> None:
 
     console.check_outputs({"--html": args.html}, [*args.features, args.ids])
     if _holds_features(args.features[0]):
-        data = cli.read(args)
+        data = _read(args)
         metric = data.pop("metric")
         held = load_arrays(args.features[0]) if len(args.features) == 1 else {}
         paths: list[Any] = [held.get(name) for name in PATHS]

@@ -151,11 +151,8 @@ def next_commands(save_dir: str, query: Sequence[str], gallery: Sequence[str], n
 
 def _program(name: str) -> str:
     """How to start a command: beside drsl-train, where that is not on the path."""
-    started, found = Path(sys.argv[0]), shutil.which(name)
-    beside = started.with_name(name)
-    if started.name != "drsl-train" or started.parent == Path() or not beside.exists():
-        return name
-    return name if found and os.path.samefile(found, beside) else str(beside)
+    beside = Path(sys.argv[0]).parent / name
+    return name if shutil.which(name) or not beside.exists() else str(beside)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def build_datamanager(cfg: Config) -> Any:
     check(cfg)
     register_datasets(cfg.datasets)
     kind = torchreid.data.VideoDataManager if cfg.data.type == "video" else torchreid.data.ImageDataManager
-    with _input_errors(cfg), without_empty_folders(Path(cfg.data.root)):
+    with input_errors(cfg):
         # VIPeR and others draw their splits when they are first read, and keep them in a file: the same for all runs.
         with generators.untouched(seed=0):
             manager = kind(**_arguments(cfg), train_sampler="SequentialSampler")
@@ -108,10 +108,12 @@ def image_options(cfg: Config) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _input_errors(cfg: Config) -> Iterator[None]:
-    """Turns the errors that torchreid raises for wrong values or missing data into ``InputError``."""
+def input_errors(cfg: Config) -> Iterator[None]:
+    """Turns the errors that torchreid raises for wrong values or missing data into ``InputError``, and removes
+    the empty folders of a download that failed."""
     try:
-        yield
+        with without_empty_folders(Path(cfg.data.root)):
+            yield
     except AssertionError as error:
         # torchreid's samplers and data sets check their arguments with assertions that have no message.
         given = {name: cfg.sampler[name] for name in ("train_sampler", *_GROUPS)}

@@ -16,9 +16,9 @@ import torchreid
 from pml_drsl.checks import InputError
 from torchreid_ext import images
 from torchreid_ext.config import Config, build_datamanager
-from torchreid_ext.config.data import image_options, own_images, person
+from torchreid_ext.config.data import image_options, input_errors, own_images, person
 from torchreid_ext.config.run import check_unseen
-from torchreid_ext.data.datasets import register_datasets, without_empty_folders
+from torchreid_ext.data.datasets import register_datasets
 from torchreid_ext.images import Row, Table
 
 DEFAULT_NAMES = "market"  # how names carry identities and cameras by default: see ``torchreid_ext.images.pattern``
@@ -151,12 +151,8 @@ def test_images(config: Config, root: str | None = None, trained: Collection[str
     else:
         register_datasets(config.datasets)
         options = image_options(config)
-        try:
-            with without_empty_folders(Path(options["root"])):
-                dataset = torchreid.data.datasets.init_image_dataset(target, mode="query", verbose=False, **options)
-        except (OSError, RuntimeError) as error:
-            cure = "Put the data there, or say with --root where it is"
-            raise InputError(f"cannot read {target!r} below {options['root']!r}: {error}. {cure}") from error
+        with input_errors(config):
+            dataset = torchreid.data.datasets.init_image_dataset(target, mode="query", verbose=False, **options)
     table = images.from_torchreid(dataset)
     own = own_images(config, config.data.sources if config.data.validation else [target])
     tested = {person(*own[row.path]): own[row.path] for row in table.query + table.gallery if row.path in own}
