@@ -178,6 +178,17 @@ def add_neck(model: nn.Module) -> None:
     model.__class__ = _class_with_neck(kind)
 
 
+def with_sync_batchnorm(model: nn.Module) -> nn.Module:
+    """The network, whose batch normalisation in training is over the batch of all processes."""
+    if not isinstance(model, TimmNetwork):
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    # Many layers of timm are a normalisation with an activation, which torch's function would drop without a word.
+    from timm import layers
+
+    made: nn.Module = layers.convert_sync_batchnorm(model)  # type: ignore[attr-defined]
+    return made
+
+
 def set_last_stride(model: nn.Module, name: str) -> None:
     """Sets the stride of the last stage of a network to 1, in place, so that the stage keeps its resolution. Raises
     InputError for a network, ``name``, without a ``layer4``, which every kind of ResNet has."""

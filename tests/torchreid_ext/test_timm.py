@@ -21,6 +21,20 @@ def images(height=64, width=32, size=4):
 SMALL = {"resnet10t": (64, 32), "vit_tiny_patch16_224": (64, 32), "mobilenetv3_small_050": (64, 32)}
 
 
+@pytest.mark.parametrize("name", ["resnet10t", "mobilenetv3_small_050"])
+def test_synchronised_batch_normalisation_keeps_the_activations(name):
+    torch.manual_seed(0)
+    model = networks.TimmNetwork(name, 5, "triplet", False, 64, 32)
+    networks.add_neck(model)
+    model.eval()
+    with torch.no_grad():
+        expected = model(images())
+        model = networks.with_sync_batchnorm(model)
+        torch.testing.assert_close(model(images()), expected)
+    kinds = [type(layer) for layer in model.modules() if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)]
+    assert kinds and all(issubclass(kind, torch.nn.SyncBatchNorm) for kind in kinds)
+
+
 @pytest.mark.parametrize(("name", "size"), SMALL.items())
 @pytest.mark.parametrize("neck", [False, True])
 def test_a_network_of_timm_returns_what_an_engine_needs(name, size, neck):

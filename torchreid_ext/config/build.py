@@ -35,7 +35,7 @@ def build_model(cfg: Config, num_classes: int) -> nn.Module:
     if cfg.train.sync_batchnorm and distributed.size() > 1:
         if not use_gpu:
             raise InputError("train.sync_batchnorm: torch has it only on GPUs; train on GPUs, or set it to False")
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = networks.with_sync_batchnorm(model)
     if use_gpu:
         model = model.to("cuda")
         number = torch.cuda.device_count()

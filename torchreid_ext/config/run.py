@@ -276,8 +276,9 @@ def _try(cfg: Config, engine: Any, done: int, steps: int) -> tuple[list[Any], li
 
     def watched(batch: Any) -> Any:
         batches.append(batch)
-        # The values to log are numbers, so that a GPU has finished the step.
         summary = step(batch)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # The step has ended once the GPU has.
         moments.append(time.perf_counter())
         if len(batches) == steps:
             raise _EnoughError

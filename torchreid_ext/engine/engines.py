@@ -187,6 +187,7 @@ class ImageSoftmaxEngine(BaseEngine, torchreid.engine.ImageSoftmaxEngine):
         loss = self.compute_loss(self.criterion, output, batch.pids)
         return self.classified("loss", loss, output, batch.pids)
 
+        self.criterion.use_gpu = batch.pids.is_cuda  # The model's device counts, and not the engine's argument.
 
 class VideoSoftmaxEngine(Tracklets, ImageSoftmaxEngine, torchreid.engine.VideoSoftmaxEngine):
     """``ImageSoftmaxEngine`` for tracklets."""
@@ -215,6 +216,7 @@ class ImageTripletEngine(BaseEngine, torchreid.engine.ImageTripletEngine):
             loss_x = self.compute_loss(self.criterion_x, logits, batch.pids)
             loss_x, values = self.classified("loss_x", loss_x, logits, batch.pids)
             loss, summary = loss + self.weight_x * loss_x, summary | values
+            self.criterion_x.use_gpu = batch.pids.is_cuda
         return loss, summary
 
 

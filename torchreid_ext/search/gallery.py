@@ -114,7 +114,7 @@ class Gallery:
             raise InputError(f"queries have {queries.shape[1]} dimensions, and the gallery has {self._index.d}")
         top, cosine = min(top, len(self)), self.model.metric == "cosine"
         if rerank:
-            ranked = reranking.rerank(queries.float(), self._features(), metric=self.model.metric)
+            ranked = reranking.rerank(queries.detach().cpu().float(), self._features(), metric=self.model.metric)
             distances, places = ranked.rows(0, len(queries)).topk(top, largest=False)
             rows, found = places.numpy(), distances.numpy()
         else:
@@ -138,7 +138,7 @@ class Gallery:
         vectors = features.float() if as_given else F.normalize(features.float())
         if not torch.isfinite(vectors).all():
             raise InputError("features must be finite, and some are NaN or infinite")
-        return np.ascontiguousarray(vectors.numpy())
+        return np.ascontiguousarray(vectors.detach().cpu().numpy())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the gallery to a file, whole or not at all. Call it inside ``files.locked``. Paths below the folder of

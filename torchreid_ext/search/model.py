@@ -149,8 +149,8 @@ def load_model(
     checkpoint.fit_weights(network, weights, path, config.model.name)
     fingerprint = _fingerprint(network, config)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {str(place)!r}: torch finds no CUDA device here; use 'cpu'")
+    if place.type == "cuda" and (place.index or 0) >= (number := torch.cuda.device_count()):
+        raise InputError(f"device {str(place)!r}: torch finds {number or 'no'} CUDA devices here; use 'cpu' or another")
     people = checkpoint.people_of(state) if config_file is None else frozenset[str]()
     if note:
         _note(note)

@@ -60,6 +60,17 @@ def test_every_model_of_the_zoo_takes_a_step_and_has_a_neck(part):
         assert networks.feature_sizes(model, *data["img"].shape[2:]) == sizes, name
 
 
+@pytest.mark.parametrize("name", ["Softmax", "Triplet"])
+def test_the_cross_entropy_of_torchreid_follows_the_device_of_the_model(name, monkeypatch):
+    """``use_gpu`` has no effect: here a script on a machine with a GPU trains on the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    model = build(loss=name.lower())
+    weights = {"weight_x": 1} if name == "Triplet" else {}
+    engine = make_engine(model, getattr(engines, f"Image{name}Engine"), use_gpu=True, **weights)
+    monkeypatch.undo()
+    assert math.isfinite(sum(engine.forward_backward(batch()).values()))
+
+
 def test_heads_are_averaged():
     heads = torch.randn(4, 6, requires_grad=True), torch.randn(4, 5, requires_grad=True)
     logits = torch.randn(4, 2, requires_grad=True), torch.randn(4, 2, requires_grad=True)

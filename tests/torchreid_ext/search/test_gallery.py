@@ -54,7 +54,7 @@ def test_the_nearest_are_those_of_a_slow_search(metric, offset):
 
 
 def test_adding_removing_and_reranking():
-    features = draw(300)
+    features = draw(300).requires_grad_()  # As they come from one's own network, where no_grad was forgotten.
     gallery = Gallery(model("euclidean"))
     gallery.add([Row(f"a{row}") for row in range(300)], features)
     assert [entry.path for entry, _ in gallery.nearest(features[[7]], 1)[0]] == ["a7"]

@@ -99,6 +99,13 @@ def test_the_folder_of_a_run_stands_for_its_best_checkpoint(plain, tmp_path):
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize(("number", "device", "fault"), [(0, "cuda", "finds no CUDA"), (1, "cuda:1", "finds 1 CUDA")])
+def test_a_device_that_is_not_there_is_refused(plain, monkeypatch, number, device, fault):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
+    with pytest.raises(InputError, match=f"device '{device}': torch {fault} device"):
+        load_model(plain, device=device)
+
+
 @pytest.mark.parametrize(("name", "size"), [("osnet_x0_25", (256, 128)), ("hacnn", (160, 64))])
 def test_weights_of_the_zoo_need_only_the_name_of_the_network(tmp_path, capsys, name, size):
     torch.manual_seed(0)
