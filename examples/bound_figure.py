@@ -43,20 +43,20 @@ def bound(x: np.ndarray, temperature: float, power: float) -> np.ndarray:
 
 x = np.linspace(-1, 1, 201)
 figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(10, 3), layout="constrained")
-for temperature in (0.03, 0.1, 0.3):
-    left.plot(x, smooth_count(x, temperature), label=f"G, temperature {temperature}")
-left.plot(x, bound_of_count(x, 0.1), "k--", label="B, temperature 0.1")
+for temperature in (0.02, 0.05, 0.2):
+    left.plot(x, smooth_count(x, temperature), label=f"G, {temperature}")
+left.plot(x, bound_of_count(x, 0.05), "k--", label="B, 0.05")
 left.set(title="what a negative counts", ylim=(0, 2))
 for power in (1.0, 0.3, 0.1):
-    middle.plot(x, bound(x, 0.1, power) - bound(x[0], 0.1, power), label=f"bound_power {power}")
-    right.plot(x, np.gradient(bound(x, 0.1, power), x))
-middle.plot(x, definition(x, 0.1), "k:", label="bound_power None")
-right.plot(x, np.gradient(definition(x, 0.1), x), "k:")
-middle.set(title="the loss, above its value at -1")
+    middle.plot(x, bound(x, 0.05, power) - bound(x[0], 0.05, power), label=f"bound_power {power}")
+    right.plot(x, np.gradient(bound(x, 0.05, power), x))
+middle.plot(x, definition(x, 0.05), "k:", label="bound_power None")
+right.plot(x, np.gradient(definition(x, 0.05), x), "k:")
+middle.set(title="the loss, above its value at -1", ylim=(-0.4, 11))
 right.set(title="its pull: the derivative of the loss")
 for axes in (left, middle, right):
     axes.axvline(0, color="grey", linewidth=0.5)
     axes.set_xlabel("how far the positive is behind the negative")
-for axes in (left, middle):
-    axes.legend(frameon=False, fontsize=8, loc="upper left")
+left.legend(frameon=False, fontsize=8, loc="upper right", title="temperature", title_fontsize=8)
+middle.legend(frameon=False, fontsize=8, loc="upper left")
 figure.savefig(sys.argv[1] if len(sys.argv) > 1 else "docs/bound.svg", metadata={"Date": None})

@@ -70,7 +70,7 @@ class DRSLoss(BaseMetricLossFunction):
 
     def __init__(
         self,
-        temperature: float = 0.1,
+        temperature: float = 0.05,
         sort_weight: float = 1.0,
         margin: float = 0.0,
         bound_power: float | None = 0.1,
@@ -99,7 +99,7 @@ class DRSLoss(BaseMetricLossFunction):
             for value in (self.temperature, self.sort_weight, self.margin)
         )
         if not (is_real(temperature) and temperature > 0):
-            raise InputError(f"temperature must be a number above 0, got {temperature!r}; try 0.1")
+            raise InputError(f"temperature must be a number above 0, got {temperature!r}; try 0.05")
         if not (is_real(sort_weight) and sort_weight >= 0):
             raise InputError(f"sort_weight must be a number of at least 0, got {sort_weight!r}; 0 turns sorting off")
         if not is_real(margin):

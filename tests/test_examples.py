@@ -109,7 +109,7 @@ def test_the_figure_of_the_bound_is_that_of_the_loss(run, tmp_path, monkeypatch)
         loss = DRSLoss(sort_weight=0, bound_power=0.3)(
             torch.tensor([[1.0, 0.0]]), torch.tensor([0]), ref_emb=others, ref_labels=torch.tensor([0, 1])
         )
-        assert loss.item() == pytest.approx(names["bound"](cosines[1] - cosines[0], 0.1, 0.3), rel=1e-4)
+        assert loss.item() == pytest.approx(names["bound"](cosines[1] - cosines[0], 0.05, 0.3), rel=1e-4)
 
 
 def test_the_notebook(capsys):

@@ -111,7 +111,7 @@ def _scores(args: argparse.Namespace) -> None:
 
     if min(args.ranks) < 1:
         raise InputError(f"--ranks {min(args.ranks)}: ranks start at 1")
-    # That of the console would need Pillow.
+    # console.check_outputs needs Pillow.
     check_outputs({"--json": args.json}, [*args.features, args.ids])
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no CUDA device here")

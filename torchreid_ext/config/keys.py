@@ -18,7 +18,7 @@ _fixed, _kept, _free = (partial(Key, on_resume=word) for word in ("fixed", "kept
 
 # Tables, which the formatter would pull apart.
 # fmt: off
-def _metric_loss(section: str, name: str) -> dict[str, Key]:
+def _metric_loss(section: str, name: str, weight: float) -> dict[str, Key]:
     """Keys that ``loss.drsl`` and ``loss.pml`` share."""
     keys = {
         "miner": Key({}, "miner of pytorch_metric_learning or pml_drsl: its name, or {name: CLASS, ARGUMENT: VALUE}"),
@@ -29,7 +29,7 @@ def _metric_loss(section: str, name: str) -> dict[str, Key]:
             text="number of features of past batches to compare with (cross-batch memory), for losses that can"),
         "memory_start_epoch": Key(-1, least=-1,
             text="epochs at the start without the memory; -1: as many as train.warmup_epoch, and at least one"),
-        "weight_m": Key(1.0, f"weight of {name}", least=0),
+        "weight_m": Key(weight, f"weight of {name}", least=0),
         "weight_x": Key(1.0, "weight of the identity cross-entropy", least=0),
     }
     return {f"loss.{section}.{argument}": key for argument, key in keys.items()}
@@ -105,7 +105,7 @@ TORCHREID: dict[str, Key] = {
 }
 
 DRSL_ARGUMENTS: dict[str, Key] = {
-    "temperature": Key(0.1,
+    "temperature": Key(0.05,
         "softness of the ranks, > 0, in units of the distance, which by default is minus the cosine, from -1 to 1"),
     "sort_weight": Key(1.0, "weight of the sort error, >= 0"),
     "margin": Key(0.0, "distance by which negatives must follow positives; any finite number"),
@@ -143,11 +143,11 @@ OURS: dict[str, Key] = {
     "loss.cross_camera": Key(False,
         "drsl and pml: leave pairs of one identity and one camera out of positives and negatives, as evaluation does"),
     **{f"loss.drsl.{name}": entry for name, entry in DRSL_ARGUMENTS.items()},
-    **_metric_loss("drsl", "DRSL"),
+    **_metric_loss("drsl", "DRSL", 0.3),
     "loss.pml.loss": _fixed("TripletMarginLoss", "class of pytorch_metric_learning.losses, or package.module.Class"),
     "loss.pml.kwargs": Key({}, "arguments of the loss; num_classes and embedding_size are filled in"),
     "loss.pml.lr": _kept(0.0, "learning rate of the weights that the loss has, if any; 0 takes train.lr", least=0),
-    **_metric_loss("pml", "the loss"),
+    **_metric_loss("pml", "the loss", 1.0),
     "test.untrained": Key(False, "test before training too, and print both results side by side", scores=False),
 }
 

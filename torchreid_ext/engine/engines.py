@@ -57,7 +57,7 @@ class ImagePMLEngine(BaseEngine):
             in training and features otherwise.
         optimizer: an optimizer of the parameters of the model, and of the criterion if the criterion has parameters.
         criterion: a loss of PML, or a ``PerFeature`` with one loss for each of the model's features.
-        weight_m: weight of the criterion, >= 0.
+        weight_m: weight of the criterion, >= 0; None: 1, or 0.3 in the engines of DRSL.
         weight_x: weight of the cross-entropy, >= 0; one of the two weights is above 0.
         miner: a miner of PML, applied to the features. A ``CrossBatchMemory`` takes its miner itself.
         scheduler: a learning rate scheduler, stepped after each epoch; None keeps the rate.
@@ -67,13 +67,15 @@ class ImagePMLEngine(BaseEngine):
     """
 
     by_default: Callable[[], nn.Module] | None = None  # makes the criterion of a subclass that needs none
+    weight_by_default = 1.0
 
     def __init__(
         self, datamanager: Any, model: nn.Module, optimizer: Optimizer, criterion: Any = None,
-        weight_m: float = 1, weight_x: float = 1, miner: BaseMiner | None = None, scheduler: Any = None,
+        weight_m: float | None = None, weight_x: float = 1, miner: BaseMiner | None = None, scheduler: Any = None,
         use_gpu: bool = True, label_smooth: bool = True, cross_camera: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(datamanager, use_gpu)
+        weight_m = self.weight_by_default if weight_m is None else weight_m
         if weight_m < 0 or weight_x < 0 or weight_m + weight_x == 0:
             raise InputError(f"weight_m and weight_x must be 0 or more and not both 0, got {weight_m} and {weight_x}")
         if miner is not None and not isinstance(miner, BaseMiner):
@@ -165,7 +167,7 @@ class VideoPMLEngine(Tracklets, ImagePMLEngine):
 
 
 class ImageDRSLEngine(ImagePMLEngine):
-    """``ImagePMLEngine`` whose criterion is ``DRSLoss()`` by default.
+    """``ImagePMLEngine`` with two other defaults: the criterion ``DRSLoss()``, and a ``weight_m`` of 0.3.
 
     Example::
 
@@ -174,20 +176,21 @@ class ImageDRSLEngine(ImagePMLEngine):
     """
 
     by_default = staticmethod(partial(DRSLoss, collect_stats=True))
+    weight_by_default = 0.3
 
 
 class VideoDRSLEngine(Tracklets, ImageDRSLEngine):
-    """``VideoPMLEngine`` whose criterion is ``DRSLoss()`` by default."""
+    """``VideoPMLEngine`` with the defaults of ``ImageDRSLEngine``."""
 
 
 class ImageSoftmaxEngine(BaseEngine, torchreid.engine.ImageSoftmaxEngine):
     """torchreid's engine of this name on top of ``BaseEngine``: the cross-entropy of the logits."""
 
     def compute_losses(self, output: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        self.criterion.use_gpu = batch.pids.is_cuda  # The model's device counts, and not the engine's argument.
         loss = self.compute_loss(self.criterion, output, batch.pids)
         return self.classified("loss", loss, output, batch.pids)
 
-        self.criterion.use_gpu = batch.pids.is_cuda  # The model's device counts, and not the engine's argument.
 
 class VideoSoftmaxEngine(Tracklets, ImageSoftmaxEngine, torchreid.engine.VideoSoftmaxEngine):
     """``ImageSoftmaxEngine`` for tracklets."""
@@ -213,10 +216,10 @@ class ImageTripletEngine(BaseEngine, torchreid.engine.ImageTripletEngine):
             loss = loss + self.weight_t * loss_t
             summary["loss_t"] = loss_t.item()
         if self.weight_x > 0:
+            self.criterion_x.use_gpu = batch.pids.is_cuda
             loss_x = self.compute_loss(self.criterion_x, logits, batch.pids)
             loss_x, values = self.classified("loss_x", loss_x, logits, batch.pids)
             loss, summary = loss + self.weight_x * loss_x, summary | values
-            self.criterion_x.use_gpu = batch.pids.is_cuda
         return loss, summary
 
 

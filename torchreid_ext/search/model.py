@@ -150,7 +150,7 @@ def load_model(
     fingerprint = _fingerprint(network, config)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if place.type == "cuda" and (place.index or 0) >= (number := torch.cuda.device_count()):
-        raise InputError(f"device {str(place)!r}: torch finds {number or 'no'} CUDA devices here; use 'cpu' or another")
+        raise InputError(f"device {str(place)!r}: torch finds {number} CUDA devices here; use 'cpu', or count from 0")
     people = checkpoint.people_of(state) if config_file is None else frozenset[str]()
     if note:
         _note(note)

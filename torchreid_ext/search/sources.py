@@ -150,11 +150,12 @@ def test_images(config: Config, root: str | None = None, trained: Collection[str
         dataset: Any = splits["query"].dataset
     else:
         register_datasets(config.datasets)
-        options = image_options(config)
+        config.data.sources = config.data.targets = [target]  # The others need not be there.
         with input_errors(config):
+            options = image_options(config)
             dataset = torchreid.data.datasets.init_image_dataset(target, mode="query", verbose=False, **options)
     table = images.from_torchreid(dataset)
-    own = own_images(config, config.data.sources if config.data.validation else [target])
+    own = own_images(config, config.data.sources)
     tested = {person(*own[row.path]): own[row.path] for row in table.query + table.gallery if row.path in own}
     changed = "the photos have changed since, and with them the random split. To test, bring the photos back"
     cure = f"{changed} as they were, or give those of other people to drsl-extract as a SOURCE"

@@ -9,8 +9,8 @@ from torchreid_ext.benchmark import grid, report, runner
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "docs" / "benchmark.jsonl.gz"
-# Losses with columns of their own in the README's table, or on other batches.
-SHOWN = ("softmax", "softmax-identity", "triplet", "drsl")
+# Losses with columns of their own in the README's table, on other batches, or DRSL too.
+SHOWN = ("softmax", "softmax-identity", "triplet", "drsl", "t0.1-p0.1-s1")
 
 
 @pytest.fixture(scope="module")

@@ -340,7 +340,8 @@ def test_losses_with_numbers_of_negatives_become_curves(tmp_path, monkeypatch):
     report.draw(report.sections([*results, line("softmax", 0, 0.5)]), tmp_path / "figure.png")
     curves, points = drawn
     assert sorted(curves.get_legend_handles_labels()[1]) == ["drsl", "supcon"]
-    assert [list(container.lines[0].get_xdata()) for container in curves.containers] == [[15, 60]] * 2
+    first, second = ([*container.lines[0].get_xdata()] for container in curves.containers)
+    assert first == [15, 60] and second == pytest.approx(first, rel=0.1) and min(second) > 15
     # A loss without a number has no place on a curve, and is not left out.
     assert {text.get_text() for text in points.get_yticklabels()} == {"softmax", *(each["loss"] for each in results)}
 
@@ -350,13 +351,13 @@ DRSL = {"loss": {"name": "drsl"}}
 
 @pytest.mark.parametrize("fails", [(), ("drsl*3",)])
 def test_tuning_tries_the_settings_with_the_best_weight(tmp_path, monkeypatch, fails):
-    """In place of training, a score that is best for weight 3 and temperature 0.05."""
+    """In place of training, a score that is best for weight 3 and temperature 0.2."""
 
     def run_all(runs, results, workers):
         for run in runs:
             if run.loss not in fails:
                 weight, temperature = (run.configuration[f"loss.drsl.{key}"] for key in ("weight_m", "temperature"))
-                score = 0.5 + 0.01 * weight + 0.1 * (temperature == 0.05)
+                score = 0.5 + 0.01 * weight + 0.1 * (temperature == 0.2)
                 configuration = dict(run.configuration)
                 grid.append_result(
                     results, {"configuration": configuration, "results": {"a": {"mAP": score}, "b": {"mAP": score}}}
@@ -367,10 +368,10 @@ def test_tuning_tries_the_settings_with_the_best_weight(tmp_path, monkeypatch, f
     monkeypatch.setattr(runner, "plan", lambda **grid_: [_validated(run) for run in grid.plan(**grid_)])
     (tmp_path / "demo.yaml").write_text("loss: {name: softmax}\n")
     arguments = {"files": [tmp_path / "demo.yaml"], "seeds": range(2), "words": [], "varied": [], "root": None}
-    settings = {"drsl": [{"loss.drsl.temperature": 0.5}, {"loss": {"drsl": {"temperature": 0.05}}}]}
+    settings = {"drsl": [{"loss.drsl.temperature": 0.5}, {"loss": {"drsl": {"temperature": 0.2}}}]}
     best, scores, failed = runner.tune({"drsl": DRSL}, settings, arguments, tmp_path / "results.jsonl", 1)
     weight = 1.0 if fails else 3.0
-    assert best == {"drsl": {"loss.name": "drsl", "loss.drsl.weight_m": weight, "loss.drsl.temperature": 0.05}}
+    assert best == {"drsl": {"loss.name": "drsl", "loss.drsl.weight_m": weight, "loss.drsl.temperature": 0.2}}
     assert len(scores) == (5 if fails else 6) and failed == 2 * len(fails)
     assert scores[f"drsl*{weight:g}+2"] == pytest.approx(0.6 + 0.01 * weight)
     runner.write_tuned(tmp_path / "tuned.yaml", best, scores)

@@ -68,15 +68,15 @@ def test_a_result_is_a_line_and_is_not_made_again(script, tmp_path, capsys):
 
 
 def test_a_result_is_added_under_every_label_of_its_configuration(script, tmp_path, monkeypatch):
-    """As the weight 1, which is the default, that drsl-benchmark tune chose, or a varied key at its default."""
-    results, tuned = tmp_path / "results.jsonl", {"drsl-tuned": {"loss.name": "drsl", "loss.drsl.weight_m": 1.0}}
+    """As the weight 0.3, which is the default, that drsl-benchmark tune chose, or a varied key at its default."""
+    results, tuned = tmp_path / "results.jsonl", {"drsl-tuned": {"loss.name": "drsl", "loss.drsl.weight_m": 0.3}}
     assert runner.run_all(planned([0]), results, 1) == 0
     monkeypatch.setattr(runner, "Process", None)  # A run would raise a TypeError.
     for words, varied, losses in (
         ([], [], tuned),
         ([], [["data.split_id", "0"]], DRSL),
-        (["loss.drsl.weight_m", "1.0"], [], DRSL),
-        (["loss.drsl.weight_m", "1", "data.workers", "2"], [], DRSL),  # the same once more
+        (["loss.drsl.weight_m", "0.3"], [], DRSL),
+        (["loss.drsl.weight_m", "3e-1", "data.workers", "2"], [], DRSL),  # the same once more
     ):
         for _ in range(2):
             runs = grid.plan([DEMO], losses, [0], ["train.max_epoch", "1", *words], varied)

@@ -122,7 +122,7 @@ def test_miner_reducer_distance_by_name(tmp_path, section):
     if section == "pml":
         parts |= {"loss": "ContrastiveLoss", "kwargs": {"neg_margin": 0.7}}
     else:
-        parts |= {"temperature": 0.05, "bound_power": 1}
+        parts |= {"temperature": 0.2, "bound_power": 1}
     engine = built(configured(tmp_path, {"name": section, section: parts}), make_image_manager(tmp_path))
     criterion = engine.criterion
     assert isinstance(engine.miner, miners.MultiSimilarityMiner) and engine.miner.epsilon == 0.2
@@ -133,7 +133,7 @@ def test_miner_reducer_distance_by_name(tmp_path, section):
         assert isinstance(criterion.reducer.reducers["pos_loss"], reducers.AvgNonZeroReducer)
     else:
         assert isinstance(criterion, DRSLoss) and criterion.bound_power == 1
-        assert criterion.temperature == 0.05
+        assert criterion.temperature == 0.2
         assert isinstance(criterion.reducer.reducers["sort_loss"], PerQueryReducer)
     assert isinstance(engine, engines.ImageDRSLEngine) == (section == "drsl")
     engine.run(str(tmp_path / "log"), max_epoch=1)

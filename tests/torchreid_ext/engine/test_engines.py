@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from toy_data import Manager, make_image_manager
 
 from pml_drsl import DRSLoss
-from torchreid_ext import networks
+from torchreid_ext import get_default_config, networks
 from torchreid_ext.engine import engines
 from torchreid_ext.evaluation.extraction import extract
 
@@ -58,6 +58,13 @@ def test_every_model_of_the_zoo_takes_a_step_and_has_a_neck(part):
         sizes = [module.in_features for module in model.modules() if isinstance(module, networks.NeckClassifier)]
         assert engine.extract_features(data["img"]).shape == (4, sum(sizes)), name
         assert networks.feature_sizes(model, *data["img"].shape[2:]) == sizes, name
+
+
+@pytest.mark.parametrize(("section", "engine"), [("drsl", "ImageDRSLEngine"), ("pml", "ImagePMLEngine")])
+def test_an_engine_of_a_script_has_the_weights_of_a_configuration(section, engine):
+    made = make_engine(build(), getattr(engines, engine), criterion=DRSLoss())
+    keys = get_default_config().loss[section]
+    assert (made.weight_m, made.weight_x) == (keys.weight_m, keys.weight_x)
 
 
 @pytest.mark.parametrize("name", ["Softmax", "Triplet"])

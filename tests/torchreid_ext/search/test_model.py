@@ -99,10 +99,10 @@ def test_the_folder_of_a_run_stands_for_its_best_checkpoint(plain, tmp_path):
         load_model(tmp_path)
 
 
-@pytest.mark.parametrize(("number", "device", "fault"), [(0, "cuda", "finds no CUDA"), (1, "cuda:1", "finds 1 CUDA")])
-def test_a_device_that_is_not_there_is_refused(plain, monkeypatch, number, device, fault):
+@pytest.mark.parametrize(("number", "device"), [(0, "cuda"), (1, "cuda:1")])
+def test_a_device_that_is_not_there_is_refused(plain, monkeypatch, number, device):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
-    with pytest.raises(InputError, match=f"device '{device}': torch {fault} device"):
+    with pytest.raises(InputError, match=f"device '{device}': torch finds {number} CUDA devices"):
         load_model(plain, device=device)
 
 

@@ -280,7 +280,8 @@ def test_a_download_that_fails_is_explained_and_leaves_no_empty_folder(tmp_path,
     monkeypatch.setattr(torchreid.data.datasets.dataset, "download_url", offline)
     config = get_default_config()
     config.data.targets = ["dukemtmcreid"]
-    with pytest.raises(InputError, match=r"dukemtmcreid below data\.root '~/photos': there is no network\. .*--root"):
+    told = r"cannot read dukemtmcreid below data\.root '~/photos': there is no network\. .*--root"
+    with pytest.raises(InputError, match=told):
         test_images(config, "~/photos")
     assert not [*tmp_path.iterdir()]
 
