@@ -186,7 +186,7 @@ def with_sync_batchnorm(model: nn.Module) -> nn.Module:
     from timm import layers
 
     made: nn.Module = layers.convert_sync_batchnorm(model)  # type: ignore[attr-defined]
-    return made
+    return made.train(model.training)  # The new layers of timm 1.0.3 are in training mode.
 
 
 def set_last_stride(model: nn.Module, name: str) -> None:
