@@ -73,6 +73,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         self.warmup = int(warmup)
         self.embedding_memory: Tensor
         self.warmup_calls = 0
+        self.register_load_state_dict_pre_hook(_keep_place)
 
     @staticmethod
     def supported_losses() -> list[str]:
@@ -83,7 +84,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
 
     def set_extra_state(self, state: dict[str, int]) -> None:
         self.queue_idx, self.has_been_filled = int(state["queue_idx"]), bool(state["has_been_filled"])
-        self.warmup_calls = int(state["warmup_calls"])
+        self.warmup_calls = int(state.get("warmup_calls", self.warmup_calls))
 
     def forward(
         self,
@@ -178,3 +179,10 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         on_device = [index.to(self.curr_batch_idx.device) for index in indices]
         mapped = (index if i in anchors else self.curr_batch_idx[index] for i, index in enumerate(on_device))
         return tuple(mapped)  # type: ignore[return-value]
+
+
+def _keep_place(memory: CrossBatchMemory, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    # States of PML's memory, and of versions before 0.3, have no place in the queue, and theirs count the calls apart.
+    place = state_dict.setdefault(f"{prefix}_extra_state", memory.get_extra_state())
+    if (calls := state_dict.pop(f"{prefix}warmup_calls", None)) is not None:
+        state_dict[f"{prefix}_extra_state"] = place | {"warmup_calls": int(calls)}

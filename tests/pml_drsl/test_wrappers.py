@@ -241,6 +241,22 @@ def test_a_restored_memory_goes_on_exactly(warmup, before):
             assert all(torch.equal(each(x, labels), wanted) for each in copies)
 
 
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_states_of_other_memories_can_be_loaded(warmup):
+    """PML's, one with another warm-up, and one of a version that counted the calls in a buffer."""
+    theirs, ours = pml.CrossBatchMemory(pml.SupConLoss(), 4, 8), CrossBatchMemory(make_loss(0.1), 4, 8, warmup=warmup)
+    ((x, labels),) = batches(1, 5, torch.float32)
+    theirs(x, labels)
+    ours.load_state_dict(theirs.state_dict())
+    assert torch.equal(ours.embedding_memory, theirs.embedding_memory) and ours.warmup_calls == 0
+    other = CrossBatchMemory(make_loss(0.1), 4, 8, warmup=2 - warmup)
+    other.load_state_dict(ours.state_dict())
+    older = ours.state_dict() | {"warmup_calls": torch.tensor(1)}
+    older["_extra_state"] = {name: older["_extra_state"][name] for name in ("queue_idx", "has_been_filled")}
+    other.load_state_dict(older)
+    assert other.warmup_calls == 1
+
+
 def test_storing_nothing_leaves_the_memory_empty():
     memory, fresh = (CrossBatchMemory(make_loss(0.1), 4, memory_size=12) for _ in range(2))
     ((x, labels),) = batches(1, 5)

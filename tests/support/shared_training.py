@@ -124,7 +124,7 @@ def train_all(folder):
             state = states.copied(states.of_engine(engine, 2))
             training = state.pop("training")
             # Proxies and the like are in "losses", and so is a memory.
-            kept = {part: training[part] for part in ("losses", "skipped", "best")}
+            kept = {part: training[part] for part in ("losses", "memories", "skipped", "best")}
             found[name] = {"summaries": summaries, "state": state | kept}
     finally:
         EpochLog.add = add

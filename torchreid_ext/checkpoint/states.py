@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from pytorch_metric_learning.losses import CrossBatchMemory
 from torch import Tensor, nn
 
 from pml_drsl.checks import InputError
 from pml_drsl.large_batch import copied_buffers, put_back_buffers
-from pml_drsl.wrappers import CrossBatchMemory
 from torchreid_ext.checkpoint import checkpoint
 from torchreid_ext.runtime import distributed, generators
 
@@ -39,6 +39,7 @@ def of_engine(engine: Any, epoch: int) -> dict[str, Any]:
         "training": {
             "others": {name: _of_parts(engine, name) for name in others},
             "losses": {name: loss.state_dict() for name, loss in losses_of(engine).items()},
+            "memories": {name: _memory_fills(loss) for name, loss in losses_of(engine).items()},
             "scaler": engine.stepper.scaler.state_dict(),
             "sampler": _of_sampler(engine),
             "generators": generators.state(),
@@ -69,6 +70,9 @@ def restore_engine(engine: Any, state: dict[str, Any], path: str) -> None:
                 checkpoint.restore(training["others"].get(name, {}), _parts(engine, name), path)
             losses = losses_of(engine)
             checkpoint.restore(training["losses"], losses, path)
+            for name, loss in losses.items():
+                for part, memory in _memories(loss).items():
+                    vars(memory).update(training["memories"][name][part])
             best = training["best"]
             engine.best = {"mAP": float(best["mAP"]), "epoch": int(best["epoch"])}
             before, now = training["config"] or {}, engine.config or {}
@@ -168,14 +172,13 @@ def losses_of(engine: Any) -> dict[str, nn.Module]:
 
 def keep_buffers(modules: list[nn.Module]) -> Callable[[], None]:
     """Copies the buffers that a forward pass changes (statistics, memories); returns a function that restores them."""
-    memories = [part for each in modules for part in each.modules() if isinstance(part, CrossBatchMemory)]
-    buffers, places = [copied_buffers(each) for each in modules], [memory.get_extra_state() for memory in memories]
+    kept = [(copied_buffers(each), _memory_fills(each)) for each in modules]
 
     def restore() -> None:
-        for module, copies in zip(modules, buffers, strict=True):
-            put_back_buffers(module, copies)
-        for memory, place in zip(memories, places, strict=True):
-            memory.set_extra_state(place)
+        for module, (buffers, fills) in zip(modules, kept, strict=True):
+            put_back_buffers(module, buffers)
+            for name, memory in _memories(module).items():
+                vars(memory).update(fills[name])
 
     return restore
 
@@ -221,6 +224,19 @@ def _of_parts(engine: Any, name: str) -> dict[str, Any]:
     return {
         kind: (distributed.unwrapped(part) if isinstance(part, nn.Module) else part).state_dict()
         for kind, part in _parts(engine, name).items()
+    }
+
+
+def _memories(module: nn.Module) -> dict[str, CrossBatchMemory]:
+    return {name: part for name, part in module.named_modules() if isinstance(part, CrossBatchMemory)}
+
+
+def _memory_fills(module: nn.Module) -> dict[str, dict[str, Any]]:
+    # None of these is a buffer, and PML's own memory does not have them in its state_dict. Only ours has a warm-up.
+    names = ("queue_idx", "has_been_filled", "warmup_calls")
+    return {
+        part: {name: vars(memory)[name] for name in names if name in vars(memory)}
+        for part, memory in _memories(module).items()
     }
 
 

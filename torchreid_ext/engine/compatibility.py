@@ -9,7 +9,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pml_drsl.checks import InputError
-from pml_drsl.wrappers import CrossBatchMemory
 from torchreid_ext.engine.criteria import WITHOUT_PAIRS, PerFeature
 from torchreid_ext.runtime import distributed
 
@@ -26,11 +25,8 @@ def check_criterion(criterion: Any, optimizer: Optimizer, miner: nn.Module | Non
             added = "call optimizer.add_param_group({'params': criterion.parameters()})"
             untrained = f"{type(part).__name__} has weights that the optimizer does not train"
             raise InputError(f"{untrained}; {made}, or {added}")
-    if not all(isinstance(memory, CrossBatchMemory) for memory in _parts(criterion, losses.CrossBatchMemory)):
-        unsaved = "the CrossBatchMemory of pytorch_metric_learning does not save which entry is next"
-        raise InputError(f"{unsaved}; give pml_drsl.wrappers.CrossBatchMemory, which takes the same arguments")
     for loss in _parts(criterion, WITHOUT_PAIRS) if cross_camera else []:
-        in_memory = isinstance(loss, CrossBatchMemory)
+        in_memory = isinstance(loss, losses.CrossBatchMemory)
         why = f"{type(loss).__name__} {'does not know the cameras in its memory' if in_memory else 'takes no pairs'}"
         raise InputError(f"cross_camera chooses the pairs of the loss, and {why}; turn cross_camera off")
     sums = _parts(criterion, losses.MultipleLosses)
@@ -42,7 +38,7 @@ def check_criterion(criterion: Any, optimizer: Optimizer, miner: nn.Module | Non
         if each.miners is not None:
             names = each.miners.keys() if each.is_dict else range(len(each.miners))
             mined += [each.losses[name] for name in names if each.miners[name] is not None]
-    if any(_parts(loss, CrossBatchMemory) for loss in mined):
+    if any(_parts(loss, losses.CrossBatchMemory) for loss in mined):
         misread = "a miner gives indices of images of the batch, and the CrossBatchMemory reads them as of its memory"
         cure = "give it to the memory, CrossBatchMemory(..., miner=...), and none to the engine or to MultipleLosses"
         raise InputError(f"{misread}: {cure}")

@@ -65,7 +65,7 @@ def make_engine(folder, workers=0, criterion=None, scheduled=True, lr=0.01, **kw
 
 def memory():
     # 20 entries for batches of 8: full, and begun anew, in the middle of an epoch.
-    return CrossBatchMemory(pml_losses.ContrastiveLoss(), 32, 20)
+    return pml_losses.CrossBatchMemory(pml_losses.ContrastiveLoss(), 32, 20)
 
 
 def final_state(engine, epochs):
@@ -496,9 +496,8 @@ def test_what_a_checkpoint_may_hold_is_refused_in_one_line(tmp_path):
     whole = tmp_path / "log" / "model" / "model.pth.tar-1"
     top = [("epoch", "one"), ("epoch", 1.5), ("rank1", []), ("training", 3), ("state_dict", [1]), ("optimizer", {})]
     top += [("optimizer", {"param_groups": [], "state": {}}), ("scheduler", [1, 2])]
-    inside = [(name, 3) for name in ("losses", "sampler", "generators", "best")]
-    inside += [("skipped", "x"), ("generators", {"python": 1}), ("best", {"mAP": 1})]
-    inside += [("losses", {"criterion": {"_extra_state": {}}})]
+    inside = [(name, 3) for name in ("losses", "memories", "sampler", "generators", "best")]
+    inside += [("skipped", "x"), ("generators", {"python": 1}), ("memories", {"criterion": {}}), ("best", {"mAP": 1})]
     for part, wrong in (("top", top), ("training", inside)):
         for name, value in wrong:
             state = checkpoint.load(whole)
