@@ -277,7 +277,7 @@ def _try(cfg: Config, engine: Any, done: int, steps: int) -> tuple[list[Any], li
     def watched(batch: Any) -> Any:
         batches.append(batch)
         summary = step(batch)
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # The step has ended once the GPU has.
         moments.append(time.perf_counter())
         if len(batches) == steps:
