@@ -40,7 +40,10 @@ class DistributedMinerWrapper(pml_distributed.DistributedMinerWrapper):
             return self.miner(emb, labels, ref_emb, ref_labels)  # type: ignore[no-any-return]
         sizes, all_emb, all_labels = _gather_batch(emb.detach(), labels)
         ref_emb = None if ref_emb is emb else ref_emb
-        all_refs = None if ref_emb is None else _gather_batch(ref_emb.detach(), ref_labels)[1:]
+        all_refs = None
+        if ref_emb is not None:
+            _, all_ref_emb, all_ref_labels = _gather_batch(ref_emb.detach(), ref_labels)
+            all_refs = all_ref_emb, all_labels if ref_labels is labels else all_ref_labels
         if not (self.efficient and isinstance(self.miner, RankingMiner)):
             with draws_of_first(emb.device):
                 return self.miner(all_emb, all_labels, *(all_refs or ()))  # type: ignore[no-any-return]
@@ -99,8 +102,9 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
             others = (_gather(enqueue_mask.to(embeddings.device, torch.uint8))[0].bool(),)
         elif ref_emb is not None:
             _, all_refs, all_ref_labels = _gather_batch(ref_emb, ref_labels, share_gradients=self.efficient)
-            # The loss tells the batch itself from references by the object.
-            others = (all_emb if ref_emb is embeddings else all_refs, all_ref_labels)
+            # DRSLoss tells the batch itself from references by this object, and PML's losses by that of the labels.
+            all_refs = all_emb if ref_emb is embeddings else all_refs
+            others = (all_refs, all_labels if ref_labels is labels else all_ref_labels)
         with _sharing_queries(self.loss, sizes) if self.efficient else draws_of_first(embeddings.device):
             return self.loss(all_emb, all_labels, indices_tuple, *others)  # type: ignore[no-any-return]
 

@@ -42,7 +42,7 @@ class DRSLoss(BaseMetricLossFunction):
     With ``collect_stats=True`` these attributes describe the last batch: ``retrieval_error``, the smoothed
     retrieval error in [0, 1], also where a bound is trained (at margin 0 one minus the smoothed mean average
     precision); ``sort_error``, unweighted, or 0 without a sort; and ``num_queries``, the number of queries with a term.
-    The errors are tensors on the device, without a graph.
+    The errors are tensors on the device, without a graph, and the number 0 where no query has a term.
 
     Args:
         temperature: softness of the ranks, > 0, in units of the distance, which by default is minus the cosine, from -1
@@ -83,7 +83,6 @@ class DRSLoss(BaseMetricLossFunction):
         self.temperature, self.sort_weight, self.margin = temperature, sort_weight, margin
         self.bound_power, self.query_chunk_size, self.fused = bound_power, query_chunk_size, fused
         self._check_settings()
-        check_distance(self.distance)
         # Where several processes share the queries of a batch, this says how (`DistributedLossWrapper` sets it).
         self.shared: Callable[[Compute, Tensor, Tensor, Pairs], Errors] | None = None
         settings = ["temperature", "sort_weight", "margin", *([] if bound_power is None else ["bound_power"])]
@@ -94,6 +93,7 @@ class DRSLoss(BaseMetricLossFunction):
 
     def _check_settings(self) -> None:
         """Refuses hyper-parameters out of range, at every call too: a schedule or an optimiser may change them."""
+        check_distance(self.distance)
         temperature, sort_weight, margin = (
             value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
             for value in (self.temperature, self.sort_weight, self.margin)

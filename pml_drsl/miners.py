@@ -151,8 +151,8 @@ class NegativeBudgetMiner(RankingMiner):
             chosen = cost.topk(min(self.positives, positives.shape[1]), largest=False).indices
             positives = positives & torch.zeros_like(positives).scatter_(1, chosen, True)
         num_positives = positives.sum(1)
-        budget = (self.negatives_per_positive * num_positives).round().long().clamp_(min=1)
-        budget = torch.where(num_positives > 0, budget, 0).minimum(negatives.sum(1))
+        budget = (self.negatives_per_positive * num_positives).round().clamp(min=1).minimum(negatives.sum(1))
+        budget = torch.where(num_positives > 0, budget, 0).long()
         largest = int(budget.max())
         # All other candidates have infinite cost, so that the negatives come first, even those at a distance of NaN.
         cost = self._cost(embeddings, ref_emb, positives)

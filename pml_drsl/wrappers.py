@@ -102,6 +102,8 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         """
         if indices_tuple is not None and enqueue_mask is not None:
             raise InputError("indices_tuple and enqueue_mask exclude each other; give one of them")
+        if labels is None:
+            raise InputError("labels must be given: the memory keeps them with the embeddings")
         check_batch("embeddings", embeddings, "labels", labels, self.embedding_size, "embedding_size")
         is_mask = isinstance(enqueue_mask, Tensor) and enqueue_mask.dtype == torch.bool
         if enqueue_mask is not None and not (is_mask and enqueue_mask.shape == embeddings.shape[:1]):

@@ -103,8 +103,8 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
         exclude: Sequence[str] = (),
     ) -> dict[str, Any]:
         """The metrics by name; the arguments are those of PML. Features are compared in float32. Large identity numbers
-        stay distinct. An InputError if labels or cameras are not integers, one for each embedding, as in ``evaluate``.
-        """
+        stay distinct. An InputError if labels are not integers (as PML's floats are), or there is not one label and one
+        camera for each embedding. Cameras may be text."""
         if reference is None:
             reference, reference_labels, ref_includes_query = query, query_labels, True
         if reference_labels is None:
@@ -156,7 +156,11 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
 
 def _as_integers(labels: Array, side: str) -> Tensor:
     """Labels of shape (N,) or (N, 1), which PML may hold as floats, as integers of shape (N,)."""
-    tensor = labels if isinstance(labels, Tensor) else torch.as_tensor(labels, device="cpu")
+    try:
+        tensor = labels if isinstance(labels, Tensor) else torch.as_tensor(labels, device="cpu")
+    except (TypeError, ValueError) as error:
+        cure = "number the identities, or call pml_drsl.evaluation.scores.evaluate, which takes text"
+        raise InputError(f"{side} labels are no integers ({error}): {cure}") from error
     tensor = tensor.squeeze(1) if tensor.dim() == 2 else tensor
     if tensor.dim() != 1:
         cure = "give one identity per embedding, and cameras through set_cameras"

@@ -9,7 +9,12 @@ import torch
 from batches import make_batch, make_loss
 from pytorch_metric_learning.distances import LpDistance
 from pytorch_metric_learning.losses import ContrastiveLoss, SoftTripleLoss, TripletMarginLoss
-from pytorch_metric_learning.miners import BatchEasyHardMiner, DistanceWeightedMiner, TripletMarginMiner
+from pytorch_metric_learning.miners import (
+    BatchEasyHardMiner,
+    DistanceWeightedMiner,
+    MultiSimilarityMiner,
+    TripletMarginMiner,
+)
 from pytorch_metric_learning.reducers import AvgNonZeroReducer, SumReducer
 from pytorch_metric_learning.regularizers import LpRegularizer
 from pytorch_metric_learning.utils import distributed as pml_distributed
@@ -28,6 +33,7 @@ LOSSES = {
     "per identity": lambda: make_loss(0.1, reducer=PerIdentityReducer()),
     "sum": lambda: make_loss(0.1, reducer=SumReducer(), sort_weight=0),
     "threshold": lambda: make_loss(0.1, reducer=AvgNonZeroReducer()),
+    "contrastive": ContrastiveLoss,
     "regularizer": lambda: make_loss(0.1, embedding_regularizer=LpRegularizer(), embedding_reg_weight=0.3),
 }
 MINERS = {
@@ -36,10 +42,12 @@ MINERS = {
     "budget": lambda: NegativeBudgetMiner(1, "semihard"),
     "triplets": lambda: TripletMarginMiner(0.3),
     "easiest": BatchEasyHardMiner,  # It chooses the query itself, where that is among the references.
+    "multi-similarity": MultiSimilarityMiner,
 }
-# (loss, miner, efficient, whether there are references: True, False or the batch "itself", sizes of the two shares)
+# (loss, miner, efficient, references: True, False, the batch "itself" or "views" of it, sizes of the two shares)
 CASES = [
-    *((name, "none", True, False, (8, 8)) for name in LOSSES if name != "default"),
+    *((name, "none", name != "contrastive", False, (8, 8)) for name in LOSSES if name != "default"),
+    *(("contrastive", miner, False, "views", (8, 8)) for miner in ("none", "multi-similarity")),
     *(("default", miner, efficient, False, (8, 8)) for miner in MINERS for efficient in (True, False)),
     *(("per identity", "budget", efficient, True, (5, 11)) for efficient in (True, False)),
     *(("default", "none", efficient, False, (15, 1)) for efficient in (True, False)),
@@ -63,7 +71,7 @@ def make_case(case):
     """Inputs, labels, other references and their labels of the whole batch, and the sizes of the shares."""
     *_, with_ref, sizes = case
     x, labels = make_batch(15, size=16)
-    ref, ref_labels = make_batch(16, size=16) if with_ref is True else (None, None)
+    ref, ref_labels = make_batch(16, size=16) if with_ref in (True, "views") else (None, None)
     if sizes == "nobody's":  # the second process has no query with a positive
         sizes = (8, 8)
         labels[8:] = torch.arange(100, 108)
@@ -73,6 +81,8 @@ def make_case(case):
 def with_references(case, output, labels, ref_labels):
     """Embeddings, references and their labels; the references may be the embeddings themselves."""
     embeddings, ref_emb = output
+    if case[3] == "views":  # PML takes one object of labels for one batch, and leaves out its self-comparisons.
+        return embeddings, ref_emb, labels
     return (embeddings, embeddings, labels.clone()) if case[3] == "itself" else (embeddings, ref_emb, ref_labels)
 
 

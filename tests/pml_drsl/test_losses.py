@@ -12,7 +12,7 @@ import torch
 from batches import assert_agrees, expected, make_batch, make_loss, pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity, LpDistance
+from pytorch_metric_learning.distances import BaseDistance, BatchedDistance, CosineSimilarity, LpDistance
 from pytorch_metric_learning.reducers import MeanReducer, MultipleReducers, SumReducer
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from sklearn.metrics import average_precision_score
@@ -418,6 +418,7 @@ def test_labels_may_be_of_any_integer_type():
         ({"margin": float("inf")}, "margin must be a finite number, got inf"),
         ({"query_chunk_size": 0}, "query_chunk_size"),
         ({"distance": "euclid"}, "distance must be a distance of pytorch_metric_learning.distances.*'euclid'"),
+        ({"distance": BatchedDistance(LpDistance())}, "give the distance inside it, LpDistance"),
     ],
 )
 def test_bad_hyper_parameters_are_refused(arguments, message):
@@ -425,7 +426,7 @@ def test_bad_hyper_parameters_are_refused(arguments, message):
         make_loss(**arguments)
     ((name, value),) = arguments.items()
     loss_fn = make_loss()
-    if name != "distance" and hasattr(loss_fn, name):  # It is assigned later.
+    if hasattr(loss_fn, name) and value != "euclid":  # It is assigned later; torch itself refuses no module.
         setattr(loss_fn, name, value)
         with pytest.raises(ValueError, match=message):
             loss_fn(X, LABELS)

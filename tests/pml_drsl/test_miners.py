@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_metric_learning import miners as pml_miners
 from pytorch_metric_learning.distances import BatchedDistance, CosineSimilarity, LpDistance
+from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from reference import pairs_from_labels
 
 from pml_drsl.miners import NegativeBudgetMiner, RankViolationMiner
@@ -194,6 +195,16 @@ def test_stats_and_repr():
     assert (miner.num_pos_pairs, miner.num_neg_pairs) == (len(a1), len(a2))
     assert "negatives_per_positive=2.0, strategy='hard', seed=None, positives=None" in repr(miner)
     assert "margin=0.1" in repr(RankViolationMiner(0.1))
+
+
+@pytest.mark.parametrize("budget", [1000, 1e20])
+def test_a_large_budget_keeps_all_negatives(budget):
+    x, labels = make_batch(1)
+    kept = NegativeBudgetMiner(budget, positives=1)(x, labels)[2:]
+    everything = lmu.get_all_pairs_indices(labels)[2:]
+    assert set(zip(*map(torch.Tensor.tolist, kept), strict=True)) == {
+        pair for pair in zip(*map(torch.Tensor.tolist, everything), strict=True) if pair[0] in set(kept[0].tolist())
+    }
 
 
 @pytest.mark.parametrize(

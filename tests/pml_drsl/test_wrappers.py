@@ -193,6 +193,7 @@ def test_memory_holds_embeddings_of_any_type_also_under_autocast(dtype):
     [
         ({"embeddings": torch.randn(4, 3)}, "embeddings has 3 dimensions and embedding_size 5"),
         ({"labels": torch.rand(4)}, "labels must be an integer tensor .* got torch.float32"),
+        ({"labels": None}, "labels must be given"),
         ({"enqueue_mask": torch.tensor([1, 0, 1, 0])}, r"enqueue_mask must be a bool tensor of shape \(4,\).*int64"),
         ({"enqueue_mask": torch.tensor([True])}, r"enqueue_mask must be .* got torch.bool of shape \(1,\)"),
         ({"enqueue_mask": [True] * 4}, "enqueue_mask must be .* got list"),

@@ -11,6 +11,7 @@ from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester, WithSame
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from torch.utils.data import TensorDataset
 
+from pml_drsl.checks import InputError
 from pml_drsl.evaluation.calculator import ReIDAccuracyCalculator
 from pml_drsl.evaluation.scores import evaluate
 
@@ -134,6 +135,9 @@ def test_errors(search: dict[str, Any]) -> None:
         calculator.get_accuracy(search["query"], pairs, search["gallery"], search["gallery_ids"])
     with pytest.raises(ValueError, match=r"not integers: 0\.5"):
         calculator.get_accuracy(search["query"], search["query_ids"] + 0.5, search["gallery"], search["gallery_ids"])
+    for text in (list("abc"), np.array(list("abc"))):
+        with pytest.raises(InputError, match=r"query labels are no integers .*number the identities"):
+            calculator.get_accuracy(search["query"], text, search["gallery"], search["gallery_ids"])
     with pytest.raises(ValueError, match="reference without reference_labels: give the identities"):
         calculator.get_accuracy(search["query"], search["query_ids"], search["gallery"])
     with pytest.raises(ValueError, match="label_comparison_fn"):
