@@ -1,6 +1,6 @@
 """Plain pytorch-metric-learning on a folder of images, FOLDER/IDENTITY/*.jpg: python examples/pml_loop.py FOLDER.
 
-It needs torchvision, which ``pip install -e '.[reid]'`` installs.
+It needs torchvision, which ``pip install -e ".[reid]"`` installs.
 """
 
 import argparse

@@ -33,6 +33,7 @@ class Photos(torchreid.data.ImageDataset):
 
 
 torchreid.data.register_image_dataset("photos", Photos)
+# More workers need `if __name__ == "__main__":` around what follows on macOS, Windows, and Linux from Python 3.14 on.
 datamanager = torchreid.data.ImageDataManager(
     root=args.folder, sources="photos", height=128, width=64, workers=0, use_gpu=False,
     batch_size_train=args.batch_size,

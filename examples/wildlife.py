@@ -2,7 +2,7 @@
 
 ``python examples/wildlife.py`` draws animals whose coats differ, trains on two thirds of them and looks the others up.
 ``python examples/wildlife.py --dataset MacaqueFaces --root DATA`` takes a set of the package wildlife-datasets instead.
-It needs pandas and torchvision, which ``pip install -e '.[reid,benchmark]'`` installs.
+It needs pandas and torchvision, which ``pip install -e ".[reid,benchmark]"`` installs.
 """
 
 import argparse

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.metadata
 import io
 import os
@@ -10,6 +11,7 @@ import re
 import secrets
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TextIO
@@ -63,7 +65,7 @@ def replacement(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.tmp")
     try:
         yield temporary
-        os.replace(temporary, path)
+        _replace(temporary, path)
     finally:
         # Where both are names of one file already, os.replace does nothing and leaves the temporary one.
         temporary.unlink(missing_ok=True)
@@ -72,8 +74,21 @@ def replacement(path: Path) -> Iterator[Path]:
         handle = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(handle)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # Folders that a virtual machine or a network shares cannot be synced.
+                raise
         finally:
             os.close(handle)
+
+
+def _replace(source: Path, target: Path) -> None:
+    """``os.replace``. On Windows it waits up to two seconds for who reads a file for a moment, such as a scanner."""
+    for _ in range(20 if os.name == "nt" else 0):
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            time.sleep(0.1)
+    os.replace(source, target)
 
 
 def guarded(
@@ -110,11 +125,12 @@ def guarded(
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("", "pml_drsl", "torchreid_ext"):
             raise
-        cure = f"run pip install -e '.[{extra}]' in the clone of this repository"
+        cure = f'run pip install -e ".[{extra}]" in the clone of this repository'
         _explain(f"{who} the package {error.name} is not installed: {cure}")
         return 2
     except (InputError, OSError, FloatingPointError) as error:
-        _explain(f"{who} {' '.join(message(error).split())}")
+        lines = re.split(r"\s*\n\s*", message(error).strip())
+        _explain(f"{who} {' '.join(lines)}")
         return 2
     return status or 0
 

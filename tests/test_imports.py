@@ -13,7 +13,7 @@ from importlinter.cli import lint_imports
 
 ROOT = Path(__file__).parents[1]
 # The packages of a distribution are not always called like it. torch brings triton where it can be used.
-DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python-headless", "faiss": "faiss-cpu", "sklearn": "scikit-learn",
+DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python-headless", "sklearn": "scikit-learn",
                  "triton": "torch", "yaml": "pyyaml"}  # fmt: skip
 
 

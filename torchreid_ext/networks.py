@@ -78,7 +78,7 @@ def _timm(name: str) -> Any:
     try:
         import timm
     except ModuleNotFoundError as error:
-        cure = "run pip install -e '.[reid,timm]' in the clone of this repository"
+        cure = 'run pip install -e ".[reid,timm]" in the clone of this repository'
         raise InputError(f"model.name {TIMM}{name}: the package timm is not installed: {cure}") from error
     if not timm.is_model(name):
         near = nearest(name, timm.list_models())

@@ -30,7 +30,7 @@ class FeatureDistances:
         query, gallery: floating-point tensors or arrays of shapes (Q, D) and (M, D), with D at least 1. No features at
             all, NaN, infinity, squares that overflow or all underflow, and other shapes or types are an InputError.
         metric: ``"euclidean"``, or ``"cosine"`` for 1 - cosine similarity. A zero vector has cosine distance 1.
-        device: where to compute; None for the device of ``query``.
+        device: where to compute; None for the device of ``query``. In place of a Mac's GPU it is the CPU.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class FeatureDistances:
             raise InputError(f"{given}: extract both with the same model")
         dtype = torch.float64 if torch.float64 in (query.dtype, gallery.dtype) else torch.float32
         device = query.device if device is None else torch.device(device)
+        device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
         query, gallery = query.to(device, dtype), gallery.to(device, dtype)
         self.num_query, self.num_gallery = len(query), len(gallery)
         for features, name in ((query, "query"), (gallery, "gallery")):

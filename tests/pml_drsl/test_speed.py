@@ -100,7 +100,7 @@ def test_bad_input_is_one_line(
         *([] if HAS_CUDA else [(["--device", "cuda"], "finds no CUDA device")]),
     ]
     monkeypatch.setitem(sys.modules, "pandas", None)
-    cases.append(([], "the package pandas is not installed: run pip install -e '.[benchmark]' in the clone"))
+    cases.append(([], 'the package pandas is not installed: run pip install -e ".[benchmark]" in the clone'))
     for arguments, message in cases[-1:]:
         assert speed.main(arguments) == 2
         assert message in capsys.readouterr().err

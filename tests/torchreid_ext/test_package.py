@@ -46,8 +46,8 @@ def test_torchreid_has_the_engines_and_data_sets_in_every_order_of_imports(first
         (["--help"], 0, "--list keys"),
         (["--version"], 0, "drsl-train "),
         ([], 2, "give a configuration, such as --config-file configs/demo.yaml"),
-        (["-s", "market1501"], 2, "drsl-train: the package torch is not installed: run pip install -e '.[reid]'"),
-        (["--list", "models"], 2, "drsl-train: the package torch is not installed: run pip install -e '.[reid]'"),
+        (["-s", "market1501"], 2, 'drsl-train: the package torch is not installed: run pip install -e ".[reid]"'),
+        (["--list", "models"], 2, 'drsl-train: the package torch is not installed: run pip install -e ".[reid]"'),
     ],
 )
 def test_the_command_without_torch(words, status, said):

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -128,7 +129,8 @@ class Process:
     the given folder; its exit status is None while it runs."""
 
     def __init__(self, run: Run, folder: Path) -> None:
-        name = f"{run.config.stem}-{run.loss.replace('/', '_')}-{fingerprint(run.configuration)}"
+        loss = re.sub(r'[<>:"/\\|?*]', "_", run.loss)  # characters that a file of Windows may not have
+        name = f"{run.config.stem}-{loss}-{fingerprint(run.configuration)}"
         self.run, self.folder = run, folder / name
         self.status: int | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -167,13 +169,16 @@ class Process:
     def send(self, signum: int) -> None:
         """Sends a signal to the process and to its own processes."""
         with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signum)
+            if os.name == "nt":  # has no groups of processes, and no other signal
+                self._process.terminate()
+            else:
+                os.killpg(self._process.pid, signum)
 
     def wait(self, seconds: float) -> None:
         """Waits so long for the end, and then ends the process."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
-        self.send(signal.SIGKILL)
+        self.send(getattr(signal, "SIGKILL", signal.SIGTERM))
         self._process.wait()
 
     def message(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import textwrap
 from collections.abc import Iterable
@@ -14,8 +15,15 @@ from pml_drsl.machine import available_cores
 EXIT_STATUS = "\n\nexit status: 0; 2 for bad input, which is explained on stderr; 130 for Ctrl-C"
 
 
+def preload_workers() -> None:
+    """Where a server starts the processes that read images, as on Linux since Python 3.14, it imports once what each of
+    them needs. Called before the first of them starts."""
+    multiprocessing.set_forkserver_preload(["torchreid_ext.search.features"])
+
+
 def parser(name: str, description: str | None, examples: str) -> argparse.ArgumentParser:
     """A parser with the checkpoint and the options that every command has; ``examples`` are its command lines."""
+    preload_workers()
     made = argparse.ArgumentParser(
         name,
         description=description,

@@ -35,7 +35,7 @@ PART = 1000  # new images after which an index is written, so that a damaged ima
 EXAMPLES = """
     drsl-search CHECKPOINT --gallery photos --query photos/anna/hall_1.jpg --names folder
     drsl-search osnet_x0_25_msmt17.pth --model osnet_x0_25 --gallery photos --query me.jpg
-    drsl-search CHECKPOINT --gallery photos/*.jpg --query street.jpg --crop 120 40 210 300 --html found.html
+    drsl-search CHECKPOINT --gallery photos --query street.jpg --crop 120 40 210 300 --html found.html
     drsl-search CHECKPOINT --gallery photos --index photos.index                      makes the index
     drsl-search CHECKPOINT --index photos.index --query street.jpg --top 5 --json -   searches it
     drsl-search CHECKPOINT --index photos.index --gallery new_photos --remove '*/anna/*' --prune

@@ -7,6 +7,7 @@ import contextlib
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,9 @@ from pathlib import Path
 from pml_drsl.checks import InputError
 from pml_drsl.console import guarded, version
 from pml_drsl.machine import keep_freed_memory
+from torchreid_ext.cli.console import preload_workers
+
+_quoted = subprocess.list2cmdline if os.name == "nt" else shlex.join
 
 EPILOG = """config keys are those of torchreid's default_config.py, and more:
   drsl-train --list keys              all keys, with their defaults and what they are for
@@ -63,6 +67,7 @@ def _run(args: argparse.Namespace) -> None:
     from torchreid_ext.search.sources import DEFAULT_NAMES
 
     keep_freed_memory()
+    preload_workers()
     # The defaults are overridden by the file, then by the flags, then by the KEY VALUE pairs.
     cfg = get_default_config()
     if args.config_file:
@@ -143,16 +148,15 @@ def next_commands(save_dir: str, query: Sequence[str], gallery: Sequence[str], n
     words += ["--names", names] if names != DEFAULT_NAMES else []
     return "\n  ".join([
         "Next, look a person up in the gallery, export the network, and see which searches fail:",
-        shlex.join([_program("drsl-search"), str(checkpoint), *words]),
-        shlex.join([_program("drsl-export"), str(checkpoint), exported]),
-        shlex.join([_program("drsl-evaluate"), save_dir, "--errors"]),
+        _quoted([_program("drsl-search"), str(checkpoint), *words]),
+        _quoted([_program("drsl-export"), str(checkpoint), exported]),
+        _quoted([_program("drsl-evaluate"), save_dir, "--errors"]),
     ])  # fmt: skip
 
 
 def _program(name: str) -> str:
     """How to start a command: beside drsl-train, where that is not on the path."""
-    beside = Path(sys.argv[0]).parent / name
-    return name if shutil.which(name) or not beside.exists() else str(beside)
+    return name if shutil.which(name) else shutil.which(name, path=os.path.dirname(sys.argv[0]) or os.curdir) or name
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def hold_out(manager: Any, identities: int, share: float, seed: int, batch_size:
     """
     loader, dataset = manager.train_loader, manager.train_loader.dataset
     # The numbers of identities may depend on the order in which a file system lists its files; the first paths do not.
-    first = {pid: path for path, pid, *_ in sorted(dataset.train, reverse=True)}
+    first = {pid: path for path, pid, *_ in sorted(map(_slashed, dataset.train), reverse=True)}
     kept = sorted((path, pid) for pid, path in first.items())
     if identities > len(kept):
         raise InputError(f"data.identities {identities}: the sources have {len(kept)} training identities")
@@ -46,7 +46,7 @@ def hold_out(manager: Any, identities: int, share: float, seed: int, batch_size:
             taken = f"data.validation {share} of {len(kept)} training identities is {number}"
             raise InputError(f"{taken}: training and validation need two identities or more each")
         held = {pid for _, pid in _drawn(kept, number, seed)}
-        tested = sorted(item for item in dataset.train if item[1] in held)
+        tested = sorted((item for item in dataset.train if item[1] in held), key=_slashed)
         pids = [pid for pid in pids if pid not in held]
     numbers = {pid: number for number, pid in enumerate(sorted(pids))}
     train = [(path, numbers[pid], *others) for path, pid, *others in dataset.train if pid in numbers]
@@ -57,6 +57,11 @@ def hold_out(manager: Any, identities: int, share: float, seed: int, batch_size:
     if share:
         _test_on(manager, dataset, tested, batch_size)
     print(f"=> {len(numbers)} identities with {len(train)} images are trained on, {len(tested)} images are held out")
+
+
+def _slashed(item: Item) -> Item:
+    """An item that has the same place in a sorted list on all systems: the separators of Windows follow letters."""
+    return item[0].replace(os.sep, "/"), *item[1:]
 
 
 def _drawn(items: list[tuple[str, int]], number: int, seed: int) -> list[tuple[str, int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -18,24 +17,23 @@ from pml_drsl.checks import InputError
 from pml_drsl.console import file_stamp, replacing
 from pml_drsl.evaluation import reranking
 from pml_drsl.evaluation.arrays import load_arrays
+from pml_drsl.evaluation.distances import rows_per_chunk
+from pml_drsl.machine import full_precision
 from torchreid_ext.images import Row, composed
 from torchreid_ext.search.model import TrainedModel
 from torchreid_ext.search.sources import resolved, shown
 
-# For more queries at once, faiss computes |q|^2 - 2 qg + |g|^2, which loses small distances far from the origin.
-_ACCURATE_BLOCK = 16
-
 
 class Gallery:
-    """Images and the index of their features, by one model; those of another are refused. It is empty at first."""
+    """Images and their features, by one model; those of another are refused. It is empty at first."""
 
     def __init__(self, model: TrainedModel) -> None:
         self.model = model
         # In the order in which they were added, by the absolute path of a file or the name that was given.
         self.entries: list[Row] = []
         self._names: set[str] = set()
-        # faiss's exact index of squared Euclidean distances. Where the metric is cosine, its features have unit norm.
-        self._index: Any = None
+        # On the CPU, [N, D] in float32; of unit norm where the metric is cosine. None before any were added.
+        self._features: Tensor | None = None
         self._read: tuple[str, object] | None = None
 
     def __len__(self) -> int:
@@ -55,27 +53,27 @@ class Gallery:
             new.add(entry.path)
         if features.ndim != 2 or len(features) != len(entries):
             raise InputError(f"{len(entries)} images need as many features, got shape {list(features.shape)}")
-        # Not imported with the package: torch and faiss each bring a copy of OpenMP, which collide on macOS.
-        index = self._index or importlib.import_module("faiss").IndexFlatL2(features.shape[1])
-        if features.shape[1] != index.d:
-            raise InputError(f"features have {features.shape[1]} dimensions, and the gallery's have {index.d}")
-        index.add(self._vectors(features, normalised))
-        self._index = index
+        vectors = self._vectors(features, normalised)
+        if self._features is not None:
+            if vectors.shape[1] != (dim := self._features.shape[1]):
+                raise InputError(f"features have {vectors.shape[1]} dimensions, and the gallery's have {dim}")
+            vectors = torch.cat([self._features, vectors])
+        self._features = vectors
         self.entries += [Row(*entry[:3]) for entry in entries]
         self._names |= new
 
     def remove(self, patterns: Sequence[str]) -> list[Row]:
         """Removes images by their names or paths, absolute or from the current folder, and returns them. In any other
-        word ``*``, ``?`` and ``[]`` stand for characters, slashes too. Accents may have any form of Unicode. Raises
-        InputError for a pattern that no image matches, or that every image matches, unless it is ``"*"``. Nothing is
-        removed then."""
+        word ``*``, ``?`` and ``[]`` stand for characters, slashes too, which stand for those of Windows as well.
+        Accents may have any form of Unicode. Raises InputError for a pattern that no image matches, or that every image
+        matches, unless it is ``"*"``. Nothing is removed then."""
         found: set[int] = set()
         for pattern in patterns:
             whole = composed(pattern), composed(resolved(pattern))
             here = {row for row, entry in enumerate(self.entries) if composed(entry.path) in whole} or {
                 row
                 for row, entry in enumerate(self.entries)
-                if any(fnmatchcase(composed(path), whole[0]) for path in (entry.path, shown(entry.path)))
+                if any(fnmatchcase(_slashed(path), _slashed(pattern)) for path in (entry.path, shown(entry.path)))
             }
             if not here:
                 raise InputError(f"no image of the gallery matches {pattern!r}")
@@ -96,9 +94,10 @@ class Gallery:
 
     def _without(self, rows: set[int]) -> list[Row]:
         gone = [entry for row, entry in enumerate(self.entries) if row in rows]
-        if rows:
-            self._index.remove_ids(np.array(sorted(rows), dtype=np.int64))
-        self.entries = [entry for row, entry in enumerate(self.entries) if row not in rows]
+        kept = [row for row in range(len(self)) if row not in rows]
+        if self._features is not None and rows:
+            self._features = self._features[kept]
+        self.entries = [self.entries[row] for row in kept]
         self._names -= {entry.path for entry in gone}
         return gone
 
@@ -106,57 +105,62 @@ class Gallery:
         """The ``top`` nearest images of each query, [Q, D], with their distances, nearest first. ``rerank`` re-ranks
         all images by k-reciprocal neighbours; distances then lie in [0, 1]. Raises InputError for an empty gallery,
         ``top`` below 1, or queries of another number of dimensions."""
-        if self._index is None or not len(self):
+        if self._features is None or not len(self):
             raise InputError("the gallery is empty: add images to it first")
         if top < 1:
             raise InputError(f"top {top}: give 1 or more")
-        if queries.shape[1] != self._index.d:
-            raise InputError(f"queries have {queries.shape[1]} dimensions, and the gallery has {self._index.d}")
-        top, cosine = min(top, len(self)), self.model.metric == "cosine"
+        gallery = self._features
+        if queries.shape[1] != (dim := gallery.shape[1]):
+            raise InputError(f"queries have {queries.shape[1]} dimensions, and the gallery has {dim}")
         if rerank:
-            ranked = reranking.rerank(queries.detach().cpu().float(), self._features(), metric=self.model.metric)
-            distances, places = ranked.rows(0, len(queries)).topk(top, largest=False)
-            rows, found = places.numpy(), distances.numpy()
+            ranked = reranking.rerank(queries.detach().cpu().float(), gallery, metric=self.model.metric)
+            blocks = [ranked.rows(0, len(queries))]
         else:
-            vectors = self._vectors(queries)
-            block = max(1, len(vectors)) if cosine else _ACCURATE_BLOCK
-            parts = [self._index.search(vectors[at : at + block], top) for at in range(0, len(vectors), block)]
-            found, rows = (np.concatenate(part) for part in zip(*parts, strict=True))
-            # Features of unit norm have twice the cosine distance as squared Euclidean distance.
-            found = np.maximum(found, 0) / (2 if cosine else 1)
+            chunks = self._vectors(queries).split(rows_per_chunk(len(self)))
+            blocks = [self._distances(chunk, gallery) for chunk in chunks]
+        nearest = [block.topk(min(top, len(self)), largest=False) for block in blocks]
         return [
-            [(self.entries[row], float(distance)) for row, distance in zip(*pair, strict=True)]
-            for pair in zip(rows.tolist(), found.tolist(), strict=True)
+            [(self.entries[place], distance) for distance, place in zip(*pair, strict=True)]
+            for distances, places in nearest
+            for pair in zip(distances.tolist(), places.tolist(), strict=True)
         ]
 
-    def _features(self) -> Tensor:
-        # pytorch-metric-learning makes faiss return tensors in the place of arrays.
-        return torch.as_tensor(self._index.reconstruct_n(0, len(self)))
+    def _distances(self, queries: Tensor, gallery: Tensor) -> Tensor:
+        with full_precision("cpu"):
+            if self.model.metric == "cosine":
+                return (1 - queries @ gallery.T).clamp_(min=0)
+            # |q|^2 - 2 qg + |g|^2, which is faster, would lose small distances far from the origin.
+            return torch.cdist(queries, gallery, compute_mode="donot_use_mm_for_euclid_dist").square_()
 
-    def _vectors(self, features: Tensor, normalised: bool = False) -> np.ndarray[Any, Any]:
+    def _vectors(self, features: Tensor, normalised: bool = False) -> Tensor:
         as_given = normalised or self.model.metric != "cosine"
         vectors = features.float() if as_given else F.normalize(features.float())
         if not torch.isfinite(vectors).all():
             raise InputError("features must be finite, and some are NaN or infinite")
-        return np.ascontiguousarray(vectors.detach().cpu().numpy())
+        return vectors.detach().cpu()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the gallery to a file, whole or not at all. Call it inside ``files.locked``. Paths below the folder of
         the file, or of the target of a link, are written relative to it, so that the folder may move. Raises InputError
         for a gallery to which nothing was ever added, or a file that another process has changed since this gallery was
         read from it."""
-        if self._index is None:
+        if self._features is None:
             raise InputError("the gallery is empty: there is no index to write")
         target = os.path.realpath(path)
         folder = os.path.join(os.path.dirname(target), "")
         about = {"fingerprint": self.model.fingerprint, "metric": self.model.metric}
-        rows = [[row.path.removeprefix(folder), *row[1:3], row.path.startswith(folder)] for row in self.entries]
+        rows = [
+            [row.path.removeprefix(folder).replace(os.sep, "/"), *row[1:3], True]
+            if row.path.startswith(folder)
+            else [*row[:3], False]
+            for row in self.entries
+        ]
         settings, entries = (np.frombuffer(json.dumps(value).encode(), np.uint8) for value in (about, rows))
         if self._read is not None and self._read[0] == target and self._read[1] != file_stamp(target):
             changed = f"{os.fspath(path)!r} was changed by another process since it was read"
             raise InputError(f"{changed}: read it again, and repeat the changes")
         with replacing(target) as file:
-            np.savez(file, settings=settings, entries=entries, features=self._features().numpy())
+            np.savez(file, settings=settings, entries=entries, features=self._features.numpy())
         self._read = target, file_stamp(target)
 
     @classmethod
@@ -188,12 +192,16 @@ class Gallery:
         return gallery
 
 
+def _slashed(path: str) -> str:
+    return composed(path).replace(os.sep, "/")
+
+
 def _entry(row: Iterable[Any], folder: str) -> Row:
     path, identity, camera, relative = row
     if not all(isinstance(text, str) for text in (path, identity, camera)):
         raise TypeError("the texts of an entry")
     if relative:
-        path = os.path.join(folder, path)
+        path = os.path.join(folder, *path.split("/"))
     elif os.path.isabs(path):
         path = resolved(path)
     return Row(path, composed(identity), composed(camera))

@@ -159,8 +159,12 @@ def others(queries: Sequence[Row], found: Sequence[Sequence[Match]], top: int) -
     """At most ``top`` of the matches that a search found for each query, without the query's own image, which the
     gallery may hold."""
 
-    def file(path: str) -> str:
-        return os.path.normcase(os.path.realpath(path))  # One of the two may be a link to the other.
+    def file(path: str) -> object:
+        try:
+            about = os.stat(path)  # One of the two may be a link to the other, or be written in other case on a Mac.
+        except OSError:
+            return os.path.realpath(path)
+        return about.st_dev, about.st_ino
 
     own = [file(query.path) for query in queries]
     kept = [[match for match in row if file(match.name) != path] for path, row in zip(own, found, strict=True)]

@@ -49,8 +49,8 @@ def script(tmp_path, monkeypatch):
 DRSL = {"drsl": {"loss": {"name": "drsl"}}}
 
 
-def planned(seeds):
-    return grid.plan([DEMO], DRSL, seeds, ["train.max_epoch", "1"])
+def planned(seeds, name="drsl"):
+    return grid.plan([DEMO], {name: DRSL["drsl"]}, seeds, ["train.max_epoch", "1"])
 
 
 def test_a_result_is_a_line_and_is_not_made_again(script, tmp_path, capsys):
@@ -147,12 +147,13 @@ def test_a_run_that_goes_on_with_other_code_names_both_commits(script, tmp_path,
     results, kept, starts = tmp_path / "results.jsonl", tmp_path / "kept", iter("abcc")
     monkeypatch.setattr(runner, "commit", lambda: next(starts))
     for _ in range(2):
-        assert runner.run_all(planned([1]), results, 1, kept) == 1
+        assert runner.run_all(planned([1], "drsl*0.3"), results, 1, kept) == 1
     (folder,) = kept.iterdir()
+    assert folder.name.startswith("demo-drsl_0.3-")  # a name that Windows allows
     (folder / "model").mkdir()
     (folder / "model" / "model-last.pth.tar").touch()
     (tmp_path / "train.py").write_text(SCRIPT.replace("sys.exit", "print"))
-    assert runner.run_all(planned([1, 0]), results, 1, kept) == 0
+    assert runner.run_all(planned([1, 0], "drsl*0.3"), results, 1, kept) == 0
     assert {line["seed"]: line["commit"] for line in grid.read_results(results)} == {0: "c", 1: "b+c"}
 
 

@@ -34,6 +34,24 @@ def test_help_does_not_load_torch():
     assert done.stdout.count("130 for Ctrl-C") == 4
 
 
+PRELOAD = """
+import multiprocessing
+from torchreid_ext.cli.console import parser
+parser("drsl-search", "", "")
+see = "import sys; sys.exit('torchreid_ext.search.features' not in sys.modules)"
+worker = multiprocessing.get_context("forkserver").Process(target=exec, args=(see,))
+worker.start()
+worker.join()
+assert worker.exitcode == 0
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_read_images_do_not_import_torch_each():
+    """Since Python 3.14 they come from a server on Linux."""
+    subprocess.run([sys.executable, "-c", PRELOAD], cwd=ROOT, check=True, timeout=100)
+
+
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 def test_every_command_runs_as_a_module_and_says_its_version(capsys, monkeypatch):
     for name in ("train", "search", "extract", "export", "evaluate", "benchmark"):
@@ -53,7 +71,7 @@ def failing(error):
 @pytest.mark.parametrize(
     ("error", "status", "words"),
     [
-        (InputError("a value\nof two lines"), 2, "name: a value of two lines\n"),
+        (InputError("a  name\n of two lines\n"), 2, "name: a  name of two lines\n"),
         (FileNotFoundError(2, "No such file", "x\x1b[0m"), 2, r"name: [Errno 2] No such file: 'x\x1b[0m'"),
         (ModuleNotFoundError("No module named 'faiss.x'", name="faiss.x"), 2, "package faiss.x is not installed"),
         (KeyboardInterrupt(), 130, "name: interrupted; nothing was written\n"),

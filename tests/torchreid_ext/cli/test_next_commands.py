@@ -4,12 +4,13 @@ import ntpath
 import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 import trained
 
-from torchreid_ext.cli import evaluate, export, search
+from torchreid_ext.cli import evaluate, export, search, train
 from torchreid_ext.cli.train import next_commands
 from torchreid_ext.evaluation import errors
 
@@ -86,6 +87,7 @@ def test_the_whole_disk_is_not_searched(finished):
 def test_a_gallery_on_two_drives_of_windows(finished, monkeypatch):
     for name in ("abspath", "commonpath", "dirname"):
         monkeypatch.setattr(os.path, name, getattr(ntpath, name))
-    images = ["D:\\b\\1.png", "C:\\a\\2.png"]
+    monkeypatch.setattr(train, "_quoted", subprocess.list2cmdline)  # which cmd.exe and PowerShell read
+    images = ["D:\\b\\1.png", "C:\\a b\\2.png"]
     line = next_commands(finished, ["C:\\q\\1.png"], images, "market").splitlines()[1]
-    assert shlex.split(line)[3:6] == ["C:\\a", "--query", "C:\\q\\1.png"]
+    assert '--gallery "C:\\a b" --query C:\\q\\1.png --html' in line

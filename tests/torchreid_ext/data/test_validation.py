@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from people_folders import draw, make_folder, people
 from pml_drsl.checks import InputError
 from torchreid_ext.cli.train import main
 from torchreid_ext.config import build_datamanager, get_default_config
+from torchreid_ext.data.validation import hold_out
 
 PEOPLE = [f"p{number:02}" for number in range(10)]
 
@@ -76,6 +78,21 @@ def test_draws_depend_on_their_seed_alone_and_smaller_draws_are_parts_of_larger_
     parts = [build(root, identities=8, validation=0.25, validation_seed=seed) for seed in (0, 5)]
     assert all(held_out(part) | people(part.train_loader.dataset.train) == eight for part in parts)
     assert build(root, identities=8).targets == ["mine"]
+
+
+def test_windows_has_the_same_draw(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its separator follows the digits, which follow the separator of other systems."""
+    held = []
+    for separator in ("/", "\\"):
+        manager = build(root)
+        paths = [f"/photos/anna{pid or ''}/{shot}.jpg" for pid in range(10) for shot in range(4)]
+        items = [(path.replace("/", separator), place // 4, place % 2, 0) for place, path in enumerate(paths)]
+        manager.train_loader.dataset.train = items[::-1]
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "sep", separator)
+            hold_out(manager, identities=8, share=0.5, seed=0, batch_size=4)
+        held.append([item[0].replace(separator, "/") for item in manager.test_dataset["validation"]["gallery"]])
+    assert held[0] == held[1]
 
 
 def test_torchreids_own_layout_and_a_short_run(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """Files that several processes write: complete, never mixed, and never removed under a writer."""
 
+import contextlib
 import errno
 import fcntl
 import os
+import stat
 import subprocess
 import sys
 import time
@@ -53,6 +55,44 @@ def finished(*processes):
     for process in processes:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
+
+
+@pytest.mark.parametrize(("number", "fails"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_folder_that_cannot_be_synced_holds_the_file_all_the_same(tmp_path, monkeypatch, number, fails):
+    """A folder that VirtualBox shares answers EINVAL."""
+    sync = os.fsync
+
+    def fsync(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    expected = pytest.raises(OSError, match="Input/output") if fails else contextlib.nullcontext()
+    with expected, replacing(tmp_path / "file") as file:
+        file.write(b"whole")
+    assert (tmp_path / "file").read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize("moments", [3, 1000])
+def test_on_windows_a_file_that_is_read_for_a_moment_is_replaced_after_it(tmp_path, monkeypatch, moments):
+    replace, refused = os.replace, iter(range(moments))
+
+    def replaced(source, target):
+        if next(refused, None) is not None:
+            raise PermissionError(errno.EACCES, "Access is denied")
+        replace(source, target)
+
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(os, "replace", replaced)
+    monkeypatch.setattr(os, "name", "nt")
+    expected = pytest.raises(PermissionError) if moments > 20 else contextlib.nullcontext()
+    with expected, replacement(path) as temporary:
+        temporary.write_bytes(b"new")
+    monkeypatch.undo()
+    assert path.read_bytes() == (b"old" if moments > 20 else b"new") and len(list(tmp_path.iterdir())) == 1
 
 
 def test_two_writers_of_one_path_never_fail_and_never_mix(tmp_path):

@@ -94,7 +94,9 @@ def test_a_link_does_not_find_its_own_photo(tmp_path):
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).touch()
     (tmp_path / "me.jpg").symlink_to(tmp_path / "b.jpg")
-    found = [Match(rank, str(tmp_path / name), 0.1 * rank) for rank, name in enumerate(("b.jpg", "a.jpg", "me.jpg"), 1)]
+    (tmp_path / "B.JPG").hardlink_to(tmp_path / "b.jpg")  # as where two names of other case are one file
+    names = ("b.jpg", "a.jpg", "me.jpg", "B.JPG")
+    found = [Match(rank, str(tmp_path / name), 0.1 * rank) for rank, name in enumerate(names, 1)]
     for query in ("me.jpg", "b.jpg"):
         (kept,) = others([absolute(Row(str(tmp_path / query)))], [found], 5)
         assert [(match.rank, match.name) for match in kept] == [(1, str(tmp_path / "a.jpg"))]
