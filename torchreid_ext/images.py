@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pml_drsl.checks import InputError, nearest
-from pml_drsl.evaluation.arrays import check_text, csv_records
-from torchreid_ext.pixels import HEIF, SUFFIXES
+from pml_drsl.evaluation.arrays import check_text, check_whole, csv_records
+from torchreid_ext.pixels import SUFFIXES, needs_heif
 from torchreid_ext.pixels import is_image as is_image
 
 SPLITS = ("train", "query", "gallery")
@@ -22,6 +24,7 @@ JUNK = ("-1",)
 """Identities of images that have no effect: Market-1501 has this name for its bad detections."""
 
 NO_IMAGES = "files of kinds that are not read"
+KINDS = f"names of images end in {' '.join(SUFFIXES)}"
 
 _ENDING = rf"[^/]*(?i:{'|'.join(map(re.escape, SUFFIXES))})"
 NAMES = {
@@ -82,7 +85,7 @@ class Table:
         parts = []
         for reason, names in self.left_out.items():
             examples = ", ".join(map(repr, names[:2])) + (", ..." if len(names) > 2 else "")
-            if not HEIF and any(name.lower().endswith(".heic") for name in names):
+            if any(map(needs_heif, names)):
                 examples += "; pip install pillow-heif to read .heic"
             parts.append(f"{reason} ({len(names)}: {examples})")
         return f"left out: {'; '.join(parts)}" if parts else ""
@@ -135,8 +138,9 @@ def spelt(row: Row, names: re.Pattern[str]) -> Row:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is left out: those that begin with a point, and Synology's folders of thumbnails."""
-    return name.startswith((".", "@eaDir"))
+    """Whether a file or folder is left out: those that begin with a point, and those in which Synology and Windows keep
+    thumbnails and what was deleted."""
+    return name.lower().startswith((".", "@eadir", "#recycle", "$recycle.bin"))
 
 
 def files(folder: str, prefix: str = "", above: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
@@ -166,6 +170,28 @@ def check_junk(where: str, junk: Collection[str], shown: Collection[str]) -> Non
         raise InputError(f"{where}: no image shows {absent[0]!r}, a name of junk: correct or remove it")
 
 
+def about_folders_inside(names: re.Pattern[str], paths: Sequence[str]) -> str:
+    """What to know of the first of one or more images, by their POSIX paths, whose identity ``NAMES["folder"]`` reads
+    from a folder inside another, perhaps an album inside the folder of a person; empty if there is none."""
+    if names.pattern != NAMES["folder"]:
+        return ""
+    # A folder that holds all images is no person.
+    common = posixpath.commonpath([posixpath.dirname(path) for path in paths])
+    above = f"{common}/" if common else ""
+    inside = next((path for path in paths if path.removeprefix(above).count("/") > 1), None)
+    if inside is None:
+        return ""
+    cure = f"If the folder above names the person, set pattern (--names) to '{re.escape(above)}(?P<identity>[^/]+)/.*'"
+    return f"{inside.split('/')[-2]!r}, the innermost folder, is the identity of {inside!r}. {cure}"
+
+
+def different(one: Row, other: Row) -> InputError:
+    """The error that two paths of one image give it different identities or cameras."""
+    names = " and ".join(", ".join(filter(None, (row.identity, row.camera))) for row in (one, other))
+    links = f"{one.path} and {other.path} are links to one image, but their identities or cameras differ"
+    return InputError(f"{links} ({names}): remove one of them")
+
+
 def check_exists(source: str) -> None:
     """Raises InputError if there is nothing of this name from which images could be listed."""
     if not os.path.exists(source):
@@ -173,9 +199,9 @@ def check_exists(source: str) -> None:
 
 
 def list_folder(folder: str, names: re.Pattern[str]) -> Table:
-    """All images below a folder, in the order of their names, as gallery; the folder's own name is no identity. Raises
-    InputError if the folder has no image."""
-    table = Table()
+    """All images below a folder, in the order of their names, as gallery; the folder's own name is no identity. Warns
+    of ``about_folders_inside``. Raises InputError if the folder has no image."""
+    table, used = Table(), list[str]()
     for name, _ in files(folder):
         found = in_name(names, name) or ("", "")
         if not is_image(name):
@@ -184,9 +210,12 @@ def list_folder(folder: str, names: re.Pattern[str]) -> Table:
             table.leave_out("images of junk", name)
         else:
             table.rows.append(Row(os.path.join(folder, name), *found, "gallery"))
+            used.append(name)
     if not table.rows:
         about = table.about_left_out() or "the folder is empty"
-        raise InputError(f"there is no image below {folder!r}: names of images end in {' '.join(SUFFIXES)}; {about}")
+        raise InputError(f"there is no image below {folder!r}: {KINDS}; {about}")
+    if about := about_folders_inside(names, used):
+        warnings.warn(f"{folder!r}: {about}", stacklevel=2)
     return table
 
 
@@ -223,6 +252,7 @@ def read_csv(file: str, cameras: bool | None = True, junk: Collection[str] = JUN
         if split not in SPLITS:
             raise InputError(f"{at}: split={split!r} must be one of {', '.join(SPLITS)}")
         check_text(at, [identity, camera, split])
+        check_whole(at, [identity, camera])
         forms = (unicodedata.normalize(form, path.replace("\\", "/")) for form in ("NFC", "NFD"))
         places = [os.path.normpath(os.path.join(os.path.dirname(file), each)) for each in (path, *forms)]
         if (full := next(filter(os.path.isfile, places), None)) is None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import io
 import os
+import re
+import warnings
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from pml_drsl.checks import InputError
 
@@ -27,14 +30,30 @@ HEIF: tuple[str, ...] = ()
 with contextlib.suppress(ImportError):  # Pillow reads photos of iPhones with this optional package.
     importlib.import_module("pillow_heif").register_heif_opener()
     HEIF = (".heic", ".heif")
+# Pillow before 11.3 does not know the word, and would warn.
+AVIF = (".avif",) if "avif" in features.modules and features.check("avif") else ()
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", *HEIF)
+SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif", *AVIF, *HEIF,
+)  # fmt: skip
 """How the names of images end, in lower case."""
+
+# Phones take photos of 108 and 200 megapixels. Pillow warns of them without a name, and refuses twice the size.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
+class NoAccess(InputError):
+    """A file cannot be opened, or its disk fails, which says nothing of the image in it."""
 
 
 def is_image(name: str) -> bool:
     """Whether a file has the name of an image."""
     return name.lower().endswith(SUFFIXES)
+
+
+def needs_heif(name: str) -> bool:
+    """Whether a file has the name of a photo of an iPhone, and the package that reads it is not installed."""
+    return not HEIF and name.lower().endswith((".heic", ".heif"))
 
 
 def read_image(
@@ -43,7 +62,8 @@ def read_image(
     """An RGB image, decoded completely, with the pixels that torchreid reads, but for three kinds of images.
 
     A photo is turned upright, as its EXIF orientation says. 16-bit grey becomes 8-bit grey by a division by 257.
-    Transparent pixels are laid on white, because the colours below them are arbitrary.
+    Transparent pixels are laid on white, because the colours below them are arbitrary. Of several pictures in one file,
+    the first is read.
 
     Args:
         image: a path, the bytes of a file, a Pillow image, or a uint8 or uint16 array of shape [H, W] or [H, W, 3] in
@@ -51,17 +71,19 @@ def read_image(
         megapixels: refuse a file with more pixels, before they are decoded.
 
     An InputError names a file that is missing, empty, damaged, too large or not an image, and refuses arrays of another
-    shape or type, and pixels without a defined range (floats, 32-bit integers)."""
+    shape or type, and pixels without a defined range (floats, 32-bit integers). For a file that cannot be opened, it is
+    NoAccess."""
     if isinstance(image, np.ndarray):
         return _from_array(image)
     if isinstance(image, Image.Image):
         return _upright_rgb(image, "that was given")
-    formats = None
+    formats, path = None, ""
     if isinstance(image, bytes):
         name, empty = "that was given", not image
         formats = [kind for suffix, kind in Image.registered_extensions().items() if suffix in SUFFIXES]
     else:
-        name = repr(os.fspath(image))
+        path = os.fspath(image)
+        name = repr(path)
         if not os.path.isfile(image):
             raise InputError(f"cannot read image {name}: there is no such file")
         empty = os.path.getsize(image) == 0
@@ -76,12 +98,16 @@ def read_image(
     except InputError:
         raise
     except Exception as error:  # Pillow checks little of what a file says, so a damaged file may raise any exception.
-        # DecompressionBombError means that the image is suspiciously large.
-        what = "too large" if isinstance(error, (Image.DecompressionBombError, MemoryError)) else "damaged"
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else f"{what} ({error})"
-        heic = not HEIF and name.lower().endswith((".heic'", ".heif'"))
-        cure = "pip install pillow-heif to read it" if heic else "restore it or remove it"
-        cure = "make it smaller" if what == "too large" else cure
+        # A damaged file may also name a place in itself that is none (EINVAL).
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise NoAccess(f"cannot read image {name}: {error.strerror}") from error
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else f"damaged ({error})"
+        cure = "pip install pillow-heif to read it" if needs_heif(path) else "restore it or remove it"
+        if isinstance(error, (Image.DecompressionBombError, MemoryError)):
+            # Pillow's message names the pixels of the image and the most that it reads, and suspects an attack.
+            sizes = [int(number) / 1e6 for number in re.findall(r"\d+", str(error))]
+            why = "{:.4g} megapixels are more than the {:.4g} that are read" if sizes[1:] else "for the memory"
+            reason, cure = f"too large ({why.format(*sizes)})", "make it smaller"
         raise InputError(f"cannot read image {name}: it is {reason}; {cure}") from error
 
 

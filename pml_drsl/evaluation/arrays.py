@@ -6,6 +6,7 @@ import csv
 import difflib
 import io
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -90,6 +91,7 @@ def _read_ids(path: str) -> dict[str, list[list[str]]]:
     labels: dict[str, list[list[str]]] = {"query": [], "gallery": []}
     for at, row in csv_records(path, COLUMNS[:2], COLUMNS[2:], others=False):
         check_text(at, row.values())
+        check_whole(at, [row["id"], row.get("camera", "")])
         if row["set"] not in labels:
             raise InputError(f"{at}: set={row['set']!r} must be query or gallery")
         if row.get("camera") == "":
@@ -165,6 +167,13 @@ def check_text(at: str, values: Iterable[str]) -> None:
         if any("\ud800" <= character <= "\udfff" for character in value):
             shown = value.encode("utf-8", "surrogateescape").decode("latin-1")
             raise InputError(f"{at}: {shown!r} is not UTF-8 but perhaps Latin-1: {_AS_UTF8}")
+
+
+def check_whole(at: str, names: Iterable[str]) -> None:
+    """Raises InputError for an identity or a camera such as -1.0, which would be no junk, or 7.0, which would not be 7.
+    pandas writes a column of whole numbers so where a value is missing."""
+    if name := next((each for each in names if re.fullmatch(r"-?\d+\.0", each)), ""):
+        raise InputError(f"{at}: {name} is no name: write {name[:-2]} (in pandas: astype(int) before to_csv)")
 
 
 def label_array(labels: Labels) -> NumpyArray:

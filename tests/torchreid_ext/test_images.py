@@ -67,16 +67,17 @@ def test_wrong_names_are_refused(names: str, words: str) -> None:
 
 
 def test_a_folder_counts_and_names_what_it_leaves_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "HEIF", ())  # As without pillow-heif.
+    monkeypatch.setattr("torchreid_ext.pixels.HEIF", ())  # As without pillow-heif.
     monkeypatch.setattr("torchreid_ext.pixels.SUFFIXES", (".jpg", ".png"))
-    for name in ("anna/1.jpg", "anna/2.JPG", "-1/3.png", ".hidden/4.png", "anna/._5.jpg", "anna/@eaDir/1.jpg/M.jpg"):
+    hidden = ".hidden/4.png anna/._5.jpg anna/@eaDir/1.jpg/M.jpg #recycle/ben/1.jpg $RECYCLE.BIN/S-1/1.jpg"
+    for name in ("anna/1.jpg", "anna/2.JPG", "-1/3.png", *hidden.split()):
         draw(tmp_path / name)
-    for name in ("IMG_1.HEIC", "clip.gif", "notes.txt"):
+    for name in ("IMG_1.HEIF", "clip.mp4", "notes.txt"):
         (tmp_path / name).write_bytes(b"x")
     table = images.list_folder(str(tmp_path), images.pattern("folder"))
     assert [row[1:] for row in table.rows] == [("anna", "", "gallery")] * 2
     line = table.about_left_out()
-    assert "files of kinds that are not read (3: 'IMG_1.HEIC', 'clip.gif', ...; pip install pillow-heif" in line
+    assert "files of kinds that are not read (3: 'IMG_1.HEIF', 'clip.mp4', ...; pip install pillow-heif" in line
     assert "images of junk (1: '-1/3.png')" in line
 
 
@@ -128,6 +129,8 @@ def test_good_files(folder: Path) -> None:
         (GOOD.replace("query", "test").encode(), "line 3: split='test'"),
         (GOOD.replace("b.png", "a.png").encode(), "line 3: a.png is in the CSV twice"),
         (GOOD.replace(",2,", ",,").encode(), "line 3: camid is empty"),
+        (GOOD.replace("-1,1", "-1.0,1").encode(), r"line 5: -1\.0 is no name: write -1 \(in pandas: astype"),
+        (GOOD.replace("7,1", "7,1.0").encode(), r"line 2: 1\.0 is no name: write 1 "),
         (GOOD.encode() + b'"' + b"x" * 200_000, "line 6: field larger than"),
         (GOOD.encode() + b'c.png,8,3,"gallery\n', "line 6: unexpected end of data: correct the quotes"),
         (GOOD.replace("split", "split,pid").encode(), "line 1: .*two columns 'pid'"),

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
 import io
+import os
 import runpy
 import struct
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from pml_drsl.checks import InputError
 from torchreid_ext import pixels
-from torchreid_ext.pixels import read_image
+from torchreid_ext.pixels import NoAccess, is_image, read_image
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 256, (20, 10, 3), dtype=np.uint8)
@@ -132,9 +136,49 @@ def test_the_given_picture_stays_as_it_is() -> None:
 
 def test_a_photo_of_too_many_pixels_has_a_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = saved(tmp_path, Image.fromarray(COLOURS), "x.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", COLOURS.shape[0] * COLOURS.shape[1] // 3)
-    with pytest.raises(InputError, match=r"too large .*; make it smaller$"):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 66)  # Twice as many are read, and the photo has 200.
+    size = r"0\.0002 megapixels are more than the 0\.000132 that are read"
+    with pytest.raises(InputError, match=rf"x\.png': it is too large \({size}\); make it smaller$"):
         read_image(file)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 150)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(runpy.run_path(pixels.__file__)["read_image"](file), COLOURS)
+
+
+def test_a_file_that_cannot_be_opened_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = saved(tmp_path, Image.fromarray(COLOURS))
+    for code in (errno.EACCES, errno.EIO, errno.ESTALE, errno.EINVAL):
+
+        def refused(*_: object, code: int = code, **__: object) -> None:
+            raise OSError(code, os.strerror(code))
+
+        with monkeypatch.context() as patched, pytest.raises(InputError) as caught:
+            patched.setattr(builtins, "open", refused)
+            read_image(file)
+        # Pillow goes to a place in the file that a damaged file names, and the system refuses that as EINVAL.
+        damaged = code == errno.EINVAL
+        assert isinstance(caught.value, NoAccess) is not damaged and ("restore it" in str(caught.value)) is damaged
+        assert damaged or str(caught.value) == f"cannot read image {str(file)!r}: {os.strerror(code)}"
+
+
+@pytest.mark.parametrize("suffix", ["gif", "avif"])
+def test_the_first_picture_of_an_animation_is_an_image_by_its_name_and_as_bytes(tmp_path: Path, suffix: str) -> None:
+    if suffix == "avif" and not ("avif" in features.modules and features.check("avif")):
+        pytest.skip("this Pillow reads no AVIF")
+    red, blue = (Image.new("RGB", (16, 32), colour) for colour in ("red", "blue"))
+    path = saved(tmp_path, red, f"X.{suffix.upper()}", save_all=True, append_images=[blue])
+    assert is_image(path.name)
+    for image in (path, path.read_bytes()):
+        shown = np.asarray(read_image(image)).astype(int)
+        assert shown.shape == (32, 16, 3) and np.abs(shown - [255, 0, 0]).max() < 10
+
+
+def test_avif_is_no_image_where_pillow_does_not_know_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(features.modules, "avif", raising=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not runpy.run_path(pixels.__file__)["is_image"]("x.avif")
 
 
 def test_photos_of_iphones_are_images_where_their_reader_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,8 +207,8 @@ def test_a_photo_of_an_iphone_is_read_upright(tmp_path: Path) -> None:
 
 
 def test_a_photo_of_an_iphone_says_what_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "IMG_1.HEIC").write_bytes(b"ftypheic")
+    (tmp_path / "mom's.HEIC").write_bytes(b"ftypheic")
     for readers, cure in (((), "pip install pillow-heif to read it"), ((".heic", ".heif"), "restore it or remove it")):
         monkeypatch.setattr(pixels, "HEIF", readers)
         with pytest.raises(InputError, match=f"it is not an image; {cure}"):
-            read_image(tmp_path / "IMG_1.HEIC")
+            read_image(tmp_path / "mom's.HEIC")

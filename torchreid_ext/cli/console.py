@@ -52,7 +52,7 @@ def add_device(made: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, metavar="N", help="images in a batch (test.batch_size of the configuration)")
     add("--workers", type=int, metavar="N", default=min(4, available_cores()),
         help="processes that read images (%(default)s)")  # fmt: skip
-    add("--skip-damaged", action="store_true", help="leave out images that cannot be read, and name them")
+    add("--skip-damaged", action="store_true", help="leave out damaged images, and name them")
     add("--names", default="market", metavar="KIND",
         help="how names carry identities and cameras: market (0002_c1s1_000451_03.jpg), folder (anna/hall_1.jpg), "
         "msmt17, veri, or a regular expression with the groups identity and camera (%(default)s)")  # fmt: skip

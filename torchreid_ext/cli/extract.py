@@ -10,10 +10,10 @@ need the name of the network: --model osnet_x0_25. A SOURCE is one of these:
   FILE.csv    with the columns path,pid,camid,split; images of the split train are left out, and a camera may be missing
   FILE.jpg    or any other image: a gallery image
 
-Without a SOURCE, the test images of the run itself are taken: those of its first target, or of its validation
-identities. --root says where the data sets are, if no longer where the run had them. The output is what drsl-evaluate
-reads: the features of query and gallery with identities and cameras. Where names carry no identities, it holds features
-and paths alone, which drsl-search reads.
+One identity in several sources is one person. Without a SOURCE, the test images of the run itself are taken: those of
+its first target, or of its validation identities. --root says where the data sets are, if no longer where the run had
+them. The output is what drsl-evaluate reads: the features of query and gallery with identities and cameras. Where names
+carry no identities, it holds features and paths alone, which drsl-search reads.
 """
 
 from __future__ import annotations
@@ -88,7 +88,11 @@ def run(args: argparse.Namespace) -> None:
             cameras = sorted({row.camera for row in rows} - {""})
             if cameras:
                 say(f"Cameras: {', '.join(cameras) if len(cameras) < 9 else len(cameras)}")
-            say(f"Scores: drsl-evaluate {args.output}")
+            if cameras and len({(row.identity, row.seen_by) for row in rows}) == len({row.identity for row in rows}):
+                cure = "if cameras do not matter, give the same command with --no-cameras"
+                say(f"There are no scores to compute: that needs matches from another camera; {cure}")
+            else:
+                say(f"Scores: drsl-evaluate {args.output}")
         elif unknown := [shown(row.path) for row in rows if not row.identity]:
             about = f"no identity is known for {len(unknown):,} of {len(rows):,} images, the first being {unknown[0]!r}"
             say(f"There are no scores to compute: {about}: leave them out, or say with --names who they are")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import random
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from pml_drsl.checks import InputError
@@ -59,7 +60,8 @@ class SetOptions(Options):
         """Whether an image with this POSIX path below a folder of the data set would be used."""
         if images.in_name(images.pattern(self.pattern), path) is None or any(map(images.is_hidden, path.split("/"))):
             return False
-        return self.train is None or any(selects(entry, path) for entry in [*self.train, *(self.test or ())])
+        entries = [*(self.train or ()), *(self.test or ())]
+        return self.train is None or any(selects(form, path) for each in entries for form in (each, glob.escape(each)))
 
 
 def make_options(name: str, given: Mapping[str, Any]) -> SetOptions:
@@ -170,8 +172,6 @@ def _matching(where: str, options: SetOptions, root: Path, table: Table) -> tupl
                 found.append((path, row))
                 real_paths[row.path] = real
     images.check_junk(where, options.junk, seen_identities)
-    if options.pattern == "folder" and options.train is None:
-        _warn_of_folders_inside(where, found)
     if not found:
         seen = table.about_left_out() or "there is no file"
         folders = " and ".join(str(root / part) for part in options.folder)
@@ -179,22 +179,10 @@ def _matching(where: str, options: SetOptions, root: Path, table: Table) -> tupl
             home = "the photos of a person lie in a folder of their own, PERSON/1.jpg"
             seen = f"{seen}; {home}; give the folder above as --root"
         raise InputError(f"{where}: no image below {folders} matches the pattern {options.pattern!r}; {seen}")
+    # Folders that train and test name, such as train and test, stand above those of people.
+    if options.train is None and (about := images.about_folders_inside(names, [path for path, _ in found])):
+        warnings.warn(f"{where}: {about}; if it names a split, set train and test", stacklevel=2)
     return found, real_paths
-
-
-def _warn_of_folders_inside(where: str, found: Sequence[Named]) -> None:
-    """Warns of folders inside those of a person, and of folders of one name in several folders."""
-    folders = dict.fromkeys(PurePosixPath(path).parent for path, _ in found)
-    first: dict[str, PurePosixPath] = {}
-    for folder in folders:
-        other = first.setdefault(folder.name, folder)
-        what = f"{other} and {folder} are one identity, {folder.name!r}," if other != folder else ""
-        if above := next((each for each in folder.parents if each in folders), None):
-            what = f"{folder} is another identity than {above}, {folder.name!r},"
-        if what:
-            cure = "If the folder above names the person, set pattern to '(?P<identity>[^/]+)/.*'"
-            warnings.warn(f"{where}: {what} the name of the innermost folder. {cure}", stacklevel=2)
-            return
 
 
 def _unique(where: str, rows: Iterable[Row], real_paths: Mapping[str, str]) -> list[Row]:
@@ -203,9 +191,7 @@ def _unique(where: str, rows: Iterable[Row], real_paths: Mapping[str, str]) -> l
     for row in rows:
         other = first.setdefault(real_paths[row.path], row)
         if other[1:] != row[1:]:
-            links = f"{other.path} and {row.path} are links to one image, but their identities or cameras differ"
-            names = f"{', '.join(other[1:3])} and {', '.join(row[1:3])}"
-            raise InputError(f"{where}: {links} ({names}): remove one of them")
+            raise InputError(f"{where}: {images.different(other, row)}")
     return list(first.values())
 
 
@@ -217,13 +203,17 @@ def _split(where: str, options: SetOptions, found: list[Named]) -> tuple[list[Ro
         tested = set(pids[: max(1, round(len(pids) * options.test_fraction))])
         train = [row for _, row in found if row.identity not in tested]
         return train, [row for _, row in found if row.identity in tested]
-    splits: dict[str, list[Row]] = {}
+    splits, paths = dict[str, list[Row]](), dict.fromkeys(path for path, _ in found)
     for key, entries in (("train", options.train), ("test", options.test)):
+        chosen = set[str]()
         for entry in entries:
-            if not any(selects(entry, path) for path, _ in found):
+            # A name such as "anna [1]" names itself, and is a pattern only if there is no such name.
+            forms = ([path for path in paths if selects(form, path)] for form in (glob.escape(entry), entry))
+            if not (here := next(filter(None, forms), [])):
                 example = found[0][0] if found else "none"
                 raise InputError(f"{where}.{key}: {entry!r} selects none of {len(found)} images, such as {example!r}")
-        splits[key] = [row for path, row in found if any(selects(entry, path) for entry in entries)]
+            chosen.update(here)
+        splits[key] = [row for path, row in found if path in chosen]
     return splits["train"], splits["test"]
 
 

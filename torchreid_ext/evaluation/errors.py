@@ -34,8 +34,12 @@ Array = np.ndarray[Any, Any]
 HARDEST, TOPK = 50, 10  # queries on the page, and gallery entries of each query
 MOST_CAMERAS = 40  # More have no table: so many are images without a camera, each with a camera of its own.
 STEPS, BARS = 10_000, 100  # steps in which distances are counted, and bars in which they are drawn
-# matplotlib's colours for people on the map, but for C7, which is grey, and marks for readers to whom they look alike.
-MARKS = {"C0": "o", "C1": "s", "C2": "^", "C3": "v", "C4": "D", "C5": "P", "C6": "X", "lime": "*", "C8": "<", "C9": ">"}
+# matplotlib's colours for people on the map, but for its grey, and marks for readers to whom they look alike: the
+# letter of matplotlib, and the sign of the legend.
+MARKS = {
+    "#1f77b4": ("o", "●"), "#ff7f0e": ("s", "■"), "#2ca02c": ("^", "▲"), "#d62728": ("v", "▼"), "#9467bd": ("D", "◆"),
+    "#8c564b": ("P", "✚"), "#e377c2": ("X", "✘"), "lime": ("*", "★"), "#bcbd22": ("<", "◄"), "#17becf": (">", "►"),
+}  # fmt: skip
 SIDES = ("query", "gallery")
 
 
@@ -153,30 +157,31 @@ def _map(search: Search, pictures: Pictures, ranked: RankedQueries) -> str:
     # One component is a line on the plane.
     places = [np.c_[plane.transform(features), np.zeros(len(features))][:, :2] for features in (query, gallery)]
 
+    worst = [*zip(sorted(means, key=means.__getitem__), MARKS.items(), strict=False)]
+
     def draw(axes: Axes) -> None:
-        axes.scatter(places[1][:, 0], places[1][:, 1], s=6, color="gray", alpha=0.4, linewidths=0, label="all others")
-        for pid, (colour, marker) in zip(sorted(means, key=means.__getitem__), MARKS.items(), strict=False):
-            # A name at the start could begin with an underscore, and then matplotlib would leave it out of the legend.
-            name = f"{means[pid]:.0%}  {_plain(pictures[0][int(np.argmax(pids == pid))].identity)}"
+        axes.scatter(places[1][:, 0], places[1][:, 1], s=6, color="gray", alpha=0.4, linewidths=0)
+        for pid, (colour, (marker, _)) in worst:
             queries, entries = places[0][pids == pid], places[1][search.gallery.pids == pid]
             axes.scatter(queries[:, 0], queries[:, 1], s=80, marker=marker, facecolors="none", edgecolors=colour)
-            axes.scatter(entries[:, 0], entries[:, 1], s=25, marker=marker, color=colour, label=name)
+            axes.scatter(entries[:, 0], entries[:, 1], s=25, marker=marker, color=colour)
         axes.set(xticks=[], yticks=[], xlabel="first principal component", ylabel="second principal component")
-        axes.legend(framealpha=0, loc="center left", bbox_to_anchor=(1, 0.5), title="mAP, identity", fontsize="small")
 
+    # The browser has letters of all languages, where matplotlib has few, and room for long names.
+    legend = "".join(
+        f'<li><span style="color: {colour}">{sign}</span> {means[pid]:.0%} '
+        f"<bdi>{escape(pictures[0][int(np.argmax(pids == pid))].identity)}</bdi></li>"
+        for pid, (colour, (_, sign)) in worst
+    )
+    legend = f'<ul style="margin: 0; padding: 0; list-style: none; overflow-wrap: anywhere">{legend}</ul>'
     kept = np.nan_to_num(plane.explained_variance_ratio_).sum()
     about = f"The gallery on its first two principal components, which hold {kept:.0%} of its variance. In colour: the"
-    return _drawn(draw, "Map", f"{about} people with the lowest mAP, up to ten; large hollow marks are their queries.")
+    about = f"{about} people with the lowest mAP, up to ten; large hollow marks are their queries. Grey: all others."
+    return _drawn(draw, "Map", about, legend)
 
 
-def _plain(text: str) -> str:
-    """A text for matplotlib, which takes what is between two dollars for mathematics, and refuses bytes that are no
-    UTF-8, which a name may hold."""
-    return text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
-
-
-def _drawn(draw: Callable[[Axes], None], name: str, about: str) -> str:
-    """A figure of the page, drawn for light and for dark paper."""
+def _drawn(draw: Callable[[Axes], None], name: str, about: str, legend: str = "") -> str:
+    """A figure of the page, drawn for light and for dark paper, and below it its legend, which is HTML."""
     from matplotlib import style  # matplotlib takes long to import, and only this page needs it.
     from matplotlib.figure import Figure
 
@@ -188,7 +193,8 @@ def _drawn(draw: Callable[[Axes], None], name: str, about: str) -> str:
             figure.savefig(file, dpi=160, transparent=True)
         images.append(f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}")
     dark = f'<source media="(prefers-color-scheme: dark)" srcset="{images[1]}">'
-    return _framed(f'<picture>{dark}<img src="{images[0]}" alt="{escape(f"{name}: {about}")}"></picture>', name, about)
+    picture = f'<picture>{dark}<img src="{images[0]}" alt="{escape(f"{name}: {about}")}"></picture>'
+    return _framed(picture + legend, name, about)
 
 
 def _framed(content: str, name: str, about: str) -> str:

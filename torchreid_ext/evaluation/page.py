@@ -12,7 +12,7 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from pml_drsl.checks import InputError
 from pml_drsl.console import replacing
@@ -81,8 +81,12 @@ def tiled(images: Sequence[Image.Image], size: tuple[int, int]) -> Image.Image:
     cell = size[0] // columns, size[1] // columns
     whole = Image.new("RGB", size, EMPTY)
     for number, image in enumerate(images):
-        fitted = ImageOps.pad(image, cell, Image.Resampling.LANCZOS, color=EMPTY)
-        whole.paste(fitted, (number % columns * cell[0], number // columns * cell[1]))
+        left, top = number % columns * cell[0], number // columns * cell[1]
+        scale = min(cell[0] / image.width, cell[1] / image.height)
+        # A line that is a thousand times as long as it is wide keeps a pixel.
+        width, height = (max(1, round(scale * side)) for side in image.size)
+        fitted = image.resize((width, height), Image.Resampling.LANCZOS)
+        whole.paste(fitted, (left + (cell[0] - width) // 2, top + (cell[1] - height) // 2))
     return whole
 
 

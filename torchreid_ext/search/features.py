@@ -22,6 +22,7 @@ from pml_drsl.evaluation.ranking import share
 from torchreid_ext.evaluation.extraction import Samples, gather_samples
 from torchreid_ext.evaluation.page import Box
 from torchreid_ext.images import Row, Table, composed
+from torchreid_ext.pixels import NoAccess
 from torchreid_ext.runtime import distributed
 from torchreid_ext.search.model import Preprocessing, TrainedModel
 
@@ -38,16 +39,16 @@ class ExtractedSet:
 
 def _read(
     preprocessing: Preprocessing, crop: Box | None, batch: Sequence[tuple[int, str]]
-) -> tuple[list[int], Tensor | None, list[str]]:
+) -> tuple[list[int], Tensor | None, list[InputError]]:
     """The indices and images of the files that can be read, and what is wrong with the others. The images are one
     tensor, because every tensor that a loading process sends needs open files, whose number is limited."""
-    images, reasons = dict[int, Tensor](), list[str]()
+    images, errors = dict[int, Tensor](), list[InputError]()
     for index, path in batch:
         try:
             images[index] = preprocessing(path, crop)
         except InputError as error:
-            reasons.append(str(error) if path in str(error) else f"{path!r}: {error}")
-    return [*images], torch.stack([*images.values()]) if images else None, reasons
+            errors.append(error if repr(path) in str(error) else InputError(f"{path!r}: {error}"))
+    return [*images], torch.stack([*images.values()]) if images else None, errors
 
 
 def extract_files(
@@ -70,6 +71,7 @@ def extract_files(
         workers: loading processes, >= 0; a single batch needs none.
         crop: left, top, right and bottom in pixels of the part of each image to use.
         skip_damaged: leave out an image that cannot be read, and say so on stderr, instead of raising an InputError.
+            A file that cannot be opened is an error in any case: its disk may be gone, and many others with it.
         may_be_empty: return no features, instead of raising an InputError, where none can be read.
         description: what stands before the progress bar.
 
@@ -90,10 +92,13 @@ def extract_files(
     def extract() -> Samples | None:
         """The features with the positions of their images in place of identities and cameras."""
         parts, kept = list[Tensor](), list[int]()
-        for indices, images, reasons in tqdm(loader, desc=description, leave=False, disable=None):
-            if reasons and not skip_damaged:
-                raise InputError(f"{reasons[0]}; --skip-damaged leaves such images out")
-            damaged.extend(reasons)
+        for indices, images, errors in tqdm(loader, desc=description, leave=False, disable=None):
+            for error in errors:
+                if isinstance(error, NoAccess):
+                    raise error
+                if not skip_damaged:
+                    raise InputError(f"{error}; --skip-damaged leaves such images out")
+                damaged.append(str(error))
             if images is not None:
                 parts.append(model.features(images))
                 kept += indices

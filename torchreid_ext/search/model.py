@@ -134,8 +134,8 @@ def load_model(
         path: the checkpoint, or the folder of a run, whose best checkpoint is taken.
         config_file: a YAML file of torchreid's keys and ours. It overrides the configuration in the checkpoint.
         device: where to compute; None takes the GPU where there is one.
-        model: name of the network. With neither a configuration in the checkpoint nor a file, the rest is what
-            torchreid's zoo was trained with, which stderr says.
+        model: name of the network. With neither a configuration in the checkpoint nor a file, image size
+            and normalisation are those of torchreid's zoo, and the distance is the cosine, which stderr says.
 
     An InputError refuses a checkpoint that is missing, damaged, without a configuration or not of the network that its
     configuration names, and a device that is not there."""

@@ -38,15 +38,11 @@ def absolute(entry: Row) -> Row:
 
 def shown(path: str) -> str:
     """A path as a user would type it: relative to the current folder where it is below it."""
-    relative = _relative(path) if os.path.isabs(path) else path
-    return path if relative.startswith("..") else relative
-
-
-def _relative(path: str, folder: str = os.curdir) -> str:
     try:
-        return os.path.relpath(path, folder)
+        relative = os.path.relpath(path) if os.path.isabs(path) else path
     except ValueError:  # The two are on different drives of Windows.
         return path
+    return path if relative.startswith("..") else relative
 
 
 def list_sources(sources: Sequence[str], names: str = DEFAULT_NAMES, cameras: bool = True) -> Table:
@@ -56,37 +52,28 @@ def list_sources(sources: Sequence[str], names: str = DEFAULT_NAMES, cameras: bo
     Market-1501's layout (``query`` and ``bounding_box_test``), be one of these two, or hold images in any folders below
     it. Where the identities of all such images are known, the first of each identity and camera is a query too; an
     image whose camera is not known has one of its own. An image file is of the gallery. Without ``cameras``, no camera
-    is known. Of an image that several sources give, the first that knows whom it shows counts, folders and CSV files
-    before image files. Raises InputError for a source that is missing, has no image, or gives another image the name
-    that it has in another source."""
+    is known. One identity in several sources is one person. An image and the links to it count once: the first that
+    knows whom it shows, folders and CSV files before image files. Raises InputError for a source that is missing, has
+    no image, or gives one image two identities."""
     carried = images.pattern(names, "--names")
-    table, origin = Table(), dict[tuple[str, str], tuple[str, str]]()
-    kept, known = dict[tuple[str, str], Row](), dict[str, Row]()
+    table, kept, known = Table(), dict[tuple[str, str], None](), dict[str, Row]()
     alone = {source: os.path.isfile(source) and images.is_image(source) for source in sources}
     for source in sorted(alone, key=lambda source: alone[source]):
         if alone[source]:
             found = Table([images.named(os.path.abspath(source), carried)._replace(path=source, split="gallery")])
         else:
             found = _listed(source, carried, cameras)
+        here = dict[str, Row]()
         for row in found.rows:
-            key = row.split, resolved(row.path)
-            kept.setdefault(key, row)
-            if row.identity:
-                known.setdefault(key[1], row)
-            if alone[source]:
-                continue
-            name = _relative(row.path, source if os.path.isdir(source) else os.path.dirname(source))
-            other, path = origin.setdefault((row.split, name), (source, key[1]))
-            if path != key[1]:
-                both = f"{other!r} and {source!r} both have a {row.split} image {name!r}"
-                cure = "give each folder by itself, or put both below one folder and give that one"
-                raise InputError(f"{both}, so their identities cannot be told apart: {cure}")
+            real = os.path.realpath(row.path)
+            kept[row.split, real] = None
+            if row.identity and (other := here.setdefault(real, row)).identity != row.identity:
+                raise InputError(f"{source!r}: {images.different(other, row)}")
+            if not known.setdefault(real, row).identity:
+                known[real] = row
         table.leave_out_all(found)
-    for (_, path), row in kept.items():
-        same = known.get(path, row)
-        table.rows.append(row._replace(identity=same.identity, camera=same.camera))
-    if not cameras:
-        table.rows = [row._replace(camera="") for row in table.rows]
+    rows = (known[real]._replace(split=split) for split, real in kept)
+    table.rows = [row if cameras else row._replace(camera="") for row in rows]
     return table
 
 
@@ -111,7 +98,7 @@ def list_queries(sources: Sequence[str], names: str = DEFAULT_NAMES) -> list[Row
 def _listed(source: str, names: re.Pattern[str], cameras: bool = True) -> Table:
     if os.path.isfile(source):
         if not source.lower().endswith(".csv"):
-            raise InputError(f"{source!r} is neither a folder, nor an image, nor a CSV file")
+            raise InputError(f"{source!r} is neither a folder, nor an image, nor a CSV file: {images.KINDS}")
         table = images.read_csv(os.path.abspath(source), None if cameras else False)
         table.rows = [row for row in table.rows if row.split != "train"]
         if not table.rows:

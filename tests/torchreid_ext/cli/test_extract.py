@@ -89,6 +89,30 @@ def test_damaged_images_stop_it_or_are_listed(any_model, tmp_path, capsys, conte
     assert "none of the 4 images can be read" in complaint(capsys) and not list(tmp_path.glob("*.npz*"))
 
 
+def test_a_file_that_cannot_be_opened_stops_it_in_any_case(any_model, tmp_path, capsys, monkeypatch):
+    for number in range(3):
+        Image.new("RGB", (16, 32), (number * 80, 0, 0)).save(tmp_path / f"{number}.png")
+    real = open
+
+    def refused(file, *more, **options):
+        if str(file).endswith("1.png"):
+            raise PermissionError(13, "Permission denied", file)
+        return real(file, *more, **options)
+
+    monkeypatch.setattr("builtins.open", refused)
+    words = [str(any_model), str(tmp_path), "--output", str(tmp_path / "f.npz"), "--workers", "0"]
+    for more in ([], ["--skip-damaged"]):
+        assert extract.main([*words, *more]) == 2
+        assert complaint(capsys) == f"drsl-extract: cannot read image '{tmp_path}/1.png': Permission denied"
+
+
+def test_a_damaged_file_is_named_once(any_model, tmp_path, capsys):
+    bad = tmp_path / "back\\slash\nline.png"
+    bad.write_bytes(b"no image")
+    assert extract.main([str(any_model), str(bad), "--output", str(tmp_path / "f.npz"), "--workers", "0"]) == 2
+    assert complaint(capsys).count("slash") == 1
+
+
 def test_an_image_that_is_query_and_gallery_is_read_once(any_model, tmp_path, capsys, monkeypatch):
     names = [f"{name}.png" for name in ("anna/hall_1", "anna/hall_2", "ben/hall_1", "carl/door_1")]
     for number, name in enumerate(names):
@@ -217,6 +241,14 @@ def test_cameras_in_names_are_said_and_can_be_left_out(any_model, tmp_path, caps
             assert ("query_cams" in file) == arrays and len(file["query"]) == (2 if arrays else 3)
     assert extract.main([words[0], *words[4:], "--no-cameras"]) == 2
     assert "--no-cameras is for a SOURCE" in complaint(capsys)
+    (tmp_path / "ben").mkdir()
+    (tmp_path / "anna" / "PXL_3.png").rename(tmp_path / "ben" / "PXL_3.png")
+    assert extract.main(words) == 0  # Images of a query's person and camera are left out, and so all matches.
+    out = capsys.readouterr().out
+    assert "Cameras: IMG, PXL\n" in out and "Scores:" not in out and "no scores to compute" in out
+    assert evaluate.main([words[-1]]) == 2
+    assert "give the same command with --no-cameras\n" in out and extract.main([*words, "--no-cameras"]) == 0
+    assert "Scores:" in capsys.readouterr().out and evaluate.main([words[-1]]) == 0
 
 
 def test_what_keeps_scores_from_being_computed_is_named(any_model, tmp_path, capsys):

@@ -157,6 +157,7 @@ def test_bad_input_is_one_line(tmp_path: Path, arrays: dict[str, Any], capsys: p
         ([query, gallery, "--ids", text("cam.csv", b"set,id,cam\n")], "a column 'cam' and no 'camera'"),
         ([query, gallery, "--ids", text("view.csv", b"set,id,view\n")], "a column 'view' and no 'camera'"),
         ([query, gallery, "--ids", text("no.csv", (rows + "query,1,").encode())], "line 54: camera is empty"),
+        ([query, gallery, "--ids", text("f.csv", (rows + "query,-1.0,1").encode())], "line 54: -1.0 is no name"),
         ([query, gallery, "--ids", text("1.csv", (rows + "query,é,1").encode("latin-1"))], "line 54: 'é' is not UTF-8"),
     ]
     for arguments, message in cases:

@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import pickle
+import re
 import shutil
 import uuid
 import warnings
@@ -114,6 +115,13 @@ class TestFolder:
             ("**/(a)", "x/(a)/b", True),
         ]:
             assert selects(entry, path) is expected, (entry, path)
+
+    def test_an_entry_with_brackets_is_a_name_first(self, tmp_path: Path) -> None:
+        make_folder(tmp_path, ["a [1]", "a 1", "b", "c", "d", "e1"], ["left", "right"])
+        data = load(tmp_path, train=["a [1]", "b"], test=["[cd]", "e[1]"])
+        assert (people(data.train), people(data.gallery)) == ({"a [1]", "b"}, {"c", "d", "e1"})
+        options = make_options("mine", {"train": ["a [1]"], "test": []})
+        assert options.takes("a [1]/left_0.png") and not options.takes("a [2]/left_0.png")
 
     def test_query_without_a_match_warns_with_the_count(self, tmp_path: Path) -> None:
         make_folder(tmp_path, ["p0", "p1", "q0", "q1", "q2"], ["a", "b"])
@@ -233,7 +241,7 @@ class TestNamesAndCameras:
 
     def test_what_is_left_out_is_counted_and_named(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         make_folder(tmp_path, [*PEOPLE[:4], "-1", "blurred"], ["a", "b"])
-        for name in ("p1/clip.gif", "p1/clip2.gif"):
+        for name in ("p1/clip.mp4", "p1/clip2.mp4"):
             (tmp_path / name).write_bytes(b"x")
         draw(tmp_path / "alone.png")
         draw(tmp_path / "lone" / "a_0.png")
@@ -242,7 +250,7 @@ class TestNamesAndCameras:
         line = capsys.readouterr().out.splitlines()[-1]
         assert line.startswith("=> mine: left out: ") and "images of junk (8: '-1/a_0.png', '-1/a_1.png', ...)" in line
         assert "images whose names do not match the pattern (1: 'alone.png')" in line
-        assert "kinds that are not read (2: 'p1/clip.gif', 'p1/clip2.gif')" in line
+        assert "kinds that are not read (2: 'p1/clip.mp4', 'p1/clip2.mp4')" in line
         assert line.endswith("people with fewer than 2 images (1: 'lone')")
 
     def test_the_recipe_for_ones_own_photos_trains(self, tmp_path: Path) -> None:
@@ -338,6 +346,9 @@ class TestLinks:
         with pytest.raises(InputError) as caught:
             load(tmp_path)
         assert all(word in str(caught.value) for word in ["mine", "p1/a_0.png", "p9/a_0.png", "remove one"])
+        for cameras, words in (("names", r"\(p1, a and p9, a\)"), ("none", r"\(p1 and p9\)")):
+            with pytest.raises(InputError, match=f"identities or cameras differ {words}"):
+                load(tmp_path, cameras=cameras)
 
     @pytest.mark.parametrize(
         ("link", "target", "words"),
@@ -503,26 +514,32 @@ class TestInTorchreid:
         tested = manager.test_loader[two]["gallery"].dataset
         assert {Path(item[0]).parts[-3] for item in tested.gallery} == {"two"}
 
-    def test_folders_of_one_name_inside_those_of_people_are_warned_of(self, tmp_path: Path) -> None:
-        for person in ("anna", "bob", "cleo", "dora"):
-            make_folder(tmp_path / person, [f"day{n}" for n in range(1, 5)], ["a", "b"])
-        with pytest.warns(UserWarning, match=r"anna/day1 and bob/day1 are one identity, 'day1'.*innermost folder"):
-            load(tmp_path)
-        make_folder(tmp_path / "two", ["anna", "bob", "cleo", "anna/day1"], ["a", "b"])
-        with pytest.warns(
-            UserWarning, match="anna/day1 is another identity than anna, 'day1', the name of the innermost"
-        ):
-            load(tmp_path / "two")
-        make_folder(tmp_path / "deep", ["anna", "bob", "cleo", "anna/raw/day1"], ["a", "b"])
-        with pytest.warns(UserWarning, match="anna/raw/day1 is another identity than anna, 'day1'"):
-            load(tmp_path / "deep")
-        shutil.rmtree(tmp_path / "deep")
-        shutil.rmtree(tmp_path / "two")
-        data = load(tmp_path, pattern="(?P<identity>[^/]+)/.*", cameras="none")
-        assert len({item[1] for item in data.train}) == len({item[1] for item in data.gallery}) == 2
-
-    def test_good_data_gives_no_warning(self, tmp_path: Path) -> None:
-        make_folder(tmp_path, [f"p{n}" for n in range(6)] + ["2023/p6", "2023/p7"], ["a", "b"])
+    @pytest.mark.parametrize("above", ["", "my photos/"])
+    def test_folders_inside_those_of_people_are_warned_of(self, tmp_path: Path, above: str) -> None:
+        albums = ("anna/beach", "anna/home", "ben/office", "ben/gym", "cleo/trip", "dora/zoo")
+        layouts = {
+            "albums": (albums, "'beach', the innermost folder, is the identity of '{}anna/beach/a_0.png'"),
+            "one": (("anna", "ben", "cleo", "anna/raw/day1"), "'day1', the innermost .* of '{}anna/raw/day1/a_0.png'"),
+            "splits": (("train/a", "train/b", "test/c", "test/d"), "'c', .*; if it names a split, set train and test"),
+        }
+        for name, (folders, words) in layouts.items():
+            make_folder(tmp_path / name / above, folders, ["a", "b"])
+            with pytest.warns(UserWarning, match=f"datasets.mine: {words.format(above)}") as caught:
+                load(tmp_path / name)
+            assert len(caught) == 1
+        (pattern,) = re.findall("set pattern .*? to '(.*?)'", str(caught[0].message))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            load(tmp_path)
+            data = load(tmp_path / "albums", pattern=pattern, cameras="none")
+        assert {row.identity for row in data.table.rows} == {"anna", "ben", "cleo", "dora"}
+
+    def test_good_data_gives_no_warning(self, tmp_path: Path) -> None:
+        make_folder(tmp_path / "photos", [f"p{n}" for n in range(6)], ["a", "b"])
+        make_folder(tmp_path / "more", ["p6", "p7"], ["a", "b"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for folder in ("photos", ["photos", "more"]):
+                load(tmp_path, folder=folder)
+            load(tmp_path, train=["photos"], test=["more"])
+            shutil.rmtree(tmp_path / "more")
+            load(tmp_path)  # Nobody is called photos, because every photo would show him.

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from torchreid_ext.evaluation import page
-from torchreid_ext.evaluation.page import Found, Picture, Ranking, shown_distance, write_pages
+from torchreid_ext.evaluation.page import Found, Picture, Ranking, shown_distance, tiled, write_pages
 
 
 class Text(html.parser.HTMLParser):
@@ -116,6 +116,12 @@ def test_links_lead_to_pages_of_any_name(rows, tmp_path, monkeypatch, name):
     for here, there in ((first, second), (second, first)):
         (link,) = (word for word in Text(here.read_text(encoding="utf-8")).addresses if not word.startswith("data:"))
         assert urllib.parse.urljoin(here.as_uri(), link) == there.as_uri()
+
+
+@pytest.mark.parametrize("size", [(400, 1), (1, 900)])
+def test_a_line_of_pixels_is_shown(size):
+    shown = np.asarray(tiled([Image.new("RGB", size, "red")], (96, 192)))
+    assert shown.shape == (192, 96, 3) and (shown == (255, 0, 0)).all(axis=2).sum() == (96 if size[1] == 1 else 192)
 
 
 def test_distances_have_no_negative_zero():

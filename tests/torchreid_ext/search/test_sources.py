@@ -1,6 +1,7 @@
 """What a folder, a CSV file or a data set holds is listed with the names that it carries."""
 
 import os
+import warnings
 
 import pytest
 import torchreid
@@ -94,11 +95,45 @@ def test_photos_on_another_drive_of_windows_keep_their_paths(tmp_path, monkeypat
     assert [row.path for row in list_sources([f"{folder}/list.csv"]).rows] == [f"{folder}/a.png", f"{folder}/b.png"]
 
 
-def test_two_galleries_with_the_same_names_are_refused(tmp_path):
-    both = [draw(tmp_path / name, "1/c1_1.png") for name in ("north", "south")]
-    with pytest.raises(InputError, match=r"both have a query image '1/c1_1.png'.*below one folder"):
-        list_sources(both, "folder")
-    assert len(list_sources([str(tmp_path)]).gallery) == 2
+def test_one_identity_in_two_sources_is_one_person_and_names_of_photos_may_repeat(tmp_path):
+    both = [draw(tmp_path / name, "1/c1_1.png", "IMG_0001.jpg") for name in ("2023", "2024")]
+    assert [row.path for row in list_sources(both).gallery] == [
+        os.path.join(folder, name) for folder in both for name in ("1/c1_1.png", "IMG_0001.jpg")
+    ]
+    for folder in both:
+        os.remove(os.path.join(folder, "IMG_0001.jpg"))
+    assert short(list_sources(both, "folder").gallery) == [("c1_1.png", "1", "c1")] * 2
+
+
+def test_a_link_to_an_image_is_no_second_image(tmp_path):
+    folder = draw(tmp_path / "photos", "anna/1.png", "anna/2.png", "ben/1.png")
+    (tmp_path / "photos" / "anna" / "3.png").symlink_to("2.png")
+    (tmp_path / "photos" / "ben" / "2.png").symlink_to("1.png")
+    (tmp_path / "2.png").symlink_to("photos/anna/2.png")
+    for sources in ([folder], [folder, f"{tmp_path}/2.png"]):
+        table = list_sources(sources, "folder")
+        expected = [os.path.join(folder, name) for name in ("anna/1.png", "anna/2.png", "ben/1.png")]
+        assert [row.path for row in table.gallery] == [row.path for row in table.query] == expected
+    # One path of an image in query and gallery, so that no image is a match of itself.
+    (tmp_path / "list.csv").write_text("path,pid,split\n2.png,anna,query\nphotos/anna/1.png,anna,gallery\n")
+    table = list_sources([f"{tmp_path}/list.csv", folder], "folder")
+    assert {row.path for row in table.query} == {row.path for row in table.gallery} and len(table.gallery) == 3
+    (tmp_path / "photos" / "ben" / "3.png").symlink_to("../anna/1.png")
+    links = "anna/1.png and .*ben/3.png are links to one image, but .* (anna and ben)"
+    with pytest.raises(InputError, match=links.replace("(", r"\(").replace(")", r"\)")):
+        list_sources([folder], "folder")
+    assert len(list_sources([folder]).gallery) == 3
+
+
+def test_albums_inside_the_folders_of_people_are_warned_of(tmp_path):
+    folder = draw(tmp_path / "p", *(f"{name}/{year}/1.png" for name in ("anna", "ben") for year in (2023, 2024)))
+    with pytest.warns(UserWarning, match=f"{folder}': '2023', the innermost folder, is the identity of 'anna/2023/1"):
+        assert {row.identity for row in list_sources([folder], "folder").gallery} == {"2023", "2024"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert {row.identity for row in list_sources([folder], "(?P<identity>[^/]+)/.*").gallery} == {"anna", "ben"}
+        list_sources([folder])
+        list_sources([draw(tmp_path / "m", "query/anna/1.png", "gallery/anna/2.png")], "folder")
 
 
 def test_files_are_a_gallery(tmp_path, monkeypatch):
@@ -160,6 +195,9 @@ def test_sources_without_images_are_refused(tmp_path, missing):
     (tmp_path / "texts" / "notes.txt").write_text("no image")
     with pytest.raises(InputError, match=missing):
         list_sources([str(tmp_path / missing)])
+    if missing == "notes.txt":
+        with pytest.raises(InputError, match=r"nor an image, nor a CSV file: names of images end in \.png .* \.gif"):
+            list_sources([str(tmp_path / missing)])
     if missing in ("nowhere", "empty"):
         with pytest.raises(InputError, match=missing):
             list_queries([str(tmp_path / missing)])
