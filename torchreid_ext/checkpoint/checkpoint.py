@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import pickle
 import zipfile
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 from pml_drsl.checks import InputError
 from pml_drsl.console import replacing
@@ -44,6 +46,26 @@ def save(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
         # torch raises its own error, and keeps the error of the failed write as its context.
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise OSError(f"cannot write {_named(path)}: {reason}; what was saved before is kept") from error
+
+
+def check_saves(state: Mapping[str, Any]) -> None:
+    """Raises InputError for a state of ``states.of_engine`` with a part that cannot be pickled, or holds an object that
+    ``load`` would refuse; it names the part."""
+    parts = {**state, **state["training"]}
+    del parts["training"]
+    for name, part in parts.items():
+        file = io.BytesIO()
+        try:
+            # Tensors are always allowed, and may be large.
+            torch.save(tree_map(lambda value: None if isinstance(value, Tensor) else value, part), file)
+            file.seek(0)
+            refused = _refused(file)
+        except (AttributeError, TypeError, pickle.PicklingError) as error:
+            refused = [str(error)]
+        if refused:
+            cure = "give it a state_dict of numbers, tensors and containers"
+            cure += ", or take torch's SequentialLR in its place" * (name == "scheduler")
+            raise InputError(f"the state of the {name} holds what no checkpoint can hold, {_some(refused)}: {cure}")
 
 
 def check_file(path: str | os.PathLike[str]) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import hashlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,7 +59,8 @@ def of_engine(engine: Any, epoch: int) -> dict[str, Any]:
 
 def restore_engine(engine: Any, state: dict[str, Any], path: str) -> None:
     """Restores the state that ``of_engine`` returned, but for the part of ``restore_randomness``; of a checkpoint of
-    torchreid, only weights, optimizer and scheduler. Raises InputError if a part is missing or does not fit."""
+    torchreid, only weights, optimizer and scheduler, of further models from the files beside it. Raises InputError if a
+    part is missing or does not fit."""
     first, *others = engine.get_model_names()
     checkpoint.restore(state, _parts(engine, first), path)
     with checkpoint.fitting(path):
@@ -65,6 +68,11 @@ def restore_engine(engine: Any, state: dict[str, Any], path: str) -> None:
         engine.people = sorted({*engine.people, *checkpoint.people_of(state)})
         if (training := state.get("training")) is None:
             engine.host_epochs = int(state["epoch"])
+            for name in others:
+                # torchreid saves every model in a folder of its own, below the same name.
+                file = Path(path).absolute().parent.parent / name / Path(path).name
+                saved = distributed.from_first(functools.partial(_of_torchreid, file, name, path))
+                checkpoint.restore(saved, _parts(engine, name), file)
         else:
             for name in others:
                 checkpoint.restore(training["others"].get(name, {}), _parts(engine, name), path)
@@ -202,8 +210,7 @@ def digest(items: list[Any]) -> str:
     """A digest of training images and their identities, items of torchreid's data sets, in any order. Paths count from
     the folder that all have in common, which may be moved, and differ from one machine of a run to another."""
     several = [
-        ([*map(os.path.abspath, [item[0]] if isinstance(item[0], (str, os.PathLike)) else item[0])], item[1])
-        for item in items
+        ([*map(_absolute, item[0] if isinstance(item[0], (list, tuple)) else [item[0]])], item[1]) for item in items
     ]
     top = None
     with contextlib.suppress(ValueError):  # Images on two drives of Windows have no folder in common.
@@ -212,7 +219,21 @@ def digest(items: list[Any]) -> str:
         "\0".join([str(pid), *(os.path.relpath(path, top) if top else path for path in paths)])
         for paths, pid in several
     ]
-    return hashlib.sha256("\n".join(sorted(lines)).encode(errors="surrogateescape")).hexdigest()
+    text = "\n".join(sorted(line.replace(os.sep, "/") for line in lines))  # the same on Windows
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+
+
+def _absolute(path: Any) -> str:
+    # A data set that reads in its own way may have the keys of a database, such as numbers.
+    return os.path.abspath(path if isinstance(path, (str, os.PathLike)) else str(path))
+
+
+def _of_torchreid(file: Path, name: str, path: str) -> dict[str, Any]:
+    """The checkpoint of another model of the engine, which torchreid saved beside that of the first one in ``path``."""
+    if not file.is_file():
+        one = f"'{path}' was saved by torchreid and holds one model"
+        raise InputError(f"{one}: '{file}', which holds {name!r}, is missing; restore it")
+    return checkpoint.load(file)
 
 
 def _parts(engine: Any, name: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,13 +76,25 @@ def check_save_dir(cfg: Config) -> None:
 # of a run, in data.save_dir
 _PICTURES = ("batch.png", "ranking_mine.png", "untrained/ranking_mine.png", "test/ranking_mine.png")
 _GROUPS = ("num_instances", "num_cams", "num_datasets")
+# torchreid's samplers of equal shares: the key, where an item says to what it belongs, and the name of that.
+_SHARES = {"RandomDomainSampler": ("num_cams", 2, "cameras"), "RandomDatasetSampler": ("num_datasets", 3, "data sets")}
 
 
 def _sampler(cfg: Config, items: list[Any]) -> Any:
-    """A training sampler, of our own or of torchreid, for items whose second entry is the identity."""
+    """A training sampler, of our own or of torchreid, for items (path, pid, camid, dsetid). Raises InputError if it
+    cannot fill a batch."""
     name, batch_size = cfg.sampler.train_sampler, cfg.train.batch_size
     if name in SAMPLERS:
         return SAMPLERS[name]([item[1] for item in items], batch_size, cfg.sampler.num_instances)
+    if name in _SHARES:
+        # torchreid says nothing of use, and notices a small camera or data set only when it draws it, perhaps late.
+        key, place, groups = _SHARES[name]
+        sizes = Counter(item[place] for item in items)
+        number = cfg.sampler[key] if cfg.sampler[key] > 0 else len(sizes)
+        if batch_size % number or number > len(sizes) or min(sizes.values()) < batch_size // number:
+            wanted = f"sampler.{key} {cfg.sampler[key]} takes {number} {groups} in equal shares of train.batch_size"
+            there = f"the sources have {len(sizes)}, the smallest with {min(sizes.values())} training images"
+            raise InputError(f"{name} cannot fill a batch: {wanted} {batch_size}, and {there}; change one of the two")
     options = picked(cfg.sampler, *_GROUPS)
     return torchreid.data.sampler.build_train_sampler(items, name, batch_size=batch_size, **options)
 
@@ -114,18 +127,16 @@ def input_errors(cfg: Config) -> Iterator[None]:
     try:
         with without_empty_folders(Path(cfg.data.root)):
             yield
-    except AssertionError as error:
-        # torchreid's samplers and data sets check their arguments with assertions that have no message.
-        given = {name: cfg.sampler[name] for name in ("train_sampler", *_GROUPS)}
-        values = ", ".join(f"sampler.{name} {value!r}" for name, value in given.items())
-        needs = "batch_size / num_instances identities that the sources have, and equal shares for cameras or data sets"
-        why = f"{str(error) or 'the sampler cannot fill a batch'}: train.batch_size {cfg.train.batch_size}"
-        raise InputError(f"{why}, {values}. A batch needs {needs}") from error
     except InputError:
         raise
-    except ValueError as error:
-        # torchreid's data managers raise it for an unknown data set or split.
-        raise InputError(f"{error}: data.sources {cfg.data.sources}, data.targets {cfg.data.targets}") from error
+    except (AssertionError, ValueError) as error:
+        # torchreid's data managers raise them for an unknown data set or split; its samplers, for the targets' training
+        # images, say little or nothing.
+        given = f"data.sources {cfg.data.sources}, data.targets {cfg.data.targets}"
+        if cfg.data.load_train_targets:
+            given += f", data.load_train_targets True with sampler.train_sampler_t {cfg.sampler.train_sampler_t}"
+            given += f" and train.batch_size {cfg.train.batch_size}"
+        raise InputError(f"{str(error) or 'an assertion of torchreid failed'}: {given}") from error
     except (OSError, RuntimeError) as error:
         sets = " ".join(dict.fromkeys(cfg.data.sources + cfg.data.targets))
         unread = f"{sets} below data.root {cfg.data.root!r}: {error}"

@@ -133,8 +133,9 @@ def with_numbers(value: Any) -> Any:
 
 def converted(key: str, value: Any, source: str) -> Any:
     """``value`` as the type of a config key, where its meaning is plain: a whole number becomes a string where a string
-    is wanted, ``"1e-3"`` a number, ``60.0`` a whole number, ``~`` the user's folder, and a single value a list. An
-    unknown option of a data set stays as it is: ``make_options`` refuses it. Raises InputError for another value."""
+    is wanted, ``"1e-3"`` a number, ``60.0`` a whole number, ``~`` the user's folder, and ``"(1, 2)"`` or a single value
+    a list. An unknown option of a data set stays as it is: ``make_options`` refuses it. Raises InputError for another
+    value."""
     entry = _entry(key)
     if entry is None:
         return value
@@ -146,6 +147,8 @@ def converted(key: str, value: Any, source: str) -> Any:
     if default == "auto" and _to_bool(value) is not None:
         return _to_bool(value)
     kind, is_list = _kind(entry)
+    if is_list and isinstance(value, str) and value[:1] + value[-1:] in ("()", "[]"):
+        value = decoded(key, value)  # YAML takes (20, 40) for a string.
     convert, wanted = _KINDS[kind]
     found = []
     for each in value if is_list and isinstance(value, (list, tuple)) else [value]:

@@ -13,7 +13,7 @@ import torchreid
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from pml_drsl.checks import InputError
-from torchreid_ext.pixels import read_image
+from torchreid_ext.pixels import NoAccess, is_image, read_image
 from torchreid_ext.runtime import distributed, generators
 
 
@@ -29,6 +29,14 @@ def _reader(kind: type) -> Callable[[Any, int], Any] | None:
     return FunctionType(method.__code__, names, method.__name__, method.__defaults__, method.__closure__)
 
 
+def image_files(entry: Any) -> Iterator[str]:
+    """The image files of the entry of a data set, a path or those of a tracklet. A data set that reads in its own way
+    may have other files there, or the keys of a database."""
+    for path in entry if isinstance(entry, (list, tuple)) else [entry]:
+        if isinstance(path, (str, os.PathLike)) and is_image(os.fspath(path)) and os.path.isfile(path):
+            yield os.fspath(path)
+
+
 class Draw(NamedTuple):
     """One entry of a training batch."""
 
@@ -42,9 +50,9 @@ class ReadableDataset(Dataset[Any]):
     (``data``, ``transform``, ``train``, ...) it reads and sets.
 
     torchreid's own reader tries a damaged image for ever, leaves photos on their side, and makes 16-bit images white. A
-    data set that reads in its own way has the images of an entry, ``dataset.data[i][0]``, checked before it reads them
-    for the first time. A ``Draw`` in place of an index is read with its seed, and each epoch of them starts without
-    ``random_patch``es. Raises InputError, which names it, when an unreadable image is read.
+    data set that reads in its own way has the image files of an entry, ``dataset.data[i][0]``, checked before it reads
+    them for the first time. A ``Draw`` in place of an index is read with its seed, and each epoch of them starts
+    without ``random_patch``es. Raises InputError, which names it, when an unreadable image is read.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -78,6 +86,8 @@ class ReadableDataset(Dataset[Any]):
         try:
             with generators.untouched(index.epoch_seed + index.position):
                 return self._read(index.sample)
+        except NoAccess:
+            raise
         except InputError as error:
             cure = "restore it to go on with model.resume auto, or remove it and start a new run"
             every = "drsl-train --dry-run names all such images"
@@ -90,8 +100,7 @@ class ReadableDataset(Dataset[Any]):
         if index >= len(self._checked):  # A script made the data set longer.
             self._checked = torch.zeros(len(self), dtype=torch.uint8)
         if not self._checked[index]:
-            paths = self.dataset.data[index][0]
-            for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+            for path in image_files(self.dataset.data[index][0]):
                 read_image(path)
             self._checked[index] = 1
         return self.dataset[index]

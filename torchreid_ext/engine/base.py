@@ -47,7 +47,6 @@ class BaseEngine(Tester, TrainingStep):
         self.rank1 = 0.0  # of the latest test, on its last target
         # The mean mAP over the targets of the best test so far, and the epoch after which it was.
         self.best: dict[str, float] = dict(states.NO_BEST)
-        self.plain_map = {}
         # Flat, saved with the run and compared when it is resumed; for ``on_resume`` see ``Key.on_resume``.
         self.config: dict[str, Any] = {}
         self.on_resume: dict[str, str] = {}
@@ -171,6 +170,7 @@ class BaseEngine(Tester, TrainingStep):
             self.best = dict(states.NO_BEST)
         self._resumed, self._resumed_from = {}, None
         if self.start_epoch < self.max_epoch:
+            distributed.from_first(lambda: checkpoint.check_saves(states.of_engine(self, self.start_epoch)))
             print("=> Start training")
             for self.epoch in range(chosen.start_epoch, chosen.max_epoch):
                 checkpoints.begin_epoch()
@@ -282,7 +282,7 @@ class BaseEngine(Tester, TrainingStep):
     def _is_best(self, results: dict[str, RetrievalResult]) -> bool:
         if not results:
             return False
-        mean_ap = sum(self.plain_map.get(target, result.mAP) for target, result in results.items()) / len(results)
+        mean_ap = sum(result.mAP for result in results.values()) / len(results)
         self.rank1 = float(list(results.values())[-1].rank(1))
         if mean_ap <= self.best["mAP"]:
             return False

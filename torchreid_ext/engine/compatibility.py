@@ -47,8 +47,11 @@ def check_criterion(criterion: Any, optimizer: Optimizer, miner: nn.Module | Non
 def check_returns_features(model: nn.Module) -> None:
     """Refuses a network of torchreid's zoo that was built for another loss, and returns logits alone. With two heads it
     returns two logits, which look like logits and features. Raises InputError, saying how to build the network."""
-    built_for = getattr(distributed.unwrapped(model), "loss", "triplet")
-    if built_for != "triplet":
+    network = distributed.unwrapped(model)
+    built_for = getattr(network, "loss", "triplet")
+    # A network of the user's own may have any attribute of this name.
+    of_the_zoo = type(network).__module__.startswith("torchreid.")
+    if built_for == "softmax" or (of_the_zoo and built_for != "triplet"):
         cure = "build it with torchreid.models.build_model(..., loss='triplet')"
         raise InputError(f"the model was built with loss={built_for!r} and returns no features in training; {cure}")
 

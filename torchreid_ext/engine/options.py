@@ -45,9 +45,9 @@ class RunOptions(EvaluationOptions):
     # fmt: on
 
     def last_test(self) -> dict[str, Any]:
-        """The arguments of the test at the end of the run."""
-        return self.arguments(EvaluationOptions)
+        """The arguments of the test at the end of the run, which re-ranks only in a run that trains nothing."""
+        return self.arguments(EvaluationOptions) | {"rerank": self.rerank and self.test_only}
 
     def test_between(self) -> dict[str, Any]:
-        """The arguments of a test during training: it draws nothing and does not re-rank."""
-        return self.last_test() | {"visrank": False, "picture": 0, "rerank": False}
+        """The arguments of a test during training, which draws nothing."""
+        return self.last_test() | {"visrank": False, "picture": 0}

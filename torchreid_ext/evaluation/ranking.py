@@ -73,11 +73,13 @@ class Search:
         return Ranking(pictures[0][index], matches)
 
 
-def print_result(result: RetrievalResult, ranks: Sequence[int]) -> None:
-    """Prints a result in the format of torchreid."""
+def print_result(result: RetrievalResult, ranks: Sequence[int], nobody: int = 0) -> None:
+    """Prints a result in the format of torchreid; ``nobody`` is the number of images of identity -1 in the test."""
     queries = f"{result.num_query} queries, {result.num_unmatched} of them left out because they have no match"
     left_out = f"{result.num_junk / result.num_query:.1f} left out per query (itself, or the same person and camera)"
     print(f"** Results **\n{queries}; {result.num_gallery} gallery entries, {left_out}")
+    if nobody:
+        print(f"{nobody} images of identity -1 left out")
     for name, value in result.means.items():
         print(f"{name}: {value:.1%}")
     print("CMC curve")

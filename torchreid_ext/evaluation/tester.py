@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from pml_drsl.checks import InputError
 from pml_drsl.console import replacing
 from pml_drsl.evaluation.scores import RetrievalResult
+from torchreid_ext.data.loading import image_files
 from torchreid_ext.evaluation import page, ranking
 from torchreid_ext.evaluation.extraction import extract
 from torchreid_ext.evaluation.page import Picture
@@ -36,7 +38,7 @@ class EvaluationOptions(Options):
     use_metric_cuhk03: bool = option(
         "cuhk03.use_metric_cuhk03", False, "score by CUHK03's single-gallery-shot protocol"
     )
-    rerank: bool = option("test.rerank", False, "re-rank by k-reciprocal neighbours in the last test")
+    rerank: bool = option("test.rerank", False, "re-rank by k-reciprocal neighbours; a run that trains does not")
     visrank: bool = option("test.visrank", False, "show all rankings after the last test on a web page", scores=False)
     visrank_topk: int = option("test.visrank_topk", 10, "gallery entries to draw for each query", least=1, scores=False)
     picture: int = option("test.picture", 0, "queries to draw on one page after the last test", least=0, scores=False)
@@ -48,6 +50,11 @@ class EvaluationOptions(Options):
     )
 
 
+def _without_images(listed: Any) -> Iterator[Any]:
+    """The entries of a query set and a gallery, lists of (path, pid, ...), that are no image files."""
+    return (items[0] for items in itertools.chain(*listed) if not any(image_files(items[0])))
+
+
 class Tester:
     """The part of ``BaseEngine`` that tests the network."""
 
@@ -57,8 +64,6 @@ class Tester:
     writer: Any
     epoch: int
     results: dict[str, RetrievalResult]
-    # The mAP of the last test without re-ranking, of targets that it re-ranked; tests before the last do not.
-    plain_map: dict[str, float]
     set_model_mode: Any
 
     def test(self, **options: Any) -> dict[str, RetrievalResult]:
@@ -76,7 +81,7 @@ class Tester:
             chosen = replace(chosen, save_dir=str(folder / "test"))
         self.check_pictures(chosen)
         self.set_model_mode("eval")
-        self.results, self.plain_map = {}, {}
+        self.results = {}
         group, first = distributed.group(), distributed.is_first()
         with generators.untouched():
             for target, loaders in self.test_loader.items():
@@ -86,9 +91,6 @@ class Tester:
                 search = ranking.Search(query, gallery, chosen.dist_metric, chosen.normalize_feature, chosen.rerank)
                 result = search.evaluate(chosen.use_metric_cuhk03, max_rank=max(50, *chosen.ranks), group=group)
                 self.results[target] = result
-                if chosen.rerank:
-                    plain = ranking.Search(query, gallery, chosen.dist_metric, chosen.normalize_feature)
-                    self.plain_map[target] = plain.evaluate(chosen.use_metric_cuhk03, group=group).mAP
                 # An error of the first process ends the others too, which would otherwise wait for it.
                 distributed.from_first(functools.partial(self._report, target, search, result, chosen))
         if chosen.save_dir:
@@ -98,15 +100,20 @@ class Tester:
         return self.results
 
     def check_pictures(self, options: EvaluationOptions) -> None:
-        """Raises InputError if the options ask for pictures, and there is no folder for them, or the data manager does
-        not list the test images."""
+        """Raises InputError if the options ask for pictures, and there is no folder for them, the data manager does not
+        list the test images, or they are no image files."""
         if not (options.visrank or options.picture):
             return
         if not options.save_dir:
             raise InputError("visrank and picture write files, and save_dir is '': give a folder, or leave them out")
-        if any(self._items(target) is None for target in self.test_loader):
-            unlisted = f"visrank and picture need the test images, and {type(self.datamanager).__name__} lists none"
-            raise InputError(f"{unlisted}: give it the test_dataset of torchreid's data managers, or leave them out")
+        for target in self.test_loader:
+            if (listed := self._items(target)) is None:
+                unlisted = f"visrank and picture need the test images, and {type(self.datamanager).__name__} lists none"
+                cure = "give it the test_dataset of torchreid's data managers, or leave them out"
+                raise InputError(f"{unlisted}: {cure}")
+            for entry in _without_images(listed):
+                other = f"visrank and picture draw image files, and {entry!r} of {target} is none"
+                raise InputError(f"{other}: leave them out")
 
     def _items(self, target: str) -> Any:
         """Query and gallery of a target, lists of (path, pid, ...); None for a data manager that does not list them."""
@@ -117,7 +124,8 @@ class Tester:
 
     def _report(self, target: str, search: ranking.Search, result: RetrievalResult, options: EvaluationOptions) -> None:
         """Prints, writes, draws and logs the result of a target."""
-        ranking.print_result(result, options.ranks)
+        nobody = sum(int((part.pids == -1).sum()) for part in (search.query, search.gallery))
+        ranking.print_result(result, options.ranks, nobody)
         if options.queries and options.save_dir:
             hits = result.ranked.hits(1)[:, 0]  # A line for each query; the scores are ``nan`` without a match.
             scores = result.ranked.average_precision, result.ranked.inverse_negative_penalty, hits
@@ -144,7 +152,7 @@ class Tester:
             page.write_pages(index, rankings, f"{len(rankings)} queries, hardest first.", f"Rankings: {target}")
             print(f'Rankings of {len(query)} queries saved; open "{index}" in a browser')
         if self.writer is not None:
-            if listed:
+            if listed and next(_without_images(listed), None) is None:
                 drawing = np.asarray(ranking_picture(ranking.some(search, pictures, LOGGED, topk), title))
                 self.writer.add_image(f"Test/{target}/ranking", drawing, self.epoch, dataformats="HWC")
             for name, value in result.scores([1]).items():

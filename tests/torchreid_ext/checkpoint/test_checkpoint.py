@@ -1,5 +1,6 @@
 """Checkpoint files are written atomically, are safe to read, and say which weights fit."""
 
+import collections
 import os
 import pickle
 
@@ -249,6 +250,28 @@ def test_a_state_that_could_not_be_loaded_is_not_saved(tmp_path):
         checkpoint.save({"state_dict": Bomb()}, tmp_path / "a.pth")
     assert checkpoint.load(tmp_path / "a.pth") == {"epoch": 1}
     assert os.listdir(tmp_path) == ["a.pth"]
+
+
+HELD = {
+    "counter": collections.Counter([2, 4]), "ordered": collections.OrderedDict(a=1), "numpy": np.float64(0.5),
+    "size": torch.Size([2]), "type": torch.float16, "device": torch.device("cpu"), "weight": nn.Linear(1, 1).weight,
+    "set": {1, "a", b"b", None, 1j}, "default": collections.defaultdict(list), "array": np.ones(2), "bomb": Bomb(),
+    "scheduler": trained()[2], "function": lambda: 0, "iterator": (number for number in ()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_what_could_not_be_saved_is_refused_before_it_is_trained(tmp_path, name):
+    state = {"epoch": 1, "training": {"best": {}, "part": [{"of it": (HELD[name], torch.ones(2))}]}}
+    try:
+        checkpoint.save(state, tmp_path / "a.pth")
+        checkpoint.load(tmp_path / "a.pth")
+    except Exception:
+        with pytest.raises(InputError, match=r"the state of the part holds what no checkpoint can hold, .*: give it a"):
+            checkpoint.check_saves(state)
+    else:
+        checkpoint.check_saves(state)
+    assert "part" in state["training"]
 
 
 def test_a_full_disk_keeps_what_was_saved(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from toy_data import make_image_manager, make_video_manager
 from pml_drsl.checks import InputError
 from torchreid_ext import build_engine, config, get_default_config
 from torchreid_ext.config.build import check_takes
+from torchreid_ext.config.data import input_errors
 from torchreid_ext.config.values import dumped
 from torchreid_ext.engine import engines
 from torchreid_ext.engine.criteria import build_miner
@@ -163,6 +164,12 @@ def test_a_file_is_read_as_utf_8_whatever_the_system_thinks(tmp_path):
         ("train: {lr: 1}", "train.lr", 1.0),
         ("train: {max_epoch: 60.0}", "train.max_epoch", 60),
         ("train: {stepsize: ['20', 40]}", "train.stepsize", [20, 40]),
+        # As torchreid reads them.
+        ("train:\n  stepsize: (20, 40)", "train.stepsize", [20, 40]),
+        ("train: {stepsize: '[20, 40]'}", "train.stepsize", [20, 40]),
+        ("data:\n  norm_mean: (0, 0.5, 1)", "data.norm_mean", [0.0, 0.5, 1.0]),
+        ("data:\n  sources: ('a', 'b')", "data.sources", ["a", "b"]),
+        ("datasets: {mine: {folder: '[2024] photos'}}", "datasets.mine", {"folder": ["[2024] photos"]}),
         ("train: {amp: off}", "train.amp", "off"),
         ("loss: {drsl: {bound_power: None}}", "loss.drsl.bound_power", None),
         ("loss: {pml: {kwargs: {a: [None, N]}}}", "loss.pml.kwargs", {"a": [None, "N"]}),
@@ -493,6 +500,29 @@ def test_no_number_of_cameras_in_a_batch_stands_for_all(tmp_path):
     cfg.merge_from_list(["data.workers", 0, "use_gpu", False])
     for batch in config.build_datamanager(cfg).train_loader:
         assert batch["camid"].bincount().tolist() == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("RandomDomainSampler train.batch_size 12", None),  # all images of a camera
+        ("RandomDomainSampler train.batch_size 13", "num_cams 1 takes 1 cameras .*_size 13, .* have 2, .* with 12 tr"),
+        ("RandomDomainSampler sampler.num_cams 3 train.batch_size 9", "num_cams 3 takes 3 cameras .* sources have 2"),
+        ("RandomDomainSampler sampler.num_cams 2 train.batch_size 9", "num_cams 2 .* equal shares of .*_size 9, and"),
+        ("RandomDatasetSampler sampler.num_datasets 2", "num_datasets 2 takes 2 data sets .* have 1, the .* with 24"),
+        ("RandomSampler data.load_train_targets True", r"must not have overlap: data.sources \['toy'\].*targets True"),
+    ],
+)
+def test_keys_that_cannot_go_together_are_named(tmp_path, words, message):
+    make_image_manager(tmp_path)
+    cfg = get_default_config()
+    cfg.merge_from_list(["data.root", str(tmp_path / "toy"), "data.sources", "toy", "data.targets", "toy"])
+    cfg.merge_from_list(["data.workers", 0, "use_gpu", False, "sampler.train_sampler", *words.split()])
+    with contextlib.nullcontext() if message is None else pytest.raises(InputError, match=message) as caught:
+        config.build_datamanager(cfg)
+    assert message is None or "num_instances" not in str(caught.value)
+    with pytest.raises(InputError, match=r"^an assertion of torchreid failed: data.sources "), input_errors(cfg):
+        raise AssertionError
 
 
 OPTIMIZERS = {

@@ -92,5 +92,7 @@ def test_every_option_of_a_run_is_taken_from_its_key():
         changed[entry.name] = value
     options = config.run_options(cfg)
     assert options.arguments() == changed
-    assert options.last_test().items() <= changed.items() and options.last_test()["rerank"]
-    assert not options.test_between()["rerank"] and not options.test_between()["picture"]
+    assert options.test_only and options.last_test().items() <= changed.items() and options.last_test()["rerank"]
+    assert not options.test_between()["picture"]
+    # As torchreid does.
+    assert not RunOptions(rerank=True).last_test()["rerank"]

@@ -168,7 +168,7 @@ def test_several_sources_and_targets_transforms_and_words(toy, loss, capsys):
 @pytest.mark.parametrize(
     "words",
     [
-        "data.combineall True train.staged_lr True train.new_layers classifier train.base_lr_mult 0.1 test.rerank True",
+        "data.combineall True train.staged_lr True train.new_layers classifier train.base_lr_mult 0.1",
         "data.load_train_targets True data.targets two loss.cross_camera True loss.drsl.miner MultiSimilarityMiner "
         "loss.drsl.bound_power 1 train.warmup_epoch 2 train.lr_scheduler none train.max_epoch 3 model.bnneck True "
         "train.fixbase_epoch 1 train.open_layers classifier",

@@ -153,6 +153,25 @@ def test_a_data_set_that_reads_in_its_own_way_is_checked_once_over_all_workers(t
     assert "4.jpg" in failure(readable(DataLoader(dataset, batch_size=2)))
 
 
+class Keyed(torchreid.data.ImageDataset):
+    """A data set that reads no image files."""
+
+    def __getitem__(self, index: int) -> Any:
+        return {"key": str(self.data[index][0])}
+
+
+def test_a_data_set_that_reads_in_its_own_way_need_not_have_image_files(tmp_path: Path) -> None:
+    dataset = image_set(tmp_path)
+    truncate(tmp_path / "0.jpg")
+    np.save(tmp_path / "1.npy", np.zeros(3))
+    keys = [str(tmp_path / "1.npy"), 7, b"key", "0001_c1.jpg", ("a.npy", 3)]
+    dataset.__class__, dataset.data = Keyed, [(key, *dataset.data[0][1:]) for key in keys]
+    (batch,) = readable(DataLoader(dataset, batch_size=5))
+    assert batch["key"] == [*map(str, keys)]
+    dataset.data[4] = (["a.npy", str(tmp_path / "0.jpg")], *dataset.data[4][1:])
+    assert "0.jpg" in failure(readable(DataLoader(dataset, batch_size=5)))
+
+
 def test_a_reader_of_the_users_own_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Black(torchreid.data.ImageDataset):
         def __getitem__(self, index: int) -> Any:

@@ -292,13 +292,14 @@ def test_last_best_and_retention(tmp_path, monkeypatch):
     assert resumed.best == engine.best
 
 
-def test_the_best_checkpoint_is_chosen_without_re_ranking(tmp_path):
-    engine, same = make_engine(tmp_path), make_engine(tmp_path)
-    for each in (engine, same):  # features by which not every match is first
-        each.extract_features = lambda images: (1000 * images.flatten(1)[:, :8]).sin()
-    ranked_again = engine.run(str(tmp_path / "log"), max_epoch=1, rerank=True)["toy"].mAP
-    same.resume("auto", str(tmp_path / "log"))
-    assert same.best["mAP"] == pytest.approx(same.test()["toy"].mAP) != pytest.approx(ranked_again)
+def test_a_run_re_ranks_only_where_it_trains_nothing(tmp_path):
+    engine, log = make_engine(tmp_path), str(tmp_path / "log")
+    # Features by which not every match is first.
+    engine.extract_features = lambda images: (1000 * images.flatten(1)[:, :8]).sin()
+    plain = engine.test()["toy"].mAP
+    assert engine.run(log, max_epoch=1, rerank=True)["toy"].mAP == engine.best["mAP"] == plain
+    again = engine.run(log, test_only=True, rerank=True)["toy"].mAP
+    assert again == engine.test(rerank=True)["toy"].mAP != pytest.approx(plain)
 
 
 def test_the_best_of_another_folder_or_by_another_measure_is_not_beaten(tmp_path):
@@ -529,6 +530,26 @@ def test_torchreids_checkpoint_is_resumed_from(tmp_path, capsys):
     assert {path.name.rpartition("-")[2] for path in folder.glob("*.tar-*")} == {"1", "2", "3", "7"}
 
 
+class HoldsAnother(torch.optim.lr_scheduler.LRScheduler):
+    """As the usual GradualWarmupScheduler, it has the scheduler of later epochs in its state."""
+
+    def __init__(self, optimizer):
+        self.after_scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        return self.base_lrs
+
+
+def test_a_scheduler_that_no_checkpoint_can_hold_is_refused_before_the_first_step(tmp_path):
+    engine = make_engine(tmp_path)
+    engine.scheduler = engine._scheds["model"] = HoldsAnother(engine.optimizer)
+    before = engine.model.stem.weight.clone()
+    with pytest.raises(InputError, match=r"the state of the scheduler holds .*StepLR.*: give it a .*SequentialLR"):
+        engine.run(str(tmp_path / "log"), max_epoch=1)
+    assert torch.equal(engine.model.stem.weight, before)
+
+
 # Steps.
 
 
@@ -710,6 +731,23 @@ def test_two_models_are_saved_resumed_and_checked(tmp_path):
         twin.run(log, max_epoch=2, start_epoch=start)
 
 
+def test_two_models_are_resumed_from_torchreids_checkpoints(tmp_path, monkeypatch):
+    engine = make_pair(tmp_path)
+    for name, optimizer in engine._optims.items():
+        state = {"state_dict": engine._models[name].state_dict(), "epoch": 3, "optimizer": optimizer.state_dict()}
+        state["scheduler"] = {} if engine._scheds[name] is None else engine._scheds[name].state_dict()
+        torchreid.utils.save_checkpoint(state, str(tmp_path / "log" / name))
+    monkeypatch.chdir(tmp_path / "log" / "model")
+    for path in ("auto", "model.pth.tar-3"):
+        twin = make_pair(tmp_path)
+        assert twin.resume(path, str(tmp_path / "log")) == 3
+        for name in ("model", "other"):
+            assert torch.equal(getattr(twin, name).stem.weight, getattr(engine, name).stem.weight)
+    (tmp_path / "log" / "other" / "model.pth.tar-3").unlink()
+    with pytest.raises(InputError, match=r"one model: '.*other/model\.pth\.tar-3', which holds 'other', is missing"):
+        twin.resume("auto", str(tmp_path / "log"))
+
+
 @pytest.mark.parametrize("options", [{}, {"chunk_size": 4}])
 def test_layers_that_no_gradient_reaches_are_refused(tmp_path, options):
     engine = make_engine(tmp_path, weight_x=0)
@@ -850,6 +888,41 @@ def test_a_data_manager_that_lists_no_test_images_has_scores_and_no_pictures(tmp
     assert engine.test()["more"].to_dict() == engine.results["toy"].to_dict()
     tags = EventAccumulator(str(tmp_path / "log")).Reload().Tags()
     assert "Test/toy/mAP" in tags["scalars"] and not tags["images"]
+
+
+class Keyed(torchreid.data.ImageDataset):
+    """Reads no image files: its entries are other files, and two kinds of keys."""
+
+    def __getitem__(self, index):
+        key, pid, camid, _ = self.data[index]
+        return {"img": torch.full((3, 64, 32), pid / 10), "pid": pid, "camid": camid, "impath": key}
+
+
+def test_a_data_set_without_image_files_trains_and_has_no_pictures(tmp_path):
+    def fresh():
+        engine = make_engine(tmp_path)
+        for loader in (engine.train_loader, *engine.test_loader["toy"].values()):
+            loader.dataset.dataset.__class__ = Keyed
+            rows = [(path, number, *rest) for number, (path, *rest) in enumerate(loader.dataset.data)]
+            loader.dataset.data[:] = [((f"{p}.npy", Path(p).name, n)[n % 3], *rest) for p, n, *rest in rows]
+        return engine
+
+    log = str(tmp_path / "log")
+    with pytest.raises(InputError, match=r"picture draw image files, and .* of toy is none: leave them out"):
+        fresh().run(log, max_epoch=1, picture=1)
+    fresh().run(log, max_epoch=1)
+    tags = EventAccumulator(log).Reload().Tags()
+    assert "Test/toy/mAP" in tags["scalars"] and not tags["images"]
+    assert fresh().resume("auto", log) == 1
+
+
+def test_images_of_nobody_are_counted(tmp_path, capsys):
+    engine = make_engine(tmp_path)
+    parse = engine.parse_data_for_eval
+    engine.parse_data_for_eval = lambda data: parse(data | {"pid": data["pid"].masked_fill(data["pid"] == 6, -1)})
+    engine.test()
+    # Two queries and two of the gallery, of the toy set's seventh identity.
+    assert "\n4 images of identity -1 left out\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("terminal", [True, False])

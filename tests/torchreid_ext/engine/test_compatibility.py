@@ -80,6 +80,16 @@ def test_the_memorys_own_miner_is_right(tmp_path):
         assert bool((labels[a] == memory_labels[p]).all()) and bool((labels[b] != memory_labels[n]).all())
 
 
+def test_a_network_of_ones_own_may_have_an_attribute_of_the_name_loss(tmp_path):
+    engine = make_engine(tmp_path, DRSLoss())
+    for loss in ("arcface", nn.CrossEntropyLoss(), ["softmax", "triplet"]):
+        model = Network(torch.float32)
+        model.loss = loss
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        engine = engines.ImagePMLEngine(engine.datamanager, model, optimizer, DRSLoss(), use_gpu=False)
+        assert "loss_m" in engine.forward_backward(next(iter(engine.train_loader)))
+
+
 @pytest.mark.parametrize("wrapped", WRAPPERS)
 def test_cross_camera_with_a_loss_that_takes_no_pairs_is_refused(tmp_path, wrapped):
     for loss, reason in (
