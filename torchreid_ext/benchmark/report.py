@@ -269,7 +269,8 @@ def draw(sections: Sequence[Section], path: Path) -> None:
         axes, scores = figure.add_subplot(rows, columns, number), section.scores().fillna(0)
         curves = all(WITH_NEGATIVES.fullmatch(loss) for loss in section.lines)
         (_curves if curves else _points)(axes, scores)
-        axes.set_title(f"{section.target}, {section.network}")
+        changed = [f"{key} {value}" for key, value in section.changes.items() if not key.startswith("model.")]
+        axes.set_title("\n".join([f"{section.target}, {section.network}", *changed]))
         axes.grid(alpha=0.3)
         axes.legend()
     with replacing(path) as file:

@@ -8,7 +8,7 @@ are shown, and matches are marked right or wrong.
 With --index, the features of the gallery are kept in a file, and only images that are new are read the next time. Other
 commands that change the file meanwhile wait.
 
-With --serve, a page of this machine looks up photos that are dropped on it.
+--serve opens a page on this machine, which looks up the photos that are dropped on it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="images to remove from the index: their paths as they are printed, or '*/anna/*'")  # fmt: skip
     add("--prune", action="store_true", help="remove images from the index whose files are gone")
     add("--serve", nargs="?", type=int, const=7861, metavar="PORT",
-        help="look photos up on a page of this machine, at this port (%(const)s; 0 for a free one)")  # fmt: skip
+        help="open a page that looks photos up, at this port of this machine (%(const)s; 0: a free one)")  # fmt: skip
     add("--host", help="address of the page; 0.0.0.0 lets everybody in the network search (127.0.0.1)")
     console.add_device(parser)
     args = parser.parse_args(arguments)
