@@ -39,7 +39,8 @@ SUFFIXES = (
 """How the names of images end, in lower case."""
 
 # Phones take photos of 108 and 200 megapixels. Pillow warns of them without a name, and refuses twice the size.
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+# A filter of the program that imports this comes before it.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning, append=True)
 
 
 class NoAccess(InputError):

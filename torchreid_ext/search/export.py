@@ -84,6 +84,7 @@ def settings(model: TrainedModel, normalise: bool) -> dict[str, str]:
     data = model.config.data
     return {
         "input": "RGB in [0, 1]" if normalise else "RGB in [0, 1], minus mean, divided by std",
+        "resize": "bilinear with antialiasing (Pillow's BILINEAR) of the upright photo",
         "height": str(data.height),
         "width": str(data.width),
         "mean": json.dumps(data.norm_mean),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -17,7 +19,7 @@ from pml_drsl.checks import InputError
 from pml_drsl.console import file_stamp, replacing
 from pml_drsl.evaluation import reranking
 from pml_drsl.evaluation.arrays import load_arrays
-from pml_drsl.evaluation.distances import rows_per_chunk
+from pml_drsl.evaluation.distances import as_features, rows_per_chunk
 from pml_drsl.machine import full_precision
 from torchreid_ext.images import Row, composed
 from torchreid_ext.search.model import TrainedModel
@@ -32,8 +34,9 @@ class Gallery:
         # In the order in which they were added, by the absolute path of a file or the name that was given.
         self.entries: list[Row] = []
         self._names: set[str] = set()
-        # On the CPU, [N, D] in float32; of unit norm where the metric is cosine. None before any were added.
-        self._features: Tensor | None = None
+        # The first are the features, on the CPU in float32, of unit norm where the metric is cosine; the others are
+        # room for more. None before any were added.
+        self._rows: Tensor | None = None
         self._read: tuple[str, object] | None = None
 
     def __len__(self) -> int:
@@ -54,11 +57,14 @@ class Gallery:
         if features.ndim != 2 or len(features) != len(entries):
             raise InputError(f"{len(entries)} images need as many features, got shape {list(features.shape)}")
         vectors = self._vectors(features, normalised)
-        if self._features is not None:
-            if vectors.shape[1] != (dim := self._features.shape[1]):
-                raise InputError(f"features have {vectors.shape[1]} dimensions, and the gallery's have {dim}")
-            vectors = torch.cat([self._features, vectors])
-        self._features = vectors
+        rows = vectors[:0] if self._rows is None else self._rows
+        if vectors.shape[1] != rows.shape[1]:
+            raise InputError(f"features have {vectors.shape[1]} dimensions, and the gallery's have {rows.shape[1]}")
+        start, stop = len(self), len(self) + len(vectors)
+        if stop > len(rows):  # Room for as many again, so that images that come one by one are not copied each time.
+            rows = torch.cat([rows[:start], vectors.new_empty(max(stop, 2 * start) - start, rows.shape[1])])
+        rows[start:stop] = vectors
+        self._rows = rows
         self.entries += [Row(*entry[:3]) for entry in entries]
         self._names |= new
 
@@ -67,13 +73,15 @@ class Gallery:
         word ``*``, ``?`` and ``[]`` stand for characters, slashes too, which stand for those of Windows as well.
         Accents may have any form of Unicode. Raises InputError for a pattern that no image matches, or that every image
         matches, unless it is ``"*"``. Nothing is removed then."""
-        found: set[int] = set()
+        found, of_name = set[int](), defaultdict[str, set[int]](set)
+        for row, entry in enumerate(self.entries):
+            of_name[composed(entry.path)].add(row)
+        written = functools.cache(lambda path: [_slashed(each) for each in (path, shown(path))])
         for pattern in patterns:
-            whole = composed(pattern), composed(resolved(pattern))
-            here = {row for row, entry in enumerate(self.entries) if composed(entry.path) in whole} or {
+            here = of_name.get(composed(pattern), set()) | of_name.get(composed(resolved(pattern)), set()) or {
                 row
                 for row, entry in enumerate(self.entries)
-                if any(fnmatchcase(_slashed(path), _slashed(pattern)) for path in (entry.path, shown(entry.path)))
+                if any(fnmatchcase(path, _slashed(pattern)) for path in written(entry.path))
             }
             if not here:
                 raise InputError(f"no image of the gallery matches {pattern!r}")
@@ -95,8 +103,8 @@ class Gallery:
     def _without(self, rows: set[int]) -> list[Row]:
         gone = [entry for row, entry in enumerate(self.entries) if row in rows]
         kept = [row for row in range(len(self)) if row not in rows]
-        if self._features is not None and rows:
-            self._features = self._features[kept]
+        if self._rows is not None and rows:
+            self._rows = self._rows[kept]
         self.entries = [self.entries[row] for row in kept]
         self._names -= {entry.path for entry in gone}
         return gone
@@ -105,27 +113,26 @@ class Gallery:
         """The ``top`` nearest images of each query, [Q, D], with their distances, nearest first. ``rerank`` re-ranks
         all images by k-reciprocal neighbours; distances then lie in [0, 1]. Raises InputError for an empty gallery,
         ``top`` below 1, or queries of another number of dimensions."""
-        if self._features is None or not len(self):
+        if self._rows is None or not len(self):
             raise InputError("the gallery is empty: add images to it first")
         if top < 1:
             raise InputError(f"top {top}: give 1 or more")
-        gallery = self._features
+        queries, gallery = as_features(queries, "query"), self._rows[: len(self)]
         if queries.shape[1] != (dim := gallery.shape[1]):
             raise InputError(f"queries have {queries.shape[1]} dimensions, and the gallery has {dim}")
         if rerank:
-            ranked = reranking.rerank(queries.detach().cpu().float(), gallery, metric=self.model.metric)
-            blocks = [ranked.rows(0, len(queries))]
+            distances = reranking.rerank(queries.cpu().float(), gallery, metric=self.model.metric).rows
         else:
-            chunks = self._vectors(queries).split(rows_per_chunk(len(self)))
-            blocks = [self._distances(chunk, gallery) for chunk in chunks]
-        nearest = [block.topk(min(top, len(self)), largest=False) for block in blocks]
-        return [
-            [(self.entries[place], distance) for distance, place in zip(*pair, strict=True)]
-            for distances, places in nearest
-            for pair in zip(distances.tolist(), places.tolist(), strict=True)
-        ]
+            distances = functools.partial(self._distances, self._vectors(queries), gallery)
+        found, step = list[list[tuple[Row, float]]](), rows_per_chunk(len(self))
+        for start in range(0, len(queries), step):
+            nearest = distances(start, min(start + step, len(queries))).topk(min(top, len(self)), largest=False)
+            for pair in zip(nearest.values.tolist(), nearest.indices.tolist(), strict=True):
+                found.append([(self.entries[place], distance) for distance, place in zip(*pair, strict=True)])
+        return found
 
-    def _distances(self, queries: Tensor, gallery: Tensor) -> Tensor:
+    def _distances(self, queries: Tensor, gallery: Tensor, start: int, stop: int) -> Tensor:
+        queries = queries[start:stop]
         with full_precision("cpu"):
             if self.model.metric == "cosine":
                 return (1 - queries @ gallery.T).clamp_(min=0)
@@ -144,7 +151,7 @@ class Gallery:
         the file, or of the target of a link, are written relative to it, so that the folder may move. Raises InputError
         for a gallery to which nothing was ever added, or a file that another process has changed since this gallery was
         read from it."""
-        if self._features is None:
+        if self._rows is None:
             raise InputError("the gallery is empty: there is no index to write")
         target = os.path.realpath(path)
         folder = os.path.join(os.path.dirname(target), "")
@@ -160,7 +167,7 @@ class Gallery:
             changed = f"{os.fspath(path)!r} was changed by another process since it was read"
             raise InputError(f"{changed}: read it again, and repeat the changes")
         with replacing(target) as file:
-            np.savez(file, settings=settings, entries=entries, features=self._features.numpy())
+            np.savez(file, settings=settings, entries=entries, features=self._rows[: len(self)].numpy())
         self._read = target, file_stamp(target)
 
     @classmethod
@@ -174,7 +181,8 @@ class Gallery:
             settings, rows = (json.loads(arrays[name].tobytes()) for name in ("settings", "entries"))
             made_by = settings["fingerprint"], settings["metric"]
             features = arrays["features"]
-            entries = [_entry(row, os.path.dirname(target)) for row in rows]
+            true_folder = functools.cache(os.path.realpath)  # Each folder is followed once.
+            entries = [_entry(row, os.path.dirname(target), true_folder) for row in rows]
             if features.dtype != np.float32 or features.ndim != 2 or not 1 <= features.shape[1] < 2**20:
                 raise ValueError("features")
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -196,12 +204,12 @@ def _slashed(path: str) -> str:
     return composed(path).replace(os.sep, "/")
 
 
-def _entry(row: Iterable[Any], folder: str) -> Row:
+def _entry(row: Iterable[Any], folder: str, true_folder: Callable[[str], str]) -> Row:
     path, identity, camera, relative = row
     if not all(isinstance(text, str) for text in (path, identity, camera)):
         raise TypeError("the texts of an entry")
     if relative:
         path = os.path.join(folder, *path.split("/"))
     elif os.path.isabs(path):
-        path = resolved(path)
+        path = os.path.join(true_folder(os.path.dirname(path)), os.path.basename(path))
     return Row(path, composed(identity), composed(camera))

@@ -148,7 +148,10 @@ def load_model(
     network = build_model(config, rows[-1] if rows else 1)
     checkpoint.fit_weights(network, weights, path, config.model.name)
     fingerprint = _fingerprint(network, config)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise InputError(f"device {device!r} is none of torch's: use 'cpu', 'cuda' or 'cuda:1'") from error
     if place.type == "cuda" and (place.index or 0) >= (number := torch.cuda.device_count()):
         raise InputError(f"device {str(place)!r}: torch finds {number} CUDA devices here; use 'cpu', or count from 0")
     people = checkpoint.people_of(state) if config_file is None else frozenset[str]()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pml_drsl.checks import InputError
+from pml_drsl.checks import InputError, is_whole
 from torchreid_ext.evaluation.page import UNITS, Box, Found, Picture, Ranking, shown_distance
 from torchreid_ext.images import Row, named, pattern
 from torchreid_ext.runtime.files import locked
@@ -71,8 +71,9 @@ class Searcher:
         batch_size: int | None = None,
         names: str = DEFAULT_NAMES,
     ) -> None:
-        if batch_size is not None and batch_size < 1:
-            raise InputError(f"batch_size {batch_size}: give 1 or more")
+        if batch_size is not None and not (is_whole(batch_size) and batch_size >= 1):
+            raise InputError(f"batch_size {batch_size}: give a whole number, 1 or more")
+        pattern(names, "names")
         self.names = names
         self.model = load_model(checkpoint, config_file, device, model)
         self.batch_size = batch_size or int(self.model.config.test.batch_size)
@@ -151,7 +152,7 @@ class Searcher:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the gallery to a file, as ``Gallery.save`` does, and waits while another process writes the file."""
-        with self._lock, locked(path):
+        with locked(path), self._lock:  # While it waits for the file, others may search.
             self.gallery.save(path)
 
 

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
+import anyio.from_thread
 import uvicorn
 from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -43,7 +44,8 @@ def application(searcher: Searcher, rerank: bool = False, top: int = 10, hosts: 
     carried = pattern(searcher.names, "--names")
     entries = searcher.gallery.entries
     cameras = {_printable(camera): camera for camera in sorted({entry.camera for entry in entries} - {""})}
-    folders = {_printable(str(folder)): folder for folder in sorted({Path(shown(row.path)).parent for row in entries})}
+    of_images = sorted({os.path.dirname(row.path) for row in entries} - {""})
+    folders = {_printable(shown(folder)): os.path.join(folder, "") for folder in of_images}
     limits = {"MEGABYTES": [str(MEGABYTES)], "MOST": [str(MOST)], "TOP": [str(min(top, MOST))]}
     choices = [_choice("Camera", "camera", cameras), _choice("Folder, with those in it", "folder", folders)]
     form = b"".join(filled("search/serve.html", {**limits, "CHOICES": choices})).decode()
@@ -70,6 +72,7 @@ def application(searcher: Searcher, rerank: bool = False, top: int = 10, hosts: 
 
     @app.post("/search")
     def search(
+        request: Request,
         photo: Annotated[bytes, Depends(_received)],
         name: str = "photo",
         top: Annotated[int, Query(ge=1, le=MOST)] = 10,
@@ -85,11 +88,13 @@ def application(searcher: Searcher, rerank: bool = False, top: int = 10, hosts: 
         def wanted(match: Match) -> bool:
             return (
                 (not camera or match.camera == cameras[camera])
-                and (not folder or folders[folder] in Path(shown(match.name)).parents)
+                and (not folder or match.name.startswith(folders[folder]))
                 and not (others and _holds(match.name, photo))
             )
 
         with alone:
+            if anyio.from_thread.run(request.is_disconnected):  # The page asks anew at every drag of the box.
+                raise InputError("the browser waits for another search")
             image = read_image(photo, MEGAPIXELS)
             box = (crop[0], crop[1], crop[2], crop[3]) if crop else None
             matches = _nearest(searcher, searcher.extract(image, box), top, rerank, wanted)

@@ -55,7 +55,7 @@ def test_onnx_gives_the_features_of_the_search(plain, necked, tmp_path, normalis
         assert np.abs(found - expected[:number]).max() < 1e-5
     about = {entry.key: entry.value for entry in onnx.load(tmp_path / "a model.onnx").metadata_props}
     assert about["mean"] == "[0.4, 0.5, 0.6]" and about["height"] == "64" and about["distance"] == "cosine"
-    assert ("minus mean" in about["input"]) != normalise
+    assert ("minus mean" in about["input"]) != normalise and "antialiasing" in about["resize"]
 
 
 class Twice(torch.nn.Module):

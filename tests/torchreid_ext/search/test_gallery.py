@@ -39,8 +39,9 @@ def slowly(queries, features, metric):
 @pytest.mark.parametrize(
     ("metric", "offset"), [("euclidean", 0), ("euclidean", 3000), ("cosine", 0)], ids=["squared", "far away", "cosine"]
 )
-def test_the_nearest_are_those_of_a_slow_search(metric, offset):
+def test_the_nearest_are_those_of_a_slow_search(metric, offset, monkeypatch):
     """Features that all lie far from the origin keep their small distances."""
+    monkeypatch.setattr(module, "rows_per_chunk", lambda number: 7)
     features, queries = draw(300) + offset, draw(40, seed=1) + offset
     gallery = Gallery(model(metric))
     for rows in (range(50), range(50, 300)):
@@ -50,6 +51,19 @@ def test_the_nearest_are_those_of_a_slow_search(metric, offset):
     assert np.array_equal(found[..., 0], order[:, :5].numpy())
     assert np.abs(found[..., 1] - expected[:, :5].numpy()).max() < 1e-5 and (found >= 0).all()
     assert {len(near) for near in gallery.nearest(queries, 1000)} == {300}
+
+
+def test_images_may_come_one_by_one_from_one_buffer():
+    """As from a camera. The buffer is the caller's, and may hold the next image when it comes."""
+    features, buffer = draw(33), torch.empty(1, 8)
+    for metric in ("euclidean", "cosine"):
+        alone, together = Gallery(model(metric)), Gallery(model(metric))
+        for row in range(33):
+            buffer.copy_(features[[row]])
+            alone.add([Row(str(row))], buffer)
+        together.add([Row(str(row)) for row in range(33)], features)
+        assert alone.nearest(features, 5) == together.nearest(features, 5)
+        assert alone.nearest(features.numpy(), 5, rerank=True) == together.nearest(features, 5, rerank=True)
 
 
 def test_adding_removing_and_reranking():

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from pml_drsl.checks import InputError
 from pml_drsl.evaluation import reranking
 from torchreid_ext import Searcher
 from torchreid_ext.images import Row
+from torchreid_ext.runtime.files import locked
 from torchreid_ext.search.searcher import Match, others
 from torchreid_ext.search.sources import absolute
 
@@ -135,12 +137,35 @@ def test_what_cannot_be_used_changes_nothing(searcher, model, paths):
         searcher.search(paths[0])
     with pytest.raises(InputError, match="no images"):
         searcher.extract([])
-    with pytest.raises(InputError, match="batch_size 0"):
-        Searcher(model, batch_size=0)
+    for options, words in (
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"batch_size": 2.5}, r"batch_size 2\.5: give a whole number"),
+        ({"names": "folderr"}, "names 'folderr'"),
+        ({"device": "gpu"}, "device 'gpu' is none of torch's"),
+    ):
+        with pytest.raises(InputError, match=words):
+            Searcher(model, **options)
     searcher.add(paths[:2])
     before = searcher.search(paths[20])
     with pytest.raises(InputError, match=r"nowhere\.png"):
         searcher.add([paths[15], "nowhere.png"])
     with pytest.raises(InputError, match="top 0"):
         searcher.search(paths[0], top=0)
+    for features in (searcher.extract(paths[0])[0], np.array([["a"]])):
+        with pytest.raises(InputError, match="query features"):
+            searcher.search_features(features)
     assert searcher.search(paths[20]) == before
+
+
+def test_a_search_does_not_wait_for_a_file_that_another_process_writes(searcher, paths, tmp_path):
+    searcher.add(paths[:4])
+    with locked(tmp_path / "index"):
+        saving = threading.Thread(target=searcher.save, args=(tmp_path / "index",), daemon=True)
+        saving.start()
+        time.sleep(0.2)
+        searching = threading.Thread(target=searcher.search_features, args=(searcher.extract(paths[0]),), daemon=True)
+        searching.start()
+        searching.join(30)
+        assert saving.is_alive() and not searching.is_alive()
+    saving.join(30)
+    assert (tmp_path / "index").is_file()

@@ -178,10 +178,13 @@ def test_what_cannot_be_used_is_refused_in_a_line(address, monkeypatch):
     assert ask(address, photo, headers={"Host": "evil.example"}.items())[0] == 400
 
 
-def test_an_upload_that_the_browser_aborts_is_no_error(searcher):
+@pytest.mark.parametrize("whole", [False, True], ids=["half", "whole"])
+def test_an_upload_that_the_browser_aborts_is_no_error(searcher, monkeypatch, whole):
     """As the protocol of ASGI has it: the server would print what the application raises."""
-    received = iter([{"type": "http.request", "body": b"half", "more_body": True}, {"type": "http.disconnect"}])
+    photo = saved(Image.new("RGB", (20, 40)))
+    received = iter([{"type": "http.request", "body": photo, "more_body": not whole}, {"type": "http.disconnect"}])
     sent = []
+    monkeypatch.setattr(searcher, "extract", lambda *_: pytest.fail("nobody waits for this search"))
 
     async def receive():
         return next(received)
