@@ -246,22 +246,26 @@ def tune(
         results, workers: as for ``run_all``; a trial that is in the file is not made again.
     """
     trials: dict[str, Snippet] = {}
+    names: dict[str, list[str]] = {}  # of the trials of each loss
     for loss, snippet in losses.items():
         (run,) = plan(**{**grid, "losses": {loss: snippet}, "seeds": grid["seeds"][:1], "varied": ()})
         if not run.configuration.get("data.validation"):
             raise InputError("settings are chosen on validation identities: add data.validation 0.2 to the command")
         key = WEIGHT_KEYS.get(run.configuration["loss.name"])
-        trials |= {f"{loss}*{weight:g}": {**snippet, key: weight} for weight in WEIGHTS} if key else {loss: snippet}
+        own = {f"{loss}*{weight:g}": {**snippet, key: weight} for weight in WEIGHTS} if key else {loss: snippet}
+        trials, names[loss] = trials | own, [*own]
     scores, failed = _try_all(trials, grid, results, workers)
     second: dict[str, Snippet] = {}
     for loss in losses:
-        name = _best(loss, scores)
+        name = _best(loss, names[loss], scores)
         for number, setting in enumerate(settings.get(loss, ()), 1):
-            second[f"{name}+{number}"] = added(f"{name}+{number}", trials[name], setting)
+            names[loss].append(trial := f"{name}+{number}")
+            second[trial] = added(trial, trials[name], setting)
     more, failed_too = _try_all(second, grid, results, workers)
     trials |= second
     scores |= more
-    return {loss: dict(trials[_best(loss, scores)]) for loss in losses}, scores, failed + failed_too
+    best = {loss: dict(trials[_best(loss, names[loss], scores)]) for loss in losses}
+    return best, scores, failed + failed_too
 
 
 def _try_all(
@@ -281,12 +285,12 @@ def _try_all(
     return {name: mean(each) for name, each in scores.items() if len(each) == len(grid["seeds"])}, failed
 
 
-def _best(loss: str, scores: Mapping[str, float]) -> str:
-    """The trial of a loss with the best score."""
-    own = {name: score for name, score in scores.items() if name == loss or name.startswith((f"{loss}*", f"{loss}+"))}
-    if not own:
+def _best(loss: str, names: Sequence[str], scores: Mapping[str, float]) -> str:
+    """The name with the best score of the trials of a loss; those that failed have none."""
+    ended = [name for name in names if name in scores]
+    if not ended:
         raise InputError(f"every trial of {loss} failed; the lines above say why")
-    return max(own, key=own.__getitem__)
+    return max(ended, key=scores.__getitem__)
 
 
 def write_tuned(path: Path, best: Mapping[str, Mapping[str, Any]], scores: Mapping[str, float]) -> None:

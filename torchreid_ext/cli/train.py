@@ -11,11 +11,15 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pml_drsl.checks import InputError
 from pml_drsl.console import guarded, version
 from pml_drsl.machine import keep_freed_memory
 from torchreid_ext.cli.console import preload_workers
+
+if TYPE_CHECKING:
+    from torchreid_ext.data.splits import SetOptions
 
 _quoted = subprocess.list2cmdline if os.name == "nt" else shlex.join
 
@@ -64,7 +68,6 @@ def _run(args: argparse.Namespace) -> None:
     from torchreid_ext.config import KEYS, check, get_default_config, run
     from torchreid_ext.data.splits import make_options
     from torchreid_ext.runtime import distributed
-    from torchreid_ext.search.sources import DEFAULT_NAMES
 
     keep_freed_memory()
     preload_workers()
@@ -92,11 +95,9 @@ def _run(args: argparse.Namespace) -> None:
             if cfg.data.type == "image" and not cfg.test.evaluate:
                 manager = engine.datamanager
                 target = manager.targets[0]
-                names = DEFAULT_NAMES
-                if target in cfg.datasets and (own := make_options(target, cfg.datasets[target])).csv is None:
-                    names = own.pattern
+                own = make_options(target, cfg.datasets[target]) if target in cfg.datasets else None
                 query, gallery = ([item[0] for item in split] for split in manager.fetch_test_loaders(target))
-                print(next_commands(cfg.data.save_dir, query, gallery, names))
+                print(next_commands(cfg.data.save_dir, query, gallery, own, cfg.data.root))
 
 
 def _list(what: str, *words: str) -> None:
@@ -126,25 +127,21 @@ def _list(what: str, *words: str) -> None:
     print("\n".join(found))
 
 
-def next_commands(save_dir: str, query: Sequence[str], gallery: Sequence[str], names: str) -> str:
+def next_commands(
+    save_dir: str, query: Sequence[str], gallery: Sequence[str], own: SetOptions | None = None, root: str = ""
+) -> str:
     """The commands that a user would type next, with the paths of the run; empty if it saved no best checkpoint.
-    ``save_dir`` is the folder of the run; ``query`` and ``gallery`` are the images of one target, and ``names`` says
-    how their names carry identities: see :func:`torchreid_ext.images.pattern`."""
+    ``save_dir`` is the folder of the run; ``query`` and ``gallery`` are the images of one target, and ``own`` are its
+    options below the folder ``root``, if it is a data set of ``datasets``."""
     from torchreid_ext.checkpoint.folder import BEST
     from torchreid_ext.search.sources import DEFAULT_NAMES, shown
 
     checkpoint = Path(save_dir, "model", BEST)
     if not checkpoint.is_file():
         return ""
-    folders = {os.path.dirname(os.path.abspath(path)) for path in gallery}
-    # Images on two disks share no folder but the root, which nobody wants to search, or none at all on Windows: then
-    # one of the folders will do.
-    folder = min(folders)
-    with contextlib.suppress(ValueError):
-        if (shared := Path(os.path.commonpath(folders))) not in (Path(shared.anchor), Path.home()):
-            folder = str(shared)
+    source, names = _searched(gallery, own, root), DEFAULT_NAMES if own is None or own.csv is not None else own.pattern
     page, exported = str(Path(save_dir, "search.html")), str(Path(save_dir, "model.onnx"))
-    words = ["--gallery", shown(folder), "--query", shown(query[0]), "--html", page]
+    words = ["--gallery", shown(source), "--query", shown(query[0]), "--html", page]
     words += ["--names", names] if names != DEFAULT_NAMES else []
     return "\n  ".join([
         "Next, look a person up in the gallery, export the network, and see which searches fail:",
@@ -152,6 +149,31 @@ def next_commands(save_dir: str, query: Sequence[str], gallery: Sequence[str], n
         _quoted([_program("drsl-export"), str(checkpoint), exported]),
         _quoted([_program("drsl-evaluate"), save_dir, "--errors"]),
     ])  # fmt: skip
+
+
+def _searched(gallery: Sequence[str], own: SetOptions | None, root: str) -> str:
+    """What to search for the images of a gallery: a folder with them, in which their names say what they said to the
+    data set; of a data set in a CSV, the CSV."""
+    from torchreid_ext import images
+
+    if own is not None and own.csv is not None:
+        return str(Path(root, own.csv).expanduser())
+    paths = [os.path.abspath(path) for path in gallery]
+    folders = {os.path.dirname(path) for path in paths}
+    # Images on two disks share no folder but the root, which nobody wants to search, or none at all on Windows: then
+    # one of the folders will do.
+    folder = min(folders)
+    with contextlib.suppress(ValueError):
+        if (shared := Path(os.path.commonpath(folders))) not in (Path(shared.anchor), Path.home()):
+            folder = str(shared)
+    if own is not None:
+        names = images.pattern(own.pattern)
+        path = next(path for path in map(Path, paths) if path.is_relative_to(folder))
+        homes = (os.path.abspath(Path(root, part).expanduser()) for part in own.folder)
+        home = next(filter(path.is_relative_to, homes), folder)
+        here, there = (images.in_name(names, path.relative_to(above).as_posix()) for above in (folder, home))
+        folder = folder if here == there else home
+    return folder
 
 
 def _program(name: str) -> str:

@@ -33,15 +33,33 @@ def build_datamanager(cfg: Config) -> Any:
         # VIPeR and others draw their splits when they are first read, and keep them in a file: the same for all runs.
         with generators.untouched(seed=0):
             manager = kind(**_arguments(cfg), train_sampler="SequentialSampler")
+        if cfg.data.type == "video":
+            _sort_frames(manager)
         # torchreid loses this number when it joins several sources.
         manager.train_loader.dataset.k_tfm = cfg.data.k_tfm
         if cfg.data.identities or cfg.data.validation:
-            hold_out(manager, cfg.data.identities, cfg.data.validation, cfg.data.validation_seed, cfg.test.batch_size)
+            hold_out(manager, cfg.data.identities, cfg.data.validation, cfg.data.validation_seed, _in_test_batch(cfg))
         loader = manager.train_loader
         manager.train_loader = rebuilt(loader, loader.dataset, sampler=_sampler(cfg, loader.dataset.train))
     if not cfg.data.allow_overlap:
         check_overlap(manager, tested=not cfg.data.combineall)
     return manager
+
+
+def _sort_frames(manager: Any) -> None:
+    """Sorts the frames of PRID2011 and iLIDS-VID, which torchreid lists in the order of the file system."""
+    loaders = [(manager.sources, manager.train_loader)]
+    loaders += [([name], loader) for name, splits in manager.test_loader.items() for loader in splits.values()]
+    for names, loader in loaders:
+        unsorted = [number for number, name in enumerate(names) if name in ("prid2011", "ilidsvid")]
+        for items in (loader.dataset.train, loader.dataset.query, loader.dataset.gallery) if unsorted else ():
+            items[:] = [(tuple(sorted(item[0])), *item[1:]) if item[3] in unsorted else item for item in items]
+
+
+def _in_test_batch(cfg: Config) -> int:
+    """How many images or tracklets a test reads at once: of whole tracklets, which may have a thousand frames, one, as
+    torchreid asks for."""
+    return 1 if cfg.data.type == "video" and cfg.video.sample_method == "all" else cfg.test.batch_size
 
 
 def _own_sets(cfg: Config, names: Sequence[str]) -> dict[str, SetOptions]:
@@ -111,7 +129,7 @@ def _arguments(cfg: Config) -> dict[str, Any]:
     # With validation identities, the targets are not tested on, and need not be there.
     targets = [] if cfg.data.validation and not cfg.data.load_train_targets else cfg.data.targets
     arguments |= {"targets": targets, "use_gpu": cfg.use_gpu, "workers": _workers(cfg.data.workers)}
-    return arguments | {"batch_size_train": cfg.train.batch_size, "batch_size_test": cfg.test.batch_size}
+    return arguments | {"batch_size_train": cfg.train.batch_size, "batch_size_test": _in_test_batch(cfg)}
 
 
 def image_options(cfg: Config) -> dict[str, Any]:

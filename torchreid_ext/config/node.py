@@ -194,8 +194,9 @@ def _check_video(cfg: Config) -> None:
     if cfg.data.k_tfm > 1:
         frames = f"whose tracklets have several frames already; got {cfg.data.k_tfm}"
         raise InputError(f"data.k_tfm must be 1 for video, {frames}")
-    if cfg.data.identities or cfg.data.validation:
-        raise InputError("data.validation and data.identities are for data.type image: set both to 0 for video")
+    if own := [name for name in (*cfg.data.sources, *cfg.data.targets) if name in cfg.datasets]:
+        cure = "register tracklets in a script with torchreid.data.register_video_dataset, or set data.type image"
+        raise InputError(f"datasets.{own[0]} describes images, and data.type is video: {cure}")
     if cfg.train.chunk_size and cfg.train.sync_batchnorm and cfg.video.sample_method == "all":
         differ = "needs as many chunks in every process, but with video.sample_method all the numbers of images differ"
         raise InputError(f"train.sync_batchnorm {differ}; set it to False, or train.chunk_size to 0")

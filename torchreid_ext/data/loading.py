@@ -52,7 +52,8 @@ class ReadableDataset(Dataset[Any]):
     torchreid's own reader tries a damaged image for ever, leaves photos on their side, and makes 16-bit images white. A
     data set that reads in its own way has the image files of an entry, ``dataset.data[i][0]``, checked before it reads
     them for the first time. A ``Draw`` in place of an index is read with its seed, and each epoch of them starts
-    without ``random_patch``es. Raises InputError, which names it, when an unreadable image is read.
+    without ``random_patch``es. Of a tracklet whose frames are drawn at random, an index always gets the same frames, so
+    that tests can be compared. Raises InputError, which names it, when an unreadable image is read.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -77,7 +78,10 @@ class ReadableDataset(Dataset[Any]):
 
     def __getitem__(self, index: int | Draw) -> Any:
         if not isinstance(index, Draw):
-            return self._read(index)
+            if getattr(self, "sample_method", None) != "random":
+                return self._read(index)
+            with generators.untouched(int(index)):
+                return self._read(index)
         if index.epoch_seed != self._epoch_seed:
             self._epoch_seed = index.epoch_seed
             for step in getattr(getattr(self, "transform", None), "transforms", []):

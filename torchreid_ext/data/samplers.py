@@ -119,8 +119,9 @@ def warn_if_positives_are_rare(loader: DataLoader[Any], loss: str) -> None:
     """Warns if a loss needs several images of an identity in a batch and the sampler does not provide them."""
     host, sampler = torchreid.data.sampler, loader.sampler
     by_chance = (RandomSampler, SequentialSampler, host.RandomDomainSampler, host.RandomDatasetSampler)
-    # Several augmented views of an image are positives of each other.
-    if getattr(loader.dataset, "k_tfm", 1) > 1 or not distributed.is_first():
+    # Several augmented views of an image, or frames of a tracklet, are positives of each other.
+    views = max(getattr(loader.dataset, "k_tfm", 1), getattr(loader.dataset, "seq_len", 1))
+    if views > 1 or getattr(loader.dataset, "sample_method", "") == "all" or not distributed.is_first():
         return
     needs = f"{loss} needs several images of an identity in a batch"
     # A loader with a batch sampler of the user's own has a default sampler too, but does not use it.

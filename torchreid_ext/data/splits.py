@@ -44,6 +44,8 @@ class SetOptions(Options):
         "people are drawn at random")
     test_fraction: float = option("", 0.5, "share of the people that the random draw tests on, between 0 and 1")
     seed: int = option("", 0, "seed of the random draw", least=0)
+    query: Sequence[str] | None = option("", None, kind=list,
+        text="list of files and folders whose images are the queries; `test` is then the gallery")
     query_cameras: Sequence[str] | None = option("", None, kind=list,
         text="cameras whose test images are queries; all other test images are the gallery")
     min_images: int = option("", 1, "people with fewer images are left out", least=1)
@@ -60,7 +62,7 @@ class SetOptions(Options):
         """Whether an image with this POSIX path below a folder of the data set would be used."""
         if images.in_name(images.pattern(self.pattern), path) is None or any(map(images.is_hidden, path.split("/"))):
             return False
-        entries = [*(self.train or ()), *(self.test or ())]
+        entries = [*(self.train or ()), *(self.test or ()), *(self.query or ())]
         return self.train is None or any(selects(form, path) for each in entries for form in (each, glob.escape(each)))
 
 
@@ -70,7 +72,7 @@ def make_options(name: str, given: Mapping[str, Any]) -> SetOptions:
     value out of range."""
     where = f"datasets.{name}"
     values = dict(given)
-    for key in ("folder", "train", "test", "junk", "query_cameras"):
+    for key in ("folder", "train", "test", "query", "junk", "query_cameras"):
         if (names := values.get(key)) is not None:
             listed = [names] if isinstance(names, str) else [*names]
             # Names of folders stay as they are on the disk.
@@ -87,8 +89,11 @@ def make_options(name: str, given: Mapping[str, Any]) -> SetOptions:
         raise InputError(f"{where} has only one of train and test: give both, or neither for a random split")
     if options.train is not None and not {"test_fraction", "seed"}.isdisjoint(given):
         raise InputError(f"{where} has train and test, so there is no random split: remove test_fraction and seed")
-    if options.cameras == "none" and options.query_cameras is not None:
-        raise InputError(f"{where} has query_cameras and cameras: none, which contradict each other: remove one")
+    if options.query is not None and options.test is None:
+        raise InputError(f"{where} has query without test, which is its gallery: give train and test too")
+    for key, excluded in (("query", options.query is not None), ("cameras: none", options.cameras == "none")):
+        if options.query_cameras is not None and excluded:
+            raise InputError(f"{where} has query_cameras and {key}, which contradict each other: remove one")
     names = images.pattern(options.pattern, f"{where}.pattern")
     if options.cameras == "names" and "camera" not in names.groupindex:
         lacking = f"{where}.pattern={options.pattern!r} has no group camera"
@@ -97,7 +102,7 @@ def make_options(name: str, given: Mapping[str, Any]) -> SetOptions:
 
 
 def selects(entry: str, path: str) -> bool:
-    """Whether an entry of ``train`` or ``test`` names ``path`` or a folder above it; ``**`` is any number of folders.
+    """Whether an entry of ``train`` or the like names ``path`` or a folder above it; ``**`` is any number of folders.
 
     >>> selects("**/train", "some/where/train/0001/c1_0.png"), selects("train", "training/0001/c1_0.png")
     (True, False)
@@ -110,7 +115,11 @@ def selects(entry: str, path: str) -> bool:
             return any(match(patterns[1:], parts[start:]) for start in range(len(parts)))
         return bool(parts) and fnmatchcase(parts[0], patterns[0]) and match(patterns[1:], parts[1:])
 
-    return match([part for part in entry.split("/") if part not in ("", ".")], images.composed(path).split("/"))
+    return match(_parts(entry), images.composed(path).split("/"))
+
+
+def _parts(entry: str) -> list[str]:
+    return [part for part in entry.split("/") if part not in ("", ".")]
 
 
 def read(name: str, options: SetOptions, root: str) -> Table:
@@ -126,22 +135,30 @@ def read(name: str, options: SetOptions, root: str) -> Table:
         file = above / options.csv
         if not file.is_file():
             raise InputError(f"{where}: there is no CSV {file}: set data.root (--root) or {where}.csv")
-        return images.read_csv(str(file), options.cameras != "none", options.junk)
+        try:
+            return images.read_csv(str(file), options.cameras != "none", options.junk)
+        except InputError as error:
+            if "no column 'camid'" not in str(error):
+                raise
+            raise InputError(f"{error}; or, if cameras do not matter, set {where}.cameras: none") from error
     found, real_paths = _matching(where, options, above, table)
     count = Counter(row.identity for row in _unique(where, (row for _, row in found), real_paths))
     found = [(path, row) for path, row in found if count[row.identity] >= options.min_images]
     for person in sorted(person for person, number in count.items() if number < options.min_images):
         table.leave_out(f"people with fewer than {options.min_images} images", person)
-    train, test = (_unique(where, split, real_paths) for split in _split(where, options, found))
+    train, test, query = (_unique(where, split, real_paths) for split in _split(where, options, found))
     table.rows = [row._replace(split="train") for row in train]
-    if options.query_cameras is None:
+    if options.query is None and options.query_cameras is None:
         table.rows += images.with_queries(test)
         return table
-    cameras = sorted({row.camera for row in test})
-    if unknown := [camera for camera in options.query_cameras if camera not in cameras]:
-        raise InputError(f"{where}.query_cameras: no test image is from camera {unknown[0]!r}; there are {cameras}")
-    queries = options.query_cameras
-    table.rows += [row._replace(split="query" if row.camera in queries else "gallery") for row in test]
+    if options.query_cameras is not None:
+        cameras = sorted({row.camera for row in test})
+        if unknown := [camera for camera in options.query_cameras if camera not in cameras]:
+            raise InputError(f"{where}.query_cameras: no test image is from camera {unknown[0]!r}; there are {cameras}")
+        query = [row for row in test if row.camera in options.query_cameras]
+        test = [row for row in test if row.camera not in options.query_cameras]
+    for split, rows in (("query", query), ("gallery", test)):
+        table.rows += [row._replace(split=split) for row in rows]
     return table
 
 
@@ -195,26 +212,33 @@ def _unique(where: str, rows: Iterable[Row], real_paths: Mapping[str, str]) -> l
     return list(first.values())
 
 
-def _split(where: str, options: SetOptions, found: list[Named]) -> tuple[list[Row], list[Row]]:
-    """The images for training and for test: by the entries of ``train`` and ``test``, or at random."""
+def _split(where: str, options: SetOptions, found: list[Named]) -> tuple[list[Row], list[Row], list[Row]]:
+    """The images for training, for the test, and of ``query``: by the entries of these lists, or at random."""
     if options.train is None or options.test is None:
         pids = sorted({row.identity for _, row in found})
         random.Random(options.seed).shuffle(pids)
         tested = set(pids[: max(1, round(len(pids) * options.test_fraction))])
         train = [row for _, row in found if row.identity not in tested]
-        return train, [row for _, row in found if row.identity in tested]
-    splits, paths = dict[str, list[Row]](), dict.fromkeys(path for path, _ in found)
-    for key, entries in (("train", options.train), ("test", options.test)):
-        chosen = set[str]()
+        return train, [row for _, row in found if row.identity in tested], []
+    # By the name of each image, and of each folder above it: a thousand entries would take long to match.
+    named = defaultdict[str, list[str]](list)
+    for path in dict.fromkeys(path for path, _ in found):
+        parts = images.composed(path).split("/")
+        for length in range(len(parts) + 1):
+            named["/".join(parts[:length])].append(path)
+
+    def chosen(key: str, entries: Sequence[str]) -> list[Row]:
+        paths = set[str]()
         for entry in entries:
             # A name such as "anna [1]" names itself, and is a pattern only if there is no such name.
-            forms = ([path for path in paths if selects(form, path)] for form in (glob.escape(entry), entry))
-            if not (here := next(filter(None, forms), [])):
+            here = named.get("/".join(_parts(entry))) or [path for path in named[""] if selects(entry, path)]
+            if not here:
                 example = found[0][0] if found else "none"
                 raise InputError(f"{where}.{key}: {entry!r} selects none of {len(found)} images, such as {example!r}")
-            chosen.update(here)
-        splits[key] = [row for path, row in found if path in chosen]
-    return splits["train"], splits["test"]
+            paths.update(here)
+        return [row for path, row in found if path in paths]
+
+    return chosen("train", options.train), chosen("test", options.test), chosen("query", options.query or ())
 
 
 def check_splits(name: str, table: Table, mode: str) -> None:
@@ -239,7 +263,8 @@ def check_splits(name: str, table: Table, mode: str) -> None:
     shared = sorted(trained & {row.identity for row in (*query, *gallery)})
     if shared:
         both = f"{len(shared)} identities are both in training and in test, for example {shared[0]!r}"
-        raise InputError(f"{where}: {both}: a test needs identities that are not in training")
+        cure = "or, of folders, leave train and test out, for a random draw of identities"
+        raise InputError(f"{where}: {both}: a test needs identities that are not in training: give others, {cure}")
     if mode != "train" and len({row.identity for row in gallery}) == 1:
         alone = f"the gallery shows {gallery[0].identity!r} alone, whom every query would find"
         cure = "a test needs two people: give images of more people; of a random draw, raise test_fraction"

@@ -16,19 +16,19 @@ from torchreid_ext.data.loading import rebuilt
 
 NAME = "validation"  # of the target that the validation identities become
 
-Item = tuple[str, int, int, int]
-"""A path, the number of an identity, the number of a camera and the number of a data set, as torchreid has them."""
+Item = tuple[str | tuple[str, ...], int, int, int]
+"""A path, or those of a tracklet, and the numbers of an identity, a camera and a data set, as torchreid has them."""
 
 
 def hold_out(manager: Any, identities: int, share: float, seed: int, batch_size: int) -> None:
-    """Keeps some training identities of an image data manager, and tests on some of them instead of the targets.
+    """Keeps some training identities of a data manager, and tests on some of them instead of the targets.
 
     The number ``identities`` of them is kept (0: all), the same for every seed. A ``share`` of these, in [0, 1), is
-    tested on in batches of ``batch_size``: the first image of each identity and camera is a query, and all are the
-    gallery; 0 keeps the manager's targets. The draws depend on the images' paths and on the seed alone; a smaller draw
-    is a part of a larger one. What is left for training is numbered from 0. The sampler of the training loader must be
-    replaced afterwards. Raises InputError for more identities than there are, or for a share that leaves fewer than two
-    identities for training or for validation, or no query with a match from another camera.
+    tested on in batches of ``batch_size``: the first image (or tracklet) of each identity and camera is a query, and
+    all are the gallery; 0 keeps the manager's targets. The draws depend on the images' paths and on the seed alone; a
+    smaller draw is a part of a larger one. What is left for training is numbered from 0. The sampler of the training
+    loader must be replaced afterwards. Raises InputError for more identities than there are, or for a share that leaves
+    fewer than two identities for training or for validation, or no query with a match from another camera.
     """
     loader, dataset = manager.train_loader, manager.train_loader.dataset
     # The numbers of identities may depend on the order in which a file system lists its files; the first paths do not.
@@ -56,15 +56,18 @@ def hold_out(manager: Any, identities: int, share: float, seed: int, batch_size:
     manager.train_loader = rebuilt(loader, dataset, sampler=SequentialSampler(dataset))
     if share:
         _test_on(manager, dataset, tested, batch_size)
-    print(f"=> {len(numbers)} identities with {len(train)} images are trained on, {len(tested)} images are held out")
+    kind = "tracklets" if manager.data_type == "video" else "images"
+    print(f"=> {len(numbers)} identities with {len(train)} {kind} are trained on, {len(tested)} {kind} are held out")
 
 
 def _slashed(item: Item) -> Item:
     """An item that has the same place in a sorted list on all systems: the separators of Windows follow letters."""
-    return item[0].replace(os.sep, "/"), *item[1:]
+    if isinstance(item[0], str):
+        return item[0].replace(os.sep, "/"), *item[1:]
+    return tuple(path.replace(os.sep, "/") for path in item[0]), *item[1:]
 
 
-def _drawn(items: list[tuple[str, int]], number: int, seed: int) -> list[tuple[str, int]]:
+def _drawn(items: list[Any], number: int, seed: int) -> list[Any]:
     order = list(items)
     random.Random(seed).shuffle(order)
     return order[:number]
@@ -76,8 +79,12 @@ def _test_on(manager: Any, dataset: Any, gallery: list[Item], batch_size: int) -
         first.setdefault(item[1:], item)
     query = list(first.values())
     if len({item[1] for item in query}) == len(query):
-        alone = f"data.validation: each of the {len(query)} validation identities is seen by a single camera"
-        raise InputError(f"{alone}, so no query has a match from another camera, for example {query[0][0]}")
+        few, cure = "is seen by a single camera", "if cameras do not matter, set datasets.NAME.cameras: none"
+        if len(gallery) == len(query):
+            few, cure = "has a single image", "add photos, or leave such people out with datasets.NAME.min_images: 2"
+        alone = f"data.validation: each of the {len(query)} validation identities {few}, so no query has a match"
+        example = query[0][0] if isinstance(query[0][0], str) else query[0][0][0]
+        raise InputError(f"{alone}, for example {example}: {cure}")
     loaders = {}
     for split, items in (("query", query), ("gallery", gallery)):
         of_split = copy.copy(dataset)

@@ -36,18 +36,15 @@ def extract(engine: Any, loader: Any, group: dist.ProcessGroup | None = None) ->
     """Extracts the features, on the CPU, of all images of a loader with the model of the engine.
 
     Each process of a ``group`` extracts its share and gets all features, which are equal, bit for bit, to those that
-    one process extracts with the same number of threads. With ``video.sample_method: random`` the first process
-    extracts all, because each would draw other frames. Raises Interrupted if a signal asks the run to stop, InputError
-    if the loader of a group does not make batches, and as ``gather_samples`` on every process if one of them fails."""
+    one process extracts with the same number of threads. Raises Interrupted if a signal asks the run to stop,
+    InputError if the loader of a group does not make batches, and as ``gather_samples`` on every process if one of them
+    fails."""
     if group is None:
         return _extract(engine, loader)
     if loader.batch_sampler is None:
         raise InputError("the test loader must make batches, to be shared: give it a batch_size or a batch_sampler")
     batches = list(loader.batch_sampler)
-    if getattr(loader.dataset, "sample_method", None) == "random":
-        batches = batches if dist.get_rank(group) == 0 else []
-    else:
-        batches = batches[share(len(batches), group)]
+    batches = batches[share(len(batches), group)]
     shard = rebuilt(loader, loader.dataset, batch_sampler=batches)
     device, model = next(engine.model.parameters()).device, engine.model
     # The forward pass of DistributedDataParallel waits for the other processes, which may have fewer batches.

@@ -128,7 +128,9 @@ def test_images(config: Config, root: str | None = None, trained: Collection[str
     random split is another one."""
     config, target = config.clone(), config.data.targets[0]
     if config.data.type != "image":
-        raise InputError(f"the run was tested on video: with drsl-extract, give a folder of the images of {target!r}")
+        command = "drsl-train --config-file RUN/config.yaml model.resume auto test.evaluate True test.visrank True"
+        about = f"the run was tested on tracklets of {target!r}, and this command reads single images"
+        raise InputError(f"{about}; {command} shows the rankings of the tracklets")
     config.data.root = root or config.data.root
     config.test.evaluate = True  # The loss is not built here, and need not be installed.
     if config.data.validation:

@@ -244,6 +244,28 @@ def test_drsl_train_itself_through_the_command(tmp_path, capsys):
     assert len(result["identity"]) == metrics["num_query"] and line["configuration"]["data.height"] == 48
 
 
+def test_tuning_tells_the_trials_of_a_loss_from_those_of_another_with_a_longer_name(monkeypatch):
+    scores = {"drsl*1": 0.5, "drsl*1+1": 0.6, "drsl+memory*3": 0.9, "drsl*0.3*0.1": 0.8, "drsl+memory*3+1": 0.7}
+    tried = []
+
+    def try_all(trials, grid, results, workers):
+        tried.append([*trials])
+        return {name: scores.get(name, 0.1) for name in trials if name != "drsl*3"}, 1
+
+    monkeypatch.setattr(runner, "_try_all", try_all)
+    losses = {"drsl": DRSL["drsl"], "drsl+memory": {"loss": {"name": "drsl", "drsl": {"memory_size": 64}}}}
+    losses["drsl*0.3"] = {"loss": {"name": "drsl", "drsl": {"margin": 0.2}}}
+    settings = {"drsl": [{"loss.drsl.temperature": 0.1}], "drsl+memory": [{"loss.drsl.temperature": 0.2}]}
+    known = {"files": [DEMO], "seeds": range(1), "words": ["data.validation", "0.2"], "varied": [], "root": None}
+    best, _, failed = runner.tune(losses, settings, known, Path("r"), 1)
+    assert tried[1] == ["drsl*1+1", "drsl+memory*3+1"] and failed == 2
+    weight, temperature = "loss.drsl.weight_m", "loss.drsl.temperature"
+    assert [(of.get(weight), of.get(temperature)) for of in best.values()] == [(1.0, 0.1), (3.0, None), (0.1, None)]
+    monkeypatch.setattr(runner, "_try_all", lambda *given: ({"drsl+memory*3": 0.5}, 12))
+    with pytest.raises(InputError, match="every trial of drsl failed"):
+        runner.tune(losses, {}, known, Path("r"), 1)
+
+
 TUNE = ["tune", str(DEMO), "--results", "r", "--losses", "drsl", "--output"]
 
 

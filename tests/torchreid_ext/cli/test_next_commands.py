@@ -12,6 +12,7 @@ import trained
 
 from torchreid_ext.cli import evaluate, export, search, train
 from torchreid_ext.cli.train import next_commands
+from torchreid_ext.data import splits
 from torchreid_ext.evaluation import errors
 
 CHECKPOINT = Path("model", "model-best.pth.tar")
@@ -50,7 +51,7 @@ def test_all_commands_work_as_printed(printed, capsys, monkeypatch):
 
 
 def test_without_a_checkpoint_there_is_nothing_to_do_next(tmp_path):
-    assert next_commands(str(tmp_path), ["a.png"], ["b.png"], "market") == ""
+    assert next_commands(str(tmp_path), ["a.png"], ["b.png"]) == ""
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_programs_beside_the_launcher_are_named_with_their_folder_where_it_is_no
     monkeypatch.setattr("sys.argv", [str(bin_folder / "drsl-train")])
     for path, start in (("", bin_folder), ("bin", Path())):
         monkeypatch.setenv("PATH", str(tmp_path / path))
-        lines = next_commands(finished, ["/x/query/1.png"], ["/x/a/1.png", "/x/b/2.png"], "market").splitlines()
+        lines = next_commands(finished, ["/x/query/1.png"], ["/x/a/1.png", "/x/b/2.png"]).splitlines()
         names = [str(start / f"drsl-{name}") for name in ("search", "export", "evaluate")]
         assert [shlex.split(line)[0] for line in lines[1:]] == names
     page = os.path.join(tmp_path, "search.html")
@@ -80,8 +81,29 @@ def test_programs_beside_the_launcher_are_named_with_their_folder_where_it_is_no
 
 def test_the_whole_disk_is_not_searched(finished):
     images = ["/x/b/1.png", "/y/a/2.png", "/x/b/3.png"]
-    line = next_commands(finished, ["/x/query/1.png"], images, "market").splitlines()[1]
+    line = next_commands(finished, ["/x/query/1.png"], images).splitlines()[1]
     assert "--gallery /x/b --query" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "place"),
+    [
+        ({"pattern": r"(?:.*/)?(?P<identity>[^/]+)/[^/]+\.jpg"}, "photos/new/test"),
+        ({"pattern": r"(?:.*/)?test/(?P<identity>[^/]+)/.*"}, "photos"),  # as in configs/omniglot.yaml
+        ({"pattern": r"new/test/(?P<identity>[^/]+)/.*", "folder": ["old", "photos"]}, "photos"),
+        ({"pattern": r"(?P<identity>[^/]+/[^/]+)/.*"}, "photos"),  # The identities are new/test and anna/1.jpg.
+        ({"csv": "photos/list.csv"}, "photos/list.csv"),
+    ],
+)
+def test_the_gallery_is_searched_where_names_carry_the_identities_of_the_run(finished, tmp_path, options, place):
+    if "csv" not in options:
+        options = {"folder": ["photos"], "cameras": "none"} | options
+    own = splits.make_options("mine", options)
+    gallery = [str(tmp_path / "photos" / "new" / "test" / person / "1.jpg") for person in ("anna", "ben")]
+    line = next_commands(finished, gallery[:1], gallery, own, str(tmp_path)).splitlines()[1]
+    words = shlex.split(line)
+    assert words[words.index("--gallery") + 1] == str(tmp_path / place)
+    assert words[words.index("--names") + 1 :] == [own.pattern] if "csv" not in options else "--names" not in words
 
 
 def test_a_gallery_on_two_drives_of_windows(finished, monkeypatch):
@@ -89,5 +111,5 @@ def test_a_gallery_on_two_drives_of_windows(finished, monkeypatch):
         monkeypatch.setattr(os.path, name, getattr(ntpath, name))
     monkeypatch.setattr(train, "_quoted", subprocess.list2cmdline)  # which cmd.exe and PowerShell read
     images = ["D:\\b\\1.png", "C:\\a b\\2.png"]
-    line = next_commands(finished, ["C:\\q\\1.png"], images, "market").splitlines()[1]
+    line = next_commands(finished, ["C:\\q\\1.png"], images).splitlines()[1]
     assert '--gallery "C:\\a b" --query C:\\q\\1.png --html' in line

@@ -22,6 +22,7 @@ from pml_drsl.checks import InputError
 from torchreid_ext.cli.train import main
 from torchreid_ext.config import get_default_config
 from torchreid_ext.config.data import check_save_dir
+from torchreid_ext.data import splits
 from torchreid_ext.data.datasets import ConfiguredDataset, register_datasets
 from torchreid_ext.data.splits import make_options, selects
 
@@ -116,8 +117,28 @@ class TestFolder:
         ]:
             assert selects(entry, path) is expected, (entry, path)
 
-    def test_an_entry_with_brackets_is_a_name_first(self, tmp_path: Path) -> None:
+    def test_queries_of_their_own(self, tmp_path: Path) -> None:
+        """VeRi's layout, whose queries are in the gallery too, as copies."""
+        shots = {"image_train": ("1", "3"), "image_test": ("2", "5"), "image_query": ("2",)}
+        for folder, names in shots.items():
+            for name, camera in itertools.product(names, (1, 2)):
+                draw(tmp_path / folder / f"000{name}_c00{camera}_00000000_0.jpg")
+        options = {"pattern": "veri", "train": ["image_train"], "test": ["image_test"]}
+        data = load(tmp_path, **options, query=["image_query"])
+        assert [{Path(item[0]).parent.name for item in split} for split in (data.train, data.query, data.gallery)] == [
+            {folder} for folder in ("image_train", "image_query", "image_test")
+        ]
+        assert [len(split) for split in (data.train, data.query, data.gallery)] == [4, 2, 4]
+        assert {item[1:] for item in data.query} < {item[1:] for item in data.gallery}
+        own = make_options("mine", options | {"query": "image_query"})
+        assert own.takes("image_query/0002_c001_00000000_0.jpg") and own.query == ["image_query"]
+
+    def test_an_entry_with_brackets_is_a_name_first(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         make_folder(tmp_path, ["a [1]", "a 1", "b", "c", "d", "e1"], ["left", "right"])
+        with monkeypatch.context() as patch:
+            patch.setattr(splits, "selects", None)  # A thousand names would take long to match with every path.
+            data = load(tmp_path, train=["a [1]", "./b/left_0.png"], test=["c/", "d"])
+        assert (people(data.train), people(data.gallery)) == ({"a [1]", "b"}, {"c", "d"}) and len(data.train) == 5
         data = load(tmp_path, train=["a [1]", "b"], test=["[cd]", "e[1]"])
         assert (people(data.train), people(data.gallery)) == ({"a [1]", "b"}, {"c", "d", "e1"})
         options = make_options("mine", {"train": ["a [1]"], "test": []})
@@ -136,7 +157,11 @@ class TestFolder:
             ({"pattern": r"(?P<identity>\w+)-(?P<camera>\w+)\.gif"}, ["matches the pattern", "gif", "p0/a_0.png"]),
             ({"folder": "p0"}, ["'a_0.png'", "a folder of their own, PERSON/1.jpg; give the folder above as --root"]),
             ({"train": ["p0"], "test": ["p2"]}, ["one identity", "p0"]),
-            ({"train": ["p0", "p1"], "test": ["p1", "p2"]}, ["both in training and in test", "p1"]),
+            (
+                {"train": ["p0", "p1"], "test": ["p1", "p2"]},
+                ["both in training and in test", "p1", "for a random draw"],
+            ),
+            ({"train": ["p0", "p1"], "test": ["p2", "p3"], "query": ["z"]}, ["mine.query: 'z' selects none"]),
             ({"train": ["p0", "p1"], "test": ["z*"]}, ["'z*'", "selects none"]),
             ({"query_cameras": ["c"]}, ["query_cameras", "'c'", "['a', 'b']"]),
             ({"query_cameras": ["a", "b"]}, ["'gallery'", "no image"]),
@@ -218,7 +243,7 @@ class TestNamesAndCameras:
 
     def test_a_csv_without_cameras(self, tmp_path: Path) -> None:
         write_csv(tmp_path, [(*row[:2], row[3]) for row in GOOD], columns="path,pid,split")
-        with pytest.raises(InputError, match=r"line 1: .*no column 'camid'"):
+        with pytest.raises(InputError, match=r"line 1: .*no column 'camid'.* set datasets\.mine\.cameras: none$"):
             load(tmp_path, csv="list.csv")
         assert len(load(tmp_path, csv="list.csv", cameras="none").train) == 3
 
@@ -394,6 +419,11 @@ class TestOptions:
             ({"pattern": "(?P<identity>a)"}, ["(?P<camera>...)", "cameras: none"]),
             ({"cameras": "some"}, ["cameras must be one of names, none", "'some'"]),
             ({"cameras": "none", "query_cameras": ["a"]}, ["query_cameras and cameras: none"]),
+            (
+                {"train": ["a"], "test": ["b"], "query": ["c"], "query_cameras": ["a"]},
+                ["query_cameras and query, which contradict"],
+            ),
+            ({"query": ["c"]}, ["query without test, which is its gallery: give train and test too"]),
         ],
     )
     def test_a_wrong_option_is_named_and_nothing_registered(self, options: dict[str, Any], words: list[str]) -> None:

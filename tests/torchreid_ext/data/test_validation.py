@@ -80,18 +80,21 @@ def test_draws_depend_on_their_seed_alone_and_smaller_draws_are_parts_of_larger_
     assert build(root, identities=8).targets == ["mine"]
 
 
-def test_windows_has_the_same_draw(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tracklets", [False, True])
+def test_windows_has_the_same_draw(root: Path, monkeypatch: pytest.MonkeyPatch, tracklets: bool) -> None:
     """Its separator follows the digits, which follow the separator of other systems."""
     held = []
     for separator in ("/", "\\"):
         manager = build(root)
         paths = [f"/photos/anna{pid or ''}/{shot}.jpg" for pid in range(10) for shot in range(4)]
-        items = [(path.replace("/", separator), place // 4, place % 2, 0) for place, path in enumerate(paths)]
+        paths = [path.replace("/", separator) for path in paths]
+        items = [((path,) if tracklets else path, place // 4, place % 2, 0) for place, path in enumerate(paths)]
         manager.train_loader.dataset.train = items[::-1]
         with monkeypatch.context() as patch:
             patch.setattr(os, "sep", separator)
             hold_out(manager, identities=8, share=0.5, seed=0, batch_size=4)
-        held.append([item[0].replace(separator, "/") for item in manager.test_dataset["validation"]["gallery"]])
+        tested = [item[0] for item in manager.test_dataset["validation"]["gallery"]]
+        held.append([(path[0] if tracklets else path).replace(separator, "/") for path in tested])
     assert held[0] == held[1]
 
 
@@ -107,11 +110,17 @@ def test_torchreids_own_layout_and_a_short_run(tmp_path: Path) -> None:
     assert list(json.loads((tmp_path / "log" / "metrics.json").read_text())) == ["validation"]
 
 
-def test_identities_that_are_seen_once(tmp_path: Path) -> None:
-    for person in PEOPLE:
-        draw(tmp_path / "train" / person / "a_0.png")
+@pytest.mark.parametrize(
+    ("shots", "words"),
+    [
+        (1, r"each of the 3 validation identities has a single image, .*add photos, or .*NAME\.min_images: 2"),
+        (2, r"each of the 3 validation identities is seen by a single camera, .*set datasets\.NAME\.cameras: none"),
+    ],
+)
+def test_identities_that_are_seen_once(tmp_path: Path, shots: int, words: str) -> None:
+    make_folder(tmp_path / "train", PEOPLE, ["a"], shots)
     make_folder(tmp_path / "test", ["q0", "q1"], ["a", "b"])
-    with pytest.raises(InputError, match="seen by a single camera"):
+    with pytest.raises(InputError, match=words):
         build(tmp_path, validation=0.3, sampler="RandomSampler")
 
 
@@ -125,7 +134,6 @@ def test_identities_that_are_seen_once(tmp_path: Path) -> None:
         ({"identities": 11}, "data.identities 11: the sources have 10 training identities"),
         ({"identities": -1}, "data.identities takes whole numbers"),
         ({"identities": 2, "validation": 0.5}, "is 1: training and validation need two"),
-        ({"type": "video", "validation": 0.2}, "for data.type image"),
     ],
 )
 def test_a_wrong_share_is_refused(root: Path, data: dict[str, Any], words: str) -> None:

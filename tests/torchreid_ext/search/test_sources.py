@@ -305,7 +305,7 @@ def test_a_target_that_is_not_there(tmp_path):
         with pytest.raises(InputError, match=r"photos.*--root"):
             test_images(config)
     config.data.type, config.data.validation = "video", 0
-    with pytest.raises(InputError, match="video"):
+    with pytest.raises(InputError, match=r"tracklets of 'mine', .*test\.evaluate True test\.visrank True shows"):
         test_images(config)
 
 
