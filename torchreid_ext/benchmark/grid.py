@@ -6,11 +6,13 @@ import gzip
 import hashlib
 import json
 import os
+import subprocess
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
@@ -151,6 +153,10 @@ def plan(
             counts = f"{len(values)} values for {len(seeds)} seeds: {' '.join(values)}"
             raise InputError(f"--vary {key} has {counts}. Give one for each seed, and other options after them")
     fixed = dict(zip(words[::2], words[1::2], strict=True))
+    if "train.seed" in {*fixed, *(key for key, *_ in varied)}:
+        raise InputError("train.seed is set by --seeds N, to 0 to N - 1: leave it out")
+    if len({file.name for file in files}) < len(files):
+        raise InputError(f"two of {', '.join(map(str, files))} have one name, which tells them apart: rename one")
     runs = []
     for number, seed in enumerate(seeds):
         of_seed = {key: values[number] for key, *values in varied}
@@ -165,6 +171,20 @@ def plan(
                 check(cfg)
                 runs.append(Run(file, loss, snippet, fixed, of_seed, seed, flat(cfg)))
     return runs
+
+
+def commit() -> str:
+    """What is measured: the commit, if this package is in a clone of its repository; otherwise its version."""
+    here = Path(__file__)
+
+    def git(*words: str) -> str:
+        return subprocess.check_output(["git", *words], cwd=here.parent, text=True, stderr=subprocess.DEVNULL).strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # The package may be installed inside another repository.
+        return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude", "*")
+    except (OSError, subprocess.CalledProcessError):
+        return metadata.version("pml-drsl")
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

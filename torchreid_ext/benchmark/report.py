@@ -75,7 +75,7 @@ class Section:
         for score, of_query in COMPARED.items():
             found = {}
             for loss, theirs in self.lines.items():
-                name = tuned if loss.endswith(TUNED) else reference
+                name = tuned if loss.endswith(TUNED) and tuned in self.lines else reference
                 ours = self.lines.get(name, {})
                 seeds = sorted(set(ours) & set(theirs)) if loss != name else []
                 if seeds:
@@ -167,13 +167,13 @@ def _section(target: str, network: str, lines: Sequence[Mapping[str, Any]]) -> S
         kept = [line for line in kept if same(line["configuration"], kept[-1]["configuration"], free)]
         kept = [line for line in kept if same(line["configuration"], newest, free | theirs)]
         if len(kept) < len(own):
-            notes.append(f"{loss}: {len(own) - len(kept)} results of an older configuration are left out.")
+            notes.append(f"`{loss}`: {len(own) - len(kept)} results of an older configuration are left out.")
         for line in kept:
             of_loss = by_loss.setdefault(loss, {})
             older = of_loss.get(line["seed"], line)["configuration"]
-            for key in PLACES:
+            for key in (*PLACES, *sorted(varied)):
                 if older.get(key) != line["configuration"].get(key):
-                    where = f"{loss}, seed {line['seed']}: the result with {key} {older.get(key)!r}"
+                    where = f"`{loss}`, seed {line['seed']}: the result with {key} {older.get(key)!r}"
                     notes.append(f"{where} is left out, because there is a newer one.")
             of_loss[line["seed"]] = dict(line)
     every = sorted({seed for of_loss in by_loss.values() for seed in of_loss})
@@ -181,7 +181,8 @@ def _section(target: str, network: str, lines: Sequence[Mapping[str, Any]]) -> S
     for loss, of_loss in by_loss.items():
         if missing := ", ".join(str(seed) for seed in every if seed not in of_loss):
             without.setdefault(missing, []).append(loss)
-    notes += [f"No results for seed {missing}: {', '.join(names)}." for missing, names in without.items()]
+    quoted = {missing: ", ".join(f"`{name}`" for name in names) for missing, names in without.items()}
+    notes += [f"No results for seed {missing}: {names}." for missing, names in quoted.items()]
     named = (line["commit"] for of_loss in by_loss.values() for line in of_loss.values() if "commit" in line)
     names = (name for several in named for name in several.split("+"))  # A run may have gone on with other code.
     commits = dict.fromkeys(name[:7] + "-dirty" * name.endswith("-dirty") for name in names)

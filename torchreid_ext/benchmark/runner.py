@@ -33,6 +33,7 @@ from torchreid_ext.benchmark.grid import (
     added,
     append_result,
     appending,
+    commit,
     fingerprint,
     plan,
     read_results,
@@ -40,7 +41,7 @@ from torchreid_ext.benchmark.grid import (
     same,
 )
 from torchreid_ext.checkpoint.folder import History
-from torchreid_ext.config.values import dumped
+from torchreid_ext.config.values import dumped, flatten
 from torchreid_ext.runtime.signals import StopRequest
 
 DRSL_TRAIN = (sys.executable, "-m", "torchreid_ext")
@@ -217,20 +218,6 @@ def _short(score: str) -> float | int | None:
     return int(value) if value.is_integer() else round(value, 5)
 
 
-def commit() -> str:
-    """What is measured: the commit, if this package is in a clone of its repository; otherwise its version."""
-    here = Path(__file__)
-
-    def git(*words: str) -> str:
-        return subprocess.check_output(["git", *words], cwd=here.parent, text=True, stderr=subprocess.DEVNULL).strip()
-
-    try:
-        git("ls-files", "--error-unmatch", here.name)  # The package may be installed inside another repository.
-        return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude", "*")
-    except (OSError, subprocess.CalledProcessError):
-        return metadata.version("pml-drsl")
-
-
 def tune(
     losses: Mapping[str, Snippet], settings: Mapping[str, Sequence[Snippet]], grid: Mapping[str, Any],
     results: Path, workers: int,
@@ -252,6 +239,10 @@ def tune(
         if not run.configuration.get("data.validation"):
             raise InputError("settings are chosen on validation identities: add data.validation 0.2 to the command")
         key = WEIGHT_KEYS.get(run.configuration["loss.name"])
+        tried = {key, *(name for setting in settings.get(loss, ()) for name, _ in flatten(setting))}
+        for name in (*grid.get("words", ())[::2], *(name for name, *_ in grid.get("varied", ()))):
+            if name in tried:
+                raise InputError(f"tune tries values of {name} itself: leave it out of the command")
         own = {f"{loss}*{weight:g}": {**snippet, key: weight} for weight in WEIGHTS} if key else {loss: snippet}
         trials, names[loss] = trials | own, [*own]
     scores, failed = _try_all(trials, grid, results, workers)

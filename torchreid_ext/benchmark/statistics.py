@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
@@ -28,12 +29,13 @@ def compare(
 ) -> Difference:  # fmt: skip
     """A hierarchical bootstrap of paired differences, which takes both seeds and test identities for a sample.
 
-    A draw of the mean difference has two parts. *Identities* are drawn with replacement, each with all of its queries:
+    The mean difference has two parts. *Identities* are drawn with replacement, each with all of its queries:
     once for all seeds if every seed tests on the same people (``nested=False``), and for each seed by itself if every
     seed has people of its own. *Seeds* are too few to be drawn with replacement: an interval from three of them would
-    be a fifth too narrow, and would not know how little three seeds tell about their spread. Their part is therefore
-    drawn from Student's t distribution, with the standard deviation of the seeds' means. With ``nested``, this standard
-    deviation holds the effect of the people too, whose variance is taken off.
+    be a fifth too narrow, and would not know how little three seeds tell about their spread. Their part
+    therefore has Student's t distribution, with the standard deviation of the seeds' means. With ``nested``, this
+    standard deviation holds the effect of the people too, whose variance is taken off. The two are added up exactly
+    over the draws of identities, so that no p-value hangs on a few random numbers.
 
     If the identities do not differ, the interval is that of a paired t-test over the seeds. With one seed it has the
     part of the identities alone. ``scores`` and ``identities`` hold the difference and the identity of each query, for
@@ -47,14 +49,25 @@ def compare(
     for row, (s, c) in enumerate(zip(sums, counts, strict=True)):
         of_seed = _drawn(rng, draws, c) if nested else weights
         drawn[row] = (of_seed @ s) / np.maximum(of_seed @ c, 1e-12)
-    parts = drawn.mean(0)
+    parts, scale = drawn.mean(0), 0.0
     if number > 1:
         variance = means.var(ddof=1) - (drawn.var(1).mean() if nested else 0)
-        scale = np.sqrt(max(0.0, float(variance)) / number)
-        parts += scale * stats.t.rvs(number - 1, size=draws, random_state=rng)
-    low, high = np.percentile(parts, [2.5, 97.5])
-    beyond = min(int((parts <= 0).sum()), int((parts >= 0).sum()))
-    return Difference(float(means.mean()), float(low), float(high), min(1.0, 2 * (beyond + 1) / (draws + 1)), number)
+        scale = float(np.sqrt(max(0.0, float(variance)) / number))
+    if scale == 0:  # nothing but identities
+        low, high = np.percentile(parts, [2.5, 97.5])
+        below, above = ((1 + int(count.sum())) / (draws + 1) for count in (parts <= 0, parts >= 0))
+    else:
+        of_seeds = stats.t(number - 1, scale=scale)
+        low, high = (_quantile(of_seeds, parts, share) for share in (0.025, 0.975))
+        below, above = of_seeds.cdf(-parts).mean(), of_seeds.sf(-parts).mean()
+    return Difference(float(means.mean()), float(low), float(high), min(1.0, 2 * float(min(below, above))), number)
+
+
+def _quantile(of_seeds: Any, parts: Array, share: float) -> float:
+    """The value below which a ``share`` of the sums of two independent parts lies, of which one is given by draws."""
+    middle, room = of_seeds.ppf(share), abs(of_seeds.ppf(share))
+    ends = middle + parts.min() - room, middle + parts.max() + room
+    return float(optimize.brentq(lambda x: of_seeds.cdf(x - parts).mean() - share, *ends))
 
 
 def _by_identity(scores: Sequence[Sequence[float]], identities: Sequence[Sequence[int]]) -> tuple[Array, Array]:

@@ -69,6 +69,11 @@ def test_differences_are_paired_by_seed_and_query_and_corrected():
     assert not section.differences("none").size
 
 
+def test_a_tuned_loss_without_a_tuned_reference_is_compared_with_the_reference():
+    results = [line(loss, seed, 0.5) for loss in ("drsl", "a-tuned") for seed in range(3)]
+    assert set(report.sections(results)[0].differences("drsl")["loss"]) == {"a-tuned"}
+
+
 def test_a_tuned_loss_is_compared_with_the_tuned_reference():
     results = [line(loss, 0, mean) for loss, mean in {"drsl": 0.5, "a": 0.4, "drsl-tuned": 0.7, "a-tuned": 0.4}.items()]
     (section,) = report.sections(results)
@@ -106,6 +111,17 @@ def test_other_people_for_each_seed_are_told_from_the_same_people(key, labels, t
     assert (one["low"].tolist() != other["low"].tolist()) is others
 
 
+def test_a_second_set_of_draws_does_not_take_the_place_of_the_first_without_a_word():
+    draws = [
+        line("drsl", seed, 0.5, target="viper", varied={"data.split_id": f"{split}"}, **{"data.split_id": split})
+        for seed, split in ((0, 0), (1, 2), (0, 6), (1, 8))
+    ]
+    (section,) = report.sections(draws)
+    assert [note.split(" is left out")[0] for note in section.notes] == [
+        f"`drsl`, seed {seed}: the result with data.split_id {2 * seed}" for seed in range(2)
+    ]
+
+
 def test_a_key_of_ones_own_data_is_varied(tmp_path):
     def planned(varied, folder="photos"):
         file, losses = tmp_path / "own.yaml", {name: {"loss": {"name": name}} for name in ("drsl", "triplet")}
@@ -128,7 +144,7 @@ def test_a_key_of_ones_own_data_is_varied(tmp_path):
     # Another folder is not another draw.
     old = planned([["datasets.mine.seed", "0", "1", "2"]], "older_photos")
     (section,) = report.sections([old[0], *draws[1:]])
-    assert section.notes[0] == "drsl: 1 results of an older configuration are left out."
+    assert section.notes[0] == "`drsl`: 1 results of an older configuration are left out."
 
 
 def test_the_data_sets_with_splits_are_those_of_torchreid():
@@ -174,7 +190,7 @@ def test_results_of_an_older_recipe_do_not_stand_beside_the_newest():
     old = [line("circle", seed, 0.9, **{"train.lr": 0.1}) for seed in range(3)]
     (section,) = report.sections([*own, *old, *RESULTS])
     assert "softmax" in section.lines and "circle" not in section.lines
-    assert any(note.startswith("circle: 3 results") for note in section.notes)
+    assert any(note.startswith("`circle`: 3 results") for note in section.notes)
 
 
 def test_an_older_result_on_data_of_another_place_is_named():
@@ -183,7 +199,8 @@ def test_an_older_result_on_data_of_another_place_is_named():
     )
     assert section.lines["drsl"][0]["configuration"]["data.root"] == "door"
     assert (
-        section.notes[0] == "drsl, seed 0: the result with data.root 'hall' is left out, because there is a newer one."
+        section.notes[0]
+        == "`drsl`, seed 0: the result with data.root 'hall' is left out, because there is a newer one."
     )
 
 
@@ -199,7 +216,7 @@ def test_a_loss_frees_the_keys_that_it_sets_and_no_other_of_their_section(snippe
     old = [line("a", 0, 0.5) | {"snippet": snippet}, line("drsl", 0, 0.5)]
     new = [line("drsl", 0, 0.5, **{key: value})]
     (section,) = report.sections([*old, *new])
-    assert [*section.lines] == ["drsl"] and "a: 1 results of an older configuration are left out." in section.notes
+    assert [*section.lines] == ["drsl"] and "`a`: 1 results of an older configuration are left out." in section.notes
 
 
 @pytest.mark.parametrize("newest", ["varied", "plain"])
@@ -215,7 +232,7 @@ def test_seeds_with_and_without_a_varied_key_are_not_pooled(newest):
     results, seeds, left = (plain + varied, 3, 5) if newest == "varied" else (varied + plain, 5, 3)
     (section,) = report.sections(results)
     assert {loss: [*lines] for loss, lines in section.lines.items()} == {loss: [*range(seeds)] for loss in losses}
-    assert section.notes == [f"{loss}: {left} results of an older configuration are left out." for loss in losses]
+    assert section.notes == [f"`{loss}`: {left} results of an older configuration are left out." for loss in losses]
     assert len(section.differences("drsl")) == 2
 
 
@@ -232,7 +249,7 @@ def test_results_of_an_older_default_do_not_mix_with_the_newest():
     (section,) = report.sections([old, *RESULTS[1:]])
     assert sorted(section.lines["drsl"]) == [1, 2]
     assert any("older configuration" in note for note in section.notes)
-    assert "No results for seed 0: drsl." in section.notes
+    assert "No results for seed 0: `drsl`." in section.notes
 
 
 def test_a_table_of_several_commits_names_them():
@@ -249,7 +266,7 @@ def test_a_table_of_several_commits_names_them():
 def test_losses_that_miss_the_same_seeds_share_a_note():
     some = [line(loss, seed, 0.5) for loss, seeds in (("a", (0,)), ("b", (0, 1)), ("c", (0,))) for seed in seeds]
     (section,) = report.sections([*some, line("drsl", 0, 0.5), line("drsl", 1, 0.5), line("drsl", 2, 0.5)])
-    assert section.notes == ["No results for seed 1, 2: a, c.", "No results for seed 2: b."]
+    assert section.notes == ["No results for seed 1, 2: `a`, `c`.", "No results for seed 2: `b`."]
 
 
 def test_other_queries_cannot_be_compared():

@@ -100,13 +100,13 @@ def test_the_commit_is_that_of_the_repository_that_holds_the_package(tmp_path, m
 
     git("init")
     git("commit", "--allow-empty", "-m", "another project, around a virtual environment")
-    path = tmp_path / "runner.py"
+    path = tmp_path / "grid.py"
     path.touch()
-    monkeypatch.setattr(runner, "__file__", str(path))
-    assert runner.commit() == metadata.version("pml-drsl")
-    git("add", "runner.py")
+    monkeypatch.setattr(grid, "__file__", str(path))
+    assert grid.commit() == metadata.version("pml-drsl")
+    git("add", "grid.py")
     git("tag", "-a", "v1", "-m", "a release")
-    assert runner.commit() == git("rev-parse", "--short=12", "HEAD") + "-dirty"
+    assert grid.commit() == git("rev-parse", "--short=12", "HEAD") + "-dirty"
 
 
 def test_a_run_that_fails_is_told_in_a_line_and_stops_no_other(script, tmp_path, capsys):
@@ -261,6 +261,10 @@ def test_tuning_tells_the_trials_of_a_loss_from_those_of_another_with_a_longer_n
     assert tried[1] == ["drsl*1+1", "drsl+memory*3+1"] and failed == 2
     weight, temperature = "loss.drsl.weight_m", "loss.drsl.temperature"
     assert [(of.get(weight), of.get(temperature)) for of in best.values()] == [(1.0, 0.1), (3.0, None), (0.1, None)]
+    for words, varied in ((["loss.drsl.weight_m", "0.5"], []), ([], [["loss.drsl.temperature", "0.5"]])):
+        given = {**known, "words": [*known["words"], *words], "varied": varied}
+        with pytest.raises(InputError, match=r"tune tries values of loss\.drsl\..* itself: leave it out"):
+            runner.tune(losses, settings, given, Path("r"), 1)
     monkeypatch.setattr(runner, "_try_all", lambda *given: ({"drsl+memory*3": 0.5}, 12))
     with pytest.raises(InputError, match="every trial of drsl failed"):
         runner.tune(losses, {}, known, Path("r"), 1)

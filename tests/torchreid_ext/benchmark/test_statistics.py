@@ -10,12 +10,21 @@ from torchreid_ext.benchmark.statistics import compare, holm
 @pytest.mark.parametrize(("seeds", "nested"), [(3, False), (5, True)])
 def test_without_differences_between_identities_it_is_the_t_test_over_seeds(seeds, nested):
     means = np.random.default_rng(seeds).normal(0.02, 0.01, seeds)
-    found = compare([[mean] * 5 for mean in means], [range(5)] * seeds, nested, draws=400_000)
+    found = compare([[mean] * 5 for mean in means], [range(5)] * seeds, nested, draws=100)
     test = stats.ttest_1samp(means, 0)
     low, high = test.confidence_interval()
     assert found.mean == pytest.approx(means.mean())
-    assert found.low == pytest.approx(low, rel=0.03, abs=1e-3) and found.high == pytest.approx(high, rel=0.03, abs=1e-3)
-    assert found.p == pytest.approx(test.pvalue, rel=0.1)
+    assert (found.low, found.high, found.p) == pytest.approx((low, high, test.pvalue), rel=1e-6)
+
+
+def test_the_two_parts_add_up_as_in_many_draws_of_both():
+    rng = np.random.default_rng(3)
+    rows = rng.normal(0.4, 0.3, (3, 1)) + rng.normal(0, 3, 60) + rng.normal(0, 1, (3, 60))
+    found = compare(rows, [range(60)] * 3)
+    people = rng.choice(rows.mean(0), (400_000, 60)).mean(1)
+    sums = people + rows.mean(1).std(ddof=1) / 3**0.5 * stats.t.rvs(2, size=400_000, random_state=rng)
+    assert (found.low, found.high) == pytest.approx(np.percentile(sums, [2.5, 97.5]), rel=0.03)
+    assert found.p == pytest.approx(2 * (sums <= 0).mean(), rel=0.05)
 
 
 def test_with_one_seed_it_is_the_t_test_over_identities():
