@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,12 @@ import torchreid
 from PIL import Image
 from trained import complaint, csv_data, launch, words
 
+from pml_drsl.checks import InputError
 from torchreid_ext import get_default_config
 from torchreid_ext.checkpoint import checkpoint
+from torchreid_ext.checkpoint.folder import alone
 from torchreid_ext.cli.train import main
+from torchreid_ext.config import run
 from torchreid_ext.engine import engines
 from torchreid_ext.engine.base import BaseEngine
 from torchreid_ext.runtime import distributed
@@ -203,6 +207,22 @@ def test_the_seed_draws_the_weights(tmp_path, monkeypatch):
         assert launch(tmp_path, **{"train.seed": seed}) == 0
     first, again, other = (engine.model.conv1.conv.weight for engine in found)
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(("kind", "asked"), [("image", True), ("video", False)])
+def test_a_gpu_tries_its_convolutions_on_images(monkeypatch, kind, asked):
+    def stop(cfg):
+        raise InputError("far enough")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(run, "build_datamanager", stop)
+    cfg = get_default_config()
+    cfg.data.type = kind
+    for cfg.use_gpu in (False, True):
+        with pytest.raises(InputError, match="far enough"):
+            run.prepare(cfg)
+        assert torch.backends.cudnn.benchmark == (cfg.use_gpu and asked)
 
 
 def test_a_sampler_of_identities(tmp_path, recwarn, monkeypatch):
@@ -433,6 +453,13 @@ def test_a_new_run_does_not_overwrite_another(tmp_path, capsys, monkeypatch):
             assert "give data.save_dir log/second" in err
     (log,) = (tmp_path / "log").glob("train.log-*")  # They may have started in the second in which the run did.
     assert written() == kept and "holds a run" not in log.read_text()
+    with ThreadPoolExecutor() as pool:
+        holds = alone(tmp_path / "log")
+        pool.submit(holds.__enter__).result()
+        assert launch(tmp_path, **{"model.resume": "auto", "train.max_epoch": 2}) == 2
+        assert "another run is writing into" in complaint(capsys)
+        pool.submit(holds.__exit__, None, None, None).result()
+    assert written() == kept and [*(tmp_path / "log").glob("train.log-*")] == [log]
     # There is nothing to train, so the configuration of what was trained stays.
     assert launch(tmp_path, **{"model.resume": "auto", "train.seed": 7}) == 0
     for resume in ("auto", own):

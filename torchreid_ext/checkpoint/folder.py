@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,18 @@ def check_new(folder: Path) -> None:
         raise InputError(f"'{folder}' holds a run that was trained for {done} epoch(s): {cure}")
 
 
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Context: makes the folder of a run and keeps other runs out of it, also those of other machines. A file system
+    without locks lets them in. Raises InputError if another run is writing into the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            other = f"another run is writing into '{folder}': give data.save_dir another folder"
+            stack.enter_context(files.locked(folder / "run", refusal=other))
+        yield
+
+
 class RunCheckpoints(History):
     """The checkpoints that a run of an engine saves between epochs; the first of several processes writes the files.
     ``newest`` is its latest checkpoint, at first the one from which the run was resumed, or None."""
@@ -89,8 +102,9 @@ class RunCheckpoints(History):
         super().__init__(folder, keep)
         self._engine, self.newest, self.first = engine, newest, engine.host_epochs + 1
         self.saved_epoch = -1  # the epoch of the checkpoint that this run saved last
-        # The state in which the present epoch began, unless it is saved or another process saves it.
+        # The state in which the present epoch or test began, unless it is saved. Only the first process has all of it.
         self.start: dict[str, Any] | None = None
+        self.stage = "its last test"
 
     def save(self, state: dict[str, Any], epoch: int, is_best: bool = False) -> Path:
         if self.newest is None and self._engine.start_epoch == 0:
@@ -111,31 +125,46 @@ class RunCheckpoints(History):
         best.unlink(missing_ok=True)
         return False
 
-    def begin_epoch(self) -> None:
-        """Remembers the state in which an epoch begins; raises FloatingPointError if a weight is not finite."""
-        epoch = self._engine.epoch
+    def begin(self, epoch: int, test_due: bool = False) -> None:
+        """Remembers the state after ``epoch`` epochs, in which the next epoch begins, or the test that is due; raises
+        FloatingPointError if a weight is not finite."""
         self._check_finite(epoch)
-        needed = distributed.is_first() and self.saved_epoch != epoch
-        self.start = states.copied(states.of_engine(self._engine, epoch)) if needed else None
+        self.stage, self.start = f"the test after epoch {epoch}" if test_due else f"epoch {epoch + 1}", None
+        if self.saved_epoch != epoch:
+            state = states.copied(states.of_engine(self._engine, epoch)) if distributed.is_first() else {"epoch": epoch}
+            self.start = state | {"test_due": test_due}
 
     def save_present(self, is_best: bool) -> None:
         """Saves the state after the present epoch; raises FloatingPointError if a weight is not finite."""
         engine, done = self._engine, self._engine.epoch + 1
         self._check_finite(done)
         path = distributed.from_first(lambda: self.save(states.of_engine(engine, done), done, is_best))
-        self.newest, self.saved_epoch = path, done
+        self.newest, self.saved_epoch, self.start = path, done, None
         print(f'Checkpoint saved to "{path}"' + (f" (best so far: mAP {engine.best['mAP']:.1%})" if is_best else ""))
 
-    def interrupted(self, signum: int) -> str:
-        """Saves the state in which the present epoch began, unless it is saved; returns the message to the user."""
-        epoch = self._engine.epoch
+    def save_start(self) -> None:
+        """Saves the state in which the present epoch or test began, unless it is saved; without the other processes."""
         if self.start is not None:
-            self.newest = self.save(self.start, epoch)
-        where = f"{signal.Signals(signum).name} in epoch {epoch + 1}"
+            path = self.folder / f"model.pth.tar-{self.start['epoch']}"
+            self.newest = self.save(self.start, self.start["epoch"]) if distributed.is_first() else path
+            self.start = None
+
+    def interrupted(self, signum: int) -> str:
+        """Saves as ``save_start``; returns the message to the user."""
+        self.save_start()
+        where = f"{signal.Signals(signum).name} in {self.stage}"
         return f"stopped by {where}; model.resume auto begins it again from '{self.newest}'"
 
+    def failed(self) -> None:
+        """Saves as ``save_start`` after an error, if this run has trained an epoch, and prints where."""
+        if self.start is not None and self.start["epoch"] > self._engine.start_epoch:
+            with contextlib.suppress(OSError):  # The error may be that of a full disk or a closed terminal.
+                self.save_start()
+                print(f'The run failed in {self.stage}; model.resume auto begins it again from "{self.newest}"')
+
     def last_good(self) -> str:
-        """The end of a message about weights or a loss that are not finite."""
+        """The end of a message about weights or a loss that are not finite; saves as ``failed``."""
+        self.failed()
         return f"; the last good checkpoint is '{self.newest}'" if self.newest else "; no checkpoint was saved"
 
     def _check_finite(self, epoch: int) -> None:

@@ -94,8 +94,7 @@ def restore_engine(engine: Any, state: dict[str, Any], path: str) -> None:
 
 def check_fits(engine: Any, state: dict[str, Any], path: str, test_only: bool) -> None:
     """Checks that a checkpoint fits this run, and prints the differences between their configurations. Raises
-    InputError for another number of identities, as ``compare``, or (unless ``test_only``) for other training images or
-    another number of processes."""
+    InputError for another number of identities, as ``compare``, or (unless ``test_only``) for other training images."""
     training = state.get("training")
     if training is None:
         print(f"'{path}' was saved by torchreid and has no random state: training goes on, but not exactly as before")
@@ -116,8 +115,7 @@ def check_fits(engine: Any, state: dict[str, Any], path: str, test_only: bool) -
     processes = training.get("processes", 1)
     if processes != distributed.size() and not test_only:
         counts = f"'{path}' was trained by {processes} processes, and this run has {distributed.size()}"
-        same = "the same number (torchrun --nnodes times --nproc_per_node, or drsl-train alone for one process)"
-        raise InputError(f"{counts}: start it with {same}, or {_NEW_RUN}")
+        print(f"{counts}: training goes on, but not exactly as before")
     if engine.config and training["config"]:
         for line in compare(training["config"], engine.config, engine.on_resume):
             print(f"Config differs from the checkpoint's: {line}")

@@ -25,7 +25,7 @@ from pml_drsl.console import message, replacing
 from pml_drsl.evaluation.scores import RetrievalResult
 from pml_drsl.machine import available_cores
 from torchreid_ext.checkpoint import checkpoint
-from torchreid_ext.checkpoint.folder import History, check_new
+from torchreid_ext.checkpoint.folder import History, alone, check_new
 from torchreid_ext.config import build
 from torchreid_ext.config.data import build_datamanager, check_save_dir, own_images, person
 from torchreid_ext.config.keys import ON_RESUME
@@ -49,6 +49,8 @@ def prepare(cfg: Config) -> Any:
     check(cfg)
     check_save_dir(cfg)
     generators.seed_everything(cfg.train.seed)
+    if cfg.use_gpu and torch.cuda.is_available() and cfg.data.type == "image":
+        torch.backends.cudnn.benchmark = True  # As torchreid's own script does: all images have one size.
     start = cfg.clone()
     weights = cfg.model.load_weights or ("ImageNet's weights" if cfg.model.pretrained else "random weights")
     if _resumes(cfg):
@@ -179,18 +181,19 @@ def _check_files(cfg: Config) -> None:
 @contextlib.contextmanager
 def logged(cfg: Config) -> Iterator[None]:
     """Writes the configuration and the output of the first process to ``train.log-TIME``, or ``test.log-TIME``, in
-    ``data.save_dir``, and the error that ends the run, if any."""
-    if not distributed.is_first():
-        yield
-        return
+    ``data.save_dir``, and the error that ends the run, if any. Raises InputError if another run trains there."""
     folder, name = Path(cfg.data.save_dir), "test" if cfg.test.evaluate else "train"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.log-{time.strftime('%Y-%m-%d-%H-%M-%S')}"
-    # The name of a file on disk may have bytes that are no UTF-8.
-    with (
-        open(path, "w", encoding="utf-8", errors="surrogateescape") as file,
-        contextlib.redirect_stdout(_Tee(sys.stdout, file)),
-    ):
+    with contextlib.ExitStack() as stack:
+        if name == "train":
+            distributed.from_first(lambda: stack.enter_context(alone(folder)))
+        if not distributed.is_first():
+            yield
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{name}.log-{time.strftime('%Y-%m-%d-%H-%M-%S')}"
+        # The name of a file on disk may have bytes that are no UTF-8.
+        file = stack.enter_context(open(path, "w", encoding="utf-8", errors="surrogateescape"))
+        stack.enter_context(contextlib.redirect_stdout(_Tee(sys.stdout, file)))
         file.write(f"Configuration\n{cfg}\n\n")
         try:
             yield

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torchreid_ext.pixels import NoAccess, is_image, read_image
 from torchreid_ext.runtime import distributed, generators
 
 
-@lru_cache
+@functools.lru_cache
 def _reader(kind: type) -> Callable[[Any, int], Any] | None:
     """A class's own ``__getitem__`` with our reader in place of torchreid's; None if it reads in another way."""
     method = getattr(kind, "__getitem__", None)
@@ -119,7 +119,17 @@ def readable(loader: DataLoader[Any]) -> DataLoader[Any]:
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "data"):
         kind = type(dataset).__name__
         raise InputError(f"{kind} is not a torchreid data set: it has no `data`, a list of (path, pid, ...)")
-    return rebuilt(loader, ReadableDataset(dataset))
+    own_group = functools.partial(_in_own_group, then=loader.worker_init_fn)
+    return rebuilt(loader, ReadableDataset(dataset), worker_init_fn=own_group)
+
+
+def _in_own_group(worker: int, then: Callable[[int], None] | None) -> None:
+    """Takes a worker of a loader out of the process group of the run. torchrun and Ctrl-C send signals to the whole
+    group, and the run must finish its batch. The run ends its workers itself; they also end if it is killed."""
+    if os.name == "posix":
+        os.setpgid(0, 0)
+    if then is not None:
+        then(worker)
 
 
 def rebuilt(loader: DataLoader[Any], dataset: Any, **changes: Any) -> DataLoader[Any]:
@@ -172,4 +182,5 @@ def repeatable(loader: DataLoader[Any]) -> DataLoader[Any]:
         raise InputError("the training loader must make batches: give it a batch_size or a batch_sampler")
     # A loader seeds its workers from its generator. From the global one, a resumed run would draw once more.
     generator, batches = torch.Generator(), SeededBatches(loader.batch_sampler)
-    return rebuilt(loader, readable(loader).dataset, batch_sampler=batches, generator=generator)
+    loader = readable(loader)
+    return rebuilt(loader, loader.dataset, batch_sampler=batches, generator=generator)

@@ -84,7 +84,8 @@ class BaseEngine(Tester, TrainingStep):
 
         The options are the fields of ``RunOptions``; torchreid's arguments keep their names and defaults. On SIGTERM,
         SIGINT (Ctrl-C) or SIGHUP (a closed terminal) the run stops after the present batch and saves the state in which
-        the epoch began. A resumed run repeats that epoch exactly.
+        the epoch, or the test after it, began. A resumed run repeats that epoch or test exactly. The state is also
+        saved after an error, if the run has trained an epoch.
 
         Raises:
             InputError: for an unknown option, a value out of its range, or an option that does not fit the data manager
@@ -110,13 +111,14 @@ class BaseEngine(Tester, TrainingStep):
         try:
             with self.stop:
                 self._train_and_test(checkpoints)
-        except (Interrupted, RuntimeError, OSError) as error:
+        except (Exception, Interrupted) as error:
             # A signal may also have reached a process of the loader, which died of it, or only another process. A
             # terminal that was closed takes no text any more.
             dead = bool(re.search(r"DataLoader worker \(pid|Connection closed by peer", str(error)))
             dead |= getattr(error, "errno", None) == errno.EIO
             signum = getattr(error, "signal", self.stop.signum if dead else None)
             if signum is None:
+                checkpoints.failed()
                 raise
             raise Interrupted(signum, checkpoints.interrupted(signum)) from error
         finally:
@@ -168,12 +170,17 @@ class BaseEngine(Tester, TrainingStep):
         # A second run of the engine begins anew; one that goes back may have given up what was best.
         if begins or (goes_on and not distributed.from_first(lambda: checkpoints.put_back_best(best))):
             self.best = dict(states.NO_BEST)
+        test_due = bool(self._resumed.get("test_due"))
         self._resumed, self._resumed_from = {}, None
         if self.start_epoch < self.max_epoch:
             distributed.from_first(lambda: checkpoint.check_saves(states.of_engine(self, self.start_epoch)))
+            if test_due:
+                print(f"=> Test after epoch {self.start_epoch}, in which the run was stopped")
+                self.epoch = self.start_epoch - 1
+                self._test_and_save(checkpoints)
             print("=> Start training")
             for self.epoch in range(chosen.start_epoch, chosen.max_epoch):
-                checkpoints.begin_epoch()
+                checkpoints.begin(self.epoch)
                 self.train(chosen.print_freq, chosen.fixbase_epoch, chosen.open_layers)
                 self._test_and_save(checkpoints)
             return
@@ -184,8 +191,9 @@ class BaseEngine(Tester, TrainingStep):
             self.epoch = self.start_epoch - 1
             # Without an earlier score by this measure, there is nothing that says which weights are better.
             comparable = self.best["epoch"] > 0 or not (checkpoints.folder / BEST).exists()
-            if self._is_best(self.test(**chosen.last_test())) and comparable:
-                checkpoints.save_present(is_best=True)
+            is_best = self._is_best(self.test(**chosen.last_test())) and comparable
+            if is_best or test_due:
+                checkpoints.save_present(is_best)
 
     def _test_and_save(self, checkpoints: RunCheckpoints) -> None:
         """Tests and saves after the present epoch, where the options say so."""
@@ -195,13 +203,8 @@ class BaseEngine(Tester, TrainingStep):
         if last:
             print("=> Final test, of the last weights")
         if tested:
-            try:
-                is_best = self._is_best(self.test(**(chosen.last_test() if last else chosen.test_between())))
-            except Exception:
-                # A test that fails (on a damaged image, say) must not lose what was trained.
-                if self.stop.signum is None:
-                    checkpoints.save_present(is_best=False)
-                raise
+            checkpoints.begin(done, test_due=True)  # A test that fails or is stopped must not lose what was trained.
+            is_best = self._is_best(self.test(**(chosen.last_test() if last else chosen.test_between())))
         if tested or done % chosen.checkpoint_freq == 0:
             checkpoints.save_present(is_best)
         if last and not is_best and self.best["epoch"] > 0:
@@ -225,9 +228,17 @@ class BaseEngine(Tester, TrainingStep):
                 log.add(index, summary, self.get_current_lr())
             if signum is not None:
                 raise Interrupted(signum, "a signal asked this run to stop")
-        if self.skipped - skipped_before == steps:
-            none = f"epoch {self.epoch + 1} had no batch with a finite loss, of {steps} that the loader gave"
+        number, skipped, overflows = self.epoch + 1, self.skipped - skipped_before, self.stepper.overflows()
+        if skipped == steps:
+            none = f"epoch {number} had no batch with a finite loss, of {steps} that the loader gave"
             raise FloatingPointError(f"{none}{self._last_good()}")
+        if overflows:
+            print(f"Epoch {number}: fp16 left out {overflows} of {steps} steps, whose scaled gradients were not finite")
+        # The scale begins high, so that all steps of a short first epoch may be left out. One below 1 does not help.
+        first = self.epoch == self.options.start_epoch
+        if skipped + overflows == steps and not (first and self.stepper.scaler.get_scale() >= 1):
+            none = f"epoch {number} had no step with finite gradients in fp16, of {steps}"
+            raise FloatingPointError(f"{none}: try train.amp bf16{self._last_good()}")
         log.line(steps, self.get_current_lr())
         for model in self._models.values():
             distributed.average(buffer for buffer in model.buffers() if buffer.is_floating_point())
@@ -254,9 +265,8 @@ class BaseEngine(Tester, TrainingStep):
         """Loads a checkpoint; returns its epoch, which is the ``start_epoch`` for ``run``.
 
         ``path`` is a checkpoint of this package or of torchreid, or ``"auto"``: the newest in ``save_dir`` that can be
-        read. With ``test_only`` another number of processes may have trained it. Raises InputError if there is nothing
-        to load, if the checkpoint does not fit, or if ``config`` differs from the checkpoint's in a key that cannot
-        change.
+        read. Raises InputError if there is nothing to load, if the checkpoint does not fit, or if ``config`` differs
+        from the checkpoint's in a key that cannot change.
         """
         folder = self._folder(save_dir)
         found = distributed.from_first(

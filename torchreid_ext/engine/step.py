@@ -182,6 +182,7 @@ class Stepper:
         self.dtype = AMP[amp]
         self.scaler = torch.amp.GradScaler(device_type, enabled=amp == "fp16")
         self._compiled, self._chunk_size = compiled, chunk_size
+        self._overflows: Tensor | int = 0
         # Each with which of its parameters trained when it was made.
         self._networks: dict[nn.Module, tuple[list[bool], Any]] = {}
 
@@ -233,9 +234,19 @@ class Stepper:
         ]
         if not reached:
             raise InputError(nothing)
+        one = torch.ones_like(loss.detach())
+        before = self.scaler.scale(one)
         for optimizer in reached:
             self.scaler.step(optimizer)
         self.scaler.update()
+        if self.scaler.is_enabled():
+            # A tensor, because reading it would wait for the GPU at every step. A scale of 0 cannot fall any more.
+            self._overflows = self._overflows + ((self.scaler.scale(one) < before) | (before == 0))
+
+    def overflows(self) -> int:
+        """How many steps fp16 left out since the last call, because a scaled gradient was infinite or NaN."""
+        number, self._overflows = int(self._overflows), 0
+        return number
 
 
 def _in_float32(value: Any) -> Any:

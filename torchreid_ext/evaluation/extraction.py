@@ -67,8 +67,9 @@ def extract(engine: Any, loader: Any, group: dist.ProcessGroup | None = None) ->
 def _extract(engine: Any, loader: Any) -> Samples:
     device = next(engine.model.parameters()).device
     parts = []
-    # disable=None shows the bar only on a terminal.
-    for data in tqdm(loader, desc="features", leave=False, disable=None):
+    # The first process shows the bar, and disable=None only on a terminal.
+    disable = None if distributed.is_first() else True
+    for data in tqdm(loader, desc="features", leave=False, disable=disable):
         images, pids, camids = engine.parse_data_for_eval(data)
         features = engine.extract_features(images.to(device)).cpu()
         parts.append(Samples(features, np.asarray(pids), np.asarray(camids)))

@@ -30,12 +30,18 @@ def joined(use_gpu: bool = True, timeout: int = 1800) -> Iterator[None]:
     With ``use_gpu`` each process uses the GPU with the number of its local rank, if there are GPUs.
 
     Raises:
-        InputError: for a timeout below 1, for more processes than GPUs, or for restarts on several machines with a
-            store of torchrun that keeps the addresses of dead processes.
+        InputError: for several processes that torchrun did not start, a timeout below 1, more processes than GPUs, or
+            restarts on several machines with a store of torchrun that keeps the addresses of dead processes.
         TimeoutError: at the end, if gloo waited longer than ``timeout`` seconds for another process.
         ConnectionError: at the end, if gloo found that another process had ended.
     """
     if not launched():
+        names = "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"
+        count = max(int(number) for name in names if (number := os.environ.get(name, "1")).isdecimal())
+        if count > 1 and size() == 1:
+            alone = f"{count} processes were started, and not by torchrun, so that each would do all of the work alone"
+            cure = "start one torchrun on each machine: srun --ntasks-per-node 1 torchrun ... -m torchreid_ext ..."
+            raise InputError(f"{alone}: {cure}")
         yield
         return
     if timeout < 1:

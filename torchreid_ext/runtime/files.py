@@ -12,6 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from pml_drsl.checks import InputError
 from pml_drsl.console import replacement
 
 
@@ -34,11 +35,12 @@ def remove_unfinished(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+def locked(path: str | os.PathLike[str], refusal: str = "") -> Iterator[None]:
     """Context for reading, changing and writing a file, which need not exist: another process that wants to do so waits
-    until its end, and says so on stderr. ``.NAME.lock`` stands beside the file, or the target of a link, while it is
-    locked. The lock of a killed process is free again. A thread that asks for its own lock once more gets a
-    RuntimeError. Raises OSError if the folder cannot be written, or its file system has no locks."""
+    until its end, and says so on stderr, or raises InputError with its ``refusal``. ``.NAME.lock`` stands beside the
+    file, or the target of a link, while it is locked. The lock of a killed process is free again. A thread that asks
+    for its own lock once more gets a RuntimeError. Raises OSError if the folder cannot be written, or its file system
+    has no locks."""
     path = Path(os.path.realpath(path))
     file = path.with_name(f".{path.name}.lock")
     # A soft lock, which is a file's mere existence, would outlive a killed process.
@@ -46,6 +48,8 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
+        if refusal:
+            raise InputError(refusal) from None
         print(f"waiting for another process that writes {os.fspath(path)!r}", file=sys.stderr, flush=True)
         lock.acquire()
     try:

@@ -1,14 +1,16 @@
 """The folder of checkpoints: which are kept, and which is the last, the best and the newest readable one."""
 
 import errno
+import fcntl
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from pml_drsl.checks import InputError
 from torchreid_ext.checkpoint import checkpoint
-from torchreid_ext.checkpoint.folder import BEST, LAST, History
+from torchreid_ext.checkpoint.folder import BEST, LAST, History, alone
 from torchreid_ext.runtime import files
 
 
@@ -102,6 +104,23 @@ def test_an_older_best_checkpoint_stays_the_best(tmp_path):
         files.link(tmp_path / "model.pth.tar-1", name)
     History(tmp_path).load_newest()
     assert names(tmp_path) == sorted([LAST, BEST, *numbered(1)])
+
+
+def test_two_runs_do_not_write_into_one_folder_at_once(tmp_path, monkeypatch):
+    log = tmp_path / "deep" / "log"
+    # A thread of its own stands for another process.
+    with ThreadPoolExecutor() as pool, alone(log):
+        refusal = f"another run is writing into '{log}': give data.save_dir another folder"
+        with pytest.raises(InputError, match=refusal):
+            pool.submit(alone(log).__enter__).result()
+    assert not names(log)
+
+    def unsupported(file, flag):
+        raise OSError(errno.ENOSYS, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with alone(tmp_path / "without locks"):
+        assert (tmp_path / "without locks").is_dir()
 
 
 def test_unfinished_files_of_a_killed_run_are_removed(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import os
 import pickle
 import random
 import traceback
@@ -223,13 +225,33 @@ def test_settings_are_kept(tmp_path: Path) -> None:
     }  # fmt: skip
     before = DataLoader(dataset, **given)
     after = readable(before)
-    for name in (*given, "pin_memory", "in_order"):
+    for name in (given.keys() - {"worker_init_fn"}) | {"pin_memory", "in_order"}:
         assert getattr(after, name, None) == getattr(before, name, None), name
     batches = BatchSampler(SequentialSampler(dataset), 4, False)
     assert readable(DataLoader(dataset, batch_sampler=batches)).batch_sampler is batches
     single = readable(DataLoader(dataset, batch_size=None, sampler=[3, 1]))
     assert [item["pid"] for item in single] == [0, 1]
     assert readable(after) is after
+
+
+class Placed(torchreid.data.ImageDataset):
+    """Tells which process reads, and its process group."""
+
+    def __getitem__(self, index: int) -> Any:
+        return {"process": os.getpid(), "group": os.getpgrp()}
+
+
+def test_a_worker_gets_no_signal_to_the_process_group_of_the_run(tmp_path: Path) -> None:
+    dataset = image_set(tmp_path)
+    dataset.__class__ = Placed
+    begun = functools.partial(np.save, tmp_path / "begun.npy")
+    loader = repeatable(DataLoader(dataset, batch_size=6, num_workers=1, worker_init_fn=begun))
+    # The workers of a server are sent this.
+    loader.worker_init_fn = pickle.loads(pickle.dumps(loader.worker_init_fn))
+    (batch,) = loader
+    worker = int(batch["process"][0])
+    assert set(batch["group"].tolist()) == {worker} and worker not in (os.getpid(), os.getpgrp())
+    assert np.load(tmp_path / "begun.npy") == 0
 
 
 def test_attributes_of_the_wrapped_data_set_can_be_read(tmp_path: Path) -> None:

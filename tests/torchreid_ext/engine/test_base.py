@@ -1,5 +1,6 @@
 """Training that can be interrupted, resumed and depended on, with small networks and real data managers."""
 
+import contextlib
 import errno
 import gc
 import inspect
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +35,7 @@ from torchreid_ext.engine import engines
 from torchreid_ext.engine.epoch import EpochLog
 from torchreid_ext.engine.options import RunOptions
 from torchreid_ext.engine.step import Stepper
+from torchreid_ext.evaluation import extraction
 from torchreid_ext.runtime import distributed
 from torchreid_ext.runtime.generators import seed_everything
 from torchreid_ext.runtime.signals import Interrupted, StopRequest
@@ -78,6 +81,8 @@ def signal_in(engine, epoch, batch, signum=signal.SIGTERM):
     def step_and_signal(loss):
         step(loss)
         if (engine.epoch, engine.batch_idx) == (epoch, batch):
+            if signum is None:
+                raise MemoryError("CUDA out of memory")
             os.kill(os.getpid(), signum)
 
     engine.step = step_and_signal
@@ -95,8 +100,10 @@ def test_sigkill_at_random_moments_changes_no_bit(tmp_path):
     assert counts["kills"] == "6" and int(counts["inside a save"]) > 0 and counts["tensors that differ"] == "0"
 
 
-@pytest.mark.parametrize(("signum", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
-def test_a_signal_saves_and_the_run_goes_on_as_it_would_have(tmp_path, monkeypatch, signum, workers):
+@pytest.mark.parametrize(("signum", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 1), (None, 0)])
+def test_a_signal_or_an_error_saves_and_the_run_goes_on_as_it_would_have(
+    tmp_path, monkeypatch, capsys, signum, workers
+):
     # A loader that ends with a reference cycle waits so many seconds for each of its workers.
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
 
@@ -108,12 +115,17 @@ def test_a_signal_saves_and_the_run_goes_on_as_it_would_have(tmp_path, monkeypat
     whole.run(str(tmp_path / "whole"), max_epoch=4, checkpoint_freq=10)
     stopped = fresh()
     signal_in(stopped, epoch=2, batch=1, signum=signum)
-    before = signal.getsignal(signum)
-    with pytest.raises(Interrupted, match=f"stopped by {signum.name} in epoch 3; model.resume auto .*tar-2'"):
+    before = signal.getsignal(signum or signal.SIGTERM)
+    with pytest.raises((Interrupted, MemoryError)) as caught:
         stopped.run(str(tmp_path / "cut"), max_epoch=4, checkpoint_freq=10)
-    del stopped.step
+    where = "in epoch 3; model.resume auto begins it again from .*tar-2"
+    if signum is None:
+        assert caught.type is MemoryError and re.search(f"The run failed {where}", capsys.readouterr().out)
+    else:
+        assert re.search(f"stopped by {signum.name} {where}", str(caught.value))
+    del stopped.step, caught
     gc.collect()
-    assert signal.getsignal(signum) is before
+    assert signal.getsignal(signum or signal.SIGTERM) is before
     resumed = fresh()
     seed_everything(99)
     start = resumed.resume("auto", str(tmp_path / "cut"))
@@ -207,10 +219,10 @@ def test_an_error_after_a_signal_is_raised_unless_the_signal_explains_it(tmp_pat
 
 # After the test of the last epoch nothing is lost, and yet a script must not go on with its next run.
 @pytest.mark.parametrize(
-    ("method", "stopped", "epoch"),
-    [("extract_features", " in epoch 1; model.resume auto", 0), ("_is_best", "; the run was done, and everything", 1)],
+    ("method", "stopped"),
+    [("extract_features", " in the test after epoch 1; model"), ("_is_best", "; the run was done, and everything")],
 )
-def test_a_signal_in_a_test(tmp_path, method, stopped, epoch):
+def test_a_signal_in_a_test(tmp_path, method, stopped):
     engine = make_engine(tmp_path)
     called = getattr(engine, method)
 
@@ -222,7 +234,7 @@ def test_a_signal_in_a_test(tmp_path, method, stopped, epoch):
     with pytest.raises(Interrupted, match=f"^stopped by SIGTERM{stopped}") as caught:
         engine.run(str(tmp_path / "log"), max_epoch=1)
     assert caught.value.signal == signal.SIGTERM
-    assert checkpoint.load(tmp_path / "log" / "model" / "model-last.pth.tar")["epoch"] == epoch
+    assert checkpoint.load(tmp_path / "log" / "model" / "model-last.pth.tar")["epoch"] == 1
     # The request is answered: the engine tests again.
     setattr(engine, method, called)
     assert engine.test()
@@ -235,9 +247,35 @@ def test_a_signal_to_another_process_in_a_test(tmp_path, monkeypatch):
         raise Interrupted(signal.SIGTERM, "another process was asked to stop")
 
     monkeypatch.setattr(engine, "test", told)
-    with pytest.raises(Interrupted, match=r"stopped by SIGTERM in epoch 1; model.resume auto begins it again"):
+    with pytest.raises(Interrupted, match=r"stopped by SIGTERM in the test after epoch 1; model.resume auto begins it"):
         engine.run(str(tmp_path / "log"), max_epoch=1)
-    assert checkpoint.load(tmp_path / "log" / "model" / "model-last.pth.tar")["epoch"] == 0
+    assert checkpoint.load(tmp_path / "log" / "model" / "model-last.pth.tar")["epoch"] == 1
+
+
+@pytest.mark.parametrize("epoch", [2, 4])
+def test_a_test_that_was_stopped_is_repeated(tmp_path, epoch):
+    """The best weights are those after epoch 2, by the test that is stopped or by the one before it."""
+
+    def run(log, stops=None):
+        seed_everything(3)
+        engine = make_engine(tmp_path)
+        test, start = engine.test, engine.resume("auto", str(tmp_path / log))
+
+        def scored(**kwargs):
+            if engine.epoch + 1 == stops:
+                os.kill(os.getpid(), signal.SIGTERM)
+            toy = test(**kwargs)["toy"]
+            return {"toy": replace(toy, means=toy.means | {"mAP": 1 / (engine.epoch + 1)})}
+
+        engine.test = scored
+        options = {"max_epoch": 4, "eval_freq": 2, "checkpoint_freq": 9, "keep_checkpoints": 0}
+        with pytest.raises(Interrupted) if stops else contextlib.nullcontext():
+            engine.run(str(tmp_path / log), start_epoch=start, **options)
+        return start, {path.name: checkpoint.load(path) for path in (tmp_path / log / "model").iterdir()}
+
+    (_, whole), (_, stopped), (start, resumed) = run("whole"), run("cut", epoch), run("cut")
+    assert start == epoch == stopped["model-last.pth.tar"]["epoch"]
+    assert whole["model-best.pth.tar"]["epoch"] == 2 and differing(whole, resumed) == 0
 
 
 def test_a_second_signal_ends_at_once():
@@ -480,8 +518,15 @@ def test_a_script_may_save_its_engine(tmp_path):
     assert all(map(torch.equal, one.model.state_dict().values(), other.model.state_dict().values()))
 
 
-def test_another_number_of_identities_or_another_loss_is_refused(tmp_path):
+def test_another_number_of_identities_or_another_loss_is_refused_and_of_processes_told(tmp_path, capsys):
     make_engine(tmp_path).run(str(tmp_path / "log"), max_epoch=1)
+    state = checkpoint.load(tmp_path / "log" / "model" / "model.pth.tar-1")
+    state["training"]["processes"] = 2
+    checkpoint.save(state, tmp_path / "of_two.pth")
+    for test_only in (False, True):
+        assert make_engine(tmp_path).resume(str(tmp_path / "of_two.pth"), test_only=test_only) == 1
+        counts = "was trained by 2 processes, and this run has 1: training goes on, but not exactly as before\n"
+        assert (counts in capsys.readouterr().out) != test_only
     engine = make_engine(tmp_path, criterion=pml_losses.ArcFaceLoss(6, 32))
     with pytest.raises(ValueError, match="does not fit this run's optimizer"):
         engine.resume("auto", str(tmp_path / "log"))
@@ -600,6 +645,10 @@ def test_scaled_gradients_step_as_unscaled_ones():
         stepper = Stepper(amp)
         stepper.step((model(torch.ones(1, 3)) * loss_weight).square().sum(), optimizers)
         weights.append(torch.cat([p.detach().flatten() for p in (*model.parameters(), loss_weight)]))
+        # Of three further steps, the scale of fp16 makes the gradient of one infinite.
+        for factor in (1, 1e35, 1):
+            stepper.step(loss_weight * factor, optimizers[1:2])
+        assert [stepper.overflows(), stepper.overflows()] == [amp == "fp16", 0]
     torch.testing.assert_close(*weights)
 
 
@@ -633,17 +682,41 @@ def spoil(engine, batches):
     engine.model.forward = spoiled
 
 
-def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(tmp_path):
+@pytest.mark.parametrize("every", [1, 9])
+def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(tmp_path, every):
     engine = make_engine(tmp_path)
     spoil(engine, {4})
     with pytest.raises(
         FloatingPointError, match=r"the loss is nan in epoch 2, batch 2.*last good .*model\.pth\.tar-1'"
     ):
-        engine.run(str(tmp_path / "log"), max_epoch=3)
+        engine.run(str(tmp_path / "log"), max_epoch=3, checkpoint_freq=every)
+    assert checkpoint.load(tmp_path / "log" / "model" / "model-last.pth.tar")["epoch"] == 1
     first = make_engine(tmp_path)
     spoil(first, {0})
     with pytest.raises(FloatingPointError, match=r"epoch 1, batch 1.*no checkpoint was saved"):
         first.run(str(tmp_path / "new"), max_epoch=3)
+    assert not (tmp_path / "new" / "model").exists()
+
+
+@pytest.mark.parametrize(("scale", "epoch"), [(2**16, 2), (2, 1)])
+def test_a_gradient_that_is_never_finite_in_fp16_stops_the_run(tmp_path, monkeypatch, capsys, scale, epoch):
+    """Three steps in an epoch; a scale of 65536 may be too high for each of the first, one of 0.25 is not."""
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=float(scale)))
+    engine = make_engine(tmp_path)
+    forward = engine.model.forward
+
+    def spoiled(images):
+        if not engine.model.training:
+            return forward(images)
+        logits, features = forward(images)
+        return logits + 0 * (logits - logits.detach()).sqrt(), features  # The slope of a root at 0 is infinite.
+
+    engine.model.forward = spoiled
+    none = f"epoch {epoch} had no step with finite gradients in fp16, of 3: try train.amp bf16"
+    with pytest.raises(FloatingPointError, match=none):
+        engine.run(str(tmp_path / "log"), max_epoch=3, amp="fp16", start_eval=9)
+    out = capsys.readouterr().out
+    assert out.count("fp16 left out 3 of 3 steps, whose scaled gradients were not finite") == epoch
 
 
 def test_steps_that_are_not_finite_are_left_out(tmp_path, capsys):
@@ -895,7 +968,7 @@ class Keyed(torchreid.data.ImageDataset):
 
     def __getitem__(self, index):
         key, pid, camid, _ = self.data[index]
-        return {"img": torch.full((3, 64, 32), pid / 10), "pid": pid, "camid": camid, "impath": key}
+        return {"img": torch.full((3, 64, 32), pid / 10), "pid": pid, "camid": camid, "impath": str(key)}
 
 
 def test_a_data_set_without_image_files_trains_and_has_no_pictures(tmp_path):
@@ -937,12 +1010,15 @@ def test_a_progress_bar_on_a_terminal_alone(monkeypatch, terminal):
     assert ("/3 [00:00<" in stderr.getvalue()) == terminal
 
 
-def test_no_progress_bar_but_on_the_first_process(monkeypatch):
+def test_no_progress_bar_but_on_the_first_process(tmp_path, monkeypatch):
     stderr = io.StringIO()
     stderr.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", stderr)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     assert list(EpochLog(epoch=0, max_epoch=1, num_batches=3, print_freq=1, writer=None).batches("abc")) == list("abc")
+    engine = make_engine(tmp_path)
+    engine.model.eval()
+    extraction.extract(engine, engine.test_loader["toy"]["query"])
     assert not stderr.getvalue()
 
 
