@@ -185,13 +185,6 @@ def about_folders_inside(names: re.Pattern[str], paths: Sequence[str]) -> str:
     return f"{inside.split('/')[-2]!r}, the innermost folder, is the identity of {inside!r}. {cure}"
 
 
-def different(one: Row, other: Row) -> InputError:
-    """The error that two paths of one image give it different identities or cameras."""
-    names = " and ".join(", ".join(filter(None, (row.identity, row.camera))) for row in (one, other))
-    links = f"{one.path} and {other.path} are links to one image, but their identities or cameras differ"
-    return InputError(f"{links} ({names}): remove one of them")
-
-
 def check_exists(source: str) -> None:
     """Raises InputError if there is nothing of this name from which images could be listed."""
     if not os.path.exists(source):

@@ -7,7 +7,7 @@ import errno
 import importlib
 import io
 import os
-import re
+import stat
 import warnings
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -85,9 +85,7 @@ def read_image(
     else:
         path = os.fspath(image)
         name = repr(path)
-        if not os.path.isfile(image):
-            raise InputError(f"cannot read image {name}: there is no such file")
-        empty = os.path.getsize(image) == 0
+        empty = _size(path) == 0
     if empty:
         raise InputError(f"cannot read image {name}: the file is empty; restore it or remove it")
     try:
@@ -105,11 +103,23 @@ def read_image(
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else f"damaged ({error})"
         cure = "pip install pillow-heif to read it" if needs_heif(path) else "restore it or remove it"
         if isinstance(error, (Image.DecompressionBombError, MemoryError)):
-            # Pillow's message names the pixels of the image and the most that it reads, and suspects an attack.
-            sizes = [int(number) / 1e6 for number in re.findall(r"\d+", str(error))]
-            why = "{:.4g} megapixels are more than the {:.4g} that are read" if sizes[1:] else "for the memory"
-            reason, cure = f"too large ({why.format(*sizes)})", "make it smaller"
+            most = f"it has more than {2e-6 * (Image.MAX_IMAGE_PIXELS or 0):.4g} megapixels"
+            reason = f"too large ({'for the memory' if isinstance(error, MemoryError) else most})"
+            cure = "make it smaller"
         raise InputError(f"cannot read image {name}: it is {reason}; {cure}") from error
+
+
+def _size(path: str) -> int:
+    """The size of a file in bytes."""
+    try:
+        about = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"cannot read image {path!r}: there is no such file") from error
+    except OSError as error:
+        raise NoAccess(f"cannot read image {path!r}: {error.strerror}") from error
+    if not stat.S_ISREG(about.st_mode):
+        raise InputError(f"cannot read image {path!r}: there is no such file")
+    return about.st_size
 
 
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:

@@ -173,7 +173,7 @@ def check_whole(at: str, names: Iterable[str]) -> None:
     """Raises InputError for an identity or a camera such as -1.0, which would be no junk, or 7.0, which would not be 7.
     pandas writes a column of whole numbers so where a value is missing."""
     if name := next((each for each in names if re.fullmatch(r"-?\d+\.0", each)), ""):
-        raise InputError(f"{at}: {name} is no name: write {name[:-2]} (in pandas: astype(int) before to_csv)")
+        raise InputError(f'{at}: {name} is no name: write {name[:-2]} (in pandas: astype("Int64") before to_csv)')
 
 
 def label_array(labels: Labels) -> NumpyArray:

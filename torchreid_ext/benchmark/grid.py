@@ -156,7 +156,8 @@ def plan(
     if "train.seed" in {*fixed, *(key for key, *_ in varied)}:
         raise InputError("train.seed is set by --seeds N, to 0 to N - 1: leave it out")
     if len({file.name for file in files}) < len(files):
-        raise InputError(f"two of {', '.join(map(str, files))} have one name, which tells them apart: rename one")
+        names = ", ".join(map(str, files))
+        raise InputError(f"two of {names} have the same name, by which the report tells files apart: rename one")
     runs = []
     for number, seed in enumerate(seeds):
         of_seed = {key: values[number] for key, *values in varied}
@@ -169,6 +170,8 @@ def plan(
                 cfg.merge_from_list([word for pair in (fixed | of_seed).items() for word in pair])
                 cfg.train.seed = seed
                 check(cfg)
+                if cfg.test.rerank:
+                    raise InputError("test.rerank re-ranks in a test alone, and these runs train: leave it out")
                 runs.append(Run(file, loss, snippet, fixed, of_seed, seed, flat(cfg)))
     return runs
 

@@ -70,7 +70,7 @@ class Section:
         """How far the reference is ahead of each other loss, in percentage points, on the seeds that both have. A row
         for each loss and score: mean, low, high, p, seeds. p is corrected for the number of losses with three seeds or
         more (Holm), and NaN for the others. A loss that ``drsl-benchmark tune`` chose, NAME-tuned, is compared with the
-        tuned reference, and every loss with a reference that is itself NAME-tuned."""
+        tuned reference if there is one, and every loss with a reference that is itself NAME-tuned."""
         rows, tuned = [], reference.removesuffix(TUNED) + TUNED
         for score, of_query in COMPARED.items():
             found = {}

@@ -53,7 +53,7 @@ def compare(
     if number > 1:
         variance = means.var(ddof=1) - (drawn.var(1).mean() if nested else 0)
         scale = float(np.sqrt(max(0.0, float(variance)) / number))
-    if scale == 0:  # nothing but identities
+    if scale < 1e-12:  # Nothing but identities, and rounding.
         low, high = np.percentile(parts, [2.5, 97.5])
         below, above = ((1 + int(count.sum())) / (draws + 1) for count in (parts <= 0, parts >= 0))
     else:

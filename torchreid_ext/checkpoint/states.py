@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pml_drsl.checks import InputError
 from pml_drsl.large_batch import copied_buffers, put_back_buffers
 from torchreid_ext.checkpoint import checkpoint
+from torchreid_ext.data.loading import parts
 from torchreid_ext.runtime import distributed, generators
 
 NO_BEST = {"mAP": -1.0, "epoch": -1}
@@ -207,9 +208,7 @@ def copied(state: Any) -> Any:
 def digest(items: list[Any]) -> str:
     """A digest of training images and their identities, items of torchreid's data sets, in any order. Paths count from
     the folder that all have in common, which may be moved, and differ from one machine of a run to another."""
-    several = [
-        ([*map(_absolute, item[0] if isinstance(item[0], (list, tuple)) else [item[0]])], item[1]) for item in items
-    ]
+    several = [([*map(os.path.abspath, map(str, parts(item[0])))], item[1]) for item in items]
     top = None
     with contextlib.suppress(ValueError):  # Images on two drives of Windows have no folder in common.
         top = os.path.commonpath([os.path.dirname(path) for paths, _ in several for path in paths])
@@ -219,11 +218,6 @@ def digest(items: list[Any]) -> str:
     ]
     text = "\n".join(sorted(line.replace(os.sep, "/") for line in lines))  # the same on Windows
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
-
-
-def _absolute(path: Any) -> str:
-    # A data set that reads in its own way may have the keys of a database, such as numbers.
-    return os.path.abspath(path if isinstance(path, (str, os.PathLike)) else str(path))
 
 
 def _of_torchreid(file: Path, name: str, path: str) -> dict[str, Any]:

@@ -49,6 +49,8 @@ def prepare(cfg: Config) -> Any:
     check(cfg)
     check_save_dir(cfg)
     generators.seed_everything(cfg.train.seed)
+    if cfg.test.rerank and not cfg.test.evaluate:
+        print("test.rerank: as in torchreid, a run that trains does not re-rank; test it alone with test.evaluate True")
     if cfg.use_gpu and torch.cuda.is_available() and cfg.data.type == "image":
         torch.backends.cudnn.benchmark = True  # As torchreid's own script does: all images have one size.
     start = cfg.clone()

@@ -147,8 +147,9 @@ def converted(key: str, value: Any, source: str) -> Any:
     if default == "auto" and _to_bool(value) is not None:
         return _to_bool(value)
     kind, is_list = _kind(entry)
-    if is_list and isinstance(value, str) and value[:1] + value[-1:] in ("()", "[]"):
-        value = decoded(key, value)  # YAML takes (20, 40) for a string.
+    # YAML takes (20, 40) for a string. Among names, [ab] is a pattern.
+    if is_list and isinstance(value, str) and value[:1] + value[-1:] in ("()", *["[]"] * (kind is not str)):
+        value = decoded(key, value)
     convert, wanted = _KINDS[kind]
     found = []
     for each in value if is_list and isinstance(value, (list, tuple)) else [value]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -29,10 +29,20 @@ def _reader(kind: type) -> Callable[[Any, int], Any] | None:
     return FunctionType(method.__code__, names, method.__name__, method.__defaults__, method.__closure__)
 
 
-def image_files(entry: Any) -> Iterator[str]:
-    """The image files of the entry of a data set, a path or those of a tracklet. A data set that reads in its own way
-    may have other files there, or the keys of a database."""
-    for path in entry if isinstance(entry, (list, tuple)) else [entry]:
+def parts(entry: Any) -> Sequence[Any]:
+    """What the entry of a data set is read from: its path, or those of a tracklet. A data set that reads in its own way
+    may have the keys of a database there, of any type."""
+    return entry if isinstance(entry, (list, tuple)) else [entry]
+
+
+def holds_images(dataset: Any, entry: Any) -> bool:
+    """Whether the entries of a data set, of which one is given, are image files; torchreid's reader reads no others."""
+    kind: type = type(dataset)
+    return _reader(kind) is not None or any(_image_files(entry))
+
+
+def _image_files(entry: Any) -> Iterator[str]:
+    for path in parts(entry):
         if isinstance(path, (str, os.PathLike)) and is_image(os.fspath(path)) and os.path.isfile(path):
             yield os.fspath(path)
 
@@ -104,7 +114,7 @@ class ReadableDataset(Dataset[Any]):
         if index >= len(self._checked):  # A script made the data set longer.
             self._checked = torch.zeros(len(self), dtype=torch.uint8)
         if not self._checked[index]:
-            for path in image_files(self.dataset.data[index][0]):
+            for path in _image_files(self.dataset.data[index][0]):
                 read_image(path)
             self._checked[index] = 1
         return self.dataset[index]

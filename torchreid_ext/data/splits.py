@@ -208,7 +208,9 @@ def _unique(where: str, rows: Iterable[Row], real_paths: Mapping[str, str]) -> l
     for row in rows:
         other = first.setdefault(real_paths[row.path], row)
         if other[1:] != row[1:]:
-            raise InputError(f"{where}: {images.different(other, row)}")
+            names = " and ".join(", ".join(filter(None, (each.identity, each.camera))) for each in (other, row))
+            links = f"{other.path} and {row.path} are links to one image, but their identities or cameras differ"
+            raise InputError(f"{where}: {links} ({names}): remove one of them")
     return list(first.values())
 
 

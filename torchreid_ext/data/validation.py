@@ -6,13 +6,13 @@ import contextlib
 import copy
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from pml_drsl.checks import InputError
-from torchreid_ext.data.loading import rebuilt
+from torchreid_ext.data.loading import parts, rebuilt
 
 NAME = "validation"  # of the target that the validation identities become
 
@@ -62,9 +62,7 @@ def hold_out(manager: Any, identities: int, share: float, seed: int, batch_size:
 
 def _slashed(item: Item) -> Item:
     """An item that has the same place in a sorted list on all systems: the separators of Windows follow letters."""
-    if isinstance(item[0], str):
-        return item[0].replace(os.sep, "/"), *item[1:]
-    return tuple(path.replace(os.sep, "/") for path in item[0]), *item[1:]
+    return tuple(str(path).replace(os.sep, "/") for path in parts(item[0])), *item[1:]
 
 
 def _drawn(items: list[Any], number: int, seed: int) -> list[Any]:
@@ -79,12 +77,14 @@ def _test_on(manager: Any, dataset: Any, gallery: list[Item], batch_size: int) -
         first.setdefault(item[1:], item)
     query = list(first.values())
     if len({item[1] for item in query}) == len(query):
-        few, cure = "is seen by a single camera", "if cameras do not matter, set datasets.NAME.cameras: none"
+        few, cure = (
+            "is seen by a single camera",
+            "of your own set where cameras do not matter: set datasets.NAME.cameras: none",
+        )
         if len(gallery) == len(query):
-            few, cure = "has a single image", "add photos, or leave such people out with datasets.NAME.min_images: 2"
+            few, cure = "has a single image", "add images, or leave such people out (datasets.NAME.min_images: 2)"
         alone = f"data.validation: each of the {len(query)} validation identities {few}, so no query has a match"
-        example = query[0][0] if isinstance(query[0][0], str) else query[0][0][0]
-        raise InputError(f"{alone}, for example {example}: {cure}")
+        raise InputError(f"{alone}, for example {parts(query[0][0])[0]}: {cure}")
     loaders = {}
     for split, items in (("query", query), ("gallery", gallery)):
         of_split = copy.copy(dataset)
@@ -117,9 +117,10 @@ def check_overlap(manager: Any, tested: bool = True) -> None:
             raise InputError(f"{share} {manager.sources} too, {what}. {cure}")
 
 
-def _files(paths: str | Sequence[str]) -> Iterator[tuple[str, tuple[int, int]]]:
+def _files(paths: Any) -> Iterator[tuple[str, tuple[int, int]]]:
     """The paths of an item that are there, each with what tells its file from all others."""
-    for path in [paths] if isinstance(paths, str) else paths:
-        with contextlib.suppress(OSError):
-            about = os.stat(path)
-            yield path, (about.st_dev, about.st_ino)
+    for path in parts(paths):
+        if isinstance(path, (str, os.PathLike)):  # and no number, which os.stat takes for an open file
+            with contextlib.suppress(OSError):
+                about = os.stat(path)
+                yield os.fspath(path), (about.st_dev, about.st_ino)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 from pml_drsl.checks import InputError
 from pml_drsl.console import replacing
 from pml_drsl.evaluation.scores import RetrievalResult
-from torchreid_ext.data.loading import image_files
+from torchreid_ext.data.loading import holds_images
 from torchreid_ext.evaluation import page, ranking
 from torchreid_ext.evaluation.extraction import extract
 from torchreid_ext.evaluation.page import Picture
@@ -48,11 +47,6 @@ class EvaluationOptions(Options):
         "write identity, camera, AP, INP, rank-1 of each query (queries_TARGET.csv)",
         scores=False,
     )
-
-
-def _without_images(listed: Any) -> Iterator[Any]:
-    """The entries of a query set and a gallery, lists of (path, pid, ...), that are no image files."""
-    return (items[0] for items in itertools.chain(*listed) if not any(image_files(items[0])))
 
 
 class Tester:
@@ -111,8 +105,8 @@ class Tester:
                 unlisted = f"visrank and picture need the test images, and {type(self.datamanager).__name__} lists none"
                 cure = "give it the test_dataset of torchreid's data managers, or leave them out"
                 raise InputError(f"{unlisted}: {cure}")
-            for entry in _without_images(listed):
-                other = f"visrank and picture draw image files, and {entry!r} of {target} is none"
+            if not self._drawable(target, listed):
+                other = f"visrank and picture draw image files, and {listed[0][0][0]!r} of {target} is none"
                 raise InputError(f"{other}: leave them out")
 
     def _items(self, target: str) -> Any:
@@ -121,6 +115,10 @@ class Tester:
             return self.datamanager.fetch_test_loaders(target)
         except (AttributeError, KeyError):
             return None
+
+    def _drawable(self, target: str, listed: Any) -> bool:
+        dataset = getattr(loaded := self.test_loader[target]["query"].dataset, "dataset", loaded)
+        return bool(listed and listed[0]) and holds_images(dataset, listed[0][0][0])
 
     def _report(self, target: str, search: ranking.Search, result: RetrievalResult, options: EvaluationOptions) -> None:
         """Prints, writes, draws and logs the result of a target."""
@@ -152,7 +150,7 @@ class Tester:
             page.write_pages(index, rankings, f"{len(rankings)} queries, hardest first.", f"Rankings: {target}")
             print(f'Rankings of {len(query)} queries saved; open "{index}" in a browser')
         if self.writer is not None:
-            if listed and next(_without_images(listed), None) is None:
+            if self._drawable(target, listed):
                 drawing = np.asarray(ranking_picture(ranking.some(search, pictures, LOGGED, topk), title))
                 self.writer.add_image(f"Test/{target}/ranking", drawing, self.epoch, dataformats="HWC")
             for name, value in result.scores([1]).items():

@@ -45,6 +45,7 @@ class Gallery:
     def __contains__(self, path: str) -> bool:
         return path in self._names
 
+    @torch.inference_mode(False)  # in which it may be called, and not the next time
     def add(self, entries: Sequence[Row], features: Tensor, normalised: bool = False) -> None:
         """Adds N images with their features, [N, D]; ``normalised`` ones have the metric's norm already. Raises
         InputError for a path that is in the gallery or given twice, and for features of another number of dimensions,

@@ -53,8 +53,8 @@ def list_sources(sources: Sequence[str], names: str = DEFAULT_NAMES, cameras: bo
     it. Where the identities of all such images are known, the first of each identity and camera is a query too; an
     image whose camera is not known has one of its own. An image file is of the gallery. Without ``cameras``, no camera
     is known. One identity in several sources is one person. An image and the links to it count once: the first that
-    knows whom it shows, folders and CSV files before image files. Raises InputError for a source that is missing, has
-    no image, or gives one image two identities."""
+    knows whom it shows, folders and CSV files before image files. Raises InputError for a source that is missing
+    or has no image."""
     carried = images.pattern(names, "--names")
     table, kept, known = Table(), dict[tuple[str, str], None](), dict[str, Row]()
     alone = {source: os.path.isfile(source) and images.is_image(source) for source in sources}
@@ -63,13 +63,10 @@ def list_sources(sources: Sequence[str], names: str = DEFAULT_NAMES, cameras: bo
             found = Table([images.named(os.path.abspath(source), carried)._replace(path=source, split="gallery")])
         else:
             found = _listed(source, carried, cameras)
-        here = dict[str, Row]()
         for row in found.rows:
             real = os.path.realpath(row.path)
             kept[row.split, real] = None
-            if row.identity and (other := here.setdefault(real, row)).identity != row.identity:
-                raise InputError(f"{source!r}: {images.different(other, row)}")
-            if not known.setdefault(real, row).identity:
+            if not known.setdefault(real, row).identity and row.identity:
                 known[real] = row
         table.leave_out_all(found)
     rows = (known[real]._replace(split=split) for split, real in kept)

@@ -68,6 +68,7 @@ def test_a_run_is_known_by_the_keys_that_matter(change, same):
     [
         (["train.max_epoch"], [], LOSSES, "KEY VALUE pairs"),
         (["train.max_epok", "1"], [], LOSSES, "did you mean 'train.max_epoch'"),
+        (["test.rerank", "True"], [], LOSSES, "test.rerank re-ranks in a test alone"),
         (["train.seed", "5"], [], LOSSES, "train.seed is set by --seeds"),
         ([], [["train.seed", "5", "6"]], LOSSES, "train.seed is set by --seeds"),
         ([], [["data.split_id", "0"]], LOSSES, "has 1 values for 2 seeds"),
@@ -83,7 +84,7 @@ def test_wrong_words_are_refused(words, varied, losses, message):
 def test_two_files_of_one_name_are_refused(tmp_path):
     """The report goes by the name."""
     (tmp_path / DEMO.name).write_text(f"base: {DEMO}\n")
-    with pytest.raises(InputError, match="have one name"):
+    with pytest.raises(InputError, match="have the same name"):
         grid.plan([DEMO, tmp_path / DEMO.name], LOSSES, range(2))
 
 

@@ -27,6 +27,12 @@ def test_the_two_parts_add_up_as_in_many_draws_of_both():
     assert found.p == pytest.approx(2 * (sums <= 0).mean(), rel=0.05)
 
 
+def test_without_any_difference_there_is_an_interval():
+    """Rounding makes the spread of seven equal means a little more than 0."""
+    found = compare([[0.7] * 3] * 7, [range(3)] * 7)
+    assert (found.low, found.mean, found.high) == pytest.approx((0.7, 0.7, 0.7))
+
+
 def test_with_one_seed_it_is_the_t_test_over_identities():
     differences = np.random.default_rng(0).normal(0.03, 0.2, 300)
     found = compare([differences], [range(300)])

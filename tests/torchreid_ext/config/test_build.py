@@ -169,6 +169,11 @@ def test_a_file_is_read_as_utf_8_whatever_the_system_thinks(tmp_path):
         ("train: {stepsize: '[20, 40]'}", "train.stepsize", [20, 40]),
         ("data:\n  norm_mean: (0, 0.5, 1)", "data.norm_mean", [0.0, 0.5, 1.0]),
         ("data:\n  sources: ('a', 'b')", "data.sources", ["a", "b"]),
+        (
+            "datasets: {mine: {test: '[qg]', folder: '[2024]'}}",
+            "datasets.mine",
+            {"test": ["[qg]"], "folder": ["[2024]"]},
+        ),
         ("datasets: {mine: {folder: '[2024] photos'}}", "datasets.mine", {"folder": ["[2024] photos"]}),
         ("train: {amp: off}", "train.amp", "off"),
         ("loss: {drsl: {bound_power: None}}", "loss.drsl.bound_power", None),

@@ -14,7 +14,7 @@ from people_folders import draw, make_folder, people
 from pml_drsl.checks import InputError
 from torchreid_ext.cli.train import main
 from torchreid_ext.config import build_datamanager, get_default_config
-from torchreid_ext.data.validation import hold_out
+from torchreid_ext.data.validation import check_overlap, hold_out
 
 PEOPLE = [f"p{number:02}" for number in range(10)]
 
@@ -80,6 +80,18 @@ def test_draws_depend_on_their_seed_alone_and_smaller_draws_are_parts_of_larger_
     assert build(root, identities=8).targets == ["mine"]
 
 
+def test_a_data_set_may_be_read_from_a_database(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its keys are no paths, and no numbers of open files."""
+    for key in (int, lambda place: ("db.lmdb", place), lambda place: str(place).encode()):
+        manager = build(root)
+        items = [(key(place), place // 4, place % 2, 0) for place in range(24)]
+        manager.train_loader.dataset.train = items
+        hold_out(manager, identities=0, share=0.5, seed=0, batch_size=4)
+        check_overlap(manager)
+        tested = manager.test_dataset["validation"]["gallery"]
+        assert sorted(map(str, tested)) == sorted(str(item) for item in items if item in tested) and len(tested) == 12
+
+
 @pytest.mark.parametrize("tracklets", [False, True])
 def test_windows_has_the_same_draw(root: Path, monkeypatch: pytest.MonkeyPatch, tracklets: bool) -> None:
     """Its separator follows the digits, which follow the separator of other systems."""
@@ -113,7 +125,7 @@ def test_torchreids_own_layout_and_a_short_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("shots", "words"),
     [
-        (1, r"each of the 3 validation identities has a single image, .*add photos, or .*NAME\.min_images: 2"),
+        (1, r"each of the 3 validation identities has a single image, .*add images, or .*NAME\.min_images: 2"),
         (2, r"each of the 3 validation identities is seen by a single camera, .*set datasets\.NAME\.cameras: none"),
     ],
 )

@@ -66,6 +66,15 @@ def test_images_may_come_one_by_one_from_one_buffer():
         assert alone.nearest(features.numpy(), 5, rerank=True) == together.nearest(features, 5, rerank=True)
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_images_may_be_added_inside_and_outside_inference_mode(metric):
+    gallery, features = Gallery(model(metric)), draw(12)
+    for row, inside in ((range(10), True), ([10], True), ([11], False)):
+        with torch.inference_mode(inside):
+            gallery.add([Row(str(each)) for each in row], features[list(row)])
+    assert [near[0][0].path for near in gallery.nearest(features, 1)] == [str(row) for row in range(12)]
+
+
 def test_adding_removing_and_reranking():
     features = draw(300).requires_grad_()  # As they come from one's own network, where no_grad was forgotten.
     gallery = Gallery(model("euclidean"))
