@@ -290,9 +290,11 @@ def _points(axes: Axes, scores: pd.DataFrame) -> None:
 def _curves(axes: Axes, scores: pd.DataFrame) -> None:
     parts = scores.index.str.extract(WITH_NEGATIVES.pattern).set_index(scores.index)
     rows = scores["mAP"].assign(loss=parts["loss"], negatives=parts["negatives"].astype(float))
-    for place, (loss, curve) in enumerate(rows.sort_values("negatives").groupby("loss", sort=False)):
+    for place, (loss, curve) in enumerate(rows.sort_values("negatives").groupby("loss")):  # one colour in all panels
         x = curve["negatives"] * 1.04**place  # A little apart, so that no deviation hides another.
         axes.errorbar(x, curve["mean"], yerr=curve["sd"], marker="o", label=loss, capsize=2)
-    axes.set_xscale("log")
-    axes.set_xlabel("negatives for each positive")
-    axes.set_ylabel("mAP (%)")
+    numbers = sorted(set(rows["negatives"]))
+    axes.set(xscale="log", xlabel="negatives for each positive", ylabel="mAP (%)")
+    axes.set(xticks=numbers, xticklabels=[f"{number:,.0f}" for number in numbers])
+    axes.set_xlim(numbers[0] / 1.5, numbers[-1] * 1.7)
+    axes.minorticks_off()
