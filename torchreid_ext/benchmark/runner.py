@@ -168,7 +168,7 @@ class Process:
         return self.status is not None
 
     def send(self, signum: int) -> None:
-        """Sends a signal to the process and to its own processes."""
+        """Sends a signal to the process and to those it started, but for its loaders, which end with it."""
         with suppress(ProcessLookupError):
             if os.name == "nt":  # has no groups of processes, and no other signal
                 self._process.terminate()

@@ -77,10 +77,7 @@ def _test_on(manager: Any, dataset: Any, gallery: list[Item], batch_size: int) -
         first.setdefault(item[1:], item)
     query = list(first.values())
     if len({item[1] for item in query}) == len(query):
-        few, cure = (
-            "is seen by a single camera",
-            "of your own set where cameras do not matter: set datasets.NAME.cameras: none",
-        )
+        few, cure = "is seen by a single camera", "of your own data, set datasets.NAME.cameras: none"
         if len(gallery) == len(query):
             few, cure = "has a single image", "add images, or leave such people out (datasets.NAME.min_images: 2)"
         alone = f"data.validation: each of the {len(query)} validation identities {few}, so no query has a match"
