@@ -35,16 +35,17 @@ def parts(entry: Any) -> Sequence[Any]:
     return entry if isinstance(entry, (list, tuple)) else [entry]
 
 
+def files(entry: Any) -> Iterator[str]:
+    """The ``parts`` of an entry that are files."""
+    for path in parts(entry):
+        if isinstance(path, (str, os.PathLike)) and os.path.isfile(path):
+            yield os.fspath(path)
+
+
 def holds_images(dataset: Any, entry: Any) -> bool:
     """Whether the entries of a data set, of which one is given, are image files; torchreid's reader reads no others."""
     kind: type = type(dataset)
-    return _reader(kind) is not None or any(_image_files(entry))
-
-
-def _image_files(entry: Any) -> Iterator[str]:
-    for path in parts(entry):
-        if isinstance(path, (str, os.PathLike)) and is_image(os.fspath(path)) and os.path.isfile(path):
-            yield os.fspath(path)
+    return _reader(kind) is not None or any(map(is_image, files(entry)))
 
 
 class Draw(NamedTuple):
@@ -114,7 +115,7 @@ class ReadableDataset(Dataset[Any]):
         if index >= len(self._checked):  # A script made the data set longer.
             self._checked = torch.zeros(len(self), dtype=torch.uint8)
         if not self._checked[index]:
-            for path in _image_files(self.dataset.data[index][0]):
+            for path in filter(is_image, files(self.dataset.data[index][0])):
                 read_image(path)
             self._checked[index] = 1
         return self.dataset[index]

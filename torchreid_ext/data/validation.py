@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 import random
-from collections.abc import Iterator
 from typing import Any
 
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from pml_drsl.checks import InputError
-from torchreid_ext.data.loading import parts, rebuilt
+from torchreid_ext.data.loading import files, parts, rebuilt
 
 NAME = "validation"  # of the target that the validation identities become
 
@@ -98,14 +96,14 @@ def check_overlap(manager: Any, tested: bool = True) -> None:
     compared: a link and its target are one image."""
     trained: dict[tuple[int, int], tuple[str, int]] = {}
     for item in manager.train_loader.dataset.train:
-        for path, file in _files(item[0]):
-            other, number = trained.setdefault(file, (path, item[3]))
+        for path in files(item[0]):
+            other, number = trained.setdefault(_place(path), (path, item[3]))
             if number != item[3]:
                 twice = f"{other} and {path} are one image in two sources, so one person would be trained on as two"
                 cure = "remove one of the sources, or set data.allow_overlap True"
                 raise InputError(f"data.sources {manager.sources}: {twice}: {cure}")
     for target, splits in manager.test_dataset.items() if tested else ():
-        paths = {file: path for items in splits.values() for item in items for path, file in _files(item[0])}
+        paths = {_place(path): path for items in splits.values() for item in items for path in files(item[0])}
         both = [path for file, path in paths.items() if file in trained]
         if both:
             share = f"{len(both)} of the {len(paths)} test images of {target!r} are training images of"
@@ -114,10 +112,7 @@ def check_overlap(manager: Any, tested: bool = True) -> None:
             raise InputError(f"{share} {manager.sources} too, {what}. {cure}")
 
 
-def _files(paths: Any) -> Iterator[tuple[str, tuple[int, int]]]:
-    """The paths of an item that are there, each with what tells its file from all others."""
-    for path in parts(paths):
-        if isinstance(path, (str, os.PathLike)):  # and no number, which os.stat takes for an open file
-            with contextlib.suppress(OSError):
-                about = os.stat(path)
-                yield os.fspath(path), (about.st_dev, about.st_ino)
+def _place(path: str) -> tuple[int, int]:
+    """What tells a file from all others, whatever its paths are."""
+    about = os.stat(path)
+    return about.st_dev, about.st_ino
