@@ -10,15 +10,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pml_drsl.checks import InputError
 from torchreid_ext import images
 from torchreid_ext.images import JUNK, Row, Table
 from torchreid_ext.runtime.options import Options, documented, option
 
-Named = tuple[str, Row]
-"""The path of an image below the folder of its data set, and its row."""
+
+class _Found(NamedTuple):
+    """An image of a folder: its path below the folder, its path without any link, and its row."""
+
+    path: str
+    real: str
+    row: Row
 
 
 @documented
@@ -141,12 +146,12 @@ def read(name: str, options: SetOptions, root: str) -> Table:
             if "no column 'camid'" not in str(error):
                 raise
             raise InputError(f"{error}; or, if cameras do not matter, set {where}.cameras: none") from error
-    found, real_paths = _matching(where, options, above, table)
-    count = Counter(row.identity for row in _unique(where, (row for _, row in found), real_paths))
-    found = [(path, row) for path, row in found if count[row.identity] >= options.min_images]
+    found = _matching(where, options, above, table)
+    count = Counter(row.identity for row in _unique(where, found))
+    found = [image for image in found if count[image.row.identity] >= options.min_images]
     for person in sorted(person for person, number in count.items() if number < options.min_images):
         table.leave_out(f"people with fewer than {options.min_images} images", person)
-    train, test, query = (_unique(where, split, real_paths) for split in _split(where, options, found))
+    train, test, query = (_unique(where, split) for split in _split(where, options, found))
     table.rows = [row._replace(split="train") for row in train]
     if options.query is None and options.query_cameras is None:
         table.rows += images.with_queries(test)
@@ -162,33 +167,28 @@ def read(name: str, options: SetOptions, root: str) -> Table:
     return table
 
 
-def _matching(where: str, options: SetOptions, root: Path, table: Table) -> tuple[list[Named], dict[str, str]]:
-    """The images that match, in order, and the real path of each; ``table`` gets the names of the other files."""
-    names = images.pattern(options.pattern, f"{where}.pattern")
-    found: list[Named] = []
-    real_paths: dict[str, str] = {}
-    seen_identities: set[str] = set()
+def _matching(where: str, options: SetOptions, root: Path, table: Table) -> list[_Found]:
+    """The images that match, in order; ``table`` gets the names of the other files."""
+    names, cameras = images.pattern(options.pattern, f"{where}.pattern"), options.cameras == "names"
+    found, shown = list[_Found](), set[str]()
     for folder in [root / part for part in options.folder]:
         if not folder.is_dir():
             raise InputError(f"{where}: there is no folder {folder}: set data.root (--root) or {where}.folder")
         for path, real in sorted(images.files(str(folder))):
-            carried = images.in_name(names, path)
-            if carried is not None:
-                seen_identities.add(carried[0])
+            identity, camera = images.in_name(names, path) or ("", "")
+            if identity:
+                shown.add(identity)
             if not images.is_image(path):
                 table.leave_out(images.NO_IMAGES, path)
-            elif carried is None:
+            elif not identity:
                 table.leave_out("images whose names do not match the pattern", path)
-            elif carried[0] in options.junk:
+            elif identity in options.junk:
                 table.leave_out("images of junk", path)
-            elif options.cameras == "names" and not carried[1]:
+            elif cameras and not camera:
                 table.leave_out(f"images whose names carry no camera, which {where}.cameras: none would use", path)
             else:
-                identity, camera = carried
-                row = Row(str(folder / path), identity, camera if options.cameras == "names" else "")
-                found.append((path, row))
-                real_paths[row.path] = real
-    images.check_junk(where, options.junk, seen_identities)
+                found.append(_Found(path, real, Row(str(folder / path), identity, camera if cameras else "")))
+    images.check_junk(where, options.junk, shown)
     if not found:
         seen = table.about_left_out() or "there is no file"
         folders = " and ".join(str(root / part) for part in options.folder)
@@ -197,16 +197,16 @@ def _matching(where: str, options: SetOptions, root: Path, table: Table) -> tupl
             seen = f"{seen}; {home}; give the folder above as --root"
         raise InputError(f"{where}: no image below {folders} matches the pattern {options.pattern!r}; {seen}")
     # Folders that train and test name, such as train and test, stand above those of people.
-    if options.train is None and (about := images.about_folders_inside(names, [path for path, _ in found])):
+    if options.train is None and (about := images.about_folders_inside(names, [image.path for image in found])):
         warnings.warn(f"{where}: {about}; if it names a split, set train and test", stacklevel=2)
-    return found, real_paths
+    return found
 
 
-def _unique(where: str, rows: Iterable[Row], real_paths: Mapping[str, str]) -> list[Row]:
+def _unique(where: str, found: Iterable[_Found]) -> list[Row]:
     """The first row of each image, which must have the same identity and camera in all its rows."""
     first: dict[str, Row] = {}
-    for row in rows:
-        other = first.setdefault(real_paths[row.path], row)
+    for _, real, row in found:
+        other = first.setdefault(real, row)
         if other[1:] != row[1:]:
             names = " and ".join(", ".join(filter(None, (each.identity, each.camera))) for each in (other, row))
             links = f"{other.path} and {row.path} are links to one image, but their identities or cameras differ"
@@ -214,31 +214,31 @@ def _unique(where: str, rows: Iterable[Row], real_paths: Mapping[str, str]) -> l
     return list(first.values())
 
 
-def _split(where: str, options: SetOptions, found: list[Named]) -> tuple[list[Row], list[Row], list[Row]]:
+def _split(where: str, options: SetOptions, found: list[_Found]) -> tuple[list[_Found], list[_Found], list[_Found]]:
     """The images for training, for the test, and of ``query``: by the entries of these lists, or at random."""
     if options.train is None or options.test is None:
-        pids = sorted({row.identity for _, row in found})
+        pids = sorted({image.row.identity for image in found})
         random.Random(options.seed).shuffle(pids)
         tested = set(pids[: max(1, round(len(pids) * options.test_fraction))])
-        train = [row for _, row in found if row.identity not in tested]
-        return train, [row for _, row in found if row.identity in tested], []
+        train = [image for image in found if image.row.identity not in tested]
+        return train, [image for image in found if image.row.identity in tested], []
     # By the name of each image, and of each folder above it: a thousand entries would take long to match.
     named = defaultdict[str, list[str]](list)
-    for path in dict.fromkeys(path for path, _ in found):
+    for path in dict.fromkeys(image.path for image in found):
         parts = images.composed(path).split("/")
         for length in range(len(parts) + 1):
             named["/".join(parts[:length])].append(path)
 
-    def chosen(key: str, entries: Sequence[str]) -> list[Row]:
+    def chosen(key: str, entries: Sequence[str]) -> list[_Found]:
         paths = set[str]()
         for entry in entries:
             # A name such as "anna [1]" names itself, and is a pattern only if there is no such name.
             here = named.get("/".join(_parts(entry))) or [path for path in named[""] if selects(entry, path)]
             if not here:
-                example = found[0][0] if found else "none"
+                example = found[0].path if found else "none"
                 raise InputError(f"{where}.{key}: {entry!r} selects none of {len(found)} images, such as {example!r}")
             paths.update(here)
-        return [row for path, row in found if path in paths]
+        return [image for image in found if image.path in paths]
 
     return chosen("train", options.train), chosen("test", options.test), chosen("query", options.query or ())
 
