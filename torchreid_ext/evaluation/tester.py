@@ -101,24 +101,25 @@ class Tester:
         if not options.save_dir:
             raise InputError("visrank and picture write files, and save_dir is '': give a folder, or leave them out")
         for target in self.test_loader:
-            if (listed := self._items(target)) is None:
+            if (pictures := self._pictures(target)) is None:
                 unlisted = f"visrank and picture need the test images, and {type(self.datamanager).__name__} lists none"
                 cure = "give it the test_dataset of torchreid's data managers, or leave them out"
                 raise InputError(f"{unlisted}: {cure}")
-            if not self._drawable(target, listed):
-                other = f"visrank and picture draw image files, and {listed[0][0][0]!r} of {target} is none"
+            if not self._drawable(target, pictures):
+                other = f"visrank and picture draw image files, and {pictures[0][0].files!r} of {target} is none"
                 raise InputError(f"{other}: leave them out")
 
-    def _items(self, target: str) -> Any:
-        """Query and gallery of a target, lists of (path, pid, ...); None for a data manager that does not list them."""
+    def _pictures(self, target: str) -> ranking.Pictures | None:
+        """Query and gallery of a target; None for a data manager that does not list them."""
         try:
-            return self.datamanager.fetch_test_loaders(target)
+            query, gallery = self.datamanager.fetch_test_loaders(target)
         except (AttributeError, KeyError):
             return None
+        return [Picture(items[0]) for items in query], [Picture(items[0]) for items in gallery]
 
-    def _drawable(self, target: str, listed: Any) -> bool:
+    def _drawable(self, target: str, pictures: ranking.Pictures) -> bool:
         dataset = getattr(loaded := self.test_loader[target]["query"].dataset, "dataset", loaded)
-        return bool(listed and listed[0]) and holds_images(dataset, listed[0][0][0])
+        return bool(pictures[0]) and holds_images(dataset, pictures[0][0].files)
 
     def _report(self, target: str, search: ranking.Search, result: RetrievalResult, options: EvaluationOptions) -> None:
         """Prints, writes, draws and logs the result of a target."""
@@ -131,10 +132,7 @@ class Tester:
             head, form = "identity,camera,AP,INP,rank-1", ("%d", "%d", "%.6g", "%.6g", "%g")
             with replacing(Path(options.save_dir, f"queries_{target}.csv")) as file:
                 np.savetxt(file, lines, form, delimiter=",", header=head, comments="")
-        drawn = options.picture or options.visrank or self.writer is not None
-        listed = self._items(target) if drawn else None
-        query, gallery = listed or ([], [])
-        pictures = [Picture(items[0]) for items in query], [Picture(items[0]) for items in gallery]
+        pictures = self._pictures(target) or ([], [])
         topk, title = options.visrank_topk, f"{target}: ranked gallery"
         if options.picture:
             picture = Path(options.save_dir, f"ranking_{target}.png")
@@ -148,9 +146,9 @@ class Tester:
             ranked = search.evaluate().ranked if options.use_metric_cuhk03 else result.ranked
             rankings = ranking.hardest(search, ranked, pictures, topk)
             page.write_pages(index, rankings, f"{len(rankings)} queries, hardest first.", f"Rankings: {target}")
-            print(f'Rankings of {len(query)} queries saved; open "{index}" in a browser')
+            print(f'Rankings of {len(rankings)} queries saved; open "{index}" in a browser')
         if self.writer is not None:
-            if self._drawable(target, listed):
+            if self._drawable(target, pictures):
                 drawing = np.asarray(ranking_picture(ranking.some(search, pictures, LOGGED, topk), title))
                 self.writer.add_image(f"Test/{target}/ranking", drawing, self.epoch, dataformats="HWC")
             for name, value in result.scores([1]).items():
