@@ -176,7 +176,7 @@ def about_folders_inside(names: re.Pattern[str], paths: Sequence[str]) -> str:
     if names.pattern != NAMES["folder"]:
         return ""
     # A folder that holds all images is no person.
-    common = posixpath.commonpath([posixpath.dirname(path) for path in paths])
+    common = posixpath.commonpath({posixpath.dirname(path) for path in paths})
     above = f"{common}/" if common else ""
     inside = next((path for path in paths if path.removeprefix(above).count("/") > 1), None)
     if inside is None:
