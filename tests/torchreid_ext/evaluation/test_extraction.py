@@ -216,6 +216,15 @@ def test_results_that_cannot_be_written_end_the_test_on_all(outcome):
     assert found[0]["not written"] == "NotADirectoryError" and all("not written" in of_process for of_process in found)
 
 
+def test_processes_without_an_image_have_no_samples_as_one_process_has_none(tmp_path):
+    """Which images cannot be read, and whether that is an error, is known to the caller alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert extraction.gather_samples(lambda: None, torch.device("cpu"), dist.group.WORLD) is None
+    finally:
+        dist.destroy_process_group()
+
+
 def test_shares_are_complete_and_even(monkeypatch):
     for world_size in (1, 2, 3, 7):
         monkeypatch.setattr(dist, "get_world_size", lambda group, size=world_size: size)
