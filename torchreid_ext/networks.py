@@ -67,9 +67,7 @@ def timm_images(name: str) -> tuple[tuple[int, int], list[float], list[float]]:
     """What a network of timm was trained on: height and width of its images, and the mean and deviation of channels.
     Raises InputError for an unknown name, or where timm is not installed."""
     timm = _timm(name)
-    config = timm.get_pretrained_cfg(name)
-    if config is None:
-        return (224, 224), list(timm.data.IMAGENET_DEFAULT_MEAN), list(timm.data.IMAGENET_DEFAULT_STD)
+    config = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()  # ImageNet's size and normalisation
     return config.input_size[1:], list(config.mean), list(config.std)
 
 
