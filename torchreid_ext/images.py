@@ -244,7 +244,7 @@ def read_csv(file: str, cameras: bool | None = True, junk: Collection[str] = JUN
         camera = composed(values.get("camid", ""))
         if split not in SPLITS:
             raise InputError(f"{at}: split={split!r} must be one of {', '.join(SPLITS)}")
-        check_text(at, [identity, camera, split])
+        check_text(at, [identity, camera])
         check_whole(at, [identity, camera])
         forms = (unicodedata.normalize(form, path.replace("\\", "/")) for form in ("NFC", "NFD"))
         places = [os.path.normpath(os.path.join(os.path.dirname(file), each)) for each in (path, *forms)]

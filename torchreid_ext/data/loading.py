@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType
@@ -35,7 +36,7 @@ def parts(entry: Any) -> Sequence[Any]:
     return entry if isinstance(entry, (list, tuple)) else [entry]
 
 
-def files(entry: Any) -> Iterator[str]:
+def files_of(entry: Any) -> Iterator[str]:
     """The ``parts`` of an entry that are files."""
     for path in parts(entry):
         if isinstance(path, (str, os.PathLike)) and os.path.isfile(path):
@@ -45,7 +46,7 @@ def files(entry: Any) -> Iterator[str]:
 def holds_images(dataset: Any, entry: Any) -> bool:
     """Whether the entries of a data set, of which one is given, are image files; torchreid's reader reads no others."""
     kind: type = type(dataset)
-    return _reader(kind) is not None or any(map(is_image, files(entry)))
+    return _reader(kind) is not None or any(map(is_image, files_of(entry)))
 
 
 class Draw(NamedTuple):
@@ -115,7 +116,7 @@ class ReadableDataset(Dataset[Any]):
         if index >= len(self._checked):  # A script made the data set longer.
             self._checked = torch.zeros(len(self), dtype=torch.uint8)
         if not self._checked[index]:
-            for path in filter(is_image, files(self.dataset.data[index][0])):
+            for path in filter(is_image, files_of(self.dataset.data[index][0])):
                 read_image(path)
             self._checked[index] = 1
         return self.dataset[index]
@@ -174,10 +175,9 @@ class SeededBatches(Sampler[list[Draw]]):
         batches, epoch_seed = distributed.from_first(lambda: (list(self.batches), int(torch.randint(2**62, ()))))
         if not distributed.is_first():
             generators.seed_everything(epoch_seed + distributed.rank())
-        position = 0
+        positions = itertools.count()
         for batch in batches:
-            yield distributed.own_share([Draw(sample, epoch_seed, position + i) for i, sample in enumerate(batch)])
-            position += len(batch)
+            yield distributed.own_share([Draw(sample, epoch_seed, next(positions)) for sample in batch])
 
 
 def repeatable(loader: DataLoader[Any]) -> DataLoader[Any]:

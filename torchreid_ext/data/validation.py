@@ -10,7 +10,7 @@ from typing import Any
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from pml_drsl.checks import InputError
-from torchreid_ext.data.loading import files, parts, rebuilt
+from torchreid_ext.data.loading import files_of, parts, rebuilt
 
 NAME = "validation"  # of the target that the validation identities become
 
@@ -96,14 +96,14 @@ def check_overlap(manager: Any, tested: bool = True) -> None:
     compared: a link and its target are one image."""
     trained: dict[tuple[int, int], tuple[str, int]] = {}
     for item in manager.train_loader.dataset.train:
-        for path in files(item[0]):
+        for path in files_of(item[0]):
             other, number = trained.setdefault(_place(path), (path, item[3]))
             if number != item[3]:
                 twice = f"{other} and {path} are one image in two sources, so one person would be trained on as two"
                 cure = "remove one of the sources, or set data.allow_overlap True"
                 raise InputError(f"data.sources {manager.sources}: {twice}: {cure}")
     for target, splits in manager.test_dataset.items() if tested else ():
-        paths = {_place(path): path for items in splits.values() for item in items for path in files(item[0])}
+        paths = {_place(path): path for items in splits.values() for item in items for path in files_of(item[0])}
         both = [path for file, path in paths.items() if file in trained]
         if both:
             share = f"{len(both)} of the {len(paths)} test images of {target!r} are training images of"
