@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import random
 import warnings
 from collections import Counter, defaultdict
@@ -67,8 +66,7 @@ class SetOptions(Options):
         """Whether an image with this POSIX path below a folder of the data set would be used."""
         if images.in_name(images.pattern(self.pattern), path) is None or any(map(images.is_hidden, path.split("/"))):
             return False
-        entries = [*(self.train or ()), *(self.test or ()), *(self.query or ())]
-        return self.train is None or any(selects(form, path) for each in entries for form in (each, glob.escape(each)))
+        return self.train is None or any(_selected(self, [path]).values())
 
 
 def make_options(name: str, given: Mapping[str, Any]) -> SetOptions:
@@ -125,6 +123,21 @@ def selects(entry: str, path: str) -> bool:
 
 def _parts(entry: str) -> list[str]:
     return [part for part in entry.split("/") if part not in ("", ".")]
+
+
+def _selected(options: SetOptions, paths: Iterable[str]) -> dict[str, list[str]]:
+    """Which of the paths each entry of ``train``, ``test`` and ``query`` names."""
+    # By the name of each image, and of each folder above it: a thousand entries would take long to match.
+    named = defaultdict[str, list[str]](list)
+    for path in dict.fromkeys(paths):
+        parts = images.composed(path).split("/")
+        for length in range(len(parts) + 1):
+            named["/".join(parts[:length])].append(path)
+    selected = {}
+    for entry in (*(options.train or ()), *(options.test or ()), *(options.query or ())):
+        # A name such as "anna [1]" names itself, and is a pattern only if there is no such name.
+        selected[entry] = named.get("/".join(_parts(entry))) or [path for path in named[""] if selects(entry, path)]
+    return selected
 
 
 def read(name: str, options: SetOptions, root: str) -> Table:
@@ -222,22 +235,13 @@ def _split(where: str, options: SetOptions, found: list[_Found]) -> tuple[list[_
         tested = set(pids[: max(1, round(len(pids) * options.test_fraction))])
         train = [image for image in found if image.row.identity not in tested]
         return train, [image for image in found if image.row.identity in tested], []
-    # By the name of each image, and of each folder above it: a thousand entries would take long to match.
-    named = defaultdict[str, list[str]](list)
-    for path in dict.fromkeys(image.path for image in found):
-        parts = images.composed(path).split("/")
-        for length in range(len(parts) + 1):
-            named["/".join(parts[:length])].append(path)
+    selected = _selected(options, (image.path for image in found))
 
     def chosen(key: str, entries: Sequence[str]) -> list[_Found]:
-        paths = set[str]()
-        for entry in entries:
-            # A name such as "anna [1]" names itself, and is a pattern only if there is no such name.
-            here = named.get("/".join(_parts(entry))) or [path for path in named[""] if selects(entry, path)]
-            if not here:
-                example = found[0].path if found else "none"
-                raise InputError(f"{where}.{key}: {entry!r} selects none of {len(found)} images, such as {example!r}")
-            paths.update(here)
+        if lost := [entry for entry in entries if not selected[entry]]:
+            example = found[0].path if found else "none"
+            raise InputError(f"{where}.{key}: {lost[0]!r} selects none of {len(found)} images, such as {example!r}")
+        paths = {path for entry in entries for path in selected[entry]}
         return [image for image in found if image.path in paths]
 
     return chosen("train", options.train), chosen("test", options.test), chosen("query", options.query or ())
@@ -251,10 +255,12 @@ def check_splits(name: str, table: Table, mode: str) -> None:
     """
     where = f"datasets.{name}"
     train, query, gallery = (table.of(split) for split in images.SPLITS)
+    needed = {"train": train} if mode == "train" else {}
     # A test with queries alone is a mistake, and not a data set that only trains.
-    tested = ("query", "gallery") if query or gallery or mode != "train" else ()
-    for split in (*(("train",) if mode == "train" else ()), *tested):
-        if not table.of(split):
+    if query or gallery or mode != "train":
+        needed |= {"query": query, "gallery": gallery}
+    for split, rows in needed.items():
+        if not rows:
             hint = "; to train without a test set, set data.validation, or other data.targets" if not gallery else ""
             options = "train, test, test_fraction, min_images or query_cameras (of a CSV: the column split)"
             cure = f"give images of more people, or change {options}{hint}"
