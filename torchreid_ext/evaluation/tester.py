@@ -17,8 +17,7 @@ from pml_drsl.evaluation.scores import RetrievalResult
 from torchreid_ext.data.loading import holds_images
 from torchreid_ext.evaluation import page, ranking
 from torchreid_ext.evaluation.extraction import extract
-from torchreid_ext.evaluation.page import Picture
-from torchreid_ext.evaluation.pictures import ranking_picture
+from torchreid_ext.evaluation.page import Picture, ranking_picture
 from torchreid_ext.runtime import distributed, generators
 from torchreid_ext.runtime.options import Options, documented, option
 
