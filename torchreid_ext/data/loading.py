@@ -43,12 +43,6 @@ def files_of(entry: Any) -> Iterator[str]:
             yield os.fspath(path)
 
 
-def holds_images(dataset: Any, entry: Any) -> bool:
-    """Whether the entries of a data set, of which one is given, are image files; torchreid's reader reads no others."""
-    kind: type = type(dataset)
-    return _reader(kind) is not None or any(map(is_image, files_of(entry)))
-
-
 class Draw(NamedTuple):
     """One entry of a training batch."""
 
@@ -77,6 +71,11 @@ class ReadableDataset(Dataset[Any]):
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def holds_images(self, entry: Any) -> bool:
+        """Whether the entries, of which one is given, are image files; torchreid's reader reads no others."""
+        kind: type = type(self.dataset)
+        return _reader(kind) is not None or any(map(is_image, files_of(entry)))
 
     def __getattr__(self, name: str) -> Any:
         # copy and pickle read attributes before the wrapped data set is there.

@@ -5,7 +5,6 @@ The names of folders and files are those of Market-1501 and MARS.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,20 +45,19 @@ class _Drawn:
         super().__init__(root=root, **kwargs)  # type: ignore[call-arg]
 
     @classmethod
-    def draw(cls, folder: str | os.PathLike[str]) -> None:
+    def draw(cls, folder: Path) -> None:
         """Draws the data set, which is always the same, into a new ``folder``, whole or not at all. If another process
         was faster, its folder is kept. Raises OSError if it cannot write."""
-        destination = Path(folder)
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as temporary:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
             # A temporary folder excludes other users. A folder inside it has the usual permissions.
-            drawing = Path(temporary, destination.name)
+            drawing = Path(temporary, folder.name)
             drawing.mkdir()
             cls._fill(drawing)
             try:
-                drawing.rename(destination)
+                drawing.rename(folder)
             except OSError:
-                if not destination.is_dir():
+                if not folder.is_dir():
                     raise
 
 

@@ -31,12 +31,10 @@ class Search:
         self, query: Samples, gallery: Samples, metric: str = "euclidean", normalize: bool = False, rerank: bool = False
     ) -> None:
         self.query, self.gallery, self.metric = query, gallery, metric
-        features = query.features, gallery.features
-        if normalize:
-            features = F.normalize(features[0]), F.normalize(features[1])
+        wanted, searched = (F.normalize(part.features) if normalize else part.features for part in (query, gallery))
         is_junk = torch.from_numpy(query.pids == -1), torch.from_numpy(gallery.pids == -1)
         search = partial(reranking.rerank, is_junk=is_junk) if rerank else FeatureDistances
-        self.distances = search(*features, metric=metric)  # type: ignore[arg-type]
+        self.distances = search(wanted, searched, metric=metric)  # type: ignore[arg-type]
 
     def evaluate(
         self, single_gallery_shot: bool = False, max_rank: int = 50, group: dist.ProcessGroup | None = None

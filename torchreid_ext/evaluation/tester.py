@@ -14,7 +14,7 @@ import numpy as np
 from pml_drsl.checks import InputError
 from pml_drsl.console import replacing
 from pml_drsl.evaluation.scores import RetrievalResult
-from torchreid_ext.data.loading import holds_images
+from torchreid_ext.data.loading import readable
 from torchreid_ext.evaluation import page, ranking
 from torchreid_ext.evaluation.extraction import extract
 from torchreid_ext.evaluation.page import Picture, ranking_picture
@@ -117,8 +117,8 @@ class Tester:
         return [Picture(items[0]) for items in query], [Picture(items[0]) for items in gallery]
 
     def _drawable(self, target: str, pictures: ranking.Pictures) -> bool:
-        dataset = getattr(loaded := self.test_loader[target]["query"].dataset, "dataset", loaded)
-        return bool(pictures[0]) and holds_images(dataset, pictures[0][0].files)
+        dataset: Any = readable(self.test_loader[target]["query"]).dataset
+        return bool(pictures[0] and dataset.holds_images(pictures[0][0].files))
 
     def _report(self, target: str, search: ranking.Search, result: RetrievalResult, options: EvaluationOptions) -> None:
         """Prints, writes, draws and logs the result of a target."""
