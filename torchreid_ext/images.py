@@ -212,13 +212,12 @@ def list_folder(folder: str, names: re.Pattern[str]) -> Table:
     return table
 
 
-def with_queries(rows: Iterable[Row]) -> list[Row]:
-    """Test images as queries and gallery: all are the gallery, the first of each identity and camera is a query too."""
-    gallery = [row._replace(split="gallery") for row in rows]
+def queries(rows: Iterable[Row]) -> list[Row]:
+    """The first image of each identity and camera, as query."""
     first: dict[tuple[str, str], Row] = {}
-    for row in gallery:
+    for row in rows:
         first.setdefault((row.identity, row.seen_by), row._replace(split="query"))
-    return [*first.values(), *gallery]
+    return list(first.values())
 
 
 def from_torchreid(dataset: Any) -> Table:

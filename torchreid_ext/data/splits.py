@@ -165,18 +165,16 @@ def read(name: str, options: SetOptions, root: str) -> Table:
     for person in sorted(person for person, number in count.items() if number < options.min_images):
         table.leave_out(f"people with fewer than {options.min_images} images", person)
     train, test, query = (_unique(where, split) for split in _split(where, options, found))
-    table.rows = [row._replace(split="train") for row in train]
-    if options.query is None and options.query_cameras is None:
-        table.rows += images.with_queries(test)
-        return table
     if options.query_cameras is not None:
         cameras = sorted({row.camera for row in test})
         if unknown := [camera for camera in options.query_cameras if camera not in cameras]:
             raise InputError(f"{where}.query_cameras: no test image is from camera {unknown[0]!r}; there are {cameras}")
         query = [row for row in test if row.camera in options.query_cameras]
         test = [row for row in test if row.camera not in options.query_cameras]
-    for split, rows in (("query", query), ("gallery", test)):
-        table.rows += [row._replace(split=split) for row in rows]
+    elif options.query is None:
+        query = images.queries(test)
+    splits = {"train": train, "query": query, "gallery": test}
+    table.rows = [row._replace(split=split) for split, rows in splits.items() for row in rows]
     return table
 
 

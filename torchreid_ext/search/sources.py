@@ -113,7 +113,8 @@ def _listed(source: str, names: re.Pattern[str], cameras: bool = True) -> Table:
     if name == _QUERY:
         table.rows = [row._replace(split="query") for row in table.rows]
     elif name not in _GALLERY and all(row.identity for row in table.rows):
-        table.rows = images.with_queries(row if cameras else row._replace(camera="") for row in table.rows)
+        rows = [row if cameras else row._replace(camera="") for row in table.rows]
+        table.rows = images.queries(rows) + rows
     return table
 
 
