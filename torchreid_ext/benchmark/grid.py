@@ -27,6 +27,7 @@ Snippet = Mapping[str, Any]
 
 SETTINGS, TUNED = "settings", "-tuned"
 PLACES = ("data.root", "model.load_weights")  # A path of the same name may hold other photos or weights.
+DEFAULTS = {key: plain(entry.default) for key, entry in KEYS.items()}
 LOSSES = "losses.yaml"  # beside the first configuration file, unless another file is given
 
 
@@ -60,21 +61,15 @@ def recipe(line: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 def same(mine: Mapping[str, Any], other: Mapping[str, Any], without: Iterable[str] = ()) -> bool:
     """Whether two flat configurations are equal, but for some keys and for keys that do not change a score. A key that
-    only one of them knows counts as its default: a new key makes no result stale, and a new default does. A key that is
-    gone had no effect that this version knows of."""
-    left, right = comparable(mine), comparable(other)
-    for key in {*left, *right} - {*without}:
-        values = [each[key] for each in (left, right) if key in each]
-        if len(values) == 1 and key in KEYS:
-            values.append(plain(KEYS[key].default))
-        if values[0] != values[-1]:
-            return False
-    return True
+    one of them lacks counts as its default: a new key makes no result stale, and a new default does. A key that is gone
+    had no effect that this version knows of."""
+    left, right = comparable({**DEFAULTS, **mine}), comparable({**DEFAULTS, **other})
+    return all(left[key] == right[key] for key in (left.keys() & right.keys()) - {*without})
 
 
 def comparable(configuration: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a flat configuration that have an effect on scores: without those of losses that are not trained."""
-    trained = {configuration.get("loss.name"), "softmax"}  # A cross-entropy stands beside every loss.
+    trained = {configuration["loss.name"], "softmax"}  # A cross-entropy stands beside every loss.
     idle = tuple(f"loss.{name}." for name in KEYS["loss.name"].choices or () if name not in trained)
     return scored({key: value for key, value in configuration.items() if not key.startswith(idle)})
 
@@ -111,12 +106,12 @@ def read_losses(path: Path, names: Sequence[str] | None) -> tuple[dict[str, Snip
         if name not in losses:
             known = ", ".join(losses)
             raise InputError(f"{path} has no loss {name!r}; did you mean {nearest(name, losses)!r}? It has: {known}")
-    chosen: dict[str, dict[str, Any]] = {name: dict(losses[name]) for name in (names or losses)}
-    settings: dict[str, list[Snippet]] = {name: snippet.pop(SETTINGS, []) for name, snippet in chosen.items()}
+    chosen = {name: losses[name] for name in (names or losses)}
+    settings = {name: snippet.pop(SETTINGS, []) for name, snippet in chosen.items()}
     for name, listed in settings.items():
         if not isinstance(listed, list) or not all(isinstance(setting, dict) for setting in listed):
             raise InputError(f"{path}: {name}.{SETTINGS} must be a list of config keys with values, got {listed!r}")
-    return {**chosen}, settings
+    return chosen, settings
 
 
 def added(loss: str, snippet: Snippet, setting: Snippet) -> dict[str, Any]:
@@ -158,7 +153,7 @@ def plan(
     if len({file.name for file in files}) < len(files):
         names = ", ".join(map(str, files))
         raise InputError(f"two of {names} have the same name, by which the report tells files apart: rename one")
-    runs = []
+    runs, place = [], {"data.root": root} if root else {}
     for number, seed in enumerate(seeds):
         of_seed = {key: values[number] for key, *values in varied}
         for file in files:
@@ -166,9 +161,8 @@ def plan(
                 cfg = get_default_config()
                 cfg.merge_from_file(file)
                 _merge(cfg, loss, snippet)
-                cfg.merge_from_list(["data.root", root] if root else [])
-                cfg.merge_from_list([word for pair in (fixed | of_seed).items() for word in pair])
-                cfg.train.seed = seed
+                given = place | fixed | of_seed | {"train.seed": str(seed)}
+                cfg.merge_from_list([word for pair in given.items() for word in pair])
                 check(cfg)
                 if cfg.test.rerank:
                     raise InputError("test.rerank re-ranks in a test alone, and these runs train: leave it out")
