@@ -77,7 +77,7 @@ def run_all(runs: Sequence[Run], results: Path, workers: int, keep: Path | None 
             while (waiting or running) and stop.signum is None:
                 while waiting and len(running) < workers:
                     running.append(Process(waiting.pop(0), folder))
-                for process in [process for process in running if process.ended()]:
+                for process in [process for process in running if process.status is not None]:
                     running.remove(process)
                     if process.status == 0:
                         append_result(results, process.result())
@@ -127,13 +127,12 @@ def _labels(line: Mapping[str, Any]) -> tuple[Any, ...]:
 
 class Process:
     """A run in a process of ``drsl-train`` with one thread, which starts at once. Its ``data.save_dir`` is a folder in
-    the given folder; its exit status is None while it runs."""
+    the given folder."""
 
     def __init__(self, run: Run, folder: Path) -> None:
         loss = re.sub(r'[<>:"/\\|?*]', "_", run.loss)  # characters that a file of Windows may not have
         name = f"{run.config.stem}-{loss}-{fingerprint(run.configuration)}"
         self.run, self.folder = run, folder / name
-        self.status: int | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
         # Of this run: the code may change while the grid runs, or before a stopped run goes on.
         with open(self.folder / "commits.txt", "a" if History(self.folder / "model").candidates() else "w") as commits:
@@ -163,9 +162,10 @@ class Process:
             # Ctrl-C reaches the benchmark alone, in a session of its own, which then stops the runs.
             self._process = subprocess.Popen(command, env=os.environ | threads, start_new_session=True, **streams)
 
-    def ended(self) -> bool:
-        self.status = self._process.poll()
-        return self.status is not None
+    @property
+    def status(self) -> int | None:
+        """The exit status; None while it runs."""
+        return self._process.poll()
 
     def send(self, signum: int) -> None:
         """Sends a signal to the process and to those it started, but for its loaders, which end with it."""
@@ -236,7 +236,7 @@ def tune(
     names: dict[str, list[str]] = {}  # of the trials of each loss
     for loss, snippet in losses.items():
         (run,) = plan(**{**grid, "losses": {loss: snippet}, "seeds": grid["seeds"][:1], "varied": ()})
-        if not run.configuration.get("data.validation"):
+        if not run.configuration["data.validation"]:
             raise InputError("settings are chosen on validation identities: add data.validation 0.2 to the command")
         key = WEIGHT_KEYS.get(run.configuration["loss.name"])
         tried = {key, *(name for setting in settings.get(loss, ()) for name, _ in flatten(setting))}
@@ -252,9 +252,8 @@ def tune(
         for number, setting in enumerate(settings.get(loss, ()), 1):
             names[loss].append(trial := f"{name}+{number}")
             second[trial] = added(trial, trials[name], setting)
-    more, failed_too = _try_all(second, grid, results, workers)
-    trials |= second
-    scores |= more
+    of_second, failed_too = _try_all(second, grid, results, workers)
+    trials, scores = trials | second, scores | of_second
     best = {loss: dict(trials[_best(loss, names[loss], scores)]) for loss in losses}
     return best, scores, failed + failed_too
 
@@ -263,8 +262,6 @@ def _try_all(
     trials: Mapping[str, Snippet], grid: Mapping[str, Any], results: Path, workers: int
 ) -> tuple[dict[str, float], int]:
     """The mean mAP of each trial all of whose runs ended, and the number of runs that failed."""
-    if not trials:
-        return {}, 0
     runs = plan(**grid, losses=trials)
     failed = run_all(runs, results, workers)
     lines = read_results(results)

@@ -165,9 +165,6 @@ class Ended:
     def __init__(self, run, folder):
         (folder / "metrics.json").touch()
 
-    def ended(self):
-        return True
-
     def result(self):
         return {"configuration": {}, "results": {}}
 
