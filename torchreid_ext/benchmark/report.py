@@ -97,13 +97,13 @@ class Section:
         drawn = configuration["data.sources"] if configuration.get("data.validation") else [self.target]
         splits = ["data.split_id."] if {*drawn} & {*WITH_SPLITS} else []
         keys = ("data.root.", *splits, *(f"datasets.{name}." for name in drawn))
-        draws = [str(configuration.get(key)) for key in line.get("varied", ()) if f"{key}.".startswith(keys)]
+        draws = [str(configuration.get(key)) for key in line["varied"] if f"{key}.".startswith(keys)]
         return tuple(sorted(line["results"][self.target]["identity"])), *draws
 
     def _paired(self, ours: dict[str, Any], theirs: dict[str, Any], score: str) -> tuple[list[float], list[int]]:
         """The difference of each query that has a match, and its identity."""
         one, other = ours["results"][self.target], theirs["results"][self.target]
-        left, right = ([line["configuration"].get(key) for key in ours.get("varied", ())] for line in (ours, theirs))
+        left, right = ([line["configuration"].get(key) for key in ours["varied"]] for line in (ours, theirs))
         if one["identity"] != other["identity"] or left != right:
             other_queries = f"{ours['loss']} and {theirs['loss']} were tested on other queries with seed {ours['seed']}"
             raise InputError(f"{self.title}: {other_queries}; give their runs the same --vary")
@@ -119,9 +119,12 @@ def sections(results: Sequence[Mapping[str, Any]], losses: Sequence[str] | None 
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for line in map(_with_varied, results):
         if losses is None or line["loss"] in losses:
+            (config, changed), model = recipe(line), line["configuration"]
+            network = model["model.name"] + (" with the neck" if model["model.bnneck"] else "")
             for target in line["results"]:
-                groups.setdefault((target, *_recipe(line)), []).append(line)
-    found = [_section(target, network, lines) for (target, _, network, _), lines in groups.items()]
+                key = target, network, config, json.dumps(changed, sort_keys=True)
+                groups.setdefault(key, []).append(line)
+    found = [_section(target, network, lines) for (target, network, *_), lines in groups.items()]
     titles = [section.title for section in found]
     return [
         replace(section, changes=_changes(lines[0])) if titles.count(section.title) > 1 else section
@@ -132,20 +135,14 @@ def sections(results: Sequence[Mapping[str, Any]], losses: Sequence[str] | None 
 def _with_varied(line: Mapping[str, Any]) -> Mapping[str, Any]:
     """The line, with each varied key in its configuration as a key of its own: ``datasets.mine.seed``, say, is taken
     out of the value of ``datasets.mine``. Then this value is the same for all seeds."""
-    configuration = dict(line["configuration"])
-    for varied in line.get("varied", ()):
+    configuration, varied = dict(line["configuration"]), line.get("varied", {})
+    for own in varied:
         for key, options in line["configuration"].items():
-            name = varied.removeprefix(f"{key}.").split(".")[0]
-            if varied.startswith(f"{key}.") and name in options:
+            name = own.removeprefix(f"{key}.").split(".")[0]
+            if own.startswith(f"{key}.") and name in options:
                 configuration[key] = {other: value for other, value in configuration[key].items() if other != name}
-                configuration[varied] = options[name]
-    return {**line, "configuration": configuration}
-
-
-def _recipe(line: Mapping[str, Any]) -> tuple[str, str, str]:
-    configuration, (config, changed) = line["configuration"], recipe(line)
-    network = configuration["model.name"] + (" with the neck" if configuration["model.bnneck"] else "")
-    return config, network, json.dumps(changed, sort_keys=True)
+                configuration[own] = options[name]
+    return {**line, "varied": varied, "configuration": configuration}
 
 
 def _changes(line: Mapping[str, Any]) -> dict[str, str]:
@@ -159,11 +156,11 @@ def _section(target: str, network: str, lines: Sequence[Mapping[str, Any]]) -> S
     theirs = {key for line in lines for key, _ in flatten(line["snippet"])}
     # The identity cross-entropy stands beside every loss.
     theirs |= {key for line in lines for key in line["configuration"] if re.match(r"loss\.(?!softmax\.)", key)}
-    newest, varied = lines[-1]["configuration"], {*lines[-1].get("varied", ())}
+    newest, varied = lines[-1]["configuration"], {*lines[-1]["varied"]}
     free = {"train.seed", *varied}
     for loss in dict.fromkeys(line["loss"] for line in lines):
         own = [line for line in lines if line["loss"] == loss]
-        kept = [line for line in own if {*line.get("varied", ())} == varied]
+        kept = [line for line in own if {*line["varied"]} == varied]
         kept = [line for line in kept if same(line["configuration"], kept[-1]["configuration"], free)]
         kept = [line for line in kept if same(line["configuration"], newest, free | theirs)]
         if len(kept) < len(own):
@@ -180,9 +177,8 @@ def _section(target: str, network: str, lines: Sequence[Mapping[str, Any]]) -> S
     without: dict[str, list[str]] = {}
     for loss, of_loss in by_loss.items():
         if missing := ", ".join(str(seed) for seed in every if seed not in of_loss):
-            without.setdefault(missing, []).append(loss)
-    quoted = {missing: ", ".join(f"`{name}`" for name in names) for missing, names in without.items()}
-    notes += [f"No results for seed {missing}: {names}." for missing, names in quoted.items()]
+            without.setdefault(missing, []).append(f"`{loss}`")
+    notes += [f"No results for seed {missing}: {', '.join(names)}." for missing, names in without.items()]
     named = (line["commit"] for of_loss in by_loss.values() for line in of_loss.values() if "commit" in line)
     names = (name for several in named for name in several.split("+"))  # A run may have gone on with other code.
     commits = dict.fromkeys(name[:7] + "-dirty" * name.endswith("-dirty") for name in names)
@@ -202,7 +198,7 @@ def to_markdown(section: Section, reference: str) -> str:
         rows[-1] |= {score: _spread(row[score, "mean"], row[score, "sd"]) for score in SCORES}
         rows[-1] |= {f"{reference} is ahead in {score}": ahead.get((loss, score), "-") for score in COMPARED}
     table = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
-    return "\n\n".join([f"### {section.title}", table, *([" ".join(section.notes)] if section.notes else [])])
+    return "\n\n".join(filter(None, [f"### {section.title}", table, " ".join(section.notes)]))
 
 
 def _spread(mean: float, deviation: float) -> str:
