@@ -121,22 +121,19 @@ def extract_sets(model: TrainedModel, table: Table, **options: Any) -> dict[str,
     which none can be read."""
     held = {row.path for row in table.gallery}
     apart = [row for row in table.query if row.path not in held]
-    parts = (("query", apart), ("gallery", table.gallery))
-    others = {"query": len(apart) < len(table.query), "gallery": False}  # whether the part may be empty
-    sets = {
-        name: extract_files(model, rows, description=name, may_be_empty=others[name], **options)
-        for name, rows in parts
-        if rows
-    }
-    if not others["query"]:
-        return sets
-    features = torch.cat([part.features for part in sets.values() if part.entries])
-    places = {row.path: at for at, row in enumerate(row for part in sets.values() for row in part.entries)}
-    queries = [row for row in table.query if row.path in places]
-    if not queries:
-        raise InputError(f"none of the {len(table.query)} query images can be read")
-    chosen = features[[places[row.path] for row in queries]]
-    return {"query": ExtractedSet(queries, chosen), "gallery": sets["gallery"]}
+    read = dict[str, Tensor]()
+    for name, rows in (("query", apart), ("gallery", table.gallery)):
+        if rows:
+            others = rows is apart and len(apart) < len(table.query)
+            found = extract_files(model, rows, description=name, may_be_empty=others, **options)
+            read |= zip((row.path for row in found.entries), found.features, strict=True)
+    sets = dict[str, ExtractedSet]()
+    for name, wanted in (("query", table.query), ("gallery", table.gallery)):
+        if kept := [row for row in wanted if row.path in read]:
+            sets[name] = ExtractedSet(kept, torch.stack([read[row.path] for row in kept]))
+        elif wanted:
+            raise InputError(f"none of the {len(wanted)} {name} images can be read")
+    return sets
 
 
 def write_features(path: str | os.PathLike[str], model: TrainedModel, sets: dict[str, ExtractedSet]) -> bool:
