@@ -9,7 +9,7 @@ import os
 import subprocess
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -54,9 +54,9 @@ class Run:
 
 def recipe(line: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The name of the configuration file of a result, and the keys with an effect on scores that the user changed in
-    all runs, with their values: of two spellings of a number, 1e-3 and 0.001, the value is one."""
+    all runs, sorted, with their values: of two spellings of a number, 1e-3 and 0.001, the value is one."""
     changed = {key: line["configuration"].get(key, word) for key, word in line["changes"].items()}
-    return line["config"], scored(changed)
+    return line["config"], dict(sorted(scored(changed).items()))
 
 
 def same(mine: Mapping[str, Any], other: Mapping[str, Any], without: Iterable[str] = ()) -> bool:
@@ -103,15 +103,20 @@ def read_losses(path: Path, names: Sequence[str] | None) -> tuple[dict[str, Snip
     if not losses or not isinstance(losses, dict) or not all(isinstance(snippet, dict) for snippet in losses.values()):
         raise InputError(f"{path} must hold config keys for each loss, as supcon: {{loss: {{name: pml, ...}}}}")
     for name in names or ():
-        if name not in losses:
-            known = ", ".join(losses)
-            raise InputError(f"{path} has no loss {name!r}; did you mean {nearest(name, losses)!r}? It has: {known}")
+        check_name(f"{path} has no loss", name, losses)
     chosen = {name: losses[name] for name in (names or losses)}
     settings = {name: snippet.pop(SETTINGS, []) for name, snippet in chosen.items()}
     for name, listed in settings.items():
         if not isinstance(listed, list) or not all(isinstance(setting, dict) for setting in listed):
             raise InputError(f"{path}: {name}.{SETTINGS} must be a list of config keys with values, got {listed!r}")
     return chosen, settings
+
+
+def check_name(fault: str, name: str, known: Collection[str]) -> None:
+    """Raises InputError, which begins with the fault, for the name of a loss that is not known."""
+    if name not in known:
+        there = ", ".join(sorted(known))
+        raise InputError(f"{fault} {name!r}; did you mean {nearest(name, known)!r}? There are: {there}")
 
 
 def added(loss: str, snippet: Snippet, setting: Snippet) -> dict[str, Any]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from pml_drsl.checks import InputError, nearest
+from pml_drsl.checks import InputError
 from pml_drsl.console import replacing, write_text
-from torchreid_ext.benchmark.grid import PLACES, TUNED, recipe, same, scored
+from torchreid_ext.benchmark.grid import PLACES, TUNED, check_name, recipe, same, scored
 from torchreid_ext.benchmark.statistics import compare, holm
 from torchreid_ext.config.values import flatten
 
@@ -122,7 +121,7 @@ def sections(results: Sequence[Mapping[str, Any]], losses: Sequence[str] | None 
             (config, changed), model = recipe(line), line["configuration"]
             network = model["model.name"] + (" with the neck" if model["model.bnneck"] else "")
             for target in line["results"]:
-                key = target, network, config, json.dumps(changed, sort_keys=True)
+                key = target, network, config, str(changed)
                 groups.setdefault(key, []).append(line)
     found = [_section(target, network, lines) for (target, network, *_), lines in groups.items()]
     titles = [section.title for section in found]
@@ -222,11 +221,12 @@ def report(
     if not known:
         raise InputError("there are no results to report; make them with drsl-benchmark run")
     for name in losses or ():
-        _check_name(name, known)
+        check_name("there are no results of", name, known)
     found = sections(results, losses)
     if reference is not None:
         shown = [loss for section in found for loss in section.lines]
-        _check_name(reference, {*shown, *(loss.removesuffix(TUNED) for loss in shown)})
+        known = {*shown, *(loss.removesuffix(TUNED) for loss in shown)}
+        check_name("there are no results of", reference, known)
     reference = reference or "drsl"
     head = (
         f"Mean ± standard deviation over the seeds, in percent. The last columns give the difference to {reference} in "
@@ -235,12 +235,6 @@ def report(
         "fewer there is none; with one seed, the interval is of the identities alone."
     )
     return "\n\n".join([head, *(to_markdown(section, reference) for section in found)]) + "\n"
-
-
-def _check_name(name: str, known: Collection[str]) -> None:
-    if name not in known:
-        there = ", ".join(sorted(known))
-        raise InputError(f"there are no results of {name!r}; did you mean {nearest(name, known)!r}? There are: {there}")
 
 
 def insert(path: Path, text: str) -> None:
