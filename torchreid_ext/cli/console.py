@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import textwrap
 from collections.abc import Iterable
+from typing import Any
 
 from pml_drsl import console
 from pml_drsl.checks import InputError
@@ -56,6 +57,11 @@ def add_device(made: argparse.ArgumentParser) -> None:
     add("--names", default="market", metavar="KIND",
         help="how names carry identities and cameras: market (0002_c1s1_000451_03.jpg), folder (anna/hall_1.jpg), "
         "msmt17, veri, or a regular expression with the groups identity and camera (%(default)s)")  # fmt: skip
+
+
+def extraction(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of ``extract_files`` that the user gave to :func:`add_device`."""
+    return {"batch_size": args.batch_size, "workers": args.workers, "skip_damaged": args.skip_damaged}
 
 
 def check_sources(names: str, sources: Iterable[str]) -> None:

@@ -77,8 +77,7 @@ def run(args: argparse.Namespace) -> None:
         )
         if table.left_out:
             say(table.about_left_out())
-        given = {option: getattr(args, option) for option in ("batch_size", "workers", "skip_damaged")}
-        sets = extract_sets(model, table, **given)
+        sets = extract_sets(model, table, **console.extraction(args))
         labelled = distributed.is_first() and write_features(args.output, model, sets)
         rows = [row for part in sets.values() for row in part.entries]
         counts = " and ".join(f"{len(part.entries)} {name}" for name, part in sets.items())

@@ -19,14 +19,13 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from pml_drsl.checks import InputError
 from pml_drsl.console import guarded, say, write_text
 from torchreid_ext.cli import console
 
 if TYPE_CHECKING:
-    from torchreid_ext.images import Row
     from torchreid_ext.search.features import ExtractedSet
     from torchreid_ext.search.searcher import Searcher
 
@@ -107,31 +106,24 @@ def _search(args: argparse.Namespace) -> None:
 def _opened(args: argparse.Namespace, out: TextIO) -> tuple[Searcher, ExtractedSet | None]:
     """The searcher with its gallery, which is kept if --index says so, and the queries with their features, if any."""
     from torchreid_ext.runtime.files import locked
+    from torchreid_ext.search import features
     from torchreid_ext.search.searcher import Searcher
     from torchreid_ext.search.sources import absolute, list_queries
 
     changes = args.index and (args.gallery or args.remove or args.prune)
     with locked(args.index) if changes else contextlib.nullcontext():
         kept = args.index if args.index and Path(args.index).exists() else None
-        options = ("model", "config_file", "device", "batch_size", "names")
-        given = {name: getattr(args, name) for name in options}
+        given = {name: getattr(args, name) for name in ("model", "config_file", "device", "batch_size", "names")}
         searcher = Searcher(args.checkpoint, index=kept, **given)
         queries = [absolute(row) for row in list_queries(args.query, args.names)]
-        asked = _extracted(args, searcher, queries, description="queries", crop=args.crop) if queries else None
+        options = console.extraction(args) | {"description": "queries", "crop": args.crop}
+        asked = features.extract_files(searcher.model, queries, **options) if queries else None
         removed, added = _remove(args, searcher, out), _add(args, searcher, out)
         if unwritten := changes and (added or kept is None):
             searcher.gallery.save(args.index)
         if removed or unwritten:
             say(f"The index of {len(searcher):,} images is in {args.index!r}", out)
     return searcher, asked
-
-
-def _extracted(args: argparse.Namespace, searcher: Searcher, entries: Sequence[Row], **options: Any) -> ExtractedSet:
-    """The images with their features, as ``extract_files`` gives them."""
-    from torchreid_ext.search.features import extract_files
-
-    given = {name: getattr(args, name) for name in ("batch_size", "workers", "skip_damaged")}
-    return extract_files(searcher.model, entries, **given, **options)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -182,16 +174,15 @@ def _remove(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
 
 def _add(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
     """Adds images to the gallery; returns whether there were any to add."""
-    from torchreid_ext.images import Row, Table, pattern, spelt
-    from torchreid_ext.search.features import read_gallery
+    from torchreid_ext.images import Row, Table, spelt
+    from torchreid_ext.search import features
     from torchreid_ext.search.sources import absolute, list_sources
 
     added, listed, left_out = False, list[Row](), Table()
     for source in args.gallery:
         if source.lower().endswith(".npz"):
-            held = read_gallery(source, searcher.model)
-            carried = pattern(args.names, "--names")
-            places = {absolute(spelt(entry, carried)): row for row, entry in enumerate(held.entries)}
+            held = features.read_gallery(source, searcher.model)
+            places = {absolute(spelt(entry, searcher.names)): row for row, entry in enumerate(held.entries)}
             new = [entry for entry in places if entry.path not in searcher.gallery]
             searcher.gallery.add(new, held.features[[places[entry] for entry in new]])
             added |= bool(new)
@@ -207,12 +198,12 @@ def _add(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
     entries = list(fresh.values())
     added |= bool(entries)
     while entries:
-        progress = f"gallery, {len(entries):,} images left"
+        options = console.extraction(args) | {"description": f"gallery, {len(entries):,} images left"}
         # The whole index is written after every part: parts that grow with it keep the time for this short.
         size = max(PART, len(searcher) // 10) if args.index else len(entries)
         part, entries = entries[:size], entries[size:]
         others = bool(entries or len(searcher))
-        read = _extracted(args, searcher, part, may_be_empty=others, description=progress)
+        read = features.extract_files(searcher.model, part, may_be_empty=others, **options)
         if read.entries:
             searcher.gallery.add(read.entries, read.features)
         if read.entries and entries:

@@ -7,6 +7,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -24,6 +25,18 @@ from pml_drsl.machine import full_precision
 from torchreid_ext.images import Row, composed
 from torchreid_ext.search.model import TrainedModel
 from torchreid_ext.search.sources import resolved, shown
+
+
+@dataclass(frozen=True)
+class Match:
+    """An image of the gallery that a search found; what is unknown of it is empty. The distance from the query is
+    squared Euclidean, or 1 - cosine similarity, as the model was tested; it is in [0, 1] after re-ranking."""
+
+    rank: int  # from 1
+    name: str  # its absolute path, or the name under which it was added
+    distance: float
+    identity: str = ""
+    camera: str = ""
 
 
 class Gallery:
@@ -110,10 +123,10 @@ class Gallery:
         self._names -= {entry.path for entry in gone}
         return gone
 
-    def nearest(self, queries: Tensor, top: int, rerank: bool = False) -> list[list[tuple[Row, float]]]:
-        """The ``top`` nearest images of each query, [Q, D], with their distances, nearest first. ``rerank`` re-ranks
-        all images by k-reciprocal neighbours; distances then lie in [0, 1]. Raises InputError for an empty gallery,
-        ``top`` below 1, or queries of another number of dimensions."""
+    def nearest(self, queries: Tensor, top: int, rerank: bool = False) -> list[list[Match]]:
+        """The ``top`` nearest images of each query, [Q, D], nearest first. ``rerank`` re-ranks all images by
+        k-reciprocal neighbours; distances then lie in [0, 1]. Raises InputError for an empty gallery, ``top`` below 1,
+        or queries of another number of dimensions."""
         if self._rows is None or not len(self):
             raise InputError("the gallery is empty: add images to it first")
         if top < 1:
@@ -125,11 +138,12 @@ class Gallery:
             distances = reranking.rerank(queries.cpu().float(), gallery, metric=self.model.metric).rows
         else:
             distances = functools.partial(self._distances, self._vectors(queries), gallery)
-        found, step = list[list[tuple[Row, float]]](), rows_per_chunk(len(self))
+        found, step = list[list[Match]](), rows_per_chunk(len(self))
         for start in range(0, len(queries), step):
             nearest = distances(start, min(start + step, len(queries))).topk(min(top, len(self)), largest=False)
-            for pair in zip(nearest.values.tolist(), nearest.indices.tolist(), strict=True):
-                found.append([(self.entries[place], distance) for distance, place in zip(*pair, strict=True)])
+            for values, places in zip(nearest.values.tolist(), nearest.indices.tolist(), strict=True):
+                rows = enumerate(zip((self.entries[place] for place in places), values, strict=True), 1)
+                found.append([Match(rank, row.path, far, row.identity, row.camera) for rank, (row, far) in rows])
         return found
 
     def _distances(self, queries: Tensor, gallery: Tensor, start: int, stop: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,23 +15,11 @@ from pml_drsl.checks import InputError, is_whole
 from torchreid_ext.evaluation.page import UNITS, Box, Found, Picture, Ranking, shown_distance
 from torchreid_ext.images import Row, named, pattern
 from torchreid_ext.runtime.files import locked
-from torchreid_ext.search.gallery import Gallery
+from torchreid_ext.search.gallery import Gallery, Match
 from torchreid_ext.search.model import ImageLike, Preprocessing, as_list, load_model
 from torchreid_ext.search.sources import DEFAULT_NAMES, resolved, shown
 
 _WORDS = {"right": "same", "wrong": "other", "": ""}
-
-
-@dataclass(frozen=True)
-class Match:
-    """An image of the gallery that a search found; what is unknown of it is empty. The distance from the query is
-    squared Euclidean, or 1 - cosine similarity, as the model was tested; it is in [0, 1] after re-ranking."""
-
-    rank: int  # from 1
-    name: str  # its absolute path, or the name under which it was added
-    distance: float
-    identity: str = ""
-    camera: str = ""
 
 
 class Searcher:
@@ -73,8 +61,7 @@ class Searcher:
     ) -> None:
         if batch_size is not None and not (is_whole(batch_size) and batch_size >= 1):
             raise InputError(f"batch_size {batch_size}: give a whole number, 1 or more")
-        pattern(names, "names")
-        self.names = names
+        self.names = pattern(names, "names")
         self.model = load_model(checkpoint, config_file, device, model)
         self.batch_size = batch_size or int(self.model.config.test.batch_size)
         self.preprocessing = Preprocessing(self.model.config)
@@ -106,14 +93,14 @@ class Searcher:
         Their ``names`` may carry identities and cameras. An image that is a path has its absolute path for a name.
         An InputError refuses images without names, names that are in the gallery already, and images that cannot be
         used. Nothing is added then."""
-        given, carried = as_list(images), pattern(self.names, "--names")
+        given = as_list(images)
         if names is None:
             if not all(isinstance(image, (str, os.PathLike)) for image in given):
                 raise InputError("images that are not paths need names: give as many names as images")
             paths = [os.fspath(image) for image in given]  # type: ignore[arg-type]
-            entries = [named(os.path.abspath(path), carried)._replace(path=resolved(path)) for path in paths]
+            entries = [named(os.path.abspath(path), self.names)._replace(path=resolved(path)) for path in paths]
         else:
-            entries = [named(name, carried) for name in ([names] if isinstance(names, str) else names)]
+            entries = [named(name, self.names) for name in ([names] if isinstance(names, str) else names)]
         if len(entries) != len(given):
             raise InputError(f"{len(given)} images need as many names, got {len(entries)}")
         features = self.extract(given)
@@ -144,11 +131,7 @@ class Searcher:
     def search_features(self, features: Tensor, top: int = 10, rerank: bool = False) -> list[list[Match]]:
         """The same as :meth:`search` for queries by their features, [Q, D]."""
         with self._lock:
-            rows = self.gallery.nearest(features, top, rerank)
-        return [
-            [Match(rank, row.path, far, row.identity, row.camera) for rank, (row, far) in enumerate(found, 1)]
-            for found in rows
-        ]
+            return self.gallery.nearest(features, top, rerank)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the gallery to a file, as ``Gallery.save`` does, and waits while another process writes the file."""

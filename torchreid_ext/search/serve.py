@@ -26,9 +26,10 @@ from torch import Tensor
 from pml_drsl.checks import InputError
 from pml_drsl.console import say
 from torchreid_ext.evaluation.page import filled, sections, whole
-from torchreid_ext.images import Row, in_name, pattern
+from torchreid_ext.images import Row, in_name
 from torchreid_ext.pixels import read_image
-from torchreid_ext.search.searcher import Match, Searcher, caption, rankings
+from torchreid_ext.search.gallery import Match
+from torchreid_ext.search.searcher import Searcher, caption, rankings
 from torchreid_ext.search.sources import shown
 
 MEGABYTES, MEGAPIXELS = 20, 50  # A larger photo is refused before it is read whole, or decoded.
@@ -41,7 +42,6 @@ def application(searcher: Searcher, rerank: bool = False, top: int = 10, hosts: 
 
     The gallery's cameras and folders are read once, here. The page asks for ``top`` results, >= 1, at first. ``hosts``
     are the names of this server that a browser may use; all others are refused."""
-    carried = pattern(searcher.names, "--names")
     entries = searcher.gallery.entries
     cameras = {_printable(camera): camera for camera in sorted({entry.camera for entry in entries} - {""})}
     of_images = sorted({os.path.dirname(row.path) for row in entries} - {""})
@@ -98,7 +98,7 @@ def application(searcher: Searcher, rerank: bool = False, top: int = 10, hosts: 
             image = read_image(photo, MEGAPIXELS)
             box = (crop[0], crop[1], crop[2], crop[3]) if crop else None
             matches = _nearest(searcher, searcher.extract(image, box), top, rerank, wanted)
-            (row,) = rankings([Row(name, *(in_name(carried, name) or ()))], box, [matches])
+            (row,) = rankings([Row(name, *(in_name(searcher.names, name) or ()))], box, [matches])
             found = "".join(sections([replace(row, query=replace(row.query, image=image))]))
         return HTMLResponse(_printable(found), headers=_HEADERS)
 

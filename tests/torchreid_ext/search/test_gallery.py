@@ -46,7 +46,7 @@ def test_the_nearest_are_those_of_a_slow_search(metric, offset, monkeypatch):
     gallery = Gallery(model(metric))
     for rows in (range(50), range(50, 300)):
         gallery.add([Row(str(row)) for row in rows], features[list(rows)])
-    found = np.array([[(int(row.path), far) for row, far in near] for near in gallery.nearest(queries, 5)])
+    found = np.array([[(int(match.name), match.distance) for match in near] for near in gallery.nearest(queries, 5)])
     expected, order = slowly(queries, features, metric).sort(dim=1)
     assert np.array_equal(found[..., 0], order[:, :5].numpy())
     assert np.abs(found[..., 1] - expected[:, :5].numpy()).max() < 1e-5 and (found >= 0).all()
@@ -72,20 +72,20 @@ def test_images_may_be_added_inside_and_outside_inference_mode(metric):
     for row, inside in ((range(10), True), ([10], True), ([11], False)):
         with torch.inference_mode(inside):
             gallery.add([Row(str(each)) for each in row], features[list(row)])
-    assert [near[0][0].path for near in gallery.nearest(features, 1)] == [str(row) for row in range(12)]
+    assert [near[0].name for near in gallery.nearest(features, 1)] == [str(row) for row in range(12)]
 
 
 def test_adding_removing_and_reranking():
     features = draw(300).requires_grad_()  # As they come from one's own network, where no_grad was forgotten.
     gallery = Gallery(model("euclidean"))
     gallery.add([Row(f"a{row}") for row in range(300)], features)
-    assert [entry.path for entry, _ in gallery.nearest(features[[7]], 1)[0]] == ["a7"]
+    assert [match.name for match in gallery.nearest(features[[7]], 1)[0]] == ["a7"]
     gallery.remove(["a7", "a9"])
-    names = [entry.path for entry, _ in gallery.nearest(features[[7]], 298)[0]]
+    names = [match.name for match in gallery.nearest(features[[7]], 298)[0]]
     assert sorted(names) == sorted({f"a{row}" for row in range(300)} - {"a7", "a9"})
     gallery.add([Row("again")], features[[7]])
-    assert gallery.nearest(features[[7]], 1)[0][0][0].path == "again"
-    assert gallery.nearest(features[[8]], 1, rerank=True)[0][0][0].path == "a8"
+    assert gallery.nearest(features[[7]], 1)[0][0].name == "again"
+    assert gallery.nearest(features[[8]], 1, rerank=True)[0][0].name == "a8"
     gallery.remove(["*"])
     with pytest.raises(InputError, match="gallery is empty"):
         gallery.nearest(features[[7]], 1)
