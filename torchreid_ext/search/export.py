@@ -46,17 +46,16 @@ def export(
     # A missing package is named here: below, every error of the exporter is taken for the network's.
     runtime, *_ = [importlib.import_module(package) for package in ("onnxruntime", "onnx", "onnxscript")]
     shown = drawn_images() if images is None else list(images)
-    alike = f"{len(shown)} images to compare with are too few or too similar to notice a mistake in the exported file"
-    cure = "give two images or more that look different"
+    alike = f"{len(shown)} images to compare with are too few or too similar to notice a mistake in the exported file: "
+    alike += "give two images or more that look different"
+    if len(shown) < 2:
+        raise InputError(alike)
     prepare = Preprocessing(model.config)
-    read = [prepare.resized(image) for image in shown]
-    if len(read) < 2:
-        raise InputError(f"{alike}: {cure}")
-    resized = torch.stack(read)
+    resized = torch.stack([prepare.resized(image) for image in shown])
     expected = model.features(prepare.normalised(resized)).numpy()
     largest = float(np.abs(expected).max())
     if np.ptp(expected, axis=0).max() <= 10 * TOLERANCE * largest:
-        raise InputError(f"{alike}: {cure}")
+        raise InputError(alike)
     fed = (resized if normalise else prepare.normalised(resized)).numpy()
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder, "model.onnx")

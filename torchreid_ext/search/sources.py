@@ -57,12 +57,8 @@ def list_sources(sources: Sequence[str], names: str = DEFAULT_NAMES, cameras: bo
     or has no image."""
     carried = images.pattern(names, "--names")
     table, kept, known = Table(), dict[tuple[str, str], None](), dict[str, Row]()
-    alone = {source: os.path.isfile(source) and images.is_image(source) for source in sources}
-    for source in sorted(alone, key=lambda source: alone[source]):
-        if alone[source]:
-            found = Table([images.named(os.path.abspath(source), carried)._replace(path=source, split="gallery")])
-        else:
-            found = _listed(source, carried, cameras)
+    for source in sorted(dict.fromkeys(sources), key=images.is_image):
+        found = _listed(source, carried, cameras)
         for row in found.rows:
             real = os.path.realpath(row.path)
             kept[row.split, real] = None
@@ -94,6 +90,8 @@ def list_queries(sources: Sequence[str], names: str = DEFAULT_NAMES) -> list[Row
 
 def _listed(source: str, names: re.Pattern[str], cameras: bool = True) -> Table:
     if os.path.isfile(source):
+        if images.is_image(source):
+            return Table([images.named(os.path.abspath(source), names)._replace(path=source, split="gallery")])
         if not source.lower().endswith(".csv"):
             raise InputError(f"{source!r} is neither a folder, nor an image, nor a CSV file: {images.KINDS}")
         table = images.read_csv(os.path.abspath(source), None if cameras else False)
