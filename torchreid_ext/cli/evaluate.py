@@ -176,6 +176,7 @@ def _errors(args: argparse.Namespace) -> None:
     from torchreid_ext.search.model import NoConfiguration, load_model
     from torchreid_ext.search.sources import test_images
 
+    console.preload_workers()
     console.check_outputs({"--html": args.html}, [*args.features, args.ids])
     if _holds_features(args.features[0]):
         data = _read(args)

@@ -14,6 +14,7 @@ import torch
 import trained
 
 from torchreid_ext.cli import evaluate, extract
+from torchreid_ext.evaluation import errors
 
 ROOT = Path(__file__).parents[3]
 complaint = partial(trained.complaint, command="drsl-evaluate")
@@ -40,6 +41,14 @@ def test_the_errors_of_a_run_and_of_its_features_are_those_of_its_own_test(run, 
     assert (tmp_path / "errors.html").read_text(encoding="utf-8").replace(str(tmp_path / "f.npz"), str(run)) == page
     checkpoint = run / "model" / "model-best.pth.tar"
     assert evaluate.main([str(checkpoint), "--errors", "--html", str(tmp_path / "c.html")]) == 0
+
+
+def test_the_processes_that_read_the_images_of_a_run_do_not_import_torch_each(run, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("multiprocessing.set_forkserver_preload", asked.extend)
+    monkeypatch.setattr(errors, "_drawn", lambda *given: "")  # Figures take seconds.
+    assert evaluate.main([str(run), "--errors", "--html", str(tmp_path / "p.html")]) == 0
+    assert asked == ["torchreid_ext.search.features"]
 
 
 def test_damaged_images_are_left_out_and_gone_ones_are_named(tmp_path, capsys):
