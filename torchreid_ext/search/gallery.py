@@ -50,7 +50,7 @@ class Gallery:
         # The first are the features, on the CPU in float32, of unit norm where the metric is cosine; the others are
         # room for more. None before any were added.
         self._rows: Tensor | None = None
-        self._read: tuple[str, object] | None = None
+        self._stamps: dict[str, object] = {}  # of the files that hold it, when it last read or wrote them
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -178,12 +178,13 @@ class Gallery:
             for row in self.entries
         ]
         settings, entries = (np.frombuffer(json.dumps(value).encode(), np.uint8) for value in (about, rows))
-        if self._read is not None and self._read[0] == target and self._read[1] != file_stamp(target):
+        stamp = file_stamp(target)
+        if self._stamps.get(target, stamp) != stamp:
             changed = f"{os.fspath(path)!r} was changed by another process since it was read"
             raise InputError(f"{changed}: read it again, and repeat the changes")
         with replacing(target) as file:
             np.savez(file, settings=settings, entries=entries, features=self._rows[: len(self)].numpy())
-        self._read = target, file_stamp(target)
+        self._stamps[target] = file_stamp(target)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: TrainedModel) -> Gallery:
@@ -211,7 +212,7 @@ class Gallery:
             gallery.add(entries, torch.from_numpy(np.require(features, requirements="W")), normalised=True)
         except InputError as error:
             raise InputError(f"{os.fspath(path)!r} is damaged: {error}") from error
-        gallery._read = target, stamp
+        gallery._stamps[target] = stamp
         return gallery
 
 

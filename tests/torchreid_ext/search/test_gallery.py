@@ -203,6 +203,7 @@ def test_an_index_that_another_process_changed_is_not_overwritten(tmp_path):
     first.save(tmp_path / "index")
     first.remove(["a name.jpg"])
     first.save(tmp_path / "index")  # its own changes are no one else's
+    second.save(tmp_path / "copy")
     with pytest.raises(InputError, match="was changed by another process"):
         second.save(tmp_path / "index")
     assert Gallery.load(tmp_path / "index", model()).entries == first.entries
