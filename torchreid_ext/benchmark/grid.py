@@ -48,8 +48,7 @@ class Run:
 
     def labels(self) -> dict[str, Any]:
         """What its line of the file of results says of it, beside the scores."""
-        names = ("loss", "seed", "changes", "varied", "snippet", "configuration")
-        return {"config": self.config.name, **{name: getattr(self, name) for name in names}}
+        return {**vars(self), "config": self.config.name}
 
 
 def recipe(line: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -190,12 +190,12 @@ def _section(target: str, network: str, lines: Sequence[Mapping[str, Any]]) -> S
 def to_markdown(section: Section, reference: str) -> str:
     """The section in Markdown: the scores of every loss, and the differences of the reference to each of them."""
     ahead = {(row.loss, row.score): _interval(row) for row in section.differences(reference).itertuples()}
-    rows = []
-    for loss, row in section.scores().iterrows():
-        rows.append({"loss": f"**{loss}**" if loss in (reference, reference + TUNED) else loss})
-        rows[-1]["seeds"] = int(row["seeds", ""])
-        rows[-1] |= {score: _spread(row[score, "mean"], row[score, "sd"]) for score in SCORES}
-        rows[-1] |= {f"{reference} is ahead in {score}": ahead.get((loss, score), "-") for score in COMPARED}
+    rows = [
+        {"loss": f"**{loss}**" if loss in (reference, reference + TUNED) else loss, "seeds": int(row["seeds", ""])}
+        | {score: _spread(row[score, "mean"], row[score, "sd"]) for score in SCORES}
+        | {f"{reference} is ahead in {score}": ahead.get((loss, score), "-") for score in COMPARED}
+        for loss, row in section.scores().iterrows()
+    ]
     table = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
     return "\n\n".join(filter(None, [f"### {section.title}", table, " ".join(section.notes)]))
 
