@@ -19,7 +19,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from pml_drsl.checks import InputError
 from pml_drsl.console import guarded, say, write_text
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
 
     # A port that is in use ends the command before the gallery is read.
     with listen(args.host or "127.0.0.1", args.serve) as listener:
-        searcher, _ = _opened(args, sys.stdout)
+        searcher, _ = _opened(args)
         serve(listener, searcher, args.rerank, args.top)
 
 
@@ -86,24 +86,25 @@ def _search(args: argparse.Namespace) -> None:
     from torchreid_ext.evaluation.page import write_pages
     from torchreid_ext.search import searcher as search
 
-    out = sys.stderr if args.json == "-" else sys.stdout  # Text for people goes to stderr where stdout is JSON.
-    searcher, asked = _opened(args, out)
-    if asked is None:
-        return
-    # A query that the gallery holds is of whom the gallery says: the gallery's folders may carry identities.
-    known = {entry.path: entry for entry in searcher.gallery.entries if entry.identity}
-    queries = [known.get(query.path, query) for query in asked.entries]
-    # Two more, because the gallery may hold the query's own image, and a link to it.
-    found = search.others(queries, searcher.search_features(asked.features, args.top + 2, args.rerank), args.top)
-    rows = search.rankings(queries, args.crop, found)
-    caption = search.caption(searcher, args.rerank)
-    page = f"\n\nThe page to look at is {str(write_pages(args.html, rows, caption)[0])!r}" if args.html else ""
-    say(f"{caption}\n\n{search.as_text(rows)}{page}", out)
+    # Text for people goes to stderr where stdout is JSON.
+    with contextlib.redirect_stdout(sys.stderr if args.json == "-" else sys.stdout):
+        searcher, asked = _opened(args)
+        if asked is None:
+            return
+        # A query that the gallery holds is of whom the gallery says: the gallery's folders may carry identities.
+        known = {entry.path: entry for entry in searcher.gallery.entries if entry.identity}
+        queries = [known.get(query.path, query) for query in asked.entries]
+        # Two more, because the gallery may hold the query's own image, and a link to it.
+        found = search.others(queries, searcher.search_features(asked.features, args.top + 2, args.rerank), args.top)
+        rows = search.rankings(queries, args.crop, found)
+        caption = search.caption(searcher, args.rerank)
+        page = f"\n\nThe page to look at is {str(write_pages(args.html, rows, caption)[0])!r}" if args.html else ""
+        say(f"{caption}\n\n{search.as_text(rows)}{page}")
     if args.json:  # The escapes of JSON keep names that are no UTF-8, on terminals of any encoding.
         write_text(args.json, json.dumps(search.as_dict(searcher, rows, args.rerank), indent=2) + "\n")
 
 
-def _opened(args: argparse.Namespace, out: TextIO) -> tuple[Searcher, ExtractedSet | None]:
+def _opened(args: argparse.Namespace) -> tuple[Searcher, ExtractedSet | None]:
     """The searcher with its gallery, which is kept if --index says so, and the queries with their features, if any."""
     from torchreid_ext.runtime.files import locked
     from torchreid_ext.search import features
@@ -118,11 +119,11 @@ def _opened(args: argparse.Namespace, out: TextIO) -> tuple[Searcher, ExtractedS
         queries = [absolute(row) for row in list_queries(args.query, args.names)]
         options = console.extraction(args) | {"description": "queries", "crop": args.crop}
         asked = features.extract_files(searcher.model, queries, **options) if queries else None
-        removed, added = _remove(args, searcher, out), _add(args, searcher, out)
+        removed, added = _remove(args, searcher), _add(args, searcher)
         if unwritten := changes and (added or kept is None):
             searcher.gallery.save(args.index)
         if removed or unwritten:
-            say(f"The index of {len(searcher):,} images is in {args.index!r}", out)
+            say(f"The index of {len(searcher):,} images is in {args.index!r}")
     return searcher, asked
 
 
@@ -151,28 +152,26 @@ def _check(args: argparse.Namespace) -> None:
     console.check_sources(args.names, [*args.gallery, *args.query])
     from torchreid_ext.search.model import find_checkpoint  # This imports torchreid, for which no mistake has to wait.
 
-    outputs, inputs = {"--json": args.json, "--html": args.html}, [args.config_file, *args.query, *args.gallery]
-    if changes:
-        outputs["--index"] = args.index
-    else:  # It may stand where nothing can be written.
-        inputs.append(args.index)
-    console.check_outputs(outputs, [find_checkpoint(args.checkpoint), *inputs])
+    # An index that is only read may stand where nothing can be written.
+    read, written = (None, args.index) if changes else (args.index, None)
+    inputs = [find_checkpoint(args.checkpoint), args.config_file, *args.query, *args.gallery, read]
+    console.check_outputs({"--json": args.json, "--html": args.html, "--index": written}, inputs)
 
 
-def _remove(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
+def _remove(args: argparse.Namespace, searcher: Searcher) -> bool:
     """Removes images from the index, writes it and says so; returns whether any was removed."""
     removed = searcher.remove(args.remove) if args.remove else 0
     gone = searcher.prune() if args.prune else 0
     if removed or gone:
         searcher.gallery.save(args.index)
     if args.remove:
-        say(f"Removed {removed:,} images from the index", out)
+        say(f"Removed {removed:,} images from the index")
     if args.prune:
-        say(f"Removed {gone:,} images from the index, whose files are gone", out)
+        say(f"Removed {gone:,} images from the index, whose files are gone")
     return bool(removed or gone)
 
 
-def _add(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
+def _add(args: argparse.Namespace, searcher: Searcher) -> bool:
     """Adds images to the gallery; returns whether there were any to add."""
     from torchreid_ext.images import Row, Table, spelt
     from torchreid_ext.search import features
@@ -191,7 +190,7 @@ def _add(args: argparse.Namespace, searcher: Searcher, out: TextIO) -> bool:
             listed += map(absolute, table.gallery or table.query)
             left_out.leave_out_all(table)
     if left_out.left_out:
-        say(left_out.about_left_out(), out)
+        say(left_out.about_left_out())
     # An image may be given twice, by itself and with its folder, which may alone say whom it shows.
     known = {entry.path: entry for entry in listed if entry.identity}
     fresh = {entry.path: known.get(entry.path, entry) for entry in listed if entry.path not in searcher.gallery}
