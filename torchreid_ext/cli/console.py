@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import textwrap
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,13 +21,13 @@ def preload_workers() -> None:
     multiprocessing.set_forkserver_preload(["torchreid_ext.search.features"])
 
 
-def parser(name: str, description: str | None, examples: str) -> argparse.ArgumentParser:
-    """A parser with the checkpoint and the options that every command has; ``examples`` are its command lines."""
+def parser(name: str, description: str | None, epilog: str) -> argparse.ArgumentParser:
+    """A parser with the checkpoint and the options that every command has; its help ends with the exit status."""
     preload_workers()
     made = argparse.ArgumentParser(
         name,
         description=description,
-        epilog="examples:\n" + textwrap.indent(textwrap.dedent(examples).strip(), "  ") + EXIT_STATUS,
+        epilog=epilog + EXIT_STATUS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = made.add_argument

@@ -15,19 +15,18 @@ from collections.abc import Sequence
 from pml_drsl.console import guarded, say
 from torchreid_ext.cli import console
 
-EXAMPLES = """
-    drsl-export log/demo model.onnx
-    drsl-export log/demo/model/model-best.pth.tar model.onnx --images photos --without-normalisation
-    drsl-export osnet_x0_25_msmt17.pth model.onnx --model osnet_x0_25
-    drsl-export weights.pth model.onnx --config-file log/demo/config.yaml
-"""
+EPILOG = """examples:
+  drsl-export log/demo model.onnx
+  drsl-export log/demo/model/model-best.pth.tar model.onnx --images photos --without-normalisation
+  drsl-export osnet_x0_25_msmt17.pth model.onnx --model osnet_x0_25
+  drsl-export weights.pth model.onnx --config-file log/demo/config.yaml"""
 
 COMPARED = 16  # images; more would only take longer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status, which :func:`pml_drsl.console.guarded` explains."""
-    parser = console.parser("drsl-export", __doc__, EXAMPLES)
+    parser = console.parser("drsl-export", __doc__, EPILOG)
     parser.add_argument("output", metavar="OUTPUT", help="the file to write: its name ends in .onnx")
     parser.add_argument("--without-normalisation", dest="normalise", action="store_false",
                         help="leave the normalisation out of the file: whoever uses it must normalise")  # fmt: skip

@@ -27,18 +27,17 @@ from pml_drsl.checks import InputError
 from pml_drsl.console import guarded, say
 from torchreid_ext.cli import console
 
-EXAMPLES = """
-    drsl-extract log/demo --output features.npz
-    drsl-extract log/demo/model/model-best.pth.tar photos list.csv --output features.npz --names folder
-    drsl-extract osnet_x0_25_msmt17.pth --model osnet_x0_25 photos --output features.npz
-    drsl-extract weights.pth --config-file log/demo/config.yaml photos --output features.npz
-    torchrun --standalone --nproc_per_node gpu -m torchreid_ext.cli.extract CHECKPOINT photos --output features.npz
-"""
+EPILOG = """examples:
+  drsl-extract log/demo --output features.npz
+  drsl-extract log/demo/model/model-best.pth.tar photos list.csv --output features.npz --names folder
+  drsl-extract osnet_x0_25_msmt17.pth --model osnet_x0_25 photos --output features.npz
+  drsl-extract weights.pth --config-file log/demo/config.yaml photos --output features.npz
+  torchrun --standalone --nproc_per_node gpu -m torchreid_ext.cli.extract CHECKPOINT photos --output features.npz"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status, which :func:`pml_drsl.console.guarded` explains."""
-    parser = console.parser("drsl-extract", __doc__, EXAMPLES)
+    parser = console.parser("drsl-extract", __doc__, EPILOG)
     parser.add_argument("sources", nargs="*", metavar="SOURCE", help="folders, CSV files and images")
     parser.add_argument("--output", required=True, metavar="FILE.npz", help="where to write the features")
     parser.add_argument("--root", metavar="FOLDER", help="folder of the run's data sets (where the run had them)")

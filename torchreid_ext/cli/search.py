@@ -31,21 +31,20 @@ if TYPE_CHECKING:
 
 PART = 1000  # new images after which an index is written, so that a damaged image, or Ctrl-C, loses no others
 
-EXAMPLES = """
-    drsl-search CHECKPOINT --gallery photos --query photos/anna/hall_1.jpg --names folder
-    drsl-search osnet_x0_25_msmt17.pth --model osnet_x0_25 --gallery photos --query me.jpg
-    drsl-search CHECKPOINT --gallery photos --query street.jpg --crop 120 40 210 300 --html found.html
-    drsl-search CHECKPOINT --gallery photos --index photos.index                      makes the index
-    drsl-search CHECKPOINT --index photos.index --query street.jpg --top 5 --json -   searches it
-    drsl-search CHECKPOINT --index photos.index --gallery new_photos --remove '*/anna/*' --prune
-    drsl-search CHECKPOINT --gallery features.npz --query street.jpg --rerank
-    drsl-search CHECKPOINT --index photos.index --serve
-"""
+EPILOG = """examples:
+  drsl-search CHECKPOINT --gallery photos --query photos/anna/hall_1.jpg --names folder
+  drsl-search osnet_x0_25_msmt17.pth --model osnet_x0_25 --gallery photos --query me.jpg
+  drsl-search CHECKPOINT --gallery photos --query street.jpg --crop 120 40 210 300 --html found.html
+  drsl-search CHECKPOINT --gallery photos --index photos.index                      makes the index
+  drsl-search CHECKPOINT --index photos.index --query street.jpg --top 5 --json -   searches it
+  drsl-search CHECKPOINT --index photos.index --gallery new_photos --remove '*/anna/*' --prune
+  drsl-search CHECKPOINT --gallery features.npz --query street.jpg --rerank
+  drsl-search CHECKPOINT --index photos.index --serve"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status, which :func:`pml_drsl.console.guarded` explains."""
-    parser = console.parser("drsl-search", __doc__, EXAMPLES)
+    parser = console.parser("drsl-search", __doc__, EPILOG)
     add = parser.add_argument
     add("--gallery", nargs="+", default=[], metavar="SOURCE", help="folders, images, CSV files, .npz of drsl-extract")
     add("--query", nargs="+", default=[], metavar="IMAGE", help="images to look up, or their folders")
