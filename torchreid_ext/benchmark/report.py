@@ -114,7 +114,13 @@ class Section:
 def sections(results: Sequence[Mapping[str, Any]], losses: Sequence[str] | None = None) -> list[Section]:
     """The results, the newest last, by data set, network and recipe; of some losses, or of all. Of a loss with results
     of several configurations, which a changed default makes, only those of the newest count. The title names the
-    starting weights where another has the same title."""
+    starting weights where another has the same title. Raises InputError if there are no results, or none of a loss that
+    is named."""
+    known = {line["loss"] for line in results if line["results"]}
+    if not known:
+        raise InputError("there are no results to report; make them with drsl-benchmark run")
+    for name in losses or ():
+        check_name("there are no results of", name, known)
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for line in map(_with_varied, results):
         if losses is None or line["loss"] in losses:
@@ -211,20 +217,11 @@ def _interval(row: Any) -> str:
     return f"{text}, p {'< 0.01' if row.p < 0.01 else f'= {row.p:.3f}'}"
 
 
-def report(
-    results: Sequence[Mapping[str, Any]], reference: str | None = None, losses: Sequence[str] | None = None
-) -> str:
-    """All sections in Markdown, of some losses, or of all. Each is compared with the reference; None is drsl, which
-    need not be there. Raises InputError if there are no results, or none of a loss that is named, or if two losses were
-    tested on other queries with one seed."""
-    known = {line["loss"] for line in results if line["results"]}
-    if not known:
-        raise InputError("there are no results to report; make them with drsl-benchmark run")
-    for name in losses or ():
-        check_name("there are no results of", name, known)
-    found = sections(results, losses)
+def report(sections: Sequence[Section], reference: str | None = None) -> str:
+    """All sections in Markdown. Each is compared with the reference; None is drsl, which need not be there. Raises
+    InputError if there are no results of the reference, or if two losses were tested on other queries with one seed."""
     if reference is not None:
-        shown = [loss for section in found for loss in section.lines]
+        shown = [loss for section in sections for loss in section.lines]
         known = {*shown, *(loss.removesuffix(TUNED) for loss in shown)}
         check_name("there are no results of", reference, known)
     reference = reference or "drsl"
@@ -234,7 +231,7 @@ def report(
         f"{LEVEL}, corrected for the number of losses of the table that have {MIN_SEEDS} seeds or more (Holm). With "
         "fewer there is none; with one seed, the interval is of the identities alone."
     )
-    return "\n\n".join([head, *(to_markdown(section, reference) for section in found)]) + "\n"
+    return "\n\n".join([head, *(to_markdown(section, reference) for section in sections)]) + "\n"
 
 
 def insert(path: Path, text: str) -> None:

@@ -133,14 +133,14 @@ def _report(words: Sequence[str]) -> int:
     for path in args.results:
         if not path.is_file():
             raise InputError(f"{path} does not exist; make it with drsl-benchmark run --results {path}")
-    results = [line for path in args.results for line in grid.read_results(path)]
-    text = report.report(results, args.reference, args.losses)
+    sections = report.sections([line for path in args.results for line in grid.read_results(path)], args.losses)
+    text = report.report(sections, args.reference)
     if args.output:
         report.insert(Path(args.output), text)
     else:
         print(text)
     if args.figure:
-        report.draw(report.sections(results, args.losses), Path(args.figure))
+        report.draw(sections, Path(args.figure))
     return 0
 
 

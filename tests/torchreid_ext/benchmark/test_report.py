@@ -140,7 +140,7 @@ def test_a_key_of_ones_own_data_is_varied(tmp_path):
     # Each draw counts its test people from 0, and only draws of the set that is tested have other test people.
     assert lows(draws) != lows(same) == lows(planned([["datasets.other.seed", "0", "1", "2"]]))
     with pytest.raises(InputError, match="other queries with seed 2"):
-        report.report([*draws[:-1], planned([["datasets.mine.seed", "0", "1", "3"]])[-1]])
+        report.report(report.sections([*draws[:-1], planned([["datasets.mine.seed", "0", "1", "3"]])[-1]]))
     # Another folder is not another draw.
     old = planned([["datasets.mine.seed", "0", "1", "2"]], "older_photos")
     (section,) = report.sections([old[0], *draws[1:]])
@@ -273,11 +273,11 @@ def test_other_queries_cannot_be_compared():
     split = [{"varied": {"data.split_id": f"{number}"}, "data.split_id": number} for number in (0, 2)]
     for one, other in (({}, {"people": 50}), split):
         with pytest.raises(InputError, match="other queries with seed 0"):
-            report.report([line("drsl", 0, 0.5, **one), line("triplet", 0, 0.5, **other)])
+            report.report(report.sections([line("drsl", 0, 0.5, **one), line("triplet", 0, 0.5, **other)]))
 
 
 def test_a_p_value_needs_three_seeds_and_is_corrected_for_the_losses_that_have_them():
-    one, two, six = (report.report(lines(seeds)) for seeds in (1, 2, 6))
+    one, two, six = (report.report(report.sections(lines(seeds))) for seeds in (1, 2, 6))
     assert one.count("+22.5 [") == two.count("+24.2 [") == 1 and "], p " not in one + two and "], p < 0.01" in six
     more = [line("a", seed, 0.5) for seed in range(2)]
     alone, beside = (report.sections(results)[0].differences("drsl") for results in (RESULTS, RESULTS + more))
@@ -337,8 +337,8 @@ def test_a_loss_without_results_is_refused_before_the_page_is_written(words, mes
 def test_a_reference_may_be_missing_in_some_sections_or_be_tuned():
     results = [line("drsl", 0, 0.6), line("a", 0, 0.5), line("a", 0, 0.5, target="viper"), line("b-tuned", 0, 0.5)]
     for reference in ("drsl", "b", "b-tuned"):
-        assert report.report(results, reference).count("### ") == 2
-    assert report.report(results[1:]).count("### ") == 2  # drsl, the default, need not be there.
+        assert report.report(report.sections(results), reference).count("### ") == 2
+    assert report.report(report.sections(results[1:])).count("### ") == 2  # drsl, the default, need not be there.
 
 
 def test_a_figure_has_three_panels_in_a_row(tmp_path):

@@ -88,7 +88,7 @@ def test_a_result_is_added_under_every_label_of_its_configuration(script, tmp_pa
         ("drsl", "train.max_epoch", "loss.drsl.weight_m"),
     ]
     assert all(line["results"] == first["results"] and line["commit"] == first["commit"] for line in copies)
-    text = report.report([first, copies[0]])
+    text = report.report(report.sections([first, copies[0]]))
     assert "| **drsl** " in text and "| **drsl-tuned** " in text
 
 
