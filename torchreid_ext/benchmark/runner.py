@@ -8,7 +8,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -77,9 +76,9 @@ def run_all(runs: Sequence[Run], results: Path, workers: int, keep: Path | None 
             while (waiting or running) and stop.signum is None:
                 while waiting and len(running) < workers:
                     running.append(Process(waiting.pop(0), folder))
-                for process in [process for process in running if process.status is not None]:
+                for process in [process for process in running if process.poll() is not None]:
                     running.remove(process)
-                    if process.status == 0:
+                    if process.returncode == 0:
                         append_result(results, process.result())
                     else:
                         failed += 1
@@ -94,9 +93,12 @@ def run_all(runs: Sequence[Run], results: Path, workers: int, keep: Path | None 
         raise
     finally:
         for process in running:
-            process.send(signal.SIGTERM)
+            process.terminate()
         for process in running:
-            process.wait(STOP_SECONDS)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_SECONDS)
+            process.kill()
+            process.wait()
         if keep is None and not failed:
             shutil.rmtree(folder, ignore_errors=True)
     return failed
@@ -125,7 +127,7 @@ def _labels(line: Mapping[str, Any]) -> tuple[Any, ...]:
     return line["loss"], recipe(line), {*line.get("varied", ())}  # The values of varied keys are in the configuration.
 
 
-class Process:
+class Process(subprocess.Popen[bytes]):
     """A run in a process of ``drsl-train`` with one thread, which starts at once. Its ``data.save_dir`` is a folder in
     the given folder."""
 
@@ -160,32 +162,12 @@ class Process:
             command = [*DRSL_TRAIN, "--config-file", str(file), *(word for pair in words.items() for word in pair)]
             streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": errors}
             # Ctrl-C reaches the benchmark alone, in a session of its own, which then stops the runs.
-            self._process = subprocess.Popen(command, env=os.environ | threads, start_new_session=True, **streams)
-
-    @property
-    def status(self) -> int | None:
-        """The exit status; None while it runs."""
-        return self._process.poll()
-
-    def send(self, signum: int) -> None:
-        """Sends a signal to the process and to those it started, but for its loaders, which end with it."""
-        with suppress(ProcessLookupError):
-            if os.name == "nt":  # has no groups of processes, and no other signal
-                self._process.terminate()
-            else:
-                os.killpg(self._process.pid, signum)
-
-    def wait(self, seconds: float) -> None:
-        """Waits so long for the end, and then ends the process."""
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(seconds)
-        self.send(getattr(signal, "SIGKILL", signal.SIGTERM))
-        self._process.wait()
+            super().__init__(command, env=os.environ | threads, start_new_session=True, **streams)
 
     def message(self) -> str:
         """The last line that the process wrote to stderr."""
         lines = (self.folder / "errors.txt").read_text(errors="replace").strip().splitlines()
-        last = lines[-1].removeprefix("drsl-train: ") if lines else f"it ended with status {self.status}"
+        last = lines[-1].removeprefix("drsl-train: ") if lines else f"it ended with status {self.returncode}"
         return f"{last} ({self.folder})"
 
     def result(self) -> dict[str, Any]:

@@ -160,10 +160,13 @@ def test_a_run_that_goes_on_with_other_code_names_both_commits(script, tmp_path,
 class Ended:
     """In place of a process: a run that ended at once."""
 
-    status = 0
+    returncode = 0
 
     def __init__(self, run, folder):
         (folder / "metrics.json").touch()
+
+    def poll(self):
+        return self.returncode
 
     def result(self):
         return {"configuration": {}, "results": {}}
