@@ -214,6 +214,7 @@ def tune(
         grid: the other arguments of ``plan``, of which ``files`` holds one file.
         results, workers: as for ``run_all``; a trial that is in the file is not made again.
     """
+    given = [*grid["words"][::2], *(key for key, *_ in grid["varied"])]
     trials: dict[str, Snippet] = {}
     names: dict[str, list[str]] = {}  # of the trials of each loss
     for loss, snippet in losses.items():
@@ -222,9 +223,8 @@ def tune(
             raise InputError("settings are chosen on validation identities: add data.validation 0.2 to the command")
         key = WEIGHT_KEYS.get(run.configuration["loss.name"])
         tried = {key, *(name for setting in settings.get(loss, ()) for name, _ in flatten(setting))}
-        for name in (*grid.get("words", ())[::2], *(name for name, *_ in grid.get("varied", ()))):
-            if name in tried:
-                raise InputError(f"tune tries values of {name} itself: leave it out of the command")
+        if again := [name for name in given if name in tried]:
+            raise InputError(f"tune tries values of {again[0]} itself: leave it out of the command")
         own = {f"{loss}*{weight:g}": {**snippet, key: weight} for weight in WEIGHTS} if key else {loss: snippet}
         trials, names[loss] = trials | own, [*own]
     scores, failed = _try_all(trials, grid, results, workers)
