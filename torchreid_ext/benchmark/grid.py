@@ -103,12 +103,13 @@ def read_losses(path: Path, names: Sequence[str] | None) -> tuple[dict[str, Snip
         raise InputError(f"{path} must hold config keys for each loss, as supcon: {{loss: {{name: pml, ...}}}}")
     for name in names or ():
         check_name(f"{path} has no loss", name, losses)
-    chosen = {name: losses[name] for name in (names or losses)}
-    settings = {name: snippet.pop(SETTINGS, []) for name, snippet in chosen.items()}
+    # A copy of each: an alias of YAML makes one mapping stand under several names.
+    chosen: dict[str, dict[str, Any]] = {name: dict(losses[name]) for name in (names or losses)}
+    settings: dict[str, list[Snippet]] = {name: snippet.pop(SETTINGS, []) for name, snippet in chosen.items()}
     for name, listed in settings.items():
         if not isinstance(listed, list) or not all(isinstance(setting, dict) for setting in listed):
             raise InputError(f"{path}: {name}.{SETTINGS} must be a list of config keys with values, got {listed!r}")
-    return chosen, settings
+    return {**chosen}, settings
 
 
 def check_name(fault: str, name: str, known: Collection[str]) -> None:

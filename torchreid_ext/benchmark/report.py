@@ -193,17 +193,23 @@ def _section(target: str, network: str, lines: Sequence[Mapping[str, Any]]) -> S
     return Section(target, lines[0]["config"], network, changes, by_loss, notes)
 
 
-def to_markdown(section: Section, reference: str) -> str:
-    """The section in Markdown: the scores of every loss, and the differences of the reference to each of them."""
-    ahead = {(row.loss, row.score): _interval(row) for row in section.differences(reference).itertuples()}
-    rows = [
-        {"loss": f"**{loss}**" if loss in (reference, reference + TUNED) else loss, "seeds": int(row["seeds", ""])}
-        | {score: _spread(row[score, "mean"], row[score, "sd"]) for score in SCORES}
-        | {f"{reference} is ahead in {score}": ahead.get((loss, score), "-") for score in COMPARED}
-        for loss, row in section.scores().iterrows()
-    ]
+def to_markdown(sections: Sequence[Section], reference: str) -> str:
+    """A table in Markdown. Of one section it has the scores of every loss, and the differences of the reference to each
+    of them; of several, the scores alone, because each of them has one loss."""
+    (first, *others), rows = sections, list[dict[str, Any]]()
+    for section in sections:
+        ahead = {(row.loss, row.score): _interval(row) for row in section.differences(reference).itertuples()}
+        for loss, row in section.scores().iterrows():
+            rows.append({"run": section.title} if others else {})
+            rows[-1]["loss"] = f"**{loss}**" if loss in (reference, reference + TUNED) else loss
+            rows[-1]["seeds"] = int(row["seeds", ""])
+            rows[-1] |= {score: _spread(row[score, "mean"], row[score, "sd"]) for score in SCORES}
+            if not others:
+                rows[-1] |= {f"{reference} is ahead in {score}": ahead.get((loss, score), "-") for score in COMPARED}
     table = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
-    return "\n\n".join(filter(None, [f"### {section.title}", table, " ".join(section.notes)]))
+    title = "One loss alone" if others else first.title
+    notes = " ".join(note for each in sections for note in each.notes)
+    return "\n\n".join(filter(None, [f"### {title}", table, notes]))
 
 
 def _spread(mean: float, deviation: float) -> str:
@@ -218,8 +224,9 @@ def _interval(row: Any) -> str:
 
 
 def report(sections: Sequence[Section], reference: str | None = None) -> str:
-    """All sections in Markdown. Each is compared with the reference; None is drsl, which need not be there. Raises
-    InputError if there are no results of the reference, or if two losses were tested on other queries with one seed."""
+    """All sections in Markdown, those of one loss in a table together. Each loss is compared with the reference; None
+    is drsl, which need not be there. Raises InputError if there are no results of the reference, or if two losses were
+    tested on other queries with one seed."""
     if reference is not None:
         shown = [loss for section in sections for loss in section.lines]
         known = {*shown, *(loss.removesuffix(TUNED) for loss in shown)}
@@ -231,7 +238,10 @@ def report(sections: Sequence[Section], reference: str | None = None) -> str:
         f"{LEVEL}, corrected for the number of losses of the table that have {MIN_SEEDS} seeds or more (Holm). With "
         "fewer there is none; with one seed, the interval is of the identities alone."
     )
-    return "\n\n".join([head, *(to_markdown(section, reference) for section in sections)]) + "\n"
+    compared = [section for section in sections if len(section.lines) > 1] or sections
+    alone = [section for section in sections if section not in compared]
+    parts = [*([section] for section in compared), *([alone] if alone else [])]
+    return "\n\n".join([head, *(to_markdown(part, reference) for part in parts)]) + "\n"
 
 
 def insert(path: Path, text: str) -> None:
@@ -246,11 +256,13 @@ def insert(path: Path, text: str) -> None:
 
 
 def draw(sections: Sequence[Section], path: Path) -> None:
-    """Draws one panel for each section, three in a row: mean and standard deviation of mAP and rank-1. The suffix of
-    the path gives the format. Where the names of all losses tell the number of negatives for each positive, the panel
-    has curves of mAP. Raises OSError if the file cannot be written, which keeps its old content then."""
+    """Draws one panel for each section that compares losses, or for all where none does, three in a row: mean and
+    standard deviation of mAP and rank-1. The suffix of the path gives the format. Where the names of all losses tell
+    the number of negatives for each positive, the panel has curves of mAP. Raises OSError if the file cannot be
+    written, which keeps its old content then."""
     from matplotlib.figure import Figure
 
+    sections = [section for section in sections if len(section.lines) > 1] or sections
     columns, rows = min(3, len(sections)), math.ceil(len(sections) / 3)
     figure = Figure(figsize=(6 * columns, 4.5 * rows), layout="constrained")
     for number, section in enumerate(sections, 1):

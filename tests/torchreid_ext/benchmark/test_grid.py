@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 
 from pml_drsl.checks import InputError
 from torchreid_ext.benchmark import grid
@@ -109,9 +108,10 @@ def test_a_wrong_file_of_losses_is_refused(tmp_path, text, message):
 
 def test_losses_come_in_the_order_asked_for_without_their_settings(tmp_path):
     path = tmp_path / "losses.yaml"
-    path.write_text(yaml.safe_dump({"a": {"settings": [{"x": 1}]}, "b": {"y": 2}}))
-    assert grid.read_losses(path, ["b", "a"]) == ({"b": {"y": 2}, "a": {}}, {"b": [], "a": [{"x": 1}]})
-    assert list(grid.read_losses(path, None)[0]) == ["a", "b"]
+    path.write_text("a: &a {settings: [{x: 1}]}\nb: {y: 2}\nsame: *a")
+    chosen = {"b": {"y": 2}, "a": {}, "same": {}}
+    assert grid.read_losses(path, [*chosen]) == (chosen, {"b": [], "a": [{"x": 1}], "same": [{"x": 1}]})
+    assert list(grid.read_losses(path, None)[0]) == ["a", "b", "same"]
 
 
 @pytest.mark.parametrize("setting", [{"loss": {"pml": {"kwargs": {"b": 3}}}}, {"loss.pml.kwargs": {"b": 3}}])

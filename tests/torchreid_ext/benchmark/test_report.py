@@ -54,6 +54,24 @@ def test_scores_are_means_over_seeds():
     assert scores.loc["supcon", ("seeds", "")] == 3
 
 
+def test_runs_of_one_loss_alone_stand_in_one_table_and_have_no_panel(tmp_path):
+    changed = [{"data.height": "128"}, {"data.height": "64", "train.lr": "0.1"}]
+    alone = [line("drsl", 0, 0.5 + n / 10, changes=each) for n, each in enumerate(changed)]
+    sections = report.sections([*RESULTS, *alone])
+    text = report.report(sections)
+    compared, single = text.split("### ")[1:]
+    assert single.startswith("One loss alone") and "supcon" in compared and "supcon" not in single
+    for each, keys in zip(alone, ("`data.height 128`)", "`data.height 64`, `train.lr 0.1`)"), strict=True):
+        (row,) = [cells.split("|") for cells in single.splitlines() if keys in cells]
+        mean = 100 * each["results"]["market1501"]["mAP"]
+        assert [cell.strip() for cell in row[2:5]] == ["**drsl**", "1", f"{mean:.1f}"]
+    report.draw(sections, tmp_path / "all.png")
+    report.draw(report.sections(RESULTS), tmp_path / "compared.png")
+    assert Image.open(tmp_path / "all.png").size == Image.open(tmp_path / "compared.png").size
+    # Where no section compares losses, each has its own table.
+    assert report.report(report.sections(alone)).count("is ahead in mAP") == 2
+
+
 def test_differences_are_paired_by_seed_and_query_and_corrected():
     (section,) = report.sections([*RESULTS, line("triplet", 7, 0.9)])
     table = section.differences("drsl").set_index(["loss", "score"])
