@@ -53,24 +53,23 @@ def distance_matrix(distance: BaseDistance, x: Tensor, ref: Tensor | None = None
     Raises:
         InputError: for infinite or NaN values of a distance that is neither Euclidean nor an inner product.
     """
-    euclidean, here = isinstance(distance, LpDistance), _is_computed_here(distance)
-    if here and fused:
-        mat: Tensor = (_EuclideanDistances if euclidean else _MinusInnerProducts).apply(x, ref)
-        if distance.power == 1:
-            return mat
-        return mat.pow(distance.power) if euclidean else -(-mat).pow(distance.power)
+    euclidean, power = isinstance(distance, LpDistance), distance.power
     with full_precision(x.device.type):
-        if here:
-            refs = x if ref is None else ref
-            mat = _plain_euclidean(x, refs) if euclidean else x @ refs.T
-            mat = mat if distance.power == 1 else mat.pow(distance.power)
+        if not _is_computed_here(distance):
+            mat: Tensor = distance(x, ref)
+            if not is_known(distance) and not bool(torch.isfinite(mat.detach()).all()):
+                given = f"distance {type(distance).__name__} gave infinite or NaN values"
+                why = "SNRDistance does so for an embedding whose values are all equal"
+                raise InputError(f"{given}; {why}; give another distance or embeddings")
+            return -mat if distance.is_inverted else mat
+        if fused:
+            mat = (_EuclideanDistances if euclidean else _MinusInnerProducts).apply(x, ref)
         else:
-            mat = distance(x, ref)
-    if not is_known(distance) and not bool(torch.isfinite(mat.detach()).all()):
-        given = f"distance {type(distance).__name__} gave infinite or NaN values"
-        why = "SNRDistance does so for an embedding whose values are all equal"
-        raise InputError(f"{given}; {why}; give another distance or embeddings")
-    return -mat if distance.is_inverted else mat
+            refs = x if ref is None else ref
+            mat = _plain_euclidean(x, refs) if euclidean else -(x @ refs.T)
+        if power == 1:
+            return mat
+        return mat.pow(power) if euclidean else -(-mat).pow(power)
 
 
 def has_angles(distance: BaseDistance) -> bool:
@@ -164,8 +163,7 @@ class _EuclideanDistances(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, ref: Tensor | None) -> Tensor:
-        with full_precision(x.device.type):
-            d = torch.cdist(x, x if ref is None else ref)
+        d = torch.cdist(x, x if ref is None else ref)
         ctx.save_for_backward(x, ref, d)
         return d
 
@@ -188,8 +186,7 @@ class _MinusInnerProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ref: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, ref)
-        with full_precision(x.device.type):
-            return _minus_product(x, (x if ref is None else ref).T)
+        return _minus_product(x, (x if ref is None else ref).T)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
