@@ -32,24 +32,18 @@ class DistributedMinerWrapper(pml_distributed.DistributedMinerWrapper):
     def forward(
         self, emb: Tensor, labels: Tensor, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
     ) -> IndicesTuple:
-        """The miner's indices; the arguments are those of this process, and of the shapes that the miner takes. Raises
-        InputError for ``ref_labels`` without ``ref_emb``."""
-        if ref_emb is None and ref_labels is not None:
-            raise InputError("ref_labels without ref_emb: give both, or neither")
+        """The miner's indices; the arguments are those of this process, and of the shapes that the miner takes."""
         if is_single_process():
             return self.miner(emb, labels, ref_emb, ref_labels)  # type: ignore[no-any-return]
-        sizes, all_emb, all_labels = _gather_batch(emb.detach(), labels)
-        ref_emb = None if ref_emb is emb else ref_emb
-        all_refs = None
-        if ref_emb is not None:
-            _, all_ref_emb, all_ref_labels = _gather_batch(ref_emb.detach(), ref_labels)
-            all_refs = all_ref_emb, all_labels if ref_labels is labels else all_ref_labels
+        with torch.no_grad():
+            (*batch, all_ref_emb, all_ref_labels), sizes = _of_all(emb, labels, ref_emb, ref_labels)
         if not (self.efficient and isinstance(self.miner, RankingMiner)):
             with draws_of_first(emb.device):
-                return self.miner(all_emb, all_labels, *(all_refs or ()))  # type: ignore[no-any-return]
+                return self.miner(*batch, all_ref_emb, all_ref_labels)  # type: ignore[no-any-return]
         first = sum(sizes[: dist.get_rank()])
-        own = None if all_refs else torch.arange(first, first + len(emb), device=emb.device)
-        indices = self.miner(emb, labels, *(all_refs or (all_emb, all_labels)), own)
+        own = torch.arange(first, first + len(emb), device=emb.device)
+        refs = batch if ref_emb is None and ref_labels is None else (all_ref_emb, all_ref_labels)
+        indices = self.miner(emb, labels, *refs, own if ref_emb is None or ref_emb is emb else None)
         gathered = [_gather(index if i % 2 else index + first)[0] for i, index in enumerate(indices)]
         return tuple(gathered)  # type: ignore[return-value]
 
@@ -97,16 +91,9 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
         if is_single_process():
             return self.loss(embeddings, labels, indices_tuple, *others)  # type: ignore[no-any-return]
         # In order of rank, so that every process has the same memory. PML's wrapper puts each process's own part first.
-        sizes, all_emb, all_labels = _gather_batch(embeddings, labels, share_gradients=self.efficient)
-        if has_memory and enqueue_mask is not None:  # Not every backend gathers bool.
-            others = (_gather(enqueue_mask.to(embeddings.device, torch.uint8))[0].bool(),)
-        elif ref_emb is not None:
-            _, all_refs, all_ref_labels = _gather_batch(ref_emb, ref_labels, share_gradients=self.efficient)
-            # DRSLoss tells the batch itself from references by this object, and PML's losses by that of the labels.
-            all_refs = all_emb if ref_emb is embeddings else all_refs
-            others = (all_refs, all_labels if ref_labels is labels else all_ref_labels)
+        of_all, sizes = _of_all(embeddings, labels, *others, share_gradients=self.efficient)
         with _sharing_queries(self.loss, sizes) if self.efficient else draws_of_first(embeddings.device):
-            return self.loss(all_emb, all_labels, indices_tuple, *others)  # type: ignore[no-any-return]
+            return self.loss(*of_all[:2], indices_tuple, *of_all[2:])  # type: ignore[no-any-return]
 
 
 def gather_batch(*parts: Tensor) -> tuple[Tensor, ...]:
@@ -114,7 +101,7 @@ def gather_batch(*parts: Tensor) -> tuple[Tensor, ...]:
 
     Every process must compute the same loss of them. Its gradient then goes to the process's own part, times the number
     of processes, by which ``DistributedDataParallel`` divides again. One process gets its parts back unchanged."""
-    return parts if is_single_process() else tuple(_gather(part)[0] for part in parts)
+    return parts if is_single_process() else tuple(_of_all(*parts)[0])
 
 
 @contextmanager
@@ -164,12 +151,15 @@ def _sharing_queries(loss: DRSLoss, sizes: list[int]) -> Iterator[None]:
         loss.shared = None
 
 
-def _gather_batch(
-    emb: Tensor, labels: Tensor | None, share_gradients: bool = False
-) -> tuple[list[int], Tensor, Tensor | None]:
-    """The number of embeddings of each process, and all embeddings and labels in order of rank."""
-    all_emb, sizes = _gather(emb, share_gradients)
-    return sizes, all_emb, None if labels is None else _gather(labels.to(emb.device))[0]
+def _of_all(first: Tensor, *others: Tensor | None, share_gradients: bool = False) -> tuple[list[Any], list[int]]:
+    """The parts of a batch of all processes in order of rank, and the length of the first part on each. None stays so.
+
+    A tensor that is given twice is gathered once: DRSLoss tells the batch itself from references by the object of the
+    embeddings, and PML's losses by that of the labels."""
+    parts = first, *others
+    tensors = {id(part): part.to(first.device) for part in parts if part is not None}
+    gathered = {key: _gather(tensor, share_gradients) for key, tensor in tensors.items()}
+    return [None if part is None else gathered[id(part)][0] for part in parts], gathered[id(first)][1]
 
 
 def _gather(x: Tensor, share_gradients: bool = False) -> tuple[Tensor, list[int]]:
