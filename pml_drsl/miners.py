@@ -23,6 +23,7 @@ class RankingMiner(BaseMiner):
     which candidate is the query itself, in a cross-batch memory or among embeddings of other processes."""
 
     def __init__(self, **kwargs: Any) -> None:
+        check_arguments(type(self), kwargs)
         super().__init__(**kwargs)
         if isinstance(self.distance, BatchedDistance):
             why = "a miner needs the matrix of distances, and BatchedDistance returns none"
@@ -84,7 +85,6 @@ class RankViolationMiner(RankingMiner):
     """
 
     def __init__(self, margin: float = 0.0, **kwargs: Any) -> None:
-        check_arguments(type(self), kwargs)
         super().__init__(**kwargs)
         if not is_real(margin):
             raise InputError(f"margin must be a finite number, got {margin!r}; 0 keeps violations of the order only")
@@ -128,7 +128,6 @@ class NegativeBudgetMiner(RankingMiner):
         positives: int | None = None,
         **kwargs: Any,
     ) -> None:
-        check_arguments(type(self), kwargs)
         super().__init__(**kwargs)
         if not (is_real(negatives_per_positive) and negatives_per_positive > 0):
             raise InputError(f"negatives_per_positive must be a number above 0, got {negatives_per_positive!r}")

@@ -25,7 +25,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from pml_drsl.checks import InputError
@@ -82,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     where = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, threads: {args.threads}"
     print(f"torch {torch.__version__}, {where}, float32")
-    rows: list[dict[str, Any]] = []
+    tables = list[pd.DataFrame]()
     make, sizes, names = make_step, args.sizes, args.losses
     if args.evaluation:
         make, sizes, names = make_search, [GALLERY], [EVALUATION]
@@ -91,8 +90,8 @@ def run(args: argparse.Namespace) -> None:
         steps = {name: make(name, size, dim, device) for name in (FLOOR, *names)}
         peaks = {name: peak_mib(step, args.memory, device) for name, step in steps.items()}
         times = take_turns({name: steps[name] for name in steps if peaks[name] is not None}, args.seconds, device)
-        rows += ({"dim": dim, "size": size} | row for row in summarize(times, peaks))
-    table = pd.DataFrame(rows)
+        tables.append(summarize(times, peaks).assign(dim=dim, size=size))
+    table = pd.concat(tables)[["dim", "size", "loss", "seconds", "ratio", "peak_mib", "rounds"]]
     if args.csv:
         write_text(args.csv, table.to_csv(index=False))
     print(report(table))
@@ -158,14 +157,14 @@ def take_turns(steps: Mapping[str, Step], seconds: float, device: str) -> dict[s
     return times
 
 
-def summarize(times: Mapping[str, Sequence[float]], peaks: Mapping[str, float | None]) -> Iterator[dict[str, Any]]:
+def summarize(times: Mapping[str, Sequence[float]], peaks: Mapping[str, float | None]) -> pd.DataFrame:
     """The rows of one size. The ratio is the median of the rounds' ratios, which other work on the machine spares."""
-    nan = float("nan")
-    for name, peak in peaks.items():
-        own = times.get(name, ())
-        ratios = [mine / floor for mine, floor in zip(own, times.get(FLOOR, ()), strict=False)]
-        figures = {"seconds": median(own or [nan]), "ratio": median(ratios or [nan])}
-        yield {"loss": name, **figures, "peak_mib": nan if peak is None else peak, "rounds": len(own)}
+    import pandas as pd
+
+    rounds = pd.DataFrame(times, columns=[*peaks], dtype=float)
+    ratios = rounds.div(rounds[FLOOR], axis=0)
+    figures = {"seconds": rounds.median(), "ratio": ratios.median(), "peak_mib": pd.Series(peaks, dtype=float)}
+    return pd.DataFrame(figures | {"rounds": rounds.count()}).rename_axis("loss").reset_index()
 
 
 def peak_mib(step: Step, gib: float, device: str) -> float | None:

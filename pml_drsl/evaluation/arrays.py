@@ -203,6 +203,18 @@ def shared_labels(query: Labels, gallery: Labels, num_query: int, num_gallery: i
     return numbers[:num_query], numbers[num_query:]
 
 
+def number_cameras(
+    query: Labels | None, gallery: Labels | None, num_query: int, num_gallery: int
+) -> tuple[Tensor, Tensor] | None:
+    """Numbers cameras as ``shared_labels`` does; None without cameras. An InputError for those of one side alone."""
+    if query is None and gallery is None:
+        return None
+    if query is None or gallery is None:
+        given, missing = ("gallery", "query") if query is None else ("query", "gallery")
+        raise InputError(f"{given}_cams without {missing}_cams: give both, or neither to ignore cameras")
+    return shared_labels(query, gallery, num_query, num_gallery, "cams")
+
+
 def number_identities(
     query: Labels, gallery: Labels, num_query: int, num_gallery: int, junk: Junk, name: str = "ids"
 ) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pml_drsl.checks import InputError
 from pml_drsl.evaluation import JUNK, METRICS, RANKS, Metric, SearchProtocol, Ties
-from pml_drsl.evaluation.arrays import Array, Junk, Labels, number_identities, shared_labels
+from pml_drsl.evaluation.arrays import Array, Junk, Labels, number_cameras, number_identities
 from pml_drsl.evaluation.distances import FeatureDistances, as_features, check_option, squared_norms
 from pml_drsl.evaluation.ranking import SCORES, RankedQueries, check_options, rank_queries
 
@@ -73,7 +73,7 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
         if isinstance(kwargs.get("device"), str):
             kwargs["device"] = torch.device(kwargs["device"])
         check_option("metric", metric, METRICS)
-        check_options(ties, protocol, max_rank=max_rank, seed=seed)
+        check_options(ties, protocol, max_rank, seed)
         self.metric, self.ties, self.protocol = metric, ties, protocol
         self.max_rank, self.seed, self.junk = max_rank, seed, junk
         for name in REID_METRICS:  # PML finds its metrics by the names of these attributes.
@@ -117,10 +117,8 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
         numbers = number_identities(*given, len(query), len(reference), self.junk, "labels")
         # PML's metrics would take all junk for images of one identity.
         kept = [of_side >= 0 for of_side in numbers]
-        self._cams: Any = (None, None)
-        if self.query_cams is not None and self.reference_cams is not None:
-            cams = shared_labels(self.query_cams, self.reference_cams, len(query), len(reference), "cams")
-            self._cams = [of_side[mask] for of_side, mask in zip(cams, kept, strict=True)]
+        cams = number_cameras(self.query_cams, self.reference_cams, len(query), len(reference))
+        self._cams: Any = cams and [of_side[mask] for of_side, mask in zip(cams, kept, strict=True)]
         data = list[Tensor]()
         for features, ids, mask in zip(both, numbers, kept, strict=True):
             data += [features[mask.to(features.device)], ids[mask]]
@@ -135,7 +133,7 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
             options: dict[str, Any] = {"ties": self.ties, "protocol": self.protocol, "seed": self.seed}
             options["require_match"] = False  # A split without a match must not end the test of the others.
             options["gallery_starts_with_query"] = kwargs["ref_includes_query"]
-            kwargs["ranked"] = rank_queries(distances, *ids, *self._cams, **options)
+            kwargs["ranked"] = rank_queries(distances, *ids, *(self._cams or ()), **options)
         return super()._get_accuracy(function_dict, **kwargs)  # type: ignore[no-any-return]
 
     def _calculate(self, name: str, ranked: RankedQueries, query_labels: Tensor, **kwargs: Any) -> Any:

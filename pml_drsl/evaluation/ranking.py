@@ -19,12 +19,13 @@ from tqdm import tqdm
 
 from pml_drsl.checks import InputError
 from pml_drsl.evaluation import JUNK, PROTOCOLS, RANKS, TIES, SearchProtocol, Ties
-from pml_drsl.evaluation.arrays import Junk, Labels, label_array, number_identities, shared_labels
+from pml_drsl.evaluation.arrays import Junk, Labels, label_array, number_cameras, number_identities
 from pml_drsl.evaluation.distances import FeatureDistances, check_option, rows_per_chunk
 from pml_drsl.evaluation.reranking import RerankedDistances
 
 NUM_REPEATS = 10  # galleries that the single-gallery-shot protocol draws for each query, as torchreid does
-SHARE_OF_TIED: dict[Ties, float] = {"mean": 0.5, "optimistic": 0.0, "pessimistic": 1.0}
+# The equally likely shares of the tied negatives that come before a match.
+SHARES_OF_TIED: dict[Ties, tuple[int, ...]] = {"mean": (0, 1), "optimistic": (0,), "pessimistic": (1,)}
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,10 @@ def rank_queries(
             the result of one process with the same number of threads, bit for bit.
 
     An InputError refuses labels of a wrong shape or type, a single camera list, and unknown options."""
-    check_options(ties, protocol, query_cams is not None, gallery_cams is not None, seed=seed)
+    check_options(ties, protocol, seed=seed)
     num_query, num_gallery = distances.num_query, distances.num_gallery
     ids = number_identities(query_ids, gallery_ids, num_query, num_gallery, junk)
-    cams = None
-    if query_cams is not None and gallery_cams is not None:
-        cams = shared_labels(query_cams, gallery_cams, num_query, num_gallery, "cams")
+    cams = number_cameras(query_cams, gallery_cams, num_query, num_gallery)
     for name, both in (("identities", ids), ("cameras", cams)):
         if gallery_starts_with_query and both is not None and not torch.equal(both[0], both[1][:num_query]):
             why = f"the first gallery {name} are not those of the queries"
@@ -154,15 +153,10 @@ def rank_queries(
     return ranked
 
 
-def check_options(
-    ties: str, protocol: str, query_cams: bool = False, gallery_cams: bool = False, *, max_rank: int = 1, seed: int = 0
-) -> None:
-    """Raises InputError for an option out of its range, or cameras of queries or gallery alone."""
+def check_options(ties: str, protocol: str, max_rank: int = 1, seed: int = 0) -> None:
+    """Raises InputError for an option out of its range."""
     check_option("ties", ties, TIES)
     check_option("protocol", protocol, PROTOCOLS)
-    if query_cams != gallery_cams:
-        given, missing = ("query", "gallery") if query_cams else ("gallery", "query")
-        raise InputError(f"{given}_cams without {missing}_cams: give both, or neither to ignore cameras")
     if max_rank < 1:
         raise InputError(f"max_rank={max_rank}: give a positive rank")
     if seed < 0:
@@ -186,7 +180,8 @@ def _rank_rows(
     last = (count - 1).clamp_(min=0)[:, None]
     earlier, tied = _count_before(rows, thresholds, thresholds.gather(1, last))
 
-    false_pos = earlier + SHARE_OF_TIED[ties] * tied.double()
+    shares = SHARES_OF_TIED[ties]
+    false_pos = earlier + sum(shares) / len(shares) * tied.double()
     rank_pos = torch.arange(1, thresholds.shape[1] + 1, device=device).expand_as(false_pos).double()
     if ties == "mean":  # A tied positive counts half, as in the loss at temperature 0.
         before = torch.searchsorted(thresholds, thresholds)
@@ -195,9 +190,8 @@ def _rank_rows(
     precision = (rank_pos / (rank_pos + false_pos)).masked_fill_(~real, 0)
     average_precision = precision.sum(dim=1) / count  # Without a match, 0 / 0 gives NaN.
     penalty = count / (count + false_pos.gather(1, last).squeeze(1))
-    bounds = {"mean": (0, 1), "optimistic": (0,), "pessimistic": (1,)}[ties]
     earlier, tied = first or (earlier[:, :1], tied[:, :1])
-    places = torch.cat([1.0 + earlier + bound * tied for bound in bounds], dim=1).double()
+    places = torch.cat([1.0 + earlier + each * tied for each in shares], dim=1).double()
     unmatched = count == 0
     penalty[unmatched] = torch.nan
     places[unmatched] = torch.inf

@@ -11,7 +11,7 @@ import torch
 
 from pml_drsl.checks import InputError
 from pml_drsl.evaluation import JUNK, RANKS, Metric, SearchProtocol, Ties, reranking
-from pml_drsl.evaluation.arrays import Array, Junk, Labels, number_identities, shared_labels
+from pml_drsl.evaluation.arrays import Array, Junk, Labels, number_cameras, number_identities
 from pml_drsl.evaluation.distances import FeatureDistances, as_features
 from pml_drsl.evaluation.ranking import RankedQueries, check_options, rank_queries
 
@@ -118,14 +118,12 @@ def evaluate(
         progress: show a progress bar on stderr.
 
     An InputError refuses arguments out of range, NaN or infinity in features, and queries of which none has a match."""
-    given = query_cams is not None, gallery_cams is not None
-    check_options(ties, protocol, *given, max_rank=max_rank, seed=seed)
+    check_options(ties, protocol, max_rank, seed)
     distances: FeatureDistances | reranking.RerankedDistances
     if rerank:
         query, gallery = as_features(query, "query"), as_features(gallery, "gallery")
         numbers = number_identities(query_ids, gallery_ids, len(query), len(gallery), junk)
-        if query_cams is not None and gallery_cams is not None:  # Re-ranking takes minutes, so check them first.
-            shared_labels(query_cams, gallery_cams, len(query), len(gallery), "cams")
+        number_cameras(query_cams, gallery_cams, len(query), len(gallery))  # before re-ranking, which takes minutes
         is_junk = numbers[0] < 0, numbers[1] < 0
         distances = reranking.rerank(query, gallery, metric=metric, is_junk=is_junk, device=device, progress=progress)
     else:

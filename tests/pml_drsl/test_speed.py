@@ -33,10 +33,11 @@ def test_a_row_for_each_loss_and_size(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_ratios_are_taken_round_by_round() -> None:
     times = {speed.FLOOR: [1.0, 10.0, 2.0], "DRSL": [2.0, 15.0, 6.0]}  # ratios 2, 1.5 and 3; of the medians, 3
     peaks = {speed.FLOOR: math.nan, "DRSL": 2.0, "SmoothAP": None}
-    rows = {row["loss"]: row for row in speed.summarize(times, peaks)}
+    table = speed.summarize(times, peaks)
+    rows = {row["loss"]: row for row in table.to_dict("records")}
     assert (rows["DRSL"]["ratio"], rows["DRSL"]["seconds"], rows["DRSL"]["peak_mib"]) == (2.0, 6.0, 2.0)
     assert rows["SmoothAP"]["ratio"] != rows["SmoothAP"]["ratio"] and rows["SmoothAP"]["rounds"] == 0
-    table = " ".join(speed.report(pd.DataFrame([row | {"dim": 8, "size": 1024} for row in rows.values()])).split())
+    table = " ".join(speed.report(table.assign(dim=8, size=1024)).split())
     assert "| 1,024 | 1.00 | 2.00 | does not fit |" in table
     assert "| 1,024 | not measured | 2.0 | does not fit |" in table
 
