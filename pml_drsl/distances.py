@@ -63,7 +63,7 @@ def distance_matrix(distance: BaseDistance, x: Tensor, ref: Tensor | None = None
                 raise InputError(f"{given}; {why}; give another distance or embeddings")
             return -mat if distance.is_inverted else mat
         if fused:
-            mat = (_EuclideanDistances if euclidean else _MinusInnerProducts).apply(x, ref)
+            mat = _Distances.apply(x, ref, euclidean)
         else:
             refs = x if ref is None else ref
             mat = _plain_euclidean(x, refs) if euclidean else -(x @ refs.T)
@@ -157,48 +157,34 @@ class _Normalized(torch.autograd.Function):
         return torch.addcmul(grad, y, along, value=-1).div_(norm)
 
 
-class _EuclideanDistances(torch.autograd.Function):
-    """``torch.cdist(x, ref)``. The gradient in x_i is ``sum over j of w_ij (x_i - ref_j)``, w the gradient over the
-    distance, or 0 at distance 0. Of a batch with itself, w is ``w + w.T``."""
+class _Distances(torch.autograd.Function):
+    """``torch.cdist(x, ref)`` if ``euclidean``, else ``-x @ ref.T``. The gradient in x_i is the sum over j of
+    ``w_ij (x_i - ref_j)``, w the gradient over the distance, or 0 at distance 0; of inner products it is that of
+    ``-w_ij ref_j``, w the gradient. Of a batch with itself, w is ``w + w.T``, so that one product is enough."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ref: Tensor | None) -> Tensor:
-        d = torch.cdist(x, x if ref is None else ref)
-        ctx.save_for_backward(x, ref, d)
+    def forward(ctx: Any, x: Tensor, ref: Tensor | None, euclidean: bool) -> Tensor:
+        refs = x if ref is None else ref
+        d = torch.cdist(x, refs) if euclidean else _minus_product(x, refs.T)
+        ctx.save_for_backward(x, ref, d if euclidean else None)
         return d
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         check_once()
         x, ref, d = ctx.saved_tensors
-        w = (grad / d).masked_fill_(d == 0, 0)
+        w = grad if d is None else (grad / d).masked_fill_(d == 0, 0)
+
+        def gradient(w: Tensor, x: Tensor, ref: Tensor) -> Tensor:
+            return _minus_product(w, ref, None if d is None else x * w.sum(1, keepdim=True))
+
         with full_precision(x.device.type):
             if ref is None:
                 w, ref = _plus_transposed(w), x
-            needs_x, needs_ref = ctx.needs_input_grad
-            grad_x = torch.addmm(x * w.sum(1, keepdim=True), w, ref, alpha=-1) if needs_x else None
-            return grad_x, torch.addmm(ref * w.sum(0)[:, None], w.T, x, alpha=-1) if needs_ref else None
+            needs_x, needs_ref, _ = ctx.needs_input_grad
+            return gradient(w, x, ref) if needs_x else None, gradient(w.T, ref, x) if needs_ref else None, None
 
 
-class _MinusInnerProducts(torch.autograd.Function):
-    """``-x @ ref.T``. Of a batch with itself the gradient takes one product, ``-(grad + grad.T) @ x``."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ref: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, ref)
-        return _minus_product(x, (x if ref is None else ref).T)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        check_once()
-        x, ref = ctx.saved_tensors
-        with full_precision(x.device.type):
-            if ref is None:
-                grad, ref = _plus_transposed(grad), x
-            needs_x, needs_ref = ctx.needs_input_grad
-            return _minus_product(grad, ref) if needs_x else None, _minus_product(grad.T, x) if needs_ref else None
-
-
-def _minus_product(a: Tensor, b: Tensor) -> Tensor:
-    # The matrix product takes the sign as its factor, without a pass over the result.
-    return torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=-1)
+def _minus_product(a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
+    """``c - a @ b``, or ``-a @ b``. The product takes the sign as its factor, without a pass over the result."""
+    return torch.addmm(a.new_zeros(()) if c is None else c, a, b, beta=c is not None, alpha=-1)
