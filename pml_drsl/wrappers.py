@@ -116,16 +116,14 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         if self.warmup_calls >= self.warmup:
             self.embedding_memory = self.embedding_memory.to(embeddings)  # PML's does not convert it under autocast.
             return super().forward(embeddings, labels, indices_tuple, enqueue_mask)  # type: ignore[no-any-return]
-        self.warmup_calls += 1  # Without the memory the references are what the batch would store.
-        x = embeddings
-        if enqueue_mask is None:
-            self.curr_batch_idx = torch.arange(len(x), device=x.device)
-            indices = self.create_indices_tuple(x, labels, x, labels, indices_tuple, True)
-            return self.loss(x, labels, indices)  # type: ignore[no-any-return]
-        stored, labels_stored = x[enqueue_mask].detach(), labels[enqueue_mask]
-        x, labels = x[~enqueue_mask], labels[~enqueue_mask]
-        indices = self.create_indices_tuple(x, labels, stored, labels_stored, None, False)
-        return self.loss(x, labels, indices, stored, labels_stored)  # type: ignore[no-any-return]
+        self.warmup_calls += 1
+        self.curr_batch_idx = torch.arange(len(embeddings), device=embeddings.device)
+        refs = embeddings, labels
+        if enqueue_mask is not None:  # Without the memory the references are what the batch would store.
+            refs = embeddings[enqueue_mask].detach(), labels[enqueue_mask]
+            embeddings, labels = embeddings[~enqueue_mask], labels[~enqueue_mask]
+        indices = self.create_indices_tuple(embeddings, labels, *refs, indices_tuple, enqueue_mask is None)
+        return self.loss(embeddings, labels, indices, *refs)  # type: ignore[no-any-return]
 
     def add_to_memory(self, embeddings: Tensor, labels: Tensor, batch_size: int) -> None:
         if batch_size > 0:
@@ -146,11 +144,8 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         indices = self._mine(embeddings, labels, E_mem, L_mem, own)
         if input_indices_tuple is None:
             return indices
-        given = self._in_memory(input_indices_tuple)
-        if len(given) < len(indices):
-            given = lmu.convert_to_pairs(given, labels)
-        elif len(given) > len(indices):
-            given = lmu.convert_to_triplets(given, labels)
+        convert = lmu.convert_to_triplets if len(indices) == 3 else lmu.convert_to_pairs
+        given = convert(self._in_memory(input_indices_tuple), labels)
         return c_f.concatenate_indices_tuples(indices, given)  # type: ignore[no-any-return]
 
     def _mine(self, x: Tensor, labels: Tensor, refs: Tensor, ref_labels: Tensor, own: Tensor | None) -> IndicesTuple:
@@ -171,15 +166,16 @@ class CrossBatchMemory(losses.CrossBatchMemory):
 
     def _in_memory(self, indices: IndicesTuple) -> IndicesTuple:
         """Indices of the batch, with positives and negatives as indices of the memory. Anchors stay."""
-        number, anchors = len(self.curr_batch_idx), (0,) if len(indices) == 3 else (0, 2)
-        for index in indices:
+        batch, mapped = self.curr_batch_idx, []
+        for place, index in enumerate(indices):
             low, high = (int(index.min()), int(index.max())) if len(index) else (0, 0)
-            if len(index) and not 0 <= low <= high < number:
-                given = f"indices from {low} to {high}, outside the batch of {number} embeddings"
+            if len(index) and not 0 <= low <= high < len(batch):
+                given = f"indices from {low} to {high}, outside the batch of {len(batch)} embeddings"
                 cure = "give the pairs of the batch, or give the miner to CrossBatchMemory"
                 raise InputError(f"indices_tuple has {given}; {cure}")
-        on_device = [index.to(self.curr_batch_idx.device) for index in indices]
-        mapped = (index if i in anchors else self.curr_batch_idx[index] for i, index in enumerate(on_device))
+            index = index.to(batch.device)
+            is_anchor = place == 0 or (place == 2 and len(indices) == 4)
+            mapped.append(index if is_anchor else batch[index])
         return tuple(mapped)  # type: ignore[return-value]
 
 
