@@ -146,10 +146,13 @@ class DRSLoss(BaseMetricLossFunction):
             raise InputError("ref_labels without ref_emb: give the references, or leave both out")
         if ref_emb is not None:
             check_batch("ref_emb", ref_emb, "ref_labels", ref_labels, embeddings.shape[1])
-        if indices_tuple is None and (labels is None or (ref_emb is not None and ref_labels is None)):
-            raise InputError("labels (and ref_labels with ref_emb) are required where no indices_tuple is given")
-        if indices_tuple is None and ref_emb is embeddings and not _equal(labels, ref_labels):
-            raise InputError("ref_emb is the object embeddings, and ref_labels differ from labels; give ref_emb a copy")
+        if indices_tuple is None:
+            if labels is None or (ref_emb is not None and ref_labels is None):
+                raise InputError("labels (and ref_labels with ref_emb) are required where no indices_tuple is given")
+            others = ref_labels if ref_emb is embeddings and ref_labels is not labels else None
+            if others is not None and not torch.equal(labels, others.to(labels)):
+                why = "ref_emb is the object embeddings, and ref_labels differ from labels"
+                raise InputError(f"{why}; give ref_emb a copy")
         # At temperature 0.01 a half-precision similarity has no usable ranks.
         dtype = torch.promote_types(embeddings.dtype, torch.float32)
         dtype = dtype if ref_emb is None else torch.promote_types(dtype, ref_emb.dtype)
@@ -251,12 +254,6 @@ def check_batch(
     if labels is not None and not (whole and labels.shape == x.shape[:1]):
         wanted = f"an integer tensor of shape ({len(x)},), one for each embedding"
         raise InputError(f"{name_of_labels} must be {wanted}, got {kind_of(labels)}")
-
-
-def _equal(labels: Tensor | None, ref_labels: Tensor | None) -> bool:
-    if labels is None or ref_labels is None or labels is ref_labels:
-        return labels is ref_labels
-    return torch.equal(labels, ref_labels.to(labels.device, labels.dtype))
 
 
 def kind_of(x: object) -> str:

@@ -219,10 +219,8 @@ def report(rows: pd.DataFrame) -> str:
             (of_dim["seconds"] * 1e3, 1, "time in milliseconds"),
             (of_dim["peak_mib"], 1, "memory of a step in MiB"),
         ):
-            shown = [
-                "does not fit" if rounds == 0 else "not measured" if x != x else f"{x:,.{digits}f}"
-                for x, rounds in zip(values, of_dim["rounds"], strict=True)
-            ]
+            shown = values.map(f"{{:,.{digits}f}}".format).where(values.notna(), "not measured")
+            shown = shown.where(of_dim["rounds"] > 0, "does not fit")
             table = of_dim.assign(shown=shown).pivot(index="size", columns="loss", values="shown")
             table = table[of_dim["loss"].unique()].rename("{:,}".format)
             text = table.to_markdown(disable_numparse=True, stralign="right")
