@@ -3,14 +3,19 @@
 Neither needs a GPU. With one, `test_distances.py` compares the whole loss with the CPU's.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 from batches import pairwise
 
-pytest.importorskip("triton")
+from pml_drsl import fused
+
+triton = pytest.importorskip("triton")
+kernels = pytest.importorskip("pml_drsl.kernels")
 
 # The interpreter is chosen when the kernels are defined, so it takes a process of its own.
 IN_INTERPRETER = """
@@ -66,11 +71,8 @@ def test_agrees_with_the_eager_path_in_the_interpreter():
     pairwise(["fp32", "fp64"], ["_count", "_gradient"], [False, True], [80, 90]),
 )
 def test_compiles_for_gpus(name, dtype, bound, capability):
-    triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-
-    from pml_drsl import kernels
 
     kernel = getattr(kernels, name)
     if not hasattr(kernel, "arg_names"):
@@ -85,10 +87,6 @@ def test_compiles_for_gpus(name, dtype, bound, capability):
 
 
 def test_where_the_kernels_do_not_run_it_says_so_and_goes_on(monkeypatch):
-    import torch
-
-    from pml_drsl import fused, kernels
-
     def fails(*_):
         raise RuntimeError("Failed to find C compiler")
 
@@ -100,12 +98,6 @@ def test_where_the_kernels_do_not_run_it_says_so_and_goes_on(monkeypatch):
 
 
 def test_kernels_start_on_the_device_of_their_tensors(monkeypatch):
-    import contextlib
-
-    import torch
-
-    from pml_drsl import kernels
-
     current = []
 
     @contextlib.contextmanager

@@ -418,7 +418,7 @@ def test_labels_may_be_of_any_integer_type():
         ({"margin": float("inf")}, "margin must be a finite number, got inf"),
         ({"query_chunk_size": 0}, "query_chunk_size"),
         ({"distance": "euclid"}, "distance must be a distance of pytorch_metric_learning.distances.*'euclid'"),
-        ({"distance": BatchedDistance(LpDistance())}, "give the distance inside it, LpDistance"),
+        ({"distance": BatchedDistance(LpDistance())}, r"returns none; give the distance inside it, LpDistance\(\)"),
     ],
 )
 def test_bad_hyper_parameters_are_refused(arguments, message):

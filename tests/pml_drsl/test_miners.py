@@ -136,14 +136,6 @@ def test_a_restored_miner_goes_on_with_its_draws():
     assert draws(miner) == draws(restored)
 
 
-def test_the_default_device_does_not_matter():
-    x, labels = make_batch(0)
-    wanted, miner = NegativeBudgetMiner(1, "random", seed=5)(x, labels), NegativeBudgetMiner(1, "random", seed=5)
-    with torch.device("meta"):
-        found = miner(x, labels)
-    assert all(map(torch.equal, found, wanted))
-
-
 def test_seeds_have_streams_of_their_own():
     first, second = draws(NegativeBudgetMiner(1, "random", seed=0)), draws(NegativeBudgetMiner(1, "random", seed=1))
     assert not [draw for draw in first if draw in second]

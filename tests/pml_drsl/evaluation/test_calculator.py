@@ -41,6 +41,11 @@ def with_cameras(search: dict[str, Any], **kwargs: Any) -> ReIDAccuracyCalculato
     return ReIDAccuracyCalculator(**cameras, device="cpu", **kwargs)
 
 
+def in_tester(calculator: ReIDAccuracyCalculator, kind: Any = GlobalEmbeddingSpaceTester) -> Any:
+    options = {"normalize_embeddings": False, "data_device": CPU, "dataloader_num_workers": 0}
+    return kind(**options, accuracy_calculator=calculator)
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"metric": "cosine", "ties": "pessimistic"}, {"protocol": "single-gallery-shot", "seed": 3}],
@@ -160,12 +165,7 @@ def test_in_a_tester(search: dict[str, Any]) -> None:
         "query": TensorDataset(search["query"], search["query_ids"]),
         "gallery": TensorDataset(search["gallery"], search["gallery_ids"]),
     }
-    tester = GlobalEmbeddingSpaceTester(
-        normalize_embeddings=False,
-        data_device=CPU,
-        dataloader_num_workers=0,
-        accuracy_calculator=with_cameras(search, include=("mAP", "rank_1", "cmc")),
-    )
+    tester = in_tester(with_cameras(search, include=("mAP", "rank_1", "cmc")))
     scores = tester.test(sets, 1, torch.nn.Identity(), splits_to_eval=[("query", ["gallery"])])["query"]
     expected = evaluate(**search)
     assert scores["mAP_level0"] == pytest.approx(expected.mAP)
@@ -175,10 +175,7 @@ def test_in_a_tester(search: dict[str, Any]) -> None:
 
 def test_in_a_tester_whose_gallery_includes_the_query(search: dict[str, Any]) -> None:
     sets = {"all": TensorDataset(search["gallery"], search["gallery_ids"])}
-    tester = GlobalEmbeddingSpaceTester(
-        data_device=CPU, dataloader_num_workers=0, accuracy_calculator=ReIDAccuracyCalculator(device=CPU)
-    )
-    scores = tester.test(sets, 1, torch.nn.Identity())["all"]
+    scores = in_tester(ReIDAccuracyCalculator(device=CPU)).test(sets, 1, torch.nn.Identity())["all"]
     assert 0 < scores["mAP_level0"] < 0.9  # each query would find itself first otherwise
     assert 0 < scores["rank_1_level0"] < 0.9
 
@@ -190,9 +187,7 @@ def test_cameras_of_a_reference_set_that_a_tester_put_in_another_order(search: d
     gallery_first = torch.cat([search["gallery_cams"], search["query_cams"]])
     for cams in (both["_cams"], gallery_first):
         calculator = ReIDAccuracyCalculator(query_cams=search["query_cams"], reference_cams=cams, device=CPU)
-        tester = GlobalEmbeddingSpaceTester(
-            normalize_embeddings=False, data_device=CPU, dataloader_num_workers=0, accuracy_calculator=calculator
-        )
+        tester = in_tester(calculator)
         arguments: Any = (sets, 1, torch.nn.Identity(), None, [("query", ["gallery", "query"])])
         if cams is gallery_first:
             with pytest.raises(ValueError, match=r"first gallery cameras .* put the query split first"):
@@ -204,12 +199,7 @@ def test_cameras_of_a_reference_set_that_a_tester_put_in_another_order(search: d
 def test_parents_of_different_sizes_and_one_without_a_match(search: dict[str, Any]) -> None:
     x, ids = search["gallery"], search["gallery_ids"]
     parents = (torch.arange(60) >= 24).long()
-    tester = WithSameParentLabelTester(
-        normalize_embeddings=False,
-        data_device=CPU,
-        dataloader_num_workers=0,
-        accuracy_calculator=ReIDAccuracyCalculator(device=CPU),
-    )
+    tester = in_tester(ReIDAccuracyCalculator(device=CPU), WithSameParentLabelTester)
     sets = {"all": TensorDataset(x, torch.stack([ids, parents], 1))}
     scores = tester.test(sets, 1, torch.nn.Identity())["all"]
     of_parents = [
