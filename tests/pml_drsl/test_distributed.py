@@ -53,6 +53,7 @@ CASES = [
     *(("default", "none", efficient, False, (15, 1)) for efficient in (True, False)),
     ("default", "none", True, False, "nobody's"),
     *(("default", miner, efficient, "itself", (8, 8)) for miner in ("none", "budget") for efficient in (True, False)),
+    ("default", "triplets", False, "itself", (8, 8)),  # PML takes other labels for other images.
 ]
 
 
