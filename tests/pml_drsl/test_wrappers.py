@@ -148,28 +148,21 @@ def test_during_the_warm_up_the_loss_is_that_of_the_batch(loss, miner):
         torch.testing.assert_close(*gradients)
 
 
-def test_the_warm_up_takes_a_mask_of_what_would_be_kept():
-    x, labels = make_batch(3)
-    keep = torch.arange(len(x)) < 8
-    wanted = CrossBatchMemory(make_loss(0.1), 5, memory_size=14)(x, labels, enqueue_mask=keep)
-    memory = CrossBatchMemory(make_loss(0.1), 5, memory_size=14, warmup=1)
-    torch.testing.assert_close(memory(x, labels, enqueue_mask=keep), wanted)
-    assert not memory.embedding_memory.any()
-
-
 @pytest.mark.parametrize("warmup", [-1, 0.5, None])
 def test_a_bad_warm_up_is_refused(warmup):
     with pytest.raises(InputError, match="warmup must be an integer of at least 0"):
         CrossBatchMemory(make_loss(), 4, warmup=warmup)
 
 
-def test_memory_takes_a_mask_of_what_to_keep():
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_memory_takes_a_mask_of_what_to_keep(warmup):
     x, labels = make_batch(3)
-    memory = CrossBatchMemory(make_loss(0.1), 5, memory_size=14)
+    memory = CrossBatchMemory(make_loss(0.1), 5, memory_size=14, warmup=warmup)
     keep = torch.arange(len(x)) < 8
     loss = memory(x, labels, enqueue_mask=keep)
     wanted = make_loss(0.1)(x[~keep], labels[~keep], ref_emb=x[keep].detach(), ref_labels=labels[keep])
     torch.testing.assert_close(loss, wanted)
+    assert memory.embedding_memory.any() == (warmup == 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
