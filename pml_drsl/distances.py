@@ -80,7 +80,7 @@ def has_angles(distance: BaseDistance) -> bool:
 
 
 def angular_dissimilarity(
-    distance: BaseDistance, of_pairs: Tensor, unit: Tensor, unit_ref: Tensor, pairs: Pairs, fused: bool = True
+    distance: BaseDistance, unit: Tensor, unit_ref: Tensor, pairs: Pairs, fused: bool, of_pairs: Tensor
 ) -> Tensor:
     """The angular dissimilarity ``u = (1 - cos) / 2`` of pairs, shape (E,), in [0, 1].
 

@@ -201,8 +201,7 @@ class DRSLoss(BaseMetricLossFunction):
         # The settings of this call. They may have changed when a backward pass computes a chunk again.
         distance, fused, has_sort, stats = self.distance, self.fused, bool(self.sort_weight), self.collect_stats
         power = None if self.bound_power is None else float(self.bound_power)
-        settings: dict[str, Any] = {name: _scalar(getattr(self, name)) for name in ("temperature", "margin")}
-        settings["use_fused"] = fused
+        settings: tuple[Any, Any] = _scalar(self.temperature), _scalar(self.margin)
 
         def prepared(distance: BaseDistance) -> tuple[Tensor, Tensor]:
             x = prepare(distance, embeddings, fused)
@@ -210,13 +209,13 @@ class DRSLoss(BaseMetricLossFunction):
 
         def of_chunk(x: Tensor, unit: Tensor, pairs: Pairs) -> Errors:
             distances = distance_matrix(distance, x, None if ref is x else ref, fused)
-            units = {"unit": unit, "unit_ref": unit_ref}
-            angle = functools.partial(angular_dissimilarity, distance, pairs=pairs, fused=fused, **units)
-            options: Any = {"bound_power": power, "dissimilarity": angle if has_sort else None}
-            retrieval, sort = functional.errors(distances, pairs, **settings, **options)
+            angle = functools.partial(angular_dissimilarity, distance, unit, unit_ref, pairs, fused)
+            retrieval, sort = functional.errors(distances, pairs, *settings, power, angle if has_sort else None, fused)
             errors = {"retrieval": retrieval} if sort is None else {"retrieval": retrieval, "sort": sort}
             if stats:
-                smoothed = retrieval if power is None else functional.errors(distances.detach(), pairs, **settings)[0]
+                smoothed = retrieval
+                if power is not None:
+                    smoothed, _ = functional.errors(distances.detach(), pairs, *settings, use_fused=fused)
                 errors["smoothed"] = smoothed.detach()
             return errors
 
