@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,30 +21,21 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def peak_process_bytes() -> int | None:
-    """The most main memory, in bytes, that this process has held since ``reset_peak_process_bytes``; None where the
-    system does not say, as on all but Linux. ``ru_maxrss`` cannot be reset, and is inherited from a parent process."""
+def peak_process_bytes(reset: bool = False) -> int | None:
+    """The most main memory, in bytes, that this process has held since the last ``reset``, which starts again from what
+    it holds now; None where the system does not say, as on all but Linux. ``ru_maxrss`` cannot be reset, and is
+    inherited from a parent process."""
     try:
+        if reset:
+            # Freed memory that the process still holds would be used again unseen. Not every C library can return it.
+            with suppress(AttributeError, TypeError):
+                ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
         status = Path("/proc/self/status").read_text()
     except OSError:
         return None
     peak = re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
     return None if peak is None else 1024 * int(peak[1])
-
-
-def reset_peak_process_bytes() -> int | None:
-    """Makes ``peak_process_bytes`` start again from the memory that this process holds now, and returns that; None
-    where the system cannot."""
-    if sys.platform != "linux":
-        return None
-    # Freed memory that the process still holds would be used again unseen. Not every C library can give it back.
-    with suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    return peak_process_bytes()
 
 
 @contextmanager
@@ -93,8 +83,6 @@ def _set_precision(values: list[Any] | None) -> list[Any]:
 def keep_freed_memory() -> None:
     """Lets the process keep the memory that it frees, where the C library is glibc, as on most Linux systems. A
     training step allocates the same large tensors again and again, and the system clears all memory that it gives."""
-    if not sys.platform.startswith("linux"):
-        return
     with suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too.

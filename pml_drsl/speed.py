@@ -171,7 +171,7 @@ def peak_mib(step: Step, gib: float, device: str) -> float | None:
     """The memory that a step adds, in MiB; None if it takes more than ``gib``; NaN where the system does not say."""
     import torch
 
-    from pml_drsl.machine import peak_process_bytes, reset_peak_process_bytes
+    from pml_drsl.machine import peak_process_bytes
 
     on_cuda = device == "cuda"
     try:
@@ -179,7 +179,7 @@ def peak_mib(step: Step, gib: float, device: str) -> float | None:
             step()  # Libraries allocate memory at their first use.
             if on_cuda:
                 torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated() if on_cuda else reset_peak_process_bytes()
+            before = torch.cuda.memory_allocated() if on_cuda else peak_process_bytes(reset=True)
             step()
             after = torch.cuda.max_memory_allocated() if on_cuda else peak_process_bytes()
     except (RuntimeError, MemoryError) as error:

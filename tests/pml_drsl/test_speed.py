@@ -59,8 +59,8 @@ import os, sys
 if sys.argv[1] == "big":
     big = b"1" * 2**28
     os.execv(sys.executable, [sys.executable, "-c", sys.argv[2], "small", ""])
-from pml_drsl.machine import peak_process_bytes, reset_peak_process_bytes
-before = reset_peak_process_bytes()
+from pml_drsl.machine import peak_process_bytes
+before = peak_process_bytes(reset=True)
 added = b"1" * 2**25
 print(peak_process_bytes() - before)
 """
@@ -77,8 +77,8 @@ def test_memory_is_measured_from_now_on_or_not_at_all(monkeypatch: pytest.Monkey
     for name in ("read_text", "write_text"):
         with monkeypatch.context() as patch:
             patch.setattr(machine.Path, name, refuse)
-            assert machine.reset_peak_process_bytes() is None
-    monkeypatch.setattr(machine, "reset_peak_process_bytes", lambda: None)
+            assert machine.peak_process_bytes(reset=True) is None
+    monkeypatch.setattr(machine, "peak_process_bytes", lambda reset=False: None)
     assert math.isnan(speed.peak_mib(lambda: None, 4.0, "cpu") or 0)
 
 
