@@ -132,11 +132,6 @@ def _plain_euclidean(x: Tensor, ref: Tensor) -> Tensor:
     return torch.where(zero, 0, torch.where(zero, 1, squared).sqrt())
 
 
-def _plus_transposed(w: Tensor) -> Tensor:
-    # A copy of the transposed matrix goes by blocks. ``w + w.T`` does not, and takes five times as long on a CPU.
-    return w.T.clone(memory_format=torch.contiguous_format).add_(w)
-
-
 class _Normalized(torch.autograd.Function):
     """Vectors of norm 1, or 0 without gradient if without direction, in a third of the passes of autograd's."""
 
@@ -180,7 +175,8 @@ class _Distances(torch.autograd.Function):
 
         with full_precision(x.device.type):
             if ref is None:
-                w, ref = _plus_transposed(w), x
+                # A copy of the transposed matrix goes by blocks. ``w + w.T`` takes five times as long on a CPU.
+                w, ref = w.T.clone(memory_format=torch.contiguous_format).add_(w), x
             needs_x, needs_ref, _ = ctx.needs_input_grad
             return gradient(w, x, ref) if needs_x else None, gradient(w.T, ref, x) if needs_ref else None, None
 

@@ -183,13 +183,13 @@ class DRSLoss(BaseMetricLossFunction):
         compute = self.compute_errors if self.shared is None else functools.partial(self.shared, self.compute_errors)
         errors = compute(embeddings, ref_emb, pairs)
         if self.collect_stats:
-            weight = pairs.weights(embeddings.dtype)
+            # Of each pair in the mean over queries of the mean over their positives.
+            weight = 1 / (pairs.counts[pairs.query] * pairs.num_queries).to(embeddings.dtype)
             self.retrieval_error = torch.dot(errors["smoothed"], weight)
             self.num_queries = pairs.num_queries
             if "sort" in errors:
                 self.sort_error = torch.dot(errors["sort"].detach(), weight)
-        of_pairs: dict[str, Any] = {"indices": (pairs.query, pairs.positive), "reduction_type": "pos_pair"}
-        of_pairs["divisor"] = len(pairs.query)  # for a DivisorReducer
+        of_pairs = {"indices": (pairs.query, pairs.positive), "reduction_type": "pos_pair", "divisor": len(pairs.query)}
         sort_weight = _scalar(self.sort_weight)
         return {
             "retrieval_loss": {"losses": errors["retrieval"], **of_pairs},

@@ -60,10 +60,6 @@ class Pairs:
     num_queries: int
     negatives: SparseMask
 
-    def weights(self, dtype: torch.dtype) -> Tensor:
-        """Weight of each pair in the mean over queries of the mean over their positives, shape (E,)."""
-        return 1 / (self.counts[self.query] * self.num_queries).to(dtype)
-
     def split(self, sizes: int | Sequence[int]) -> list[Pairs]:
         """The pairs of consecutive ranges of queries, each numbered from 0, as ``torch.split`` divides the queries."""
         total = len(self.counts)

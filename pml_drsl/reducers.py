@@ -53,10 +53,8 @@ class PerQueryReducer(_QueryReducer):
             return (losses / counts[loss_indices]).sum() / (counts > 0).sum()
         averages, has_loss = _averages(losses, loss_indices, number)
         queries = has_loss.nonzero().squeeze(1)
-        of_queries: dict[str, Any] = {"indices": queries, "reduction_type": "element"}
-        of_queries["divisor"] = len(queries)  # for a DivisorReducer
-        loss_dict = {"loss": {"losses": averages[queries], **of_queries}}
-        return self.reducer(loss_dict, embeddings, labels)  # type: ignore[no-any-return]
+        loss = {"losses": averages[queries], "indices": queries, "reduction_type": "element", "divisor": len(queries)}
+        return self.reducer({"loss": loss}, embeddings, labels)  # type: ignore[no-any-return]
 
 
 class PerIdentityReducer(_QueryReducer):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -56,7 +56,7 @@ def read_npz(path: str, cameras: bool = True) -> dict[str, Any]:
         needs = f"it needs {', '.join(REQUIRED)}, and {' and '.join(CAMERAS)} if there are cameras"
         raise InputError(f"{path} lacks {', '.join(missing)}: {needs}; it holds {', '.join(loaded) or 'nothing'}")
     for name in set(loaded) - {*known, *PATHS}:  # Ignoring a misspelt array would silently ignore the cameras.
-        if near := difflib.get_close_matches(name, [camera for camera in CAMERAS if camera not in loaded], n=1):
+        if near := get_close_matches(name, [camera for camera in CAMERAS if camera not in loaded], n=1):
             raise InputError(f"{path} has an unknown array {name!r}: did you mean {near[0]!r}?")
     found = {name: loaded[name] for name in known if name in loaded and (cameras or name not in CAMERAS)}
     if found.keys().isdisjoint(CAMERAS) and loaded.keys() >= set(PATHS):
@@ -152,13 +152,9 @@ def _check_head(at: str, head: Sequence[str], needed: Sequence[str], optional: S
             raise InputError(f"{at}: the file has two columns {name!r}: rename or remove one")
         # Ignoring a misspelt column would silently ignore the cameras.
         unknown = [other for other in head if other not in (*needed, *optional)]
-        near = [other for other in unknown if not others or _is_like(other, name)]
+        near = [each for each in unknown if not others or get_close_matches(each.lower(), {name, "camera"}, 1, 0.7)]
         if name not in head and near:
             raise InputError(f"{at}: the file has a column {near[0]!r} and no {name!r}: rename or remove it")
-
-
-def _is_like(name: str, wanted: str) -> bool:
-    return bool(difflib.get_close_matches(name.lower(), {wanted, "camera"}, 1, cutoff=0.7))
 
 
 def check_text(at: str, values: Iterable[str]) -> None:
