@@ -153,9 +153,11 @@ class _Normalized(torch.autograd.Function):
 
 
 class _Distances(torch.autograd.Function):
-    """``torch.cdist(x, ref)`` if ``euclidean``, else ``-x @ ref.T``. The gradient in x_i is the sum over j of
-    ``w_ij (x_i - ref_j)``, w the gradient over the distance, or 0 at distance 0; of inner products it is that of
-    ``-w_ij ref_j``, w the gradient. Of a batch with itself, w is ``w + w.T``, so that one product is enough."""
+    """``torch.cdist(x, ref)`` if ``euclidean``, else ``-x @ ref.T``; to be called in full precision.
+
+    With w the gradient of the matrix, divided by Euclidean distances (0 at distance 0), the gradient in x_i is the sum
+    over j of ``w_ij (x_i - ref_j)`` for Euclidean distances, and of ``-w_ij ref_j`` for inner products. If a batch is
+    compared with itself, w is ``w + w.T``, which takes one matrix product less."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, ref: Tensor | None, euclidean: bool) -> Tensor:
