@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -149,11 +148,10 @@ class RunCheckpoints(History):
             self.newest = self.save(self.start, self.start["epoch"]) if distributed.is_first() else path
             self.start = None
 
-    def interrupted(self, signum: int) -> str:
-        """Saves as ``save_start``; returns the message to the user."""
+    def interrupted(self) -> str:
+        """Saves as ``save_start``; returns the end of the message to the user."""
         self.save_start()
-        where = f"{signal.Signals(signum).name} in {self.stage}"
-        return f"stopped by {where}; model.resume auto begins it again from '{self.newest}'"
+        return f" in {self.stage}; model.resume auto begins it again from '{self.newest}'"
 
     def failed(self) -> None:
         """Saves as ``save_start`` after an error, if this run has trained an epoch, and prints where."""

@@ -7,7 +7,6 @@ import errno
 import functools
 import operator
 import re
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,7 @@ class BaseEngine(Tester, TrainingStep):
         self.stop = StopRequest()
         self.options = RunOptions()
         self.stepper = Stepper()
-        self._checkpoints: RunCheckpoints | None = None
+        self._checkpoints = RunCheckpoints(self, Path(), 0, None)  # of the present run
         self._resumed: dict[str, Any] = {}
         self._resumed_from: Path | None = None
         self._layers: dict[nn.Module, Layers] = {}
@@ -107,10 +106,10 @@ class BaseEngine(Tester, TrainingStep):
         if chosen.test_only:
             return self.test(**chosen.last_test())
         started = time.monotonic()
-        checkpoints = self._prepare(chosen)
+        self._prepare()
         try:
             with self.stop:
-                self._train_and_test(checkpoints)
+                self._train_and_test()
         except (Exception, Interrupted) as error:
             # A signal may also have reached a process of the loader, which died of it, or only another process. A
             # terminal that was closed takes no text any more.
@@ -118,9 +117,9 @@ class BaseEngine(Tester, TrainingStep):
             dead |= getattr(error, "errno", None) == errno.EIO
             signum = getattr(error, "signal", self.stop.signum if dead else None)
             if signum is None:
-                checkpoints.failed()
+                self._checkpoints.failed()
                 raise
-            raise Interrupted(signum, checkpoints.interrupted(signum)) from error
+            raise Interrupted(signum, self._checkpoints.interrupted()) from error
         finally:
             if self.writer is not None:
                 # A later test of this engine would otherwise open the log of the run again.
@@ -129,20 +128,20 @@ class BaseEngine(Tester, TrainingStep):
             while self._layers:
                 self._layers.popitem()[1].open()
             self.model.train(self.model.training)  # as a whole, because a few of its layers may have trained alone
-            checkpoints.start = None
+            self._checkpoints.start = None
             stop, self.stop = self.stop, StopRequest()
         # A signal may reach one process alone. The others must not go on with another run: they would wait for it.
         _, signum = distributed.agreed({}, stop.signum)
         if signum is not None:
-            stopped = f"stopped by {signal.Signals(signum).name}"
-            raise Interrupted(signum, f"{stopped}; the run was done, and everything is saved")
+            raise Interrupted(signum, "; the run was done, and everything is saved")
         if self.skipped:
             print(f"Skipped {self.skipped} steps whose loss was not finite")
         print(f"Elapsed {datetime.timedelta(seconds=round(time.monotonic() - started))}")
         return self.results
 
-    def _prepare(self, chosen: RunOptions) -> RunCheckpoints:
+    def _prepare(self) -> None:
         """Makes what a run needs, and refuses options that do not fit the model or what was resumed."""
+        chosen = self.options
         if (done := self._resumed.get("epoch", 0)) and chosen.start_epoch != done:
             other = f"resume returned {done}, and start_epoch is {chosen.start_epoch}"
             raise InputError(f"{other}: give start_epoch={done}")
@@ -156,14 +155,14 @@ class BaseEngine(Tester, TrainingStep):
         self.start_epoch, self.max_epoch = chosen.start_epoch, chosen.max_epoch
         # A resumed run repeats the interrupted epoch, whose entries in the TensorBoard log are removed.
         purge_step = self.start_epoch * len(self.train_loader) if self._resumed else None
-        writers: list[SummaryWriter] = []
-        # The writer itself cannot be sent to the other processes.
-        distributed.from_first(lambda: writers.append(SummaryWriter(log_dir=chosen.save_dir, purge_step=purge_step)))
-        self.writer = writers[0] if writers else None
-        return self._checkpoints
 
-    def _train_and_test(self, checkpoints: RunCheckpoints) -> None:
-        chosen = self.options
+        def open_log() -> None:
+            self.writer = SummaryWriter(log_dir=chosen.save_dir, purge_step=purge_step)
+
+        distributed.from_first(open_log)
+
+    def _train_and_test(self) -> None:
+        chosen, checkpoints = self.options, self._checkpoints
         states.restore_randomness(self, self._resumed, str(self._resumed_from))
         best, begins = int(self.best["epoch"]), not (self._resumed or self.start_epoch)
         goes_on = best > 0 and self.max_epoch > 0 and not begins
@@ -177,12 +176,12 @@ class BaseEngine(Tester, TrainingStep):
             if test_due:
                 print(f"=> Test after epoch {self.start_epoch}, in which the run was stopped")
                 self.epoch = self.start_epoch - 1
-                self._test_and_save(checkpoints)
+                self._test_and_save()
             print("=> Start training")
             for self.epoch in range(chosen.start_epoch, chosen.max_epoch):
                 checkpoints.begin(self.epoch)
                 self.train(chosen.print_freq, chosen.fixbase_epoch, chosen.open_layers)
-                self._test_and_save(checkpoints)
+                self._test_and_save()
             return
         print(f"=> Trained {self.start_epoch} epochs already")
         if self.max_epoch > 0:
@@ -195,18 +194,18 @@ class BaseEngine(Tester, TrainingStep):
             if is_best or test_due:
                 checkpoints.save_present(is_best)
 
-    def _test_and_save(self, checkpoints: RunCheckpoints) -> None:
+    def _test_and_save(self) -> None:
         """Tests and saves after the present epoch, where the options say so."""
         chosen, done, is_best = self.options, self.epoch + 1, False
         last = done == self.max_epoch
         tested = last or (chosen.eval_freq > 0 and done >= chosen.start_eval and done % chosen.eval_freq == 0)
         if last:
             print("=> Final test, of the last weights")
-        if tested:
-            checkpoints.begin(done, test_due=True)  # A test that fails or is stopped must not lose what was trained.
+        if tested:  # A test that fails or is stopped must not lose what was trained.
+            self._checkpoints.begin(done, test_due=True)
             is_best = self._is_best(self.test(**(chosen.last_test() if last else chosen.test_between())))
         if tested or done % chosen.checkpoint_freq == 0:
-            checkpoints.save_present(is_best)
+            self._checkpoints.save_present(is_best)
         if last and not is_best and self.best["epoch"] > 0:
             print(f"The best weights are those of epoch {self.best['epoch']}, with a mAP of {self.best['mAP']:.1%}")
 
@@ -227,18 +226,18 @@ class BaseEngine(Tester, TrainingStep):
             if self.skipped == skipped:
                 log.add(index, summary, self.get_current_lr())
             if signum is not None:
-                raise Interrupted(signum, "a signal asked this run to stop")
+                raise Interrupted(signum)
         number, skipped, overflows = self.epoch + 1, self.skipped - skipped_before, self.stepper.overflows()
         if skipped == steps:
             none = f"epoch {number} had no batch with a finite loss, of {steps} that the loader gave"
-            raise FloatingPointError(f"{none}{self._last_good()}")
+            raise FloatingPointError(f"{none}{self._checkpoints.last_good()}")
         if overflows:
             print(f"Epoch {number}: fp16 left out {overflows} of {steps} steps, whose scaled gradients were not finite")
         # The scale begins high, so that all steps of a short first epoch may be left out. One below 1 does not help.
         first = self.epoch == self.options.start_epoch
         if skipped + overflows == steps and not (first and self.stepper.scaler.get_scale() >= 1):
             none = f"epoch {number} had no step with finite gradients in fp16, of {steps}"
-            raise FloatingPointError(f"{none}: try train.amp bf16{self._last_good()}")
+            raise FloatingPointError(f"{none}: try train.amp bf16{self._checkpoints.last_good()}")
         log.line(steps, self.get_current_lr())
         for model in self._models.values():
             distributed.average(buffer for buffer in model.buffers() if buffer.is_floating_point())

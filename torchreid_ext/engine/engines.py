@@ -18,12 +18,10 @@ from pml_drsl.checks import InputError
 from pml_drsl.distributed import DistributedLossWrapper, draws_of_first, gather_batch
 from pml_drsl.losses import DRSLoss
 from torchreid_ext import networks
-from torchreid_ext.checkpoint.folder import RunCheckpoints
 from torchreid_ext.data.samplers import warn_if_positives_are_rare
 from torchreid_ext.engine import compatibility
 from torchreid_ext.engine.base import BaseEngine
 from torchreid_ext.engine.criteria import PerFeature, cross_camera_pairs
-from torchreid_ext.engine.options import RunOptions
 from torchreid_ext.engine.step import Batch, Tracklets
 from torchreid_ext.runtime import distributed
 
@@ -93,12 +91,12 @@ class ImagePMLEngine(BaseEngine):
         self.weight_m, self.weight_x, self.miner, self.cross_camera = weight_m, weight_x, miner, cross_camera
         self.cross_entropy = nn.CrossEntropyLoss(label_smoothing=0.1 if label_smooth else 0)
 
-    def _prepare(self, chosen: RunOptions) -> RunCheckpoints:
-        raw = chosen.dist_metric == "euclidean" and not chosen.normalize_feature
+    def _prepare(self) -> None:
+        raw = self.options.dist_metric == "euclidean" and not self.options.normalize_feature
         if raw and self.weight_m > 0 and compatibility.compares_directions(self.criterion) and distributed.is_first():
             different = "the loss scales features to unit norm, and the test by Euclidean distances does not"
             warnings.warn(f"{different}: dist_metric='cosine' (test.dist_metric) suits the loss", stacklevel=3)
-        return super()._prepare(chosen)
+        super()._prepare()
 
     def compute_losses(self, output: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         logits, features = self._split(output)

@@ -41,7 +41,7 @@ class TrainingStep(torchreid.engine.Engine):
     stepper: Stepper
     stepped = False  # whether `step` was called
     skipped: int
-    _checkpoints: RunCheckpoints | None
+    _checkpoints: RunCheckpoints
     _put_back: Callable[[], None]
 
     def forward_backward(self, data: dict[str, Any]) -> dict[str, float]:
@@ -102,7 +102,7 @@ class TrainingStep(torchreid.engine.Engine):
         place = f"epoch {self.epoch + 1}, batch {self.batch_idx + 1}"
         if not self.options.skip_nonfinite:
             cure = f"try a smaller learning rate, now {self.get_current_lr()}"
-            raise FloatingPointError(f"the loss is {value.item()} in {place}: {cure}{self._last_good()}")
+            raise FloatingPointError(f"the loss is {value.item()} in {place}: {cure}{self._checkpoints.last_good()}")
         self._put_back()
         self.skipped += 1
         print(f"Skipped {place}: the loss is {value.item()}")
@@ -120,9 +120,6 @@ class TrainingStep(torchreid.engine.Engine):
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
-
-    def _last_good(self) -> str:
-        return self._checkpoints.last_good() if self._checkpoints else "; no checkpoint was saved"
 
 
 class Tracklets:

@@ -101,7 +101,7 @@ def gather_samples(
         kind = InputError if isinstance(error, (InputError, OSError)) else RuntimeError
         failed, failure = error, (kind, f"process {dist.get_rank(group)} could not test: {error}")
         if isinstance(error, Interrupted):
-            failure = Interrupted, error.signal, str(error)
+            failure = Interrupted, error.signal
     about = None if own is None else (own.features.shape, own.features.dtype, own.pids, own.camids)
     reports: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(reports, (failure, about), group)

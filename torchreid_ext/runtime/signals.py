@@ -14,11 +14,11 @@ from torchreid_ext.runtime import distributed
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run stops because a signal asked for it, which is the attribute ``signal``."""
+    """The run stops because a signal asked for it, which is the attribute ``signal``; ``where`` ends the message."""
 
-    def __init__(self, signum: int, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, signum: int, where: str = "") -> None:
         self.signal = signal.Signals(signum)
+        super().__init__(f"stopped by {self.signal.name}{where}")
 
 
 class StopRequest:
@@ -50,7 +50,7 @@ class StopRequest:
     def check(self) -> None:
         """Raises ``Interrupted`` if this process received a signal."""
         if self.signum is not None:
-            raise Interrupted(self.signum, f"stopped by {signal.Signals(self.signum).name}")
+            raise Interrupted(self.signum)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # Ctrl-C also reaches the loader's workers, which their parent stops.

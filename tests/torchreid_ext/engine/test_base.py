@@ -244,7 +244,7 @@ def test_a_signal_to_another_process_in_a_test(tmp_path, monkeypatch):
     engine = make_engine(tmp_path)
 
     def told(**kwargs):
-        raise Interrupted(signal.SIGTERM, "another process was asked to stop")
+        raise Interrupted(signal.SIGTERM)
 
     monkeypatch.setattr(engine, "test", told)
     with pytest.raises(Interrupted, match=r"stopped by SIGTERM in the test after epoch 1; model.resume auto begins it"):
@@ -471,7 +471,9 @@ def test_the_best_of_an_earlier_run_in_the_folder_is_not_left(tmp_path):
     make_engine(tmp_path).run(str(tmp_path / "log"), max_epoch=1)
     best = tmp_path / "log" / "model" / "model-best.pth.tar"
     assert best.exists()
-    make_engine(tmp_path)._prepare(RunOptions.of({"save_dir": str(tmp_path / "log")}))
+    engine = make_engine(tmp_path)
+    engine.options = RunOptions(save_dir=str(tmp_path / "log"))
+    engine._prepare()
     assert best.exists()  # until there is a checkpoint of the new run
     engine = make_engine(tmp_path)
     signal_in(engine, 0, 0)
