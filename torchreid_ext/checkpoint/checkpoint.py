@@ -70,10 +70,9 @@ def check_saves(state: Mapping[str, Any]) -> None:
 
 def check_file(path: str | os.PathLike[str]) -> None:
     """Raises InputError if there is no file of this name."""
-    if os.path.isdir(path):
-        raise InputError(f"{_named(path)} is a folder; give a file in it, such as model/model-best.pth.tar of a run")
     if not os.path.isfile(path):
-        raise InputError(f"{_named(path)} does not exist; give a file, such as model/model-best.pth.tar of a run")
+        fault = "is a folder" if os.path.isdir(path) else "does not exist"
+        raise InputError(f"{_named(path)} {fault}; give a file, such as model/model-best.pth.tar of a run")
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:

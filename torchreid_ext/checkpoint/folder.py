@@ -43,21 +43,28 @@ class History:
         for number in earlier[: -self.keep] if self.keep else []:
             numbered[number].unlink(missing_ok=True)
 
+    def put_back_best(self, epoch: int) -> bool:
+        """Makes ``model-best.pth.tar`` the checkpoint after ``epoch`` epochs: it may hold a later one, where a run goes
+        back to an earlier epoch, or an earlier one, if the run was killed before it could mark the best. Without such a
+        checkpoint it removes the file, and returns False."""
+        best, numbered = self.folder / BEST, self.folder / f"model.pth.tar-{epoch}"
+        with contextlib.suppress(InputError):
+            if checkpoint.load(best).get("epoch") == epoch:
+                return True
+        if numbered.is_file():
+            files.link(numbered, BEST)
+            return True
+        best.unlink(missing_ok=True)
+        return False
+
     def load_newest(self) -> tuple[Path, dict[str, Any]] | None:
         """The path and the state of the newest readable checkpoint; None if there are no checkpoints. Raises InputError
         if there are checkpoints but none can be read."""
         for path in (candidates := self.candidates()):
             try:
-                state = checkpoint.load(path)
+                return path, checkpoint.load(path)
             except InputError as error:
                 print(f"Skipped: {error}")
-                continue
-            # A readable checkpoint may hold anything; what does not fit is refused when it is restored.
-            with contextlib.suppress(AttributeError, KeyError, TypeError):
-                if state["training"]["best"]["epoch"] == state["epoch"]:
-                    # The run may have been killed before it could mark this checkpoint as the best.
-                    files.link(path, BEST)
-            return path, state
         if candidates:
             unreadable = f"none of the {len(candidates)} checkpoints in '{self.folder}' can be read"
             raise InputError(f"model.resume auto: {unreadable}; remove them to start a new run")
@@ -110,19 +117,6 @@ class RunCheckpoints(History):
             # An earlier run in this folder may have left the best of its own, which is not of this run.
             (self.folder / BEST).unlink(missing_ok=True)
         return super().save(state, epoch, is_best)
-
-    def put_back_best(self, epoch: int) -> bool:
-        """Makes ``model-best.pth.tar`` the checkpoint after ``epoch`` epochs: it may hold a later one, where a run goes
-        back to an earlier epoch. Without such a checkpoint it removes the file, and returns False."""
-        best, numbered = self.folder / BEST, self.folder / f"model.pth.tar-{epoch}"
-        with contextlib.suppress(InputError):
-            if checkpoint.load(best).get("epoch") == epoch:
-                return True
-        if numbered.is_file():
-            files.link(numbered, BEST)
-            return True
-        best.unlink(missing_ok=True)
-        return False
 
     def begin(self, epoch: int, test_due: bool = False) -> None:
         """Remembers the state after ``epoch`` epochs, in which the next epoch begins, or the test that is due; raises

@@ -33,11 +33,11 @@ NOT_TRAINED = {
 }
 """Names of ``pytorch_metric_learning.losses`` that ``loss.pml.loss`` refuses, with the reason."""
 
-_NAMES = (
-    "CrossBatchMemory FastAPLoss InstanceLoss LargeMarginSoftmaxLoss NCALoss NormalizedSoftmaxLoss NPairsLoss "
-    "P2SGradLoss PNPLoss ProxyAnchorLoss RankedListLoss SmoothAPLoss SoftTripleLoss"
-)
-WITHOUT_PAIRS: tuple[type, ...] = tuple(getattr(losses, name) for name in _NAMES.split())
+WITHOUT_PAIRS: tuple[type, ...] = (
+    losses.CrossBatchMemory, losses.FastAPLoss, losses.InstanceLoss, losses.LargeMarginSoftmaxLoss, losses.NCALoss,
+    losses.NormalizedSoftmaxLoss, losses.NPairsLoss, losses.P2SGradLoss, losses.PNPLoss, losses.ProxyAnchorLoss,
+    losses.RankedListLoss, losses.SmoothAPLoss, losses.SoftTripleLoss,
+)  # fmt: skip
 """Losses that cannot leave out the pairs that an ``indices_tuple`` leaves out. They refuse it, or take it for weights.
 The memory would need the cameras of its embeddings, which it does not store."""
 
@@ -70,10 +70,10 @@ def parameters(kind: type) -> dict[str, inspect.Parameter]:
         if "__init__" not in vars(part):
             continue
         own = list(inspect.signature(vars(part)["__init__"]).parameters.values())[1:]
-        named = {p.name: p for p in own if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-        if part.__name__ in NOT_TRAINED:
-            named = {name: p for name, p in named.items() if p.default is not p.empty}
-        found |= {name: p for name, p in named.items() if name not in found}
+        for p in own:
+            left_out = part.__name__ in NOT_TRAINED and p.default is p.empty
+            if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and not left_out:
+                found.setdefault(p.name, p)
         if not any(p.kind is p.VAR_KEYWORD for p in own):
             break
     return found

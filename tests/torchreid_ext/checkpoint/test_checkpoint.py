@@ -140,7 +140,7 @@ def test_any_changed_byte_in_our_checkpoints_is_detected(tmp_path):
 def test_missing_and_wrong_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere.pth' does not exist"):
         checkpoint.load(tmp_path / "nowhere.pth")
-    with pytest.raises(ValueError, match="is a folder; give a file in it"):
+    with pytest.raises(ValueError, match="is a folder; give a file, such as"):
         checkpoint.load(tmp_path)
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="holds a list"):

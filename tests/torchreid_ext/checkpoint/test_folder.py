@@ -11,7 +11,6 @@ import torch
 from pml_drsl.checks import InputError
 from torchreid_ext.checkpoint import checkpoint
 from torchreid_ext.checkpoint.folder import BEST, LAST, History, alone
-from torchreid_ext.runtime import files
 
 
 def names(folder):
@@ -91,19 +90,17 @@ def test_a_disk_that_fails_damages_no_checkpoint(tmp_path, monkeypatch, number, 
 def test_a_best_checkpoint_is_marked_after_a_kill(tmp_path):
     history = History(tmp_path)
     for epoch in (1, 2):
-        history.save({"epoch": epoch, "training": {"best": {"epoch": epoch}}}, epoch, is_best=epoch == 1)
+        history.save({"epoch": epoch}, epoch, is_best=epoch == 1)
     # The run was killed after it saved the checkpoint, and before it marked it as the best.
     assert checkpoint.load(tmp_path / BEST)["epoch"] == 1
-    History(tmp_path).load_newest()
+    assert history.put_back_best(2)
     assert checkpoint.load(tmp_path / BEST)["epoch"] == 2
 
 
 def test_an_older_best_checkpoint_stays_the_best(tmp_path):
-    checkpoint.save({"epoch": 1, "training": {"best": {"epoch": 1}}}, tmp_path / "model.pth.tar-1")
-    for name in (LAST, BEST):
-        files.link(tmp_path / "model.pth.tar-1", name)
-    History(tmp_path).load_newest()
-    assert names(tmp_path) == sorted([LAST, BEST, *numbered(1)])
+    save(history := History(tmp_path, keep=1), [1, 2], best=[1])
+    assert history.put_back_best(1)
+    assert names(tmp_path) == sorted([LAST, BEST, *numbered(2)]) and checkpoint.load(tmp_path / BEST)["epoch"] == 1
 
 
 def test_two_runs_do_not_write_into_one_folder_at_once(tmp_path, monkeypatch):
