@@ -16,9 +16,10 @@ from torchreid_ext.runtime import distributed
 
 
 def happen():
-    if distributed.restarts() == 0 and distributed.rank() == distributed.size() - 1:
+    restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if restarts == 0 and distributed.rank() == distributed.size() - 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    if distributed.restarts() == 1 and distributed.is_first():
+    if restarts == 1 and distributed.is_first():
         os.kill(os.getppid(), signal.SIGTERM)
         # Until it has been passed on.
         time.sleep(1)

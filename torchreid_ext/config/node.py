@@ -73,16 +73,18 @@ class Config(CfgNode):
 
     def _fit_images(self) -> None:
         """Gives a network of timm images of its own size and normalisation, where nobody gave others."""
-        names = ("height", "width", "norm_mean", "norm_std")
-        values: tuple[Any, ...] = tuple(KEYS[f"data.{name}"].default for name in names)
+        keys = ("data.height", "data.width", "data.norm_mean", "data.norm_std")
+        fitted = defaults = {key: KEYS[key].default for key in keys}
         if self.model.name.startswith(networks.TIMM):
             size, mean, std = networks.timm_images(self.model.name.removeprefix(networks.TIMM))
-            values = (*size, mean, std)
-        fitted: dict[str, Any] = self.__dict__.setdefault("fitted", {})
-        for name, value in zip(names, values, strict=True):
-            own = self.data[name] != fitted.get(name, KEYS[f"data.{name}"].default)  # It was assigned.
-            if f"data.{name}" not in self._given and not own:
-                self.data[name], fitted[name] = copy.deepcopy(value), copy.deepcopy(value)
+            fitted = dict(zip(keys, (*size, mean, std), strict=True))
+        before = self.__dict__.get("fitted", defaults)
+        self.__dict__["fitted"] = fitted
+        for key, value in fitted.items():
+            if self.data[key.removeprefix("data.")] != before[key]:  # It was assigned.
+                self._given.add(key)
+            if key not in self._given:
+                _set(self, key, value)
 
     def _merge(self, values: Mapping[str, Any], source: str) -> None:
         known = dict(flatten(self))

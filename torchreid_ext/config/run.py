@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import itertools
 import os
@@ -157,7 +156,7 @@ def check_start(cfg: Config) -> None:
     file of weights that is not there, and data sets of ``datasets`` to train on that cannot be read; also if
     ``data.save_dir`` holds a trained run and this one does not resume it, but overwrites it, or would do so when
     torchrun restarts it."""
-    distributed.from_first(functools.partial(_check_files, cfg))
+    distributed.from_first(lambda: _check_files(cfg))
     if cfg.data.type == "image":
         own_images(cfg, cfg.data.sources)
     folder, resume = Path(cfg.data.save_dir), cfg.model.resume

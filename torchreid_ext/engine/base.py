@@ -152,7 +152,7 @@ class BaseEngine(Tester, TrainingStep):
         self._checkpoints = RunCheckpoints(self, folder, chosen.keep_checkpoints, self._resumed_from)
         self.stepper = Stepper(chosen.amp, chosen.compiled, self.device.type, chosen.chunk_size)
         self.stepped = False
-        self.start_epoch, self.max_epoch = chosen.start_epoch, chosen.max_epoch
+        self.start_epoch, self.max_epoch, self.epoch = chosen.start_epoch, chosen.max_epoch, chosen.start_epoch - 1
         # A resumed run repeats the interrupted epoch, whose entries in the TensorBoard log are removed.
         purge_step = self.start_epoch * len(self.train_loader) if self._resumed else None
 
@@ -175,7 +175,6 @@ class BaseEngine(Tester, TrainingStep):
             distributed.from_first(lambda: checkpoint.check_saves(states.of_engine(self, self.start_epoch)))
             if test_due:
                 print(f"=> Test after epoch {self.start_epoch}, in which the run was stopped")
-                self.epoch = self.start_epoch - 1
                 self._test_and_save()
             print("=> Start training")
             for self.epoch in range(chosen.start_epoch, chosen.max_epoch):
@@ -187,7 +186,6 @@ class BaseEngine(Tester, TrainingStep):
         if self.max_epoch > 0:
             # The run may have been killed between its last checkpoint and the removal of earlier checkpoints.
             distributed.from_first(lambda: checkpoints.tidy(self.start_epoch))
-            self.epoch = self.start_epoch - 1
             # Without an earlier score by this measure, there is nothing that says which weights are better.
             comparable = self.best["epoch"] > 0 or not (checkpoints.folder / BEST).exists()
             is_best = self._is_best(self.test(**chosen.last_test())) and comparable

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pml_drsl.checks import InputError
-from torchreid_ext.engine.criteria import WITHOUT_PAIRS, PerFeature
+from torchreid_ext.engine.criteria import WITHOUT_PAIRS
 from torchreid_ext.runtime import distributed
 
 
@@ -19,12 +19,11 @@ def check_criterion(criterion: Any, optimizer: Optimizer, miner: nn.Module | Non
     if not isinstance(criterion, nn.Module):
         raise InputError(f"criterion must be a loss of pytorch_metric_learning, got {criterion!r}")
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for part in list(criterion) if isinstance(criterion, PerFeature) else [criterion]:
-        if any(p.requires_grad and id(p) not in trained for p in part.parameters()):
-            made = "make the optimizer with build_optimizer(cfg, model, criterion)"
-            added = "call optimizer.add_param_group({'params': criterion.parameters()})"
-            untrained = f"{type(part).__name__} has weights that the optimizer does not train"
-            raise InputError(f"{untrained}; {made}, or {added}")
+    if any(p.requires_grad and id(p) not in trained for p in criterion.parameters()):
+        made = "make the optimizer with build_optimizer(cfg, model, criterion)"
+        added = "call optimizer.add_param_group({'params': criterion.parameters()})"
+        untrained = f"{type(criterion).__name__} has weights that the optimizer does not train"
+        raise InputError(f"{untrained}; {made}, or {added}")
     for loss in _parts(criterion, WITHOUT_PAIRS) if cross_camera else []:
         in_memory = isinstance(loss, losses.CrossBatchMemory)
         why = f"{type(loss).__name__} {'does not know the cameras in its memory' if in_memory else 'takes no pairs'}"

@@ -213,14 +213,10 @@ class Stepper:
         """Back-propagates a loss and steps the optimizers; those that no gradient reached stay as they are. Raises
         InputError if it reaches none."""
         optimizers = list(optimizers)
-        nothing = (
-            "the loss has no gradient in any weight that trains: open other layers (open_layers), or raise weight_x"
-        )
-        if not loss.requires_grad:
-            raise InputError(nothing)
         for optimizer in optimizers:
             optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
+        if loss.requires_grad:
+            self.scaler.scale(loss).backward()
         in_networks = {id(parameter) for model in self._networks for parameter in model.parameters()}
         every = {id(p): p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         distributed.average(p.grad for key, p in every.items() if key not in in_networks)
@@ -230,7 +226,8 @@ class Stepper:
             if any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
         ]
         if not reached:
-            raise InputError(nothing)
+            nothing = "the loss has no gradient in any weight that trains"
+            raise InputError(f"{nothing}: open other layers (open_layers), or raise weight_x")
         one = torch.ones_like(loss.detach())
         before = self.scaler.scale(one)
         for optimizer in reached:

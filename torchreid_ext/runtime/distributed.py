@@ -91,7 +91,8 @@ def _place(timeout: datetime.timedelta) -> dict[str, Any]:
         from torch.distributed.rendezvous import rendezvous
 
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-        return {"store": PrefixStore(f"start {restarts()}", store), "rank": rank, "world_size": world_size}
+        start = f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        return {"store": PrefixStore(start, store), "rank": rank, "world_size": world_size}
     if may_restart():
         why = "torchrun --max-restarts on several machines would connect new processes to dead ones"
         cure = "with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, or with --max-restarts 0"
@@ -126,11 +127,6 @@ def is_first() -> bool:
 def on_this_machine() -> int:
     """The number of processes of this run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if is_distributed() else 1
-
-
-def restarts() -> int:
-    """The number of times that torchrun restarted the processes of this machine. It differs between machines."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) if launched() else 0
 
 
 def may_restart() -> bool:
