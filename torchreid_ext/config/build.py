@@ -18,7 +18,7 @@ from torchreid_ext.config.node import Config, check, picked
 from torchreid_ext.data.samplers import steps_per_epoch
 from torchreid_ext.engine import criteria
 from torchreid_ext.engine.engines import ENGINES
-from torchreid_ext.engine.epoch import Layers, names_of, warmed_up
+from torchreid_ext.engine.epoch import Layers, names_of
 from torchreid_ext.runtime import distributed
 
 
@@ -104,27 +104,26 @@ def build_criterion(cfg: Config, model: nn.Module, num_classes: int, steps: int 
     else:
         return None
     losses: list[nn.Module] = []
-    sizes, tables = networks.feature_sizes(model, cfg.data.height, cfg.data.width), criteria.TABLES
-    for size in sizes:
+    tables = criteria.TABLES
+    for size in networks.feature_sizes(model, cfg.data.height, cfg.data.width):
         # Each loss gets a distance and a reducer of its own, which keep statistics.
         given = [part for part in ("distance", "reducer") if section[part]]
         parts = {part: criteria.build(f"{key}.{part}", section[part], tables[part]) for part in given}
         # P2SGradLoss calls its embedding size descriptors_dim.
         from_the_data = {"num_classes": num_classes, "embedding_size": size, "descriptors_dim": size}
-        losses.append(criteria.build(of_loss, parts | described, tables["loss"], from_the_data))
+        loss = criteria.build(of_loss, parts | described, tables["loss"], from_the_data)
+        losses.append(_with_memory(cfg, loss, size, steps) if section.memory_size else loss)
     has_state = section.memory_size or next(losses[0].parameters(), None) is not None
-    if section.memory_size:
-        losses = _with_memories(cfg, losses, sizes, steps)
     criterion = criteria.PerFeature(losses) if has_state and len(losses) > 1 else losses[0]
     return criterion.to(next(model.parameters()).device)
 
 
-def _with_memories(cfg: Config, losses: list[nn.Module], sizes: list[int], steps: int | None) -> list[nn.Module]:
-    """The losses, each with a memory of features of its size, which starts after some epochs of so many steps."""
-    name, key, section = type(losses[0]).__name__, f"loss.{cfg.loss.name}", cfg.loss[cfg.loss.name]
-    supported, number = CrossBatchMemory.supported_losses(), section.memory_size
+def _with_memory(cfg: Config, loss: nn.Module, size: int, steps: int | None) -> nn.Module:
+    """The loss with a memory of features of this size, which starts after some epochs of so many steps."""
+    name, key, section = type(loss).__name__, f"loss.{cfg.loss.name}", cfg.loss[cfg.loss.name]
+    supported = CrossBatchMemory.supported_losses()
     if name not in supported:
-        refused = f"{key}.memory_size is {number}, but {name} does not support a memory"
+        refused = f"{key}.memory_size is {section.memory_size}, but {name} does not support a memory"
         raise InputError(f"{refused}; set it to 0, or take one of {', '.join(supported)}")
     start = section.memory_start_epoch if section.memory_start_epoch >= 0 else max(1, cfg.train.warmup_epoch)
     if start and steps is None:
@@ -135,9 +134,8 @@ def _with_memories(cfg: Config, losses: list[nn.Module], sizes: list[int], steps
         late = f"would start after {start} epochs, and train.max_epoch is {cfg.train.max_epoch}"
         cure = f"it is never used; set {key}.memory_start_epoch"
         warnings.warn(f"the cross-batch memory {late}: {cure}", stacklevel=3)
-    miners, warmup = [criteria.build_miner(key, section) for _ in losses], start * (steps or 0)
-    parts = zip(losses, sizes, miners, strict=True)
-    return [CrossBatchMemory(loss, size, number, miner, warmup=warmup) for loss, size, miner in parts]
+    miner = criteria.build_miner(key, section)
+    return CrossBatchMemory(loss, size, section.memory_size, miner, warmup=start * (steps or 0))
 
 
 def build_optimizer(cfg: Config, model: nn.Module, criterion: nn.Module | None = None) -> Optimizer:
@@ -161,12 +159,16 @@ def build_optimizer(cfg: Config, model: nn.Module, criterion: nn.Module | None =
 
 
 def build_scheduler(cfg: Config, optimizer: Optimizer) -> Any:
-    """torchreid's scheduler, or None. With ``train.warmup_epoch`` the learning rate first rises linearly."""
-    scheduler = None
+    """torchreid's scheduler; None for a constant learning rate. In the first N epochs, ``train.warmup_epoch``, the rate
+    is also multiplied by 1/N, 2/N, ..., 1."""
+    schedulers, epochs = [], cfg.train.warmup_epoch
     if cfg.train.lr_scheduler != "none":
         options = picked(cfg.train, "lr_scheduler", "stepsize", "gamma", "max_epoch")
-        scheduler = torchreid.optim.build_lr_scheduler(optimizer, **options)
-    return warmed_up(optimizer, scheduler, cfg.train.warmup_epoch)
+        schedulers.append(torchreid.optim.build_lr_scheduler(optimizer, **options))
+    if epochs < 2:
+        return schedulers[0] if schedulers else None
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / epochs, total_iters=epochs - 1)
+    return torch.optim.lr_scheduler.ChainedScheduler([warmup, *schedulers], optimizer)
 
 
 def build_engine(

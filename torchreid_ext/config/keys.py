@@ -163,6 +163,3 @@ SET_KEYS: dict[str, Key] = {f"datasets.NAME.{each.name}": each.metadata["setting
 
 OPTIONS = {key for key, entry in KEYS.items() if entry.default == {} and key != "datasets"}
 """Keys whose value is a mapping of free form."""
-
-ON_RESUME = {key: entry.on_resume for key, entry in KEYS.items()}
-"""What a resumed run does with another value of a key."""

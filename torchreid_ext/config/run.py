@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import os
 import sys
 import tempfile
@@ -27,7 +26,7 @@ from torchreid_ext.checkpoint import checkpoint
 from torchreid_ext.checkpoint.folder import History, alone, check_new
 from torchreid_ext.config import build
 from torchreid_ext.config.data import build_datamanager, check_save_dir, own_images, person
-from torchreid_ext.config.keys import ON_RESUME
+from torchreid_ext.config.keys import KEYS
 from torchreid_ext.config.node import Config, check, flat, run_options
 from torchreid_ext.config.values import dumped, plain
 from torchreid_ext.data.loading import rebuilt
@@ -86,7 +85,7 @@ def prepare(cfg: Config) -> Any:
     optimizer = build.build_optimizer(cfg, model, criterion)
     scheduler = build.build_scheduler(cfg, optimizer)
     engine = build.build_engine(cfg, datamanager, model, optimizer, scheduler, criterion)
-    engine.config, engine.on_resume = flat(cfg), ON_RESUME
+    engine.config, engine.on_resume = flat(cfg), {key: entry.on_resume for key, entry in KEYS.items()}
     engine.people = sorted(trained | _people(cfg, cfg.data.sources, datamanager.train_loader.dataset.train))
     return engine
 
@@ -238,18 +237,17 @@ def dry_run(cfg: Config) -> None:
     if cfg.data.type == "image" and not cfg.datasets.keys().isdisjoint(cfg.data.sources + cfg.data.targets):
         _check_readable(engine.datamanager)
     steps = steps_per_epoch(engine.datamanager)
-    batches, times = _try(cfg, engine, done, min(3, steps))
+    batch, seconds = _try(cfg, engine, done, min(3, steps))
     path = Path(cfg.data.save_dir, "batch.png")
-    images = engine.training_batch(batches[0]).images.reshape(-1, 3, cfg.data.height, cfg.data.width)
+    images = engine.training_batch(batch).images.reshape(-1, 3, cfg.data.height, cfg.data.width)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (cfg.data.norm_mean, cfg.data.norm_std))
     if distributed.is_first():
         path.parent.mkdir(parents=True, exist_ok=True)
         save_image(images.cpu() * std + mean, path, nrow=8, padding=0)
     print(f"A batch of {len(images)} images, as the network gets them, is drawn in {path}")
-    # The first steps are slower than the others.
-    seconds, epochs = steps * times[-1], cfg.train.max_epoch - done
-    whole = f"{epochs} epochs, without tests, about {epochs * seconds / 60:.0f} min"
-    print(f"An epoch of {steps} steps takes about {seconds:.0f} s; {whole}")
+    epochs = cfg.train.max_epoch - done
+    whole = f"{epochs} epochs, without tests, about {epochs * steps * seconds / 60:.0f} min"
+    print(f"An epoch of {steps} steps takes about {steps * seconds:.0f} s; {whole}")
 
 
 def _check_readable(manager: Any) -> None:
@@ -272,8 +270,9 @@ def _damage(path: str) -> str | None:
     return None
 
 
-def _try(cfg: Config, engine: Any, done: int, steps: int) -> tuple[list[Any], list[float]]:
-    """The first batches after ``done`` epochs, and the seconds of a step on each with its wait for the batch."""
+def _try(cfg: Config, engine: Any, done: int, steps: int) -> tuple[Any, float]:
+    """The first batch after ``done`` epochs, and the seconds of the last of some steps (the first are slower) with its
+    wait for the batch."""
     batches: list[Any] = []
     moments = [time.perf_counter()]
     step = engine.forward_backward
@@ -292,4 +291,4 @@ def _try(cfg: Config, engine: Any, done: int, steps: int) -> tuple[list[Any], li
     quiet = contextlib.redirect_stdout(io.StringIO())
     with tempfile.TemporaryDirectory() as folder, quiet, contextlib.suppress(_EnoughError):
         engine.run(**run_options(cfg).arguments() | {"save_dir": folder, "start_epoch": done, "max_epoch": done + 1})
-    return batches, [end - start for start, end in itertools.pairwise(moments)]
+    return batches[0], moments[-1] - moments[-2]

@@ -1,4 +1,4 @@
-"""What an epoch needs beside its steps: which layers train, the warm-up of the learning rate, and the log."""
+"""What an epoch needs beside its steps: which layers train, and the log."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 import torchreid
 from torch import nn
-from torch.optim import Optimizer
 from tqdm import tqdm
 
 from pml_drsl.checks import InputError
@@ -45,15 +43,6 @@ class Layers:
 def names_of(layers: str | list[str] | None) -> list[str]:
     """The names in torchreid's option ``open_layers``."""
     return [layers] if isinstance(layers, str) else layers or []
-
-
-def warmed_up(optimizer: Optimizer, scheduler: Any, epochs: int) -> Any:
-    """Adds a linear warm-up to a scheduler: the learning rate is multiplied by 1/N, 2/N, ..., 1 in the first N epochs.
-    The scheduler is None for a constant learning rate; 0 and 1 epochs change nothing."""
-    if epochs < 2:
-        return scheduler
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / epochs, total_iters=epochs - 1)
-    return torch.optim.lr_scheduler.ChainedScheduler([warmup, *([scheduler] if scheduler else [])], optimizer)
 
 
 class EpochLog:

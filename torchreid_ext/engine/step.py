@@ -12,7 +12,7 @@ import torchreid
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import default_collate
 
 from pml_drsl.checks import InputError
@@ -188,7 +188,9 @@ class Stepper:
         network = self._network(model)
         with nullcontext() if self.dtype is None else torch.autocast(images.device.type, self.dtype):
             output = forward_in_chunks(network, images, self._chunk_size) if self._chunk_size else network(images)
-        return output if self.dtype is None else tree_map(_in_float32, output)
+        if self.dtype is None:
+            return output
+        return tree_map_only(Tensor, lambda part: part.float() if part.dtype in AMP.values() else part, output)
 
     def _network(self, model: nn.Module) -> Any:
         # The module itself stays as it is: evaluation, with batches of other sizes, would be compiled time and again,
@@ -241,7 +243,3 @@ class Stepper:
         """How many steps fp16 left out since the last call, because a scaled gradient was infinite or NaN."""
         number, self._overflows = int(self._overflows), 0
         return number
-
-
-def _in_float32(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) else value

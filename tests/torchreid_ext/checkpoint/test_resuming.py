@@ -8,7 +8,6 @@ import pytest
 from torchreid_ext import get_default_config
 from torchreid_ext.checkpoint import states
 from torchreid_ext.config import KEYS, flat
-from torchreid_ext.config.keys import ON_RESUME
 
 
 def changed(**values):
@@ -16,7 +15,7 @@ def changed(**values):
 
 
 def compare(saved, current):
-    return states.compare(saved, current, ON_RESUME)
+    return states.compare(saved, current, {key: entry.on_resume for key, entry in KEYS.items()})
 
 
 def test_equal_configurations_have_no_differences():
