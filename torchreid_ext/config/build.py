@@ -80,7 +80,7 @@ def check_takes(cfg: Config, model: nn.Module) -> None:
         networks.on_black_images(model, cfg.data.height, cfg.data.width, trains, trains, number)
     except (ValueError, RuntimeError, AssertionError) as error:
         images = f"{number} {'image' if number == 1 else 'images'} of {cfg.data.height} x {cfg.data.width} pixels"
-        why = error or "its layers need another size"
+        why = str(error) or "its layers need another size"
         larger = "larger images (data.height, data.width), or more at a time (train.batch_size, train.chunk_size)"
         raise InputError(f"{cfg.model.name} cannot take {images}: {why}. Give {larger}") from error
 

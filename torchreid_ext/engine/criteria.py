@@ -110,7 +110,7 @@ def build(
     except (TypeError, AssertionError, RuntimeError, ValueError) as error:
         if isinstance(error, InputError) and str(error).startswith(key):
             raise
-        raise InputError(f"{key}: {error or 'a value is wrong'}; {name} is {_signature(kind)}") from error
+        raise InputError(f"{key}: {str(error) or 'a value is wrong'}; {name} is {_signature(kind)}") from error
 
 
 def named(key: str, name: Any, table: Mapping[str, type]) -> type:

@@ -497,6 +497,15 @@ def test_a_network_is_tried_on_the_fewest_images_that_it_will_get(words, message
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_network_that_only_asserts_its_size_is_refused_with_words():
+    class Asserting(torch.nn.Linear):
+        def forward(self, images):
+            raise AssertionError  # as a bare assert does
+
+    with pytest.raises(InputError, match="cannot take 2 images of 256 x 128 pixels: its layers need another size"):
+        check_takes(get_default_config(), Asserting(1, 1))
+
+
 def test_no_number_of_cameras_in_a_batch_stands_for_all(tmp_path):
     make_image_manager(tmp_path)
     cfg = get_default_config()

@@ -244,6 +244,11 @@ def test_each_feature_of_a_network_has_weights_and_memory_of_its_own(tmp_path, p
             {"pml": {"loss": "HistogramLoss", "kwargs": {"n_bins": 5, "delta": 1}}},
             r"loss\.pml\.loss: delta and n_bins must satisfy[^;]*; HistogramLoss is HistogramLoss\(n_bins=None",
         ),
+        # PML only asserts that the distance is inverted.
+        (
+            {"pml": {"loss": "SoftTripleLoss", "distance": "LpDistance"}},
+            r"loss\.pml\.loss: a value is wrong; SoftTripleLoss is SoftTripleLoss\(",
+        ),
         (
             {"pml": {"loss": "ArcFaceLoss", "memory_size": 8}},
             "memory_size is 8, but ArcFaceLoss does not support a memory",
