@@ -204,12 +204,11 @@ class ImageTripletEngine(BaseEngine, torchreid.engine.ImageTripletEngine):
             warn_if_positives_are_rare(datamanager.train_loader, "the triplet loss")
 
     def compute_losses(self, output: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        logits, features = output
+        logits, features = networks.heads(output)
         loss, summary = torch.zeros((), device=batch.pids.device), dict[str, float]()
         if self.weight_t > 0:
             # The hardest triplets are chosen from the whole batch, as in one process.
-            heads = features if isinstance(features, (list, tuple)) else [features]
-            gathered = [gather_batch(head, batch.pids) for head in heads]
+            gathered = [gather_batch(head, batch.pids) for head in features]
             loss_t = self.compute_loss(self.criterion_t, [head for head, _ in gathered], gathered[0][1])
             loss = loss + self.weight_t * loss_t
             summary["loss_t"] = loss_t.item()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -211,22 +211,18 @@ class Stepper:
         self._networks[model] = trained, network
         return network
 
-    def step(self, loss: Tensor, optimizers: Iterable[Optimizer]) -> None:
+    def step(self, loss: Tensor, optimizers: Sequence[Optimizer]) -> None:
         """Back-propagates a loss and steps the optimizers; those that no gradient reached stay as they are. Raises
         InputError if it reaches none."""
-        optimizers = list(optimizers)
         for optimizer in optimizers:
             optimizer.zero_grad()
         if loss.requires_grad:
             self.scaler.scale(loss).backward()
-        in_networks = {id(parameter) for model in self._networks for parameter in model.parameters()}
-        every = {id(p): p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-        distributed.average(p.grad for key, p in every.items() if key not in in_networks)
-        reached = [
-            optimizer
-            for optimizer in optimizers
-            if any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
-        ]
+        weights = {each: [p for group in each.param_groups for p in group["params"]] for each in optimizers}
+        in_networks = {parameter for model in self._networks for parameter in model.parameters()}
+        every = dict.fromkeys(p for of_one in weights.values() for p in of_one)
+        distributed.average(p.grad for p in every if p not in in_networks)
+        reached = [each for each, of_one in weights.items() if any(p.grad is not None for p in of_one)]
         if not reached:
             nothing = "the loss has no gradient in any weight that trains"
             raise InputError(f"{nothing}: open other layers (open_layers), or raise weight_x")
