@@ -81,11 +81,12 @@ def test_built_for_softmax_it_returns_logits_alone(name):
 
 def test_weights_of_the_plain_network_load(tmp_path):
     model = build()
-    torch.save({"state_dict": model.state_dict()}, tmp_path / "plain.pth")
+    path = tmp_path / "plain.pth"
+    torch.save({"state_dict": model.state_dict()}, path)
     twin = build()
     torch.nn.init.zeros_(twin.conv1.conv.weight)
     networks.add_neck(twin)
-    assert checkpoint.load_weights(twin, tmp_path / "plain.pth").unused == ["classifier.bias"]
+    assert checkpoint.fit_weights(twin, checkpoint.load(path), path).unused == ["classifier.bias"]
     assert torch.equal(twin.conv1.conv.weight, model.conv1.conv.weight)
 
 

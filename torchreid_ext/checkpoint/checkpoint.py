@@ -9,7 +9,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -136,7 +136,6 @@ class Loaded:
     fitting: list[str]  # were loaded
     unused: list[str]  # the file has them, and the model does not, or in another shape
     untouched: list[str]  # the model has them, and the file does not
-    people: frozenset[str] = frozenset()  # as of ``people_of``
 
     @property
     def lacks_layers(self) -> bool:
@@ -183,20 +182,19 @@ def _with_names_of(target: nn.Module, state: Mapping[Any, Any]) -> dict[str, Any
     return {name if name in own else name.removeprefix("module."): value for name, value in state.items()}
 
 
-def fit_weights(
-    model: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLike[str], complete: str = ""
-) -> Loaded:
-    """Loads the weights that fit a model, and returns which did and which did not. Raises InputError for the weights of
-    another network, of which fewer than half fit, apart from the classifiers; with ``complete``, if any does not fit.
+def fit_weights(model: nn.Module, state: Mapping[str, Any], path: str | os.PathLike[str], complete: str = "") -> Loaded:
+    """Loads the weights that fit a model, and returns which did and which did not. Raises InputError as ``weights_of``,
+    and for the weights of another network, of which fewer than half fit, apart from the classifiers; with ``complete``,
+    if any does not fit.
 
     Args:
         model: the model, which may be inside ``DataParallel``.
-        weights, path: what ``weights_of`` returned, and the file, for the messages.
+        state, path: what ``load`` or ``weights_of`` returned, and the file, for the messages.
         complete: name of the network, to refuse weights that are missing, too many or of another shape. Networks that
             torch saved before 0.4.1 lack the number of batches that their batch normalisation saw; it may be missing.
     """
     target = distributed.unwrapped(model)
-    own, weights = target.state_dict(), _with_names_of(target, weights)
+    own, weights = target.state_dict(), _with_names_of(target, weights_of(state, path))
     fitting = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
     unused, untouched = sorted(weights.keys() - fitting.keys()), sorted(own.keys() - fitting.keys())
     wrong = sorted({*unused, *(name for name in untouched if not name.endswith("num_batches_tracked"))})
@@ -213,12 +211,6 @@ def fit_weights(
         raise InputError(f"{_named(path)} holds the weights of another network: {what}; {example}; check model.name")
     target.load_state_dict(own | fitting)
     return Loaded(os.fspath(path), list(fitting), unused, untouched)
-
-
-def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> Loaded:
-    """Loads the weights of a checkpoint that fit the model; see :func:`load` and :func:`fit_weights`."""
-    state = load(path)
-    return replace(fit_weights(model, weights_of(state, path), path), people=people_of(state))
 
 
 @contextlib.contextmanager

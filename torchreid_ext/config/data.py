@@ -68,7 +68,8 @@ def _own_sets(cfg: Config, names: Sequence[str]) -> dict[str, SetOptions]:
 
 def own_images(cfg: Config, names: Sequence[str]) -> dict[str, tuple[str, Row]]:
     """The images of those of the named data sets that the configuration describes, by their paths: the data set, and
-    the image with its names of identity and camera, in whose place a data manager has numbers."""
+    the image with its names of identity and camera, in whose place a data manager has numbers. There are none of
+    tracklets, as ``check`` says."""
     tables = {name: read(name, options, cfg.data.root) for name, options in _own_sets(cfg, names).items()}
     return {row.path: (name, row) for name, table in tables.items() for row in table.rows}
 

@@ -68,14 +68,15 @@ def prepare(cfg: Config) -> Any:
     build.check_takes(cfg, model)
     trained = frozenset[str]()
     if path := start.model.load_weights:
-        loaded = checkpoint.load_weights(model, path)
+        state = checkpoint.load(path)
+        loaded = checkpoint.fit_weights(model, state, path)
         if start.model.pretrained and loaded.lacks_layers:
             start.model.load_weights = ""  # The layers that the file lacks get ImageNet's weights.
             with distributed.one_first():
                 model = build.build_model(start, datamanager.num_train_pids)
-            loaded = checkpoint.load_weights(model, path)
+            loaded = checkpoint.fit_weights(model, state, path)
         print(loaded)
-        if trained := loaded.people:
+        if trained := checkpoint.people_of(state):
             names = cfg.data.sources if cfg.data.validation else cfg.data.targets
             cure = "test on other people (datasets.NAME.train and test), or start from other weights"
             allowed = "data.allow_overlap True allows it, also for other people of the same names"
@@ -92,7 +93,7 @@ def prepare(cfg: Config) -> Any:
 
 def _people(cfg: Config, names: Sequence[str], items: Iterable[Any]) -> set[str]:
     """The people on the images of the named data sets that ``datasets`` describes; items of torchreid's data sets."""
-    own = own_images(cfg, names) if cfg.data.type == "image" else {}
+    own = own_images(cfg, names)
     return {person(*own[item[0]]) for item in items if own and item[0] in own}
 
 
@@ -156,8 +157,7 @@ def check_start(cfg: Config) -> None:
     ``data.save_dir`` holds a trained run and this one does not resume it, but overwrites it, or would do so when
     torchrun restarts it."""
     distributed.from_first(lambda: _check_files(cfg))
-    if cfg.data.type == "image":
-        own_images(cfg, cfg.data.sources)
+    own_images(cfg, cfg.data.sources)
     folder, resume = Path(cfg.data.save_dir), cfg.model.resume
     if cfg.test.evaluate or resume == "auto":
         return
@@ -234,7 +234,7 @@ def dry_run(cfg: Config) -> None:
         raise InputError("test.evaluate True trains nothing, and --dry-run shows what is trained; leave one out")
     engine = prepare(cfg)
     done = engine.resume(cfg.model.resume, cfg.data.save_dir) if cfg.model.resume else 0
-    if cfg.data.type == "image" and not cfg.datasets.keys().isdisjoint(cfg.data.sources + cfg.data.targets):
+    if not cfg.datasets.keys().isdisjoint(cfg.data.sources + cfg.data.targets):
         _check_readable(engine.datamanager)
     steps = steps_per_epoch(engine.datamanager)
     batch, seconds = _try(cfg, engine, done, min(3, steps))

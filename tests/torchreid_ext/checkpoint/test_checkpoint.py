@@ -38,6 +38,10 @@ def restored(path, model, optimizer, scheduler):
     checkpoint.restore(checkpoint.load(path), parts, path)
 
 
+def load_weights(model, path):
+    return checkpoint.fit_weights(model, checkpoint.load(path), path)
+
+
 def test_a_saved_checkpoint_is_restored(tmp_path):
     parts = trained()
     checkpoint.save(state_of(*parts), tmp_path / "new" / "a.pth")
@@ -110,7 +114,7 @@ def test_no_message_advises_to_load_unsafely(tmp_path):
 def test_what_a_crafted_file_names_cannot_reach_the_terminal(tmp_path):
     torch.save({"\x1b[2J\nweight": torch.zeros(2)}, tmp_path / "a.pth")
     with pytest.raises(InputError) as caught:
-        checkpoint.load_weights(nn.Linear(5, 5), tmp_path / "a.pth")
+        load_weights(nn.Linear(5, 5), tmp_path / "a.pth")
     assert str(caught.value).isprintable()
 
 
@@ -153,7 +157,7 @@ def test_load_weights_says_what_does_not_fit(tmp_path):
     torch.save({f"module.{name}": value for name, value in saved.state_dict().items()}, tmp_path / "w.pth")
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 5), nn.Linear(5, 1, bias=False))
     head = model[1].weight.clone()
-    loaded = checkpoint.load_weights(model, tmp_path / "w.pth")
+    loaded = load_weights(model, tmp_path / "w.pth")
     assert (loaded.fitting, loaded.unused) == (["0.weight", "0.bias"], ["1.bias", "1.weight"])
     assert str(loaded) == (
         f"Loaded 2 of the model's 5 weights from '{tmp_path / 'w.pth'}'; 3 left unchanged: 1.bias, 1.weight, "
@@ -168,11 +172,11 @@ def test_weights_of_another_model_are_refused(tmp_path):
     checkpoint.save(narrow.state_dict(), tmp_path / "w.pth")
     # The last bias fits, and so does the counter of the batch normalisation, which fits every other one.
     with pytest.raises(ValueError, match=r"1 of its 8 weights fit the model's 8 .*0.weight \[8, 3\]; check model.name"):
-        checkpoint.load_weights(wide, tmp_path / "w.pth")
+        load_weights(wide, tmp_path / "w.pth")
     # A part of the network is no other network, nor is the whole of which the network is a part.
     deeper = nn.Sequential(*narrow, *(nn.Linear(2, 2) for _ in range(9)))
-    assert len(checkpoint.load_weights(deeper, tmp_path / "w.pth").fitting) == 9
-    assert len(checkpoint.load_weights(narrow[:1], tmp_path / "w.pth").fitting) == 2
+    assert len(load_weights(deeper, tmp_path / "w.pth").fitting) == 9
+    assert len(load_weights(narrow[:1], tmp_path / "w.pth").fitting) == 2
     for held, words in (
         ({"state_dict": [1]}, "holds a list"),
         ({0: torch.zeros(2), "weight": 3}, r"it has 0 \[2\], the"),
@@ -180,7 +184,7 @@ def test_weights_of_another_model_are_refused(tmp_path):
     ):
         torch.save(held, tmp_path / "w.pth")
         with pytest.raises(ValueError, match=words):
-            checkpoint.load_weights(nn.Linear(5, 5), tmp_path / "w.pth")
+            load_weights(nn.Linear(5, 5), tmp_path / "w.pth")
 
 
 def test_a_complete_fit_is_demanded_of_a_trained_network(tmp_path):
@@ -236,11 +240,11 @@ def test_a_child_named_module_keeps_its_name_in_a_network_that_has_it():
     for model in (averaged, nn.DataParallel(averaged)):
         nn.init.uniform_(averaged.module.weight)
         checkpoint.restore({"model": model.state_dict()}, {"model": resumed}, "any")
-        checkpoint.fit_weights(loaded, checkpoint.weights_of(model.state_dict(), "any"), "any", complete="averaged")
+        checkpoint.fit_weights(loaded, model.state_dict(), "any", complete="averaged")
         assert torch.equal(resumed.module.weight, averaged.module.weight)
         assert torch.equal(loaded.module.weight, averaged.module.weight)
     plain = nn.Linear(3, 2)
-    assert not checkpoint.fit_weights(plain, checkpoint.weights_of(averaged.state_dict(), "any"), "any").untouched
+    assert not checkpoint.fit_weights(plain, averaged.state_dict(), "any").untouched
     assert torch.equal(plain.weight, averaged.module.weight)
 
 
