@@ -19,9 +19,8 @@ from pml_drsl.distributed import DistributedLossWrapper, draws_of_first, gather_
 from pml_drsl.losses import DRSLoss
 from torchreid_ext import networks
 from torchreid_ext.data.samplers import warn_if_positives_are_rare
-from torchreid_ext.engine import compatibility
+from torchreid_ext.engine import criteria
 from torchreid_ext.engine.base import BaseEngine
-from torchreid_ext.engine.criteria import PerFeature, cross_camera_pairs
 from torchreid_ext.engine.step import Batch, Tracklets
 from torchreid_ext.runtime import distributed
 
@@ -80,10 +79,10 @@ class ImagePMLEngine(BaseEngine):
             raise InputError(f"miner must be a miner of pytorch_metric_learning, got {miner!r}")
         if criterion is None and self.by_default is not None:
             criterion = self.by_default()
-        compatibility.check_criterion(criterion, optimizer, miner, cross_camera)
+        criteria.check_criterion(criterion, optimizer, miner, cross_camera)
         if weight_m > 0:
-            compatibility.check_returns_features(model)
-            if comparing := compatibility.loss_that_compares_images(criterion):
+            criteria.check_returns_features(model)
+            if comparing := criteria.loss_that_compares_images(criterion):
                 warn_if_positives_are_rare(datamanager.train_loader, comparing)
         self.criterion = criterion
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
@@ -93,7 +92,7 @@ class ImagePMLEngine(BaseEngine):
 
     def _prepare(self) -> None:
         raw = self.options.dist_metric == "euclidean" and not self.options.normalize_feature
-        if raw and self.weight_m > 0 and compatibility.compares_directions(self.criterion) and distributed.is_first():
+        if raw and self.weight_m > 0 and criteria.compares_directions(self.criterion) and distributed.is_first():
             different = "the loss scales features to unit norm, and the test by Euclidean distances does not"
             warnings.warn(f"{different}: dist_metric='cosine' (test.dist_metric) suits the loss", stacklevel=3)
         super()._prepare()
@@ -128,9 +127,10 @@ class ImagePMLEngine(BaseEngine):
 
     def _metric_loss(self, features: list[Tensor], pids: Tensor, camids: Tensor | None) -> Tensor:
         """The mean of the criterion over the features of a model with several heads."""
-        criteria = list(self.criterion) if isinstance(self.criterion, PerFeature) else [self.criterion] * len(features)
+        has_several = isinstance(self.criterion, criteria.PerFeature)
+        of_features = self.criterion if has_several else [self.criterion] * len(features)
         losses = []
-        for criterion, x in zip(criteria, features, strict=True):
+        for criterion, x in zip(of_features, features, strict=True):
             pairs = self._pairs(x, pids, camids)
             if distributed.size() > 1 and isinstance(criterion, DRSLoss):
                 losses.append(DistributedLossWrapper(criterion, efficient=True)(x, pids, pairs))
@@ -149,7 +149,7 @@ class ImagePMLEngine(BaseEngine):
         if camids is None:
             return mined
         (camids,) = gather_batch(camids)
-        return cross_camera_pairs(pids, camids, mined)
+        return criteria.cross_camera_pairs(pids, camids, mined)
 
     def _criterion_stats(self) -> dict[str, float]:
         for part in self.criterion.modules():
