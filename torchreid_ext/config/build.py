@@ -18,7 +18,7 @@ from torchreid_ext.config.node import Config, check, picked
 from torchreid_ext.data.samplers import steps_per_epoch
 from torchreid_ext.engine import criteria
 from torchreid_ext.engine.engines import ENGINES
-from torchreid_ext.engine.epoch import Layers, names_of
+from torchreid_ext.engine.epoch import Layers
 from torchreid_ext.runtime import distributed
 
 
@@ -142,7 +142,7 @@ def build_optimizer(cfg: Config, model: nn.Module, criterion: nn.Module | None =
     """torchreid's optimizer of the model and of the criterion, whose weights have the learning rate ``loss.pml.lr``.
     Raises InputError for an unknown optimizer, or a value that the optimizer refuses."""
     if cfg.train.staged_lr:
-        Layers(model).check(names_of(cfg.train.new_layers), "train.new_layers")
+        Layers(model).check(cfg.train.new_layers, "train.new_layers")
     options = picked(cfg.train, "optim", "lr", "weight_decay", "staged_lr", "new_layers", "base_lr_mult")
     options |= {"momentum": cfg.sgd.momentum, "sgd_dampening": cfg.sgd.dampening, "sgd_nesterov": cfg.sgd.nesterov}
     options |= {"rmsprop_alpha": cfg.rmsprop.alpha, "adam_beta1": cfg.adam.beta1, "adam_beta2": cfg.adam.beta2}

@@ -61,13 +61,11 @@ class Config(CfgNode):
         words = [word for word in cfg_list if word != "--"]
         if words and str(words[0]).endswith((".yaml", ".yml")):
             raise InputError(f"{words[0]!r} is no config key: give a file with --config-file {words[0]}")
+        if dashed := [key for key in words[::2] if str(key).startswith("-")]:
+            raise InputError(f"{dashed[0]} stands after KEY VALUE pairs: options with a dash come before all of them")
         if len(words) % 2:
-            given = f"options come as KEY VALUE pairs, got {len(words)} words: {' '.join(map(str, words))}"
-            dashed = any(str(word).startswith("--") for word in words)
-            raise InputError(given + ("; options with a dash come before all of them" if dashed else ""))
+            raise InputError(f"options come as KEY VALUE pairs, got {len(words)} words: {' '.join(map(str, words))}")
         for key, value in zip(words[::2], words[1::2], strict=True):
-            if str(key).startswith("-"):
-                raise InputError(f"{key} stands after KEY VALUE pairs: options with a dash come before all of them")
             self._merge({key: decoded(key, value) if isinstance(value, str) else value}, "the command line")
         self._fit_images()
 

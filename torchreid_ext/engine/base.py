@@ -22,7 +22,7 @@ from torchreid_ext.checkpoint import checkpoint, states
 from torchreid_ext.checkpoint.folder import BEST, History, RunCheckpoints
 from torchreid_ext.data.loading import readable, repeatable
 from torchreid_ext.data.samplers import check_trains, whole_batches
-from torchreid_ext.engine.epoch import EpochLog, Layers, names_of
+from torchreid_ext.engine.epoch import EpochLog, Layers
 from torchreid_ext.engine.options import RunOptions
 from torchreid_ext.engine.step import Stepper, TrainingStep
 from torchreid_ext.evaluation.tester import Tester
@@ -147,7 +147,7 @@ class BaseEngine(Tester, TrainingStep):
             raise InputError(f"{other}: give start_epoch={done}")
         self._layers = {self.model: Layers(self.model)}
         if chosen.fixbase_epoch > 0:
-            self._layers[self.model].check(names_of(chosen.open_layers), "train.open_layers")
+            self._layers[self.model].check(chosen.open_layers, "train.open_layers")
         folder = self._folder(chosen.save_dir)
         self._checkpoints = RunCheckpoints(self, folder, chosen.keep_checkpoints, self._resumed_from)
         self.stepper = Stepper(chosen.amp, chosen.compiled, self.device.type, chosen.chunk_size)
@@ -246,11 +246,11 @@ class BaseEngine(Tester, TrainingStep):
     ) -> None:
         """Lets only ``open_layers`` of a model train in an epoch before ``fixbase_epoch``, and all layers afterwards.
         Layers that the user froze stay frozen."""
-        model, names = self.model if model is None else model, None
-        if epoch < fixbase_epoch and open_layers is not None:
-            print(f"* Only train {open_layers} (epoch: {epoch + 1}/{fixbase_epoch})")
-            names = names_of(open_layers)
-        self._layers.setdefault(model, Layers(model)).open(names)
+        model = self.model if model is None else model
+        opened = open_layers if epoch < fixbase_epoch else None
+        if opened is not None:
+            print(f"* Only train {opened} (epoch: {epoch + 1}/{fixbase_epoch})")
+        self._layers.setdefault(model, Layers(model)).open(opened)
 
     def save_model(self, epoch: int, rank1: float, save_dir: str, is_best: bool = False) -> None:
         """Writes ``save_dir/model/model.pth.tar-EPOCH``, where EPOCH is counted from 1, as torchreid does."""

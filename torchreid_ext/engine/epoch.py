@@ -16,32 +16,32 @@ from torchreid_ext.runtime import distributed
 
 
 class Layers:
-    """Freezes and unfreezes the children of a network; parameters that the user froze before stay frozen."""
+    """Freezes and unfreezes the children of a network; parameters that the user froze before stay frozen. Children are
+    given as torchreid's option ``open_layers``: one name, or a list of them."""
 
     def __init__(self, model: nn.Module) -> None:
         model = distributed.unwrapped(model)
         self._children = dict(model.named_children())
         self._frozen = {id(p) for p in model.parameters() if not p.requires_grad}
 
-    def check(self, names: Iterable[str], key: str) -> None:
+    def check(self, layers: str | list[str] | None, key: str) -> None:
         """Raises InputError, about a config key, if one of the names is not the name of a child."""
-        if unknown := ", ".join(name for name in names if name not in self._children):
+        if unknown := ", ".join(name for name in _names(layers) if name not in self._children):
             known = ", ".join(self._children)
             raise InputError(f"{key}: the model has no layer {unknown}; its layers are {known}")
 
-    def open(self, names: Iterable[str] | None = None) -> None:
+    def open(self, layers: str | list[str] | None = None) -> None:
         """Lets only the named children train, or all; the others get no gradients and are in evaluation mode. Without
         names every layer keeps its mode, because a network may keep some in evaluation mode when it trains."""
-        opened = set(self._children if names is None else names)
+        opened = self._children if layers is None else _names(layers)
         for name, child in self._children.items():
-            if names is not None:
+            if layers is not None:
                 child.train(name in opened)
             for parameter in child.parameters():
                 parameter.requires_grad = name in opened and id(parameter) not in self._frozen
 
 
-def names_of(layers: str | list[str] | None) -> list[str]:
-    """The names in torchreid's option ``open_layers``."""
+def _names(layers: str | list[str] | None) -> list[str]:
     return [layers] if isinstance(layers, str) else layers or []
 
 
