@@ -84,8 +84,8 @@ def restore_engine(engine: Any, state: dict[str, Any], path: str) -> None:
                     vars(memory).update(training["memories"][name][part])
             best = training["best"]
             engine.best = {"mAP": float(best["mAP"]), "epoch": int(best["epoch"])}
-            before, now = training["config"] or {}, engine.config or {}
-            if any(before.get(key) != now.get(key) for key in _MEASURE if key in before and key in now):
+            before, now = training["config"] or {}, engine.config
+            if any(before[key] != now[key] for key in _MEASURE if key in before and key in now):
                 engine.best = dict(NO_BEST)
             engine.skipped = int(training["skipped"])
             engine.host_epochs = int(training.get("host_epochs", 0))  # older checkpoints do not have it

@@ -86,8 +86,8 @@ def decoded(key: str, word: str) -> Any:
     with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = literal_eval(word)
     entry, opening = _entry(key), "{["
-    if entry is not None and _kind(entry)[0] is str:
-        _, many = _kind(entry)
+    kind, many = _kind(entry) if entry else (None, False)
+    if entry and kind is str:
         names = value if many and isinstance(value, (list, tuple)) else [value]
         if not all(isinstance(each, str) for each in names) and (value is not None or entry.kind is None):
             value = word

@@ -140,21 +140,20 @@ class Tracklets:
             loader.collate_fn = collate_tracklets
 
     def as_images(self, given: Tensor) -> Tensor:
-        return _frames(given)[0]
+        return given[_filled(given)]
 
     def repeated(self, labels: Tensor, given: Tensor) -> Tensor:
-        return labels.repeat_interleave(_frames(given)[1])
+        return labels.repeat_interleave(_filled(given).sum(1))
 
     def extract_features(self, images: Tensor) -> Tensor:
-        frames, lengths = _frames(images)
-        pool = POOLING[self.pooling_method]
-        return torch.stack([pool(features) for features in self.model(frames).split(lengths.tolist())])
+        filled, pool = _filled(images), POOLING[self.pooling_method]
+        of_each = self.model(images[filled]).split(filled.sum(1).tolist())
+        return torch.stack([pool(features) for features in of_each])
 
 
-def _frames(images: Tensor) -> tuple[Tensor, Tensor]:
-    """The frames of all tracklets without the filling, shape (M, C, H, W), and the length of each, shape (N,)."""
-    filled = ~images[:, :, 0, 0, 0].isnan()
-    return images[filled], filled.sum(1)
+def _filled(images: Tensor) -> Tensor:
+    """Where a batch of tracklets has frames, and not the filling of ``collate_tracklets``; shape (N, longest)."""
+    return ~images[:, :, 0, 0, 0].isnan()
 
 
 def collate_tracklets(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
