@@ -61,34 +61,33 @@ def of_engine(engine: Any, epoch: int) -> dict[str, Any]:
 def restore_engine(engine: Any, state: dict[str, Any], path: str) -> None:
     """Restores the state that ``of_engine`` returned, but for the part of ``restore_randomness``; of a checkpoint of
     torchreid, only weights, optimizer and scheduler, of further models from the files beside it. Raises InputError if a
-    part is missing or does not fit."""
+    part is missing or does not fit; call it inside ``checkpoint.fitting``, as a checkpoint may hold anything."""
     first, *others = engine.get_model_names()
     checkpoint.restore(state, _parts(engine, first), path)
-    with checkpoint.fitting(path):
-        engine.rank1 = float(state.get("rank1", 0))
-        engine.people = sorted({*engine.people, *checkpoint.people_of(state)})
-        if (training := state.get("training")) is None:
-            engine.host_epochs = int(state["epoch"])
-            for name in others:
-                # torchreid saves every model in a folder of its own, below the same name.
-                file = Path(path).absolute().parent.parent / name / Path(path).name
-                saved = distributed.from_first(functools.partial(_of_torchreid, file, name, path))
-                checkpoint.restore(saved, _parts(engine, name), file)
-        else:
-            for name in others:
-                checkpoint.restore(training["others"].get(name, {}), _parts(engine, name), path)
-            losses = losses_of(engine)
-            checkpoint.restore(training["losses"], losses, path)
-            for name, loss in losses.items():
-                for part, memory in _memories(loss).items():
-                    vars(memory).update(training["memories"][name][part])
-            best = training["best"]
-            engine.best = {"mAP": float(best["mAP"]), "epoch": int(best["epoch"])}
-            before, now = training["config"] or {}, engine.config
-            if any(before[key] != now[key] for key in _MEASURE if key in before and key in now):
-                engine.best = dict(NO_BEST)
-            engine.skipped = int(training["skipped"])
-            engine.host_epochs = int(training.get("host_epochs", 0))  # older checkpoints do not have it
+    engine.rank1 = float(state.get("rank1", 0))
+    engine.people = sorted({*engine.people, *checkpoint.people_of(state)})
+    if (training := state.get("training")) is None:
+        engine.host_epochs = int(state["epoch"])
+        for name in others:
+            # torchreid saves every model in a folder of its own, below the same name.
+            file = Path(path).absolute().parent.parent / name / Path(path).name
+            saved = distributed.from_first(functools.partial(_of_torchreid, file, name, path))
+            checkpoint.restore(saved, _parts(engine, name), file)
+    else:
+        for name in others:
+            checkpoint.restore(training["others"].get(name, {}), _parts(engine, name), path)
+        losses = losses_of(engine)
+        checkpoint.restore(training["losses"], losses, path)
+        for name, loss in losses.items():
+            for part, memory in _memories(loss).items():
+                vars(memory).update(training["memories"][name][part])
+        best = training["best"]
+        engine.best = {"mAP": float(best["mAP"]), "epoch": int(best["epoch"])}
+        before, now = training["config"] or {}, engine.config
+        if any(before[key] != now[key] for key in _MEASURE if key in before and key in now):
+            engine.best = dict(NO_BEST)
+        engine.skipped = int(training["skipped"])
+        engine.host_epochs = int(training.get("host_epochs", 0))  # older checkpoints do not have it
     if name := not_finite(engine):
         raise InputError(f"checkpoint {path!r}: {name} is not finite; resume from an earlier checkpoint")
 
