@@ -36,8 +36,8 @@ def joined(use_gpu: bool = True, timeout: int = 1800) -> Iterator[None]:
         ConnectionError: at the end, if gloo found that another process had ended.
     """
     if not launched():
-        names = "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"
-        count = max(int(number) for name in names if (number := os.environ.get(name, "1")).isdecimal())
+        numbers = (os.environ.get(name, "") for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+        count = max((int(number) for number in numbers if number.isdecimal()), default=1)
         if count > 1 and size() == 1:
             alone = f"{count} processes were started, and not by torchrun, so that each would do all of the work alone"
             cure = "start one torchrun on each machine: srun --ntasks-per-node 1 torchrun ... -m torchreid_ext ..."

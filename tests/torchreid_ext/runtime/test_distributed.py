@@ -230,6 +230,8 @@ def test_several_processes_that_torchrun_did_not_start_are_refused(monkeypatch, 
         ("1", contextlib.nullcontext()),
         ("", contextlib.nullcontext()),
     ):
+        for other in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+            monkeypatch.setenv(other, "")
         monkeypatch.setenv(name, number)
         with expected, distributed.joined(use_gpu=False):
             pass
