@@ -35,13 +35,11 @@ _TELLING = {"betas", "amsgrad", "momentum", "dampening", "nesterov", "alpha", "c
 
 def save(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Writes a checkpoint atomically: ``path`` keeps its old content until the new content is complete. Raises
-    InputError if the state holds an object that ``load`` would refuse; OSError if the file cannot be written."""
+    InputError as ``check_saves``; OSError if the file cannot be written."""
+    check_saves(state)
     try:
         with replacing(path) as file:
             torch.save(state, file)
-            file.flush()
-            if refused := _refused(file.name):
-                raise InputError(f"a checkpoint must hold only tensors, numbers and containers, not {_some(refused)}")
     except (OSError, RuntimeError) as error:
         # torch raises its own error, and keeps the error of the failed write as its context.
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
@@ -49,15 +47,15 @@ def save(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
 
 
 def check_saves(state: Mapping[str, Any]) -> None:
-    """Raises InputError for a state of ``states.of_engine`` with a part that cannot be pickled, or holds an object that
-    ``load`` would refuse; it names the part."""
-    parts = {**state, **state["training"]}
-    del parts["training"]
+    """Raises InputError for a state with a part that cannot be pickled, or holds an object that ``load`` would refuse;
+    it names the part, also within ``state["training"]`` of ``states.of_engine``."""
+    parts = {**state, **state.get("training", {})}
+    parts.pop("training", None)
     for name, part in parts.items():
         file = io.BytesIO()
         try:
-            # Tensors are always allowed, and may be large.
-            torch.save(tree_map(lambda value: None if isinstance(value, Tensor) else value, part), file)
+            # Tensors and parameters are always allowed, and may be large.
+            torch.save(tree_map(lambda value: None if type(value) in (Tensor, nn.Parameter) else value, part), file)
             file.seek(0)
             refused = _refused(file)
         except (AttributeError, TypeError, pickle.PicklingError) as error:

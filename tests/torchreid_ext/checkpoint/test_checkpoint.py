@@ -1,6 +1,7 @@
 """Checkpoint files are written atomically, are safe to read, and say which weights fit."""
 
 import collections
+import io
 import os
 import pickle
 
@@ -250,7 +251,7 @@ def test_a_child_named_module_keeps_its_name_in_a_network_that_has_it():
 
 def test_a_state_that_could_not_be_loaded_is_not_saved(tmp_path):
     checkpoint.save({"epoch": 1}, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=r"only tensors, numbers and containers, not .*Bomb|system"):
+    with pytest.raises(ValueError, match=r"state_dict holds what no checkpoint can hold, .*system: give"):
         checkpoint.save({"state_dict": Bomb()}, tmp_path / "a.pth")
     assert checkpoint.load(tmp_path / "a.pth") == {"epoch": 1}
     assert os.listdir(tmp_path) == ["a.pth"]
@@ -268,7 +269,7 @@ HELD = {
 def test_what_could_not_be_saved_is_refused_before_it_is_trained(tmp_path, name):
     state = {"epoch": 1, "training": {"best": {}, "part": [{"of it": (HELD[name], torch.ones(2))}]}}
     try:
-        checkpoint.save(state, tmp_path / "a.pth")
+        torch.save(state, tmp_path / "a.pth")
         checkpoint.load(tmp_path / "a.pth")
     except Exception:
         with pytest.raises(InputError, match=r"the state of the part holds what no checkpoint can hold, .*: give it a"):
@@ -285,6 +286,8 @@ def test_a_full_disk_keeps_what_was_saved(tmp_path, monkeypatch):
     save = torch.save
 
     def fill(state, file):
+        if isinstance(file, io.BytesIO):  # which has no disk
+            return save(state, file)
         with open("/dev/full", "wb") as full:
             save(state, full)
 

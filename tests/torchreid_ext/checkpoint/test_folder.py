@@ -118,10 +118,3 @@ def test_two_runs_do_not_write_into_one_folder_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", unsupported)
     with alone(tmp_path / "without locks"):
         assert (tmp_path / "without locks").is_dir()
-
-
-def test_unfinished_files_of_a_killed_run_are_removed(tmp_path):
-    (tmp_path / ".model.pth.tar-1.0123456789abcdef.tmp").touch()
-    os.utime(tmp_path / ".model.pth.tar-1.0123456789abcdef.tmp", (0, 0))
-    save(History(tmp_path), [1])
-    assert names(tmp_path) == sorted([LAST, *numbered(1)])
