@@ -94,12 +94,13 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             with contextlib.suppress(Exception):
                 # This fails if the file is so damaged that torch does not recognize it as a checkpoint.
                 refused = _refused(path)
+        if refused:
+            risk = f"refused, because it holds objects ({_some(refused)}), which could run code"
+            cure = "save the weights alone, torch.save(model.state_dict(), FILE)"
+            raise InputError(f"{_named(path)} is {risk}: {cure}") from error
         # torch may advise to load the file unsafely.
-        said = str(error) if "weights_only" not in str(error) else ""
-        reason = f" ({_one_line(said.splitlines()[0])})" if said else ""
-        cure = "save the weights alone, torch.save(model.state_dict(), FILE)"
-        risk = f"refused, because it holds objects ({_some(refused)}), which could run code: {cure}"
-        raise InputError(f"{_named(path)} is {risk if refused else f'damaged, or no checkpoint{reason}'}") from error
+        said = "" if "weights_only" in str(error) else _one_line(str(error).partition("\n")[0])
+        raise InputError(f"{_named(path)} is damaged, or no checkpoint{f' ({said})' if said else ''}") from error
     if damaged:
         raise InputError(f"{_named(path)} is damaged: the checksum of {_one_line(damaged)} is wrong")
     if not isinstance(state, dict):
