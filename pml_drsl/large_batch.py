@@ -64,7 +64,9 @@ class LargeBatch(nn.Module):
         """The loss of a batch, a scalar: images of shape (N, ...), N >= 1, and labels of shape (N,).
 
         Further arguments are those of the loss, such as ``indices_tuple``, ``ref_emb`` or ``enqueue_mask``. Raises
-        InputError as ``forward_in_chunks``, and for an ``indices_tuple`` with a miner."""
+        InputError as ``forward_in_chunks``, for labels of another length, and for an ``indices_tuple`` with a miner."""
+        if isinstance(images, Tensor) and images.ndim and len(labels) != len(images):
+            raise InputError(f"there are {len(images)} images and {len(labels)} labels; give one label for each image")
         output = forward_in_chunks(self.network, images, self.chunk_size)
         if self.miner is not None:
             if "indices_tuple" in loss_arguments:
