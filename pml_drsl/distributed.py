@@ -32,7 +32,10 @@ class DistributedMinerWrapper(pml_distributed.DistributedMinerWrapper):
     def forward(
         self, emb: Tensor, labels: Tensor, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
     ) -> IndicesTuple:
-        """The miner's indices; the arguments are those of this process, and of the shapes that the miner takes."""
+        """The miner's indices; the arguments are those of this process, and of the shapes that the miner takes. Raises
+        InputError for ``ref_labels`` without ``ref_emb``."""
+        if ref_emb is None and ref_labels is not None:
+            raise InputError("ref_labels without ref_emb: give both, or neither")
         if is_single_process():
             return self.miner(emb, labels, ref_emb, ref_labels)  # type: ignore[no-any-return]
         with torch.no_grad():
@@ -42,7 +45,7 @@ class DistributedMinerWrapper(pml_distributed.DistributedMinerWrapper):
                 return self.miner(*batch, all_ref_emb, all_ref_labels)  # type: ignore[no-any-return]
         first = sum(sizes[: dist.get_rank()])
         own = torch.arange(first, first + len(emb), device=emb.device)
-        refs = batch if ref_emb is None and ref_labels is None else (all_ref_emb, all_ref_labels)
+        refs = batch if ref_emb is None else (all_ref_emb, all_ref_labels)
         indices = self.miner(emb, labels, *refs, own if ref_emb is None or ref_emb is emb else None)
         gathered = [_gather(index if i % 2 else index + first)[0] for i, index in enumerate(indices)]
         return tuple(gathered)  # type: ignore[return-value]

@@ -210,7 +210,8 @@ class DRSLoss(BaseMetricLossFunction):
         def of_chunk(x: Tensor, unit: Tensor, pairs: Pairs) -> Errors:
             distances = distance_matrix(distance, x, None if ref is x else ref, fused)
             angle = functools.partial(angular_dissimilarity, distance, unit, unit_ref, pairs, fused)
-            retrieval, sort = functional.errors(distances, pairs, *settings, power, angle if has_sort else None, fused)
+            options: Any = {"bound_power": power, "dissimilarity": angle if has_sort else None, "use_fused": fused}
+            retrieval, sort = functional.errors(distances, pairs, *settings, **options)
             errors = {"retrieval": retrieval} if sort is None else {"retrieval": retrieval, "sort": sort}
             if stats:
                 smoothed = retrieval

@@ -13,6 +13,7 @@ from pytorch_metric_learning.distances import BatchedDistance, CosineSimilarity,
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from reference import pairs_from_labels
 
+from pml_drsl.distributed import DistributedMinerWrapper
 from pml_drsl.miners import NegativeBudgetMiner, RankViolationMiner
 
 DISTANCES = {"euclidean": LpDistance(), "cosine": CosineSimilarity()}
@@ -221,8 +222,9 @@ def test_bad_hyper_parameters_are_refused(make, message):
 def test_references_and_their_labels_go_together():
     with pytest.raises(ValueError, match="ref_emb without ref_labels"):
         RankViolationMiner()(torch.randn(4, 3), torch.arange(4), torch.randn(5, 3))
-    with pytest.raises(ValueError, match="ref_labels without ref_emb"):
-        RankViolationMiner()(torch.randn(4, 3), torch.arange(4), None, torch.arange(4))
+    for miner in (RankViolationMiner(), DistributedMinerWrapper(pml_miners.TripletMarginMiner())):
+        with pytest.raises(ValueError, match="ref_labels without ref_emb"):
+            miner(torch.randn(4, 3), torch.arange(4), None, torch.arange(4))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -53,9 +53,9 @@ class Run:
 
 def recipe(line: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The name of the configuration file of a result, and the keys with an effect on scores that the user changed in
-    all runs, sorted, with their values: of two spellings of a number, 1e-3 and 0.001, the value is one."""
+    all runs, with their values: of two spellings of a number, 1e-3 and 0.001, the value is one."""
     changed = {key: line["configuration"].get(key, word) for key, word in line["changes"].items()}
-    return line["config"], dict(sorted(scored(changed).items()))
+    return line["config"], scored(changed)
 
 
 def same(mine: Mapping[str, Any], other: Mapping[str, Any], without: Iterable[str] = ()) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from pml_drsl.checks import InputError
-from pml_drsl.console import replacing, write_text
+from pml_drsl.console import replacing
 from torchreid_ext.benchmark.grid import PLACES, TUNED, check_name, recipe, same, scored
 from torchreid_ext.benchmark.statistics import compare, holm
 from torchreid_ext.config.values import flatten
@@ -32,8 +33,6 @@ LEVEL = 0.05
 MIN_SEEDS = 3
 """The fewest seeds for a p-value: the spread of two may by chance look like 0, and too much would be significant."""
 
-BEGIN = "<!-- drsl-benchmark report: begin -->"
-END = "<!-- drsl-benchmark report: end -->"
 WITH_NEGATIVES = re.compile(r"(?P<loss>.+)-1-to-(?P<negatives>\d+)")
 """A loss that was trained with so many negatives for one positive, in ``configs/losses_rare.yaml``."""
 
@@ -127,7 +126,7 @@ def sections(results: Sequence[Mapping[str, Any]], losses: Sequence[str] | None 
             (config, changed), model = recipe(line), line["configuration"]
             network = model["model.name"] + (" with the neck" if model["model.bnneck"] else "")
             for target in line["results"]:
-                key = target, network, config, str(changed)
+                key = target, network, config, json.dumps(changed, sort_keys=True)
                 groups.setdefault(key, []).append(line)
     found = [_section(target, network, lines) for (target, network, *_), lines in groups.items()]
     titles = [section.title for section in found]
@@ -193,23 +192,27 @@ def _section(target: str, network: str, lines: Sequence[Mapping[str, Any]]) -> S
     return Section(target, lines[0]["config"], network, changes, by_loss, notes)
 
 
-def to_markdown(sections: Sequence[Section], reference: str) -> str:
-    """A table in Markdown. Of one section it has the scores of every loss, and the differences of the reference to each
-    of them; of several, the scores alone, because each of them has one loss."""
-    (first, *others), rows = sections, list[dict[str, Any]]()
-    for section in sections:
-        ahead = {(row.loss, row.score): _interval(row) for row in section.differences(reference).itertuples()}
-        for loss, row in section.scores().iterrows():
-            rows.append({"run": section.title} if others else {})
-            rows[-1]["loss"] = f"**{loss}**" if loss in (reference, reference + TUNED) else loss
-            rows[-1]["seeds"] = int(row["seeds", ""])
-            rows[-1] |= {score: _spread(row[score, "mean"], row[score, "sd"]) for score in SCORES}
-            if not others:
-                rows[-1] |= {f"{reference} is ahead in {score}": ahead.get((loss, score), "-") for score in COMPARED}
+def to_markdown(section: Section, reference: str) -> str:
+    """The section in Markdown: the scores of every loss, and the differences of the reference to each of them."""
+    ahead = {(row.loss, row.score): _interval(row) for row in section.differences(reference).itertuples()}
+    rows = _rows(section, reference)
+    for loss, row in rows.items():
+        row |= {f"{reference} is ahead in {score}": ahead.get((loss, score), "-") for score in COMPARED}
+    return _table(section.title, rows.values(), section.notes)
+
+
+def _rows(section: Section, reference: str) -> dict[Any, dict[str, Any]]:
+    rows = {}
+    for loss, row in section.scores().iterrows():
+        name = f"**{loss}**" if loss in (reference, reference + TUNED) else loss
+        scores = {score: _spread(row[score, "mean"], row[score, "sd"]) for score in SCORES}
+        rows[loss] = {"loss": name, "seeds": int(row["seeds", ""]), **scores}
+    return rows
+
+
+def _table(title: str, rows: Iterable[Mapping[str, Any]], notes: Sequence[str]) -> str:
     table = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
-    title = "One loss alone" if others else first.title
-    notes = " ".join(note for each in sections for note in each.notes)
-    return "\n\n".join(filter(None, [f"### {title}", table, notes]))
+    return "\n\n".join(filter(None, [f"### {title}", table, " ".join(notes)]))
 
 
 def _spread(mean: float, deviation: float) -> str:
@@ -239,20 +242,12 @@ def report(sections: Sequence[Section], reference: str | None = None) -> str:
         "fewer there is none; with one seed, the interval is of the identities alone."
     )
     compared = [section for section in sections if len(section.lines) > 1] or sections
-    alone = [section for section in sections if section not in compared]
-    parts = [*([section] for section in compared), *([alone] if alone else [])]
-    return "\n\n".join([head, *(to_markdown(part, reference) for part in parts)]) + "\n"
-
-
-def insert(path: Path, text: str) -> None:
-    """Writes a report to a new or empty file, or between the two comments ``BEGIN`` and ``END`` of a file. Raises
-    InputError if a file that holds text lacks one of them."""
-    content = path.read_text(encoding="utf-8") if path.exists() else ""
-    before, begin, rest = (content or f"{BEGIN}\n{END}\n").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise InputError(f"{path} needs the lines {BEGIN} and {END}, between which the report goes")
-    write_text(str(path), f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+    parts = [head, *(to_markdown(section, reference) for section in compared)]
+    if alone := [section for section in sections if section not in compared]:
+        rows = [{"run": each.title} | row for each in alone for row in _rows(each, reference).values()]
+        notes = [f"{each.title}: {note}" for each in alone for note in each.notes]
+        parts.append(_table("One loss alone", rows, notes))
+    return "\n\n".join(parts) + "\n"
 
 
 def draw(sections: Sequence[Section], path: Path) -> None:

@@ -214,7 +214,7 @@ def tune(
         grid: the other arguments of ``plan``, of which ``files`` holds one file.
         results, workers: as for ``run_all``; a trial that is in the file is not made again.
     """
-    given = [*grid["words"][::2], *(key for key, *_ in grid["varied"])]
+    given = [*grid.get("words", ())[::2], *(key for key, *_ in grid.get("varied", ()))]
     trials: dict[str, Snippet] = {}
     names: dict[str, list[str]] = {}  # of the trials of each loss
     for loss, snippet in losses.items():

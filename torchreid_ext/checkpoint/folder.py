@@ -47,14 +47,13 @@ class History:
         """Makes ``model-best.pth.tar`` the checkpoint after ``epoch`` epochs: it may hold a later one, where a run goes
         back to an earlier epoch, or an earlier one, if the run was killed before it could mark the best. Without such a
         checkpoint it removes the file, and returns False."""
-        best, numbered = self.folder / BEST, self.folder / f"model.pth.tar-{epoch}"
-        with contextlib.suppress(InputError):
-            if checkpoint.load(best).get("epoch") == epoch:
-                return True
-        if numbered.is_file():
-            files.link(numbered, BEST)
-            return True
-        best.unlink(missing_ok=True)
+        for name in (BEST, f"model.pth.tar-{epoch}", LAST):
+            with contextlib.suppress(InputError):
+                if checkpoint.load(self.folder / name).get("epoch") == epoch:
+                    if name != BEST:
+                        files.link(self.folder / name, BEST)
+                    return True
+        (self.folder / BEST).unlink(missing_ok=True)
         return False
 
     def load_newest(self) -> tuple[Path, dict[str, Any]] | None:

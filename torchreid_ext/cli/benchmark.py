@@ -11,8 +11,11 @@ from typing import Any
 
 from pml_drsl import speed
 from pml_drsl.checks import InputError
-from pml_drsl.console import check_outputs, guarded, version
+from pml_drsl.console import check_outputs, guarded, version, write_text
 from pml_drsl.machine import available_cores
+
+BEGIN = "<!-- drsl-benchmark report: begin -->"
+END = "<!-- drsl-benchmark report: end -->"
 
 EPILOG = """commands:
   run       train and test a grid; each run is a process of drsl-train, and its result a line of a file
@@ -136,12 +139,23 @@ def _report(words: Sequence[str]) -> int:
     sections = report.sections([line for path in args.results for line in grid.read_results(path)], args.losses)
     text = report.report(sections, args.reference)
     if args.output:
-        report.insert(Path(args.output), text)
+        _insert(Path(args.output), text)
     else:
         print(text)
     if args.figure:
         report.draw(sections, Path(args.figure))
     return 0
+
+
+def _insert(path: Path, text: str) -> None:
+    """Writes a report to a new or empty file, or between the two comments ``BEGIN`` and ``END`` of a file. Raises
+    InputError if a file that holds text lacks one of them."""
+    content = path.read_text(encoding="utf-8") if path.exists() else ""
+    before, begin, rest = (content or f"{BEGIN}\n{END}\n").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise InputError(f"{path} needs the lines {BEGIN} and {END}, between which the report goes")
+    write_text(str(path), f"{before}{BEGIN}\n\n{text}\n{END}{after}")
 
 
 if __name__ == "__main__":

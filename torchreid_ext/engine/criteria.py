@@ -175,9 +175,10 @@ def check_criterion(criterion: Any, optimizer: Optimizer, miner: nn.Module | Non
         raise InputError(f"criterion must be a loss of pytorch_metric_learning, got {criterion!r}")
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if any(p.requires_grad and id(p) not in trained for p in criterion.parameters()):
+        loss = criterion[0] if isinstance(criterion, PerFeature) else criterion
         made = "make the optimizer with build_optimizer(cfg, model, criterion)"
         added = "call optimizer.add_param_group({'params': criterion.parameters()})"
-        untrained = f"{type(criterion).__name__} has weights that the optimizer does not train"
+        untrained = f"{type(loss).__name__} has weights that the optimizer does not train"
         raise InputError(f"{untrained}; {made}, or {added}")
     for loss in _parts(criterion, WITHOUT_PAIRS) if cross_camera else []:
         in_memory = isinstance(loss, losses.CrossBatchMemory)

@@ -117,8 +117,10 @@ class Tester:
         return [Picture(items[0]) for items in query], [Picture(items[0]) for items in gallery]
 
     def _drawable(self, target: str, pictures: ranking.Pictures) -> bool:
+        if not pictures[0]:
+            return False
         dataset: Any = readable(self.test_loader[target]["query"]).dataset
-        return bool(pictures[0] and dataset.holds_images(pictures[0][0].files))
+        return bool(dataset.holds_images(pictures[0][0].files))
 
     def _report(self, target: str, search: ranking.Search, result: RetrievalResult, options: EvaluationOptions) -> None:
         """Prints, writes, draws and logs the result of a target."""

@@ -141,7 +141,7 @@ def load_model(
     configuration names, and a device that is not there."""
     path = find_checkpoint(path)
     state = checkpoint.load(path)
-    config, notes = _config(path, state, config_file, model)
+    config, note = _config(path, state, config_file, model)
     weights = checkpoint.weights_of(state, path)
     # The rows of the last classifier are the identities that the network was trained on.
     rows = [len(value) for name, value in weights.items() if "classifier" in name and value.ndim > 1]
@@ -155,8 +155,8 @@ def load_model(
     if place.type == "cuda" and (place.index or 0) >= (number := torch.cuda.device_count()):
         raise InputError(f"device {str(place)!r}: torch finds {number} CUDA devices here; use 'cpu', or count from 0")
     people = checkpoint.people_of(state) if config_file is None else frozenset[str]()
-    for note in notes if distributed.is_first() else ():
-        print(note, file=sys.stderr)
+    if note:
+        _note(note)
     return TrainedModel(network.eval().to(place), config, path, fingerprint, people)
 
 
@@ -172,11 +172,9 @@ def find_checkpoint(path: File) -> str:
     raise InputError(f"{fault}: give a checkpoint, or the folder of a run")
 
 
-def _config(
-    path: str, state: Mapping[str, Any], config_file: File | None, model: str | None
-) -> tuple[Config, list[str]]:
+def _config(path: str, state: Mapping[str, Any], config_file: File | None, model: str | None) -> tuple[Config, str]:
     """The configuration of a network, and what to tell the user of it once the network is loaded."""
-    config, notes = get_default_config(), list[str]()
+    config, note = get_default_config(), ""
     training = state.get("training")
     saved = training.get("config") if isinstance(training, Mapping) else None
     if not saved and config_file is None and model is None:
@@ -186,9 +184,8 @@ def _config(
         file = f"--config-file FILE (config_file in Python), the YAML file that the network was trained with{found}"
         unknown = f"checkpoint {path!r} holds no configuration, so its network is unknown"
         raise NoConfiguration(f"{unknown}: give {zoo}, or {file}")
-    if saved and (ignored := _merge(config, saved, path)):
-        other = f"{path!r} was written by another version, and these keys were ignored"
-        notes.append(f"{other}: {', '.join(sorted(ignored))}")
+    if saved:
+        _merge(config, saved, path)
     if config_file is not None:
         config.merge_from_file(Path(config_file))
     if model is not None:
@@ -198,14 +195,14 @@ def _config(
             config.test.dist_metric = "cosine"
             size = f"{config.data.height} x {config.data.width} pixels"
             taken = f"{model} with images of {size}, its usual normalisation and the cosine distance"
-            notes.append(f"{path!r} holds no configuration: taking {taken}, unless --config-file says otherwise")
+            note = f"{path!r} holds no configuration: taking {taken}, unless --config-file says otherwise"
     # The weights come from the checkpoint, and the device is chosen by load_model.
     config.model.pretrained = config.use_gpu = config.train.sync_batchnorm = False
-    return config, notes
+    return config, note
 
 
-def _merge(config: Config, saved: object, path: str) -> list[str]:
-    """Takes over a saved configuration; returns the keys that another version of this package wrote, left out here."""
+def _merge(config: Config, saved: object, path: str) -> None:
+    """Takes over a saved configuration; what another version of this package wrote is named and left out."""
     if not isinstance(saved, Mapping):
         damaged = f"checkpoint {path!r} is damaged: its configuration is no mapping"
         raise NoConfiguration(f"{damaged}; give --config-file FILE")
@@ -216,7 +213,13 @@ def _merge(config: Config, saved: object, path: str) -> list[str]:
             config.merge_from_list([str(key), repr(value) if isinstance(value, str) else value])
         except InputError:
             ignored.append(str(key))
-    return ignored
+    if ignored:
+        _note(f"{path!r} was written by another version, and these keys were ignored: {', '.join(sorted(ignored))}")
+
+
+def _note(text: str) -> None:
+    if distributed.is_first():
+        print(text, file=sys.stderr)
 
 
 def _fingerprint(network: nn.Module, config: Config) -> str:

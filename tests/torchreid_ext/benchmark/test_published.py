@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from torchreid_ext.benchmark import grid, report, runner
+from torchreid_ext.cli import benchmark
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "docs" / "benchmark.jsonl.gz"
@@ -19,8 +20,8 @@ def results():
 
 
 def held(page):
-    _, _, rest = (ROOT / "docs" / page).read_text().partition(report.BEGIN)
-    return rest.partition(report.END)[0].strip()
+    _, _, rest = (ROOT / "docs" / page).read_text().partition(benchmark.BEGIN)
+    return rest.partition(benchmark.END)[0].strip()
 
 
 @pytest.mark.slow

@@ -54,17 +54,28 @@ def test_scores_are_means_over_seeds():
     assert scores.loc["supcon", ("seeds", "")] == 3
 
 
+def test_a_recipe_is_one_however_its_mappings_are_written():
+    results = []
+    for loss, mine in (("drsl", {"folder": "x", "seed": 1}), ("supcon", {"seed": 1, "folder": "x"})):
+        changed = {"changes": {"datasets.mine": str(mine)}, "datasets.mine": mine}
+        results.append(line(loss, 0, 0.5, **changed))
+    (section,) = report.sections(results)
+    assert [*section.lines] == ["drsl", "supcon"]
+
+
 def test_runs_of_one_loss_alone_stand_in_one_table_and_have_no_panel(tmp_path):
     changed = [{"data.height": "128"}, {"data.height": "64", "train.lr": "0.1"}]
     alone = [line("drsl", 0, 0.5 + n / 10, changes=each) for n, each in enumerate(changed)]
+    alone[1]["commit"] = "0123456+abcdefg"
     sections = report.sections([*RESULTS, *alone])
     text = report.report(sections)
     compared, single = text.split("### ")[1:]
     assert single.startswith("One loss alone") and "supcon" in compared and "supcon" not in single
     for each, keys in zip(alone, ("`data.height 128`)", "`data.height 64`, `train.lr 0.1`)"), strict=True):
-        (row,) = [cells.split("|") for cells in single.splitlines() if keys in cells]
+        (row,) = [cells.split("|") for cells in single.splitlines() if cells.startswith("|") and keys in cells]
         mean = 100 * each["results"]["market1501"]["mAP"]
         assert [cell.strip() for cell in row[2:5]] == ["**drsl**", "1", f"{mean:.1f}"]
+    assert "`train.lr 0.1`): Measured with the commits 0123456, abcdefg." in single
     report.draw(sections, tmp_path / "all.png")
     report.draw(report.sections(RESULTS), tmp_path / "compared.png")
     assert Image.open(tmp_path / "all.png").size == Image.open(tmp_path / "compared.png").size
@@ -306,17 +317,17 @@ def test_a_p_value_needs_three_seeds_and_is_corrected_for_the_losses_that_have_t
 def test_the_page_keeps_what_is_around_the_report(tmp_path, capsys, monkeypatch):
     path, page, figure = tmp_path / "results.jsonl", tmp_path / "page.md", tmp_path / "figure.png"
     path.write_text("".join(json.dumps(each) + "\n" for each in RESULTS))
-    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    page.write_text(f"before\n{benchmark.BEGIN}\nold\n{benchmark.END}\nafter\n")
     words = ["report", str(path), "--output", str(page), "--figure", str(figure)]
     assert benchmark.main(words) == benchmark.main(words) == 0
     text = page.read_text()
-    assert text.startswith(f"before\n{report.BEGIN}\n") and text.endswith(f"{report.END}\nafter\n")
+    assert text.startswith(f"before\n{benchmark.BEGIN}\n") and text.endswith(f"{benchmark.END}\nafter\n")
     assert "old" not in text and text.count("| **drsl** | 3") == 1 and ", p < 0.01" in text
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert benchmark.main(["report", str(path), "--losses", "drsl", "supcon"]) == 0
     printed = capsys.readouterr().out
     assert "supcon" in printed and "triplet" not in printed
-    for lacking in (f"{report.BEGIN} only\n", "neither\n"):
+    for lacking in (f"{benchmark.BEGIN} only\n", "neither\n"):
         page.write_text(lacking)
         assert benchmark.main(words) == 2 and page.read_text() == lacking
     page.write_text("")

@@ -101,8 +101,9 @@ def test_without_a_rate_weights_learn_as_the_network(tmp_path):
     assert [group["lr"] for group in engine.optimizer.param_groups] == [0.001, 0.001]
 
 
-def test_weights_that_nobody_would_train_are_refused(tmp_path):
-    cfg = configured(tmp_path, {"name": "pml", "pml": {"loss": "SoftTripleLoss"}})
+@pytest.mark.parametrize("network", ["osnet_x0_25", "hacnn"])  # the second has two features
+def test_weights_that_nobody_would_train_are_refused(tmp_path, network):
+    cfg = configured(tmp_path, {"name": "pml", "pml": {"loss": "SoftTripleLoss"}}, network)
     manager = make_image_manager(tmp_path)
     model = config.build_model(cfg, manager.num_train_pids)
     optimizer = config.build_optimizer(cfg, model)
