@@ -29,7 +29,7 @@ class Config(CfgNode):
     override the values of the base file.
 
     Keys below ``datasets`` and ``keys.OPTIONS`` have any names, and their values are added to those that are set
-    already. A value that names a class replaces them.
+    already, at every depth. A value that names a class replaces them.
     """
 
     @property
@@ -130,8 +130,17 @@ def _options(key: str, value: Any, known: Config, source: str) -> Config:
     if not isinstance(value, Mapping):
         takes = "a class's name, or {name: CLASS, ARGUMENT: VALUE}" if named else "{ARGUMENT: VALUE, ...}"
         raise InputError(f"config key {key!r} takes {takes}, got {value!r} in {source}")
-    value = with_numbers(value)
-    return Config(dict(value) if "name" in value else {**known, **value})
+    return Config(_added(known, with_numbers(value)))
+
+
+def _added(known: Any, given: Any) -> Any:
+    """The arguments of a class, with others added; so are those of a class among them. A name begins anew."""
+    if not isinstance(given, Mapping) or "name" in given:
+        return given
+    if isinstance(known, str):  # the name of a class, without arguments
+        known = {"name": known}
+    before = known if isinstance(known, Mapping) else {}
+    return {**before, **{key: _added(before.get(key), entry) for key, entry in given.items()}}
 
 
 def flat(cfg: Config) -> dict[str, Any]:

@@ -396,16 +396,27 @@ def test_dots_lead_into_the_arguments_of_a_class_at_any_depth(tmp_path):
     lines = [
         "loss.pml.miner.name: TripletMarginMiner",
         "loss.pml.miner.distance.name: LpDistance",
+        "loss.pml.miner.distance.p: 1",
         "loss.pml.kwargs.a.b.c: 1",
+        "loss.pml.kwargs.a.b.d: 2",
+        "loss.pml.kwargs.e: LpDistance",
+        "loss.pml.kwargs.e.p: 3",
+        "loss.pml.kwargs.f: {name: LpDistance, p: 4}",
+        "loss.pml.kwargs.f: {name: CosineSimilarity}",
     ]
     by_word, by_file, by_section = get_default_config(), get_default_config(), get_default_config()
-    by_word.merge_from_list([word for line in lines for word in line.split(": ")])
-    by_file.merge_from_file(write(tmp_path / "a.yaml", "\n".join(lines)))
-    nested = "\n".join(f"  {line.removeprefix('loss.')}" for line in lines)
+    by_word.merge_from_list([word for line in lines for word in line.split(": ", 1)])
+    *first, last = lines
+    by_file.merge_from_file(write(tmp_path / "a.yaml", "\n".join(first)))
+    nested = "\n".join(f"  {line.removeprefix('loss.')}" for line in first)
     by_section.merge_from_file(write(tmp_path / "b.yaml", f"loss:\n{nested}"))
+    for cfg in (by_file, by_section):  # A key stands once in a file.
+        cfg.merge_from_list(last.split(": ", 1))
     for cfg in (by_word, by_file, by_section):
-        assert isinstance(build_miner("loss.pml", cfg.loss.pml).distance, LpDistance)
-        assert cfg.loss.pml.kwargs == {"a": {"b": {"c": 1}}}
+        distance = build_miner("loss.pml", cfg.loss.pml).distance
+        assert isinstance(distance, LpDistance) and distance.p == 1
+        inner = {"e": {"name": "LpDistance", "p": 3}, "f": {"name": "CosineSimilarity"}}
+        assert cfg.loss.pml.kwargs == {"a": {"b": {"c": 1, "d": 2}}, **inner}
 
 
 def test_words_may_hold_yaml():
