@@ -25,8 +25,13 @@ settings = session.get_modelmeta().custom_metadata_map  # size, normalisation an
 
 def features(path: str | Path) -> np.ndarray:
     """The features of a photo, [D]."""
-    photo = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    photo = photo.resize((int(settings["width"]), int(settings["height"])), Image.Resampling.BILINEAR)
+    photo = ImageOps.exif_transpose(Image.open(path))
+    if photo.mode.startswith("I"):  # 16 bits
+        photo = Image.fromarray((np.asarray(photo) / 257).round().astype(np.uint8))
+    if photo.has_transparency_data:  # laid on white
+        photo = photo.convert("RGBA")
+        photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo)
+    photo = photo.convert("RGB").resize((int(settings["width"]), int(settings["height"])), Image.Resampling.BILINEAR)
     pixels = np.asarray(photo, np.float32).transpose(2, 0, 1) / 255
     if "mean" in settings["input"]:  # drsl-export --without-normalisation
         mean, std = (np.array(json.loads(settings[name]), np.float32).reshape(3, 1, 1) for name in ("mean", "std"))

@@ -24,9 +24,9 @@ def is_photo(path: str) -> bool:  # and no hidden file, such as ._1.jpg of a Mac
 
 
 transform = transforms.Compose([transforms.Resize((args.size, args.size)), transforms.ToTensor()])
-images = datasets.ImageFolder(args.folder, transform, is_valid_file=is_photo)
+images = datasets.ImageFolder(args.folder, transform, is_valid_file=is_photo, allow_empty=True)
 # A ranking needs several images of each identity in a batch: here 4 of each of 16.
-batch_size = min(64, 4 * len(images.classes))
+batch_size = min(64, 4 * len(set(images.targets)))
 sampler = MPerClassSampler(
     images.targets, m=4, batch_size=batch_size, length_before_new_iter=max(len(images), batch_size)
 )

@@ -27,6 +27,7 @@ class Photos(torchreid.data.ImageDataset):
     def __init__(self, root="", **kwargs):
         folders = sorted(folder for folder in Path(root).iterdir() if folder.is_dir())
         people = [sorted(path for path in folder.glob("[!.]*") if is_image(path.name)) for folder in folders]
+        people = [paths for paths in people if paths]  # The numbers of the people must have no gap.
         train = [(str(path), pid, 0) for pid, paths in enumerate(people[::2]) for path in paths]
         test = [(str(path), pid, shot % 2) for pid, paths in enumerate(people[1::2]) for shot, path in enumerate(paths)]
         super().__init__(train, [row for row in test if row[2] == 0], [row for row in test if row[2] == 1], **kwargs)

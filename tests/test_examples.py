@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import trained
 from PIL import Image
@@ -37,6 +39,7 @@ def network(tmp_path_factory):
         person, name = path.name.split("_", 1)
         (folder / "photos" / person).mkdir(parents=True, exist_ok=True)
         Image.open(path).save(folder / "photos" / person / name)
+    (folder / "photos" / "2a").mkdir()  # An empty folder is nobody's.
     return checkpoint, folder / "photos"
 
 
@@ -66,13 +69,19 @@ def test_onnx_search_finds_what_the_network_finds_without_torch(network, tmp_pat
     checkpoint, photos = network
     model, query = tmp_path / "model.onnx", photos / "7" / "0_1.png"
     assert main([str(checkpoint), str(model)]) == 0
+    photos = Path(shutil.copytree(photos, tmp_path / "photos"))
+    photo = np.asarray(Image.open(query))
+    Image.fromarray(np.dstack([photo, photo[..., 0]])).save(photos / "7" / "transparent.png")
+    Image.fromarray(257 * photo[..., 0].astype(np.uint16)).save(photos / "7" / "16 bits.png")
+    everything = sorted(photos.rglob("*.png"))
     program = "import runpy, sys; runpy.run_path(sys.argv[0], run_name='__main__'); assert 'torch' not in sys.modules"
     program = f"import sys; del sys.argv[0]; {program}"
-    command = [sys.executable, "-c", program, EXAMPLES / "onnx_search.py", model, photos, query, "--top", "4"]
+    words = [EXAMPLES / "onnx_search.py", model, photos, query, "--top", str(len(everything))]
+    command = [sys.executable, "-c", program, *words]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     searcher = Searcher(checkpoint, device="cpu")
-    searcher.add(sorted(photos.rglob("*.png")))
-    expected = searcher.search(query, top=4)[0]
+    searcher.add(everything)
+    expected = searcher.search(query, top=len(everything))[0]
     rows = [line.split("  ") for line in output.splitlines()]
     assert [Path(path).parts[-2:] for _, _, path in rows] == [Path(match.name).parts[-2:] for match in expected]
     assert [float(distance) for _, distance, _ in rows] == pytest.approx(

@@ -100,7 +100,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise InputError(f"{_named(path)} is {risk}: {cure}") from error
         # torch may advise to load the file unsafely.
         said = "" if "weights_only" in str(error) else _one_line(str(error).partition("\n")[0])
-        raise InputError(f"{_named(path)} is damaged, or no checkpoint{f' ({said})' if said else ''}") from error
+        fault = f"is damaged, or no checkpoint{f' ({said})' if said else ''}"
+        raise InputError(f"{_named(path)} {fault}; give another, such as model/model-best.pth.tar of a run") from error
     if damaged:
         raise InputError(f"{_named(path)} is damaged: the checksum of {_one_line(damaged)} is wrong")
     if not isinstance(state, dict):

@@ -105,7 +105,9 @@ class RunCheckpoints(History):
 
     def __init__(self, engine: Any, folder: Path, keep: int, newest: Path | None) -> None:
         super().__init__(folder, keep)
-        self._engine, self.newest, self.first = engine, newest, engine.host_epochs + 1
+        self._engine, self.newest = engine, newest
+        # A script may have read torchreid's checkpoint by itself. Those before it are not this run's either.
+        self.first = (engine.host_epochs if newest else engine.options.start_epoch) + 1
         self.saved_epoch = -1  # the epoch of the checkpoint that this run saved last
         # The state in which the present epoch or test began, unless it is saved. Only the first process has all of it.
         self.start: dict[str, Any] | None = None

@@ -261,7 +261,9 @@ def _of_sampler(engine: Any) -> dict[str, Any]:
 
 
 def _sampler(engine: Any) -> tuple[Any, Any]:
-    """The sampler inside ``SeededBatches`` and torch's ``BatchSampler``, and its generator, if it has one."""
+    """The sampler inside ``SeededBatches`` and, unless it has a state itself, torch's ``BatchSampler``, and its
+    generator, if it has one."""
     batches = engine.train_loader.batch_sampler.batches
-    sampler = getattr(batches, "sampler", batches)
+    has_state = hasattr(batches, "state_dict") or isinstance(getattr(batches, "generator", None), torch.Generator)
+    sampler = batches if has_state else getattr(batches, "sampler", batches)
     return sampler, getattr(sampler, "generator", None)

@@ -75,9 +75,11 @@ def check_sources(names: str, sources: Iterable[str]) -> None:
 def check_outputs(outputs: dict[str, str | None], inputs: Iterable[str | None]) -> None:
     """Refuses files to write as :func:`pml_drsl.console.check_outputs` does, and those with the name of an image, which
     a folder, a list or an index may hold."""
-    from torchreid_ext.pixels import is_image
-
     console.check_outputs(outputs, inputs)
+    try:
+        from torchreid_ext.pixels import is_image
+    except ModuleNotFoundError:  # Features alone are evaluated without Pillow, which knows the names of images.
+        return
     for option, path in outputs.items():
         # Of a link, the target would be written.
         if path and is_image(target := os.path.realpath(path)):

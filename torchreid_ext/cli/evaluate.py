@@ -44,7 +44,7 @@ from pathlib import Path
 from typing import Any
 
 from pml_drsl.checks import InputError
-from pml_drsl.console import check_outputs, guarded, say, version, write_text
+from pml_drsl.console import guarded, say, version, write_text
 from pml_drsl.evaluation import METRICS, PROTOCOLS, RANKS, TIES
 from pml_drsl.machine import available_cores
 from torchreid_ext.cli import console
@@ -111,8 +111,7 @@ def _scores(args: argparse.Namespace) -> None:
 
     if min(args.ranks) < 1:
         raise InputError(f"--ranks {min(args.ranks)}: ranks start at 1")
-    # console.check_outputs needs Pillow.
-    check_outputs({"--json": args.json}, [*args.features, args.ids])
+    console.check_outputs({"--json": args.json}, [*args.features, args.ids])
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no CUDA device here")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -150,13 +149,15 @@ def _read(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if absent := [name for name in args.features if not Path(name).exists()]:
+        raise InputError(f"{absent[0]!r} does not exist: give a file of features, or the folder of a run")
     work, takes, where = _scores, set(vars(args)) - {"html", "csv", "root"}, "feature files"
     if args.errors:
         work, takes, where = _errors, {"errors", "html", "junk"}, "--errors"
         takes |= {"ids", "metric", "no_cameras"} if _holds_features(args.features[0]) else {"root", "device"}
     elif any(Path(name).is_dir() for name in args.features):
         work, takes, where = _compare, {"csv"}, "runs without --errors"
-    elif others := [name for name in args.features if Path(name).is_file() and not _holds_features(name)]:
+    elif others := [name for name in args.features if not _holds_features(name)]:
         cure = "give features, of drsl-extract CHECKPOINT --output features.npz, or a run: drsl-evaluate RUN --errors"
         raise InputError(f"{others[0]!r} is no .npz or .npy file: {cure}")
     for name, value in vars(args).items():

@@ -2,8 +2,8 @@
 
 The checkpoint of a run says which network it is, and how images are resized, normalised and compared. Weights of
 torchreid's zoo need the name of the network: --model osnet_x0_25. The gallery is a folder of images, image files, a CSV
-file or a features file of drsl-extract. Names carry identities and cameras as --names says; where they are known, they
-are shown, and matches are marked right or wrong.
+file, of which the split gallery is searched, or a features file of drsl-extract. Names carry identities and cameras as
+--names says; where they are known, they are shown, and matches are marked right or wrong.
 
 With --index, the features of the gallery are kept in a file, and only images that are new are read the next time. Other
 commands that change the file meanwhile wait.
@@ -141,7 +141,8 @@ def _check(args: argparse.Namespace) -> None:
             if getattr(args, option):
                 raise InputError(f"--{option} is for a search: give --query IMAGE too, or leave it out")
     if not args.gallery and not (args.index and Path(args.index).is_file()):
-        at = f"; the index {args.index!r} does not exist" if args.index else ""
+        fault = "is a folder" if args.index and Path(args.index).is_dir() else "does not exist"
+        at = f"; the index {args.index!r} {fault}" if args.index else ""
         raise InputError(f"there is no gallery to search: give --gallery FOLDER{at}")
     for option in ("remove", "prune"):
         if getattr(args, option) and not args.index:

@@ -139,9 +139,9 @@ def next_commands(
     checkpoint = Path(save_dir, "model", BEST)
     if not checkpoint.is_file():
         return ""
-    source, names = _searched(gallery, own, root), DEFAULT_NAMES if own is None or own.csv is not None else own.pattern
+    sources, names = _searched(gallery, own, root), DEFAULT_NAMES if own is None or own.csv is not None else own.pattern
     page, exported = str(Path(save_dir, "search.html")), str(Path(save_dir, "model.onnx"))
-    words = ["--gallery", shown(source), "--query", shown(query[0]), "--html", page]
+    words = ["--gallery", *map(shown, sources), "--query", shown(query[0]), "--html", page]
     words += ["--names", names] if names != DEFAULT_NAMES else []
     return "\n  ".join([
         "Next, look a person up in the gallery, export the network, and see which searches fail:",
@@ -151,14 +151,17 @@ def next_commands(
     ])  # fmt: skip
 
 
-def _searched(gallery: Sequence[str], own: SetOptions | None, root: str) -> str:
+def _searched(gallery: Sequence[str], own: SetOptions | None, root: str) -> list[str]:
     """What to search for the images of a gallery: a folder with them, in which their names say what they said to the
-    data set; of a data set in a CSV, the CSV."""
+    data set; of a data set in a CSV, the CSV; of one in several folders, those with images of the gallery."""
     from torchreid_ext import images
 
     if own is not None and own.csv is not None:
-        return str(Path(root, own.csv).expanduser())
+        return [str(Path(root, own.csv).expanduser())]
     paths = [os.path.abspath(path) for path in gallery]
+    homes = [] if own is None else [os.path.abspath(Path(root, part).expanduser()) for part in own.folder]
+    if len(homes) > 1:
+        return [home for home in homes if any(Path(path).is_relative_to(home) for path in paths)]
     folders = {os.path.dirname(path) for path in paths}
     # Images on two disks share no folder but the root, which nobody wants to search, or none at all on Windows: then
     # one of the folders will do.
@@ -169,11 +172,10 @@ def _searched(gallery: Sequence[str], own: SetOptions | None, root: str) -> str:
     if own is not None:
         names = images.pattern(own.pattern)
         path = next(path for path in map(Path, paths) if path.is_relative_to(folder))
-        homes = (os.path.abspath(Path(root, part).expanduser()) for part in own.folder)
         home = next(filter(path.is_relative_to, homes), folder)
         here, there = (images.in_name(names, path.relative_to(above).as_posix()) for above in (folder, home))
         folder = folder if here == there else home
-    return folder
+    return [folder]
 
 
 def _program(name: str) -> str:

@@ -45,7 +45,6 @@ def prepare(cfg: Config) -> Any:
         other = "To test a network before any training, set test.untrained True and train.max_epoch 0 instead"
         raise InputError(f"{lacking}: {cure}. {other}")
     check(cfg)
-    check_save_dir(cfg)
     generators.seed_everything(cfg.train.seed)
     if cfg.test.rerank and not cfg.test.evaluate:
         print("test.rerank: as in torchreid, a run that trains does not re-rank; test it alone with test.evaluate True")
@@ -152,10 +151,10 @@ def train(cfg: Config) -> tuple[Any, dict[str, RetrievalResult]]:
 
 
 def check_start(cfg: Config) -> None:
-    """Raises InputError, before anything is written, for a ``data.save_dir`` that cannot be written, a checkpoint or a
-    file of weights that is not there, and data sets of ``datasets`` to train on that cannot be read; also if
-    ``data.save_dir`` holds a trained run and this one does not resume it, but overwrites it, or would do so when
-    torchrun restarts it."""
+    """Raises InputError, before anything is written, for a ``data.save_dir`` that cannot be written or lies among the
+    photos of a data set, a checkpoint or a file of weights that is not there, and data sets of ``datasets`` to train on
+    that cannot be read; also if ``data.save_dir`` holds a trained run and this one does not resume it, but overwrites
+    it, or would do so when torchrun restarts it."""
     distributed.from_first(lambda: _check_files(cfg))
     own_images(cfg, cfg.data.sources)
     folder, resume = Path(cfg.data.save_dir), cfg.model.resume
@@ -173,6 +172,7 @@ def _check_files(cfg: Config) -> None:
     if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
         fault = "cannot be written" if os.path.isdir(place) else "is no folder"
         raise InputError(f"data.save_dir {cfg.data.save_dir!r}: '{place}' {fault}; give another folder")
+    check_save_dir(cfg)
     file = cfg.model.resume if _resumes(cfg) else cfg.model.load_weights
     if file and file != "auto":
         checkpoint.check_file(file)

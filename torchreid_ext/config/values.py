@@ -68,14 +68,15 @@ def load_yaml(text: str, what: str) -> Any:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The keys and values of a YAML file. Raises InputError for a file that is missing or holds something else."""
     if not path.is_file():
-        raise InputError(f"config file {path} does not exist")
+        fault = "is a folder: give a YAML file" if path.is_dir() else "does not exist"
+        raise InputError(f"config file {path} {fault}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"config file {path} is not text in UTF-8: {error}; save it in this encoding") from error
     values = load_yaml(text, f"config file {path}")
     if not isinstance(values, dict):
-        raise InputError(f"config file {path} must hold keys and values, got {values!r}")
+        raise InputError(f"config file {path} must hold keys and values, got {str(values)[:60]!r}")
     return values
 
 

@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torchreid
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from pml_drsl.checks import InputError
 from torchreid_ext.pixels import NoAccess, is_image, read_image
 from torchreid_ext.runtime import distributed, generators
 
 
-@functools.lru_cache
 def _reader(kind: type) -> Callable[[Any, int], Any] | None:
     """A class's own ``__getitem__`` with our reader in place of torchreid's; None if it reads in another way."""
     method = getattr(kind, "__getitem__", None)
@@ -108,6 +107,13 @@ class ReadableDataset(Dataset[Any]):
             every = "drsl-train --dry-run names all such images"
             raise InputError(f"{str(error).removesuffix('; restore it or remove it')}; {cure}; {every}") from error
 
+    def __getitems__(self, indices: Sequence[Any]) -> list[Any]:
+        samples = [self[index] for index in indices]
+        if get_worker_info() is not None and indices and isinstance(first := indices[0], Draw):
+            # What joins the samples may draw too, such as a mixup. No sample has this seed.
+            generators.seed_everything(first.epoch_seed + 2**40 + first.position)
+        return samples
+
     def _read(self, index: int) -> Any:
         kind: type = type(self.dataset)
         if read := _reader(kind):
@@ -143,8 +149,17 @@ def _in_own_group(worker: int, then: Callable[[int], None] | None) -> None:
         then(worker)
 
 
+def _check_kind(loader: DataLoader[Any]) -> None:
+    """Raises InputError for a loader that makes its batches in a way of its own, which a new loader would not know."""
+    if getattr(type(loader), "__iter__", None) is not DataLoader.__iter__:
+        cure = "give a torch DataLoader, and do in its data set or collate_fn what this loader does"
+        raise InputError(f"{type(loader).__name__} makes its batches in a way of its own, which is not kept: {cure}")
+
+
 def rebuilt(loader: DataLoader[Any], dataset: Any, **changes: Any) -> DataLoader[Any]:
-    """Returns a loader for another data set with the settings of ``loader``, some of which ``changes`` replaces."""
+    """Returns a loader for another data set with the settings of ``loader``, some of which ``changes`` replaces. Raises
+    InputError as ``_check_kind``."""
+    _check_kind(loader)
     kept = (
         "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
         "generator", "prefetch_factor", "persistent_workers", "pin_memory_device", "in_order",
@@ -186,6 +201,7 @@ def repeatable(loader: DataLoader[Any]) -> DataLoader[Any]:
     a resumed epoch is equal to that of a run without interruption. Raises InputError as ``readable``, or if the loader
     does not make batches.
     """
+    _check_kind(loader)
     if isinstance(loader.batch_sampler, SeededBatches):
         return loader
     if loader.batch_sampler is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from bisect import bisect_left
 from collections import defaultdict
@@ -88,8 +89,13 @@ SAMPLERS = {"RandomIdentitySampler": IdentitySampler, "MPerClassSampler": PerCla
 
 def whole_batches(loader: DataLoader[Any]) -> DataLoader[Any]:
     """A loader like ``loader``, with ``IdentitySampler`` in the place of torchreid's ``RandomIdentitySampler``, which
-    draws fewer images than its length says, splits an identity between batches, and fills a batch with one."""
-    host: Any = loader.sampler
+    draws fewer images than its length says, splits an identity between batches, and fills a batch with one; and with
+    ``PerClassSampler`` in the place of pytorch-metric-learning's ``MPerClassSampler``."""
+    host: Any = getattr(loader, "sampler", None)
+    if type(host) is MPerClassSampler:
+        sampler = copy.copy(host)
+        sampler.__class__ = PerClassSampler
+        return rebuilt(loader, loader.dataset, sampler=sampler)
     # A subclass draws in a way of the user's own.
     if type(host) is not torchreid.data.sampler.RandomIdentitySampler:
         return loader

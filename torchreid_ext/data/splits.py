@@ -69,6 +69,9 @@ class SetOptions(Options):
         return self.train is None or any(_selected(self, [path]).values())
 
 
+_OF_BASE = "where they come from a base file, give the data set another name"
+
+
 def make_options(name: str, given: Mapping[str, Any]) -> SetOptions:
     """The options of the data set ``name``, from values of the types that a configuration has converted them to; a
     single name may stand for a list. Raises InputError for an unknown option, options that exclude each other, or a
@@ -87,11 +90,13 @@ def make_options(name: str, given: Mapping[str, Any]) -> SetOptions:
     of_csv = {"csv", "cameras", "junk"}
     if "csv" in given and not of_csv.issuperset(given):
         other = sorted(set(given) - of_csv)
-        raise InputError(f"{where} has csv and {other}: a CSV takes {sorted(of_csv)} alone, remove the others")
+        fault = f"{where} has csv and {other}: a CSV takes {sorted(of_csv)} alone, remove the others"
+        raise InputError(f"{fault}; {_OF_BASE}")
     if (options.train is None) != (options.test is None):
         raise InputError(f"{where} has only one of train and test: give both, or neither for a random split")
     if options.train is not None and not {"test_fraction", "seed"}.isdisjoint(given):
-        raise InputError(f"{where} has train and test, so there is no random split: remove test_fraction and seed")
+        fault = f"{where} has train and test, so there is no random split: remove test_fraction and seed"
+        raise InputError(f"{fault}; {_OF_BASE}")
     if options.query is not None and options.test is None:
         raise InputError(f"{where} has query without test, which is its gallery: give train and test too")
     for key, excluded in (("query", options.query is not None), ("cameras: none", options.cameras == "none")):

@@ -218,7 +218,7 @@ class BaseEngine(Tester, TrainingStep):
             self.batch_idx, skipped = index, self.skipped
             steps += 1
             # All processes must stop after the same batch, or some would wait for ever.
-            summary, signum = distributed.agreed(self.forward_backward(data), self.stop.signum)
+            summary, signum = distributed.agreed(self.forward_backward(data) or {}, self.stop.signum)
             if steps == 1:
                 self.check_stepper()
             if self.skipped == skipped:

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from pytorch_metric_learning import distances, losses, miners, reducers, regularizers
+from pytorch_metric_learning.utils import distributed as pml_distributed
 from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -180,6 +181,9 @@ def check_criterion(criterion: Any, optimizer: Optimizer, miner: nn.Module | Non
         added = "call optimizer.add_param_group({'params': criterion.parameters()})"
         untrained = f"{type(loss).__name__} has weights that the optimizer does not train"
         raise InputError(f"{untrained}; {made}, or {added}")
+    if distributed.size() > 1 and _parts(criterion, pml_distributed.DistributedLossWrapper):
+        twice = "DistributedLossWrapper gathers the batch of all processes, which the engine does itself"
+        raise InputError(f"{twice}: give the engine the loss inside")
     for loss in _parts(criterion, WITHOUT_PAIRS) if cross_camera else []:
         in_memory = isinstance(loss, losses.CrossBatchMemory)
         why = f"{type(loss).__name__} {'does not know the cameras in its memory' if in_memory else 'takes no pairs'}"

@@ -75,7 +75,7 @@ class TrainingStep(torchreid.engine.Engine):
     def forward(self, images: Tensor) -> Any:
         """What the model returns in training; ``amp`` sets the precision inside, and the output is in float32."""
         if self.options.skip_nonfinite:
-            self._put_back = states.keep_buffers([self.model, *states.losses_of(self).values()])
+            self._put_back = states.keep_buffers([*self._models.values(), *states.losses_of(self).values()])
         return self.stepper.forward(self.model, images)
 
     def compute_losses(self, output: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
@@ -137,7 +137,8 @@ class Tracklets:
         self.pooling_method = pooling_method
         loaders = [loader for splits in self.test_loader.values() for loader in splits.values()]
         for loader in [self.train_loader, *loaders]:
-            loader.collate_fn = collate_tracklets
+            if loader.collate_fn is default_collate:
+                loader.collate_fn = collate_tracklets
 
     def as_images(self, given: Tensor) -> Tensor:
         return given[_filled(given)]

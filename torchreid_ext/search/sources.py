@@ -95,6 +95,8 @@ def _listed(source: str, names: re.Pattern[str], cameras: bool = True) -> Table:
         if not source.lower().endswith(".csv"):
             raise InputError(f"{source!r} is neither a folder, nor an image, nor a CSV file: {images.KINDS}")
         table = images.read_csv(os.path.abspath(source), None if cameras else False)
+        for row in table.of("train"):
+            table.leave_out("images of the split train", row.path)
         table.rows = [row for row in table.rows if row.split != "train"]
         if not table.rows:
             raise InputError(f"{source!r} lists no image with the split query or gallery")

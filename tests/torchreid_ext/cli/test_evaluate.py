@@ -136,7 +136,9 @@ def test_the_table_has_what_a_run_wrote(run, capsys):
         (["RUN/model"], "has no metrics.json"),
         (["RUN/model/model-best.pth.tar"], "drsl-extract CHECKPOINT --output features.npz, or a run: drsl-"),
         (["RUN", "f.npz"], "'f.npz' has no metrics.json"),
-        (["nowhere", "--errors"], "nowhere"),
+        (["nowhere", "--errors"], "'nowhere' does not exist: give a file of features, or the folder of a run"),
+        (["nowhere.npz"], "'nowhere.npz' does not exist"),
+        (["f.npz", "--json", "photo.jpg"], "photo.jpg', which has the name of an image"),
     ],
 )
 def test_bad_input(run, tmp_path, monkeypatch, capsys, words, message):

@@ -106,6 +106,13 @@ def test_the_gallery_is_searched_where_names_carry_the_identities_of_the_run(fin
     assert words[words.index("--names") + 1 :] == [own.pattern] if "csv" not in options else "--names" not in words
 
 
+def test_of_a_data_set_in_several_folders_those_with_images_of_the_gallery_are_searched(finished, tmp_path):
+    own = splits.make_options("mine", {"folder": ["a", "b", "c"], "cameras": "none"})
+    gallery = [str(tmp_path / folder / person / "1.jpg") for folder in ("a", "c") for person in ("anna", "ben")]
+    words = shlex.split(next_commands(finished, gallery[:1], gallery, own, str(tmp_path)).splitlines()[1])
+    assert words[words.index("--gallery") + 1 : words.index("--query")] == [str(tmp_path / "a"), str(tmp_path / "c")]
+
+
 def test_a_gallery_on_two_drives_of_windows(finished, monkeypatch):
     for name in ("abspath", "commonpath", "dirname"):
         monkeypatch.setattr(os.path, name, getattr(ntpath, name))

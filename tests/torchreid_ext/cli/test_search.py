@@ -419,6 +419,7 @@ def test_bad_input(model, photos, tmp_path, capsys, monkeypatch, words, message)
         (["--gallery", "nowhere"], "'nowhere' does not exist: give an image, a folder of images, or a CSV file"),
         (["--gallery", "nowhere.npz"], "'nowhere.npz' does not exist"),
         (["--gallery", ".", "--names", "foldr"], "--names 'foldr' is unknown; the nearest is 'folder'"),
+        (["--index", "."], "no gallery to search: give --gallery FOLDER; the index '.' is a folder"),
         (["--gallery", "."], "checkpoint 'lost.pth' does not exist: give a checkpoint, or the folder of a run"),
     ],
 )

@@ -96,6 +96,8 @@ def test_the_users_folder_is_meant_by_its_sign(tmp_path, monkeypatch):
         ("datasets: {mine: 3}", "'datasets.mine' takes the options of a data set, such as {folder: photos}, got 3"),
         ("data: {sources: [a, 2.50]}", "every entry is a string, .*got 2.5 in .*; write it in quotes"),
         ("- 1", "must hold keys and values"),
+        (f"[{'1, ' * 99}]", r"must hold keys and values, got '\[1, .{0,57}'$"),
+        ("base: .", "is a folder: give a YAML file"),
         ("a: [", "is not YAML"),
         ("base: nowhere.yaml", "nowhere.yaml does not exist"),
         ("base: [a.yaml, b.yaml]", r"base takes the name of one file, got \['a.yaml', 'b.yaml'\]"),

@@ -204,6 +204,20 @@ def test_a_reader_of_the_users_own_is_kept(tmp_path: Path, monkeypatch: pytest.M
     assert all(not batch["img"].any() for batch in readable(DataLoader(dataset, batch_size=2)))
 
 
+def test_a_function_that_a_reader_calls_may_be_defined_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cell(torchreid.data.ImageDataset):
+        def __getitem__(self, index: int) -> Any:
+            return {"img": to_tensor(read_image(self.data[index][0]))}
+
+    monkeypatch.setitem(globals(), "read_image", torchreid.utils.read_image)
+    dataset = image_set(tmp_path)
+    dataset.__class__ = Cell
+    loader = readable(DataLoader(dataset, batch_size=2))
+    assert all(batch["img"].any() for batch in loader)
+    monkeypatch.setitem(globals(), "to_tensor", lambda image: torch.zeros(1))
+    assert all(not batch["img"].any() for batch in loader)
+
+
 def test_a_script_may_change_the_data_set_between_epochs(tmp_path: Path) -> None:
     loader: Any = repeatable(DataLoader(image_set(tmp_path), batch_size=2, num_workers=1))
     assert all(batch["img"].any() for batch in loader)

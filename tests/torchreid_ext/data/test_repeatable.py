@@ -39,6 +39,28 @@ def test_the_second_epoch_is_the_first_of_a_resumed_run(tmp_path, workers):
     assert torch.equal(images(resumed), second)
 
 
+def mixed(samples):
+    return np.array([torch.rand(()).item(), random.random(), np.random.rand()])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_joins_the_samples_of_a_batch_draws_as_the_seed_says_and_repeats(tmp_path, workers):
+    def joined():
+        loader = make_image_manager(tmp_path, workers=workers).train_loader
+        return repeatable(rebuilt(loader, loader.dataset, collate_fn=mixed))
+
+    loader = joined()
+    seed_everything(0)
+    first, at_second = [*loader], state()
+    second = [*loader]
+    seed_everything(1)
+    drawn = np.concatenate([*first, *second, *loader])
+    assert len({*drawn.tolist()}) == drawn.size
+    loader = joined()
+    restore(at_second)
+    assert np.array_equal([*loader], second)
+
+
 def test_the_number_of_workers_changes_nothing(tmp_path):
     # This is not true of random_patch, because each worker has its own pool of patches.
     augmented = [name for name in AUGMENTED if name != "random_patch"]

@@ -21,9 +21,10 @@ import torch
 import torchreid
 from killing import differing
 from pytorch_metric_learning import losses as pml_losses
+from pytorch_metric_learning.samplers import MPerClassSampler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from torch.utils.data import DataLoader, RandomSampler, Sampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
 from toy_data import make_image_manager
 
 from pml_drsl import DRSLoss
@@ -159,7 +160,34 @@ def drawn_by_its_own_generator(dataset):
     return RandomSampler(dataset, generator=torch.Generator().manual_seed(5))
 
 
-@pytest.mark.parametrize("sampler", [Rotated, drawn_by_its_own_generator])
+def of_each_class(dataset):
+    return MPerClassSampler([item[1] for item in dataset.train], 4, 8, len(dataset))
+
+
+class RotatedBatches(Rotated):
+    sampler = None  # as in torch's BatchSampler
+
+    def __iter__(self):
+        order = [*super().__iter__()]
+        return iter([order[start : start + 8] for start in range(0, self.size - 7, 8)])
+
+    def __len__(self):
+        return self.size // 8
+
+
+class DrawnBatches(BatchSampler):
+    def __init__(self, dataset):
+        super().__init__(range(len(dataset)), 8, True)
+        self.generator = torch.Generator().manual_seed(5)
+
+    def __iter__(self):
+        return iter(torch.randperm(len(self.sampler), generator=self.generator)[:16].view(2, 8).tolist())
+
+    def __len__(self):
+        return 2
+
+
+@pytest.mark.parametrize("sampler", [Rotated, drawn_by_its_own_generator, of_each_class, RotatedBatches, DrawnBatches])
 def test_a_sampler_with_a_state_of_its_own_goes_on(tmp_path, sampler):
     ends = []
     for stops in ((2,), (1, 2)):
@@ -167,7 +195,10 @@ def test_a_sampler_with_a_state_of_its_own_goes_on(tmp_path, sampler):
             seed_everything(3)
             engine, log = make_engine(tmp_path), str(tmp_path / str(stops))
             dataset = engine.datamanager.train_loader.dataset
-            engine.train_loader = DataLoader(dataset, 8, sampler=sampler(dataset), drop_last=True)
+            if "Batches" in sampler.__name__:
+                engine.train_loader = DataLoader(dataset, batch_sampler=sampler(dataset))
+            else:
+                engine.train_loader = DataLoader(dataset, 8, sampler=sampler(dataset), drop_last=True)
             engine.run(log, start_epoch=engine.resume("auto", log), max_epoch=stop, eval_freq=1)
         ends.append(final_state(engine, 2))
     assert differing(*ends) == 0
@@ -575,6 +606,9 @@ def test_torchreids_checkpoint_is_resumed_from(tmp_path, capsys):
         start = engine.resume(path, str(tmp_path / "log"))
         engine.run(str(tmp_path / "log"), start_epoch=start, max_epoch=epochs, keep_checkpoints=1)
     assert {path.name.rpartition("-")[2] for path in folder.glob("*.tar-*")} == {"1", "2", "3", "7"}
+    # Nor does a script that reads the checkpoint by itself lose those before it.
+    make_engine(tmp_path).run(str(tmp_path / "log"), start_epoch=3, max_epoch=6, keep_checkpoints=1)
+    assert {path.name.rpartition("-")[2] for path in folder.glob("*.tar-*")} == {"1", "2", "3", "6", "7"}
 
 
 class HoldsAnother(torch.optim.lr_scheduler.LRScheduler):
@@ -674,14 +708,15 @@ def test_a_run_sets_the_memory_format_that_was_asked_for(tmp_path, asked):
     assert engine.model.stem.weight.is_contiguous(memory_format=torch.channels_last) == asked
 
 
-def spoil(engine, batches):
+def spoil(engine, batches, model=None):
     """Makes the loss of some batches NaN, by their number in the run."""
-    forward, calls = engine.model.forward, iter(range(1000))
+    model = model or engine.model
+    forward, calls = model.forward, iter(range(1000))
 
     def spoiled(images):
-        return forward(images * float("nan") if engine.model.training and next(calls) in batches else images)
+        return forward(images * float("nan") if model.training and next(calls) in batches else images)
 
-    engine.model.forward = spoiled
+    model.forward = spoiled
 
 
 @pytest.mark.parametrize("every", [1, 9])
@@ -788,6 +823,14 @@ def make_pair(folder):
     return engine
 
 
+def test_a_skipped_step_leaves_nothing_in_the_statistics_of_another_model(tmp_path):
+    engine = make_pair(tmp_path)
+    spoil(engine, {1}, engine.other)
+    engine.run(str(tmp_path / "log"), max_epoch=1, skip_nonfinite=True)
+    assert engine.skipped == 1
+    assert all(torch.isfinite(value).all() for value in engine.other.state_dict().values())
+
+
 def test_two_models_are_saved_resumed_and_checked(tmp_path):
     log, engine = str(tmp_path / "log"), make_pair(tmp_path)
     before = engine.other.stem.weight.clone()
@@ -871,6 +914,14 @@ def test_a_loader_may_be_replaced(tmp_path):
     # Each of several processes gets its share of a batch, and images that cannot be read are refused.
     assert isinstance(engine.train_loader.batch_sampler, SeededBatches)
     assert engine.run(str(tmp_path / "log"), max_epoch=1)
+
+    class Prefetching(DataLoader):
+        def __iter__(self):
+            return super().__iter__()
+
+    for loader in (Prefetching(dataset, 8), [{"img": torch.zeros(8, 3, 4, 4)}]):
+        with pytest.raises(InputError, match=rf"{type(loader).__name__} makes its batches in a way of its own"):
+            engine.train_loader = loader
 
 
 # Layers.

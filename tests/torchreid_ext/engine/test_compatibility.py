@@ -9,8 +9,9 @@ from torch import nn
 from toy_data import make_image_manager
 
 from pml_drsl import DRSLoss
+from pml_drsl.checks import InputError
 from pml_drsl.wrappers import CrossBatchMemory, DistributedLossWrapper
-from torchreid_ext.engine import engines
+from torchreid_ext.engine import criteria, engines
 from torchreid_ext.engine.criteria import PerFeature
 
 REFUSED = r"indices of images of the batch, and the CrossBatchMemory .*CrossBatchMemory\(\.\.\., miner=\.\.\.\)"
@@ -53,6 +54,14 @@ def test_a_miner_beside_a_memory_is_refused(tmp_path, wrapped, memory):
     criterion = WRAPPERS[wrapped](MEMORIES[memory]())
     with pytest.raises(ValueError, match=REFUSED):
         make_engine(tmp_path, criterion, miner=miners.MultiSimilarityMiner())
+
+
+def test_a_loss_that_gathers_the_batch_once_more_is_refused_in_several_processes(tmp_path, monkeypatch):
+    loss = Wrapper(DistributedLossWrapper(DRSLoss()))
+    make_engine(tmp_path, loss)  # In one process it does nothing.
+    monkeypatch.setattr(criteria.distributed, "size", lambda: 2)
+    with pytest.raises(InputError, match=r"gathers the batch of all processes, .* give the engine the loss inside"):
+        make_engine(tmp_path, loss)
 
 
 def test_a_miner_of_several_losses_for_a_memory_is_refused(tmp_path):

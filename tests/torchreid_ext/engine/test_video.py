@@ -16,6 +16,7 @@ import torchreid_ext
 from pml_drsl.checks import InputError
 from torchreid_ext import build_engine, config, get_default_config
 from torchreid_ext.data.samplers import steps_per_epoch
+from torchreid_ext.engine.engines import VideoSoftmaxEngine
 from torchreid_ext.engine.step import collate_tracklets
 
 
@@ -67,6 +68,20 @@ def test_all_frames_of_each_tracklet_are_pooled_and_no_others(root, pooling):
             frames = engine.model(dataset[index]["img"])
             assert len(frames) == len(dataset.query[index][0])
             torch.testing.assert_close(found, frames.mean(0) if pooling == "avg" else frames.max(0).values)
+
+
+def test_a_collate_fn_of_the_users_own_is_kept(root):
+    engine = built(root, "softmax", "all")
+    manager, seen = engine.datamanager, []
+
+    def own(items):
+        seen.append(len(items))
+        return collate_tracklets(items)
+
+    manager.train_loader.collate_fn = own
+    engine = VideoSoftmaxEngine(manager, engine.model, engine.optimizer, use_gpu=False)
+    next(iter(engine.train_loader))
+    assert seen == [8]
 
 
 def test_training_on_tracklets_of_different_lengths(root):

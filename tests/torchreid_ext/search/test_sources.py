@@ -63,6 +63,7 @@ def test_a_csv_file(tmp_path):
     (tmp_path / "list.csv").write_text("path,pid,camid,split\na.png,1,1,query\nb.png,1,2,gallery\nc.png,2,1,train\n")
     images = list_sources([str(tmp_path / "list.csv")])
     assert short(images.query) == [("a.png", "1", "1")] and short(images.gallery) == [("b.png", "1", "2")]
+    assert images.left_out == {"images of the split train": [str(tmp_path / "c.png")]}
     # A list that trains with ``cameras: none``.
     (tmp_path / "list.csv").write_text("path,pid,split\na.png,1,query\nb.png,1,gallery\nc.png,2,train\n")
     images = list_sources([str(tmp_path / "list.csv")])
