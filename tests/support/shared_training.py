@@ -5,6 +5,7 @@ but where a run is resumed.
 """
 
 import torch
+import torchreid
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.distances import CosineSimilarity
 from torch import nn
@@ -61,9 +62,13 @@ CASES = {
     "chunks without cross-entropy": {"weight_x": 0, "run": {"chunk_size": 1}},
     "chunks and weights": {"criterion": lambda: losses.ArcFaceLoss(CLASSES, FEATURES), "run": {"chunk_size": 3}},
     "chunks of tracklets": {"engine": engines.VideoDRSLEngine, "run": {"chunk_size": 3}},
-    "softmax": {"engine": engines.ImageSoftmaxEngine},
-    "triplet": {"engine": engines.ImageTripletEngine, "weight_t": 1, "weight_x": 0.5},
-    "triplet without cross-entropy": {"engine": engines.ImageTripletEngine, "weight_t": 1, "weight_x": 0},
+    "softmax": {"engine": engines.ImagePMLEngine, "weight_m": 0},
+    "triplet": {"engine": engines.ImagePMLEngine, "criterion": torchreid.losses.TripletLoss, "weight_x": 0.5},
+    "triplet without cross-entropy": {
+        "engine": engines.ImagePMLEngine,
+        "criterion": torchreid.losses.TripletLoss,
+        "weight_x": 0,
+    },
     "tracklets of different lengths": {"engine": engines.VideoDRSLEngine},
 }
 """Arguments of the engine by name."""

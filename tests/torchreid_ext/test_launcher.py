@@ -244,7 +244,7 @@ def chance_warnings(caught):
     return [str(warning.message) for warning in caught if "several images of an identity" in str(warning.message)]
 
 
-@pytest.mark.parametrize("loss, name", [("drsl", "DRSLoss"), ("triplet", "the triplet loss"), ("softmax", None)])
+@pytest.mark.parametrize("loss, name", [("drsl", "DRSLoss"), ("triplet", "TripletLoss"), ("softmax", None)])
 def test_a_sampler_that_brings_positives_together_by_chance_is_told_once(tmp_path, recwarn, monkeypatch, loss, name):
     csv_data(tmp_path)
     made(monkeypatch)

@@ -76,7 +76,8 @@ def restore_engine(engine: Any, state: dict[str, Any], path: str) -> None:
     else:
         for name in others:
             checkpoint.restore(training["others"].get(name, {}), _parts(engine, name), path)
-        losses = losses_of(engine)
+        # What has no state need not be in the checkpoint: another version may have trained without it.
+        losses = {name: loss for name, loss in losses_of(engine).items() if loss.state_dict()}
         checkpoint.restore(training["losses"], losses, path)
         for name, loss in losses.items():
             for part, memory in _memories(loss).items():

@@ -87,7 +87,7 @@ def check_takes(cfg: Config, model: nn.Module) -> None:
 
 def build_criterion(cfg: Config, model: nn.Module, num_classes: int, steps: int | None = None) -> nn.Module | None:
     """The metric loss of ``loss.drsl`` or ``loss.pml``, with its distance, reducer and memory, on the model's device;
-    None for torchreid's own losses.
+    torchreid's triplet loss, or None for cross-entropy alone.
 
     Give the loss to ``build_optimizer`` and to ``build_engine``, because it may have weights. ``steps`` is the number
     in an epoch, ``samplers.steps_per_epoch(datamanager)``, for a cross-batch memory that does not start at once. Raises
@@ -102,7 +102,7 @@ def build_criterion(cfg: Config, model: nn.Module, num_classes: int, steps: int 
     elif cfg.loss.cross_camera:
         raise InputError(f"loss.cross_camera is for loss.name drsl and pml, got {name!r}; set it to False")
     else:
-        return None
+        return torchreid.losses.TripletLoss(section.margin) if name == "triplet" else None
     losses: list[nn.Module] = []
     tables = criteria.TABLES
     for size in networks.feature_sizes(model, cfg.data.height, cfg.data.width):
@@ -188,13 +188,14 @@ def build_engine(
             raise InputError(f"loss.cross_camera True: {alone}; set it to False")
     if criterion is None:
         criterion = build_criterion(cfg, model, datamanager.num_train_pids, steps_per_epoch(datamanager))
-    arguments = dict(section) if loss == "triplet" else {}
-    if criterion is not None:
-        # A memory has the miner, which ranks its features too.
-        miner = None if section.memory_size else criteria.build_miner(f"loss.{loss}", section)
-        arguments = {"criterion": criterion, "miner": miner, "cross_camera": cfg.loss.cross_camera}
-        arguments |= picked(section, "weight_m", "weight_x")
+    arguments: dict[str, Any] = {"weight_m": 0, "weight_x": 1}
+    if loss != "softmax":
+        arguments = {"weight_m": section["weight_t" if loss == "triplet" else "weight_m"], "weight_x": section.weight_x}
+    if loss in ("drsl", "pml") and not section.memory_size:  # A memory has the miner, which ranks its features too.
+        arguments["miner"] = criteria.build_miner(f"loss.{loss}", section)
     if cfg.data.type == "video":
         arguments["pooling_method"] = cfg.video.pooling_method
+    arguments |= {"criterion": criterion, "cross_camera": cfg.loss.cross_camera}
     arguments |= {"use_gpu": cfg.use_gpu, "label_smooth": cfg.loss.softmax.label_smooth}
-    return ENGINES[cfg.data.type, loss](datamanager, model, optimizer=optimizer, scheduler=scheduler, **arguments)
+    kind = ENGINES[cfg.data.type][loss == "drsl"]
+    return kind(datamanager, model, optimizer=optimizer, scheduler=scheduler, **arguments)

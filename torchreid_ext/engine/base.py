@@ -33,10 +33,10 @@ from torchreid_ext.runtime.signals import Interrupted, StopRequest
 class BaseEngine(Tester, TrainingStep):
     """An engine of torchreid whose runs can be interrupted and resumed exactly.
 
-    It is also mixed into torchreid's own engines. A subclass sets ``self.model`` and calls ``register_model``, also for
-    further models that it trains, and implements ``compute_losses``. In a run of several processes, inside
-    ``distributed.joined``, each process trains on its share of every batch. (torchreid's ``RandomIdentitySampler`` is
-    replaced by ``IdentitySampler``.) Raises InputError as ``check_trains``.
+    A subclass sets ``self.model`` and calls ``register_model``, also for further models that it trains, and implements
+    ``compute_losses``. In a run of several processes, inside ``distributed.joined``, each process trains on its share
+    of every batch. (torchreid's ``RandomIdentitySampler`` is replaced by ``IdentitySampler``.) Raises InputError as
+    ``check_trains``.
     """
 
     def __init__(self, datamanager: Any, *args: Any, **kwargs: Any) -> None:

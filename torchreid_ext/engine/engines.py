@@ -1,4 +1,4 @@
-"""The engines: losses of pytorch-metric-learning, DRSL, and torchreid's own softmax and triplet losses."""
+"""The engines: any loss of the features beside the cross-entropy of the logits, which may also stand alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from torchreid_ext.runtime import distributed
 
 
 class ImagePMLEngine(BaseEngine):
-    """Trains with a loss of pytorch-metric-learning (PML) on the features and cross-entropy on the identity logits.
+    """Trains with a loss of pytorch-metric-learning (PML) on the features and cross-entropy on the identity logits,
+    which may also stand alone.
 
     In a run of several processes, each has its share of the batch, and the criterion and the miner see the whole batch.
     A model that returns several features or logits in training (``pcb_p6``, ``hacnn``) is trained on the mean of their
@@ -53,7 +54,8 @@ class ImagePMLEngine(BaseEngine):
         model: a network of torchreid built with ``loss="triplet"``, or any network that returns ``(logits, features)``
             in training and features otherwise.
         optimizer: an optimizer of the parameters of the model, and of the criterion if the criterion has parameters.
-        criterion: a loss of PML, or a ``PerFeature`` with one loss for each of the model's features.
+        criterion: a loss of PML, or any other that takes features and identities, such as torchreid's ``TripletLoss``;
+            a ``PerFeature`` has one for each of the model's features. It may be None where ``weight_m`` is 0.
         weight_m: weight of the criterion, >= 0; None: 1, or 0.3 in the engines of DRSL.
         weight_x: weight of the cross-entropy, >= 0; one of the two weights is above 0.
         miner: a miner of PML, applied to the features. A ``CrossBatchMemory`` takes its miner itself.
@@ -79,7 +81,8 @@ class ImagePMLEngine(BaseEngine):
             raise InputError(f"miner must be a miner of pytorch_metric_learning, got {miner!r}")
         if criterion is None and self.by_default is not None:
             criterion = self.by_default()
-        criteria.check_criterion(criterion, optimizer, miner, cross_camera)
+        if criterion is not None or weight_m > 0:
+            criteria.check_criterion(criterion, optimizer, miner, cross_camera)
         if weight_m > 0:
             criteria.check_returns_features(model)
             if comparing := criteria.loss_that_compares_images(criterion):
@@ -107,9 +110,11 @@ class ImagePMLEngine(BaseEngine):
             loss = loss + self.weight_m * loss_m
             summary |= {"loss_m": loss_m.item(), **self._criterion_stats()}
         if self.weight_x > 0:
-            loss_x = torch.stack([self.cross_entropy(y, batch.pids) for y in logits]).mean()
-            loss_x, values = self.classified("loss_x", loss_x, logits, batch.pids)
-            loss, summary = loss + self.weight_x * loss_x, summary | values
+            scale = distributed.local_mean_scale(len(batch.pids), batch.pids.device)
+            loss_x = scale * torch.stack([self.cross_entropy(y, batch.pids) for y in logits]).mean()
+            loss = loss + self.weight_x * loss_x
+            accuracy = torchreid.metrics.accuracy(logits, batch.pids)[0].item()
+            summary |= {"loss_x": loss_x.item(), "acc": scale * accuracy}
         return loss, summary
 
     def _split(self, output: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -136,7 +141,7 @@ class ImagePMLEngine(BaseEngine):
                 losses.append(DistributedLossWrapper(criterion, efficient=True)(x, pids, pairs))
                 continue
             with draws_of_first(pids.device):
-                losses.append(criterion(*gather_batch(x, pids), pairs))
+                losses.append(criterion(*gather_batch(x, pids), *([] if pairs is None else [pairs])))
         return torch.stack(losses).mean()
 
     def _pairs(self, features: Tensor, pids: Tensor, camids: Tensor | None) -> Any:
@@ -181,53 +186,5 @@ class VideoDRSLEngine(Tracklets, ImageDRSLEngine):
     """``VideoPMLEngine`` with the defaults of ``ImageDRSLEngine``."""
 
 
-class ImageSoftmaxEngine(BaseEngine, torchreid.engine.ImageSoftmaxEngine):
-    """torchreid's engine of this name on top of ``BaseEngine``: the cross-entropy of the logits."""
-
-    def compute_losses(self, output: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        self.criterion.use_gpu = batch.pids.is_cuda  # The model's device counts, and not the engine's argument.
-        loss = self.compute_loss(self.criterion, output, batch.pids)
-        return self.classified("loss", loss, output, batch.pids)
-
-
-class VideoSoftmaxEngine(Tracklets, ImageSoftmaxEngine, torchreid.engine.VideoSoftmaxEngine):
-    """``ImageSoftmaxEngine`` for tracklets."""
-
-
-class ImageTripletEngine(BaseEngine, torchreid.engine.ImageTripletEngine):
-    """torchreid's engine of this name on top of ``BaseEngine``: the triplet loss of the features and the cross-entropy
-    of the logits."""
-
-    def __init__(self, datamanager: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(datamanager, *args, **kwargs)
-        if self.weight_t > 0:
-            warn_if_positives_are_rare(datamanager.train_loader, "the triplet loss")
-
-    def compute_losses(self, output: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        logits, features = networks.heads(output)
-        loss, summary = torch.zeros((), device=batch.pids.device), dict[str, float]()
-        if self.weight_t > 0:
-            # The hardest triplets are chosen from the whole batch, as in one process.
-            gathered = [gather_batch(head, batch.pids) for head in features]
-            loss_t = self.compute_loss(self.criterion_t, [head for head, _ in gathered], gathered[0][1])
-            loss = loss + self.weight_t * loss_t
-            summary["loss_t"] = loss_t.item()
-        if self.weight_x > 0:
-            self.criterion_x.use_gpu = batch.pids.is_cuda
-            loss_x = self.compute_loss(self.criterion_x, logits, batch.pids)
-            loss_x, values = self.classified("loss_x", loss_x, logits, batch.pids)
-            loss, summary = loss + self.weight_x * loss_x, summary | values
-        return loss, summary
-
-
-class VideoTripletEngine(Tracklets, ImageTripletEngine, torchreid.engine.VideoTripletEngine):
-    """``ImageTripletEngine`` for tracklets."""
-
-
-ENGINES: dict[tuple[str, str], Any] = {
-    ("image", "softmax"): ImageSoftmaxEngine, ("video", "softmax"): VideoSoftmaxEngine,
-    ("image", "triplet"): ImageTripletEngine, ("video", "triplet"): VideoTripletEngine,
-    ("image", "drsl"): ImageDRSLEngine, ("video", "drsl"): VideoDRSLEngine,
-    ("image", "pml"): ImagePMLEngine, ("video", "pml"): VideoPMLEngine,
-}  # fmt: skip
-"""The engines by ``data.type`` and ``loss.name``."""
+ENGINES = {"image": (ImagePMLEngine, ImageDRSLEngine), "video": (VideoPMLEngine, VideoDRSLEngine)}
+"""The engine of any loss and that of DRSL, by ``data.type``."""

@@ -82,14 +82,6 @@ class TrainingStep(torchreid.engine.Engine):
         """The loss, a scalar, of what ``forward`` returned for ``batch.images``, and the values to log by name."""
         raise NotImplementedError
 
-    def classified(self, name: str, loss: Tensor, logits: Any, pids: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """The loss, a mean over the logits of this process, times ``distributed.local_mean_scale``, and the values to
-        log."""
-        scale = distributed.local_mean_scale(len(pids), pids.device)
-        accuracy = torchreid.metrics.accuracy(logits, pids)[0].item()
-        loss = loss * scale
-        return loss, {name: loss.item(), "acc": accuracy * scale}
-
     def step(self, loss: Tensor) -> None:
         """Steps the optimizers of every registered model on a loss; several processes step on the mean of their losses.
         Raises FloatingPointError if the loss is not finite, unless ``skip_nonfinite`` is set."""

@@ -315,21 +315,17 @@ def test_build_engine(tmp_path, data_type, loss):
     model = config.build_model(cfg, manager.num_train_pids)
     optimizer = config.build_optimizer(cfg, model)
     engine = build_engine(cfg, manager, model, optimizer, config.build_scheduler(cfg, optimizer))
-    name = f"{data_type.title()}{ {'drsl': 'DRSL', 'pml': 'PML'}.get(loss, loss.title()) }Engine"
-    assert type(engine) is getattr(engines, name)
-    if loss in ("softmax", "triplet"):
-        assert isinstance(engine, getattr(torchreid.engine, f"{data_type.title()}{loss.title()}Engine"))
+    assert type(engine) is getattr(engines, f"{data_type.title()}{'DRSL' if loss == 'drsl' else 'PML'}Engine")
     if data_type == "video":
         assert engine.pooling_method == "max"
     if loss == "drsl":
         assert (engine.criterion.temperature, engine.weight_x) == (0.5, 0.25)
-    if loss in ("drsl", "pml"):
-        assert engine.cross_entropy.label_smoothing == {"drsl": 0, "pml": 0.1}[loss]
+    assert engine.cross_entropy.label_smoothing == (0.1 if loss == "pml" else 0)
     if loss == "triplet":
-        weights = engine.weight_t, engine.weight_x, engine.criterion_x.eps
-        assert engine.criterion_t.margin == 0.7 and weights == (0.5, 0.75, 0)
+        assert isinstance(engine.criterion, torchreid.losses.TripletLoss)
+        assert (engine.criterion.margin, engine.weight_m, engine.weight_x) == (0.7, 0.5, 0.75)
     if loss == "softmax":
-        assert engine.criterion.eps == 0
+        assert (engine.criterion, engine.weight_m, engine.weight_x) == (None, 0, 1)
 
 
 @pytest.mark.parametrize(("loss", "layers"), [("DRSLoss", None), ("ArcFaceLoss", ["classifier"])])

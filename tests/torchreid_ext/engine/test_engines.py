@@ -1,7 +1,9 @@
 """The engines with torchreid's models, samplers, data managers and schedulers."""
 
+import copy
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -67,15 +69,26 @@ def test_an_engine_of_a_script_has_the_weights_of_a_configuration(section, engin
     assert (made.weight_m, made.weight_x) == (keys.weight_m, keys.weight_x)
 
 
-@pytest.mark.parametrize("name", ["Softmax", "Triplet"])
-def test_the_cross_entropy_of_torchreid_follows_the_device_of_the_model(name, monkeypatch):
-    """``use_gpu`` has no effect: here a script on a machine with a GPU trains on the CPU."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    model = build(loss=name.lower())
-    weights = {"weight_x": 1} if name == "Triplet" else {}
-    engine = make_engine(model, getattr(engines, f"Image{name}Engine"), use_gpu=True, **weights)
-    monkeypatch.undo()
-    assert math.isfinite(sum(engine.forward_backward(batch()).values()))
+@pytest.mark.parametrize("name", ["osnet_x0_25", "pcb_p4"])
+@pytest.mark.parametrize("loss", ["Softmax", "Triplet"])
+def test_a_step_is_that_of_torchreids_own_engine(loss, name):
+    torch.manual_seed(0)
+    model, data, steps = build(name, loss=loss.lower()), batch(), []
+    host, weights = getattr(torchreid.engine, f"Image{loss}Engine"), {}
+    ours = partial(engines.ImagePMLEngine, weight_m=0)
+    if loss == "Triplet":
+        weights = {"weight_t": 2, "weight_x": 0.5}
+        ours = partial(engines.ImagePMLEngine, criterion=torchreid.losses.TripletLoss(), weight_m=2, weight_x=0.5)
+    for kind, options in ((host, weights), (ours, {})):
+        engine = make_engine(copy.deepcopy(model), kind, use_gpu=False, **options)
+        engine.set_model_mode("train")
+        torch.manual_seed(1)
+        engine.forward_backward(data)
+        steps.append(engine.model.state_dict())
+    assert all(
+        not torch.equal(weight, model.get_parameter(key)) for key, weight in steps[0].items() if "classifier" in key
+    )
+    torch.testing.assert_close(steps[1], steps[0])
 
 
 def test_heads_are_averaged():

@@ -16,7 +16,7 @@ import torchreid_ext
 from pml_drsl.checks import InputError
 from torchreid_ext import build_engine, config, get_default_config
 from torchreid_ext.data.samplers import steps_per_epoch
-from torchreid_ext.engine.engines import VideoSoftmaxEngine
+from torchreid_ext.engine.engines import VideoPMLEngine
 from torchreid_ext.engine.step import collate_tracklets
 
 
@@ -49,7 +49,7 @@ def test_every_engine_trains_and_every_sampling(root, tmp_path, loss, sample_met
     (loader, _) = engine.test_loader["synthetic_tracklets"].values()
     # A whole tracklet may have a thousand frames.
     assert [len(batch) for batch in loader.batch_sampler] == ([1] * 18 if sample_method == "all" else [7, 7, 4])
-    assert type(engine).__name__ == f"Video{ {'drsl': 'DRSL', 'pml': 'PML'}.get(loss, loss.title()) }Engine"
+    assert type(engine).__name__ == f"Video{'DRSL' if loss == 'drsl' else 'PML'}Engine"
     results = engine.run(str(tmp_path), max_epoch=1)
     assert 0 < results["synthetic_tracklets"].mAP <= 1
     assert json.loads((tmp_path / "metrics.json").read_text())["synthetic_tracklets"]["num_query"] == 18
@@ -79,7 +79,7 @@ def test_a_collate_fn_of_the_users_own_is_kept(root):
         return collate_tracklets(items)
 
     manager.train_loader.collate_fn = own
-    engine = VideoSoftmaxEngine(manager, engine.model, engine.optimizer, use_gpu=False)
+    engine = VideoPMLEngine(manager, engine.model, engine.optimizer, weight_m=0)
     next(iter(engine.train_loader))
     assert seen == [8]
 

@@ -12,7 +12,7 @@ from torchreid_ext.engine import engines
 from torchreid_ext.runtime.generators import seed_everything
 
 ENGINES = {
-    "softmax": (engines.ImageSoftmaxEngine, {}),
+    "softmax": (engines.ImagePMLEngine, {"weight_m": 0}),
     "drsl": (engines.ImageDRSLEngine, {}),
     "miner and cameras": (engines.ImageDRSLEngine, {"miner": miners.MultiSimilarityMiner(), "cross_camera": True}),
 }
