@@ -2,8 +2,9 @@
 
 The checkpoint of a run says which network it is, and how images are resized, normalised and compared. Weights of
 torchreid's zoo need the name of the network: --model osnet_x0_25. The gallery is a folder of images, image files, a CSV
-file, of which the split gallery is searched, or a features file of drsl-extract. Names carry identities and cameras as
---names says; where they are known, they are shown, and matches are marked right or wrong.
+file, of which the split gallery is searched, or a features file of drsl-extract. Without --gallery and --index it is
+that of the run's own test. Names carry identities and cameras as --names says; where they are known, they are shown,
+and matches are marked right or wrong.
 
 With --index, the features of the gallery are kept in a file, and only images that are new are read the next time. Other
 commands that change the file meanwhile wait.
@@ -26,12 +27,14 @@ from pml_drsl.console import guarded, say, write_text
 from torchreid_ext.cli import console
 
 if TYPE_CHECKING:
+    from torchreid_ext.images import Row
     from torchreid_ext.search.features import ExtractedSet
     from torchreid_ext.search.searcher import Searcher
 
 PART = 1000  # new images after which an index is written, so that a damaged image, or Ctrl-C, loses no others
 
 EPILOG = """examples:
+  drsl-search log/demo --query photos/anna/hall_1.jpg                     among the test images of a run
   drsl-search CHECKPOINT --gallery photos --query photos/anna/hall_1.jpg --names folder
   drsl-search osnet_x0_25_msmt17.pth --model osnet_x0_25 --gallery photos --query me.jpg
   drsl-search CHECKPOINT --gallery photos --query street.jpg --crop 120 40 210 300 --html found.html
@@ -48,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--gallery", nargs="+", default=[], metavar="SOURCE", help="folders, images, CSV files, .npz of drsl-extract")
     add("--query", nargs="+", default=[], metavar="IMAGE", help="images to look up, or their folders")
+    add("--root", metavar="FOLDER", help="folder of the run's data sets, whose test images are the gallery without "
+        "--gallery and --index (where the run had them)")  # fmt: skip
     add("--top", type=int, default=10, metavar="K", help="gallery images to show (%(default)s)")
     add("--rerank", action="store_true", help="re-rank by k-reciprocal neighbours (slower)")
     add("--crop", nargs=4, type=int, metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
@@ -105,20 +110,23 @@ def _search(args: argparse.Namespace) -> None:
 
 def _opened(args: argparse.Namespace) -> tuple[Searcher, ExtractedSet | None]:
     """The searcher with its gallery, which is kept if --index says so, and the queries with their features, if any."""
+    from torchreid_ext.images import Table, spelt
     from torchreid_ext.runtime.files import locked
     from torchreid_ext.search import features
     from torchreid_ext.search.searcher import Searcher
-    from torchreid_ext.search.sources import absolute, list_queries
+    from torchreid_ext.search.sources import absolute, list_queries, test_images
 
     changes = args.index and (args.gallery or args.remove or args.prune)
     with locked(args.index) if changes else contextlib.nullcontext():
         kept = args.index if args.index and Path(args.index).exists() else None
         given = {name: getattr(args, name) for name in ("model", "config_file", "device", "batch_size", "names")}
         searcher = Searcher(args.checkpoint, index=kept, **given)
-        queries = [absolute(row) for row in list_queries(args.query, args.names)]
+        of_run = Table() if args.gallery or args.index else test_images(searcher.model.config, args.root)
+        tested = {row.path: row for row in (absolute(spelt(row, searcher.names)) for row in of_run.rows)}
+        queries = [tested.get(row.path, row) for row in map(absolute, list_queries(args.query, args.names))]
         options = console.extraction(args) | {"description": "queries", "crop": args.crop}
         asked = features.extract_files(searcher.model, queries, **options) if queries else None
-        removed, added = _remove(args, searcher), _add(args, searcher)
+        removed, added = _remove(args, searcher), _add(args, searcher, of_run.gallery)
         if unwritten := changes and (added or kept is None):
             searcher.gallery.save(args.index)
         if removed or unwritten:
@@ -140,10 +148,7 @@ def _check(args: argparse.Namespace) -> None:
         for option in ("html", "json", "crop", "rerank"):
             if getattr(args, option):
                 raise InputError(f"--{option} is for a search: give --query IMAGE too, or leave it out")
-    if not args.gallery and not (args.index and Path(args.index).is_file()):
-        fault = "is a folder" if args.index and Path(args.index).is_dir() else "does not exist"
-        at = f"; the index {args.index!r} {fault}" if args.index else ""
-        raise InputError(f"there is no gallery to search: give --gallery FOLDER{at}")
+    _check_gallery(args)
     for option in ("remove", "prune"):
         if getattr(args, option) and not args.index:
             raise InputError(f"--{option} removes images from an index: give --index FILE")
@@ -156,6 +161,16 @@ def _check(args: argparse.Namespace) -> None:
     read, written = (None, args.index) if changes else (args.index, None)
     inputs = [find_checkpoint(args.checkpoint), args.config_file, *args.query, *args.gallery, read]
     console.check_outputs({"--json": args.json, "--html": args.html, "--index": written}, inputs)
+
+
+def _check_gallery(args: argparse.Namespace) -> None:
+    if args.index and not args.gallery and not Path(args.index).is_file():
+        fault = "is a folder" if Path(args.index).is_dir() else "does not exist"
+        raise InputError(f"there is no gallery to search: give --gallery FOLDER; the index {args.index!r} {fault}")
+    if args.model and not (args.gallery or args.index):
+        raise InputError("weights that --model names have no run, and so no test images: give --gallery FOLDER")
+    if args.root and (args.gallery or args.index):
+        raise InputError("--root is for the test images of the run itself: leave it out beside --gallery and --index")
 
 
 def _remove(args: argparse.Namespace, searcher: Searcher) -> bool:
@@ -171,13 +186,14 @@ def _remove(args: argparse.Namespace, searcher: Searcher) -> bool:
     return bool(removed or gone)
 
 
-def _add(args: argparse.Namespace, searcher: Searcher) -> bool:
-    """Adds images to the gallery; returns whether there were any to add."""
-    from torchreid_ext.images import Row, Table, spelt
+def _add(args: argparse.Namespace, searcher: Searcher, of_run: Sequence[Row]) -> bool:
+    """Adds images, or those of the run's own test, to the gallery; returns whether there were any to add."""
+    from torchreid_ext.images import Table, spelt
     from torchreid_ext.search import features
     from torchreid_ext.search.sources import absolute, list_sources
 
-    added, listed, left_out = False, list[Row](), Table()
+    added, left_out = False, Table()
+    listed = [absolute(spelt(row, searcher.names)) for row in of_run]
     for source in args.gallery:
         if source.lower().endswith(".npz"):
             held = features.read_gallery(source, searcher.model)

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pml_drsl.checks import InputError
 from pml_drsl.console import guarded, version
 from pml_drsl.machine import keep_freed_memory
 from torchreid_ext.cli.console import preload_workers
-
-if TYPE_CHECKING:
-    from torchreid_ext.data.splits import SetOptions
 
 _quoted = subprocess.list2cmdline if os.name == "nt" else shlex.join
 
@@ -66,7 +61,6 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     # These imports take seconds, because they import torch. --help does not wait for them.
     from torchreid_ext.config import KEYS, check, get_default_config, run
-    from torchreid_ext.data.splits import make_options
     from torchreid_ext.runtime import distributed
 
     keep_freed_memory()
@@ -93,11 +87,8 @@ def _run(args: argparse.Namespace) -> None:
         with run.logged(cfg):
             engine, _ = run.train(cfg)
             if cfg.data.type == "image" and not cfg.test.evaluate:
-                manager = engine.datamanager
-                target = manager.targets[0]
-                own = make_options(target, cfg.datasets[target]) if target in cfg.datasets else None
-                query, gallery = ([item[0] for item in split] for split in manager.fetch_test_loaders(target))
-                print(next_commands(cfg.data.save_dir, query, gallery, own, cfg.data.root))
+                query, _ = engine.datamanager.fetch_test_loaders(engine.datamanager.targets[0])
+                print(next_commands(cfg.data.save_dir, query[0][0]))
 
 
 def _list(what: str, *words: str) -> None:
@@ -127,55 +118,22 @@ def _list(what: str, *words: str) -> None:
     print("\n".join(found))
 
 
-def next_commands(
-    save_dir: str, query: Sequence[str], gallery: Sequence[str], own: SetOptions | None = None, root: str = ""
-) -> str:
+def next_commands(save_dir: str, query: str) -> str:
     """The commands that a user would type next, with the paths of the run; empty if it saved no best checkpoint.
-    ``save_dir`` is the folder of the run; ``query`` and ``gallery`` are the images of one target, and ``own`` are its
-    options below the folder ``root``, if it is a data set of ``datasets``."""
+    ``save_dir`` is the folder of the run, and ``query`` one of the images that it looked up in its test."""
     from torchreid_ext.checkpoint.folder import BEST
-    from torchreid_ext.search.sources import DEFAULT_NAMES, shown
+    from torchreid_ext.search.sources import shown
 
-    checkpoint = Path(save_dir, "model", BEST)
-    if not checkpoint.is_file():
+    if not Path(save_dir, "model", BEST).is_file():
         return ""
-    sources, names = _searched(gallery, own, root), DEFAULT_NAMES if own is None or own.csv is not None else own.pattern
     page, exported = str(Path(save_dir, "search.html")), str(Path(save_dir, "model.onnx"))
-    words = ["--gallery", *map(shown, sources), "--query", shown(query[0]), "--html", page]
-    words += ["--names", names] if names != DEFAULT_NAMES else []
     return "\n  ".join([
-        "Next, look a person up in the gallery, export the network, and see which searches fail:",
-        _quoted([_program("drsl-search"), str(checkpoint), *words]),
-        _quoted([_program("drsl-export"), str(checkpoint), exported]),
+        "Next, look a person up among the test images (--gallery FOLDER: in other photos), export the network, and see "
+        "which searches fail:",
+        _quoted([_program("drsl-search"), save_dir, "--query", shown(query), "--html", page]),
+        _quoted([_program("drsl-export"), save_dir, exported]),
         _quoted([_program("drsl-evaluate"), save_dir, "--errors"]),
     ])  # fmt: skip
-
-
-def _searched(gallery: Sequence[str], own: SetOptions | None, root: str) -> list[str]:
-    """What to search for the images of a gallery: a folder with them, in which their names say what they said to the
-    data set; of a data set in a CSV, the CSV; of one in several folders, those with images of the gallery."""
-    from torchreid_ext import images
-
-    if own is not None and own.csv is not None:
-        return [str(Path(root, own.csv).expanduser())]
-    paths = [os.path.abspath(path) for path in gallery]
-    homes = [] if own is None else [os.path.abspath(Path(root, part).expanduser()) for part in own.folder]
-    if len(homes) > 1:
-        return [home for home in homes if any(Path(path).is_relative_to(home) for path in paths)]
-    folders = {os.path.dirname(path) for path in paths}
-    # Images on two disks share no folder but the root, which nobody wants to search, or none at all on Windows: then
-    # one of the folders will do.
-    folder = min(folders)
-    with contextlib.suppress(ValueError):
-        if (shared := Path(os.path.commonpath(folders))) not in (Path(shared.anchor), Path.home()):
-            folder = str(shared)
-    if own is not None:
-        names = images.pattern(own.pattern)
-        path = next(path for path in map(Path, paths) if path.is_relative_to(folder))
-        home = next(filter(path.is_relative_to, homes), folder)
-        here, there = (images.in_name(names, path.relative_to(above).as_posix()) for above in (folder, home))
-        folder = folder if here == there else home
-    return [folder]
 
 
 def _program(name: str) -> str:

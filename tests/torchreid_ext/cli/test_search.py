@@ -380,7 +380,9 @@ def test_two_galleries_with_the_same_names_are_told_apart_by_their_paths(model, 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--query", "Q"], "no gallery to search"),
+        (["--query", "Q", "--model", "osnet_x0_25"], "no run, and so no test images: give --gallery FOLDER"),
+        (["--query", "Q", "--root", "EMPTY"], "list.csv: set data.root (--root) or datasets.listed.csv"),
+        (["--query", "Q", "--root", "EMPTY", "--gallery", "G"], "leave it out beside --gallery and --index"),
         (["--gallery", "G"], "nothing to do"),
         (["--gallery", "G", "--query", "mee.jpg", "--skip-damaged"], "'mee.jpg' does not exist: give an image, a"),
         (["--gallery", "EMPTY", "--query", "Q"], "no image below"),
