@@ -129,12 +129,19 @@ def named(path: str, names: re.Pattern[str]) -> Row:
     return Row(path)
 
 
-def spelt(row: Row, names: re.Pattern[str]) -> Row:
-    """The image with identity and camera as its name spells them, where both identities are one number: torchreid says
-    2 for 0002, and counts Market-1501's cameras from 0."""
-    own = named(row.path, names)
-    numbers = row.identity.isdecimal() and own.identity.isdecimal()
-    return own if numbers and int(row.identity) == int(own.identity) else row
+def spelt(rows: Sequence[Row]) -> list[Row]:
+    """Images of torchreid's data sets with identities and cameras as their names spell them, where all names do, and
+    tell the same apart: torchreid says 2 for 0002, or numbers people anew, and counts Market-1501's cameras from 0."""
+
+    def one_to_one(numbers: Sequence[str], names: Sequence[str]) -> bool:
+        return len({*zip(numbers, names, strict=True)}) == len({*numbers}) == len({*names})
+
+    for kind in ("market", "msmt17", "veri"):
+        read = [named(row.path, pattern(kind)) for row in rows]
+        columns = zip(zip(*rows, strict=True), zip(*read, strict=True), strict=True)
+        if all(row.identity for row in read) and all(one_to_one(*pair) for pair in [*columns][1:3]):
+            return [row._replace(split=old.split) for row, old in zip(read, rows, strict=True)]
+    return [*rows]
 
 
 def is_hidden(name: str) -> bool:

@@ -12,7 +12,7 @@ from people_folders import draw
 
 from pml_drsl.checks import InputError
 from torchreid_ext import images
-from torchreid_ext.images import Row
+from torchreid_ext.images import Row, spelt
 
 # Names that phones, cameras, messengers, screenshots and scanners give.
 PHOTOS = """\
@@ -180,3 +180,14 @@ def test_any_text_is_read_or_explained(folder: Path, head: str, text: str, codec
         read(folder, (head + text).encode(codec, "replace") + noise)
     except InputError as error:
         assert "list.csv, line" in str(error) and "\n" not in str(error).replace(text, "")
+
+
+def test_numbers_of_torchreid_become_names_only_where_all_names_tell_the_same_apart() -> None:
+    paths = ["a/0002_c1s1_000001_00.jpg", "a/0002_c2s1_000002_00.jpg", "b/0007_c1s1_000003_00.jpg"]
+    rows = [Row(path, pid, camera, "query") for path, pid, camera in zip(paths, "001", "010", strict=True)]
+    names = [("0002", "1"), ("0002", "2"), ("0007", "1")]
+    assert spelt(rows) == [Row(path, *name, "query") for path, name in zip(paths, names, strict=True)]
+    two_sets = [*rows, Row("c/0002_c1s1_000009_00.jpg", "2", "0", "query")]
+    other_cameras = [row._replace(camera=str(number)) for number, row in enumerate(rows)]
+    for kept in (two_sets, other_cameras, [*rows, Row("anna.jpg", "2", "0", "query")], []):
+        assert spelt(kept) == kept

@@ -101,6 +101,8 @@ def read_losses(path: Path, names: Sequence[str] | None) -> tuple[dict[str, Snip
         raise InputError(f"cannot read the losses of {path}: {error}; give --losses-file FILE") from error
     if not losses or not isinstance(losses, dict) or not all(isinstance(snippet, dict) for snippet in losses.values()):
         raise InputError(f"{path} must hold config keys for each loss, as supcon: {{loss: {{name: pml, ...}}}}")
+    if wrong := [name for name in losses if not isinstance(name, str)]:
+        raise InputError(f"{path}: the name {wrong[0]!r} is no text: write it in quotes")
     for name in names or ():
         check_name(f"{path} has no loss", name, losses)
     # A copy of each: an alias of YAML makes one mapping stand under several names.

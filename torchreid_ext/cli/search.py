@@ -110,7 +110,7 @@ def _search(args: argparse.Namespace) -> None:
 
 def _opened(args: argparse.Namespace) -> tuple[Searcher, ExtractedSet | None]:
     """The searcher with its gallery, which is kept if --index says so, and the queries with their features, if any."""
-    from torchreid_ext.images import Table, spelt
+    from torchreid_ext.images import Table
     from torchreid_ext.runtime.files import locked
     from torchreid_ext.search import features
     from torchreid_ext.search.searcher import Searcher
@@ -121,11 +121,12 @@ def _opened(args: argparse.Namespace) -> tuple[Searcher, ExtractedSet | None]:
         kept = args.index if args.index and Path(args.index).exists() else None
         given = {name: getattr(args, name) for name in ("model", "config_file", "device", "batch_size", "names")}
         searcher = Searcher(args.checkpoint, index=kept, **given)
-        of_run = Table() if args.gallery or args.index else test_images(searcher.model.config, args.root)
-        tested = {row.path: row for row in (absolute(spelt(row, searcher.names)) for row in of_run.rows)}
+        model = searcher.model
+        of_run = Table() if args.gallery or args.index else test_images(model.config, args.root, model.people)
+        tested = {row.path: row for row in map(absolute, of_run.rows)}
         queries = [tested.get(row.path, row) for row in map(absolute, list_queries(args.query, args.names))]
         options = console.extraction(args) | {"description": "queries", "crop": args.crop}
-        asked = features.extract_files(searcher.model, queries, **options) if queries else None
+        asked = features.extract_files(model, queries, **options) if queries else None
         removed, added = _remove(args, searcher), _add(args, searcher, of_run.gallery)
         if unwritten := changes and (added or kept is None):
             searcher.gallery.save(args.index)
@@ -188,16 +189,16 @@ def _remove(args: argparse.Namespace, searcher: Searcher) -> bool:
 
 def _add(args: argparse.Namespace, searcher: Searcher, of_run: Sequence[Row]) -> bool:
     """Adds images, or those of the run's own test, to the gallery; returns whether there were any to add."""
-    from torchreid_ext.images import Table, spelt
+    from torchreid_ext.images import Table
     from torchreid_ext.search import features
     from torchreid_ext.search.sources import absolute, list_sources
 
     added, left_out = False, Table()
-    listed = [absolute(spelt(row, searcher.names)) for row in of_run]
+    listed = [absolute(row) for row in of_run]
     for source in args.gallery:
         if source.lower().endswith(".npz"):
             held = features.read_gallery(source, searcher.model)
-            places = {absolute(spelt(entry, searcher.names)): row for row, entry in enumerate(held.entries)}
+            places = {absolute(entry): row for row, entry in enumerate(held.entries)}
             new = [entry for entry in places if entry.path not in searcher.gallery]
             searcher.gallery.add(new, held.features[[places[entry] for entry in new]])
             added |= bool(new)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
+import torchreid
 from pytorch_metric_learning import distances, losses, miners, reducers, regularizers
 from pytorch_metric_learning.utils import distributed as pml_distributed
 from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
@@ -184,6 +185,8 @@ def check_criterion(criterion: Any, optimizer: Optimizer, miner: nn.Module | Non
     if distributed.size() > 1 and _parts(criterion, pml_distributed.DistributedLossWrapper):
         twice = "DistributedLossWrapper gathers the batch of all processes, which the engine does itself"
         raise InputError(f"{twice}: give the engine the loss inside")
+    if isinstance(criterion, torchreid.losses.TripletLoss) and (miner is not None or cross_camera):
+        raise InputError("torchreid's TripletLoss takes no pairs: give the engine neither miner nor cross_camera")
     for loss in _parts(criterion, WITHOUT_PAIRS) if cross_camera else []:
         in_memory = isinstance(loss, losses.CrossBatchMemory)
         why = f"{type(loss).__name__} {'does not know the cameras in its memory' if in_memory else 'takes no pairs'}"

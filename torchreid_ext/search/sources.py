@@ -118,19 +118,34 @@ def _listed(source: str, names: re.Pattern[str], cameras: bool = True) -> Table:
     return table
 
 
+_OTHERS = "or give other photos, by --gallery to drsl-search, or as a SOURCE to drsl-extract"
+
+
+def _check_there(config: Config, name: str) -> None:
+    """Raises InputError if torchreid would download or draw a data set, because its folder is missing."""
+    kind = vars(torchreid.data.datasets)["__image_datasets"].get(name)
+    drawn = name if name == "synthetic_pedestrians" else ""  # which is registered by a function
+    folder = Path(config.data.root, getattr(kind, "dataset_dir", drawn) or "").expanduser()
+    if name not in config.datasets and kind is not None and not folder.is_dir():
+        missing = f"the images of {name} are not there: {str(folder)!r} is no folder"
+        raise InputError(f"{missing}. Say with --root where the data of the run are, {_OTHERS}")
+
+
 def test_images(config: Config, root: str | None = None, trained: Collection[str] = ()) -> Table:
     """The query and the gallery of a run's own test, in its order: those of the first target, or of the people who were
-    held out for validation. The data are below ``root``; None for where the run had them. Raises InputError for a run
-    on video, for data that are not found, and if ``trained``, the people of the configured data sets that the run was
-    trained on, are among them (without ``data.allow_overlap``): where photos of other people were added or removed, a
-    random split is another one."""
+    held out for validation. The data are below ``root``; None for where the run had them; nothing is downloaded or
+    drawn. Raises InputError for a run on video, for data that are not found, and if ``trained``, the people of the
+    configured data sets that the run was trained on, are among them (without ``data.allow_overlap``): where photos of
+    other people were added or removed, a random split is another one."""
     config, target = config.clone(), config.data.targets[0]
     if config.data.type != "image":
         command = "drsl-train --config-file RUN/config.yaml model.resume auto test.evaluate True test.visrank True"
         about = f"the run was tested on tracklets of {target!r}, and this command reads single images"
-        raise InputError(f"{about}; {command} shows the rankings of the tracklets")
+        raise InputError(f"{about}; {command} shows the rankings of the tracklets; {_OTHERS}")
     config.data.root = root or config.data.root
     config.test.evaluate = True  # The loss is not built here, and need not be installed.
+    for name in config.data.sources if config.data.validation else [target]:
+        _check_there(config, name)
     if config.data.validation:
         with contextlib.redirect_stdout(io.StringIO()):  # which says how many images the run trained on
             (splits,) = build_datamanager(config).test_loader.values()
@@ -142,10 +157,13 @@ def test_images(config: Config, root: str | None = None, trained: Collection[str
             options = image_options(config)
             dataset = torchreid.data.datasets.init_image_dataset(target, mode="query", verbose=False, **options)
     table = images.from_torchreid(dataset)
+    table.rows = table.query + table.gallery
     own = own_images(config, config.data.sources)
-    tested = {person(*own[row.path]): own[row.path] for row in table.query + table.gallery if row.path in own}
+    if not own:
+        table.rows = images.spelt(table.rows)
+    tested = {person(*own[row.path]): own[row.path] for row in table.rows if row.path in own}
     changed = "the photos have changed since, and with them the random split. To test, bring the photos back"
-    cure = f"{changed} as they were, or give those of other people to drsl-extract as a SOURCE"
+    cure = f"{changed} as they were; {_OTHERS}"
     check_unseen(config, tested, trained, "the run", cure)
     # A data manager has numbers in place of names. One name in two data sets is two people.
     sets = Counter(image.identity for _, image in tested.values())

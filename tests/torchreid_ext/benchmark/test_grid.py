@@ -94,6 +94,7 @@ def test_two_files_of_one_name_are_refused(tmp_path):
         ("a: [", "is not YAML"),
         ("- drsl", "must hold config keys"),
         ("drsl: 1", "must hold config keys"),
+        ("0.1: {}", "the name 0.1 is no text: write it in quotes"),
         ("drsl: {settings: {a: 1}}", "must be a list"),
         ("supcon: {}", "did you mean 'supcon'"),
     ],

@@ -9,7 +9,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import trained
@@ -309,24 +308,6 @@ def test_a_name_that_is_no_utf8_goes_everywhere(model, photos, tmp_path, capsys)
     (asked,) = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["queries"]
     assert asked["matches"][0]["path"] == str(tmp_path / strange) and asked["matches"][0]["distance"] < 1e-6
     assert r"caf\udce9" in (tmp_path / "p.html").read_text(encoding="utf-8")
-
-
-def test_features_of_a_run_have_identities_as_names_spell_them(model, photos, tmp_path, capsys):
-    folder = tmp_path / "market"
-    folder.mkdir()
-    for number, name in enumerate(["0002_c1s1_000001_00.jpg", "0002_c2s1_000002_00.jpg", "0003_c1s1_000003_00.jpg"]):
-        Image.open(photos / f"pérson {number}" / "cam0_<1>&.png").convert("RGB").save(folder / name)
-    assert extract.main([str(model), str(folder), "--output", str(tmp_path / "f.npz"), "--device", "cpu"]) == 0
-    capsys.readouterr()
-    arrays = dict(np.load(tmp_path / "f.npz"))
-    # torchreid's numbers, as they are in the features of the test images of a run.
-    arrays |= {"gallery_ids": np.array(["2", "2", "3"]), "gallery_cams": np.array(["0", "1", "0"])}
-    np.savez(tmp_path / "f.npz", **arrays)
-    query = shutil.copy(folder / "0002_c1s1_000001_00.jpg", tmp_path / "0002_c3s1_000004_00.jpg")
-    words = [str(model), "--gallery", str(tmp_path / "f.npz"), "--query", str(query), "--json", "-", "--device", "cpu"]
-    assert search.main(words) == 0
-    matches = json.loads(capsys.readouterr().out)["queries"][0]["matches"]
-    assert {(match["identity"], match["same_identity"]) for match in matches} == {("0002", True), ("0003", False)}
 
 
 def test_nothing_that_is_read_is_overwritten(model, photos, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torchreid
 from pytorch_metric_learning import losses, miners
 from shared_training import FEATURES as SIZE
 from shared_training import Network
@@ -116,6 +117,13 @@ def test_several_losses_with_miners_take_no_other_pairs(tmp_path, options):
     make_engine(tmp_path, Wrapper(mined))
     with pytest.raises(ValueError, match="MultipleLosses has miners of its own"):
         make_engine(tmp_path, Wrapper(mined), **options)
+
+
+@pytest.mark.parametrize("options", [{"miner": miners.BatchHardMiner()}, {"cross_camera": True}])
+def test_the_triplet_loss_of_torchreid_takes_no_pairs(tmp_path, options):
+    make_engine(tmp_path, torchreid.losses.TripletLoss())
+    with pytest.raises(InputError, match="TripletLoss takes no pairs: give the engine neither miner nor cross_camera"):
+        make_engine(tmp_path, torchreid.losses.TripletLoss(), **options)
 
 
 def test_rare_positives_matter_to_any_part_that_compares_images(tmp_path):

@@ -1,6 +1,7 @@
 """What a folder, a CSV file or a data set holds is listed with the names that it carries."""
 
 import os
+import re
 import warnings
 
 import pytest
@@ -220,8 +221,10 @@ def test_the_test_images_of_a_run_are_those_that_it_tests_on(tmp_path, words):
     config.data.root = str(tmp_path / "data")
     (loaders,) = build_datamanager(config).test_loader.values()
     for split, rows in (("query", found.query), ("gallery", found.gallery)):
-        expected = [(path, str(pid), str(camera)) for path, pid, camera, *_ in loaders[split].dataset.data]
-        assert [row[:3] for row in rows] == expected
+        # Whatever numbers torchreid gives, which are others for people who are held out of the training.
+        paths = [path for path, *_ in loaders[split].dataset.data]
+        names = [re.match(r"(\d+)_c(\d)", os.path.basename(path)).groups() for path in paths]
+        assert [row[:3] for row in rows] == [(path, *name) for path, name in zip(paths, names, strict=True)]
     folders = {os.path.basename(os.path.dirname(row.path)) for row in found.gallery}
     assert folders == ({"bounding_box_train"} if words else {"bounding_box_test", "images"})
     assert (len(found.query), len(found.gallery)) == ((6, 6) if words else (1, 4))
@@ -319,10 +322,21 @@ def test_a_download_that_fails_is_explained_and_leaves_no_empty_folder(tmp_path,
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(torchreid.data.datasets.dataset, "download_url", offline)
     config = get_default_config()
-    config.data.targets = ["dukemtmcreid"]
+    config.data.root, config.data.sources, config.data.targets = "~/photos", ["dukemtmcreid"], ["dukemtmcreid"]
     told = r"cannot read dukemtmcreid below data\.root '~/photos': there is no network\. .*--root"
     with pytest.raises(InputError, match=told):
-        test_images(config, "~/photos")
+        build_datamanager(config)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("validation", [0, 0.5])
+@pytest.mark.parametrize("name", ["dukemtmcreid", "synthetic_pedestrians"])
+def test_the_images_of_a_run_are_neither_downloaded_nor_drawn_anew(tmp_path, monkeypatch, name, validation):
+    monkeypatch.setattr(torchreid.data.datasets.dataset, "download_url", None)
+    config = get_default_config()
+    config.data.sources, config.data.targets, config.data.validation = [name], [name], validation
+    with pytest.raises(InputError, match=rf"images of {name} are not there: .* --root .* by --gallery to drsl-search"):
+        test_images(config, str(tmp_path))
     assert not [*tmp_path.iterdir()]
 
 
