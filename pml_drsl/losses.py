@@ -55,7 +55,8 @@ class DRSLoss(BaseMetricLossFunction):
             pairs whose order is right.
         query_chunk_size: queries whose distances are computed at once; bounds memory, changes no value. Several chunks
             are computed again in the backward pass, one by one, so that no distances are kept. None chooses a size so
-            that one chunk of distances takes 64 MiB, and keeps the distances of all chunks, which is faster.
+            that one chunk of distances takes 64 MiB, and keeps the distances of all chunks, which is faster. The
+            ``collect_stats`` of a distance is of the last chunk.
         fused: the fast path, differentiable once; double backward, ``torch.func.grad`` (torch 2.7 or later) and a
             learnable temperature or margin (a tensor) need False.
         **kwargs: arguments of ``BaseMetricLossFunction``: ``distance`` (default: ``CosineSimilarity()``; refused are
@@ -111,6 +112,8 @@ class DRSLoss(BaseMetricLossFunction):
             raise InputError(f"query_chunk_size must be None or an integer above 0, got {size!r}")
         if not isinstance(self.fused, bool):
             raise InputError(f"fused must be True or False, got {self.fused!r}")
+        if self.fused and torch._C._are_functorch_transforms_active():
+            raise InputError("torch.func needs fused=False: give DRSLoss(fused=False)")
         for name in ("temperature", "margin"):
             if self.fused and getattr(getattr(self, name), "requires_grad", False):
                 raise InputError(f"a learnable {name} needs fused=False")

@@ -42,6 +42,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
     its own positive (PML forgets that in a batch of one). The miners of this package are told which entry is the query.
     An ``indices_tuple`` given to a call is added to the pairs, as in PML. Its indices point into the batch, as every
     miner returns them. (PML takes them for positions in the memory, which hold other images after the first batch.)
+    Without a ``miner`` all pairs are there already, and ``DRSLoss`` counts each once: give it the miner here.
 
     Wang et al. (XBM, CVPR 2020) start the memory after a warm-up, because the features of an untrained network drift.
     Until then the loss is computed on the batch alone, with gradients in both embeddings of a pair, and nothing is
@@ -79,12 +80,14 @@ class CrossBatchMemory(losses.CrossBatchMemory):
     def supported_losses() -> list[str]:
         return [*losses.CrossBatchMemory.supported_losses(), DRSLoss.__name__]
 
-    def get_extra_state(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in ("queue_idx", "has_been_filled", "warmup_calls")}
+    def get_extra_state(self) -> Tensor:
+        # A tensor, because scripts move and save the entries of a state_dict as such.
+        return torch.tensor([self.queue_idx, int(self.has_been_filled), self.warmup_calls])
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self.queue_idx, self.has_been_filled = int(state["queue_idx"]), bool(state["has_been_filled"])
-        self.warmup_calls = int(state.get("warmup_calls", self.warmup_calls))
+    def set_extra_state(self, state: Tensor | dict[str, int]) -> None:
+        place = _place(state)
+        self.queue_idx, self.has_been_filled = place[0], bool(place[1])
+        self.warmup_calls = place[2] if len(place) > 2 else self.warmup_calls
 
     def forward(
         self,
@@ -183,4 +186,9 @@ def _keep_place(memory: CrossBatchMemory, state_dict: dict[str, Any], prefix: st
     # States of PML's memory, and of versions before 0.3, have no place in the queue, and theirs count the calls apart.
     place = state_dict.setdefault(f"{prefix}_extra_state", memory.get_extra_state())
     if (calls := state_dict.pop(f"{prefix}warmup_calls", None)) is not None:
-        state_dict[f"{prefix}_extra_state"] = place | {"warmup_calls": int(calls)}
+        state_dict[f"{prefix}_extra_state"] = torch.tensor([*_place(place)[:2], int(calls)])
+
+
+def _place(state: Tensor | dict[str, int]) -> list[int]:
+    # Some of these versions have a dictionary.
+    return [*map(int, state.values() if isinstance(state, dict) else state)]

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from pytorch_metric_learning.distances import LpDistance
+from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import CustomKNN, FaissKNN
 from torch import Tensor
@@ -79,6 +79,8 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
         for name in REID_METRICS:  # PML finds its metrics by the names of these attributes.
             setattr(self, f"calculate_{name}", partial(self._calculate, name))
         self.set_cameras(query_cams, reference_cams)
+        if metric == "cosine":  # The inherited metrics search by PML's function, which is Euclidean by default.
+            kwargs.setdefault("knn_func", CustomKNN(CosineSimilarity()))
         try:
             FaissKNN()
         except NameError:  # PML raises this if faiss is not installed, even if no metric needs faiss.
@@ -104,7 +106,11 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
     ) -> dict[str, Any]:
         """The metrics by name; the arguments are those of PML. Features are compared in float32. Large identity numbers
         stay distinct. An InputError if labels are not integers (as PML's floats are), or there is not one label and one
-        camera for each embedding. Cameras may be text."""
+        camera for each embedding, or ``include`` names a metric that the constructor did not. Cameras may be text."""
+        if unknown := {*include} - {*self.original_function_dict}:
+            there = ", ".join(self.original_function_dict)
+            cure = "name it in the constructor's include"
+            raise InputError(f"include names {min(unknown)!r}, and this calculator has {there}: {cure}")
         if reference is None:
             reference, reference_labels, ref_includes_query = query, query_labels, True
         if reference_labels is None:

@@ -61,10 +61,17 @@ class RankedQueries:
     def hits(self, max_rank: int = 50) -> Tensor:
         """The CMC of each query: float64 of shape (Q, min(max_rank, gallery size)), in [0, 1], ``max_rank`` >= 1.
         Column k - 1 is the probability that a match is among the first k entries."""
+        return (self.first_places[:, :, None] <= self._ranks(max_rank)).double().mean(dim=1)
+
+    def cmc(self, max_rank: int = 50) -> Tensor:
+        """The mean of ``hits`` over the queries with a match, in memory for the gallery's size alone."""
+        places = self.first_places[self.matched].flatten().sort().values
+        return torch.searchsorted(places, self._ranks(max_rank), right=True).double() / len(places)
+
+    def _ranks(self, max_rank: int) -> Tensor:
         if max_rank < 1:
             raise InputError(f"max_rank={max_rank}: give a positive rank")
-        ranks = torch.arange(1, min(max_rank, self.num_gallery) + 1, device=self.first_places.device)
-        return (self.first_places[:, :, None] <= ranks).double().mean(dim=1)
+        return torch.arange(1, min(max_rank, self.num_gallery) + 1, device=self.first_places.device).double()
 
     def scores(self, ranks: Sequence[int] = RANKS) -> dict[str, Tensor]:
         """The scores of each query by name, float64 of shape (Q,): ``SCORES``, and "rank-k" for each of the ranks."""
@@ -118,7 +125,9 @@ def rank_queries(
     is_junk, ignored = ids[0] < 0, (ids[1] < 0).nonzero().squeeze(1)
     groups = Identities(ids[1], max(1, int(torch.cat(ids).max()) + 1))
     shots = SingleShots(groups, seed) if protocol == "single-gallery-shot" else None
-    step = rows_per_chunk(max(num_gallery, 0 if shots is None else shots.draws_per_query))
+    # Some ten numbers of eight bytes for each image of the query's identity, where a distance has four.
+    of_identity = 20 * int(groups.counts[ids[0].clamp(min=0)].max())
+    step = rows_per_chunk(max(num_gallery, of_identity, 0 if shots is None else shots.draws_per_query))
     # All processes use the same chunks, because a matrix product of another size may round differently.
     starts = range(0, num_query, step)
     mine = starts if group is None else starts[share(len(starts), group)]
@@ -185,13 +194,13 @@ def _rank_rows(
     rank_pos = torch.arange(1, thresholds.shape[1] + 1, device=device).expand_as(false_pos).double()
     if ties == "mean":  # A tied positive counts half, as in the loss at temperature 0.
         before = torch.searchsorted(thresholds, thresholds)
-        rank_pos = (before + torch.searchsorted(thresholds, thresholds, right=True) + 1) / 2.0
+        rank_pos = (before + torch.searchsorted(thresholds, thresholds, right=True) + 1).double() / 2
     real = torch.arange(thresholds.shape[1], device=device) < count[:, None]
     precision = (rank_pos / (rank_pos + false_pos)).masked_fill_(~real, 0)
     average_precision = precision.sum(dim=1) / count  # Without a match, 0 / 0 gives NaN.
     penalty = count / (count + false_pos.gather(1, last).squeeze(1))
     earlier, tied = first or (earlier[:, :1], tied[:, :1])
-    places = torch.cat([1.0 + earlier + each * tied for each in shares], dim=1).double()
+    places = torch.cat([1 + earlier + each * tied for each in shares], dim=1).double()
     unmatched = count == 0
     penalty[unmatched] = torch.nan
     places[unmatched] = torch.inf

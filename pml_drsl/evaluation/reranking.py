@@ -101,7 +101,7 @@ class RerankedDistances:
 
     def _jaccard(self, queries: sparse.csr_array) -> Tensor:
         """Jaccard distances, shape (q, M): ``1 - sum_j min(V_qj, V_gj) / sum_j max(V_qj, V_gj)`` (eq. 10)."""
-        shared = torch.zeros(queries.shape[0], self.original.num_gallery, device="cpu")
+        shared = torch.zeros(queries.shape[0], self.original.num_gallery, dtype=torch.float32, device="cpu")
         for row, mine in enumerate(shared.numpy()):
             entries = slice(*queries.indptr[row : row + 2])
             both = self._gallery[:, queries.indices[entries]]

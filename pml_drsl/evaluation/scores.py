@@ -138,7 +138,7 @@ def summarize(ranked: RankedQueries, max_rank: int = 50) -> RetrievalResult:
     matched = ranked.matched
     return RetrievalResult(
         means={name: float(values[matched].mean()) for name, values in ranked.scores(()).items()},
-        cmc=ranked.hits(max_rank)[matched].mean(dim=0).numpy(),
+        cmc=ranked.cmc(max_rank).numpy(),
         num_query=int((~ranked.is_junk).sum()),
         num_gallery=ranked.num_gallery,
         num_junk=int(ranked.num_junk.sum()),

@@ -97,6 +97,8 @@ def test_the_fused_path_refuses_a_second_derivative(distance):
     x, labels = make_batch(1)
     with pytest.raises(InputError, match=r"differentiated once: .* give fused=False"):
         torch.autograd.functional.hessian(lambda e: make_loss(0.1, distance=distance)(e, labels), x)
+    with pytest.raises(InputError, match=r"torch\.func needs fused=False"):
+        torch.func.grad(lambda e: make_loss(0.1, distance=distance)(e, labels))(x)
     if distance.p == 2:
         with pytest.raises(InputError, match=r"differentiated once: .* give fused=False"):
             torch.autograd.grad(distance_matrix(distance, x).sum(), x, create_graph=True)

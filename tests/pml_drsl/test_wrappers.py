@@ -246,9 +246,11 @@ def test_states_of_other_memories_can_be_loaded(warmup):
     other = CrossBatchMemory(make_loss(0.1), 4, 8, warmup=2 - warmup)
     other.load_state_dict(ours.state_dict())
     older = ours.state_dict() | {"warmup_calls": torch.tensor(1)}
-    older["_extra_state"] = {name: older["_extra_state"][name] for name in ("queue_idx", "has_been_filled")}
+    older["_extra_state"] = {"queue_idx": ours.queue_idx, "has_been_filled": ours.has_been_filled}
     other.load_state_dict(older)
     assert other.warmup_calls == 1
+    # Scripts move and save the entries as tensors, as those of PML's memory are.
+    assert all(isinstance(value, torch.Tensor) for value in ours.state_dict().values())
 
 
 def test_storing_nothing_leaves_the_memory_empty():

@@ -63,10 +63,15 @@ def test_equals_evaluate(search: dict[str, Any], options: dict[str, Any]) -> Non
     np.testing.assert_allclose(metrics["cmc"], expected.cmc[:10])
 
 
-def test_metrics_by_name(search: dict[str, Any]) -> None:
-    calculator = ReIDAccuracyCalculator(include=("rank_1", "precision_at_1"), device=CPU)
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_metrics_by_name(search: dict[str, Any], metric: Any) -> None:
+    names = ("rank_1", "precision_at_1", "mAP", "mean_average_precision")
+    calculator = ReIDAccuracyCalculator(include=names, device=CPU, metric=metric)
     metrics = calculator.get_accuracy(*data(search))
     assert metrics["rank_1"] == metrics["precision_at_1"]  # without cameras they are the same number
+    assert metrics["mAP"] == pytest.approx(metrics["mean_average_precision"])
+    with pytest.raises(InputError, match=r"include names 'cmc', and this calculator has .*: name it in the constr"):
+        calculator.get_accuracy(*data(search), include=("mAP", "cmc"))
     calculator = ReIDAccuracyCalculator(exclude=("mINP",), device=CPU)
     assert calculator.get_accuracy(*data(search)).keys() == METRICS - {"mINP"}
     assert calculator.get_accuracy(*data(search), include=("mAP",)).keys() == {"mAP"}

@@ -354,6 +354,16 @@ def test_ties_by_hand() -> None:
     assert [list(result.cmc) for result in by_policy.values()] == [[1, 1, 1], [0.5, 1, 1], [0, 1, 1]]
 
 
+def test_the_curve_is_the_mean_of_those_of_the_queries_with_a_match() -> None:
+    for options in OPTIONS:
+        search = random_search()
+        search["query_ids"][0] = 999  # Nobody in the gallery.
+        result = evaluate(**search, max_rank=200, **options)
+        assert result.num_unmatched > 0
+        curves = result.ranked.hits(200)[result.ranked.matched]
+        np.testing.assert_allclose(result.cmc, curves.mean(dim=0), rtol=1e-12)
+
+
 def test_small_gallery_and_rank_by_name() -> None:
     result = evaluate(torch.tensor([[0.0]]), torch.tensor([[1.0], [2.0]]), [7], [8, 7])
     assert list(result.cmc) == [0, 1]
@@ -507,6 +517,17 @@ def test_the_default_device_does_not_matter(options: dict[str, Any]) -> None:
     expected = numbers(**search, **options)
     with torch.device("meta"):
         assert numbers(**search, **options) == expected
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_default_type_does_not_matter(options: dict[str, Any]) -> None:
+    search = random_search(num_gallery=3000)
+    expected = numbers(**search, max_rank=3000, **options)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert numbers(**search, max_rank=3000, **options) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.cuda
