@@ -59,6 +59,7 @@ def test_agrees_for_the_pairs_of_a_miner(form, with_ref):
     ref, ref_labels = make_batch(6, size=20) if with_ref else (None, None)
     a1, p, a2, n = lmu.get_all_pairs_indices(labels, ref_labels)
     keep_p, keep_n = torch.arange(len(p)) % 3 > 0, torch.arange(len(n)) % 4 > 0
+    keep_n &= a2 != a2[0]  # A query without a negative has no term.
     indices = a1[keep_p], p[keep_p], a2[keep_n], n[keep_n]
     if form == "triplets":
         indices = lmu.convert_to_triplets(indices, labels)

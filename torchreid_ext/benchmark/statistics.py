@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -41,13 +42,13 @@ def compare(
     part of the identities alone. ``scores`` and ``identities`` hold the difference and the identity of each query, for
     each seed.
     """
-    rng = np.random.default_rng(seed)
     sums, counts = _by_identity(scores, identities)
     means, number = sums.sum(1) / counts.sum(1), len(sums)
-    weights = _drawn(rng, draws, np.ones(sums.shape[1]))
+    there = [np.ones(sums.shape[1], dtype=bool), *(counts > 0 if nested else ())]
+    weights = _drawn(seed, draws, tuple(people.tobytes() for people in there))
     drawn = np.empty((number, draws))
     for row, (s, c) in enumerate(zip(sums, counts, strict=True)):
-        of_seed = _drawn(rng, draws, c) if nested else weights
+        of_seed = weights[1 + row if nested else 0].astype(float)
         drawn[row] = (of_seed @ s) / np.maximum(of_seed @ c, 1e-12)
     parts, scale = drawn.mean(0), 0.0
     if number > 1:
@@ -80,12 +81,19 @@ def _by_identity(scores: Sequence[Sequence[float]], identities: Sequence[Sequenc
     return sums, counts
 
 
-def _drawn(rng: np.random.Generator, draws: int, there: Array) -> Array:
-    """How often each identity that is there is drawn, shape (draws, identities)."""
-    drawn, columns = np.zeros((draws, len(there))), np.flatnonzero(there)
-    places = rng.integers(len(columns), size=(draws, len(columns)))
-    drawn[:, columns] = [np.bincount(row, minlength=len(columns)) for row in places]  # Faster than a multinomial draw.
-    return drawn
+@lru_cache(maxsize=2)  # The losses of a table are compared on the same people.
+def _drawn(seed: int, draws: int, there: tuple[bytes, ...]) -> list[np.ndarray[Any, Any]]:
+    """How often each identity that is there, of which ``there`` has the bools as bytes, is drawn, for each of its
+    entries; shape (draws, identities)."""
+    rng, found = np.random.default_rng(seed), list[np.ndarray[Any, Any]]()
+    for people in there:
+        columns = np.flatnonzero(np.frombuffer(people, dtype=bool))
+        drawn = np.zeros((draws, len(people)), dtype=np.uint16)
+        places = rng.integers(len(columns), size=(draws, len(columns)))
+        # Faster than a multinomial draw.
+        drawn[:, columns] = [np.bincount(row, minlength=len(columns)) for row in places]
+        found.append(drawn)
+    return found
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -181,8 +181,6 @@ def test_a_loss_that_is_not_finite_stops_the_run():
     [
         ("RandomIdentitySampler", True),
         ("RandomSampler", False),
-        ("SequentialSampler", True),
-        ("RandomDomainSampler", False),
     ],
 )
 def test_trains_tests_saves_and_resumes(tmp_path, sampler, scheduled):
