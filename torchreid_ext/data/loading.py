@@ -110,8 +110,8 @@ class ReadableDataset(Dataset[Any]):
     def __getitems__(self, indices: Sequence[Any]) -> list[Any]:
         samples = [self[index] for index in indices]
         if get_worker_info() is not None and indices and isinstance(first := indices[0], Draw):
-            # What joins the samples may draw too, such as a mixup. No sample has this seed.
-            generators.seed_everything(first.epoch_seed + 2**40 + first.position)
+            # What joins the samples may draw too, such as a mixup. No sample has this seed: generators take 32 bits.
+            generators.seed_everything(first.epoch_seed + 2**31 + first.position)
         return samples
 
     def _read(self, index: int) -> Any:

@@ -185,7 +185,7 @@ def check_criterion(criterion: Any, optimizer: Optimizer, miner: nn.Module | Non
     if distributed.size() > 1 and _parts(criterion, pml_distributed.DistributedLossWrapper):
         twice = "DistributedLossWrapper gathers the batch of all processes, which the engine does itself"
         raise InputError(f"{twice}: give the engine the loss inside")
-    if isinstance(criterion, torchreid.losses.TripletLoss) and (miner is not None or cross_camera):
+    if _parts(criterion, torchreid.losses.TripletLoss) and (miner is not None or cross_camera):
         raise InputError("torchreid's TripletLoss takes no pairs: give the engine neither miner nor cross_camera")
     for loss in _parts(criterion, WITHOUT_PAIRS) if cross_camera else []:
         in_memory = isinstance(loss, losses.CrossBatchMemory)

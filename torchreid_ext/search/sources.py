@@ -126,7 +126,7 @@ def _check_there(config: Config, name: str) -> None:
     kind = vars(torchreid.data.datasets)["__image_datasets"].get(name)
     drawn = name if name == "synthetic_pedestrians" else ""  # which is registered by a function
     folder = Path(config.data.root, getattr(kind, "dataset_dir", drawn) or "").expanduser()
-    if name not in config.datasets and kind is not None and not folder.is_dir():
+    if (drawn or getattr(kind, "__module__", "").startswith("torchreid.")) and not folder.is_dir():
         missing = f"the images of {name} are not there: {str(folder)!r} is no folder"
         raise InputError(f"{missing}. Say with --root where the data of the run are, {_OTHERS}")
 

@@ -39,14 +39,20 @@ def test_the_second_epoch_is_the_first_of_a_resumed_run(tmp_path, workers):
     assert torch.equal(images(resumed), second)
 
 
+def drawn():
+    return [torch.rand(()).item(), random.random(), np.random.rand()]
+
+
 def mixed(samples):
-    return np.array([torch.rand(()).item(), random.random(), np.random.rand()])
+    """What was drawn for the samples and for the batch, by torch, Python and NumPy."""
+    return np.array([*(sample["img"] for sample in samples), drawn()])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_what_joins_the_samples_of_a_batch_draws_as_the_seed_says_and_repeats(tmp_path, workers):
     def joined():
         loader = make_image_manager(tmp_path, workers=workers).train_loader
+        loader.dataset.transform = lambda image: drawn()
         return repeatable(rebuilt(loader, loader.dataset, collate_fn=mixed))
 
     loader = joined()
@@ -54,8 +60,8 @@ def test_what_joins_the_samples_of_a_batch_draws_as_the_seed_says_and_repeats(tm
     first, at_second = [*loader], state()
     second = [*loader]
     seed_everything(1)
-    drawn = np.concatenate([*first, *second, *loader])
-    assert len({*drawn.tolist()}) == drawn.size
+    numbers = np.concatenate([*first, *second, *loader]).ravel()
+    assert len({*numbers.tolist()}) == numbers.size
     loader = joined()
     restore(at_second)
     assert np.array_equal([*loader], second)

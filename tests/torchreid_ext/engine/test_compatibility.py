@@ -123,7 +123,7 @@ def test_several_losses_with_miners_take_no_other_pairs(tmp_path, options):
 def test_the_triplet_loss_of_torchreid_takes_no_pairs(tmp_path, options):
     make_engine(tmp_path, torchreid.losses.TripletLoss())
     with pytest.raises(InputError, match="TripletLoss takes no pairs: give the engine neither miner nor cross_camera"):
-        make_engine(tmp_path, torchreid.losses.TripletLoss(), **options)
+        make_engine(tmp_path, PerFeature([torchreid.losses.TripletLoss()]), **options)
 
 
 def test_rare_positives_matter_to_any_part_that_compares_images(tmp_path):

@@ -340,4 +340,18 @@ def test_the_images_of_a_run_are_neither_downloaded_nor_drawn_anew(tmp_path, mon
     assert not [*tmp_path.iterdir()]
 
 
+def test_a_class_of_the_users_own_need_not_read_below_the_root(tmp_path, monkeypatch):
+    draw(tmp_path, "1.png", "2.png")
+
+    class Mine(torchreid.data.ImageDataset):
+        def __init__(self, root="", **kwargs):
+            items = [(str(tmp_path / f"{number}.png"), 0, number) for number in (1, 2)]
+            super().__init__(items, items[:1], items[1:], **kwargs)
+
+    monkeypatch.setitem(vars(torchreid.data.datasets)["__image_datasets"], "mine_elsewhere", Mine)
+    config = get_default_config()
+    config.data.root, config.data.targets = str(tmp_path / "nowhere"), ["mine_elsewhere"]
+    assert [row.path for row in test_images(config).query] == [str(tmp_path / "1.png")]
+
+
 test_images.__test__ = False
