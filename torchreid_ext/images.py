@@ -133,14 +133,16 @@ def spelt(rows: Sequence[Row]) -> list[Row]:
     """Images of torchreid's data sets with identities and cameras as their names spell them, where all names do, and
     tell the same apart: torchreid says 2 for 0002, or numbers people anew, and counts Market-1501's cameras from 0."""
 
-    def one_to_one(numbers: Sequence[str], names: Sequence[str]) -> bool:
-        return len({*zip(numbers, names, strict=True)}) == len({*numbers}) == len({*names})
+    def one_to_one(pairs: set[tuple[str, str]]) -> bool:
+        return len(pairs) == len({number for number, _ in pairs}) == len({name for _, name in pairs})
 
-    for kind in ("market", "msmt17", "veri"):
-        read = [named(row.path, pattern(kind)) for row in rows]
-        columns = zip(zip(*rows, strict=True), zip(*read, strict=True), strict=True)
-        if all(row.identity for row in read) and all(one_to_one(*pair) for pair in [*columns][1:3]):
-            return [row._replace(split=old.split) for row, old in zip(read, rows, strict=True)]
+    for names in map(pattern, ("market", "msmt17", "veri")):
+        read = [named(row.path, names) for row in rows]
+        both = [*zip(rows, read, strict=True)]
+        identities = {(old.identity, new.identity) for old, new in both}
+        cameras = {(old.camera, new.camera) for old, new in both}
+        if all(row.identity for row in read) and one_to_one(identities) and one_to_one(cameras):
+            return [new._replace(split=old.split) for old, new in both]
     return [*rows]
 
 
