@@ -204,6 +204,7 @@ def set_last_stride(model: nn.Module, name: str) -> None:
             raise InputError(f"model.last_stride 1: {name} blurs where it strides; leave it at 2")
 
 
+@torch.inference_mode(False)  # in which a test may run: weights that are converted there could never train again
 def set_memory_format(model: nn.Module, channels_last: bool | str, height: int, width: int, half: bool = False) -> None:
     """Lets a network, on its device, compute in the memory format ``channels_last``, in place, where that is asked for.
 

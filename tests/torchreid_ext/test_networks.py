@@ -223,6 +223,16 @@ def test_channels_last_changes_nothing_but_the_memory_format(neck):
     assert twin.conv1(images().double()).is_contiguous(memory_format=torch.channels_last)
 
 
+def test_a_network_whose_format_was_set_in_inference_mode_still_trains():
+    model = torch.nn.Conv2d(3, 4, 3)
+    weight = model.weight
+    with torch.inference_mode():
+        networks.set_memory_format(model, True, 8, 8)
+    assert formats(model) == {"last"} and model.weight is weight
+    model(torch.rand(1, 3, 8, 8)).sum().backward()
+    assert weight.grad is not None
+
+
 class Grey(torch.nn.Conv2d):
     def forward(self, x):
         assert x.shape[1] == 1, "one channel, please"
