@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from pml_drsl.miners import NegativeBudgetMiner, RankViolationMiner
     from pml_drsl.reducers import PerIdentityReducer, PerQueryReducer
 
+    __version__: str
+
 __all__ = [
     "DRSLoss",
     "LargeBatch",
@@ -23,7 +25,7 @@ __all__ = [
 _MODULES = ("losses", "miners", "reducers", "large_batch")
 
 
-def __getattr__(name: str) -> Any:
+def _imported(name: str) -> Any:
     # Importing torch takes seconds, which `pml_drsl.checks` and the help text of a command can do without.
     if name == "__version__":
         return importlib.import_module(f"{__name__}.console").version()
@@ -33,6 +35,10 @@ def __getattr__(name: str) -> Any:
         modules = (importlib.import_module(f"{__name__}.{module}") for module in _MODULES)
         return next(vars(module)[name] for module in modules if name in vars(module))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if not TYPE_CHECKING:  # A type checker that sees this function allows every name.
+    __getattr__ = _imported
 
 
 def __dir__() -> list[str]:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torchreid_ext.engine.engines import ImageDRSLEngine, ImagePMLEngine, VideoDRSLEngine, VideoPMLEngine
     from torchreid_ext.search.searcher import Searcher
 
+    __version__: str
+
 __all__ = [
     "ImageDRSLEngine", "ImagePMLEngine", "Searcher", "VideoDRSLEngine", "VideoPMLEngine",
     "build_engine", "get_default_config",
@@ -34,7 +36,7 @@ _HOMES = dict.fromkeys(_ENGINES, "torchreid_ext.engine.engines") | {
 }
 
 
-def __getattr__(name: str) -> Any:
+def _imported(name: str) -> Any:
     if name == "__version__":
         from pml_drsl.console import version
 
@@ -44,13 +46,17 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
+if not TYPE_CHECKING:  # A type checker that sees this function allows every name.
+    __getattr__ = _imported
+
+
 def _register(torchreid: Any) -> None:
     """Gives torchreid the engines and the data sets, which are imported when they are first used."""
 
     def engine(name: str) -> Any:
         if name not in _ENGINES:
             raise AttributeError(f"module 'torchreid.engine' has no attribute {name!r}")
-        return __getattr__(name)
+        return _imported(name)
 
     def dataset(name: str) -> Any:
         return lambda **options: getattr(importlib.import_module("torchreid_ext.data.synthetic"), name)(**options)

@@ -60,3 +60,13 @@ def test_the_command_without_torch(words, status, said):
 def test_versions():
     assert pml_drsl.__version__ == torchreid_ext.__version__ != "unknown"
     assert not hasattr(pml_drsl, "version")
+
+
+def test_a_type_checker_refuses_names_that_the_packages_lack(tmp_path):
+    api = pytest.importorskip("mypy.api")
+    script = tmp_path / "script.py"
+    script.write_text("from pml_drsl import DRSLos, DRSLoss\nfrom torchreid_ext import Searcher, Searchers\n")
+    packages = [package.__file__ for package in (pml_drsl, torchreid_ext)]
+    options = ["--config-file=", "--follow-imports=skip", f"--cache-dir={tmp_path}"]
+    said, *_ = api.run([*options, *packages, str(script)])
+    assert said.count("has no attribute") == 2, said
