@@ -71,9 +71,9 @@ class DRSLoss(BaseMetricLossFunction):
 
     def __init__(
         self,
-        temperature: float = 0.05,
+        temperature: float | Tensor = 0.05,
         sort_weight: float = 1.0,
-        margin: float = 0.0,
+        margin: float | Tensor = 0.0,
         bound_power: float | None = 0.1,
         query_chunk_size: int | None = None,
         fused: bool = True,

@@ -219,6 +219,13 @@ def test_the_reference_has_what_the_packages_export():
     assert sorted(listed) == sorted([*pml_drsl.__all__, *torchreid_ext.__all__])
 
 
+def test_the_reference_names_everything_where_it_is_defined():
+    """A strict type checker refuses to import a name from a module that only imports it."""
+    for path in re.findall(r"^::: ([\w.]+)$", TEXTS["docs/api.md"], re.M):
+        found = pydoc.locate(path)
+        assert inspect.ismodule(found) or f"{found.__module__}.{found.__qualname__}" == path
+
+
 def test_the_table_of_parameters_is_the_signature():
     readme = TEXTS["README.md"]
     table = readme[readme.index("| Parameter | Default |") :].split("\n\n")[0]

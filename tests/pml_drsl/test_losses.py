@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from fractions import Fraction
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -382,6 +383,7 @@ def test_a_learnable_temperature_or_margin_gets_its_gradient_and_needs_the_plain
         for step in (1e-6, -1e-6)
     ]
     learnable = torch.nn.Parameter(torch.tensor(0.1, dtype=torch.float64))
+    assert get_type_hints(losses.DRSLoss.__init__)[name] == float | torch.Tensor
     setattr(loss_fn, name, learnable)
     (gradient,) = torch.autograd.grad(loss_fn(x, labels), learnable)
     assert gradient.item() == pytest.approx((values[0] - values[1]).item() / 2e-6, rel=1e-6)

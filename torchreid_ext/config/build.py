@@ -17,7 +17,7 @@ from torchreid_ext.config.keys import DRSL_ARGUMENTS
 from torchreid_ext.config.node import Config, check, picked
 from torchreid_ext.data.samplers import steps_per_epoch
 from torchreid_ext.engine import criteria
-from torchreid_ext.engine.engines import ENGINES
+from torchreid_ext.engine.engines import ENGINES, ImagePMLEngine
 from torchreid_ext.engine.epoch import Layers
 from torchreid_ext.runtime import distributed
 
@@ -174,7 +174,7 @@ def build_scheduler(cfg: Config, optimizer: Optimizer) -> Any:
 def build_engine(
     cfg: Config, datamanager: Any, model: nn.Module, optimizer: Optimizer, scheduler: Any,
     criterion: nn.Module | None = None,
-) -> Any:  # fmt: skip
+) -> ImagePMLEngine:  # fmt: skip
     """The engine of ``data.type`` and ``loss.name``; a ``criterion`` of None is built here. Raises InputError for a
     value that is not allowed, or values that exclude each other."""
     check(cfg)

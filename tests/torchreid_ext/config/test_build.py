@@ -5,6 +5,7 @@ import copy
 import itertools
 import random
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -315,6 +316,7 @@ def test_build_engine(tmp_path, data_type, loss):
     model = config.build_model(cfg, manager.num_train_pids)
     optimizer = config.build_optimizer(cfg, model)
     engine = build_engine(cfg, manager, model, optimizer, config.build_scheduler(cfg, optimizer))
+    assert isinstance(engine, get_type_hints(build_engine)["return"])
     assert type(engine) is getattr(engines, f"{data_type.title()}{'DRSL' if loss == 'drsl' else 'PML'}Engine")
     if data_type == "video":
         assert engine.pooling_method == "max"
