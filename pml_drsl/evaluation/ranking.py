@@ -28,7 +28,7 @@ NUM_REPEATS = 10  # galleries that the single-gallery-shot protocol draws for ea
 SHARES_OF_TIED: dict[Ties, tuple[int, ...]] = {"mean": (0, 1), "optimistic": (0,), "pessimistic": (1,)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RankedQueries:
     """The scores of each query. A query without a match has NaN scores and infinite places.
 

@@ -296,6 +296,12 @@ def test_the_same_arguments_give_the_same_scores() -> None:
     assert scores == evaluate(**search).to_dict() != evaluate(**search, metric="cosine").to_dict()
 
 
+def test_results_hold_arrays_and_are_told_apart_by_identity() -> None:
+    one, other = (evaluate(**random_search()) for _ in range(2))
+    assert one != other and one.ranked != other.ranked
+    assert len({one, other}) == len({one.ranked, other.ranked}) == 2
+
+
 def test_average_precision_and_identity_of_each_query() -> None:
     search = random_search()
     ranked = evaluate(**search).ranked
