@@ -104,7 +104,10 @@ def guarded(
     this distribution that installs what the command needs. Returns the exit status: 0, or what ``work`` returned; 2 for
     bad input, a loss that is not finite or a missing package; 130 if interrupted (143 by SIGTERM, 129 by SIGHUP); 141
     if stdout was closed."""
-    for stream in (sys.stdout, sys.stderr):  # which a path in another encoding than the terminal's would end
+    for each in ("stdout", "stderr"):
+        if getattr(sys, each) is None:  # It was closed (>&-), or there is no console (pythonw).
+            setattr(sys, each, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        stream = getattr(sys, each)  # which a path in another encoding than the terminal's would end
         if isinstance(stream, io.TextIOWrapper):  # not so where a notebook or a test has replaced it
             stream.reconfigure(errors="backslashreplace")
     before = {path: file_stamp(path) for path in outputs if path and path != "-"}

@@ -120,6 +120,15 @@ def test_any_text_can_be_printed_in_any_encoding(monkeypatch):
     assert stream.buffer.getvalue() == rb"g\xe4llery \udcff \x9b2J \u4eba" + b"\n"
 
 
+def test_a_command_runs_without_stdout_and_stderr(monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)  # as python does where they were closed (>&-)
+    assert console.guarded("name", lambda: sys.stdout.write("text") - 4 + sys.stderr.isatty()) == 0
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert console.guarded("name", failing(InputError("a value"))) == 2
+
+
 def test_a_terminal_that_was_closed_changes_no_status():
     code = """
 import signal, time
