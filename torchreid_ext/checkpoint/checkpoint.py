@@ -88,6 +88,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise  # The disk or the network failed, and the file may be whole. A damaged file can lead to EINVAL.
+        if (isinstance(error, MemoryError) or "allocate memory" in str(error)) and _whole(path):
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), os.fspath(path)) from error
         # Damaged pickled data may raise any exception, as python's manual says.
         refused = []
         if isinstance(error, pickle.UnpicklingError):
@@ -107,6 +109,13 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise InputError(f"{_named(path)} holds a {type(state).__name__}, not a dictionary of weights")
     return state
+
+
+def _whole(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is as torch wrote it, with its checksums: a damaged one may also ask for any amount of memory."""
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
+        return archive.testzip() is None
+    return False
 
 
 def _refused(path: Any) -> list[str]:

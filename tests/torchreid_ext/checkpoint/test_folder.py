@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 import torch
@@ -72,19 +73,31 @@ def test_damaged_checkpoints_are_skipped_and_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("number", "raised", "message"),
-    [(errno.EIO, OSError, "Input/output error"), (errno.EINVAL, InputError, "none of the 2 checkpoints .* remove")],
+    ("error", "raised", "message"),
+    [
+        (OSError(errno.EIO, "Input/output error"), OSError, "Input/output error"),
+        (OSError(errno.EINVAL, "Invalid argument"), InputError, "none of the 2 checkpoints .* remove"),
+        (MemoryError(), OSError, "Cannot allocate memory: .*model-last"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), OSError, "Cannot allocate memory: .*model-last"),
+    ],
 )
-def test_a_disk_that_fails_damages_no_checkpoint(tmp_path, monkeypatch, number, raised, message):
+def test_a_disk_or_a_memory_that_fails_damages_no_checkpoint(tmp_path, monkeypatch, error, raised, message):
     history = History(tmp_path)
     save(history, [1])
 
     def fail(*args, **kwargs):
-        raise OSError(number, os.strerror(number))
+        raise error
 
     monkeypatch.setattr(torch, "load", fail)
     with pytest.raises(raised, match=message):
         history.load_newest()
+
+
+def test_a_damaged_checkpoint_may_ask_for_any_memory(tmp_path, monkeypatch):
+    (tmp_path / "cut.pth").write_bytes(b"PK")
+    monkeypatch.setattr(torch, "load", mock.Mock(side_effect=MemoryError()))
+    with pytest.raises(InputError, match="is damaged"):
+        checkpoint.load(tmp_path / "cut.pth")
 
 
 def test_a_best_checkpoint_is_marked_after_a_kill(tmp_path):
