@@ -51,10 +51,15 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     keeps its old content."""
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacement(path) as temporary, open(temporary, "xb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with replacement(path) as temporary, open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if error.filename is None:  # A disk that is full names no file.
+            error.filename = str(path)
+        raise
 
 
 @contextlib.contextmanager

@@ -74,6 +74,11 @@ def test_a_folder_that_cannot_be_synced_holds_the_file_all_the_same(tmp_path, mo
     assert (tmp_path / "file").read_bytes() == b"whole"
 
 
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):
+    with pytest.raises(OSError, match=r"No space left on device: '.*file'"), replacing(tmp_path / "file"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
 @pytest.mark.parametrize("moments", [3, 1000])
 def test_on_windows_a_file_that_is_read_for_a_moment_is_replaced_after_it(tmp_path, monkeypatch, moments):
     replace, refused = os.replace, iter(range(moments))
