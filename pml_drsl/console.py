@@ -170,8 +170,9 @@ def check_outputs(outputs: dict[str, str | None], inputs: Iterable[str | None]) 
     for option, path in outputs.items():
         if not path or path == "-":
             continue
-        if Path(path).is_dir():
-            raise InputError(f"{option} {path} is a folder: give the name of a file")
+        if os.path.exists(path) and not os.path.isfile(path):  # Root would replace /dev/null.
+            kind = "folder" if os.path.isdir(path) else "device or a pipe"
+            raise InputError(f"{option} {path} is a {kind}: give the name of a file")
         if not (folder := Path(path).parent).is_dir():
             raise InputError(f"{option} {path}: there is no folder {str(folder)!r}: make it, or give another")
         # Of a link, the target is written.

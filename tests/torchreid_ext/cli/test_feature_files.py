@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,7 @@ def test_bad_input_is_one_line(tmp_path: Path, arrays: dict[str, Any], capsys: p
     complete = Path(npz()[0]).read_bytes()
     objects = tmp_path / "objects.npz"
     np.savez(objects, query=np.array([{}], dtype=object))
+    os.mkfifo(pipe := tmp_path / "pipe")
     rows = Path(ids).read_text()
     bad_csv = text("bad.csv", b"set,id,camera\nquery,1,1\ntrain,2,1\n")
     cases: list[tuple[list[str] | Any, str]] = [
@@ -146,6 +148,7 @@ def test_bad_input_is_one_line(tmp_path: Path, arrays: dict[str, Any], capsys: p
         (lambda: [*npz(), "--json", npz()[0]], "would overwrite the input"),
         ([query, gallery, "--ids", ids, "--json", str(tmp_path / "." / "gallery.npy")], "would overwrite the input"),
         (lambda: [*npz(), "--json", str(tmp_path)], "is a folder: give the name of a file"),
+        (lambda: [*npz(), "--json", str(pipe)], "is a device or a pipe: give the name of a file"),
         (lambda: [*npz(), "--junk", "nobody"], "give integers"),
         ([query, "f.npz".join([str(tmp_path) + "/", ""]), "--ids", ids], "is an .npz file"),
         ([gallery, query, "--ids", ids], "12 query lines for 40 query features"),
