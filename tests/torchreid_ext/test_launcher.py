@@ -1,5 +1,7 @@
 """The command line: one clear line and a status for what is wrong, and nothing lost."""
 
+import contextlib
+import errno
 import os
 import re
 import shutil
@@ -493,6 +495,18 @@ def test_a_dry_run_shows_what_would_be_trained_and_writes_a_picture_alone(tmp_pa
         shown = np.asarray(sheet)[:32, :16].astype(float)
     images = [np.asarray(Image.open(path).resize((16, 32))) for path in (tmp_path / "images").glob("[0-5]_*.png")]
     assert min(np.abs(shown - image).max() for image in images) <= 1
+
+
+def test_a_dry_run_on_a_full_disk_leaves_no_picture(tmp_path, capsys, monkeypatch):
+    def fill(images, file, **options):
+        with open(file, "wb") if isinstance(file, Path) else contextlib.nullcontext(file) as opened:
+            opened.write(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    csv_data(tmp_path)
+    monkeypatch.setattr(run, "save_image", fill)
+    assert launch(tmp_path, "--dry-run") == 2
+    assert "No space left on device: '" in complaint(capsys) and [*(tmp_path / "log").iterdir()] == []
 
 
 def test_names_that_the_terminal_cannot_show(tmp_path):

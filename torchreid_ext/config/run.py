@@ -242,8 +242,8 @@ def dry_run(cfg: Config) -> None:
     images = engine.training_batch(batch).images.reshape(-1, 3, cfg.data.height, cfg.data.width)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (cfg.data.norm_mean, cfg.data.norm_std))
     if distributed.is_first():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_image(images.cpu() * std + mean, path, nrow=8, padding=0)
+        with replacing(path) as file:
+            save_image(images.cpu() * std + mean, file, format="png", nrow=8, padding=0)
     print(f"A batch of {len(images)} images, as the network gets them, is drawn in {path}")
     epochs = cfg.train.max_epoch - done
     whole = f"{epochs} epochs, without tests, about {epochs * steps * seconds / 60:.0f} min"
