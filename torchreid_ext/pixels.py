@@ -118,7 +118,7 @@ def _size(path: str) -> int:
     except OSError as error:
         raise NoAccess(f"cannot read image {path!r}: {error.strerror}") from error
     if not stat.S_ISREG(about.st_mode):
-        raise InputError(f"cannot read image {path!r}: there is no such file")
+        raise InputError(f"cannot read image {path!r}: it is a folder, a pipe or a device")
     return about.st_size
 
 

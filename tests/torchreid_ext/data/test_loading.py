@@ -62,7 +62,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "zero bytes": ("jpg", lambda path: path.write_bytes(b""), "empty"),
     "no image": ("jpg", lambda path: path.write_text("not an image"), "not an image"),
     "missing": ("jpg", Path.unlink, "no such file"),
-    "folder": ("jpg", lambda path: (path.unlink(), path.mkdir()), "no such file"),
+    "folder": ("jpg", lambda path: (path.unlink(), path.mkdir()), "it is a folder"),
 }
 
 
