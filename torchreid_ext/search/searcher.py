@@ -181,7 +181,7 @@ def as_text(rows: Sequence[Ranking]) -> str:
     blocks = []
     for row in rows:
         about = ", ".join(filter(None, _about(row.query)))
-        lines = [f"query {_line(row.query)}" + (f" ({about})" if about else "")]
+        lines = [f"query {shown(row.query.path)}" + (f" ({about})" if about else "")]
         cells = [
             [str(found.rank), shown_distance(found.distance), _WORDS[found.mark], *_about(found.picture)]
             for found in row.matches
@@ -189,8 +189,9 @@ def as_text(rows: Sequence[Ranking]) -> str:
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         for found, line in zip(row.matches, cells, strict=True):
             columns = [cell.rjust(width) for cell, width in zip(line, widths, strict=True) if width]
-            lines.append("  ".join(["", *columns, _line(found.picture)]))
-        blocks.append("\n".join(lines))
+            lines.append("  ".join(["", *columns, shown(found.picture.path)]))
+        # A name may hold the end of a line.
+        blocks.append("\n".join(line.replace("\n", "\\n") for line in lines))
     return "\n\n".join(blocks)
 
 
@@ -212,10 +213,6 @@ def as_dict(searcher: Searcher, rows: Sequence[Ranking], rerank: bool) -> dict[s
         "gallery": len(searcher),
         "queries": [plain(row.query, crop=row.query.crop, matches=[*map(match, row.matches)]) for row in rows],
     }
-
-
-def _line(picture: Picture) -> str:
-    return shown(picture.path).replace("\n", "\\n")  # A name may hold the end of a line.
 
 
 def _about(picture: Picture) -> list[str]:

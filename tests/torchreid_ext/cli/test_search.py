@@ -338,15 +338,16 @@ def test_nothing_that_is_read_is_overwritten(model, photos, tmp_path, capsys):
 
 def test_ordinary_photos_get_no_marks_and_names_no_power_over_the_terminal(capsys):
     evil = "photos/\x1b[31m\u202egnp.\n.png"
-    query, match = Row("a.png", "", ""), Match(1, evil, -1e-9, "anna", "")
+    query, match = Row("a.png", "", ""), Match(1, evil, -1e-9, "an\nna", "")
     (row,) = rankings([query], None, [[match]])
     assert row.matches[0].mark == "" and "-0.0000" not in as_text([row]) and "other" not in as_text([row])
-    assert [row.matches[0].mark for row in rankings([Row("a", "anna")] * 2, None, [[match], []]) if row.matches] == [
+    assert [row.matches[0].mark for row in rankings([Row("a", "an\nna")] * 2, None, [[match], []]) if row.matches] == [
         "right"
     ]
     console.say(as_text([row]))
     out = capsys.readouterr().out
     assert not any(sign in out for sign in "\x1b\u202e") and "\\x1b[31m\\u202egnp.\\n.png" in out
+    assert "identity an\\nna  photos" in out
 
 
 def test_two_galleries_with_the_same_names_are_told_apart_by_their_paths(model, photos, tmp_path, capsys):
