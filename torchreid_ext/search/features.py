@@ -22,7 +22,7 @@ from pml_drsl.evaluation.ranking import share
 from torchreid_ext.evaluation.extraction import Samples, gather_samples
 from torchreid_ext.evaluation.page import Box
 from torchreid_ext.images import Row, Table, composed
-from torchreid_ext.pixels import NoAccess
+from torchreid_ext.pixels import Array, NoAccess
 from torchreid_ext.runtime import distributed
 from torchreid_ext.search.model import Preprocessing, TrainedModel
 
@@ -39,16 +39,16 @@ class ExtractedSet:
 
 def _read(
     preprocessing: Preprocessing, crop: Box | None, batch: Sequence[tuple[int, str]]
-) -> tuple[list[int], Tensor | None, list[InputError]]:
-    """The indices and images of the files that can be read, and what is wrong with the others. The images are one
-    tensor, because every tensor that a loading process sends needs open files, whose number is limited."""
+) -> tuple[list[int], Array | None, list[InputError]]:
+    """The indices and images of the files that can be read, and what is wrong with the others. The images are an array:
+    a tensor that a loading process sends needs open files and shared memory, of which Docker gives little."""
     images, errors = dict[int, Tensor](), list[InputError]()
     for index, path in batch:
         try:
             images[index] = preprocessing(path, crop)
         except InputError as error:
             errors.append(error if repr(path) in str(error) else InputError(f"{path!r}: {error}"))
-    return [*images], torch.stack([*images.values()]) if images else None, errors
+    return [*images], torch.stack([*images.values()]).numpy() if images else None, errors
 
 
 def extract_files(
@@ -100,7 +100,7 @@ def extract_files(
                     raise InputError(f"{error}; --skip-damaged leaves such images out")
                 damaged.append(str(error))
             if images is not None:
-                parts.append(model.features(images))
+                parts.append(model.features(torch.from_numpy(images)))
                 kept += indices
         return Samples(torch.cat(parts), np.array(kept), np.array(kept)) if parts else None
 

@@ -3,6 +3,8 @@
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import processes
@@ -11,6 +13,7 @@ import torch
 import trained
 from PIL import Image
 
+from torchreid_ext import get_default_config
 from torchreid_ext.checkpoint import checkpoint
 from torchreid_ext.cli import evaluate, extract
 from torchreid_ext.evaluation import errors
@@ -21,6 +24,16 @@ from torchreid_ext.search.model import load_model
 
 complaint = partial(trained.complaint, command="drsl-extract")
 NECKED = {"model.bnneck": True, "test.dist_metric": "euclidean", "test.normalize_feature": True}
+
+
+def test_images_need_no_shared_memory(tmp_path, monkeypatch):
+    """Docker gives 64 megabytes of it, which two batches fill."""
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", mock.Mock(side_effect=RuntimeError("/dev/shm is full")))
+    for name in "ab":
+        Image.new("RGB", (8, 16)).save(tmp_path / f"{name}.png")
+    model = SimpleNamespace(config=get_default_config(), features=lambda images: images.flatten(1)[:, :4])
+    rows = [Row(str(tmp_path / f"{name}.png")) for name in "ab"]
+    assert extract_files(model, rows, batch_size=1, workers=1).features.shape == (2, 4)
 
 
 @pytest.fixture(scope="module", params=[{}, NECKED], ids=["plain", "necked"])
