@@ -21,6 +21,8 @@ from pml_drsl.checks import InputError
 # Control characters, which command a terminal, marks that turn the direction of writing, and bytes that are no UTF-8.
 _UNPRINTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
+_DEAD = re.compile(r"DataLoader worker \(pid.*?\) (?:is killed by signal: [^.]*|exited unexpectedly)")
+
 
 def version() -> str:
     """The version of the installed distribution, or ``"unknown"`` where none is installed."""
@@ -136,7 +138,9 @@ def guarded(
         cure = f'run pip install -e ".[{extra}]" in the clone of this repository'
         _explain(f"{who} the package {error.name} is not installed: {cure}")
         return 2
-    except (InputError, OSError, FloatingPointError) as error:
+    except (InputError, OSError, FloatingPointError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _DEAD.match(str(error)):
+            raise
         lines = re.split(r"\s*\n\s*", message(error).strip())
         _explain(f"{who} {' '.join(lines)}")
         return 2
@@ -156,6 +160,9 @@ def _explain(text: str) -> None:
 def message(error: BaseException) -> str:
     """The message of an error; of an error in a loading process, to which torch adds its traceback, the last line."""
     text = str(error)
+    if dead := _DEAD.match(text):
+        full = "memory, or shared memory (df /dev/shm), may be full"
+        return f"{dead[0]}: {full}; take fewer processes that read images, or none: data.workers 0, or --workers 0"
     if "in DataLoader worker process" not in text:
         return text
     kind = type(error)

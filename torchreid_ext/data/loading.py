@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.queues import Queue
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -136,17 +138,26 @@ def readable(loader: DataLoader[Any]) -> DataLoader[Any]:
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "data"):
         kind = type(dataset).__name__
         raise InputError(f"{kind} is not a torchreid data set: it has no `data`, a list of (path, pid, ...)")
-    own_group = functools.partial(_in_own_group, then=loader.worker_init_fn)
-    return rebuilt(loader, ReadableDataset(dataset), worker_init_fn=own_group)
+    start = functools.partial(_start_worker, then=loader.worker_init_fn)
+    return rebuilt(loader, ReadableDataset(dataset), worker_init_fn=start)
 
 
-def _in_own_group(worker: int, then: Callable[[int], None] | None) -> None:
+def _start_worker(worker: int, then: Callable[[int], None] | None) -> None:
     """Takes a worker of a loader out of the process group of the run. torchrun and Ctrl-C send signals to the whole
-    group, and the run must finish its batch. The run ends its workers itself; they also end if it is killed."""
+    group, and the run must finish its batch. The run ends its workers itself; they also end if it is killed. A worker
+    that cannot send a batch, as where /dev/shm is full, ends too: python would drop the batch, for which the run would
+    wait for ever."""
     if os.name == "posix":
         os.setpgid(0, 0)
+    kind: Any = Queue
+    kind._on_queue_feeder_error = staticmethod(_end_worker)
     if then is not None:
         then(worker)
+
+
+def _end_worker(error: Exception, batch: Any) -> None:
+    print(f"a process that reads images cannot send a batch: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _check_kind(loader: DataLoader[Any]) -> None:

@@ -68,6 +68,9 @@ def failing(error):
     return work
 
 
+WORKER = "DataLoader worker (pid"
+
+
 @pytest.mark.parametrize(
     ("error", "status", "words"),
     [
@@ -75,6 +78,13 @@ def failing(error):
         (FileNotFoundError(2, "No such file", "x\x1b[0m"), 2, r"name: [Errno 2] No such file: 'x\x1b[0m'"),
         (ModuleNotFoundError("No module named 'faiss.x'", name="faiss.x"), 2, "package faiss.x is not installed"),
         (KeyboardInterrupt(), 130, "name: interrupted; nothing was written\n"),
+        # As torch says what Docker's small /dev/shm leads to, and what the end of the memory.
+        (
+            RuntimeError(f"{WORKER} 7) is killed by signal: Bus error. It is"),
+            2,
+            f"{WORKER} 7) is killed by signal: Bus",
+        ),
+        (RuntimeError(f"{WORKER}(s) 7, 8) exited unexpectedly"), 2, "8) exited unexpectedly: memory, or shared memory"),
     ],
 )
 def test_what_stops_a_command_is_said_in_one_line(capsys, error, status, words):
@@ -84,7 +94,13 @@ def test_what_stops_a_command_is_said_in_one_line(capsys, error, status, words):
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("a defect"), ModuleNotFoundError("x", name="torchreid_ext.nothing"), ModuleNotFoundError("x")]
+    "error",
+    [
+        ValueError("a defect"),
+        RuntimeError("a defect"),
+        ModuleNotFoundError("x", name="torchreid_ext.nothing"),
+        ModuleNotFoundError("x"),
+    ],
 )
 def test_a_defect_keeps_its_traceback(error):
     with pytest.raises(type(error)) as caught:

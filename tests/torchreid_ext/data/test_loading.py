@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -87,6 +88,13 @@ def test_a_damaged_image_is_named(tmp_path: Path, kind: str, workers: int) -> No
     # Without this image, the run could not be resumed.
     cure = "restore it to go on with model.resume auto, or remove it and start a new run; drsl-train --dry-run names"
     assert cure in training and training.count("restore it") == 1
+
+
+def test_a_worker_without_shared_memory_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = readable(DataLoader(image_set(tmp_path, "png"), batch_size=2, num_workers=1))
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", mock.Mock(side_effect=RuntimeError("/dev/shm is full")))
+    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid.* exited unexpectedly"):
+        list(loader)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
