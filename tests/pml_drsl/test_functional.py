@@ -44,9 +44,12 @@ def test_both_paths_agree_with_the_slow_loop(
             assert_agrees(loss, [x, ref] if with_ref else [x], wanted, tolerance)
 
 
+@pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("temperature", [0.005, 0.05])
 @pytest.mark.parametrize("path", PATHS)
-def test_a_small_power_keeps_its_gradient_at_small_temperatures(path, temperature):
+def test_a_small_power_keeps_its_gradient_at_small_temperatures(path, temperature, block, monkeypatch):
+    monkeypatch.setattr(functional, "BLOCK", block)
+    monkeypatch.setattr(fused, "CPU_BLOCK", block)
     # Every identity is at a right angle to all others: negatives are 1 / temperature behind, and their count is as
     # small as exp(-1 / temperature), which float32 cannot hold from a temperature of 0.01 on.
     x = (torch.eye(4) + 0.1 * torch.linspace(-1, 1, 16).sin().reshape(4, 4)).repeat_interleave(2, 0)
