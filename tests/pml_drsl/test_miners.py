@@ -82,6 +82,15 @@ def test_negative_budget_is_that_of_a_slow_loop(seed, sizes, ref_sizes, distance
         assert chosen[q] == sorted(order[:number])
 
 
+def test_a_negative_at_the_distance_of_a_positive_is_neither_ahead_nor_beyond():
+    # Image 2 is as far from image 0 as the positive, and image 3 from image 1.
+    x, labels = torch.tensor([[1.0, 0], [0, 1], [0, 1], [-1, 0]]), torch.tensor([0, 0, 1, 2])
+    violations = RankViolationMiner(distance=CosineSimilarity())(x, labels)
+    assert [index.tolist() for index in violations] == [[1], [0], [1], [2]]
+    chosen = NegativeBudgetMiner(1, "semihard", distance=CosineSimilarity())(x, labels)
+    assert [index.tolist() for index in chosen] == [[0, 1], [1, 0], [0, 1], [3, 3]]
+
+
 def test_random_budgets_draw_every_negative_alike():
     x, labels = torch.randn(12, 3), torch.arange(12) // 3
     miner = NegativeBudgetMiner(1, "random", seed=0)
