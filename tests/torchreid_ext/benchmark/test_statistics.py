@@ -51,6 +51,25 @@ def test_the_queries_of_an_identity_are_drawn_together():
 
 def test_an_identity_with_more_queries_counts_for_more():
     assert compare([[1.0, 0.0, 0.0, 0.0]], [[7, 3, 3, 3]], draws=10).mean == 0.25
+    rng, counts = np.random.default_rng(2), np.repeat([1, 9], 20)
+    identities = np.repeat(np.arange(40), counts)
+    rows = rng.normal(1, 1, counts.sum())
+    found = compare([rows], [identities])
+    sums = np.bincount(identities, rows)
+    drawn = rng.integers(40, size=(40_000, 40))
+    wanted = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5])
+    assert (found.low, found.high) == pytest.approx(wanted, abs=0.01)
+
+
+def test_the_effect_of_people_of_ones_own_is_not_counted_twice():
+    rng = np.random.default_rng(3)
+    rows = rng.normal(0, 3, (3, 60))
+    rows += [[-0.2], [0.4], [1]] - rows.mean(1, keepdims=True)
+    found = compare(rows, [range(60)] * 3, nested=True)
+    people = np.stack([rng.choice(row, (40_000, 60)).mean(1) for row in rows])
+    between = rows.mean(1).var(ddof=1) - people.var(1).mean()
+    sums = people.mean(0) + (between / 3) ** 0.5 * stats.t.rvs(2, size=40_000, random_state=rng)
+    assert (found.low, found.high) == pytest.approx(np.percentile(sums, [2.5, 97.5]), rel=0.03)
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["same people", "other people for each seed"])
