@@ -1,5 +1,7 @@
 """Samplers of identities: whole batches, an exact length, and errors before training."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -84,6 +86,15 @@ def test_every_identity_meets_every_other():
     sampler = IdentitySampler(pids, 8, 4)
     met = {frozenset(pids[index] for index in batch) for _ in range(60) for batch in batches(sampler, 8)}
     assert len(met) == 12 * 11 / 2
+
+
+def test_every_image_meets_every_other_of_its_identity():
+    torch.manual_seed(0)
+    pids = np.repeat(np.arange(5), 6).tolist()  # An epoch leaves out two images of each identity, and one identity.
+    sampler = IdentitySampler(pids, 8, 4)
+    drawn = [batch for _ in range(60) for batch in batches(sampler, 8)]
+    met = {pair for batch in drawn for pair in itertools.combinations(sorted(batch), 2)}
+    assert len([pair for pair in met if pids[pair[0]] == pids[pair[1]]]) == 5 * 15
 
 
 def test_per_class_sampler_is_pmls():
