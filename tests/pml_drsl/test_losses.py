@@ -71,8 +71,9 @@ def test_agrees_for_the_pairs_of_a_miner(form, with_ref):
     duplicated = tuple(torch.cat([index, index[:7]]) for index in indices)
     wanted = expected(x, labels, ref, ref_labels, pairs, temperature=0.1, sort_weight=0.3)
     inputs = [x] if ref is None else [x, ref]
-    for given_labels in ((labels, ref_labels), (None, None)):
-        loss = make_loss(0.1)(x, given_labels[0], duplicated, ref, given_labels[1])
+    # Triplets hold a pair several times in a row.
+    for pairs_or_triplets, given_labels in ((duplicated, (labels, ref_labels)), (indices, (None, None))):
+        loss = make_loss(0.1)(x, given_labels[0], pairs_or_triplets, ref, given_labels[1])
         assert_agrees(loss, inputs, wanted, 1e-9)
 
 
@@ -361,6 +362,9 @@ def test_collect_stats_shows_each_error_of_the_definition(bound_power, chunk):
     assert loss_fn.num_queries == sum(has_positive)
     loss_fn(x[:1], labels[:1])
     assert (loss_fn.retrieval_error, loss_fn.sort_error, loss_fn.num_queries) == (0, 0, 0)
+    loss_fn.sort_weight = 0
+    loss_fn(x, labels)
+    assert loss_fn.sort_error == 0 < loss_fn.retrieval_error
 
 
 def test_numbers_of_numpy_are_hyper_parameters():
