@@ -947,6 +947,12 @@ def test_fixed_base_then_all_but_what_was_frozen(tmp_path, capsys):
     assert "Only train classifier (epoch: 1/1)" in capsys.readouterr().out
     with pytest.raises(ValueError, match="the model has no layer head; its layers are stem, body, classifier"):
         engine.run(str(tmp_path / "log"), max_epoch=1, fixbase_epoch=1, open_layers=["head"])
+    # A run that stops while a few layers train leaves the network as a whole.
+    spoil(engine, {0})
+    with pytest.raises(FloatingPointError):
+        engine.run(str(tmp_path / "next"), max_epoch=1, fixbase_epoch=1, open_layers="classifier")
+    assert [name for name, p in engine.model.named_parameters() if p.requires_grad] == everything
+    assert all(module.training for module in engine.model.modules())
 
 
 class FrozenStatistics(Network):
