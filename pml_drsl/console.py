@@ -21,7 +21,11 @@ from pml_drsl.checks import InputError
 # Control characters, which command a terminal, marks that turn the direction of writing, and bytes that are no UTF-8.
 _UNPRINTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
-_DEAD = re.compile(r"DataLoader worker \(pid.*?\) (?:is killed by signal: [^.]*|exited unexpectedly)")
+# What torch says where memory is full: of a process that reads images, and in it.
+_FULL = re.compile(
+    r"DataLoader worker \(pid.*?\) (?:is killed by signal: (?:Bus error|Killed)|exited unexpectedly)"
+    r"|unable to (?:allocate shared memory|write to file </torch_).*"
+)
 
 
 def version() -> str:
@@ -59,7 +63,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        if error.filename is None:  # A disk that is full names no file.
+        if error.errno is not None and error.filename is None:  # The error of a full disk names no file.
             error.filename = str(path)
         raise
 
@@ -139,7 +143,7 @@ def guarded(
         _explain(f"{who} the package {error.name} is not installed: {cure}")
         return 2
     except (InputError, OSError, FloatingPointError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _DEAD.match(str(error)):
+        if isinstance(error, RuntimeError) and not _FULL.search(str(error)):
             raise
         lines = re.split(r"\s*\n\s*", message(error).strip())
         _explain(f"{who} {' '.join(lines)}")
@@ -160,9 +164,9 @@ def _explain(text: str) -> None:
 def message(error: BaseException) -> str:
     """The message of an error; of an error in a loading process, to which torch adds its traceback, the last line."""
     text = str(error)
-    if dead := _DEAD.match(text):
+    if found := _FULL.search(text):
         full = "memory, or shared memory (df /dev/shm), may be full"
-        return f"{dead[0]}: {full}; take fewer processes that read images, or none: data.workers 0, or --workers 0"
+        return f"{found[0]}: {full}; take fewer processes that read images, or none: data.workers 0, or --workers 0"
     if "in DataLoader worker process" not in text:
         return text
     kind = type(error)

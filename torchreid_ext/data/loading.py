@@ -156,8 +156,10 @@ def _start_worker(worker: int, then: Callable[[int], None] | None) -> None:
 
 
 def _end_worker(error: Exception, batch: Any) -> None:
-    print(f"a process that reads images cannot send a batch: {error}", file=sys.stderr, flush=True)
-    os._exit(1)
+    try:
+        print(f"a process that reads images cannot send a batch: {error}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(1)
 
 
 def _check_kind(loader: DataLoader[Any]) -> None:

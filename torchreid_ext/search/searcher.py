@@ -186,11 +186,11 @@ def as_text(rows: Sequence[Ranking]) -> str:
             [str(found.rank), shown_distance(found.distance), _WORDS[found.mark], *_about(found.picture)]
             for found in row.matches
         ]
+        cells = [[cell.replace("\n", "\\n") for cell in line] for line in cells]  # A name may hold the end of a line.
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         for found, line in zip(row.matches, cells, strict=True):
             columns = [cell.rjust(width) for cell, width in zip(line, widths, strict=True) if width]
             lines.append("  ".join(["", *columns, shown(found.picture.path)]))
-        # A name may hold the end of a line.
         blocks.append("\n".join(line.replace("\n", "\\n") for line in lines))
     return "\n\n".join(blocks)
 

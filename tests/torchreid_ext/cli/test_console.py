@@ -85,6 +85,13 @@ WORKER = "DataLoader worker (pid"
             f"{WORKER} 7) is killed by signal: Bus",
         ),
         (RuntimeError(f"{WORKER}(s) 7, 8) exited unexpectedly"), 2, "8) exited unexpectedly: memory, or shared memory"),
+        (
+            RuntimeError(
+                f"Caught RuntimeError in {WORKER[:17]} process 0.\nRuntimeError: unable to allocate shared memory(shm)"
+            ),
+            2,
+            "name: unable to allocate shared memory(shm): memory, or",
+        ),
     ],
 )
 def test_what_stops_a_command_is_said_in_one_line(capsys, error, status, words):

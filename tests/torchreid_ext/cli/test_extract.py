@@ -1,6 +1,7 @@
 """drsl-extract gives drsl-evaluate what the run's own test scored, and one clear line for bad input."""
 
 import json
+import multiprocessing
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ complaint = partial(trained.complaint, command="drsl-extract")
 NECKED = {"model.bnneck": True, "test.dist_metric": "euclidean", "test.normalize_feature": True}
 
 
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="a new process knows no patch of this one")
 def test_images_need_no_shared_memory(tmp_path, monkeypatch):
     """Docker gives 64 megabytes of it, which two batches fill."""
     monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", mock.Mock(side_effect=RuntimeError("/dev/shm is full")))

@@ -72,7 +72,7 @@ class TestFolder:
         assert len(data.query) == 4 * 2 and paths(data.query) == {"left_0.png", "right_0.png"}
         number = {Path(item[0]).parent.name: item[1] for item in data.gallery}
         assert all(number[Path(item[0]).parent.name] == item[1] for item in data.query)
-        assert people(data.gallery) == {"p1", "p2", "p4", "p5"}  # in every process
+        assert people(data.gallery) == {"p1", "p2", "p4", "p5"}  # in every process and version
         assert any(people(load(tmp_path, seed=seed).train) != people(data.train) for seed in range(1, 5))
 
     def test_fraction_and_min_images(self, tmp_path: Path) -> None:

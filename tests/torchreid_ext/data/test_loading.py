@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import multiprocessing
 import os
 import pickle
 import random
@@ -90,6 +91,7 @@ def test_a_damaged_image_is_named(tmp_path: Path, kind: str, workers: int) -> No
     assert cure in training and training.count("restore it") == 1
 
 
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="a new process knows no patch of this one")
 def test_a_worker_without_shared_memory_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loader = readable(DataLoader(image_set(tmp_path, "png"), batch_size=2, num_workers=1))
     monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", mock.Mock(side_effect=RuntimeError("/dev/shm is full")))
