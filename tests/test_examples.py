@@ -34,7 +34,7 @@ def run(monkeypatch, capsys):
 def network(tmp_path_factory):
     """A checkpoint, and a folder of photos PERSON/*.png beside its run."""
     folder = tmp_path_factory.mktemp("examples")
-    checkpoint = trained.train(folder)
+    checkpoint = trained.train(folder, **trained.SMALL)
     for path in (folder / "images").iterdir():
         person, name = path.name.split("_", 1)
         (folder / "photos" / person).mkdir(parents=True, exist_ok=True)

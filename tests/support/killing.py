@@ -21,7 +21,7 @@ from trained import OPTIONS
 from torchreid_ext.checkpoint import checkpoint
 from torchreid_ext.cli.train import main
 
-EPOCHS = 6
+EPOCHS = 4
 # The child's fsync takes this long more, so that a part of the kills falls inside a save.
 SLOW_SAVE = 0.1
 

@@ -9,6 +9,7 @@ OPTIONS = {
     "data.workers": 0, "loss.name": "drsl", "train.batch_size": 8, "train.max_epoch": 1,
     "sampler.train_sampler": "RandomIdentitySampler",
 }  # fmt: skip
+SMALL = {"model.name": "squeezenet1_1", "data.height": 64, "data.width": 32}  # soon exported
 
 
 def csv_data(folder, spoil=lambda rows: rows, identity=str):

@@ -1,9 +1,8 @@
 """The neck and the last stride, put into networks that know nothing of them."""
 
 import copy
-import subprocess
-import sys
 
+import processes
 import pytest
 import torch
 import torchreid
@@ -181,20 +180,17 @@ def test_a_whole_network_with_a_neck_is_saved_and_copied(tmp_path, name, size, h
     assert twin.eval()(images(*size)).shape == model.eval()(images(*size)).shape
 
 
+def compare(rank, folder):
+    given, wanted = torch.load(folder / "wanted.pth")
+    torch.testing.assert_close(torch.load(folder / "whole.pth", weights_only=False)(given), wanted)
+
+
 def test_another_process_loads_a_whole_network_with_a_neck(tmp_path):
     model = build().eval()
     networks.add_neck(model)
     torch.save(model, tmp_path / "whole.pth")
     torch.save((images(), model(images())), tmp_path / "wanted.pth")
-    program = (
-        "import sys, torch\n"
-        "model = torch.load(sys.argv[1] + '/whole.pth', weights_only=False)\n"
-        "images, wanted = torch.load(sys.argv[1] + '/wanted.pth')\n"
-        "torch.testing.assert_close(model(images), wanted)\n"
-    )
-    command = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    processes.start(compare, (tmp_path,), 1)
 
 
 def formats(model):

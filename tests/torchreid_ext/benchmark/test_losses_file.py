@@ -34,9 +34,9 @@ def built(snippet):
 def test_every_listed_loss_and_setting_trains_a_batch(model):
     features = torch.randn(16, 1280, generator=torch.Generator().manual_seed(0), requires_grad=True)
     labels = torch.arange(8).repeat_interleave(2)
-    seen = set()
+    seen, read = set(), {file: grid.read_losses(CONFIGS / file, None) for file, *_ in LISTED}
     for file, name, number in LISTED:
-        losses, settings = grid.read_losses(CONFIGS / file, [name])
+        losses, settings = read[file]
         cfg = built(grid.added(name, losses[name], [{}, *settings[name]][number]))
         criterion = build.build_criterion(cfg, model, 8, steps=5)
         seen.add(file + repr(criterion) + str(flat(cfg)))

@@ -23,8 +23,7 @@ def printed(tmp_path, monkeypatch, capsys):
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setattr("sys.argv", [""])  # of a session of Python; pytest has the commands beside it
-    options = {"model.name": "squeezenet1_1", "data.height": 64, "data.width": 32}
-    options |= {"data.sources": "drawn", "data.targets": "drawn", "datasets.drawn.folder": "images"}
+    options = trained.SMALL | {"data.sources": "drawn", "data.targets": "drawn", "datasets.drawn.folder": "images"}
     trained.train(folder, **options, **{"datasets.drawn.pattern": PEOPLE})
     *_, heading, first, second, third = capsys.readouterr().out.splitlines()
     assert heading.startswith("Next, ")
