@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -78,10 +79,12 @@ def _timm(name: str) -> Any:
     except ModuleNotFoundError as error:
         cure = 'run pip install -e ".[reid,timm]" in the clone of this repository'
         raise InputError(f"model.name {TIMM}{name}: the package timm is not installed: {cure}") from error
-    if not timm.is_model(name):
-        near = nearest(name, timm.list_models())
-        raise InputError(f"model.name: timm has no network {name!r}; did you mean {TIMM + near!r}?")
-    return timm
+    with contextlib.suppress(RuntimeError):  # of a tag that no weights have, at which is_model does not look
+        if timm.is_model(name):
+            timm.get_pretrained_cfg(name)
+            return timm
+    near = nearest(name, timm.list_models(pretrained="." in name))
+    raise InputError(f"model.name: timm has no network {name!r}; did you mean {TIMM + near!r}?")
 
 
 @dataclass(frozen=True)

@@ -76,19 +76,18 @@ def read_image(
     NoAccess."""
     if isinstance(image, np.ndarray):
         return _from_array(image)
-    if isinstance(image, Image.Image):
-        return _upright_rgb(image, "that was given")
-    formats, path = None, ""
+    formats, path, name, empty = None, "", "that was given", False
     if isinstance(image, bytes):
-        name, empty = "that was given", not image
+        empty = not image
         formats = [kind for suffix, kind in Image.registered_extensions().items() if suffix in SUFFIXES]
-    else:
+    elif not isinstance(image, Image.Image):
         path = os.fspath(image)
-        name = repr(path)
-        empty = _size(path) == 0
+        name, empty = repr(path), _size(path) == 0
     if empty:
         raise InputError(f"cannot read image {name}: the file is empty; restore it or remove it")
     try:
+        if isinstance(image, Image.Image):  # Pillow may not have decoded it yet.
+            return _upright_rgb(image, name)
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=formats) as opened:
             if megapixels and opened.width * opened.height > megapixels * 1e6:
                 large = f"it has more than {megapixels:g} megapixels"

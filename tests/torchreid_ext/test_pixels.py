@@ -76,6 +76,14 @@ def test_a_file_that_makes_pillow_raise_any_error_is_damaged() -> None:
             read_image(damaged)
 
 
+def test_a_damaged_image_of_pillow_that_is_not_decoded_yet_is_refused() -> None:
+    file = io.BytesIO()
+    Image.fromarray(COLOURS).resize((64, 64)).save(file, "PNG")
+    image = Image.open(io.BytesIO(file.getvalue()[:-200]))
+    with pytest.raises(InputError, match=r"cannot read image that was given: it is damaged \("):
+        read_image(image)
+
+
 def test_a_damaged_orientation_is_none(tmp_path: Path) -> None:
     path = saved(tmp_path, Image.fromarray(COLOURS), exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff")
     assert np.array_equal(read_image(path), COLOURS)

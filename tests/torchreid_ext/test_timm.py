@@ -73,6 +73,8 @@ def test_a_network_of_timm_has_its_own_size_stride_and_normalisation():
         networks.set_last_stride(networks.TimmNetwork("vit_tiny_patch16_224", 5), "timm/vit_tiny_patch16_224")
     with pytest.raises(InputError, match="timm has no network 'resnet10x'; did you mean 'timm/"):
         networks.TimmNetwork("resnet10x", 5)
+    with pytest.raises(InputError, match=r"'resnet50\.a1_in1K'; did you mean 'timm/resnet50\.a1_in1k'"):
+        networks.timm_images("resnet50.a1_in1K")
 
 
 def test_the_last_stride_of_every_kind_of_resnet_is_1_or_refused():

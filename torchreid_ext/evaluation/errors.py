@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from pml_drsl.checks import InputError
 from pml_drsl.evaluation import Metric
-from pml_drsl.evaluation.arrays import CAMERAS, Junk, label_array, number_identities, shared_labels
+from pml_drsl.evaluation.arrays import Junk, label_array, number_cameras, number_identities
 from pml_drsl.evaluation.distances import as_features, rows_per_chunk
 from pml_drsl.evaluation.scores import RankedQueries
 from torchreid_ext.evaluation.extraction import Samples
@@ -91,9 +90,8 @@ def prepare(data: Mapping[str, Any], paths: Sequence[Any], metric: Metric, junk:
     sizes = len(features[0]), len(features[1])
     pids = number_identities(data["query_ids"], data["gallery_ids"], *sizes, junk)
     # Without cameras, no entry is from its query's camera.
-    cams: Sequence[Tensor] = [torch.zeros(sizes[0]).long(), torch.ones(sizes[1]).long()]
-    if any(name in data for name in CAMERAS):
-        cams = shared_labels(data.get("query_cams", []), data.get("gallery_cams", []), *sizes, "cams")
+    without = torch.zeros(sizes[0]).long(), torch.ones(sizes[1]).long()
+    cams = number_cameras(data.get("query_cams"), data.get("gallery_cams"), *sizes) or without
     samples, pictures = list[Samples](), list[list[Picture]]()
     for side, given, size, pid, cam, files in zip(SIDES, features, sizes, pids, cams, paths, strict=True):
         kept = np.flatnonzero(pid >= 0)

@@ -151,7 +151,7 @@ async def _received(request: Request) -> bytes:
 def _nearest(
     searcher: Searcher, feature: Tensor, top: int, rerank: bool, wanted: Callable[[Match], bool]
 ) -> list[Match]:
-    """The nearest ``top`` images that are wanted; InputError if there is none."""
+    """The nearest ``top`` images that are wanted, ranked among themselves; InputError if there is none."""
     # The first few are enough, unless a choice leaves most of the gallery out.
     for count in [len(searcher)] if rerank else [2 * top, len(searcher)]:
         matches = searcher.search_features(feature, max(count, 1), rerank)[0]
@@ -160,7 +160,7 @@ def _nearest(
             break
     if not chosen:
         raise InputError("no other image of the gallery is of this camera and folder")
-    return chosen
+    return [replace(match, rank=rank) for rank, match in enumerate(chosen, 1)]
 
 
 def _holds(path: str, data: bytes) -> bool:

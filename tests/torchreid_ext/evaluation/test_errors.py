@@ -184,6 +184,7 @@ def test_images_that_are_gone_are_counted_and_the_others_are_shown(data, tmp_pat
     [
         ({"query_cams": np.zeros(30, int), "gallery_cams": np.zeros(90, int)}, "another camera than its query"),
         ({"query_cams": np.zeros(2, int)}, "query_cams have shape"),
+        ({"gallery_cams": None}, "query_cams without gallery_cams: give both"),
         ({"query_ids": np.full(30, 99)}, "no query identity occurs"),
     ],
 )

@@ -88,8 +88,10 @@ def ask(address, data=None, headers=(), **parameters):
 
 
 def listed(fragment):
-    """The name and the distance of each image that was found."""
-    return re.findall(r'aria-label="rank \d+, distance ([\d.]+),[^"]*, ([^",]+)"', fragment)
+    """The name and the distance of each image that was found, in the order of their ranks."""
+    found = re.findall(r'aria-label="rank (\d+), distance ([\d.]+),[^"]*, ([^",]+)"', fragment)
+    assert [int(rank) for rank, *_ in found] == list(range(1, len(found) + 1))
+    return [(distance, name) for _, distance, name in found]
 
 
 def expected(matches):
