@@ -24,12 +24,10 @@ from torchreid_ext.runtime import distributed, generators
 NO_BEST = {"mAP": -1.0, "epoch": -1}
 # Keys of what is tested, and how: with another value, an earlier best score is no standard.
 _MEASURE = (
-    "data.targets",
-    "test.dist_metric",
-    "test.normalize_feature",
-    "cuhk03.use_metric_cuhk03",
-    "market1501.use_500k_distractors",
-)
+    "cuhk03.use_metric_cuhk03", "data.height", "data.norm_mean", "data.norm_std", "data.targets", "data.width",
+    "market1501.use_500k_distractors", "test.dist_metric", "test.normalize_feature", "video.pooling_method",
+    "video.sample_method", "video.seq_len",
+)  # fmt: skip
 _NEW_RUN = "start a new run in another data.save_dir, from these weights with model.load_weights"
 
 
@@ -85,7 +83,8 @@ def restore_engine(engine: Any, state: dict[str, Any], path: str) -> None:
         best = training["best"]
         engine.best = {"mAP": float(best["mAP"]), "epoch": int(best["epoch"])}
         before, now = training["config"] or {}, engine.config
-        if any(before[key] != now[key] for key in _MEASURE if key in before and key in now):
+        measure = (*_MEASURE, *(f"datasets.{name}" for name in now.get("data.targets", ())))
+        if any(before[key] != now[key] for key in measure if key in before and key in now):
             engine.best = dict(NO_BEST)
         engine.skipped = int(training["skipped"])
         engine.host_epochs = int(training.get("host_epochs", 0))  # older checkpoints do not have it

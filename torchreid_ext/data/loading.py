@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -148,6 +149,14 @@ def _start_worker(worker: int, then: Callable[[int], None] | None) -> None:
     that cannot send a batch, as where /dev/shm is full, ends too: python would drop the batch, for which the run would
     wait for ever."""
     if os.name == "posix":
+        if (parent := multiprocessing.parent_process()) and parent.pid:
+            try:
+                os.kill(parent.pid, 0)  # changes nothing
+                alive = parent.is_alive()  # not where it was killed, but not yet waited for
+            except ProcessLookupError:
+                alive = False
+            if not alive:  # The run was killed a moment ago. torch looks for it only from now on.
+                os._exit(1)
         os.setpgid(0, 0)
     kind: Any = Queue
     kind._on_queue_feeder_error = staticmethod(_end_worker)
@@ -162,7 +171,7 @@ def _end_worker(error: Exception, batch: Any) -> None:
         os._exit(1)
 
 
-def _check_kind(loader: DataLoader[Any]) -> None:
+def check_kind(loader: DataLoader[Any]) -> None:
     """Raises InputError for a loader that makes its batches in a way of its own, which a new loader would not know."""
     if getattr(type(loader), "__iter__", None) is not DataLoader.__iter__:
         cure = "give a torch DataLoader, and do in its data set or collate_fn what this loader does"
@@ -171,8 +180,8 @@ def _check_kind(loader: DataLoader[Any]) -> None:
 
 def rebuilt(loader: DataLoader[Any], dataset: Any, **changes: Any) -> DataLoader[Any]:
     """Returns a loader for another data set with the settings of ``loader``, some of which ``changes`` replaces. Raises
-    InputError as ``_check_kind``."""
-    _check_kind(loader)
+    InputError as ``check_kind``."""
+    check_kind(loader)
     kept = (
         "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
         "generator", "prefetch_factor", "persistent_workers", "pin_memory_device", "in_order",
@@ -214,7 +223,6 @@ def repeatable(loader: DataLoader[Any]) -> DataLoader[Any]:
     a resumed epoch is equal to that of a run without interruption. Raises InputError as ``readable``, or if the loader
     does not make batches.
     """
-    _check_kind(loader)
     if isinstance(loader.batch_sampler, SeededBatches):
         return loader
     if loader.batch_sampler is None:

@@ -16,7 +16,7 @@ from pytorch_metric_learning.samplers import MPerClassSampler
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
 
 from pml_drsl.checks import InputError
-from torchreid_ext.data.loading import rebuilt
+from torchreid_ext.data.loading import check_kind, rebuilt
 from torchreid_ext.runtime import distributed
 
 
@@ -90,8 +90,10 @@ SAMPLERS = {"RandomIdentitySampler": IdentitySampler, "MPerClassSampler": PerCla
 def whole_batches(loader: DataLoader[Any]) -> DataLoader[Any]:
     """A loader like ``loader``, with ``IdentitySampler`` in the place of torchreid's ``RandomIdentitySampler``, which
     draws fewer images than its length says, splits an identity between batches, and fills a batch with one; and with
-    ``PerClassSampler`` in the place of pytorch-metric-learning's ``MPerClassSampler``."""
-    host: Any = getattr(loader, "sampler", None)
+    ``PerClassSampler`` in the place of pytorch-metric-learning's ``MPerClassSampler``. Raises InputError as
+    ``check_kind``."""
+    check_kind(loader)
+    host: Any = loader.sampler
     if type(host) is MPerClassSampler:
         sampler = copy.copy(host)
         sampler.__class__ = PerClassSampler

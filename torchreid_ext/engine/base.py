@@ -174,7 +174,7 @@ class BaseEngine(Tester, TrainingStep):
         if self.start_epoch < self.max_epoch:
             distributed.from_first(lambda: checkpoint.check_saves(states.of_engine(self, self.start_epoch)))
             if test_due:
-                print(f"=> Test after epoch {self.start_epoch}, in which the run was stopped")
+                print(f"=> The run was stopped in the test after epoch {self.start_epoch}")
                 self._test_and_save()
             print("=> Start training")
             for self.epoch in range(chosen.start_epoch, chosen.max_epoch):

@@ -42,7 +42,7 @@ class TrainingStep(torchreid.engine.Engine):
     stepped = False  # whether `step` was called
     skipped: int
     _checkpoints: RunCheckpoints
-    _put_back: Callable[[], None]
+    _put_back: Callable[[], None] = staticmethod(lambda: None)
 
     def forward_backward(self, data: dict[str, Any]) -> dict[str, float]:
         """Takes one training step on a batch of the loader, and returns the values to log by name."""

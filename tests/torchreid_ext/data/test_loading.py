@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import pickle
 import random
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -95,6 +97,17 @@ def test_a_damaged_image_is_named(tmp_path: Path, kind: str, workers: int) -> No
 def test_a_worker_without_shared_memory_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loader = readable(DataLoader(image_set(tmp_path, "png"), batch_size=2, num_workers=1))
     monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", mock.Mock(side_effect=RuntimeError("/dev/shm is full")))
+    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid.* exited unexpectedly"):
+        list(loader)
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="a new process knows no patch of this one")
+def test_a_worker_whose_run_is_dead_when_it_starts_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    loader = readable(DataLoader(image_set(tmp_path, "png"), batch_size=2, num_workers=1))
+    assert len(list(loader)) > 0  # The run is alive.
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: dead)
     with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid.* exited unexpectedly"):
         list(loader)
 
