@@ -47,7 +47,7 @@ def write_text(path: str, text: str) -> None:
         say(text.rstrip("\n"))
         return
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="surrogateescape"))  # The name of a file may have bytes that are not UTF-8.
 
 
 @contextlib.contextmanager

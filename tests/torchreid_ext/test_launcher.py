@@ -2,11 +2,11 @@
 
 import contextlib
 import errno
+import io
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,8 +27,6 @@ from torchreid_ext.config import run
 from torchreid_ext.engine import engines
 from torchreid_ext.engine.base import BaseEngine
 from torchreid_ext.runtime import distributed
-
-ROOT = Path(__file__).parents[2]
 
 
 def made(monkeypatch):
@@ -163,6 +161,8 @@ def test_a_signal(tmp_path, capsys, monkeypatch, signum, status):
     ("options", "words"),
     [
         ({"train.lr": -1.0}, "Invalid learning rate: -1.0"),
+        ({"train.lr": 1e30}, "the loss is"),
+        ({"train.seed": 2**64}, "train.seed takes a whole number of 64 bits, got 18446744073709551616"),
         ({"sgd.nesterov": True, "train.optim": "sgd", "sgd.momentum": 0}, "Nesterov momentum requires a momentum"),
         ({"data.sources": "nobody"}, "Invalid dataset name"),
         ({"data.save_dir": "\udcd5\udcc5"}, "data.save_dir '\\udcd5\\udcc5' has bytes that are not UTF-8"),
@@ -469,6 +469,9 @@ def test_a_new_run_does_not_overwrite_another(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert out.count(f"Resuming from '{own}' after epoch 1") == 3 and out.count("; 1 epochs, without tests") == 2
     assert out.count("it starts from a checkpoint") == 3
+    begun_later = {"train.start_epoch": 2, "train.max_epoch": 5, "data.save_dir": tmp_path / "later"}
+    assert launch(tmp_path, "--dry-run", **begun_later) == 0
+    assert "; 3 epochs, without tests" in capsys.readouterr().out
     assert written() == kept
     assert launch(tmp_path, "--dry-run", **{"model.resume": tmp_path / "lost.pth", "data.save_dir": tmp_path}) == 2
     assert "lost.pth' does not exist" in complaint(capsys)
@@ -509,18 +512,18 @@ def test_a_dry_run_on_a_full_disk_leaves_no_picture(tmp_path, capsys, monkeypatc
     assert "No space left on device: '" in complaint(capsys) and [*(tmp_path / "log").iterdir()] == []
 
 
-def test_names_that_the_terminal_cannot_show(tmp_path):
+def test_names_that_the_terminal_cannot_show(tmp_path, monkeypatch):
     """A folder of images named by the encoding GBK, and a terminal that knows Latin-1 alone."""
     folder = os.fsdecode(os.path.join(os.fsencode(tmp_path), "张".encode("gbk")))
     os.mkdir(folder)
     csv_data(Path(folder), lambda rows: [rows[0], *([os.path.relpath(row[0], folder), *row[1:]] for row in rows[1:])])
     log_folder = tmp_path / "日志"
-    environment = os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    run = words(Path(folder), **{"data.save_dir": log_folder})
-    command = [sys.executable, "-W", "ignore", "-m", "torchreid_ext", *run]
-    done = subprocess.run(command, capture_output=True, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr.decode("latin-1")
-    assert b"drsl-search" in done.stdout and rb"\u65e5\u5fd7" in done.stdout
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="latin-1"))
+    monkeypatch.chdir(tmp_path)
+    assert launch(Path(folder), **{"data.save_dir": log_folder}) == 0
+    sys.stdout.flush()
+    printed = sys.stdout.buffer.getvalue()
+    assert b"drsl-search" in printed and rb"\u65e5\u5fd7" in printed
     (log,) = log_folder.glob("train.log-*")
     assert os.fsencode(folder) in log.read_bytes()
     saved = get_default_config()

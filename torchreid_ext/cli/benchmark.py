@@ -150,7 +150,7 @@ def _report(words: Sequence[str]) -> int:
 def _insert(path: Path, text: str) -> None:
     """Writes a report to a new or empty file, or between the two comments ``BEGIN`` and ``END`` of a file. Raises
     InputError if a file that holds text lacks one of them."""
-    content = path.read_text(encoding="utf-8") if path.exists() else ""
+    content = path.read_bytes().decode("utf-8", "surrogateescape") if path.exists() else ""
     before, begin, rest = (content or f"{BEGIN}\n{END}\n").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:

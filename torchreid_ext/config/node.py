@@ -172,6 +172,8 @@ def check(cfg: Config) -> None:
     except UnicodeEncodeError as error:
         wrong = f"{cfg.data.save_dir!r} has bytes that are not UTF-8, which TensorBoard needs"
         raise InputError(f"data.save_dir {wrong}: choose another") from error
+    if not -(2**63) <= cfg.train.seed < 2**64:
+        raise InputError(f"train.seed takes a whole number of 64 bits, got {cfg.train.seed}")
     if not 0 <= cfg.data.validation < 1:
         raise InputError(f"data.validation must be at least 0 and less than 1, got {cfg.data.validation}")
     if cfg.data.type == "video":

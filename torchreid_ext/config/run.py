@@ -233,7 +233,7 @@ def dry_run(cfg: Config) -> None:
     if cfg.test.evaluate:
         raise InputError("test.evaluate True trains nothing, and --dry-run shows what is trained; leave one out")
     engine = prepare(cfg)
-    done = engine.resume(cfg.model.resume, cfg.data.save_dir) if cfg.model.resume else 0
+    done = (engine.resume(cfg.model.resume, cfg.data.save_dir) if cfg.model.resume else 0) or cfg.train.start_epoch
     if not cfg.datasets.keys().isdisjoint(cfg.data.sources + cfg.data.targets):
         _check_readable(engine.datamanager)
     steps = steps_per_epoch(engine.datamanager)

@@ -120,6 +120,8 @@ def build(
 def named(key: str, name: Any, table: Mapping[str, type]) -> type:
     """The class of a name in the table, or of a dotted path. Raises InputError, with the config key, for another name,
     or one in ``NOT_TRAINED``."""
+    if isinstance(name, (list, dict)):
+        raise InputError(f"{key}: name takes the name of one class, got {name!r}")
     if name in NOT_TRAINED:
         raise InputError(f"{key}: {name} cannot be trained with: {NOT_TRAINED[name]}")
     if isinstance(name, str) and "." in name:

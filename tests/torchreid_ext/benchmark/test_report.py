@@ -330,6 +330,10 @@ def test_the_page_keeps_what_is_around_the_report(tmp_path, capsys, monkeypatch)
     for lacking in (f"{benchmark.BEGIN} only\n", "neither\n"):
         page.write_text(lacking)
         assert benchmark.main(words) == 2 and page.read_text() == lacking
+    foreign = f"caf\xe9\r\n{benchmark.BEGIN}\r\n{benchmark.END}\r\n".encode("latin-1")
+    page.write_bytes(foreign)
+    assert benchmark.main(words) == 0 and page.read_bytes().startswith(b"caf\xe9\r\n<!--")
+    assert page.read_bytes().endswith(b"-->\r\n")
     page.write_text("")
     assert benchmark.main(words) == 0 and page.read_text() == text.removeprefix("before\n").removesuffix("after\n")
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
@@ -108,6 +109,10 @@ def test_several_runs_are_one_table(tmp_path, capsys):
     ]
     with open(tmp_path / "t.csv", newline="", encoding="utf-8") as file:
         assert list(csv.reader(file)) == lines
+    # A name with a byte that is not UTF-8.
+    odd = made_run(tmp_path / os.fsdecode(b"\xff"), "a", b=(0.5, 0.5))
+    assert evaluate.main([runs[0], odd, "--csv", str(tmp_path / "t.csv")]) == 0
+    assert f"a ({odd})" in os.fsdecode((tmp_path / "t.csv").read_bytes())
 
 
 def test_the_table_has_what_a_run_wrote(run, capsys):

@@ -66,8 +66,7 @@ def test_every_loss_trains_by_yaml(tmp_path, part):
         weights = {key: value.clone() for key, value in engine.criterion.named_parameters()}
         before = engine.model.conv1.conv.weight.clone()
         engine.set_model_mode("train")
-        for data in engine.train_loader:
-            assert math.isfinite(engine.forward_backward(data)["loss_m"]), name
+        assert math.isfinite(engine.forward_backward(next(iter(engine.train_loader)))["loss_m"]), name
         assert not torch.equal(engine.model.conv1.conv.weight, before), name
         for key, value in engine.criterion.named_parameters():
             assert not torch.equal(value, weights[key]), f"{key} of {name} was not trained"
@@ -78,6 +77,8 @@ def test_what_is_no_loss_is_refused_with_the_reason():
         assert name in EXPORTED
         with pytest.raises(ValueError, match=rf"loss\.pml\.loss: {name} cannot be trained with: "):
             criteria.build("loss.pml.loss", {"name": name}, criteria.TABLES["loss"])
+    with pytest.raises(InputError, match=r"loss\.drsl\.miner: name takes the name of one class, got \['a'\]"):
+        criteria.named("loss.drsl.miner", ["a"], criteria.TABLES["miner"])
 
 
 def test_weights_are_as_many_as_identities_and_features_and_have_their_own_rate(tmp_path):
