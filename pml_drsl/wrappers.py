@@ -45,9 +45,9 @@ class CrossBatchMemory(losses.CrossBatchMemory):
     Without a ``miner`` all pairs are there already, and ``DRSLoss`` counts each once: give it the miner here.
 
     Wang et al. (XBM, CVPR 2020) start the memory after a warm-up, because the features of an untrained network drift.
-    Until then the loss is computed on the batch alone, with gradients in both embeddings of a pair, and nothing is
-    stored. Unlike PML's, the ``state_dict`` holds the place in the queue and the number of finished warm-up calls, so
-    that a restored run goes on exactly.
+    Until then the loss is computed on the batch alone, with gradients in both embeddings of a pair (with an
+    ``enqueue_mask``, in the queries' alone), and nothing is stored. Unlike PML's, the ``state_dict`` holds the place in
+    the queue and the number of finished warm-up calls, so that a restored run goes on exactly.
 
     Args:
         loss: a loss of PML that supports a memory, or ``DRSLoss``.

@@ -175,8 +175,11 @@ def check_whole(at: str, names: Iterable[str]) -> None:
 def label_array(labels: Labels) -> NumpyArray:
     """Labels as an array of numbers or of text. Bytes become text, and columns of pandas what they hold."""
     array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
-    if array.dtype.kind == "O" and len({type(label) for label in array.flat} & {str, int}) == 1:
-        array = np.array(array.tolist())
+    if array.dtype.kind == "U" and isinstance(labels, (list, tuple)):
+        array = np.array(labels, dtype=object)  # NumPy has made the text "nan" of a missing label.
+    if array.dtype.kind == "O":
+        same = (all(isinstance(label, kind) for label in array.flat) for kind in (str, (int, np.integer)))
+        array = np.array(array.tolist()) if any(same) else array
     return np.char.decode(array, "latin-1") if array.dtype.kind == "S" else array
 
 
@@ -189,7 +192,8 @@ def shared_labels(query: Labels, gallery: Labels, num_query: int, num_gallery: i
         if array.shape != (count,):
             raise InputError(f"{side}_{name} have shape {list(array.shape)}: give one for each of {count} features")
         if array.dtype.kind not in "iubU":
-            raise InputError(f"{side}_{name} are {array.dtype}: give integers or strings")
+            row, odd = next((pair for pair in enumerate(array.tolist()) if not isinstance(pair[1], str)), (0, None))
+            raise InputError(f"{side}_{name} are {array.dtype} (row {row}: {odd}): give integers or strings")
         sides.append(array)
     together = np.concatenate(sides) if (sides[0].dtype.kind == "U") == (sides[1].dtype.kind == "U") else None
     # Signed and unsigned integers of 64 bits have no common type but float64, which cannot tell large ones apart.

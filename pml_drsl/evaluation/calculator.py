@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
@@ -160,6 +161,8 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
 
 def _as_integers(labels: Array, side: str) -> Tensor:
     """Labels of shape (N,) or (N, 1), which PML may hold as floats, as integers of shape (N,)."""
+    if isinstance(labels, np.ndarray):
+        labels = np.ascontiguousarray(labels)  # torch takes no reversed array
     try:
         tensor = labels if isinstance(labels, Tensor) else torch.as_tensor(labels, device="cpu")
     except (TypeError, ValueError) as error:

@@ -139,7 +139,11 @@ def test_errors(search: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"query_cams have shape \[3\].*20"):
         calculator.get_accuracy(*data(search))
     calculator.set_cameras(search["query_cams"], search["gallery_cams"])
-    assert calculator.get_accuracy(*data(search))["mAP"] > 0
+    ahead = calculator.get_accuracy(*data(search))["mAP"]
+    assert ahead > 0
+    backwards = [np.asarray(each)[::-1] for each in data(search)]
+    calculator.set_cameras(search["query_cams"].flip(0), search["gallery_cams"].flip(0))
+    assert calculator.get_accuracy(*backwards)["mAP"] == pytest.approx(ahead)
     pairs = torch.stack([search["query_ids"], search["query_cams"]], dim=1)
     with pytest.raises(ValueError, match="set_cameras"):
         calculator.get_accuracy(search["query"], pairs, search["gallery"], search["gallery_ids"])

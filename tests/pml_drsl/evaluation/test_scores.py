@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -204,6 +207,12 @@ def test_string_labels() -> None:
     for of in (named, {key: search[key].tolist() for key in named}):
         columns = {key: np.array(values, dtype=object) for key, values in of.items()}
         assert numbers(**(search | columns)) == numbers(**search)
+
+
+def test_arrays_may_be_reversed() -> None:
+    search = random_search()
+    arrays = {key: np.asarray(value)[::-1] for key, value in search.items()}
+    assert numbers(**arrays) == pytest.approx(numbers(**search))
 
 
 def test_junk_counts_nowhere_and_distractors_are_wrong_answers() -> None:
@@ -420,7 +429,14 @@ def test_errors_name_the_value_and_the_fix(monkeypatch: pytest.MonkeyPatch) -> N
         ({"query": search["query"].long()}, "floating"),
         ({"query_ids": search["query_ids"][:-1]}, "query_ids have shape .39."),
         ({"gallery_cams": search["gallery_cams"] + 0.5}, "integers or strings"),
-        ({"gallery_cams": np.array(["a", 1] * 75, dtype=object)}, "are object: give integers or strings"),
+        ({"gallery_cams": np.array(["a", 1] * 75, dtype=object)}, r"are object \(row 1: 1\): give integers or strings"),
+        *(
+            (
+                {"gallery_ids": kind(["a", math.nan] * 75)},
+                r"gallery_ids are object \(row 1: nan\): give",
+            )
+            for kind in (list, pd.Series, partial(np.array, dtype=object))
+        ),
         ({"gallery_cams": None}, "query_cams without gallery_cams"),
         ({"gallery_cams": ["a"] * 150}, "same kind"),
         ({"metric": "manhattan"}, "'manhattan'.*'euclidean', 'cosine'"),
