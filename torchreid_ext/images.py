@@ -179,6 +179,13 @@ def check_junk(where: str, junk: Collection[str], shown: Collection[str]) -> Non
         raise InputError(f"{where}: no image shows {absent[0]!r}, a name of junk: correct or remove it")
 
 
+def warn_of_distractors(where: str, pattern: str, rows: Iterable[Row]) -> None:
+    """Warns where a split of training or query images has Market-1501's distractors, which are pictures of anything."""
+    if pattern == "market" and any(row.identity == "0000" for row in rows):
+        cure = f"if they are distractors, give {where}.train and query, or add '0000' to {where}.junk"
+        warnings.warn(f"{where}: 0000, as Market-1501's distractors, is trained on or searched; {cure}", stacklevel=2)
+
+
 def about_folders_inside(names: re.Pattern[str], paths: Sequence[str]) -> str:
     """What to know of the first of one or more images, by their POSIX paths, whose identity ``NAMES["folder"]`` reads
     from a folder inside another, perhaps an album inside the folder of a person; empty if there is none."""

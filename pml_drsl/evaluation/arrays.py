@@ -165,17 +165,26 @@ def check_text(at: str, values: Iterable[str]) -> None:
             raise InputError(f"{at}: {shown!r} is not UTF-8 but perhaps Latin-1: {_AS_UTF8}")
 
 
-def check_whole(at: str, names: Iterable[str]) -> None:
+def check_whole(at: str, names: Sequence[str]) -> None:
     """Raises InputError for an identity or a camera such as -1.0, which would be no junk, or 7.0, which would not be 7.
-    pandas writes a column of whole numbers so where a value is missing."""
+    pandas writes a column of whole numbers so where a value is missing. Also raises as ``check_not_lost``."""
     if name := next((each for each in names if re.fullmatch(r"-?\d+\.0", each)), ""):
         raise InputError(f'{at}: {name} is no name: write {name[:-2]} (in pandas: astype("Int64") before to_csv)')
+    check_not_lost(at, names)
+
+
+def check_not_lost(at: str, names: Sequence[str]) -> None:
+    """Raises InputError for text that NumPy, pandas or a spreadsheet has written for a missing identity or camera, or
+    for a long number, so that different people would be one."""
+    lost = r"nan|NaN|<NA>|None|NaT|#N/A|-?\d+([.,]\d+)?[eE]\+\d+"
+    if name := next((each for each in names if re.fullmatch(lost, each)), ""):
+        raise InputError(f"{at}: {name} stands for a missing value, or for a number that lost digits: write the name")
 
 
 def label_array(labels: Labels) -> NumpyArray:
     """Labels as an array of numbers or of text. Bytes become text, and columns of pandas what they hold."""
     array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
-    if array.dtype.kind == "U" and isinstance(labels, (list, tuple)):
+    if array.dtype.kind == "U" and not hasattr(labels, "dtype"):
         array = np.array(labels, dtype=object)  # NumPy has made the text "nan" of a missing label.
     if array.dtype.kind == "O":
         same = (all(isinstance(label, kind) for label in array.flat) for kind in (str, (int, np.integer)))
@@ -192,14 +201,21 @@ def shared_labels(query: Labels, gallery: Labels, num_query: int, num_gallery: i
         if array.shape != (count,):
             raise InputError(f"{side}_{name} have shape {list(array.shape)}: give one for each of {count} features")
         if array.dtype.kind not in "iubU":
-            row, odd = next((pair for pair in enumerate(array.tolist()) if not isinstance(pair[1], str)), (0, None))
+            pairs = [*enumerate(array.tolist())]
+            odd_ones = (pair for kind in ((str, int), str, ()) for pair in pairs if not isinstance(pair[1], kind))
+            row, odd = next(odd_ones, (0, None))
             raise InputError(f"{side}_{name} are {array.dtype} (row {row}: {odd}): give integers or strings")
         sides.append(array)
     together = np.concatenate(sides) if (sides[0].dtype.kind == "U") == (sides[1].dtype.kind == "U") else None
     # Signed and unsigned integers of 64 bits have no common type but float64, which cannot tell large ones apart.
     if together is None or together.dtype.kind == "f":
         raise InputError(f"query_{name} are {sides[0].dtype} and gallery_{name} {sides[1].dtype}: give the same kind")
-    numbers = torch.from_numpy(np.unique(together, return_inverse=True)[1].astype(np.int64).reshape(-1))
+    names, inverse = np.unique(together, return_inverse=True)
+    if names.dtype.kind == "U":
+        check_not_lost(f"query_{name} and gallery_{name}", names.tolist())
+        if not names[0]:
+            raise InputError(f"query_{name} or gallery_{name} hold an empty name: write it, or leave the image out")
+    numbers = torch.from_numpy(inverse.astype(np.int64).reshape(-1))
     return numbers[:num_query], numbers[num_query:]
 
 

@@ -161,8 +161,8 @@ class ReIDAccuracyCalculator(AccuracyCalculator):
 
 def _as_integers(labels: Array, side: str) -> Tensor:
     """Labels of shape (N,) or (N, 1), which PML may hold as floats, as integers of shape (N,)."""
-    if isinstance(labels, np.ndarray):
-        labels = np.ascontiguousarray(labels)  # torch takes no reversed array
+    if isinstance(labels, np.ndarray) and min(labels.strides, default=0) < 0:
+        labels = labels.copy()  # torch takes no reversed array
     try:
         tensor = labels if isinstance(labels, Tensor) else torch.as_tensor(labels, device="cpu")
     except (TypeError, ValueError) as error:

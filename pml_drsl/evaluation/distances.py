@@ -126,8 +126,8 @@ def rows_per_chunk(num_columns: int) -> int:
 
 def as_features(features: Array, name: str) -> Tensor:
     """Features as a detached floating-point tensor of shape (N, D), N and D at least 1; anything else: InputError."""
-    if isinstance(features, np.ndarray):
-        features = np.ascontiguousarray(features)  # torch takes no reversed array
+    if isinstance(features, np.ndarray) and min(features.strides, default=0) < 0:
+        features = features.copy()  # torch takes no reversed array
     try:
         # ``as_tensor`` would move a tensor to the default device.
         tensor = features.detach() if isinstance(features, Tensor) else torch.as_tensor(features, device="cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,8 +118,12 @@ def evaluate(
         device: where to compute; None for the device of ``query``.
         progress: show a progress bar on stderr.
 
-    An InputError refuses arguments out of range, NaN or infinity in features, and queries of which none has a match."""
+    An InputError refuses arguments out of range, NaN or infinity in features, text that stands for a missing identity
+    or camera, and queries of which none has a match. A warning says if every query finds itself."""
     check_options(ties, protocol, max_rank, seed)
+    if query_cams is None and gallery_cams is None and _same(query, gallery):
+        cure = "to leave it out, give range(N) as query_cams and as gallery_cams"
+        warnings.warn(f"query and gallery are the same, so that every query finds itself first; {cure}", stacklevel=2)
     distances: FeatureDistances | reranking.RerankedDistances
     if rerank:
         query, gallery = as_features(query, "query"), as_features(gallery, "gallery")
@@ -131,6 +136,15 @@ def evaluate(
     labels = query_ids, gallery_ids, query_cams, gallery_cams
     ranked = rank_queries(distances, *labels, ties=ties, protocol=protocol, seed=seed, junk=junk, progress=progress)
     return summarize(ranked, max_rank)
+
+
+def _same(query: Array, gallery: Array) -> bool:
+    if query is gallery:
+        return True
+    if np.shape(query) != np.shape(gallery):
+        return False
+    features = as_features(query, "query").cpu(), as_features(gallery, "gallery").cpu()
+    return features[0].dtype == features[1].dtype and torch.equal(*features)
 
 
 def summarize(ranked: RankedQueries, max_rank: int = 50) -> RetrievalResult:

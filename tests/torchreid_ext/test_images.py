@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from pathlib import Path
 
@@ -131,6 +132,13 @@ def test_good_files(folder: Path) -> None:
         (GOOD.replace(",2,", ",,").encode(), "line 3: camid is empty"),
         (GOOD.replace("-1,1", "-1.0,1").encode(), r"line 5: -1\.0 is no name: write -1 \(in pandas: astype"),
         (GOOD.replace("7,1", "7,1.0").encode(), r"line 2: 1\.0 is no name: write 1 "),
+        *(
+            (
+                GOOD.replace("7,1", f"{lost},1").encode(),
+                rf"line 2: {re.escape(lost)} stands for a missing value, or for a ",
+            )
+            for lost in ("nan", "#N/A", "2.02401E+11", "2.0240101123456788e+16")
+        ),
         (GOOD.encode() + b'"' + b"x" * 200_000, "line 6: field larger than"),
         (GOOD.encode() + b'c.png,8,3,"gallery\n', "line 6: unexpected end of data: correct the quotes"),
         (GOOD.replace("split", "split,pid").encode(), "line 1: .*two columns 'pid'"),

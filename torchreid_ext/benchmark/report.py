@@ -171,11 +171,14 @@ def _section(target: str, network: str, lines: Sequence[Mapping[str, Any]]) -> S
             notes.append(f"`{loss}`: {len(own) - len(kept)} results of an older configuration are left out.")
         for line in kept:
             of_loss = by_loss.setdefault(loss, {})
-            older = of_loss.get(line["seed"], line)["configuration"]
-            for key in (*PLACES, *sorted(varied)):
-                if older.get(key) != line["configuration"].get(key):
-                    where = f"`{loss}`, seed {line['seed']}: the result with {key} {older.get(key)!r}"
-                    notes.append(f"{where} is left out, because there is a newer one.")
+            twin = of_loss.get(line["seed"], line)
+            older, newer = twin["configuration"], line["configuration"]
+            places = [key for key in (*PLACES, *sorted(varied)) if older.get(key) != newer.get(key)]
+            for key in places:
+                where = f"`{loss}`, seed {line['seed']}: the result with {key} {older.get(key)!r}"
+                notes.append(f"{where} is left out, because there is a newer one.")
+            if not places and twin["results"] != line["results"]:
+                notes.append(f"`{loss}`, seed {line['seed']}: of two results, the last counts.")
             of_loss[line["seed"]] = dict(line)
     every = sorted({seed for of_loss in by_loss.values() for seed in of_loss})
     without: dict[str, list[str]] = {}

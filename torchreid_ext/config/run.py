@@ -245,7 +245,7 @@ def dry_run(cfg: Config) -> None:
         with replacing(path) as file:
             save_image(images.cpu() * std + mean, file, format="png", nrow=8, padding=0)
     print(f"A batch of {len(images)} images, as the network gets them, is drawn in {path}")
-    epochs = cfg.train.max_epoch - done
+    epochs = max(0, cfg.train.max_epoch - done)
     whole = f"{epochs} epochs, without tests, about {epochs * steps * seconds / 60:.0f} min"
     print(f"An epoch of {steps} steps takes about {steps * seconds:.0f} s; {whole}")
 

@@ -149,19 +149,18 @@ def _start_worker(worker: int, then: Callable[[int], None] | None) -> None:
     that cannot send a batch, as where /dev/shm is full, ends too: python would drop the batch, for which the run would
     wait for ever."""
     if os.name == "posix":
-        if (parent := multiprocessing.parent_process()) and parent.pid:
-            try:
-                os.kill(parent.pid, 0)  # changes nothing
-                alive = parent.is_alive()  # not where it was killed, but not yet waited for
-            except ProcessLookupError:
-                alive = False
-            if not alive:  # The run was killed a moment ago. torch looks for it only from now on.
-                os._exit(1)
         os.setpgid(0, 0)
     kind: Any = Queue
     kind._on_queue_feeder_error = staticmethod(_end_worker)
     if then is not None:
         then(worker)
+    parent, own = multiprocessing.parent_process(), multiprocessing.current_process()
+    if os.name == "posix" and parent is not None:
+        method = getattr(own, "_start_method", None) or multiprocessing.get_start_method()
+        # A run may be dead already, and torch looks for it only from now on. A process of a fork server never has the
+        # run for its parent; any other has another parent once the run is dead.
+        if not (parent.is_alive() if method == "forkserver" else os.getppid() == parent.pid):
+            os._exit(1)
 
 
 def _end_worker(error: Exception, batch: Any) -> None:

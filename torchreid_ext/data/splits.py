@@ -178,6 +178,7 @@ def read(name: str, options: SetOptions, root: str) -> Table:
         test = [row for row in test if row.camera not in options.query_cameras]
     elif options.query is None:
         query = images.queries(test)
+    images.warn_of_distractors(where, options.pattern, (*train, *query))
     splits = {"train": train, "query": query, "gallery": test}
     table.rows = [row._replace(split=split) for split, rows in splits.items() for row in rows]
     return table

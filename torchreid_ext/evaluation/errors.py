@@ -96,7 +96,8 @@ def prepare(data: Mapping[str, Any], paths: Sequence[Any], metric: Metric, junk:
     for side, given, size, pid, cam, files in zip(SIDES, features, sizes, pids, cams, paths, strict=True):
         kept = np.flatnonzero(pid >= 0)
         samples.append(Samples(given, pid.numpy(), cam.numpy()).at(kept))
-        ids, cameras = (label_array(data.get(f"{side}_{kind}", [""] * size)) for kind in ("ids", "cams"))
+        labels = (data.get(f"{side}_{kind}") for kind in ("ids", "cams"))
+        ids, cameras = (label_array([""] * size if each is None else each) for each in labels)
         names = files if np.shape(files) == (size,) else [f"{side} {row}" for row in range(size)]
         about = ([str(of[row]) for of in (names, ids, cameras)] for row in kept.tolist())
         # drsl-extract gives an image of an unknown camera its path for a camera of its own.

@@ -7,6 +7,8 @@ import json
 import math
 import subprocess
 import sys
+import warnings
+from collections import deque
 from functools import partial
 from typing import Any
 
@@ -207,6 +209,20 @@ def test_string_labels() -> None:
     for of in (named, {key: search[key].tolist() for key in named}):
         columns = {key: np.array(values, dtype=object) for key, values in of.items()}
         assert numbers(**(search | columns)) == numbers(**search)
+
+
+def test_a_query_that_finds_itself_is_warned_of() -> None:
+    search = random_search(40, 40)
+    both = search["query"], search["query"].clone(), search["query_ids"], search["query_ids"]
+    with pytest.warns(UserWarning, match=r"every query finds itself first; to leave it out, give range\(N\)"):
+        assert evaluate(*both).cmc[0] == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        alone = evaluate(*both, range(40), range(40))
+        evaluate(search["query"], search["gallery"], search["query_ids"], search["gallery_ids"])
+    apart = torch.cdist(both[0], both[0]).fill_diagonal_(math.inf)
+    found, has_match = both[2] == both[2][apart.argmin(1)], [(both[2] == each).sum() > 1 for each in both[2]]
+    assert alone.cmc[0] == pytest.approx(found[has_match].mean())
 
 
 def test_arrays_may_be_reversed() -> None:
@@ -435,7 +451,12 @@ def test_errors_name_the_value_and_the_fix(monkeypatch: pytest.MonkeyPatch) -> N
                 {"gallery_ids": kind(["a", math.nan] * 75)},
                 r"gallery_ids are object \(row 1: nan\): give",
             )
-            for kind in (list, pd.Series, partial(np.array, dtype=object))
+            for kind in (list, deque, pd.Series, partial(np.array, dtype=object))
+        ),
+        ({"gallery_ids": [1, None] * 75}, r"object \(row 1: None\)"),
+        *(
+            ({f"{side}_ids": [name, "a"] * (size // 2) for side, size in (("query", 40), ("gallery", 150))}, message)
+            for name, message in (("", "hold an empty name"), ("nan", "gallery_ids: nan stands for a missing value"))
         ),
         ({"gallery_cams": None}, "query_cams without gallery_cams"),
         ({"gallery_cams": ["a"] * 150}, "same kind"),

@@ -231,6 +231,11 @@ def test_an_older_result_on_data_of_another_place_is_named():
         section.notes[0]
         == "`drsl`, seed 0: the result with data.root 'hall' is left out, because there is a newer one."
     )
+    (section,) = report.sections(
+        [line("drsl", 0, 0.3), line("drsl", 0, 0.9), line("drsl", 1, 0.5), line("drsl", 1, 0.5)]
+    )
+    assert section.notes[0] == "`drsl`, seed 0: of two results, the last counts." and "seed 1" not in section.notes[1:]
+    assert section.scores().loc["drsl", ("mAP", "mean")] == pytest.approx(70, abs=0.2)
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,17 @@ class TestNamesAndCameras:
         assert {row.identity for row in table.rows} == {f"{pid:04}" for pid in range(8)}
         assert {row.camera.lstrip("0") for row in table.rows} == {"1", "2"}
 
+    def test_distractors_of_market1501_that_become_a_person_are_warned_of(self, tmp_path: Path) -> None:
+        for pid, camera, shot in itertools.product(range(4), (1, 2), (0, 1)):
+            draw(tmp_path / ("train" if pid > 1 else "test") / f"{pid:04}_c{camera}s1_00000{shot}_00.png")
+            draw(tmp_path / "query" / f"0001_c{camera}s1_000003_00.png")
+        options = {"pattern": "market", "train": ["train"], "test": ["test"]}
+        with pytest.warns(UserWarning, match=r"mine: 0000, as Market-1501's distractors, is trained on or searched"):
+            load(tmp_path, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            load(tmp_path, **options, query=["query"])
+
     def test_without_cameras_every_other_image_is_a_match(self, tmp_path: Path) -> None:
         for pid, shot in itertools.product(range(6), range(3)):
             draw(tmp_path / f"p{pid}" / f"{shot}.jpg")

@@ -123,6 +123,7 @@ CHANGES = {
     "equal features": (lambda data: {side: 0 * data[side] for side in ("query", "gallery")}, "hold 0%"),
     "some without a match": (lambda data: {"query_ids": np.r_[[99] * 5, data["query_ids"][5:]]}, "no match in the"),
     "no cameras": (lambda data: {}, "have no cameras"),
+    "None for cameras": (lambda data: {"query_cams": None, "gallery_cams": None}, "have no cameras"),
 }
 
 
