@@ -41,6 +41,8 @@ def test_the_other_pages_hold_their_reports(page, reference):
     ("page", "config", "losses", "names", "seeds", "words"),
     [
         ("benchmark", "market1501", "losses", ["drsl", "triplet"], 3, ""),
+        ("benchmark", "market1501", "losses", ["drsl", "softmax", "triplet"], 5, "train.max_epoch 12"),
+        ("few_positives", "market1501", "losses_rare", ["drsl-1-to-15", "supcon-1-to-4000"], 1, "train.max_epoch 12"),
         ("few_positives", "cuhk03", "losses_rare", ["drsl-1-to-15", "supcon-1-to-250"], 3, ""),
         ("validation", "cuhk03", "losses_drsl", ["t0.1-p0.1-s1"], 1, "data.validation 0.5 data.identities 300"),
     ],
