@@ -201,7 +201,7 @@ subprocess.Popen = Slow
 sys.path[:0] = {sys.path!r}
 from pathlib import Path
 from torchreid_ext.benchmark import grid, runner
-runner.DRSL_TRAIN = {runner.DRSL_TRAIN!r}
+runner.DRSL_TRAIN, runner.commit = {runner.DRSL_TRAIN!r}, str
 runs = grid.plan([Path({str(DEMO)!r})], {{"drsl": {{"loss": {{"name": "drsl"}}}}}}, [0, 2, 3])
 runner.run_all(runs, Path("results.jsonl"), 1, Path("kept"))
 """

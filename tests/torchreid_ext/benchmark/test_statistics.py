@@ -76,7 +76,7 @@ def test_the_effect_of_people_of_ones_own_is_not_counted_twice():
 @pytest.mark.parametrize("between_seeds", [0.0, 3.0])
 def test_about_19_of_20_intervals_hold_the_truth(nested, between_seeds):
     """The standard deviation between seeds is in units of that of a mean over the identities."""
-    rng, number, trials, hits = np.random.default_rng(5), 25, 200, 0
+    rng, number, trials, hits = np.random.default_rng(5), 25, 100, 0
     for trial in range(trials):
         people = rng.normal(0, number**0.5, (3 if nested else 1, number))
         rows = people + rng.normal(0, between_seeds, (3, 1)) + rng.normal(0, 1, (3, number))

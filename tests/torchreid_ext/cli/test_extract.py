@@ -78,14 +78,13 @@ def test_a_folder_of_unnamed_images(any_model, tmp_path, capsys):
     assert evaluate.main([str(tmp_path / "f.npz")]) == 2
 
 
-@pytest.mark.parametrize("content", [b"", None], ids=["empty", "cut"])
-def test_damaged_images_stop_it_or_are_listed(any_model, tmp_path, capsys, content):
+def test_damaged_images_stop_it_or_are_listed(any_model, tmp_path, capsys):
     for number in range(4):
         Image.fromarray(np.random.default_rng(number).integers(0, 255, (32, 16, 3), dtype=np.uint8)).save(
             tmp_path / f"{number}.png"
         )
     bad = tmp_path / "1.png"
-    bad.write_bytes(bad.read_bytes()[:300] if content is None else content)
+    bad.write_bytes(bad.read_bytes()[:300])
     words = [str(any_model), str(tmp_path), "--output", str(tmp_path / "f.npz"), "--batch-size", "2"]
     assert extract.main(words) == 2
     line = complaint(capsys)

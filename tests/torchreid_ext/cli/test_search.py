@@ -4,8 +4,8 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
+import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -22,8 +22,6 @@ from torchreid_ext.runtime.files import locked
 from torchreid_ext.search import features
 from torchreid_ext.search.searcher import Match, as_text, rankings
 
-ROOT = Path(__file__).parents[3]
-SEARCH = "import sys; from torchreid_ext.cli.search import main; sys.exit(main())"
 complaint = partial(trained.complaint, command="drsl-search")
 
 
@@ -245,20 +243,17 @@ def test_what_only_a_search_takes_is_refused_without_a_query(model, photos, tmp_
     assert "nothing to do" in complaint(capsys)
 
 
-def start(*words, **options):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | options.pop("env", {})
-    words = [sys.executable, "-W", "ignore", "-c", SEARCH, *map(str, words), "--device", "cpu"]
-    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
-
-
-def test_a_second_writer_waits_and_says_so(model, photos, tmp_path):
-    index = tmp_path / "index"
+def test_a_second_writer_waits_and_says_so(model, photos, tmp_path, capsys):
+    index, said = tmp_path / "index", ""
+    writer = threading.Thread(target=run, args=(model, "--index", index, "--gallery", photos / "pérson 1"))
     with locked(index):
-        waiting = start(model, "--index", index, "--gallery", photos / "pérson 1")
-        line = waiting.stderr.readline().decode()
-        assert str(index) in line and "waiting" in line and not index.exists()
+        writer.start()
+        while "waiting" not in said:
+            said += capsys.readouterr().err
+            time.sleep(0.05)
+        assert str(index) in said and not index.exists()
         assert run_locked(model, photos / "pérson 2", index) == 4
-    assert waiting.wait(100) == 0, waiting.stderr.read()
+    writer.join(100)
     assert len(Searcher(model, index=index, device="cpu")) == 8
 
 
@@ -271,27 +266,17 @@ def run_locked(model, folder, index):
 
 def test_an_interrupted_search_says_what_it_has_written(model, photos, tmp_path, monkeypatch, capsys):
     words = [model, "--gallery", photos / "pérson 1", "--query", photos / "pérson 1" / "cam0_<1>&.png"]
-    words += ["--index", tmp_path / "index", "--html", tmp_path / "p.html"]
+    index, page = str(tmp_path / "index"), str(tmp_path / "p.html")
+    words += ["--index", index, "--html", page]
 
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("torchreid_ext.search.searcher.caption", interrupt)
+    monkeypatch.setattr("torchreid_ext.search.searcher.as_text", interrupt)
     assert run(*words) == 130
-    assert capsys.readouterr().err.endswith(f"interrupted; written before that: {str(tmp_path / 'index')!r}\n")
+    assert capsys.readouterr().err.endswith(f"interrupted; written before that: {index!r}, {page!r}\n")
     assert run(*words) == 130  # the index had all images and was not written again
-    assert capsys.readouterr().err == "drsl-search: interrupted; nothing was written\n"
-
-
-def test_a_reader_that_stops_early_is_no_error(model, photos, tmp_path):
-    """And a terminal that knows no UTF-8 shows what it can."""
-    names = [f"{photos / 'pérson 1'}/cam0_<1>&.png"] * 3
-    words = [model, "--gallery", photos, "--query", *names, "--top", 24, "--html", tmp_path / "p.html"]
-    child = start(*words, env={"PYTHONIOENCODING": "latin-1", "PYTHONUNBUFFERED": "1"})
-    child.stdout.readline()
-    child.stdout.close()
-    assert child.wait(100) in (0, 141)
-    assert child.stderr.read() == b"" and (tmp_path / "p.html").exists()
+    assert capsys.readouterr().err == f"drsl-search: interrupted; written before that: {page!r}\n"
 
 
 def test_a_name_that_is_no_utf8_goes_everywhere(model, photos, tmp_path, capsys):
