@@ -173,7 +173,6 @@ def test_several_sources_and_targets_transforms_and_words(toy, loss, capsys):
         "data.load_train_targets True data.targets two loss.cross_camera True loss.drsl.miner MultiSimilarityMiner "
         "loss.drsl.bound_power 1 train.warmup_epoch 2 train.lr_scheduler none train.max_epoch 3 model.bnneck True "
         "train.fixbase_epoch 1 train.open_layers classifier",
-        "model.name pcb_p4 model.bnneck True model.last_stride 1",
     ],
     ids=lambda words: words.split()[0],
 )
