@@ -137,15 +137,15 @@ def train_all(folder):
     return found
 
 
-def resume(folder):
+def resume(folder, name="weights", dtype=torch.float64, **options):
     """The states of a run of four epochs, one that went on after two, and the random numbers of a step of each."""
     ends, drawn = [], []
     for stops in ((4,), (2, 4)):
         for stop in stops:
-            engine = make_engine(folder, "resumed", dropout=0.5, **CASES["weights"])
+            engine = make_engine(folder, name, dtype=dtype, dropout=0.5, **CASES[name])
             log = str(folder.parent / str(stops))
             start = engine.resume("auto", log) if stop > stops[0] else 0
-            engine.run(log, max_epoch=stop, start_epoch=start, eval_freq=2)
+            engine.run(log, max_epoch=stop, start_epoch=start, eval_freq=2, **options)
         ends.append(states.copied(states.of_engine(engine, 4)))
         drawn.append(torch.rand(5))
     return {"ends": ends, "drawn": drawn}

@@ -72,6 +72,11 @@ def memory():
     return pml_losses.CrossBatchMemory(pml_losses.ContrastiveLoss(), 32, 20)
 
 
+def late():
+    # Three steps in an epoch: the memory starts in the third.
+    return CrossBatchMemory(DRSLoss(), 32, 20, warmup=7)
+
+
 def final_state(engine, epochs):
     return states.copied(states.of_engine(engine, epochs))
 
@@ -101,16 +106,18 @@ def test_sigkill_at_random_moments_changes_no_bit(tmp_path):
     assert counts["kills"] == "4" and int(counts["inside a save"]) > 0 and counts["tensors that differ"] == "0"
 
 
-@pytest.mark.parametrize(("signum", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 1), (None, 0)])
+@pytest.mark.parametrize(
+    ("signum", "workers", "criterion"), [(signal.SIGTERM, 0, late), (signal.SIGINT, 1, memory), (None, 0, memory)]
+)
 def test_a_signal_or_an_error_saves_and_the_run_goes_on_as_it_would_have(
-    tmp_path, monkeypatch, capsys, signum, workers
+    tmp_path, monkeypatch, capsys, signum, workers, criterion
 ):
     # A loader that ends with a reference cycle waits so many seconds for each of its workers.
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
 
     def fresh():
         seed_everything(3)
-        return make_engine(tmp_path, workers, memory())
+        return make_engine(tmp_path, workers, criterion())
 
     whole = fresh()
     whole.run(str(tmp_path / "whole"), max_epoch=4, checkpoint_freq=10)
@@ -203,29 +210,6 @@ def test_a_sampler_with_a_state_of_its_own_goes_on(tmp_path, sampler):
             engine.run(log, start_epoch=engine.resume("auto", log), max_epoch=stop, eval_freq=1)
         ends.append(final_state(engine, 2))
     assert differing(*ends) == 0
-
-
-@pytest.mark.parametrize(("epoch", "batch", "warmup"), [(1, 2, 6), (2, 1, 6), (3, 0, 7)])
-def test_a_memory_that_starts_later_is_resumed_as_it_would_have_been(tmp_path, epoch, batch, warmup):
-    """Three steps in an epoch: interrupted before, at and after the start of the memory."""
-
-    def fresh():
-        seed_everything(3)
-        return make_engine(tmp_path, criterion=CrossBatchMemory(DRSLoss(), 32, 20, warmup=warmup))
-
-    whole = fresh()
-    whole.run(str(tmp_path / "whole"), max_epoch=4, checkpoint_freq=10)
-    stopped = fresh()
-    signal_in(stopped, epoch, batch)
-    with pytest.raises(Interrupted):
-        stopped.run(str(tmp_path / "cut"), max_epoch=4, checkpoint_freq=10)
-    resumed = fresh()
-    seed_everything(99)
-    start = resumed.resume("auto", str(tmp_path / "cut"))
-    assert start == epoch and resumed.criterion.warmup_calls == min(3 * epoch, warmup)
-    resumed.run(str(tmp_path / "cut"), max_epoch=4, start_epoch=start, checkpoint_freq=10)
-    assert differing(final_state(whole, 4), final_state(resumed, 4)) == 0
-    assert resumed.criterion.warmup_calls == warmup and resumed.criterion.queue_idx == (12 - warmup) * 8 % 20
 
 
 @pytest.mark.parametrize(
