@@ -211,7 +211,7 @@ def _limited(gib: float, device: str) -> Iterator[None]:
 
 
 def report(rows: pd.DataFrame) -> str:
-    """Tables in Markdown: times divided by the distance matrix's, the distance matrix's milliseconds, and memory."""
+    """Tables in Markdown: times divided by the distance matrix's, times in milliseconds, and memory."""
     parts = []
     for dim, of_dim in rows.groupby("dim"):
         for values, digits, title in (
