@@ -1,6 +1,6 @@
 """The counting of ``fused.count_ahead`` as Triton kernels for CUDA, which always add in the same order.
 
-Neither writes a tensor of the size of the comparisons. Tests run them on the CPU, in Triton's interpreter.
+No kernel writes a tensor of the size of the comparisons. Tests run the kernels on the CPU, in Triton's interpreter.
 """
 
 from __future__ import annotations

@@ -51,11 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def option(name: str, default: Any, about: str, **kwargs: Any) -> None:
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
-        parser.add_argument(name, default=default, help=f"{about} ({shown})", **kwargs)
+        parser.add_argument(name, default=default, help=f"{about}; default: {shown}", **kwargs)
 
     option("--sizes", [256, 1024, 4096], "numbers of embeddings, multiples of 4", type=int, nargs="+", metavar="N")
     option("--dims", [512, 2048], "numbers of dimensions", type=int, nargs="+", metavar="D")
-    option("--losses", list(LOSSES), "losses to measure", nargs="+", choices=LOSSES)
+    option("--losses", list(LOSSES), "losses to measure", nargs="+", choices=LOSSES, metavar="NAME")
     option("--seconds", 5.0, "seconds for the rounds of one size, at least three rounds", type=float)
     option("--memory", 6.0, "GiB that one step may take; a loss that needs more is left out", type=float)
     option("--threads", 1, "number of torch's threads on the CPU", type=int)
@@ -211,7 +211,7 @@ def _limited(gib: float, device: str) -> Iterator[None]:
 
 
 def report(rows: pd.DataFrame) -> str:
-    """Tables in Markdown: times divided by the distance matrix's, the distance matrix's milliseconds, and memory."""
+    """Tables in Markdown: times divided by the distance matrix's, times in milliseconds, and memory."""
     parts = []
     for dim, of_dim in rows.groupby("dim"):
         for values, digits, title in (

@@ -1,4 +1,4 @@
-"""pytorch-metric-learning's wrappers, for DRSLoss too. PML admits losses to two of them by class name."""
+"""pytorch-metric-learning's wrappers, for DRSLoss too. Two of PML's own refuse it by its name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an evaluation is given: files of strangers (.npz, .npy, CSV), read without pickles, and labels of any kind."""
+"""What an evaluation is given: files of other programs (.npz, .npy, CSV), read without pickles, and labels."""
 
 from __future__ import annotations
 

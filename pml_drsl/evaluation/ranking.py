@@ -1,6 +1,6 @@
 """Ranks the gallery of each query by the re-ID protocol, from counts of the entries before each match.
 
-They are ``rank_pos`` and ``false_pos`` of ``pml_drsl.functional`` at temperature 0. Only distances are sorted.
+These counts are ``rank_pos`` and ``false_pos`` of ``pml_drsl.functional`` at temperature 0. Only distances are sorted.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands: dict[str, Any] = {"run": _run, "tune": _tune, "report": _report, "speed": speed.main}
     parser.add_argument("--version", action="version", version=f"%(prog)s {version()}")
     parser.add_argument("command", choices=commands)
-    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="its options; see COMMAND --help")
+    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="options: drsl-benchmark COMMAND --help")
     args = parser.parse_args(arguments)
     stopped = "stopped; the same command goes on from the results that are there"
     return guarded("drsl-benchmark", lambda: commands[args.command](args.words), (), stopped, "reid,benchmark")
@@ -123,9 +123,9 @@ def _report(words: Sequence[str]) -> int:
                         help="results of drsl-benchmark run; a .gz file too")  # fmt: skip
     parser.add_argument("--losses", nargs="+", metavar="NAME", help="losses to report; default: all")
     parser.add_argument("--reference", metavar="NAME", help="loss to compare the others with; default: drsl")
-    page = "a new page, or one with the two comments, between which the report goes; default: print"
+    page = "a new page, or one that holds a report, which the new one replaces; default: print"
     parser.add_argument("--output", metavar="FILE.md", help=page)
-    parser.add_argument("--figure", metavar="FILE.png", help="figure to draw")
+    parser.add_argument("--figure", metavar="FILE.png", help="figure to draw: .png, .svg or .pdf")
     args = parser.parse_args(words)
     check_outputs({"--output": args.output, "--figure": args.figure}, map(str, args.results))
 

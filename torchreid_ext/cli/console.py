@@ -36,26 +36,25 @@ def parser(name: str, description: str | None, epilog: str) -> argparse.Argument
         help="for example log/demo/model/model-best.pth.tar, or the folder of a run, whose best checkpoint is "
         "taken")  # fmt: skip
     add("--model", metavar="NAME",
-        help="network of a checkpoint that holds no configuration, such as weights of torchreid's zoo: "
-        "osnet_x0_25")  # fmt: skip
+        help="name of the network, such as osnet_x0_25, for a checkpoint that holds no configuration, such as weights "
+        "of torchreid's zoo")  # fmt: skip
     add("--config-file", metavar="FILE",
-        help="the YAML file that this network was trained with, for a checkpoint that holds no configuration: "
-        "model.bnneck must fit the weights, and model.last_stride must be that of the training, which nothing can "
-        "check")  # fmt: skip
+        help="the YAML file of the training, for a checkpoint that holds no configuration. No check notices a wrong "
+        "model.last_stride")  # fmt: skip
     return made
 
 
 def add_device(made: argparse.ArgumentParser) -> None:
     """Adds the options that say how features are extracted."""
     add = made.add_argument
-    add("--device", choices=["cpu", "cuda"], help="where to compute (the GPU where there is one)")
-    add("--batch-size", type=int, metavar="N", help="images in a batch (test.batch_size of the configuration)")
+    add("--device", choices=["cpu", "cuda"], help="where to compute; default: the GPU where there is one")
+    add("--batch-size", type=int, metavar="N", help="images in a batch; default: test.batch_size")
     add("--workers", type=int, metavar="N", default=min(4, available_cores()),
-        help="processes that read images (%(default)s)")  # fmt: skip
+        help="processes that read images; default: %(default)s")  # fmt: skip
     add("--skip-damaged", action="store_true", help="leave out damaged images, and name them")
     add("--names", default="market", metavar="KIND",
         help="how names carry identities and cameras: market (0002_c1s1_000451_03.jpg), folder (anna/hall_1.jpg), "
-        "msmt17, veri, or a regular expression with the groups identity and camera (%(default)s)")  # fmt: skip
+        "msmt17, veri, or a regular expression with the groups identity and camera; default: %(default)s")  # fmt: skip
 
 
 def extraction(args: argparse.Namespace) -> dict[str, Any]:

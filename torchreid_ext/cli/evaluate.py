@@ -28,8 +28,8 @@ Give runs of drsl-train in the place of files, to compare them, or to see why on
       One page: the queries with the lowest average precision with what came before their first match, mAP by pair of
       cameras, the distances of matches and of others with the point of equal error, and a map of the gallery. RUN is a
       folder or a checkpoint, and its test images are searched again: those of its first target, or of its validation
-      identities. --root says where the data sets are, if no longer where the run had them. FEATURES.npz of drsl-extract
-      will do too.
+      identities. --root says where the data sets are, if they have moved since. FEATURES.npz of drsl-extract is taken
+      too.
 """
 
 from __future__ import annotations
@@ -76,26 +76,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--version", action="version", version=f"%(prog)s {version()}")
     add("features", help="FEATURES.npz, QUERY.npy GALLERY.npy, or folders of runs", nargs="+", metavar="FILE")
     add("--ids", help="identities and cameras of the two .npy files", metavar="IDS.csv")
-    add("--metric", help="distance (what drsl-extract wrote in the file, else euclidean)", choices=METRICS)
+    add("--metric", help="distance; default: what drsl-extract wrote in the file, else euclidean", choices=METRICS)
     about = "order of a match and a negative at the same distance: mean (each counts half before the other), "
     about += "optimistic (the match first), pessimistic (the negative first); default: %(default)s"
     add("--ties", help=about, choices=TIES, default="mean")
     add("--rerank", help="re-rank by k-reciprocal neighbours first (slower)", action="store_true")
-    about = "how CMC is measured (%(default)s, as for Market-1501)"
+    about = "how CMC is measured; default: %(default)s, as for Market-1501"
     add("--protocol", help=about, choices=PROTOCOLS, default="standard")
-    add("--seed", help="seed of the draws of single-gallery-shot (%(default)s)", type=int, default=0)
-    about = "identities of images that have no effect (-1); without an ID, every image counts"
+    add("--seed", help="seed of the draws of single-gallery-shot; default: %(default)s", type=int, default=0)
+    about = "identities of images that have no effect; without an ID, every image counts; default: -1"
     add("--junk", help=about, nargs="*", default=["-1"], metavar="ID")
     about = "ignore cameras: only the query's own image is removed, where the file has paths"
     add("--no-cameras", help=about, action="store_true")
-    add("--ranks", help="ranks to print (1 5 10 20)", type=int, nargs="+", default=list(RANKS), metavar="K")
+    add("--ranks", help="ranks to print; default: 1 5 10 20", type=int, nargs="+", default=list(RANKS), metavar="K")
     add("--json", help="write all scores, the CMC curve and the counts here; -: print them alone", metavar="FILE")
-    add("--device", help="where to compute (cuda if there is a device, else cpu)", choices=["cpu", "cuda"])
+    add("--device", help="where to compute; default: cuda if there is a device, else cpu", choices=["cpu", "cuda"])
     add = parser.add_argument_group("runs of drsl-train").add_argument
     add("--errors", action="store_true", help="write a page that shows why a search fails")
-    add("--html", metavar="PAGE.html", help="page of --errors (errors.html beside the file, or in the run's folder)")
+    add("--html", metavar="PAGE.html", help="page of --errors; default: errors.html in the run, or beside the file")
     add("--csv", metavar="FILE", help="write the table of several runs here")
-    add("--root", metavar="FOLDER", help="folder of the run's data sets for --errors (where the run had them)")
+    add("--root", metavar="FOLDER", help="folder of the run's data sets, for --errors; default: where the run had them")
     args = parser.parse_args(arguments)
     if args.errors and not args.html:
         given = Path(args.features[0])

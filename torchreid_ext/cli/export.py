@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--without-normalisation", dest="normalise", action="store_false",
                         help="leave the normalisation out of the file: whoever uses it must normalise")  # fmt: skip
     parser.add_argument("--images", metavar="FOLDER",
-                        help="compare with images of this folder (drawn pedestrians otherwise)")  # fmt: skip
+                        help="compare with images of this folder; default: drawn pedestrians")  # fmt: skip
     args = parser.parse_args(arguments)
     return guarded("drsl-export", lambda: run(args), [args.output])
 

@@ -11,9 +11,9 @@ need the name of the network: --model osnet_x0_25. A SOURCE is one of these:
   FILE.jpg    or any other image: a gallery image
 
 One identity in several sources is one person. Without a SOURCE, the test images of the run itself are taken: those of
-its first target, or of its validation identities. --root says where the data sets are, if no longer where the run had
-them. The output is what drsl-evaluate reads: the features of query and gallery with identities and cameras. Where names
-carry no identities, it holds features and paths alone, which drsl-search reads.
+its first target, or of its validation identities. --root says where the data sets are, if they have moved since. The
+output is what drsl-evaluate reads: the features of query and gallery with identities and cameras. Where names carry no
+identities, it holds features and paths alone, which drsl-search reads.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = console.parser("drsl-extract", __doc__, EPILOG)
     parser.add_argument("sources", nargs="*", metavar="SOURCE", help="folders, CSV files and images")
     parser.add_argument("--output", required=True, metavar="FILE.npz", help="where to write the features")
-    parser.add_argument("--root", metavar="FOLDER", help="folder of the run's data sets (where the run had them)")
+    parser.add_argument("--root", metavar="FOLDER", help="folder of the data sets; default: where the run had them")
     parser.add_argument("--no-cameras", dest="cameras", action="store_false",
                         help="take no cameras from names, such as IMG from anna/IMG_1.jpg: then every photo below a "
                         "folder of people is a query")  # fmt: skip

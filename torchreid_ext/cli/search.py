@@ -1,10 +1,10 @@
 """Looks images up in a gallery with a trained network, and shows the nearest gallery images.
 
 The checkpoint of a run says which network it is, and how images are resized, normalised and compared. Weights of
-torchreid's zoo need the name of the network: --model osnet_x0_25. The gallery is a folder of images, image files, a CSV
-file, of which the split gallery is searched, or a features file of drsl-extract. Without --gallery and --index it is
-that of the run's own test. Names carry identities and cameras as --names says; where they are known, they are shown,
-and matches are marked right or wrong.
+torchreid's zoo need the name of the network: --model osnet_x0_25. The gallery is folders, image files, CSV
+files (their split gallery) and feature files of drsl-extract. Without --gallery and --index it is the gallery of the
+run's own test. --names says how the names of images carry identities and cameras. Known identities and cameras are
+shown, and a match is marked right or wrong where its identity and that of the query are known.
 
 With --index, the features of the gallery are kept in a file, and only images that are new are read the next time. Other
 commands that change the file meanwhile wait.
@@ -50,10 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = console.parser("drsl-search", __doc__, EPILOG)
     add = parser.add_argument
     add("--gallery", nargs="+", default=[], metavar="SOURCE", help="folders, images, CSV files, .npz of drsl-extract")
-    add("--query", nargs="+", default=[], metavar="IMAGE", help="images to look up, or their folders")
-    add("--root", metavar="FOLDER", help="folder of the run's data sets, whose test images are the gallery without "
-        "--gallery and --index (where the run had them)")  # fmt: skip
-    add("--top", type=int, default=10, metavar="K", help="gallery images to show (%(default)s)")
+    add("--query", nargs="+", default=[], metavar="IMAGE", help="images to look up, folders or CSV files")
+    add("--root", metavar="FOLDER", help="folder of the run's data sets, for a search without --gallery and --index; "
+        "default: where the run had them")  # fmt: skip
+    add("--top", type=int, default=10, metavar="K", help="gallery images to show; default: %(default)s")
     add("--rerank", action="store_true", help="re-rank by k-reciprocal neighbours (slower)")
     add("--crop", nargs=4, type=int, metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
         help="use this part of the query, in pixels: a person in a larger picture")  # fmt: skip
@@ -64,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="images to remove from the index: their paths as they are printed, or '*/anna/*'")  # fmt: skip
     add("--prune", action="store_true", help="remove images from the index whose files are gone")
     add("--serve", nargs="?", type=int, const=7861, metavar="PORT",
-        help="open a page that looks photos up, at this port of this machine (%(const)s; 0: a free one)")  # fmt: skip
-    add("--host", help="address of the page; 0.0.0.0 lets everybody in the network search (127.0.0.1)")
+        help="open a page that looks photos up, at this port; 0: a free one; default: %(const)s")  # fmt: skip
+    add("--host", help="address of the page; 0.0.0.0 lets everybody in the network search; default: 127.0.0.1")
     console.add_device(parser)
     args = parser.parse_args(arguments)
     extra = "reid" if args.serve is None else "reid,serve"

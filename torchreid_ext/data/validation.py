@@ -1,4 +1,4 @@
-"""What is trained on and what is tested on: validation identities, fewer training identities, and images in both."""
+"""Holds out validation identities, draws some training identities, and refuses images in training and test."""
 
 from __future__ import annotations
 

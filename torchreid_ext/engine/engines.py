@@ -1,4 +1,4 @@
-"""The engines: any loss of the features beside the cross-entropy of the logits, which may also stand alone."""
+"""The engines: any loss of the features, the cross-entropy of the logits, or the sum of both."""
 
 from __future__ import annotations
 
