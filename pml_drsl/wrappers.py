@@ -74,7 +74,6 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         self.warmup = int(warmup)
         self.embedding_memory: Tensor
         self.warmup_calls = 0
-        self.register_load_state_dict_pre_hook(_keep_place)
 
     @staticmethod
     def supported_losses() -> list[str]:
@@ -88,6 +87,15 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         place = _place(state)
         self.queue_idx, self.has_been_filled = place[0], bool(place[1])
         self.warmup_calls = place[2] if len(place) > 2 else self.warmup_calls
+
+    # Not a hook: PML's record keeper walks through the dictionaries of a loss, and fails at a hook in one.
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        # States of PML's memory, and of versions before 0.3, have no place in the queue, and the latter
+        # count the calls apart.
+        place = state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
+        if (calls := state_dict.pop(f"{prefix}warmup_calls", None)) is not None:
+            state_dict[f"{prefix}_extra_state"] = torch.tensor([*_place(place)[:2], int(calls)])
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def forward(
         self,
@@ -180,13 +188,6 @@ class CrossBatchMemory(losses.CrossBatchMemory):
             is_anchor = place == 0 or (place == 2 and len(indices) == 4)
             mapped.append(index if is_anchor else batch[index])
         return tuple(mapped)  # type: ignore[return-value]
-
-
-def _keep_place(memory: CrossBatchMemory, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    # States of PML's memory, and of versions before 0.3, have no place in the queue, and theirs count the calls apart.
-    place = state_dict.setdefault(f"{prefix}_extra_state", memory.get_extra_state())
-    if (calls := state_dict.pop(f"{prefix}warmup_calls", None)) is not None:
-        state_dict[f"{prefix}_extra_state"] = torch.tensor([*_place(place)[:2], int(calls)])
 
 
 def _place(state: Tensor | dict[str, int]) -> list[int]:

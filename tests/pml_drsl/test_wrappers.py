@@ -253,6 +253,12 @@ def test_states_of_other_memories_can_be_loaded(warmup):
     assert all(isinstance(value, torch.Tensor) for value in ours.state_dict().values())
 
 
+def test_a_memory_has_no_dictionaries_for_pml_s_record_keeper_but_pml_s_own():
+    memories = CrossBatchMemory(make_loss(), 4), pml.CrossBatchMemory(pml.SupConLoss(), 4)
+    ours, theirs = ({name for name, part in vars(each).items() if isinstance(part, dict) and part} for each in memories)
+    assert ours == theirs
+
+
 def test_storing_nothing_leaves_the_memory_empty():
     memory, fresh = (CrossBatchMemory(make_loss(0.1), 4, memory_size=12) for _ in range(2))
     ((x, labels),) = batches(1, 5)
