@@ -282,4 +282,6 @@ def _why_no_match(ids: tuple[Tensor, Tensor], ranked: RankedQueries, has_cams: b
         return f"{message} (the query itself)" if with_query else message
     message += f" ({int(ranked.num_junk.sum())} entries of the query's identity and camera)"
     cure = "check query_cams and gallery_cams, or leave both out (drsl-evaluate --no-cameras)"
+    if int(ranked.num_junk.max()) == 1:  # drsl-extract gives an image without a camera a camera of its own.
+        cure += "; if that entry is the query itself, add other images of its identity"
     return f"{message}. A match must come from another camera than its query: {cure}"

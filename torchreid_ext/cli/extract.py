@@ -86,11 +86,14 @@ def run(args: argparse.Namespace) -> None:
             cameras = sorted({row.camera for row in rows} - {""})
             if cameras:
                 say(f"Cameras: {', '.join(cameras) if len(cameras) < 9 else len(cameras)}")
-            if cameras and len({(row.identity, row.seen_by) for row in rows}) == len({row.identity for row in rows}):
+            people, seen = {row.identity for row in rows}, {(row.identity, row.seen_by) for row in rows}
+            if len(seen) > len(people):
+                say(f"Scores: drsl-evaluate {args.output}")
+            elif len({row.path for row in rows}) > len(people):
                 cure = "if cameras do not matter, give the same command with --no-cameras"
                 say(f"There are no scores to compute: that needs matches from another camera; {cure}")
             else:
-                say(f"Scores: drsl-evaluate {args.output}")
+                say("There are no scores to compute: that needs a second image of a person")
         elif unknown := [shown(row.path) for row in rows if not row.identity]:
             about = f"no identity is known for {len(unknown):,} of {len(rows):,} images, the first being {unknown[0]!r}"
             say(f"There are no scores to compute: {about}: leave them out, or say with --names who they are")

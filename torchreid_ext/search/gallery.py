@@ -84,21 +84,24 @@ class Gallery:
 
     def remove(self, patterns: Sequence[str]) -> list[Row]:
         """Removes images by their names or paths, absolute or from the current folder, and returns them. In any other
-        word ``*``, ``?`` and ``[]`` stand for characters, slashes too, which stand for those of Windows as well.
-        Accents may have any form of Unicode. Raises InputError for a pattern that no image matches, or that every image
-        matches, unless it is ``"*"``. Nothing is removed then."""
+        word ``*``, ``?`` and ``[]`` stand for characters, slashes too, which stand for those of Windows as well. A
+        bracket is itself first, as in ``*/anna [1]/*``. Accents may have any form of Unicode. Raises InputError for a
+        pattern that no image matches, or that every image matches, unless it is ``"*"``. Nothing is removed then."""
         found, of_name = set[int](), defaultdict[str, set[int]](set)
         for row, entry in enumerate(self.entries):
             of_name[composed(entry.path)].add(row)
         written = functools.cache(lambda path: [_slashed(each) for each in (path, shown(path))])
         for pattern in patterns:
-            here = of_name.get(composed(pattern), set()) | of_name.get(composed(resolved(pattern)), set()) or {
-                row
-                for row, entry in enumerate(self.entries)
-                if any(fnmatchcase(path, _slashed(pattern)) for path in written(entry.path))
-            }
+            here = of_name.get(composed(pattern), set()) | of_name.get(composed(resolved(pattern)), set())
+            for word in (_slashed(pattern).replace("[", "[[]"), _slashed(pattern)):
+                here = here or {
+                    row
+                    for row, entry in enumerate(self.entries)
+                    if any(fnmatchcase(path, word) for path in written(entry.path))
+                }
             if not here:
-                raise InputError(f"no image of the gallery matches {pattern!r}")
+                cure = "give the path of an image as it is printed, or a pattern such as '*/anna/*'"
+                raise InputError(f"no image of the gallery matches {pattern!r}: {cure}")
             if len(here) == len(self) > 1 and pattern != "*":
                 raise InputError(f"{pattern!r} matches all {len(self):,} images of the gallery: for that, give '*'")
             found |= here

@@ -276,3 +276,8 @@ def test_what_keeps_scores_from_being_computed_is_named(any_model, tmp_path, cap
         words = [str(any_model), str(source), "--names", "folder", "--output", str(tmp_path / "f.npz")]
         assert extract.main(words) == 0
         assert f"There are no scores to compute: {why}" in capsys.readouterr().out
+    (tmp_path / "group.png").unlink()  # Now every person has one image, which --no-cameras cannot help.
+    for more in ([], ["--no-cameras"]):
+        assert extract.main([words[0], str(tmp_path), *words[2:], *more]) == 0
+        assert "There are no scores to compute: that needs a second image of a person\n" in capsys.readouterr().out
+    assert evaluate.main([words[-1]]) == 2 and "add other images of its identity" in capsys.readouterr().err

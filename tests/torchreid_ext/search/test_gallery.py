@@ -107,7 +107,7 @@ def test_what_cannot_be_added_or_removed_changes_nothing():
         with pytest.raises(InputError, match=words):
             gallery.add(entries, wrong)
     for patterns, words in [
-        (["a/1", "nobody"], "matches 'nobody'"),
+        (["a/1", "nobody"], "matches 'nobody': give"),
         (["**"], "matches all 4 images.*give '\\*'"),
         (["?*"], "matches all 4 images"),
     ]:
@@ -116,6 +116,9 @@ def test_what_cannot_be_added_or_removed_changes_nothing():
     assert gallery.nearest(features, 4) == before
     # A name with the characters of a pattern is itself first.
     assert [entry.path for entry in gallery.remove(["b[1]"])] == ["b[1]"]
+    gallery.add([Row("c [1]/1"), Row("c 1/1")], features[:2])
+    assert [entry.path for entry in gallery.remove(["c [1]/*"])] == ["c [1]/1"]
+    assert [entry.path for entry in gallery.remove(["c [12]/*"])] == ["c 1/1"]
     assert [entry.path for entry in gallery.remove(["a/*"])] == ["a/1", "a/2"]
 
 
