@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 from pml_drsl.checks import InputError
 from pml_drsl.large_batch import copied_buffers, put_back_buffers
 from torchreid_ext.checkpoint import checkpoint
-from torchreid_ext.data.loading import parts
+from torchreid_ext.data.loading import names_of
 from torchreid_ext.runtime import distributed, generators
 
 NO_BEST = {"mAP": -1.0, "epoch": -1}
@@ -205,17 +203,9 @@ def copied(state: Any) -> Any:
 
 
 def digest(items: list[Any]) -> str:
-    """A digest of training images and their identities, items of torchreid's data sets, in any order. Paths count from
-    the folder that all have in common, which may be moved, and differ from one machine of a run to another."""
-    several = [([*map(os.path.abspath, map(str, parts(item[0])))], item[1]) for item in items]
-    top = None
-    with contextlib.suppress(ValueError):  # Images on two drives of Windows have no folder in common.
-        top = os.path.commonpath([os.path.dirname(path) for paths, _ in several for path in paths])
-    lines = [
-        "\0".join([str(pid), *(os.path.relpath(path, top) if top else path for path in paths)])
-        for paths, pid in several
-    ]
-    text = "\n".join(sorted(line.replace(os.sep, "/") for line in lines))  # the same on Windows
+    """A digest of training images, by their ``names_of``, and their identities, in any order."""
+    lines = ["\0".join([str(item[1]), *name]) for item, name in zip(items, names_of(items), strict=True)]
+    text = "\n".join(sorted(lines))
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 

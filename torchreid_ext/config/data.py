@@ -35,6 +35,7 @@ def build_datamanager(cfg: Config) -> Any:
             manager = kind(**_arguments(cfg), train_sampler="SequentialSampler")
         if cfg.data.type == "video":
             _sort_frames(manager)
+        _number_identities(manager)
         # torchreid loses this number when it joins several sources.
         manager.train_loader.dataset.k_tfm = cfg.data.k_tfm
         if cfg.data.identities or cfg.data.validation:
@@ -54,6 +55,16 @@ def _sort_frames(manager: Any) -> None:
         unsorted = [number for number, name in enumerate(names) if name in ("prid2011", "ilidsvid")]
         for items in (loader.dataset.train, loader.dataset.query, loader.dataset.gallery) if unsorted else ():
             items[:] = [(tuple(sorted(item[0])), *item[1:]) if item[3] in unsorted else item for item in items]
+
+
+def _number_identities(manager: Any) -> None:
+    """Numbers the identities of CUHK02 and CUHK-SYSU by their first images. torchreid numbers a set of names, whose
+    order differs from process to process, so that a run could not be resumed, nor have several processes."""
+    train = manager.train_loader.dataset.train
+    for source in (number for number, name in enumerate(manager.sources) if name in ("cuhk02", "cuhksysu")):
+        pids = list(dict.fromkeys(item[1] for item in sorted(train) if item[3] == source))
+        numbers = dict(zip(pids, sorted(pids), strict=True))
+        train[:] = [(item[0], numbers.get(item[1], item[1]), *item[2:]) for item in train]
 
 
 def _in_test_batch(cfg: Config) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import multiprocessing
@@ -43,6 +44,37 @@ def files_of(entry: Any) -> Iterator[str]:
     for path in parts(entry):
         if isinstance(path, (str, os.PathLike)) and os.path.isfile(path):
             yield os.fspath(path)
+
+
+def names_of(items: Sequence[Any]) -> list[tuple[str, ...]]:
+    """The paths of each item of a data set, with slashes. They count from the folder that all have in common, which may
+    be moved, and differ from one machine of a run to another."""
+    paths = [[*map(os.path.abspath, map(str, parts(item[0])))] for item in items]
+    top = None
+    with contextlib.suppress(ValueError):  # Images on two drives of Windows have no folder in common.
+        top = os.path.commonpath([os.path.dirname(path) for several in paths for path in several])
+    below = [[os.path.relpath(path, top) if top else path for path in several] for several in paths]
+    return [tuple(path.replace(os.sep, "/") for path in several) for several in below]
+
+
+def list_as_first(manager: Any) -> None:
+    """Gives the lists of a data manager's images, in place, the order and the numbers of those of the first process.
+    torchreid lists files in the order of the file system, which differs from machine to machine, and an index would be
+    another image there. Raises InputError for other images than those of the first process."""
+    loaders = [manager.train_loader, *(loader for splits in manager.test_loader.values() for loader in splits.values())]
+    for dataset in (loader.dataset for loader in loaders) if distributed.size() > 1 else ():
+        items = getattr(dataset, "data", None)
+        if not isinstance(items, list):
+            continue
+        names = names_of(items)
+        own = {name: item[0] for name, item in zip(names, items, strict=True)}
+        listed = distributed.from_first([(name, item[1:]) for name, item in zip(names, items, strict=True)].copy)
+        if other := own.keys() ^ {name for name, _ in listed}:
+            unlike = (
+                f"the images of process {distributed.rank()} are not those of the first, for example {min(other)[0]}"
+            )
+            raise InputError(f"{unlike}: give every machine the same data")
+        items[:] = [(own[name], *rest) for name, rest in listed]
 
 
 class Draw(NamedTuple):

@@ -20,7 +20,7 @@ from pml_drsl.evaluation.scores import RetrievalResult
 from torchreid_ext import networks
 from torchreid_ext.checkpoint import checkpoint, states
 from torchreid_ext.checkpoint.folder import BEST, History, RunCheckpoints
-from torchreid_ext.data.loading import readable, repeatable
+from torchreid_ext.data.loading import list_as_first, readable, repeatable
 from torchreid_ext.data.samplers import check_trains, whole_batches
 from torchreid_ext.engine.epoch import EpochLog, Layers
 from torchreid_ext.engine.options import RunOptions
@@ -41,6 +41,7 @@ class BaseEngine(Tester, TrainingStep):
 
     def __init__(self, datamanager: Any, *args: Any, **kwargs: Any) -> None:
         check_trains(datamanager)
+        list_as_first(datamanager)
         super().__init__(datamanager, *args, **kwargs)  # which sets train_loader
         self.results: dict[str, RetrievalResult] = {}  # of the latest test, by target
         self.rank1 = 0.0  # of the latest test, on its last target

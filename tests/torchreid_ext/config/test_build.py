@@ -612,3 +612,19 @@ def test_the_splits_that_torchreid_draws_are_the_same_for_all_seeds(tmp_path):
         assert random.getstate() == before
         drawn.append([Path(item[0]).name for item in manager.train_loader.dataset.train])
     assert drawn[0] == drawn[1] != sorted(drawn[0])
+
+
+def test_identities_that_torchreid_numbers_as_a_set_of_names_are_numbered_by_their_images(tmp_path):
+    """The order of such a set differs from process to process."""
+    names = [f"cuhk02/Dataset/P{pair}/cam{camera}/{number:03}_1.png" for pair in (1, 2, 5) for camera in (1, 2)
+             for number in range(6)]  # fmt: skip
+    names += [f"cuhksysu/cropped_images/p{number}_s1_{shot}.jpg" for number in range(10, 18) for shot in range(2)]
+    for name in names:
+        Path(tmp_path, name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 16)).save(tmp_path / name)
+    cfg = get_default_config()
+    sets = "data.sources [cuhk02,cuhksysu] data.targets [cuhk02]"
+    cfg.merge_from_list(f"{sets} data.root {tmp_path} data.workers 0 use_gpu False train.batch_size 4".split())
+    train = sorted(config.build_datamanager(cfg).train_loader.dataset.train)
+    pairs = [number for pair in (0, 6) for _ in range(2) for number in range(pair, pair + 6)]
+    assert [item[1] for item in train] == [*pairs, *(number for number in range(12, 20) for _ in range(2))]

@@ -22,7 +22,10 @@ import torch
 import torchreid
 from PIL import Image
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
+from toy_data import make_image_manager
 
+from pml_drsl.checks import InputError
+from torchreid_ext.data import loading
 from torchreid_ext.data.loading import ReadableDataset, readable, repeatable
 from torchreid_ext.pixels import read_image
 
@@ -310,3 +313,29 @@ def test_other_data_sets_are_refused() -> None:
         readable(DataLoader(Stream()))
     with pytest.raises(ValueError, match="list is not a torchreid data set"):
         readable(DataLoader([1, 2, 3]))  # type: ignore[arg-type]
+
+
+def test_another_machine_whose_files_have_another_order_lists_them_as_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchreid lists files in the order of the file system."""
+    sent: list[Any] = []
+    monkeypatch.setattr(loading.distributed, "size", lambda: 2)
+    listed = []
+    for place in ("one", "two"):
+        (tmp_path / place).mkdir()
+        manager = make_image_manager(tmp_path / place)
+        lists = [manager.train_loader.dataset.train, *manager.test_dataset["toy"].values()]
+        if place == "two":
+            for items in lists:
+                items[:] = [(path, 5 - pid % 6, *rest) for path, pid, *rest in items[::-1]]
+            monkeypatch.setattr(loading.distributed, "from_first", lambda _: sent.pop(0))
+        else:
+            monkeypatch.setattr(loading.distributed, "from_first", lambda f: sent.append(f()) or f())
+        loading.list_as_first(manager)
+        listed.append([[(Path(item[0]).name, *item[1:]) for item in items] for items in lists])
+        assert all(Path(item[0]).is_relative_to(tmp_path / place) for items in lists for item in items)
+    assert listed[0] == listed[1]
+    monkeypatch.setattr(loading.distributed, "from_first", lambda f: f()[1:])
+    with pytest.raises(InputError, match=r"other images than the first, for example .*png: give every machine"):
+        loading.list_as_first(manager)
