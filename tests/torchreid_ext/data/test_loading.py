@@ -337,5 +337,5 @@ def test_another_machine_whose_files_have_another_order_lists_them_as_the_first(
         assert all(Path(item[0]).is_relative_to(tmp_path / place) for items in lists for item in items)
     assert listed[0] == listed[1]
     monkeypatch.setattr(loading.distributed, "from_first", lambda f: f()[1:])
-    with pytest.raises(InputError, match=r"other images than the first, for example .*png: give every machine"):
+    with pytest.raises(InputError, match=r"has other images than the first, for example .*png: give every machine"):
         loading.list_as_first(manager)
