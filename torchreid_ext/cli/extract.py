@@ -69,13 +69,11 @@ def run(args: argparse.Namespace) -> None:
     with distributed.joined(args.device != "cpu"):
         model = load_model(args.checkpoint, args.config_file, args.device, args.model)
         console.check_outputs({"--output": args.output}, [model.path, args.config_file, *args.sources])
-        # Files have another order on another machine.
-        table = distributed.from_first(
-            lambda: (
-                list_sources(args.sources, args.names, args.cameras)
-                if args.sources
-                else test_images(model.config, args.root, model.people)
-            )
+        table = (
+            list_sources(args.sources, args.names, args.cameras)
+            if args.sources
+            # torchreid's files have another order on another machine.
+            else distributed.from_first(lambda: test_images(model.config, args.root, model.people))
         )
         if table.left_out:
             say(table.about_left_out())

@@ -60,20 +60,22 @@ def names_of(items: Sequence[Any]) -> list[tuple[str, ...]]:
 def list_as_first(manager: Any) -> None:
     """Gives the lists of a data manager's images, in place, the order and the numbers of those of the first process.
     torchreid lists files in the order of the file system, which differs from machine to machine, and an index would be
-    another image there. Raises InputError for other images than those of the first process."""
+    another image there. Raises InputError on every process if one has other images than the first."""
     files = (str, os.PathLike)
     loaders = [manager.train_loader, *(loader for splits in manager.test_loader.values() for loader in splits.values())]
     for dataset in (loader.dataset for loader in loaders) if distributed.size() > 1 else ():
         items = getattr(dataset, "data", None)
         if not isinstance(items, list) or any(not isinstance(part, files) for item in items for part in parts(item[0])):
             continue  # Other entries, such as keys of a database, come in an order of the user's own.
-        names = names_of(items)
-        own = {name: item[0] for name, item in zip(names, items, strict=True)}
-        listed = distributed.from_first([(name, item[1:]) for name, item in zip(names, items, strict=True)].copy)
-        if other := own.keys() ^ {name for name, _ in listed}:
-            unlike = f"process {distributed.rank()} has other images than the first, for example {min(other)[0]}"
-            raise InputError(f"{unlike}: give every machine the same data")
-        items[:] = [(own[name], *rest) for name, rest in listed]
+        names = [tuple(sorted(name)) for name in names_of(items)]  # Frames may have the order of the file system too.
+        own = dict(zip(names, items, strict=True))
+        listed = distributed.from_first([(name, item[1:4]) for name, item in zip(names, items, strict=True)].copy)
+        odd = min(own.keys() ^ {name for name, _ in listed}, default=None)
+        for process, other in enumerate(distributed.gathered(odd)):
+            if other:
+                unlike = f"process {process} has other images than the first, for example {other[0]}"
+                raise InputError(f"{unlike}: give every machine the same data")
+        items[:] = [(own[name][0], *numbers, *own[name][4:]) for name, numbers in listed]
 
 
 class Draw(NamedTuple):

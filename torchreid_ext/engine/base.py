@@ -36,7 +36,7 @@ class BaseEngine(Tester, TrainingStep):
     A subclass sets ``self.model`` and calls ``register_model``, also for further models that it trains, and implements
     ``compute_losses``. In a run of several processes, inside ``distributed.joined``, each process trains on its share
     of every batch. (torchreid's ``RandomIdentitySampler`` is replaced by ``IdentitySampler``.) Raises InputError as
-    ``check_trains``.
+    ``check_trains`` and ``list_as_first``.
     """
 
     def __init__(self, datamanager: Any, *args: Any, **kwargs: Any) -> None:

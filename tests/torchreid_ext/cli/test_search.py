@@ -1,5 +1,6 @@
 """drsl-search finds, keeps an index, overwrites no input, and refuses bad input in one line."""
 
+import io
 import json
 import os
 import re
@@ -243,17 +244,19 @@ def test_what_only_a_search_takes_is_refused_without_a_query(model, photos, tmp_
     assert "nothing to do" in complaint(capsys)
 
 
-def test_a_second_writer_waits_and_says_so(model, photos, tmp_path, capsys):
-    index, said = tmp_path / "index", ""
-    writer = threading.Thread(target=run, args=(model, "--index", index, "--gallery", photos / "pérson 1"))
+def test_a_second_writer_waits_and_says_so(model, photos, tmp_path, monkeypatch):
+    index, said, status = tmp_path / "index", io.StringIO(), []
+    monkeypatch.setattr("sys.stderr", said)
+    words = model, "--index", index, "--gallery", photos / "pérson 1"
+    writer = threading.Thread(target=lambda: status.append(run(*words)))
     with locked(index):
         writer.start()
-        while "waiting" not in said:
-            said += capsys.readouterr().err
+        while writer.is_alive() and "waiting" not in said.getvalue():
             time.sleep(0.05)
-        assert str(index) in said and not index.exists()
+        assert "waiting" in said.getvalue() and str(index) in said.getvalue() and not index.exists()
         assert run_locked(model, photos / "pérson 2", index) == 4
     writer.join(100)
+    assert status == [0], said.getvalue()
     assert len(Searcher(model, index=index, device="cpu")) == 8
 
 

@@ -83,13 +83,12 @@ def test_the_neck_s_batch_normalisation_sees_chunks_and_counts_every_image_once(
     assert norm.num_batches_tracked == 2 * 2 * len(engine.train_loader)
 
 
-def test_a_compiled_network_in_chunks_trains_as_the_plain_one(tmp_path, monkeypatch):
-    # Everything of torch.compile but the code that inductor writes, which takes ten times as long. This backend has no
-    # channels_last.
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_network_in_chunks_trains_as_the_plain_one(tmp_path, monkeypatch, backend):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     found = []
     for compiled in (False, True):
-        run = {"compiled": compiled, "channels_last": False}
+        run = {"compiled": compiled, "channels_last": "auto" if backend == "inductor" else False}
         found.append(trained(tmp_path, "drsl", 5, 1, dtype=torch.float32, run=run).model.state_dict())
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
