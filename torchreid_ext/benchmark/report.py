@@ -262,11 +262,13 @@ def draw(sections: Sequence[Section], path: Path) -> None:
 
     sections = [section for section in sections if len(section.lines) > 1] or sections
     columns, rows = min(3, len(sections)), math.ceil(len(sections) / 3)
+    named = (WITH_NEGATIVES.fullmatch(loss) for section in sections for loss in section.lines)
+    losses = sorted({each["loss"] for each in named if each})  # A loss has one colour in all panels.
     figure = Figure(figsize=(6 * columns, 4.5 * rows), layout="constrained")
     for number, section in enumerate(sections, 1):
         axes, scores = figure.add_subplot(rows, columns, number), section.scores().fillna(0)
         curves = all(WITH_NEGATIVES.fullmatch(loss) for loss in section.lines)
-        (_curves if curves else _points)(axes, scores)
+        _curves(axes, scores, losses) if curves else _points(axes, scores)
         changed = [f"{key} {value}" for key, value in section.changes.items() if not key.startswith("model.")]
         axes.set_title("\n".join([f"{section.target}, {section.network}", *changed]))
         axes.grid(alpha=0.3)
@@ -284,12 +286,13 @@ def _points(axes: Axes, scores: pd.DataFrame) -> None:
     axes.set_xlabel("%")
 
 
-def _curves(axes: Axes, scores: pd.DataFrame) -> None:
+def _curves(axes: Axes, scores: pd.DataFrame, losses: Sequence[str]) -> None:
     parts = scores.index.str.extract(WITH_NEGATIVES.pattern).set_index(scores.index)
     rows = scores["mAP"].assign(loss=parts["loss"], negatives=parts["negatives"].astype(float))
-    for place, (loss, curve) in enumerate(rows.sort_values("negatives").groupby("loss")):  # one colour in all panels
+    for place, (loss, curve) in enumerate(rows.sort_values("negatives").groupby("loss")):
         x = curve["negatives"] * 1.04**place  # A little apart, so that no deviation hides another.
-        axes.errorbar(x, curve["mean"], yerr=curve["sd"], marker="o", label=loss, capsize=2)
+        style = {"marker": "o", "label": loss, "capsize": 2, "color": f"C{losses.index(loss)}"}
+        axes.errorbar(x, curve["mean"], yerr=curve["sd"], **style)
     numbers = sorted(set(rows["negatives"]))
     axes.set(xscale="log", xlabel="negatives for each positive", ylabel="mAP (%)")
     axes.set(xticks=numbers, xticklabels=[f"{number:,.0f}" for number in numbers])

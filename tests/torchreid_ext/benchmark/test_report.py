@@ -393,7 +393,12 @@ def test_losses_with_numbers_of_negatives_become_curves(tmp_path, monkeypatch):
     drawn = list[Axes]()
     report.draw(report.sections(results), tmp_path / "figure.png")
     report.draw(report.sections([*results, line("softmax", 0, 0.5)]), tmp_path / "figure.png")
-    curves, points = drawn
+    others = [line(each["loss"], 0, 0.5, target="viper") for each in results]
+    report.draw(report.sections([*results[2:], *others]), tmp_path / "figure.png")
+    curves, points, *panels = drawn
+    of_supcon, other = (panel.get_legend_handles_labels() for panel in panels)  # of one loss, and of two
+    colours = [handles[names.index("supcon")].lines[0].get_color() for handles, names in (of_supcon, other)]
+    assert of_supcon[1] == ["supcon"] and colours[0] == colours[1]
     assert sorted(curves.get_legend_handles_labels()[1]) == ["drsl", "supcon"]
     first, second = ([*container.lines[0].get_xdata()] for container in curves.containers)
     assert first == [15, 60] and second == pytest.approx(first, rel=0.1) and min(second) > 15
