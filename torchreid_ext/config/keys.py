@@ -87,7 +87,9 @@ TORCHREID: dict[str, Key] = {
     "train.base_lr_mult": _kept(0.1, "factor on the learning rate of the other layers with staged_lr", least=0),
     "train.lr_scheduler": _fixed("single_step", "single_step, multi_step, cosine or none",
         choices=("single_step", "multi_step", "cosine", "none")),
-    "train.stepsize": _kept([20], "epochs at which the learning rate falls", least=1),
+    "train.stepsize": _kept([20], least=1,
+        text="epochs after which the learning rate falls (multi_step); with single_step, it falls every N epochs, N "
+        "the last of the list"),
     "train.gamma": _kept(0.1, "factor by which the learning rate falls", least=0),
     "train.seed": _kept(1, "seed of every random number generator"),
     "sgd.momentum": _kept(0.9, "momentum of sgd and rmsprop"),
