@@ -34,8 +34,12 @@ NOT_TRAINED = {
     "VICRegLoss": "it compares two views of an image and takes no identities",
     "DynamicSoftMarginLoss": "in pytorch-metric-learning 2.9 its second batch fails, as its histogram keeps the first",
     "ManifoldLoss": "it makes up its own classes and takes no identities",
+    "RankingMiner": "it is a base class",
+    "EmbeddingsAlreadyPackagedAsTriplets": "it takes batches of triplets, which no sampler fills",
+    "DoNothingReducer": "it returns the errors of all pairs, and not one number",
+    "ClassWeightedReducer": "its weights are a tensor, which a config cannot hold: give it to a loss from Python",
 }
-"""Names of ``pytorch_metric_learning.losses`` that ``loss.pml.loss`` refuses, with the reason."""
+"""Names of losses, miners and reducers that a config cannot use, with the reason."""
 
 WITHOUT_PAIRS: tuple[type, ...] = (
     losses.CrossBatchMemory, losses.FastAPLoss, losses.InstanceLoss, losses.LargeMarginSoftmaxLoss, losses.NCALoss,
@@ -52,7 +56,8 @@ def _classes(base: type, *modules: ModuleType) -> dict[str, type]:
         name: found
         for module in modules
         for name, found in vars(module).items()
-        if inspect.isclass(found) and issubclass(found, base) and found is not base and name not in NOT_TRAINED
+        if inspect.isclass(found) and issubclass(found, base) and found is not base
+        if name not in NOT_TRAINED and not name.startswith("_")
     }
 
 
