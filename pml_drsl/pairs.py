@@ -142,7 +142,7 @@ def _check_indices(
     if len(indices_tuple) not in (3, 4):
         wanted = "3 tensors (anchors, positives, negatives) or 4 (anchors, positives, anchors, negatives)"
         raise InputError(f"indices_tuple must have {wanted}, got {len(indices_tuple)}")
-    indices = tuple(index.to(device).long() for index in lmu.convert_to_pairs(indices_tuple, None))
+    indices = tuple(torch.as_tensor(index, device=device).long() for index in lmu.convert_to_pairs(indices_tuple, None))
     for (anchor, other), name in ((indices[:2], "positive"), (indices[2:], "negative")):
         if anchor.shape != other.shape or anchor.ndim != 1:
             shapes = f"{tuple(anchor.shape)} and {tuple(other.shape)}"

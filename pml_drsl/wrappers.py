@@ -179,12 +179,12 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         """Indices of the batch, with positives and negatives as indices of the memory. Anchors stay."""
         batch, mapped = self.curr_batch_idx, []
         for place, index in enumerate(indices):
+            index = torch.as_tensor(index, dtype=torch.long, device=batch.device)
             low, high = (int(index.min()), int(index.max())) if len(index) else (0, 0)
             if len(index) and not 0 <= low <= high < len(batch):
                 given = f"indices from {low} to {high}, outside the batch of {len(batch)} embeddings"
                 cure = "give the pairs of the batch, or give the miner to CrossBatchMemory"
                 raise InputError(f"indices_tuple has {given}; {cure}")
-            index = index.to(batch.device)
             is_anchor = place == 0 or (place == 2 and len(indices) == 4)
             mapped.append(index if is_anchor else batch[index])
         return tuple(mapped)  # type: ignore[return-value]
