@@ -93,12 +93,13 @@ class Tester:
         return self.results
 
     def check_pictures(self, options: EvaluationOptions) -> None:
-        """Raises InputError if the options ask for pictures, and there is no folder for them, the data manager does not
-        list the test images, or they are no image files."""
+        """Raises InputError if the options ask for files, and there is no folder for them, or for pictures, and the
+        data manager does not list the test images, or they are no image files."""
+        if (options.visrank or options.picture or options.queries) and not options.save_dir:
+            written = "visrank, picture and queries write files"
+            raise InputError(f"{written}, and save_dir is '': give a folder, or leave them out")
         if not (options.visrank or options.picture):
             return
-        if not options.save_dir:
-            raise InputError("visrank and picture write files, and save_dir is '': give a folder, or leave them out")
         for target in self.test_loader:
             if (pictures := self._pictures(target)) is None:
                 unlisted = f"visrank and picture need the test images, and {type(self.datamanager).__name__} lists none"
@@ -126,7 +127,7 @@ class Tester:
         """Prints, writes, draws and logs the result of a target."""
         nobody = sum(int((part.pids == -1).sum()) for part in (search.query, search.gallery))
         ranking.print_result(result, options.ranks, nobody)
-        if options.queries and options.save_dir:
+        if options.queries:
             hits = result.ranked.hits(1)[:, 0]  # A line for each query; the scores are ``nan`` without a match.
             scores = result.ranked.average_precision, result.ranked.inverse_negative_penalty, hits
             lines = np.column_stack([search.query.pids, search.query.camids, *scores])

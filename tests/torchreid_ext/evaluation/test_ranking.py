@@ -117,8 +117,8 @@ def test_every_query_is_on_the_page_and_the_hardest_comes_first(tmp_path, monkey
     assert "identity 0" not in text and "-0.000" not in text and 'name="viewport"' in text
 
 
-@pytest.mark.parametrize("options", [{"picture": 3}, {"visrank": True}])
-def test_pictures_need_a_folder(tmp_path, monkeypatch, options):
+@pytest.mark.parametrize("options", [{"picture": 3}, {"visrank": True}, {"queries": True}])
+def test_files_need_a_folder(tmp_path, monkeypatch, options):
     monkeypatch.chdir(tmp_path)
     manager = make_image_manager(tmp_path)
     model = torchreid.models.build_model("osnet_x0_25", manager.num_train_pids, loss="triplet", pretrained=False)
