@@ -12,6 +12,7 @@ from pml_drsl import console
 from pml_drsl.checks import InputError
 from pml_drsl.machine import available_cores
 
+NAMES = "market"  # how names carry identities and cameras, where --names does not say
 EXIT_STATUS = "\n\nexit status: 0; 2 for bad input, which is explained on stderr; 130 for Ctrl-C"
 
 
@@ -52,7 +53,7 @@ def add_device(made: argparse.ArgumentParser) -> None:
     add("--workers", type=int, metavar="N", default=min(4, available_cores()),
         help="processes that read images; default: %(default)s")  # fmt: skip
     add("--skip-damaged", action="store_true", help="leave out damaged images, and name them")
-    add("--names", default="market", metavar="KIND",
+    add("--names", default=NAMES, metavar="KIND",
         help="how names carry identities and cameras: market (0002_c1s1_000451_03.jpg), folder (anna/hall_1.jpg), "
         "msmt17, veri, or a regular expression with the groups identity and camera; default: %(default)s")  # fmt: skip
 

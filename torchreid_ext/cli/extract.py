@@ -55,8 +55,10 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--output {args.output}: the name of the file must end in .npz")
     if args.root and args.sources:
         raise InputError("--root is for the test images of the run itself: leave it out where a SOURCE is given")
-    if not args.cameras and not args.sources:
-        raise InputError("--no-cameras is for a SOURCE: leave it out here, and give it to drsl-evaluate")
+    given = "--no-cameras" if not args.cameras else "--names" if args.names != console.NAMES else ""
+    if given and not args.sources:
+        cure = "leave it out here" + ", and give it to drsl-evaluate" * (not args.cameras)
+        raise InputError(f"{given} is for a SOURCE: {cure}")
     if args.model and not args.sources:
         raise InputError("weights that --model names have no run, and so no test images: give a SOURCE")
     console.check_sources(args.names, args.sources)

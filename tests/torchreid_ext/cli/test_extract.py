@@ -253,8 +253,9 @@ def test_cameras_in_names_are_said_and_can_be_left_out(any_model, tmp_path, caps
         assert ("Cameras: IMG, PXL\n" in capsys.readouterr().out) == said
         with np.load(tmp_path / "f.npz") as file:
             assert ("query_cams" in file) == arrays and len(file["query"]) == (2 if arrays else 3)
-    assert extract.main([words[0], *words[4:], "--no-cameras"]) == 2
-    assert "--no-cameras is for a SOURCE" in complaint(capsys)
+    for option in (["--no-cameras"], ["--names", "folder"]):
+        assert extract.main([words[0], *words[4:], *option]) == 2
+        assert f"{option[0]} is for a SOURCE" in complaint(capsys)
     (tmp_path / "ben").mkdir()
     (tmp_path / "anna" / "PXL_3.png").rename(tmp_path / "ben" / "PXL_3.png")
     assert extract.main(words) == 0  # Images of a query's person and camera are left out, and so all matches.
