@@ -99,7 +99,8 @@ def run(args: argparse.Namespace) -> None:
                 say("There are no scores to compute: that needs a second image of a person")
         elif unknown := [shown(row.path) for row in rows if not row.identity]:
             about = f"no identity is known for {len(unknown):,} of {len(rows):,} images, the first being {unknown[0]!r}"
-            say(f"There are no scores to compute: {about}: leave them out, or say with --names who they are")
+            cure = "leave them out, or say with --names who they are, by their paths below the folder that is given"
+            say(f"There are no scores to compute: {about}: {cure}")
         else:
             say("There are no scores to compute: that needs query and gallery images")
 

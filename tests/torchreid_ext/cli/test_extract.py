@@ -271,7 +271,11 @@ def test_what_keeps_scores_from_being_computed_is_named(any_model, tmp_path, cap
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (16, 32)).save(tmp_path / name)
     for source, why in (
-        (tmp_path, f"no identity is known for 1 of 3 images, the first being {str(tmp_path / 'group.png')!r}"),
+        (
+            tmp_path,
+            f"no identity is known for 1 of 3 images, the first being {str(tmp_path / 'group.png')!r}: leave them "
+            "out, or say with --names who they are, by their paths below the folder that is given\n",
+        ),
         (tmp_path / "anna" / "1.png", "that needs query and gallery images\n"),
     ):
         words = [str(any_model), str(source), "--names", "folder", "--output", str(tmp_path / "f.npz")]
