@@ -47,7 +47,8 @@ class LargeBatch(nn.Module):
         loss: any function of what the network returns and of the labels, such as a loss of pytorch-metric-learning.
         chunk_size: largest number of images to embed at a time, >= 1. Chunks differ by one image at most: with a
             ``chunk_size`` of 16, 20 images are embedded as 10 and 10.
-        miner: a miner of pytorch-metric-learning, for a network that returns embeddings alone. It sees the whole batch.
+        miner: a miner of pytorch-metric-learning, for a network that returns embeddings alone. It sees the whole batch,
+            and the ``ref_emb`` and ``ref_labels`` that the loss gets.
 
     Raises:
         InputError: for a network that is no ``nn.Module``, or a ``chunk_size`` that is no integer of 1 or more.
@@ -74,7 +75,8 @@ class LargeBatch(nn.Module):
             if not isinstance(output, Tensor):
                 given = f"the network returned a {type(output).__name__}, and a miner takes embeddings alone"
                 raise InputError(f"{given}; call the miner in a loss function of your own")
-            loss_arguments["indices_tuple"] = self.miner(output.detach(), labels)
+            refs = {name: loss_arguments[name] for name in ("ref_emb", "ref_labels") if name in loss_arguments}
+            loss_arguments["indices_tuple"] = self.miner(output.detach(), labels, **refs)
         return self.loss(output, labels, **loss_arguments)
 
     def extra_repr(self) -> str:

@@ -323,10 +323,12 @@ def test_bad_input_is_refused():
 def test_arguments_of_the_loss_and_what_it_shows():
     images, labels = make_data()
     network = make_network()
-    references, reference_labels = torch.randn(6, DIM).double(), torch.arange(6)
+    references, reference_labels = torch.randn(20, DIM).double(), torch.arange(20) % 6
     given = {"ref_emb": references, "ref_labels": reference_labels}
-    loss = LargeBatch(network, DRSLoss(0.1), 5)(images, labels, **given)
-    torch.testing.assert_close(loss, DRSLoss(0.1)(network(images), labels, **given))
+    for miner in (None, RankViolationMiner(0.3), miners.TripletMarginMiner()):
+        loss = LargeBatch(network, DRSLoss(0.1), 5, miner)(images, labels, **given)
+        mined = None if miner is None else miner(network(images), labels, **given)
+        torch.testing.assert_close(loss, DRSLoss(0.1)(network(images), labels, mined, **given))
     shown = LargeBatch(network, make_loss("ArcFace"), 5)
     assert "chunk_size=5" in repr(shown)
     assert len(list(shown.parameters())) == 5
