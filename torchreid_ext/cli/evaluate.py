@@ -116,6 +116,7 @@ def _scores(args: argparse.Namespace) -> None:
         raise InputError("--device cuda: torch finds no CUDA device here")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     data = _read(args)
+    _check_junk(args.junk, data)
     options = {name: getattr(args, name) for name in ("ties", "protocol", "rerank", "seed", "junk")}
     options |= {"max_rank": max(50, *args.ranks), "device": device, "progress": sys.stderr.isatty()}
     result = evaluate(**data, **options)
@@ -146,6 +147,15 @@ def _read(args: argparse.Namespace) -> dict[str, Any]:
         data = read_npy(args.features, args.ids)
         data = {name: array for name, array in data.items() if not (args.no_cameras and name in CAMERAS)}
     return data | {"metric": args.metric or data.get("metric", "euclidean")}
+
+
+def _check_junk(junk: Sequence[str], data: dict[str, Any]) -> None:
+    """Raises InputError for a junk identity that no image has: misspelt, it would have no effect, without a word."""
+    from pml_drsl.evaluation.arrays import label_array
+
+    shown = {str(label) for side in ("query_ids", "gallery_ids") for label in label_array(data[side]).flat}
+    if absent := [name for name in junk if name not in {*shown, "-1"}]:
+        raise InputError(f"--junk {absent[0]}: no image has this identity: correct it, or leave it out")
 
 
 def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -200,6 +210,7 @@ def _errors(args: argparse.Namespace) -> None:
             data |= {side: found.features, f"{side}_ids": [row.identity for row in found.entries]}
             data[f"{side}_cams"] = [row.seen_by for row in found.entries]
             paths.append([row.path for row in found.entries])
+    _check_junk(args.junk, data)
     search, pictures = errors.prepare(data, paths, metric, args.junk)
     caption = errors.write_page(args.html, search, pictures, f"Why {args.features[0]} fails")
     say(f"By {metric} distance: {caption}")

@@ -456,6 +456,7 @@ def test_errors_name_the_value_and_the_fix(monkeypatch: pytest.MonkeyPatch) -> N
             ({f"{side}_ids": [name, "a"] * (size // 2) for side, size in (("query", 40), ("gallery", 150))}, message)
             for name, message in (("", "hold an empty name"), ("nan", "gallery_ids: nan stands for a missing value"))
         ),
+        ({"junk": ["nobody"]}, "the identities are integers, so give integers"),
         ({"gallery_cams": None}, "query_cams without gallery_cams"),
         ({"gallery_cams": ["a"] * 150}, "same kind"),
         ({"metric": "manhattan"}, "'manhattan'.*'euclidean', 'cosine'"),

@@ -149,7 +149,7 @@ def test_bad_input_is_one_line(tmp_path: Path, arrays: dict[str, Any], capsys: p
         ([query, gallery, "--ids", ids, "--json", str(tmp_path / "." / "gallery.npy")], "would overwrite the input"),
         (lambda: [*npz(), "--json", str(tmp_path)], "is a folder: give the name of a file"),
         (lambda: [*npz(), "--json", str(pipe)], "is a device or a pipe: give the name of a file"),
-        (lambda: [*npz(), "--junk", "nobody"], "give integers"),
+        (lambda: [*npz(), "--junk", "-1", "nobody"], "--junk nobody: no image has this identity"),
         ([query, "f.npz".join([str(tmp_path) + "/", ""]), "--ids", ids], "is an .npz file"),
         ([gallery, query, "--ids", ids], "12 query lines for 40 query features"),
         ([query, gallery, "--ids", bad_csv], "line 3: set='train' must be query or gallery"),
