@@ -44,7 +44,7 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning, append=True)
 
 
 class NoAccess(InputError):
-    """A file cannot be opened, or its disk fails, which says nothing of the image in it."""
+    """A file cannot be opened, or its disk fails or is gone, which says nothing of the image in it."""
 
 
 def is_image(name: str) -> bool:
@@ -113,7 +113,10 @@ def _size(path: str) -> int:
     try:
         about = os.stat(path)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(f"cannot read image {path!r}: there is no such file") from error
+        missing = f"cannot read image {path!r}: there is no such file"
+        if not os.path.isdir(os.path.dirname(path) or os.curdir):  # Its disk may be unmounted.
+            raise NoAccess(f"{missing}, nor its folder") from error
+        raise InputError(missing) from error
     except OSError as error:
         raise NoAccess(f"cannot read image {path!r}: {error.strerror}") from error
     if not stat.S_ISREG(about.st_mode):

@@ -183,6 +183,11 @@ def test_a_file_of_a_disk_that_is_gone_is_not_called_missing(tmp_path: Path, mon
         patch.setattr(os, "stat", gone)
         with pytest.raises(NoAccess, match=os.strerror(errno.ESTALE)):
             read_image(file)
+    with pytest.raises(NoAccess, match="there is no such file, nor its folder"):
+        read_image(tmp_path / "unmounted" / file.name)
+    with pytest.raises(InputError, match=r"there is no such file$") as caught:
+        read_image(tmp_path / "other.png")  # of which a folder may lose one at any time
+    assert not isinstance(caught.value, NoAccess)
 
 
 @pytest.mark.parametrize("suffix", ["gif", "avif"])
