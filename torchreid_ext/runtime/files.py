@@ -29,7 +29,7 @@ def remove_unfinished(folder: Path) -> None:
     """Removes the temporary files of ``replacement`` that killed processes left in a folder a day ago or earlier: who
     wrote a younger one may still run."""
     for path in folder.glob(f".*.{'[0-9a-f]' * 16}.tmp"):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # It may be another user's, or be gone.
             if time.time() - path.stat().st_mtime > 24 * 60 * 60:
                 path.unlink()
 

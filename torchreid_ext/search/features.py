@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from torchreid_ext.evaluation.page import Box
 from torchreid_ext.images import Row, Table, composed
 from torchreid_ext.pixels import Array, NoAccess
 from torchreid_ext.runtime import distributed
+from torchreid_ext.runtime.files import remove_unfinished
 from torchreid_ext.search.model import Preprocessing, TrainedModel
 
 _FINGERPRINT = "model_fingerprint"  # beside the arrays of drsl-evaluate, which ignores it
@@ -153,6 +155,7 @@ def write_features(path: str | os.PathLike[str], model: TrainedModel, sets: dict
             if any(row.camera for row in rows):
                 cameras = (row.camera or path for row, path in zip(extracted.entries, paths, strict=True))
                 arrays[f"{name}_cams"] = np.array([*cameras])
+    remove_unfinished(Path(os.path.realpath(path)).parent)
     with replacing(path) as file:
         np.savez(file, **arrays)
     return {"query_ids", "gallery_ids"} <= set(arrays)

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from pml_drsl.evaluation.arrays import load_arrays
 from pml_drsl.evaluation.distances import as_features, rows_per_chunk
 from pml_drsl.machine import full_precision
 from torchreid_ext.images import Row, composed
+from torchreid_ext.runtime.files import remove_unfinished
 from torchreid_ext.search.model import TrainedModel
 from torchreid_ext.search.sources import resolved, shown
 
@@ -185,6 +187,7 @@ class Gallery:
         if self._stamps.get(target, stamp) != stamp:
             changed = f"{os.fspath(path)!r} was changed by another process since it was read"
             raise InputError(f"{changed}: read it again, and repeat the changes")
+        remove_unfinished(Path(folder))
         with replacing(target) as file:
             np.savez(file, settings=settings, entries=entries, features=self._rows[: len(self)].numpy())
         self._stamps[target] = file_stamp(target)

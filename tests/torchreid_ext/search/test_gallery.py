@@ -252,6 +252,14 @@ def features_file(path):
     write_features(path, model(), {"query": gallery, "gallery": gallery})
 
 
+@pytest.mark.parametrize("write", [lambda path: saved(path.parent), features_file])
+def test_what_a_killed_process_left_of_a_large_file_is_removed_a_day_later(tmp_path, write):
+    (left := tmp_path / ".index.0123456789abcdef.tmp").write_bytes(b"half")
+    os.utime(left, (0, 0))
+    write(tmp_path / "f.npz")
+    assert not left.exists()
+
+
 def test_an_image_without_a_camera_leaves_the_cameras_of_the_others(tmp_path):
     rows = [Row(f"/photos/{pid}_{camera}.jpg", str(pid), str(camera)) for pid in range(9) for camera in range(2)]
     known, unknown = ExtractedSet(rows, draw(18)), Row("/photos/zed/1.jpg", "zed")
