@@ -164,6 +164,8 @@ def _explain(text: str) -> None:
 def message(error: BaseException) -> str:
     """The message of an error; of an error in a loading process, to which torch adds its traceback, the last line."""
     text = str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
+        return f"{text}: the disk of the output, the log or temporary files ($TMPDIR) is full; make room"
     if found := _FULL.search(text):
         full = "memory, or shared memory (df /dev/shm), may be full"
         return f"{found[0]}: {full}; take fewer processes that read images, or none: data.workers 0, or --workers 0"

@@ -118,6 +118,8 @@ def _write(model: TrainedModel, path: Path, normalise: bool, images: Tensor) -> 
             written.model.metadata_props.update(settings(model, normalise))
             written.save(path, external_data=False)
     except Exception as error:  # the exporter's own, or any that the network's code raises
+        if isinstance(error, OSError) and error.errno:  # The disk of temporary files may be full.
+            raise
         raise _refusal(model, "the network cannot be expressed", error) from error
 
 

@@ -1,5 +1,6 @@
 """What every command shares: a quick --help, one line for what stops it, and output that no terminal refuses."""
 
+import errno
 import importlib
 import io
 import os
@@ -75,6 +76,8 @@ WORKER = "DataLoader worker (pid"
     [
         (InputError("a  name\n of two lines\n"), 2, "name: a  name of two lines\n"),
         (FileNotFoundError(2, "No such file", "x\x1b[0m"), 2, r"name: [Errno 2] No such file: 'x\x1b[0m'"),
+        # As a full disk of stdout, of TensorBoard's log or of temporary files answers.
+        (OSError(errno.ENOSPC, "No space left"), 2, "name: [Errno 28] No space left: the disk of the output, the log"),
         (ModuleNotFoundError("No module named 'faiss.x'", name="faiss.x"), 2, "package faiss.x is not installed"),
         (KeyboardInterrupt(), 130, "name: interrupted; nothing was written\n"),
         # As torch says what Docker's small /dev/shm leads to, and what the end of the memory.

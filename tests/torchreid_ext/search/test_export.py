@@ -1,6 +1,7 @@
 """An exported network gives torch's features for every image and batch, or no file is written."""
 
 import dataclasses
+import errno
 
 import numpy as np
 import onnx
@@ -127,6 +128,15 @@ def test_a_network_that_cannot_be_exported_is_refused_with_the_reason(plain, tmp
     with pytest.raises(InputError, match=r"squeezenet1_1 cannot be exported to ONNX: ."):
         export(model, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_not_the_fault_of_the_network(plain, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("torch.export.export", full)
+    assert command.main([str(plain), str(tmp_path / "model.onnx")]) == 2
+    assert capsys.readouterr().err.startswith("drsl-export: [Errno 28] No space left on device: ")
 
 
 @pytest.mark.slow
