@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from pytorch_metric_learning.losses import CrossBatchMemory
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from pml_drsl.checks import InputError
 from pml_drsl.large_batch import copied_buffers, put_back_buffers
@@ -189,17 +190,9 @@ def keep_buffers(modules: list[nn.Module]) -> Callable[[], None]:
 
 def copied(state: Any) -> Any:
     """A copy of a state on the CPU, which training does not change."""
-    if isinstance(state, Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, dict):
-        # The copy has the same type: an OrderedDict, or the Counter that holds the milestones of a scheduler.
-        twin = copy.copy(state)
-        for key, value in state.items():
-            twin[key] = copied(value)
-        return twin
-    if type(state) in (list, tuple):
-        return type(state)(copied(value) for value in state)
-    return copy.deepcopy(state)
+    tensors = (part for part in tree_leaves(state) if isinstance(part, Tensor))
+    # deepcopy takes these for copies that it has made already, and keeps the types of all dictionaries.
+    return copy.deepcopy(state, {id(part): part.detach().to("cpu", copy=True) for part in tensors})
 
 
 def digest(items: list[Any]) -> str:
