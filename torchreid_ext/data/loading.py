@@ -8,6 +8,7 @@ import itertools
 import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.queues import Queue
 from types import FunctionType
@@ -189,11 +190,17 @@ def _start_worker(worker: int, then: Callable[[int], None] | None) -> None:
         then(worker)
     parent, own = multiprocessing.parent_process(), multiprocessing.current_process()
     if os.name == "posix" and parent is not None:
-        method = getattr(own, "_start_method", None) or multiprocessing.get_start_method()
-        # A run may be dead already, and torch looks for it only from now on. A process of a fork server never has the
-        # run for its parent; any other has another parent once the run is dead.
-        if not (parent.is_alive() if method == "forkserver" else os.getppid() == parent.pid):
+        # torch looks from now on whether a worker gets another parent, as when its run is dead; it may be dead already.
+        # The parent of a process of a fork server is the server, which waits for its last process.
+        if (getattr(own, "_start_method", None) or multiprocessing.get_start_method()) == "forkserver":
+            threading.Thread(target=_end_with, args=[parent], daemon=True).start()
+        elif os.getppid() != parent.pid:
             os._exit(1)
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _end_worker(error: Exception, batch: Any) -> None:

@@ -8,8 +8,10 @@ import multiprocessing
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +36,10 @@ pytestmark = pytest.mark.timeout(60)
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.asarray(image).copy())
+
+
+def darkened(image: Image.Image) -> torch.Tensor:
+    return torch.zeros(1)
 
 
 def picture(path: Path, seed: int = 0) -> str:
@@ -113,6 +119,26 @@ def test_a_worker_whose_run_is_dead_when_it_starts_ends(tmp_path: Path, monkeypa
     monkeypatch.setattr(multiprocessing, "parent_process", lambda: dead)
     with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid.* exited unexpectedly"):
         list(loader)
+
+
+def _killed(loader: DataLoader[Any], pids: Any) -> None:
+    batches: Any = iter(loader)
+    next(batches)
+    pids.send(batches._workers[0].pid)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there is no fork server")
+def test_a_worker_of_a_fork_server_ends_with_its_run(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    loader = readable(DataLoader(image_set(tmp_path), num_workers=1, multiprocessing_context=context))
+    ours, pids = context.Pipe()
+    context.Process(target=_killed, args=[loader, pids]).start()
+    worker = ours.recv()
+    with pytest.raises(ProcessLookupError):
+        while True:
+            os.kill(worker, 0)
+            time.sleep(0.1)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -240,14 +266,14 @@ def test_a_function_that_a_reader_calls_may_be_defined_anew(tmp_path: Path, monk
     dataset.__class__ = Cell
     loader = readable(DataLoader(dataset, batch_size=2))
     assert all(batch["img"].any() for batch in loader)
-    monkeypatch.setitem(globals(), "to_tensor", lambda image: torch.zeros(1))
+    monkeypatch.setitem(globals(), "to_tensor", darkened)
     assert all(not batch["img"].any() for batch in loader)
 
 
 def test_a_script_may_change_the_data_set_between_epochs(tmp_path: Path) -> None:
     loader: Any = repeatable(DataLoader(image_set(tmp_path), batch_size=2, num_workers=1))
     assert all(batch["img"].any() for batch in loader)
-    loader.dataset.transform = lambda image: torch.zeros(1)
+    loader.dataset.transform = darkened
     assert all(not batch["img"].any() for batch in loader)
     dataset = image_set(tmp_path)
     dataset.__class__ = Own
