@@ -39,7 +39,7 @@ def test_the_second_epoch_is_the_first_of_a_resumed_run(tmp_path, workers):
     assert torch.equal(images(resumed), second)
 
 
-def drawn():
+def drawn(_image=None):
     return [torch.rand(()).item(), random.random(), np.random.rand()]
 
 
@@ -52,7 +52,7 @@ def mixed(samples):
 def test_what_joins_the_samples_of_a_batch_draws_as_the_seed_says_and_repeats(tmp_path, workers):
     def joined():
         loader = make_image_manager(tmp_path, workers=workers).train_loader
-        loader.dataset.transform = lambda image: drawn()
+        loader.dataset.transform = drawn
         return repeatable(rebuilt(loader, loader.dataset, collate_fn=mixed))
 
     loader = joined()

@@ -1,5 +1,6 @@
 """``train.chunk_size``: the network takes a batch in chunks, and is trained as by the whole batch."""
 
+import shutil
 from functools import partial
 
 import pytest
@@ -83,7 +84,11 @@ def test_the_neck_s_batch_normalisation_sees_chunks_and_counts_every_image_once(
     assert norm.num_batches_tracked == 2 * 2 * len(engine.train_loader)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+inductor = pytest.param("inductor", marks=[pytest.mark.slow, needs_compiler])
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", inductor])
 def test_a_compiled_network_in_chunks_trains_as_the_plain_one(tmp_path, monkeypatch, backend):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     found = []
