@@ -139,9 +139,9 @@ class Process(subprocess.Popen[bytes]):
         # Of this run: the code may change while the grid runs, or before a stopped run goes on.
         with open(self.folder / "commits.txt", "a" if History(self.folder / "model").candidates() else "w") as commits:
             commits.write(f"{commit()}\n")
-        # The loss stands in a configuration over the other: drsl-train can repeat the run from this file.
+        # All keys, because the user may edit the files of the grid before this run of it starts.
         file = self.folder / "run.yaml"
-        file.write_text(dumped({"base": str(run.config.resolve()), **run.snippet}))
+        file.write_text(dumped(run.configuration))
         words = {
             # A run has one thread, which loads the images too, and there are as many runs as cores.
             "data.workers": "0",

@@ -21,6 +21,7 @@ from toy_data import write_images
 from pml_drsl.checks import InputError
 from torchreid_ext.benchmark import grid, report, runner
 from torchreid_ext.cli import benchmark
+from torchreid_ext.config.node import flat, get_default_config
 
 DEMO = Path(__file__).parents[3] / "configs" / "demo.yaml"
 SCRIPT = """
@@ -155,6 +156,19 @@ def test_a_run_that_goes_on_with_other_code_names_both_commits(script, tmp_path,
     (tmp_path / "train.py").write_text(SCRIPT.replace("sys.exit", "print"))
     assert runner.run_all(planned([1, 0], "drsl*0.3"), results, 1, kept) == 0
     assert {line["seed"]: line["commit"] for line in grid.read_results(results)} == {0: "c", 1: "b+c"}
+
+
+def test_a_run_is_made_as_planned_though_its_file_was_edited_while_it_waited(script, tmp_path):
+    """Its result would tell the old values, and stand beside those of the other losses."""
+    own, losses = tmp_path / "own.yaml", {"own": {"loss": {"name": "pml", "pml": {"kwargs": {"margin": 0.1}}}}}
+    own.write_text(yaml.safe_dump({"base": str(DEMO), "datasets": {"mine": {"folder": "a"}}, "train": {"lr": 0.01}}))
+    (run,) = grid.plan([own], losses, [0], ["data.transforms", "[]"])
+    own.write_text(yaml.safe_dump({"base": str(DEMO), "train": {"lr": 0.1}}))
+    assert runner.run_all([run], tmp_path / "results.jsonl", 1, tmp_path / "kept") == 0
+    (file,) = tmp_path.glob("kept/*/run.yaml")
+    made = get_default_config()
+    made.merge_from_file(file)
+    assert flat(made) == run.configuration and made.train.lr == 0.01
 
 
 class Ended:
