@@ -165,9 +165,12 @@ class Process(subprocess.Popen[bytes]):
             super().__init__(command, env=os.environ | threads, start_new_session=True, **streams)
 
     def message(self) -> str:
-        """The last line that the process wrote to stderr."""
+        """The last line that the process wrote to stderr, or the signal that ended it."""
         lines = (self.folder / "errors.txt").read_text(errors="replace").strip().splitlines()
         last = lines[-1].removeprefix("drsl-train: ") if lines else f"it ended with status {self.returncode}"
+        if self.returncode < 0:  # Its last line may be a warning, which is not the reason.
+            full = "; the system does this where memory is full, of which fewer --workers need less"
+            last = f"signal {-self.returncode} ended it{full * (self.returncode == -9)}"
         return f"{last} ({self.folder})"
 
     def result(self) -> dict[str, Any]:

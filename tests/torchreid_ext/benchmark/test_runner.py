@@ -158,6 +158,14 @@ def test_a_run_that_goes_on_with_other_code_names_both_commits(script, tmp_path,
     assert {line["seed"]: line["commit"] for line in grid.read_results(results)} == {0: "c", 1: "b+c"}
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals that end a process")
+def test_a_run_that_is_killed_is_told_by_its_signal_and_not_by_its_last_warning(script, tmp_path, capsys):
+    code = "import os, warnings\nwarnings.warn('a memory that is never used')\nos.kill(os.getpid(), 9)"
+    (tmp_path / "train.py").write_text(code)
+    assert runner.run_all(planned([0]), tmp_path / "results.jsonl", 1, tmp_path / "kept") == 1
+    assert "seed 0 failed: signal 9 ended it; the system does this where memory is full" in capsys.readouterr().err
+
+
 def test_a_run_is_made_as_planned_though_its_file_was_edited_while_it_waited(script, tmp_path):
     """Its result would tell the old values, and stand beside those of the other losses."""
     own, losses = tmp_path / "own.yaml", {"own": {"loss": {"name": "pml", "pml": {"kwargs": {"margin": 0.1}}}}}
