@@ -218,6 +218,7 @@ def tune(
         results, workers: as for ``run_all``; a trial that is in the file is not made again.
     """
     given = [*grid.get("words", ())[::2], *(key for key, *_ in grid.get("varied", ()))]
+    given = [key for key, _ in flatten(dict.fromkeys(given))]  # loss.pml.kwargs.margin is an entry of loss.pml.kwargs
     trials: dict[str, Snippet] = {}
     names: dict[str, list[str]] = {}  # of the trials of each loss
     for loss, snippet in losses.items():

@@ -281,9 +281,14 @@ def test_tuning_tells_the_trials_of_a_loss_from_those_of_another_with_a_longer_n
     assert tried[1] == ["drsl*1+1", "drsl+memory*3+1"] and failed == 2
     weight, temperature = "loss.drsl.weight_m", "loss.drsl.temperature"
     assert [(of.get(weight), of.get(temperature)) for of in best.values()] == [(1.0, 0.1), (3.0, None), (0.1, None)]
-    for words, varied in ((["loss.drsl.weight_m", "0.5"], []), ([], [["loss.drsl.temperature", "0.5"]])):
+    settings["drsl"].append({"loss.pml.kwargs": {"margin": 0.1}})
+    for words, varied in (
+        (["loss.drsl.weight_m", "0.5"], []),
+        (["loss.pml.kwargs.margin", "0.5"], []),
+        ([], [["loss.drsl.temperature", "0.5"]]),
+    ):
         given = {**known, "words": [*known["words"], *words], "varied": varied}
-        with pytest.raises(InputError, match=r"tune tries values of loss\.drsl\..* itself: leave it out"):
+        with pytest.raises(InputError, match=r"tune tries values of loss\..* itself: leave it out"):
             runner.tune(losses, settings, given, Path("r"), 1)
     monkeypatch.setattr(runner, "_try_all", lambda *given: ({"drsl+memory*3": 0.5}, 12))
     with pytest.raises(InputError, match="every trial of drsl failed"):
