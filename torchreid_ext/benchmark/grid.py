@@ -173,6 +173,9 @@ def plan(
                 check(cfg)
                 if cfg.test.rerank:
                     raise InputError("test.rerank re-ranks in a test alone, and these runs train: leave it out")
+                if not cfg.train.max_epoch:
+                    cure = "give 1 or more; drsl-train tests model.load_weights FILE with test.evaluate True"
+                    raise InputError(f"loss {loss}: train.max_epoch 0 trains nothing, so nothing is tested: {cure}")
                 runs.append(Run(file, loss, snippet, fixed, of_seed, seed, flat(cfg)))
     return runs
 

@@ -68,6 +68,7 @@ def test_a_run_is_known_by_the_keys_that_matter(change, same):
         (["train.max_epoch"], [], LOSSES, "KEY VALUE pairs"),
         (["train.max_epok", "1"], [], LOSSES, "did you mean 'train.max_epoch'"),
         (["test.rerank", "True"], [], LOSSES, "test.rerank re-ranks in a test alone"),
+        (["train.max_epoch", "0"], [], LOSSES, "train.max_epoch 0 trains nothing"),
         (["train.seed", "5"], [], LOSSES, "train.seed is set by --seeds"),
         ([], [["train.seed", "5", "6"]], LOSSES, "train.seed is set by --seeds"),
         ([], [["data.split_id", "0"]], LOSSES, "has 1 values for 2 seeds"),
