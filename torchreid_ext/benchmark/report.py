@@ -223,20 +223,17 @@ def _spread(mean: float, deviation: float) -> str:
 
 
 def _interval(row: Any) -> str:
-    text = f"{row.mean:+.1f} [{row.low:+.1f}, {row.high:+.1f}]"
-    if not row.p < LEVEL:
-        return text
-    return f"{text}, p {'< 0.01' if row.p < 0.01 else f'= {row.p:.3f}'}"
+    significant = f", p {'< 0.01' if row.p < 0.01 else f'= {row.p:.3f}'}" if row.p < LEVEL else ""
+    return f"{row.mean:+.1f} [{row.low:+.1f}, {row.high:+.1f}]{significant}"
 
 
 def report(sections: Sequence[Section], reference: str | None = None) -> str:
     """All sections in Markdown, those of one loss in a table together. Each loss is compared with the reference; None
     is drsl, which need not be there. Raises InputError if there are no results of the reference, or if two losses were
     tested on other queries with one seed."""
+    shown = [loss for section in sections for loss in section.lines]
     if reference is not None:
-        shown = [loss for section in sections for loss in section.lines]
-        known = {*shown, *(loss.removesuffix(TUNED) for loss in shown)}
-        check_name("there are no results of", reference, known)
+        check_name("there are no results of", reference, {*shown, *(loss.removesuffix(TUNED) for loss in shown)})
     reference = reference or "drsl"
     head = (
         f"Mean ± standard deviation over the seeds, in percent. The last columns give the difference to {reference} in "
@@ -244,6 +241,8 @@ def report(sections: Sequence[Section], reference: str | None = None) -> str:
         f"{LEVEL}, corrected for the number of losses of the table that have {MIN_SEEDS} seeds or more (Holm). With "
         "fewer there is none; with one seed, the interval is of the identities alone."
     )
+    if (tuned := reference + TUNED) in shown:
+        head += f" A loss NAME{TUNED} is compared with {tuned}, in a table that has it."
     compared = [section for section in sections if len(section.lines) > 1] or sections
     parts = [head, *(to_markdown(section, reference) for section in compared)]
     if alone := [section for section in sections if section not in compared]:

@@ -109,6 +109,8 @@ def test_a_tuned_loss_is_compared_with_the_tuned_reference():
     table = section.differences("drsl").set_index(["loss", "score"])["mean"]
     assert sorted({loss for loss, _ in table.index}) == ["a", "a-tuned"]
     assert table["a-tuned", "mAP"] == pytest.approx(30, abs=5) and table["a", "mAP"] == pytest.approx(10, abs=5)
+    told = "A loss NAME-tuned is compared with drsl-tuned"
+    assert told in report.report([section]) and told not in report.report(report.sections(results[:2]))
     # A reference that is itself tuned is compared with all.
     table = section.differences("drsl-tuned").set_index(["loss", "score"])["mean"]
     assert table["a-tuned", "mAP"] == pytest.approx(30, abs=5) and table["drsl", "mAP"] == pytest.approx(20, abs=5)
