@@ -39,11 +39,14 @@ def compare(
     over the draws of identities, so that no p-value hangs on a few random numbers.
 
     If the identities do not differ, the interval is that of a paired t-test over the seeds. With one seed it has the
-    part of the identities alone. ``scores`` and ``identities`` hold the difference and the identity of each query, for
+    part of the identities alone. One identity, the same for all seeds, tells nothing of others: the interval is
+    infinite, and p is 1. ``scores`` and ``identities`` hold the difference and the identity of each query, for
     each seed.
     """
     sums, counts = _by_identity(scores, identities)
     means, number = sums.sum(1) / counts.sum(1), len(sums)
+    if sums.shape[1] == 1 and not nested:
+        return Difference(float(means.mean()), -np.inf, np.inf, 1.0, number)
     there = [np.ones(sums.shape[1], dtype=bool), *(counts > 0 if nested else ())]
     weights = _drawn(seed, draws, tuple(people.tobytes() for people in there))
     drawn = np.empty((number, draws))

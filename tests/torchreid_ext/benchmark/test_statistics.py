@@ -33,6 +33,13 @@ def test_without_any_difference_there_is_an_interval():
     assert (found.low, found.mean, found.high) == pytest.approx((0.7, 0.7, 0.7))
 
 
+def test_one_identity_tells_nothing_of_others():
+    found = compare([[0.1, 0.3], [0.2, 0.2], [0.1, 0.3]], [[7, 7]] * 3)
+    assert found.mean == pytest.approx(0.2) and (found.low, found.high, found.p) == (-np.inf, np.inf, 1)
+    # Other people for each seed, who have the same number, are several.
+    assert np.isfinite(compare([[0.1], [0.2], [0.3]], [[0]] * 3, nested=True).low)
+
+
 def test_with_one_seed_it_is_the_t_test_over_identities():
     differences = np.random.default_rng(0).normal(0.03, 0.2, 300)
     found = compare([differences], [range(300)])
