@@ -214,7 +214,9 @@ def _rows(section: Section, reference: str) -> dict[Any, dict[str, Any]]:
 
 
 def _table(title: str, rows: Iterable[Mapping[str, Any]], notes: Sequence[str]) -> str:
-    table = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+    # A bar in a name, or in a pattern that was changed in all runs, would begin another cell.
+    cells = [{name.replace("|", r"\|"): str(cell).replace("|", r"\|") for name, cell in row.items()} for row in rows]
+    table = pd.DataFrame(cells).to_markdown(index=False, disable_numparse=True)
     return "\n\n".join(filter(None, [f"### {title}", table, " ".join(notes)]))
 
 
@@ -256,7 +258,7 @@ def draw(sections: Sequence[Section], path: Path) -> None:
     """Draws one panel for each section that compares losses, or for all where none does, three in a row: mean and
     standard deviation of mAP and rank-1. The suffix of the path gives the format. Where the names of all losses tell
     the number of negatives for each positive, the panel has curves of mAP. Raises OSError if the file cannot be
-    written, which keeps its old content then."""
+    written, which keeps its old content then. Dollars in names begin no formula."""
     from matplotlib.figure import Figure
 
     sections = [section for section in sections if len(section.lines) > 1] or sections
@@ -269,7 +271,7 @@ def draw(sections: Sequence[Section], path: Path) -> None:
         curves = all(WITH_NEGATIVES.fullmatch(loss) for loss in section.lines)
         _curves(axes, scores, losses) if curves else _points(axes, scores)
         changed = [f"{key} {value}" for key, value in section.changes.items() if not key.startswith("model.")]
-        axes.set_title("\n".join([f"{section.target}, {section.network}", *changed]))
+        axes.set_title("\n".join([f"{section.target}, {section.network}", *changed]), parse_math=False)
         axes.grid(alpha=0.3)
         axes.legend()
     with replacing(path) as file:
@@ -278,10 +280,9 @@ def draw(sections: Sequence[Section], path: Path) -> None:
 
 def _points(axes: Axes, scores: pd.DataFrame) -> None:
     heights = np.arange(len(scores))[::-1]
-    for score, marker, shift in (("mAP", "o", 0.1), ("rank-1", "s", -0.1)):
-        mean, deviation = scores[(score, "mean")], scores[(score, "sd")]
-        axes.errorbar(mean, heights + shift, xerr=deviation, fmt=marker, label=score, capsize=2)
-    axes.set_yticks(heights, scores.index)
+    for score, fmt, shift in (("mAP", "o", 0.1), ("rank-1", "s", -0.1)):
+        axes.errorbar(scores[score, "mean"], heights + shift, xerr=scores[score, "sd"], fmt=fmt, label=score, capsize=2)
+    axes.set_yticks(heights, scores.index, parse_math=False)
     axes.set_xlabel("%")
 
 

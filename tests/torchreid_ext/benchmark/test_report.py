@@ -389,6 +389,17 @@ def test_a_figure_has_three_panels_in_a_row(tmp_path):
     assert size == (3 * width, 2 * height)
 
 
+def test_names_with_bars_and_dollars_are_shown_as_they_are(tmp_path):
+    """Which are the ends of a cell in Markdown, and mathematics in a figure."""
+    odd, changes = r"a|$\frac{$", {"datasets.mine.pattern": "^a$|^b$"}
+    sections = report.sections([line(loss, 0, 0.5, changes=changes) for loss in ("drsl", odd)])
+    alone = report.sections([line(odd, 0, 0.5, changes=changes, target=name) for name in ("one", "two")])
+    parts = report.report([*sections, *alone], odd).split("\n\n")
+    tables = [part.replace(r"\|", "").splitlines() for part in parts if part.startswith("|")]
+    assert [{row.count("|") for row in table} for table in tables] == [{8}, {7}]
+    report.draw(sections, tmp_path / "figure.png")
+
+
 def test_losses_with_numbers_of_negatives_become_curves(tmp_path, monkeypatch):
     results = [line(f"{loss}-1-to-{n}", 0, 0.5) for loss in ("drsl", "supcon") for n in (60, 15)]
     monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: drawn.extend(figure.axes))
