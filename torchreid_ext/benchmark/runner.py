@@ -106,8 +106,9 @@ def run_all(runs: Sequence[Run], results: Path, workers: int, keep: Path | None 
 
 def _missing(runs: Sequence[Run], results: Path) -> list[Run]:
     """The runs whose configurations are not in the file of results. The report goes by labels, such as the name of the
-    loss: of a run that is there under other labels, the result is added once more, with the run's own. Raises
-    InputError for a run that is there with other words for the place of its data or weights."""
+    loss, and by the last result that has them: of a run that is there under other labels, or before another run of its
+    labels, the result is added once more, with the run's own. Raises InputError for a run that is there with other
+    words for the place of its data or weights."""
     missing, there = list[Run](), read_results(results)
     for run in runs:
         own, labels = [line for line in there if same(run.configuration, line["configuration"])], run.labels()
@@ -116,9 +117,10 @@ def _missing(runs: Sequence[Run], results: Path) -> list[Run]:
             if ours != theirs:
                 other = f"{run} is in {results} with {key} {theirs!r}, and not {ours!r}"
                 raise InputError(f"{other}: give the same, or another file to --results")
+        alike = [line for line in there if line["seed"] == run.seed and _labels(line) == _labels(labels)]
         if not own:
             missing.append(run)
-        elif not any(_labels(line) == _labels(labels) for line in own):
+        elif not alike or alike[-1] not in own:
             append_result(results, own[-1] | labels)
     return missing
 

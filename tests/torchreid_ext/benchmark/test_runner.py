@@ -93,6 +93,17 @@ def test_a_result_is_added_under_every_label_of_its_configuration(script, tmp_pa
     assert "| **drsl** " in text and "| **drsl-tuned** " in text
 
 
+def test_a_file_that_is_changed_back_is_reported_as_it_is(script, tmp_path):
+    own, results = tmp_path / "own.yaml", tmp_path / "results.jsonl"
+    for rate in (0.1, 0.2, 0.1, 0.1):
+        own.write_text(yaml.safe_dump({"base": str(DEMO), "train": {"lr": rate}}))
+        assert runner.run_all(grid.plan([own], DRSL, [0, 3]), results, 2) == 0
+    lines = grid.read_results(results)
+    assert [line["configuration"]["train.lr"] for line in lines] == [0.1, 0.1, 0.2, 0.2, 0.1, 0.1]
+    (section,) = report.sections(lines)
+    assert {line["configuration"]["train.lr"] for line in section.lines["drsl"].values()} == {0.1}
+
+
 @pytest.mark.skipif(not shutil.which("git"), reason="needs git")
 def test_the_commit_is_that_of_the_repository_that_holds_the_package(tmp_path, monkeypatch):
     def git(*words):
