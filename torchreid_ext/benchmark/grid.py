@@ -138,6 +138,15 @@ def _merge(cfg: Config, loss: str, snippet: Snippet) -> None:
         raise InputError(f"loss {loss}: {error}") from error
 
 
+def _check_used(loss: str, snippet: Snippet, configuration: Mapping[str, Any]) -> None:
+    """Raises InputError if a loss sets a key of another loss than that which is trained, and would be it in name
+    only."""
+    if idle := {key for key, _ in flatten(snippet) if key.startswith("loss.")} - comparable(configuration).keys():
+        given, name = f"loss {loss} sets {min(idle)}", min(idle).split(".")[1]
+        without = f"has no effect with loss.name {configuration['loss.name']!r}"
+        raise InputError(f"{given}, which {without}: give it loss.name {name}, and leave loss.name out of the command")
+
+
 def plan(
     files: Sequence[Path], losses: Mapping[str, Snippet], seeds: Sequence[int], words: Sequence[str] = (),
     varied: Sequence[Sequence[str]] = (), root: str | None = None,
@@ -176,6 +185,7 @@ def plan(
                 if not cfg.train.max_epoch:
                     cure = "give 1 or more; drsl-train tests model.load_weights FILE with test.evaluate True"
                     raise InputError(f"loss {loss}: train.max_epoch 0 trains nothing, so nothing is tested: {cure}")
+                _check_used(loss, snippet, flat(cfg))
                 runs.append(Run(file, loss, snippet, fixed, of_seed, seed, flat(cfg)))
     return runs
 

@@ -74,6 +74,8 @@ def test_a_run_is_known_by_the_keys_that_matter(change, same):
         ([], [["data.split_id", "0"]], LOSSES, "has 1 values for 2 seeds"),
         ([], [["data.split_id", "0", "2", "data.height"]], LOSSES, "has 3 values for 2 seeds"),
         ([], [], {"odd": {"loss": {"nam": "drsl"}}}, "loss odd: .*did you mean 'loss.name'"),
+        ([], [], {"odd": {"loss.pml.loss": "SupConLoss"}}, "odd sets loss.pml.loss.*'drsl': .*loss.name pml"),
+        (["loss.name", "softmax"], [], {"odd": {"loss.drsl.margin": 0.1}}, "sets loss.drsl.margin"),
     ],
 )
 def test_wrong_words_are_refused(words, varied, losses, message):
