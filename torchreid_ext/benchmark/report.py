@@ -104,7 +104,7 @@ class Section:
         left, right = ([line["configuration"].get(key) for key in ours["varied"]] for line in (ours, theirs))
         if one["identity"] != other["identity"] or left != right:
             other_queries = f"{ours['loss']} and {theirs['loss']} were tested on other queries with seed {ours['seed']}"
-            raise InputError(f"{self.title}: {other_queries}; give their runs the same --vary")
+            raise InputError(f"{self.title}: {other_queries}; give their runs the same images and --vary")
         pairs = zip(one[score], other[score], one["identity"], strict=True)
         kept = [(a - b, identity) for a, b, identity in pairs if a is not None and b is not None]
         return [difference for difference, _ in kept], [identity for _, identity in kept]
