@@ -210,7 +210,8 @@ class DRSLoss(BaseMetricLossFunction):
             x = prepare(distance, embeddings, fused)
             return x, x if ref_emb is embeddings else prepare(distance, ref_emb, fused)
 
-        def of_chunk(x: Tensor, unit: Tensor, pairs: Pairs) -> Errors:
+        # The references are arguments, so that a chunk is not computed again from a memory that has changed meanwhile.
+        def of_chunk(x: Tensor, unit: Tensor, pairs: Pairs, ref: Tensor, unit_ref: Tensor) -> Errors:
             distances = distance_matrix(distance, x, None if ref is x else ref, fused)
             angle = functools.partial(angular_dissimilarity, distance, unit, unit_ref, pairs, fused)
             options: Any = {"bound_power": power, "dissimilarity": angle if has_sort else None, "use_fused": fused}
@@ -227,10 +228,10 @@ class DRSLoss(BaseMetricLossFunction):
         unit, unit_ref = prepared(COSINE) if has_sort and not has_angles(distance) else (x, ref)
         size = int(self.query_chunk_size or max(1, CHUNK_ELEMENTS // max(1, len(ref))))
         if size >= len(x):
-            return of_chunk(x, unit, pairs)
+            return of_chunk(x, unit, pairs, ref, unit_ref)
         compute = functional.recomputed(of_chunk) if self.query_chunk_size else of_chunk
         parts = zip(x.split(size), unit.split(size), pairs.split(size), strict=True)
-        chunks = [compute(y, u, part) for y, u, part in parts if part.num_queries > 0]
+        chunks = [compute(y, u, part, ref, unit_ref) for y, u, part in parts if part.num_queries > 0]
         return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
     def _sub_loss_names(self) -> list[str]:

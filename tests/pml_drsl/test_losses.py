@@ -214,6 +214,17 @@ def test_fact_5_a_chunk_that_is_computed_again_draws_the_same_random_numbers(mon
     assert torch.equal(*gradients)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_fact_5_a_chunk_is_not_computed_again_from_references_that_have_changed(fused):
+    x, labels = make_batch(4)
+    queue = torch.randn_like(x)
+    distance = LpDistance(normalize_embeddings=False)
+    loss = make_loss(distance=distance, fused=fused, query_chunk_size=5)(x, labels, None, queue, labels)
+    queue[:3] = 0  # what a queue of embeddings does before the backward pass
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_fact_5_the_default_chunk_size_bounds_the_distance_matrix(monkeypatch):
     monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 180)
     rows = []
