@@ -102,11 +102,15 @@ def _lift(features: Tensor, metric: Metric) -> Tensor:
 def _center(gallery: Tensor) -> Tensor | None:
     """A point near the mean of the gallery, or None if zero is: far from zero, ``|g|^2 / 2 - q.g`` loses digits.
     Rounding to about the spread, a power of two, keeps features of few digits so, and their equal distances equal."""
-    mean = gallery.mean(dim=0)
+    # Without images of unusual size: one that is very long would move the point far from all others.
+    norms = torch.linalg.vector_norm(gallery, dim=1)
+    usual = norms <= 2 * norms.median()
+    with full_precision(gallery.device.type):
+        mean = (usual / usual.sum()).to(gallery) @ gallery
     parts = gallery.split(rows_per_chunk(gallery.shape[1]))
     # In float64, because squares of large features overflow in float32.
-    norms = [float(torch.linalg.vector_norm(part - mean, dtype=torch.float64)) for part in parts]
-    spread = math.hypot(*norms) / math.sqrt(gallery.numel())
+    norms = torch.cat([torch.linalg.vector_norm(part - mean, dim=1, dtype=torch.float64) for part in parts])[usual]
+    spread = float(torch.linalg.vector_norm(norms)) / math.sqrt(len(norms) * gallery.shape[1])
     if spread < torch.finfo(gallery.dtype).tiny:
         return None
     unit = 2.0 ** math.ceil(math.log2(spread))

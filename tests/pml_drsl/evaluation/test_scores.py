@@ -294,6 +294,13 @@ def test_features_far_from_zero_keep_their_ranking(metric: Any, rerank: bool) ->
     assert expected.mAP > 0.2
 
 
+def test_one_very_long_gallery_feature_takes_no_digits_from_the_others() -> None:
+    search = random_search(num_gallery=20, dim=32) | {"query_cams": None, "gallery_cams": None}
+    search["gallery"][0, 0] = 1e7
+    exact = search | {side: search[side].double() for side in ("query", "gallery")}
+    assert evaluate(**search).mAP == pytest.approx(evaluate(**exact).mAP, abs=1e-6)
+
+
 def test_zero_vectors_have_cosine_distance_1_wherever_the_others_are() -> None:
     generator = torch.Generator().manual_seed(0)
     query = torch.cat([torch.zeros(1, 8), 5 + torch.randn(3, 8, generator=generator)])
