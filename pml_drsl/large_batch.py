@@ -32,7 +32,8 @@ class LargeBatch(nn.Module):
     - Batch normalisation in training sees one chunk at a time, so its output depends on ``chunk_size``. Its running
       statistics are updated by the first pass alone.
     - ``DistributedDataParallel``: give the wrapped network, and ``pml_drsl.wrappers.DistributedLossWrapper`` round the
-      loss. ``chunk_size`` is that of one process. Gradients are reduced once a step, with the last chunk.
+      loss. ``chunk_size`` is that of one process. Gradients are reduced once a step, with the last chunk. Its option
+      ``static_graph=True`` does not work.
     - The weights' gradients are added to ``.grad``, so ``torch.autograd.grad`` cannot be used, nor second gradients.
 
     Example::
@@ -51,7 +52,8 @@ class LargeBatch(nn.Module):
             and the ``ref_emb`` and ``ref_labels`` that the loss gets.
 
     Raises:
-        InputError: for a network that is no ``nn.Module``, or a ``chunk_size`` that is no integer of 1 or more.
+        InputError: for a network that is no ``nn.Module`` or has a ``static_graph``, or a ``chunk_size`` that is no
+            integer of 1 or more.
     """
 
     def __init__(
@@ -104,6 +106,9 @@ def forward_in_chunks(network: nn.Module, images: Tensor, chunk_size: int) -> An
 def _check_chunks(network: nn.Module, chunk_size: int) -> None:
     if not isinstance(network, nn.Module):
         raise InputError(f"network must be a torch.nn.Module, got {type(network).__name__}")
+    if isinstance(network, nn.parallel.DistributedDataParallel) and network.static_graph:
+        why = "DistributedDataParallel(static_graph=True) takes no pass without a graph, as the first over chunks is"
+        raise InputError(f"{why}; leave static_graph out")
     if not is_whole(chunk_size) or chunk_size < 1:
         raise InputError(f"chunk_size must be an integer of 1 or more, got {chunk_size!r}")
 

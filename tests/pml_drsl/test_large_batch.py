@@ -372,6 +372,8 @@ def train_on_share(rank, world_size, store, results):
         used = [p.grad for p in (*network.parameters(), *loss_fn.parameters()) if p.grad is not None]
         assert len(reductions) == 1, name
         found.append((loss.detach(), used))
+    with pytest.raises(InputError, match="leave static_graph out"):
+        LargeBatch(nn.parallel.DistributedDataParallel(make_network(), static_graph=True), DRSLoss(), 3)
     torch.save(found, f"{results}{rank}")
     torch.distributed.barrier()  # Meanwhile gloo frees the last tensors, for which torch would wait below without end.
     torch.distributed.destroy_process_group()
