@@ -308,7 +308,7 @@ def test_losses_that_miss_the_same_seeds_share_a_note():
 def test_other_queries_cannot_be_compared():
     split = [{"varied": {"data.split_id": f"{number}"}, "data.split_id": number} for number in (0, 2)]
     for one, other in (({}, {"people": 50}), split):
-        with pytest.raises(InputError, match="other queries with seed 0; give .* the same images"):
+        with pytest.raises(InputError, match=r"other queries with seed 0; give .* the same images"):
             report.report(report.sections([line("drsl", 0, 0.5, **one), line("triplet", 0, 0.5, **other)]))
 
 
