@@ -67,7 +67,7 @@ class DistributedLossWrapper(pml_distributed.DistributedLossWrapper):
             gradient to its own embeddings only. Weights of the loss get the gradient of one process on the whole batch.
             True is for ``DRSLoss`` only: every process computes the errors of its own queries, and the errors are
             gathered before they are reduced. (PML's efficient mode gathers embeddings without their gradient.) An
-            InputError refuses any other loss, and a memory called with ``ref_emb``.
+            InputError refuses any other loss, a learnable temperature or margin, and a memory called with ``ref_emb``.
     """
 
     def __init__(self, loss: torch.nn.Module, efficient: bool = False) -> None:
@@ -133,6 +133,9 @@ def is_single_process() -> bool:
 @contextmanager
 def _sharing_queries(loss: DRSLoss, sizes: list[int]) -> Iterator[None]:
     """Inside, ``loss`` computes the errors of this process's queries and gathers the errors of the other queries."""
+    for name in ("temperature", "margin"):  # Each process would learn from its own queries alone.
+        if getattr(getattr(loss, name), "requires_grad", False):
+            raise InputError(f"a learnable {name} needs efficient=False")
 
     def shared(compute: Compute, embeddings: Tensor, ref_emb: Tensor, pairs: Pairs) -> Errors:
         rank, parts = dist.get_rank(), pairs.split(sizes)

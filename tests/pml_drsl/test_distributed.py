@@ -149,6 +149,10 @@ def train_on_share(rank, world_size, store, results):
     # Other draws than those of the first, were they not shared.
     torch.manual_seed(rank)
     found.append(stateful(DistributedLossWrapper, DistributedMinerWrapper, ddp, half))
+    for name in ("temperature", "margin"):
+        learnable = make_loss(**{name: torch.tensor(0.1, requires_grad=True)}, fused=False)
+        with pytest.raises(InputError, match=f"a learnable {name} needs efficient=False"):
+            DistributedLossWrapper(learnable, efficient=True)(x[half], labels[half])
     assert torch.equal(gather_batch(torch.arange(rank + 1))[0], torch.tensor([0, 0, 1]))
     torch.save(found, f"{results}{rank}")
     torch.distributed.barrier()  # Meanwhile gloo frees the last tensors, for which torch would wait below without end.
