@@ -95,6 +95,9 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         place = state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
         if (calls := state_dict.pop(f"{prefix}warmup_calls", None)) is not None:
             state_dict[f"{prefix}_extra_state"] = torch.tensor([*_place(place)[:2], int(calls)])
+        # A new memory is float32, and would round embeddings of float64.
+        saved = state_dict.get(f"{prefix}embedding_memory", self.embedding_memory)
+        self.embedding_memory = self.embedding_memory.to(saved.dtype)
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def forward(

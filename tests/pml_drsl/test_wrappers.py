@@ -225,10 +225,12 @@ def test_memory_smaller_than_the_batch_is_refused():
         memory(torch.randn(8, 4), torch.arange(8), enqueue_mask=torch.arange(8) < 7)
 
 
-@pytest.mark.parametrize(("warmup", "before"), [(0, 4), (2, 1), (2, 7)])
-def test_a_restored_memory_goes_on_exactly(warmup, before):
+@pytest.mark.parametrize(
+    ("warmup", "before", "dtype"), [(0, 4, torch.float32), (2, 1, torch.float32), (2, 7, torch.float64)]
+)
+def test_a_restored_memory_goes_on_exactly(warmup, before, dtype):
     memory, fresh = (CrossBatchMemory(make_loss(0.1), 4, memory_size=12, warmup=warmup) for _ in range(2))
-    for number, (x, labels) in enumerate(batches(11, 5, torch.float32)):
+    for number, (x, labels) in enumerate(batches(11, 5, dtype)):
         if number == before:
             fresh.load_state_dict(memory.state_dict())
             copies = fresh, copy.deepcopy(memory), pickle.loads(pickle.dumps(memory))
