@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     model = load_model(checkpoint, args.config_file, "cpu", args.model)
     images = None
     if args.images:
-        paths = [row.path for row in list_queries([args.images])]
+        paths = [row.path for row in list_queries([args.images]).rows]
         # Evenly over the folder, so that they show different people.
         images = paths[:: max(1, len(paths) // COMPARED)][:COMPARED]
     say(export(model, args.output, args.normalise, images))

@@ -124,7 +124,10 @@ def _opened(args: argparse.Namespace) -> tuple[Searcher, ExtractedSet | None]:
         model = searcher.model
         of_run = Table() if args.gallery or args.index else test_images(model.config, args.root, model.people)
         tested = {row.path: row for row in map(absolute, of_run.rows)}
-        queries = [tested.get(row.path, row) for row in map(absolute, list_queries(args.query, args.names))]
+        looked_up = list_queries(args.query, args.names)
+        if looked_up.left_out:
+            say(f"queries {looked_up.about_left_out()}")
+        queries = [tested.get(row.path, row) for row in map(absolute, looked_up.rows)]
         options = console.extraction(args) | {"description": "queries", "crop": args.crop}
         asked = features.extract_files(model, queries, **options) if queries else None
         removed, added = _remove(args, searcher), _add(args, searcher, of_run.gallery)

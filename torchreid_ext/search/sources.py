@@ -70,22 +70,23 @@ def list_sources(sources: Sequence[str], names: str = DEFAULT_NAMES, cameras: bo
     return table
 
 
-def list_queries(sources: Sequence[str], names: str = DEFAULT_NAMES) -> list[Row]:
+def list_queries(sources: Sequence[str], names: str = DEFAULT_NAMES) -> Table:
     """Query images: image files, all images of folders, and the query images of CSV files. The identity of an image is
     in its path below the folder that was given, or in the name of a file; the folders above say nothing of it. Raises
     InputError for a source that is missing, a folder without an image, or a CSV file that cannot be read."""
-    carried = images.pattern(names, "--names")
-    rows: list[Row] = []
+    carried, table = images.pattern(names, "--names"), Table()
     for source in sources:
         if source.lower().endswith(".csv"):
-            table = _listed(source, carried)
-            rows += table.query or table.gallery
+            found = _listed(source, carried)
+            found.rows = found.query or found.gallery
         elif os.path.isdir(source):
-            rows += images.list_folder(source, carried).rows
+            found = images.list_folder(source, carried)
         else:
             images.check_exists(source)
-            rows.append(Row(source, *(images.in_name(carried, os.path.basename(source)) or ())))
-    return rows
+            found = Table([Row(source, *(images.in_name(carried, os.path.basename(source)) or ()))])
+        table.rows += found.rows
+        table.leave_out_all(found)
+    return table
 
 
 def _listed(source: str, names: re.Pattern[str], cameras: bool = True) -> Table:

@@ -219,18 +219,20 @@ def test_a_damaged_image_loses_only_its_part_of_the_index(model, photos, tmp_pat
     assert kept == [str(gallery / f"{number}.png") for number in (2, 7 - damaged)]
 
 
-def test_a_damaged_query_is_left_out_where_that_is_asked_for(model, photos, tmp_path, capsys):
+def test_a_query_that_is_left_out_is_named(model, photos, tmp_path, capsys):
     queries = tmp_path / "queries"
     shutil.copytree(photos / "pérson 2", queries)
     (queries / "damaged.png").write_text("no image")
     words = [model, "--gallery", photos, "--query", queries, "--json", "-"]
     assert run(*words) == 2
     assert "--skip-damaged" in complaint(capsys)
+    (queries / "film.mp4").write_text("no image")
     assert run(*words, "--skip-damaged") == 0
     printed = capsys.readouterr()
     asked = [Path(query["path"]).name for query in json.loads(printed.out)["queries"]]
     assert asked == sorted(path.name for path in (photos / "pérson 2").iterdir())
     assert "left out: cannot read image" in printed.err and "damaged.png" in printed.err
+    assert "queries left out: files of kinds that are not read (1: 'film.mp4')\n" in printed.err
 
 
 def test_what_only_a_search_takes_is_refused_without_a_query(model, photos, tmp_path, capsys):

@@ -69,7 +69,7 @@ def test_a_csv_file(tmp_path):
     (tmp_path / "list.csv").write_text("path,pid,split\na.png,1,query\nb.png,1,gallery\nc.png,2,train\n")
     images = list_sources([str(tmp_path / "list.csv")])
     assert short(images.query) == [("a.png", "1", "")] and short(images.gallery) == [("b.png", "1", "")]
-    assert short(list_queries([str(tmp_path / "list.csv")])) == [("a.png", "1", "")]
+    assert short(list_queries([str(tmp_path / "list.csv")]).rows) == [("a.png", "1", "")]
     (tmp_path / "list.csv").write_text("path,pid,camid,split\nc.png,2,1,train\n")
     with pytest.raises(InputError, match="no image with the split query or gallery"):
         list_sources([str(tmp_path / "list.csv")])
@@ -144,7 +144,7 @@ def test_files_are_a_gallery(tmp_path, monkeypatch):
     files = [os.path.join(folder, name) for name in ("hall_1.png", "hall_2.png")]
     table = list_sources(files, "folder")
     assert short(table.gallery) == [("hall_1.png", "anna", "hall"), ("hall_2.png", "anna", "hall")] and not table.query
-    assert [row.path for row in list_queries(files)] == files
+    assert [row.path for row in list_queries(files).rows] == files
     monkeypatch.chdir(folder)
     assert list_sources(["hall_1.png"], "folder").gallery == [("hall_1.png", "anna", "hall", "gallery")]
 
@@ -171,23 +171,23 @@ def test_an_image_that_several_sources_give_counts_once_with_its_identity(tmp_pa
 
 def test_folders_above_a_query_are_no_identity(tmp_path, monkeypatch):
     folder = draw(tmp_path / "photos", "anna/hall_1.png", "street.png")
-    below = list_queries([folder], "folder")
+    below = list_queries([folder], "folder").rows
     assert short(below) == [("hall_1.png", "anna", "hall"), ("street.png", "", "")]
     monkeypatch.chdir(folder)
-    assert list_queries(["."], "folder")[0][1:] == below[0][1:]
+    assert list_queries(["."], "folder").rows[0][1:] == below[0][1:]
     for word in ("street.png", os.path.join(folder, "street.png"), "../photos/street.png", "anna/hall_1.png", "anna"):
-        assert [row.identity for row in list_queries([word], "folder")] == [""]
+        assert [row.identity for row in list_queries([word], "folder").rows] == [""]
     # Another pattern matches the name of the file itself.
     for word in ("anna", "anna/hall_1.png"):
-        assert list_queries([word], r"(?P<identity>[a-z]+)_\d\.png")[0].identity == "hall"
+        assert list_queries([word], r"(?P<identity>[a-z]+)_\d\.png").rows[0].identity == "hall"
 
 
 def test_a_pattern_names_queries_as_it_names_the_gallery(tmp_path):
     folder = draw(tmp_path / "photos", "anna/2023/1.png", "ben/2.png", "3.png")
     for names in (r"(?P<identity>[^/]+)/.*", r"(?P<identity>\d)\.png"):
-        gallery, queries = list_sources([folder], names).gallery, list_queries([folder], names)
+        gallery, queries = list_sources([folder], names).gallery, list_queries([folder], names).rows
         assert [row[:3] for row in queries] == [row[:3] for row in gallery]
-    assert {row.identity for row in list_queries([folder], r"(?P<identity>[^/]+)/.*")} == {"anna", "ben", ""}
+    assert {row.identity for row in list_queries([folder], r"(?P<identity>[^/]+)/.*").rows} == {"anna", "ben", ""}
 
 
 @pytest.mark.parametrize("missing", ["nowhere", "notes.txt", "empty", "texts"])
