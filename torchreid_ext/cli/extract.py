@@ -3,7 +3,7 @@
 The checkpoint of a run says which network it is, and how images are resized and normalised. Weights of torchreid's zoo
 need the name of the network: --model osnet_x0_25. A SOURCE is one of these:
 
-  FOLDER      with the folders query and bounding_box_test, as in Market-1501, or one of these two folders
+  FOLDER      with the folders query and bounding_box_test (or gallery), as in Market-1501, or one of these folders
   FOLDER      of images in any folders below it; where the names of all of them carry identities, as --names says, the
               first image of each identity and camera is a query, and all are gallery images. An image without a camera
               has one of its own, so that it is a query

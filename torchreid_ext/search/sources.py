@@ -108,6 +108,9 @@ def _listed(source: str, names: re.Pattern[str], cameras: bool = True) -> Table:
         query, table = (images.list_folder(os.path.join(source, name), names) for name in (_QUERY, layout[0]))
         query.rows = [row._replace(split="query") for row in query.rows] + table.rows
         query.leave_out_all(table)
+        for name in sorted({*os.listdir(source)} - {_QUERY, layout[0]}):
+            if not images.is_hidden(name):
+                query.leave_out(f"what is beside the folders {_QUERY} and {layout[0]}", name)
         return query
     table = images.list_folder(source, names)
     name = Path(source).absolute().name

@@ -38,7 +38,8 @@ def test_the_layout_of_market1501(tmp_path):
     assert short(images.query) == [("0001_c1s1_1_00.jpg", "0001", "1")]
     assert short(images.gallery) == [("0000_c2s1_1_00.jpg", "0000", "2"), ("0001_c2s1_1_00.jpg", "0001", "2")]
     left_out = "files of kinds that are not read (1: 'Thumbs.db'); images of junk (1: '-1_c2s1_1_00.jpg')"
-    assert images.about_left_out() == f"left out: {left_out}"
+    beside = "what is beside the folders query and bounding_box_test (1: 'bounding_box_train')"
+    assert images.about_left_out() == f"left out: {left_out}; {beside}"
     # The two folders by themselves say the same.
     apart = list_sources([f"{folder}/bounding_box_test", f"{folder}/query"])
     assert (apart.query, apart.gallery) == (images.query, images.gallery)
